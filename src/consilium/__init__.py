@@ -1,0 +1,1 @@
+"""Federated fine-tuning of mixture-of-experts models."""

@@ -1,0 +1,50 @@
+"""Every error that Consilium raises on purpose.
+
+    ConsiliumError
+    ├── ConfigError        a setting, flag, recipe or combination that cannot be run
+    ├── DataError          a file, column, label or partition that cannot be used
+    ├── ModelError         a model or family that cannot be loaded, sliced or addressed
+    ├── BudgetError        a device whose memory cannot hold what it is asked to hold
+    ├── PayloadError       something that may not travel, or arrived broken
+    └── CheckpointError    a run directory or checkpoint that cannot be continued
+
+A message is one line: what was given, what is allowed, what to do. The command line prints it and exits with 2.
+"""
+
+__all__ = [
+    "BudgetError",
+    "CheckpointError",
+    "ConfigError",
+    "ConsiliumError",
+    "DataError",
+    "ModelError",
+    "PayloadError",
+]
+
+
+class ConsiliumError(Exception):
+    """Base of all errors raised on purpose; catch this one to catch them all."""
+
+
+class ConfigError(ConsiliumError):
+    """A setting, flag, recipe or combination of them that cannot be run."""
+
+
+class DataError(ConsiliumError):
+    """A file, column, label or partition that cannot be used."""
+
+
+class ModelError(ConsiliumError):
+    """A model or family that cannot be loaded, sliced or addressed."""
+
+
+class BudgetError(ConsiliumError):
+    """A device whose memory cannot hold what it is asked to hold."""
+
+
+class PayloadError(ConsiliumError):
+    """Something that may not travel between server and client, or that arrived broken."""
+
+
+class CheckpointError(ConsiliumError):
+    """A run directory or checkpoint that cannot be continued."""
