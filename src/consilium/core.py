@@ -1,0 +1,253 @@
+"""What every method is made of: a Server half and a Client half that meet only through a Payload.
+
+    Algorithm      frozen dataclass with the paper's hyper-parameters; builds the two halves; registered by class name
+    Server         configure(round, clients) -> {client: Payload};  aggregate(round, replies) -> metrics
+    Client         train(payload, context) -> Payload;  evaluate(payload, context) -> Payload
+    Payload        groups of named tensors and plain scalars: all that ever travels
+    ClientInfo     what the server may know about a client;  ClientContext: what the client owns
+    Sampling       who takes part in a round
+
+Nothing here knows an engine, a model family or a checkpoint format.
+"""
+
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from consilium.errors import ConfigError, PayloadError
+from consilium.params import Params, nbytes
+
+__all__ = [
+    "Algorithm",
+    "Client",
+    "ClientContext",
+    "ClientId",
+    "ClientInfo",
+    "ClientState",
+    "ExpertMap",
+    "ExpertSet",
+    "Payload",
+    "Sampling",
+    "Scalar",
+    "Server",
+    "derive_seed",
+]
+
+ClientId = str
+ExpertSet = Mapping[str, tuple[int, ...]]
+"""Block name -> ids of the experts held there, ascending."""
+ExpertMap = dict[ClientId, ExpertSet]
+Scalar = int | float | str | bool | list[int] | list[float] | list[str] | list[bool]
+
+_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
+_DTYPES = {
+    torch.float64, torch.float32, torch.float16, torch.bfloat16,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+}  # fmt: skip
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed from the parts' texts: the same on every machine, engine and order of clients."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What travels: groups of named tensors, and scalars (numbers, texts, flags and lists of one of these).
+
+    Groups are for instance "params", "control", "usage"; names inside a group are flat names.
+
+    Raises:
+        PayloadError: for what no wire could carry: a tensor that is not dense and on the CPU, a dtype outside the
+            closed set, a scalar that is None, a dict, a nested or mixed list, or a numpy number.
+    """
+
+    groups: Mapping[str, Params] = field(default_factory=dict)
+    scalars: Mapping[str, Scalar] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for group, params in self.groups.items():
+            if not group or "/" in group:
+                raise PayloadError(f"group name {group!r} must be a text without '/'")
+            for key, tensor in params.items():
+                if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
+                    raise PayloadError(f"{group}/{key} is not a dense tensor")
+                if tensor.device.type != "cpu" or tensor.dtype not in _DTYPES:
+                    raise PayloadError(f"{group}/{key} is {tensor.dtype} on {tensor.device}: send a plain CPU dtype")
+        for key, value in self.scalars.items():
+            items = value if isinstance(value, list) else [value]
+            kinds = {type(item) for item in items}
+            if len(kinds) > 1 or not kinds <= {int, float, str, bool}:
+                raise PayloadError(
+                    f"scalar {key!r} = {value!r} is not an int, float, str, bool or a list of one of them"
+                )
+
+    def group(self, name: str) -> Params:
+        """The tensors of a group; an absent group is empty."""
+        return dict(self.groups.get(name, {}))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensor elements: what the meter counts."""
+        return sum(nbytes(params.values()) for params in self.groups.values())
+
+
+@dataclass(frozen=True)
+class ClientInfo:
+    """What the server knows about a client.
+
+    Args:
+        id: the partition's or site's name, never an engine's node id; `[A-Za-z0-9._-]`, at most 64 characters.
+        num_examples: training examples, >= 1.
+        task: name of the client's task.
+        memory_bytes: what the client's device can hold during training; None: no limit.
+    """
+
+    id: ClientId
+    num_examples: int
+    task: str
+    memory_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if not _ID.fullmatch(self.id):
+            raise ConfigError(f"client id {self.id!r} must match [A-Za-z0-9._-]{{1,64}} without a leading dot")
+        if self.num_examples < 1:
+            raise ConfigError(f"client {self.id} has {self.num_examples} training examples; leave empty clients out")
+
+
+@dataclass
+class ClientState:
+    """What survives a round on the client; the engine keeps it on disk."""
+
+    params: Params = field(default_factory=dict)
+    scalars: dict[str, Scalar] = field(default_factory=dict)
+
+
+@dataclass
+class ClientContext:
+    """What a client owns while it works.
+
+    Args:
+        info: as the server knows it.
+        data: the client's data, `consilium.data.task.ClientData` for the methods of this package.
+        device: where to train.
+        seed: derived from the run's seed, the round and the client's id; the only source of randomness.
+        state: what survives; mutate it in place.
+        progress: called with (done, total) steps during training.
+    """
+
+    info: ClientInfo
+    data: Any
+    device: torch.device
+    seed: int
+    state: ClientState
+    progress: Any = lambda done, total: None
+
+
+class Server(ABC):
+    """The server half. Owns `params`, the deployable state, and whatever else `state` returns."""
+
+    params: Params
+
+    def unable(self, client: ClientInfo) -> str | None:
+        """Why this client cannot hold what the method would send it; None if it can."""
+        return None
+
+    @abstractmethod
+    def configure(self, round: int, clients: Sequence[ClientInfo]) -> dict[ClientId, Payload]:
+        """Choose who takes part in round `round` (from 1) among the able clients, and what each is sent."""
+
+    @abstractmethod
+    def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
+        """Merge the replies, consumed one by one in client-id order; works with whoever answered."""
+
+    @abstractmethod
+    def deliver(self, client: ClientInfo) -> Payload:
+        """The model this client would deploy now: what `Client.evaluate` is given."""
+
+    def state(self) -> Payload:
+        """Everything a checkpoint needs; `restore` continues from it to the same bits."""
+        return Payload({"params": self.params})
+
+    def restore(self, state: Payload) -> None:
+        """Take up what `state` returned."""
+        self.params = state.group("params")
+
+    def structure(self) -> ExpertMap | None:
+        """Who holds which experts, for the record; None where the method has no such map."""
+        return None
+
+    def usage(self) -> dict[ClientId, dict[str, list[float]]]:
+        """Latest demand probabilities, client -> block -> expert, for the record."""
+        return {}
+
+    def events(self) -> list[dict[str, Any]]:
+        """What happened since the last call (growing, shrinking, ...), for the record."""
+        return []
+
+
+class Client(ABC):
+    """The client half; it keeps nothing between calls except `context.state`."""
+
+    @abstractmethod
+    def train(self, payload: Payload, context: ClientContext) -> Payload:
+        """One round's work. The reply's scalars hold `num_examples` and whatever metrics the client reports."""
+
+    @abstractmethod
+    def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
+        """Score the delivered model on the client's test data, without training: scalars `score`, `examples`."""
+
+
+class Algorithm(ABC):
+    """A method: hyper-parameters under the paper's symbols, and the two halves built from a `training.Setup`.
+
+    Subclasses are frozen dataclasses and are registered under their class name as soon as they are defined.
+    """
+
+    registry: ClassVar[dict[str, type["Algorithm"]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Algorithm.registry[cls.__name__] = cls
+
+    @abstractmethod
+    def server(self, setup: Any) -> Server: ...
+
+    @abstractmethod
+    def client(self, setup: Any) -> Client: ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Who takes part in a round.
+
+    Args:
+        clients_per_round: how many clients, >= 1; all of them if there are fewer.
+        distinct_tasks: choose that many different tasks first, then one client of each (FedMoE's "Enforced").
+    """
+
+    clients_per_round: int = 5
+    distinct_tasks: bool = False
+
+    def __post_init__(self) -> None:
+        if self.clients_per_round < 1:
+            raise ConfigError(f"clients_per_round is {self.clients_per_round}; it must be at least 1")
+
+    def choose(self, clients: Sequence[ClientInfo], round: int, seed: int) -> list[ClientInfo]:
+        """The chosen clients in id order; depends on the ids, the round and the seed alone."""
+        rng = torch.Generator().manual_seed(derive_seed(seed, "sampling", round))
+        ordered = sorted(clients, key=lambda c: c.id)
+        if not self.distinct_tasks:
+            picks = torch.randperm(len(ordered), generator=rng)[: self.clients_per_round].tolist()
+            return [ordered[i] for i in sorted(picks)]
+        tasks = sorted({c.task for c in ordered})
+        chosen = []
+        for i in torch.randperm(len(tasks), generator=rng)[: self.clients_per_round].tolist():
+            group = [c for c in ordered if c.task == tasks[i]]
+            chosen.append(group[int(torch.randint(len(group), (1,), generator=rng))])
+        return sorted(chosen, key=lambda c: c.id)

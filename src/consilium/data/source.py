@@ -1,0 +1,243 @@
+"""Reading the documentation that every Python installation carries, with `ast`; nothing is imported or run.
+
+A package is found through `importlib` metadata only, parsed once, and cached as JSON under `~/.cache/consilium`
+(or `$CONSILIUM_CACHE`), keyed by its version. A text is masked here, once and in the same way for every task, so
+that equal texts are equal for every task:
+
+- every package's own name, import alias and dotted path becomes PKG (for all packages, not only the text's own:
+  otherwise the absence of a name would tell);
+- the documented object's own name becomes NAME, and so does an identifier that contains its verb.
+"""
+
+import ast
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import sysconfig
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+from importlib import metadata
+from pathlib import Path
+
+from consilium.errors import DataError
+
+__all__ = ["PACKAGES", "PUBLIC", "Doc", "digests", "extract", "mask", "read", "version", "words"]
+
+PUBLIC = ("torch", "transformers", "sympy")
+"""Packages whose documentation no client ever holds."""
+
+PACKAGES = (
+    "PIL absl accelerate anyio charset_normalizer click contourpy datasets dateutil dill docstring_parser filelock "
+    "flwr_datasets fontTools fsspec httpcore httpx huggingface_hub jinja2 joblib markdown_it matplotlib mpl_toolkits "
+    "mpmath narwhals networkx nltk numpy packaging pandas peft psutil pyarrow pydantic pydantic_core pygments "
+    "pyparsing python regex requests rich scipy seaborn setuptools sklearn tokenizers tqdm typer tyro urllib3 yaml"
+).split()
+"""Packages split between the public shard and the clients, by module. "python" is the standard library."""
+
+_DISTRIBUTIONS = {
+    "PIL": "pillow", "absl": "absl-py", "dateutil": "python-dateutil", "fontTools": "fonttools",
+    "markdown_it": "markdown-it-py", "mpl_toolkits": "matplotlib", "sklearn": "scikit-learn", "yaml": "pyyaml",
+}  # fmt: skip
+_SKIPPED_FOLDERS = {
+    "tests", "test", "testing", "site-packages", "_vendor", "vendored", "externals", "extern", "idlelib", "lib2to3",
+    "ensurepip", "__pycache__",
+}  # fmt: skip
+_ALIASES = "np pd plt sns nx pa tf mpl jnp sp ds hf Image".split()
+_OTHER_NAMES = "scikit-learn pytorch hugging huggingface pillow cpython jax tensorflow seaborn fonttools pyplot".split()
+
+TEXT_CHARACTERS, BODY_CHARACTERS = 400, 600
+_FORMAT = 4
+
+
+@dataclass(frozen=True)
+class Doc:
+    """One documented object. `text` is masked and cut to 400 characters; `summary` is the first line, unmasked."""
+
+    package: str
+    module: str
+    name: str
+    kind: str
+    text: str
+    summary: str
+    body: str
+
+    @property
+    def row(self) -> str:
+        """Where it came from, e.g. "numpy.linalg:norm"."""
+        return f"{self.module}:{self.name}"
+
+    @property
+    def key(self) -> str:
+        """Digest of the normalised text; documents with equal keys are copies of each other."""
+        normal = re.sub(r"[\W_]+", " ", self.text.lower()).strip()
+        return hashlib.sha256(normal.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def words(name: str) -> list[str]:
+    """An identifier split into lower-case words: `_get_HTTPServer2` -> get, http, server2."""
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|_+", " ", name.rsplit(".", 1)[-1])
+    return spaced.lower().split()
+
+
+_NAMES = "|".join(sorted({re.escape(n) for n in (*PUBLIC, *PACKAGES, *_OTHER_NAMES)}, key=len, reverse=True))
+_PACKAGE = re.compile(rf"(?<![\w.])(?:(?:{_NAMES})(?:\.\w+)*(?!\w)|(?:{'|'.join(_ALIASES)})(?:\.\w+)+)", re.IGNORECASE)
+_RULE = re.compile(r"([-=~*#^_.\"'`])\1{2,}")
+
+
+def mask(text: str, name: str) -> str:
+    """`text` without what would give the answers away (see the module docstring), whitespace collapsed, cut."""
+    text = _RULE.sub(" ", " ".join(text.split()))[: 2 * TEXT_CHARACTERS]
+    own = name.rsplit(".", 1)[-1]
+    parts = words(own)
+    if len(own) > 2:
+        text = re.sub(rf"(?<!\w){re.escape(own)}(?!\w)", "NAME", text)
+    if parts:
+        verb = re.escape(parts[0])
+        text = re.sub(rf"(?<!\w)(?:\w+_{verb}|(?:\w+_)?{verb}_\w+|{verb}(?=\())(?!\w)", "NAME", text)
+    text = " ".join(_PACKAGE.sub("PKG", text).split())
+    return text if len(text) <= TEXT_CHARACTERS else text[:TEXT_CHARACTERS].rsplit(" ", 1)[0]
+
+
+def extract(source: str, package: str, module: str) -> Iterator[Doc]:
+    """Every documented function, method, class and the module itself; nested functions and tests are left out.
+
+    Raises SyntaxError where `ast.parse` does.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # other people's invalid escapes
+        tree = ast.parse(source)
+    lines = source.splitlines()
+    yield from _document(tree, "module", package, module, "", lines)
+    yield from _walk(tree.body, False, package, module, "", lines)
+
+
+def _walk(body: list[ast.stmt], inside: bool, package: str, module: str, prefix: str, lines: list[str]) -> Iterator[Doc]:
+    for node in body:
+        if isinstance(node, ast.ClassDef):
+            yield from _document(node, "class", package, module, prefix + node.name, lines)
+            yield from _walk(node.body, True, package, module, f"{prefix}{node.name}.", lines)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            if not node.name.startswith("test_"):
+                yield from _document(node, _kind(node, inside), package, module, prefix + node.name, lines)
+        elif isinstance(node, ast.If | ast.Try):
+            branches = node.body + node.orelse + [s for h in getattr(node, "handlers", []) for s in h.body]
+            yield from _walk(branches, inside, package, module, prefix, lines)
+
+
+def _kind(node: ast.FunctionDef | ast.AsyncFunctionDef, inside: bool) -> str:
+    if not inside:
+        return "function"
+    for decorator in node.decorator_list:
+        target = decorator.func if isinstance(decorator, ast.Call) else decorator
+        name = target.attr if isinstance(target, ast.Attribute) else getattr(target, "id", "")
+        if name.endswith("property") or name in ("setter", "getter"):
+            return "property"
+        if name in ("classmethod", "staticmethod"):
+            return name
+    return "method"
+
+
+def _document(node: ast.AST, kind: str, package: str, module: str, name: str, lines: list[str]) -> Iterator[Doc]:
+    text = ast.get_docstring(node)
+    if not text or len(text) < 30 or len(text.split()) < 4:
+        return
+    masked = mask(text, name or module)
+    if len(masked.split()) < 4:
+        return
+    summary = " ".join(text.strip().split("\n\n", 1)[0].split())[:200]
+    body = ""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and len(node.body) > 1:
+        start = node.body[1].lineno - 1
+        body = "\n".join(lines[start : node.end_lineno])[:BODY_CHARACTERS]
+    yield Doc(package, module, name, kind, masked, summary, body)
+
+
+def version(package: str) -> str | None:
+    """The installed version, or None when the package is not installed."""
+    if package == "python":
+        return platform.python_version()
+    try:
+        return metadata.version(_DISTRIBUTIONS.get(package, package))
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _root(package: str) -> Path | None:
+    if package == "python":
+        return Path(sysconfig.get_path("stdlib"))
+    spec = importlib.util.find_spec(package)  # a top-level name: finds, never imports
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _parse(package: str) -> list[Doc]:
+    root, found, seen = _root(package), [], set()
+    if root is None:
+        return []
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if _SKIPPED_FOLDERS.intersection(parts) or any(p.startswith("test_") for p in parts):
+            continue
+        module = ".".join(p for p in ((package, *parts) if package != "python" else parts) if p != "__init__")
+        try:
+            docs = list(extract(path.read_text(encoding="utf-8", errors="replace"), package, module))
+        except (SyntaxError, ValueError, RecursionError, OSError):
+            continue  # a file for another Python, or a template: not documentation we can read
+        for doc in docs:
+            if doc.key not in seen:  # copies inside a package are kept once
+                seen.add(doc.key)
+                found.append(doc)
+    return found
+
+
+def _cache(package: str, ending: str) -> Path:
+    folder = Path(os.environ.get("CONSILIUM_CACHE") or Path.home() / ".cache" / "consilium")
+    python = platform.python_version()
+    return folder / f"docs-{package}-{version(package)}-py{python}-v{_FORMAT}.{ending}"
+
+
+def read(package: str) -> list[Doc]:
+    """All documents of an installed package, in file order, each text once. Missing package: an empty list.
+
+    Raises DataError for a package that is not in PUBLIC or PACKAGES.
+    """
+    if package not in PUBLIC and package not in PACKAGES:
+        raise DataError(f"package {package!r} is not a source; use one of: {', '.join(sorted((*PUBLIC, *PACKAGES)))}")
+    if version(package) is None:
+        return []
+    try:
+        rows = json.loads(_cache(package, "json").read_text(encoding="utf-8"))
+        return [Doc(package, *row) for row in rows]
+    except (OSError, ValueError, TypeError):
+        docs = _parse(package)
+        _store(_cache(package, "json"), [astuple(doc)[1:] for doc in docs])
+        _store(_cache(package, "keys.json"), [doc.key for doc in docs])
+        return docs
+
+
+def digests(package: str) -> list[str]:
+    """The keys of `read(package)`, without loading the texts when they are cached."""
+    if version(package) is None:
+        return []
+    docs = None if _cache(package, "json").exists() else read(package)
+    try:
+        return json.loads(_cache(package, "keys.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return [doc.key for doc in docs or read(package)]
+
+
+def _store(path: Path, rows: list) -> None:
+    # Written beside and renamed, so that a reader never sees half a file; a read-only home is no error.
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+            json.dump(rows, file)
+        Path(file.name).replace(path)
+    except OSError:
+        return

@@ -1,0 +1,206 @@
+"""The types every data source returns, and how predictions are scored.
+
+    Task         what is asked: its form, its labels, its metric
+    Split        examples: texts, targets, and the row each of them came from
+    ClientData   one client's task and its three splits
+    Federation   all clients, those that had to be skipped, and where the data came from
+
+Labels may differ from client to client though the task's name is equal: a client answers in its own label space.
+"""
+
+import hashlib
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from consilium.errors import ConfigError, DataError
+
+__all__ = ["ClientData", "Federation", "Form", "Metric", "Split", "Task", "pooled", "score", "token_f1"]
+
+Form = Literal["classification", "text-to-text"]
+Metric = Literal["accuracy", "token_f1", "rouge2"]
+
+CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a client is asked. `labels` is empty for text-to-text; `metric` is in [0, 1], higher is better."""
+
+    name: str
+    form: Form
+    labels: tuple[str, ...]
+    metric: Metric
+
+    def __post_init__(self) -> None:
+        if self.form == "classification" and len(set(self.labels)) != len(self.labels):
+            raise DataError(f"task {self.name!r} names a label twice: {list(self.labels)}")
+        if self.form == "classification" and len(self.labels) < 2:
+            raise DataError(f"task {self.name!r} has {len(self.labels)} label(s); classification needs at least 2")
+        if self.form == "text-to-text" and self.labels:
+            raise DataError(f"task {self.name!r} is text-to-text and takes no labels, got {list(self.labels)}")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples: `targets[i]` (a label, or a text) answers `texts[i]`, which was row `rows[i]` of the source."""
+
+    texts: list[str]
+    targets: list[str]
+    rows: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if len(self.texts) != len(self.targets) or (self.rows and len(self.rows) != len(self.texts)):
+            raise DataError(f"{len(self.texts)} texts, {len(self.targets)} targets, {len(self.rows)} rows: must match")
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """One client's data: the three splits share no text, and classification targets are all in `task.labels`."""
+
+    task: Task
+    train: Split
+    validation: Split
+    test: Split
+
+    def __post_init__(self) -> None:
+        if self.task.form == "classification":
+            strangers = {t for _, split in self.splits() for t in split.targets} - set(self.task.labels)
+            if strangers:
+                raise DataError(f"labels {sorted(strangers)} are not among {list(self.task.labels)}")
+
+    def splits(self) -> list[tuple[str, Split]]:
+        """The three splits with their names, in the order train, validation, test."""
+        return [("train", self.train), ("validation", self.validation), ("test", self.test)]
+
+
+@dataclass(frozen=True)
+class Federation:
+    """All clients by id (sorted), the ids that were skipped with the reason, and what the data was read from."""
+
+    clients: dict[str, ClientData]
+    skipped: dict[str, str] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.clients:
+            raise DataError(f"no client has usable data; skipped: {self.skipped or 'none'}")
+        for name in self.clients:
+            if not CLIENT_ID.fullmatch(name):
+                raise DataError(f"client id {name!r} is not allowed: use 1 to 64 of letters, digits, '.', '_', '-'")
+        object.__setattr__(self, "clients", dict(sorted(self.clients.items())))
+
+    def partition(self) -> dict[str, Any]:
+        """Who holds what, as JSON: per client the task, labels, sizes, label counts, and the rows of each split."""
+        clients = {}
+        for name, data in self.clients.items():
+            targets = [t for _, split in data.splits() for t in split.targets]
+            counts = Counter(targets) if data.task.form == "classification" else Counter()
+            clients[name] = {
+                "task": data.task.name,
+                "labels": list(data.task.labels),
+                "sizes": {key: len(split) for key, split in data.splits()},
+                "label_counts": {label: counts[label] for label in data.task.labels},
+                "rows": {key: list(split.rows) for key, split in data.splits()},
+            }
+        return {"clients": clients, "skipped": dict(self.skipped), "fingerprint": self.fingerprint}
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over every client's task, texts and targets: equal if and only if the data is."""
+        digest = hashlib.sha256()
+        for name, data in self.clients.items():
+            for part in (name, data.task.name, *data.task.labels):
+                _feed(digest, part)
+            for key, split in data.splits():
+                _feed(digest, f"{key}:{len(split)}")
+                for text, target in zip(split.texts, split.targets, strict=True):
+                    _feed(digest, text)
+                    _feed(digest, target)
+        return digest.hexdigest()
+
+
+def _feed(digest: "hashlib._Hash", text: str) -> None:
+    # The length in front keeps ("ab", "c") apart from ("a", "bc").
+    data = text.encode("utf-8", "surrogatepass")
+    digest.update(f"{len(data)}:".encode())
+    digest.update(data)
+
+
+def pooled(federation: Federation, task: str) -> ClientData:
+    """All clients of one task as if they were one site: the central comparison that a federation cannot have.
+
+    Labels are the union in sorted order. Raises DataError when no client has the task.
+    """
+    members = [data for data in federation.clients.values() if data.task.name == task]
+    if not members:
+        have = sorted({data.task.name for data in federation.clients.values()})
+        raise DataError(f"no client has task {task!r}; tasks here: {', '.join(have)}")
+    first = members[0].task
+    labels = tuple(sorted({label for data in members for label in data.task.labels}))
+    splits = []
+    for key in ("train", "validation", "test"):
+        parts = [getattr(data, key) for data in members]
+        splits.append(
+            Split(
+                [t for part in parts for t in part.texts],
+                [t for part in parts for t in part.targets],
+                [r for part in parts for r in part.rows],
+            )
+        )
+    return ClientData(Task(first.name, first.form, labels, first.metric), *splits)
+
+
+def score(metric: Metric, predictions: Sequence[str], targets: Sequence[str]) -> float:
+    """Mean score over examples, in [0, 1].
+
+    accuracy: share of exact matches. token_f1: the F1 of SQuAD (words without case, articles and punctuation).
+    rouge2: F-measure of bigram overlap, stemmed, by the rouge_score package.
+
+    Raises DataError for unequal lengths or no example, ConfigError for an unknown metric.
+    """
+    if len(predictions) != len(targets):
+        raise DataError(f"{len(predictions)} predictions for {len(targets)} targets: give one prediction per target")
+    if not targets:
+        raise DataError("nothing to score: 0 examples")
+    pairs = list(zip(predictions, targets, strict=True))
+    if metric == "accuracy":
+        values = [float(p == t) for p, t in pairs]
+    elif metric == "token_f1":
+        values = [token_f1(p, t) for p, t in pairs]
+    elif metric == "rouge2":
+        from rouge_score.rouge_scorer import RougeScorer
+
+        scorer = RougeScorer(["rouge2"], use_stemmer=True)
+        values = [scorer.score(t, p)["rouge2"].fmeasure for p, t in pairs]
+    else:
+        raise ConfigError(f"metric {metric!r} is unknown; use accuracy, token_f1 or rouge2")
+    return sum(values) / len(values)
+
+
+def token_f1(prediction: str, target: str) -> float:
+    """SQuAD's F1 of one answer: harmonic mean of word precision and recall after normalisation, in [0, 1].
+
+    Two answers that are both empty after normalisation agree (1.0), as in SQuAD v2.
+    """
+    p, t = _words(prediction), _words(target)
+    if not p or not t:
+        return float(p == t)
+    same = sum((Counter(p) & Counter(t)).values())
+    if same == 0:
+        return 0.0
+    precision, recall = same / len(p), same / len(t)
+    return 2 * precision * recall / (precision + recall)
+
+
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def _words(text: str) -> list[str]:
+    return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split()

@@ -1,0 +1,1 @@
+"""What carries payloads between the halves, meters them, and keeps checkpoints."""

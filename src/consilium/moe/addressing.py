@@ -1,0 +1,168 @@
+"""One flat name space for trunk, experts and router rows, whatever a family's own layout.
+
+    trunk        the parameter's own path            encoder.block.0.layer.0.SelfAttention.q.weight
+    expert       <block>.experts.<id>.<tensor>       model.layers.3.mlp.experts.17.down_proj
+    router row   <block>.router.<id>.<tensor>        model.layers.3.mlp.router.17.weight
+    head row     head.<task>.<label>.<tensor>        head.topic.numpy.weight
+
+Ids are those of the full model. A model that holds experts (3, 17) of a block keeps them in local places (0, 1); the
+index changes its name here, on the way in (`load_flat`) and on the way out (`flatten`), and nowhere else.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from consilium.core import ExpertSet
+from consilium.errors import ModelError
+from consilium.moe.model import TaskModel
+from consilium.params import Params
+
+__all__ = ["all_experts", "expert_of", "flatten", "load_flat", "pack", "router_row_of", "unpack"]
+
+Table = dict[str, str | tuple[str, ...]]
+"""Parameter path -> its flat name, or the flat names of the slices along its first dimension."""
+
+
+def all_experts(model: TaskModel) -> dict[str, tuple[int, ...]]:
+    """Every expert place of the model as it stands: block -> (0, .., E-1)."""
+    counts = {name: block.get_submodule(model.family.router) for name, block in model.blocks().items()}
+    row = model.family.rows[0]
+    return {name: tuple(range(router.get_parameter(row).shape[0])) for name, router in counts.items()}
+
+
+def expert_of(key: str) -> tuple[str, int] | None:
+    """(block, id) of a flat expert name, None for any other name."""
+    return _split(key, ".experts.")
+
+
+def router_row_of(key: str) -> tuple[str, int] | None:
+    """(block, id) of a flat router-row name, None for any other name."""
+    return _split(key, ".router.")
+
+
+def _split(key: str, infix: str) -> tuple[str, int] | None:
+    block, found, rest = key.partition(infix)
+    number = rest.split(".", 1)[0]
+    return (block, int(number)) if found and number.isdecimal() else None
+
+
+def table(model: TaskModel, held: ExpertSet | None = None) -> Table:
+    """How each parameter of the model is called in the flat name space.
+
+    Args:
+        held: the full-model ids of the experts in the model's places; None: all, in order.
+
+    Raises:
+        ModelError: if `held` does not name as many experts as the model has places.
+    """
+    places = all_experts(model)
+    held = places if held is None else held
+    if {b: len(ids) for b, ids in held.items()} != {b: len(ids) for b, ids in places.items()}:
+        raise ModelError(f"the model has {_counts(places)} experts per block, the names given are {_counts(held)}")
+    names: Table = {}
+    for path, _ in model.backbone.named_parameters():
+        names[path] = _flat_name(path, model, held)
+    if model.head is not None:
+        for leaf in ("weight", "bias"):
+            names[f"head.{leaf}"] = tuple(f"head.{model.task}.{label}.{leaf}" for label in model.labels)
+    return names
+
+
+def _flat_name(path: str, model: TaskModel, held: ExpertSet) -> str | tuple[str, ...]:
+    family = model.family
+    for block, ids in held.items():
+        if not path.startswith(block + "."):
+            continue
+        rest = path[len(block) + 1 :]
+        if rest.startswith(family.router + "."):
+            row = rest[len(family.router) + 1 :]
+            if row in family.rows:
+                return tuple(f"{block}.router.{i}.{row.rsplit('.', 1)[-1]}" for i in ids)
+        elif rest.startswith(family.experts + "."):
+            inner = rest[len(family.experts) + 1 :]
+            if inner in family.tensors:
+                return tuple(f"{block}.experts.{i}.{inner}" for i in ids)
+            module, _, tensor = inner.partition(".")
+            for place, i in enumerate(ids):
+                if family.layout == "modules" and module == family.module.format(place):
+                    return f"{block}.experts.{i}.{tensor}"
+    return path
+
+
+def unpack(names: Table, tensors: Mapping[str, Tensor]) -> Params:
+    """Tensors in the model's layout -> flat names. The slices are views."""
+    flat: Params = {}
+    for path, tensor in tensors.items():
+        name = names[path]
+        if isinstance(name, str):
+            flat[name] = tensor
+        else:
+            flat.update(zip(name, tensor.unbind(0), strict=True))
+    return flat
+
+
+def pack(names: Table, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Flat names -> tensors in the model's layout (slices are stacked); keys the model lacks are ignored.
+
+    Raises:
+        ModelError: naming the first flat name that is missing.
+    """
+    tensors = {}
+    for path, name in names.items():
+        try:
+            tensors[path] = flat[name] if isinstance(name, str) else torch.stack([flat[n] for n in name])
+        except KeyError as missing:
+            raise ModelError(f"the parameters lack {missing.args[0]!r}, which {path!r} of the model needs") from None
+    return tensors
+
+
+def parameters(model: TaskModel) -> dict[str, nn.Parameter]:
+    """Path -> parameter, tied parameters once; the head's as `head.weight` and `head.bias`."""
+    found = dict(model.backbone.named_parameters())
+    if model.head is not None:
+        found |= {f"head.{leaf}": p for leaf, p in model.head.named_parameters()}
+    return found
+
+
+def flatten(model: TaskModel, held: ExpertSet | None = None) -> Params:
+    """All parameters under flat names, detached copies on the CPU that share no memory with the model.
+
+    Args:
+        held: the full-model ids of the experts in the model's places; None: all, in order.
+    """
+    tensors = {path: p.detach() for path, p in parameters(model).items()}
+    return {key: t.to("cpu", copy=True).contiguous() for key, t in unpack(table(model, held), tensors).items()}
+
+
+def load_flat(model: TaskModel, flat: Mapping[str, Tensor], held: ExpertSet | None = None) -> TaskModel:
+    """Write flat parameters into the model, bit for bit; a model built on the meta device comes to life here.
+
+    Parameters that exist take the values in their own dtype; meta parameters take the dtype of the values. Tied
+    parameters stay tied. `flat` may hold more than the model needs.
+
+    Raises:
+        ModelError: for a missing name or another shape.
+    """
+    names = table(model, held)
+    packed = pack(names, flat)
+    fresh: dict[int, nn.Parameter] = {}
+    for path, parameter in parameters(model).items():
+        tensor = packed[path]
+        if parameter.shape != tensor.shape:
+            raise ModelError(f"{path!r} has shape {tuple(parameter.shape)}, the parameters {tuple(tensor.shape)}")
+        if parameter.is_meta:
+            owned = tensor if isinstance(names[path], tuple) else tensor.clone()
+            fresh[id(parameter)] = nn.Parameter(owned, requires_grad=parameter.requires_grad)
+        else:
+            parameter.data.copy_(tensor)
+    for module in model.modules() if fresh else ():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and id(parameter) in fresh:
+                setattr(module, name, fresh[id(parameter)])
+    return model
+
+
+def _counts(held: ExpertSet) -> dict[str, int]:
+    return {block: len(ids) for block, ids in held.items()}

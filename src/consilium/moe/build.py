@@ -1,0 +1,156 @@
+"""Where a model comes from: a directory, a name on the hub, the shipped one, or a configuration.
+
+No remote code is ever run and nothing but safetensors is ever read.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from consilium.core import ExpertSet
+from consilium.errors import ModelError
+from consilium.moe.addressing import all_experts, flatten, load_flat
+from consilium.moe.families import Family, family_of
+from consilium.moe.model import TaskModel
+from consilium.moe.surgery import slice_experts
+from consilium.params import Params
+
+__all__ = ["ModelSource", "shipped"]
+
+_SHIPPED = Path(__file__).parents[1] / "models"
+
+
+def shipped() -> dict[str, Path]:
+    """Name -> directory of the models that come with the package."""
+    return {p.parent.name: p.parent for p in sorted(_SHIPPED.glob("*/config.json"))}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A mixture-of-experts model and how it is used.
+
+    Args:
+        path: a shipped model's name, a local directory (config.json, safetensors, tokenizer), or a hub name.
+        form: "classification" (encoder or decoder with a pooled head) or "text-to-text".
+        dtype: dtype of the weights in training and in payloads: "float32" or "bfloat16".
+        revision: for hub names, the commit to pin.
+    """
+
+    path: str = "docstring-switch"
+    form: str = "classification"
+    dtype: str = "float32"
+    revision: str | None = None
+
+    @cached_property
+    def location(self) -> str:
+        """The directory, or the hub name as it is.
+
+        Raises:
+            ModelError: if `path` looks like a directory and none is there.
+        """
+        if self.path in shipped():
+            return str(shipped()[self.path])
+        local = Path(self.path).expanduser()
+        if local.is_dir():
+            if not (local / "config.json").exists():
+                raise ModelError(f"model directory {self.path!r} has no config.json")
+            return str(local)
+        if local.is_absolute() or self.path.startswith((".", "~")) or self.path.count("/") != 1:
+            raise ModelError(
+                f"model {self.path!r} is neither a directory, a shipped model ({', '.join(shipped()) or 'none'}) "
+                "nor a hub name of the form owner/name"
+            )
+        return self.path
+
+    @cached_property
+    def config(self) -> Any:
+        """The transformers configuration."""
+        try:
+            return AutoConfig.from_pretrained(self.location, revision=self.revision, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"model {self.path!r} cannot be read: {str(error).splitlines()[0]}") from error
+
+    @cached_property
+    def family(self) -> Family:
+        """The row of the table for this model."""
+        return family_of(self.config.model_type)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that lies with the model."""
+        return _tokenizer(self.location, self.revision)
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """Experts per block of the full model, in the order of the layers; nothing is loaded."""
+        return {block: len(ids) for block, ids in all_experts(self.skeleton("", ())).items()}
+
+    def skeleton(self, task: str, labels: tuple[str, ...]) -> TaskModel:
+        """The full model on the meta device: shapes and names, no memory."""
+        cls = getattr(transformers, self.family.classes[self.form])
+        with init_empty_weights(include_buffers=False):
+            backbone = cls._from_config(self.config, dtype=self.torch_dtype)
+            model = TaskModel(backbone, self.family, task, labels, self.torch_dtype)
+        backbone.tie_weights()  # accelerate gives every module its own meta parameter
+        return model
+
+    def build(
+        self, params: Params, task: str, labels: tuple[str, ...], held: ExpertSet | None = None
+    ) -> TaskModel:
+        """A live model from flat parameters, with only the held experts (None: all) ever in memory."""
+        model = self.skeleton(task, labels)
+        if held is not None:
+            slice_experts(model, held)
+        return load_flat(model, params, held)
+
+    def load(self) -> Params:
+        """The pretrained backbone as flat parameters (no heads).
+
+        Raises:
+            ModelError: if there are no safetensors, or the checkpoint lacks weights the form needs.
+        """
+        cls = getattr(transformers, self.family.classes[self.form])
+        level = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()
+        try:
+            backbone, info = cls.from_pretrained(
+                self.location,
+                config=self.config,
+                revision=self.revision,
+                dtype=self.torch_dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError) as error:
+            raise ModelError(f"model {self.path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        finally:
+            transformers_logging.set_verbosity(level)
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ModelError(
+                f"model {self.path!r} has no weights for {self.form}: {len(missing)} are missing, e.g. {missing[0]!r}"
+            )
+        return flatten(TaskModel(backbone, self.family, "", (), self.torch_dtype))
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(location: str, revision: str | None) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise ModelError(f"{location!r} has no tokenizer: {str(error).splitlines()[0]}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

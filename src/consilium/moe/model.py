@@ -1,0 +1,84 @@
+"""A backbone with the means to do one task: a linear head on the pooled hidden state, or text generation.
+
+Shapes: B examples, S tokens, T target tokens, D model width, C labels, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from consilium.moe.families import Family, blocks
+
+__all__ = ["Batch", "TaskModel"]
+
+Batch = Mapping[str, Tensor]
+"""`input_ids` [B, S] int64, `attention_mask` [B, S] 0/1, `labels` [B] (classification), [B, T] or [B, S] with -100
+where there is nothing to predict (text-to-text: encoder-decoder, causal)."""
+
+
+class TaskModel(nn.Module):
+    """A transformers model of a known family, set up for one task.
+
+    Classification: logits [B, C] = head(mean over non-pad positions of the last hidden state [B, S, D]).
+    Text-to-text: logits [B, T, V] for the labels, by an encoder-decoder or a causal language model.
+
+    Args:
+        backbone: an instance of one of `family.classes`.
+        family: the row of the table.
+        task: name of the task; labels: its label names, () for text-to-text.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, family: Family, task: str, labels: tuple[str, ...], dtype: torch.dtype
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.family = family
+        self.task = task
+        self.labels = labels
+        self.config: Any = backbone.config
+        self.head = nn.Linear(backbone.config.hidden_size, len(labels), dtype=dtype) if labels else None
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether text-to-text runs through an encoder and a decoder."""
+        return self.head is None and bool(self.config.is_encoder_decoder)
+
+    def blocks(self) -> dict[str, nn.Module]:
+        """Block name (path below the backbone) -> sparse block, in the order of the layers."""
+        return blocks(self.backbone, self.family)
+
+    def masks(self, batch: Batch) -> dict[str, Tensor]:
+        """Which positions are real: "encoder" [B, S], and "decoder" [B, T] for encoder-decoders; bool."""
+        masks = {"encoder": batch["attention_mask"].bool()}
+        if self.encoder_decoder:
+            masks["decoder"] = batch["labels"] != -100
+        return masks
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits [N, C or V] and their targets [N], the -100 positions left out."""
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        if self.head is not None:
+            hidden = self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+            weights = mask.unsqueeze(-1).to(hidden.dtype)
+            pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+            return self.head(pooled), batch["labels"]
+        if self.encoder_decoder:
+            output = self.backbone(input_ids=ids, attention_mask=mask, labels=batch["labels"])
+            logits, labels = output.logits, batch["labels"]
+        else:
+            output = self.backbone(input_ids=ids, attention_mask=mask, use_cache=False)
+            logits, labels = output.logits[:, :-1], batch["labels"][:, 1:]
+        keep = labels != -100
+        return logits[keep], labels[keep]
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, max_new_tokens: int) -> Tensor:
+        """Greedy continuation token ids [B, <= max_new_tokens] (text-to-text only)."""
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        output = self.backbone.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
+        )
+        return output[:, 1:] if self.encoder_decoder else output[:, ids.shape[1] :]

@@ -1,0 +1,176 @@
+"""Watching routers: what they ask for, what is served, and how evenly (shapes: T tokens, E experts, K top-k, D model).
+
+Routers are hooked, never wrapped or replaced, and only during the forward call inside `Tap.batch`: gradient
+checkpointing runs a forward again during the backward pass, outside of it, and is therefore not counted twice.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from consilium.core import ExpertSet
+from consilium.errors import ModelError
+from consilium.moe.addressing import all_experts
+from consilium.moe.model import Batch, TaskModel
+from consilium.params import Params
+
+__all__ = ["Tap", "Usage"]
+
+
+@dataclass
+class Usage:
+    """Routed tokens per expert of the full model, padding left out; int64 [E] per block.
+
+    demand: what the router asks for over all its rows, held here or not (top-k of the unmasked logits).
+    served: what this model's experts really computed; capacity-dropped tokens are not served.
+    slots: tokens times top-k that passed the block, so demand / slots sums to one in every block.
+    """
+
+    demand: dict[str, Tensor] = field(default_factory=dict)
+    served: dict[str, Tensor] = field(default_factory=dict)
+    slots: dict[str, int] = field(default_factory=dict)
+
+    def probability(self, which: str = "demand") -> dict[str, Tensor]:
+        """p_ij = n_ij / N of the paper, float64 [E] per block; zeros where no token passed."""
+        counts = self.demand if which == "demand" else self.served
+        return {block: n.double() / max(self.slots[block], 1) for block, n in counts.items()}
+
+
+class Tap:
+    """Hooks on every router of a model; `close` (or a `with` block) takes them off again.
+
+    Args:
+        model: the (sub-)model.
+        held: the full-model ids in the model's places; None: all, in order.
+        outside: router rows of experts that are not held, flat names, so that demand can be measured over the
+            full router; None or missing rows: demand is measured over the rows there are.
+        counts: experts of the full model per block; None: as many as the model holds.
+    """
+
+    def __init__(
+        self,
+        model: TaskModel,
+        held: ExpertSet | None = None,
+        outside: Params | None = None,
+        counts: Mapping[str, int] | None = None,
+    ):
+        self.model = model
+        self.held = dict(all_experts(model) if held is None else held)
+        self.counts = dict(counts or {block: max(ids) + 1 for block, ids in self.held.items()})
+        self.usage = Usage()
+        self.logits: dict[str, Tensor] = {}
+        self._masks: dict[str, Tensor] = {}
+        self._counting = False
+        self._active = False
+        self._outside = {block: self._rows(block, outside or {}) for block in self.held}
+        family = model.family
+        self._hooks = [
+            block.get_submodule(family.router).register_forward_hook(self._hook(name))
+            for name, block in model.blocks().items()
+        ]
+
+    def __enter__(self) -> "Tap":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+
+    @contextmanager
+    def batch(self, batch: Batch, count: bool = False) -> Iterator[None]:
+        """Around one forward call: captures this batch's router logits, and counts usage if asked."""
+        self._masks = self.model.masks(batch)
+        self.logits, self._counting, self._active = {}, count, True
+        try:
+            yield
+        finally:
+            self._active = False
+
+    def balance_loss(self) -> Tensor:
+        """Load-balance loss of the last batch: the mean over layers of E * sum_e f_e * P_e (Switch, Eq 4).
+
+        f_e: the share of real tokens' slots whose top-k choice is e; P_e: the mean router probability of e. One
+        when perfectly even, E when one expert takes all. Each layer has its own E, so sub-models are no exception.
+        """
+        losses = []
+        for block, logits_TE in self.logits.items():
+            logits_TE = logits_TE[self._mask(block)].float()
+            k = self._top_k(block)
+            chosen_TK = logits_TE.topk(k, dim=-1).indices
+            n_experts = logits_TE.shape[-1]
+            share_E = torch.bincount(chosen_TK.flatten(), minlength=n_experts) / max(chosen_TK.numel(), 1)
+            losses.append(n_experts * (share_E * logits_TE.softmax(-1).mean(0)).sum())
+        return torch.stack(losses).mean()
+
+    def _hook(self, block: str):
+        family = self.model.family
+
+        def record(module: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+            if not self._active:
+                return
+            logits_TE = output[family.logits].reshape(-1, output[family.logits].shape[-1])
+            self.logits[block] = logits_TE
+            if self._counting:
+                with torch.no_grad():
+                    self._count(block, args[0].reshape(-1, args[0].shape[-1]), logits_TE, output[family.routed])
+
+        return record
+
+    def _count(self, block: str, hidden_TD: Tensor, logits_TE: Tensor, routed: Tensor) -> None:
+        mask_T = self._mask(block)
+        held = torch.tensor(self.held[block], device=logits_TE.device)
+        served = torch.zeros(self.counts[block], dtype=torch.int64)
+        if self.model.family.dispatch:
+            local_E = routed.reshape(-1, len(held))[mask_T].sum(0)
+        else:
+            local_E = torch.bincount(routed.reshape(mask_T.shape[0], -1)[mask_T].flatten(), minlength=len(held))
+        served[held.cpu()] = local_E.cpu().to(torch.int64)
+
+        ids, rows_ED, bias_E = self._outside[block]
+        all_ids = torch.cat([held.cpu(), ids])
+        logits = logits_TE[mask_T].float()
+        if len(ids):
+            extra = hidden_TD[mask_T].float() @ rows_ED.to(logits.device).T + bias_E.to(logits.device)
+            logits = torch.cat([logits, extra], dim=-1)
+        k = min(self._top_k(block, full=True), logits.shape[-1])
+        chosen = all_ids[logits.topk(k, dim=-1).indices.flatten().cpu()]
+        demand = torch.bincount(chosen, minlength=self.counts[block])
+
+        usage = self.usage
+        usage.demand[block] = usage.demand.get(block, 0) + demand
+        usage.served[block] = usage.served.get(block, 0) + served
+        usage.slots[block] = usage.slots.get(block, 0) + int(mask_T.sum()) * k
+
+    def _mask(self, block: str) -> Tensor:
+        side = "decoder" if block.startswith("decoder.") else "encoder"
+        mask = self._masks[side].reshape(-1)
+        if mask.shape[0] != self.logits[block].shape[0]:
+            raise ModelError(f"{block} routed {self.logits[block].shape[0]} tokens, the batch has {mask.shape[0]}")
+        return mask
+
+    def _top_k(self, block: str, full: bool = False) -> int:
+        path = self.model.family.top_k
+        if path is None:
+            return 1
+        if full:
+            return int(getattr(self.model.config, "num_experts_per_tok", 1))
+        owner, _, name = path.rpartition(".")
+        return int(getattr(self.model.blocks()[block].get_submodule(owner), name))
+
+    def _rows(self, block: str, outside: Params) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids [X], rows [X, D] and biases [X] of the experts of a block that are not held."""
+        prefix = f"{block}.router."
+        ids = sorted(int(k[len(prefix) :].split(".")[0]) for k in outside if k.startswith(prefix) and k.endswith(".weight"))
+        ids = [i for i in ids if i not in self.held[block]]
+        if not ids:
+            return torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0), torch.zeros(0)
+        rows = torch.stack([outside[f"{prefix}{i}.weight"].float() for i in ids])
+        bias = torch.stack([outside.get(f"{prefix}{i}.bias", torch.zeros(())).float() for i in ids])
+        return torch.tensor(ids), rows, bias

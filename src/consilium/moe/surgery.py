@@ -1,0 +1,101 @@
+"""Cutting a sub-MoE out of a model: its own experts, and its own number of them, in every layer."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from consilium.core import ExpertSet
+from consilium.errors import ModelError
+from consilium.moe.addressing import all_experts
+from consilium.moe.families import Family
+from consilium.moe.model import TaskModel
+
+__all__ = ["checked", "slice_experts"]
+
+
+def checked(keep: ExpertSet, counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """`keep` in the order of the blocks, after checking it against the number of experts per block.
+
+    Raises:
+        ModelError: for a block missing or unknown, no expert in a block, or ids that are not ascending, distinct
+            and in 0 .. E-1.
+    """
+    if set(keep) != set(counts):
+        odd = sorted(set(keep) ^ set(counts))
+        raise ModelError(f"experts must be named for each block of the model and no other; {odd[0]!r} is not both")
+    for block, ids in keep.items():
+        if not ids:
+            raise ModelError(f"{block} would keep no expert; every layer needs at least one")
+        if list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] >= counts[block]:
+            raise ModelError(
+                f"{block}: experts {list(ids)} must be ascending, distinct and within 0..{counts[block] - 1}"
+            )
+    return {block: tuple(keep[block]) for block in counts}
+
+
+def slice_experts(model: TaskModel, keep: ExpertSet) -> TaskModel:
+    """Keep only the named experts and their router rows, in place; works on the meta device too.
+
+    The sliced model equals the full one with its router masked to the kept experts: the softmax runs over the kept
+    rows, top-k becomes min(k, E). Where a family limits the tokens an expert serves (Switch), the limit grows by
+    E_full / E_kept, because fewer experts share the same tokens. Keeping every expert of a block changes nothing in
+    it, not one bit. The configuration is left alone: counts differ by layer, which no configuration can say.
+
+    Raises:
+        ModelError: see `checked`.
+    """
+    keep = checked(keep, {block: len(ids) for block, ids in all_experts(model).items()})
+    for name, block in model.blocks().items():
+        total = len(all_experts_of(block, model.family))
+        if len(keep[name]) < total:
+            _slice_block(block, model.family, keep[name], total)
+    return model
+
+
+def all_experts_of(block: nn.Module, family: Family) -> range:
+    """The places of one block."""
+    return range(block.get_submodule(family.router).get_parameter(family.rows[0]).shape[0])
+
+
+def _slice_block(block: nn.Module, family: Family, ids: Sequence[int], total: int) -> None:
+    router, experts = block.get_submodule(family.router), block.get_submodule(family.experts)
+    for row in family.rows:
+        _select(router, row, ids)
+    for tensor in family.tensors:
+        _select(experts, tensor, ids)
+    if family.layout == "modules":
+        kept = [experts.get_submodule(family.module.format(i)) for i in ids]
+        for place in range(total):
+            delattr(experts, family.module.format(place))
+        for place, module in enumerate(kept):
+            experts.add_module(family.module.format(place), module)
+    for path in family.counts:
+        _set(block, path, len(ids))
+    if family.top_k is not None:
+        _set(block, family.top_k, min(_get(block, family.top_k), len(ids)))
+    if family.capacity is not None:
+        _set(block, family.capacity, -(-_get(block, family.capacity) * total // len(ids)))
+
+
+def _select(module: nn.Module, path: str, ids: Sequence[int]) -> None:
+    """Keep the given rows of the parameter at `path` below the module, if it has one."""
+    *parents, name = path.split(".")
+    owner = module.get_submodule(".".join(parents))
+    parameter = getattr(owner, name, None)
+    if parameter is None:
+        return
+    index = torch.tensor(list(ids), device=parameter.device)
+    setattr(owner, name, nn.Parameter(parameter.detach().index_select(0, index), parameter.requires_grad))
+    if isinstance(owner, nn.Linear):
+        owner.out_features = len(ids)
+
+
+def _get(block: nn.Module, path: str) -> int:
+    owner, _, name = path.rpartition(".")
+    return getattr(block.get_submodule(owner), name)
+
+
+def _set(block: nn.Module, path: str, value: int) -> None:
+    owner, _, name = path.rpartition(".")
+    setattr(block.get_submodule(owner), name, value)

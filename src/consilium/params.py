@@ -1,0 +1,91 @@
+"""Arithmetic on `Params`: flat names to tensors, and the one mean that every server uses.
+
+A client that does not hold an expert has no key for it: no zeros, no masks. `WeightedMean` therefore averages key by
+key over whoever holds the key. Sums are taken in float64 in the order of `add`, which the engines make the order of
+client ids, so a result does not depend on who answered first.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from consilium.errors import PayloadError
+
+__all__ = ["Params", "WeightedMean", "checksum", "nbytes"]
+
+Params = dict[str, Tensor]
+"""Flat name -> tensor on the CPU, for instance `<block>.experts.17.down_proj` or `<block>.router.17.weight`."""
+
+
+class WeightedMean:
+    """Streaming weighted mean, key by key, over whoever holds the key.
+
+    With `weight=n_k` it is FedAvg and FedMoE's modular aggregation (an absent key is not counted); a weight that
+    depends on the key gives rules such as usage thresholds (weight 0) and per-row router weights.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._weights: dict[str, float] = {}
+
+    def add(self, params: Mapping[str, Tensor], weight: float | Callable[[str], float]) -> None:
+        """Count one client's tensors.
+
+        Args:
+            params: flat name -> floating tensor; shapes must agree between clients (nothing is broadcast).
+            weight: >= 0 for all keys, or a function of the key. Weight 0 leaves the key uncounted.
+
+        Raises:
+            PayloadError: for a negative or non-finite weight, or two shapes under one key.
+        """
+        for key, tensor in params.items():
+            w = weight(key) if callable(weight) else weight
+            if not 0 <= w < float("inf"):
+                raise PayloadError(f"weight {w!r} of {key!r} is not a finite number >= 0")
+            if w == 0:
+                continue
+            if key not in self._sums:
+                self._sums[key] = tensor.to(torch.float64) * w
+                self._weights[key] = w
+                continue
+            if self._sums[key].shape != tensor.shape:
+                raise PayloadError(
+                    f"{key!r} arrived with shape {tuple(tensor.shape)}, others sent {tuple(self._sums[key].shape)}"
+                )
+            self._sums[key].add_(tensor.to(torch.float64), alpha=w)
+            self._weights[key] += w
+
+    def mean(self, previous: Mapping[str, Tensor]) -> Params:
+        """The new parameters: the mean where somebody contributed, else the previous tensor itself (not a copy).
+
+        Raises:
+            PayloadError: for a contributed key that `previous` lacks or holds in another shape.
+        """
+        for key, total in self._sums.items():
+            if key not in previous:
+                raise PayloadError(f"{key!r} is not a parameter of the server's model")
+            if previous[key].shape != total.shape:
+                raise PayloadError(
+                    f"{key!r} arrived with shape {tuple(total.shape)}, the server holds {tuple(previous[key].shape)}"
+                )
+        return {
+            key: (self._sums[key] / self._weights[key]).to(old.dtype) if key in self._sums else old
+            for key, old in previous.items()
+        }
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the tensors' elements, without any header."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def checksum(params: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bits, in the order of the names."""
+    digest = hashlib.sha256()
+    for key in sorted(params):
+        tensor = params[key].detach().contiguous().cpu()
+        digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
