@@ -36,6 +36,8 @@ __all__ = [
     "Scalar",
     "Server",
     "derive_seed",
+    "experts_from_scalars",
+    "experts_to_scalars",
 ]
 
 ClientId = str
@@ -78,7 +80,9 @@ class Payload:
                 if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
                     raise PayloadError(f"{group}/{key} is not a dense tensor")
                 if tensor.device.type != "cpu" or tensor.dtype not in _DTYPES:
-                    raise PayloadError(f"{group}/{key} is {tensor.dtype} on {tensor.device}: send a plain CPU dtype")
+                    raise PayloadError(
+                        f"{group}/{key} is {tensor.dtype} on {tensor.device}: send a plain CPU dtype"
+                    )
         for key, value in self.scalars.items():
             items = value if isinstance(value, list) else [value]
             kinds = {type(item) for item in items}
@@ -115,9 +119,13 @@ class ClientInfo:
 
     def __post_init__(self) -> None:
         if not _ID.fullmatch(self.id):
-            raise ConfigError(f"client id {self.id!r} must match [A-Za-z0-9._-]{{1,64}} without a leading dot")
+            raise ConfigError(
+                f"client id {self.id!r} must match [A-Za-z0-9._-]{{1,64}} without a leading dot"
+            )
         if self.num_examples < 1:
-            raise ConfigError(f"client {self.id} has {self.num_examples} training examples; leave empty clients out")
+            raise ConfigError(
+                f"client {self.id} has {self.num_examples} training examples; leave empty clients out"
+            )
 
 
 @dataclass
@@ -147,6 +155,20 @@ class ClientContext:
     seed: int
     state: ClientState
     progress: Any = lambda done, total: None
+
+
+def experts_to_scalars(held: ExpertSet) -> dict[str, Scalar]:
+    """An expert set as scalars of a payload: one list of ids per block."""
+    return {f"experts/{block}": list(ids) for block, ids in held.items()}
+
+
+def experts_from_scalars(scalars: Mapping[str, Scalar]) -> dict[str, tuple[int, ...]] | None:
+    """The expert set in a payload's scalars; None where it names none: the whole model."""
+    prefix = "experts/"
+    held = {
+        k[len(prefix) :]: tuple(v) for k, v in scalars.items() if k.startswith(prefix) and isinstance(v, list)
+    }
+    return held or None
 
 
 class Server(ABC):

@@ -19,7 +19,7 @@ from consilium.errors import ModelError
 from consilium.moe.model import TaskModel
 from consilium.params import Params
 
-__all__ = ["all_experts", "expert_of", "flatten", "load_flat", "pack", "router_row_of", "unpack"]
+__all__ = ["all_experts", "expert_of", "flatten", "load_flat", "pack", "router_row_of", "select", "unpack"]
 
 Table = dict[str, str | tuple[str, ...]]
 """Parameter path -> its flat name, or the flat names of the slices along its first dimension."""
@@ -48,6 +48,21 @@ def _split(key: str, infix: str) -> tuple[str, int] | None:
     return (block, int(number)) if found and number.isdecimal() else None
 
 
+def select(params: Mapping[str, Tensor], task: str, held: ExpertSet | None = None) -> Params:
+    """What a client of `task` holding `held` needs (the tensors themselves): trunk, its experts, their router rows
+    and the task's head rows. `held` None: every expert."""
+    chosen = {}
+    for key, tensor in params.items():
+        if key.startswith("head."):
+            wanted = key.startswith(f"head.{task}.")
+        else:
+            place = None if held is None else (expert_of(key) or router_row_of(key))
+            wanted = place is None or place[1] in held.get(place[0], ())
+        if wanted:
+            chosen[key] = tensor
+    return chosen
+
+
 def table(model: TaskModel, held: ExpertSet | None = None) -> Table:
     """How each parameter of the model is called in the flat name space.
 
@@ -60,7 +75,9 @@ def table(model: TaskModel, held: ExpertSet | None = None) -> Table:
     places = all_experts(model)
     held = places if held is None else held
     if {b: len(ids) for b, ids in held.items()} != {b: len(ids) for b, ids in places.items()}:
-        raise ModelError(f"the model has {_counts(places)} experts per block, the names given are {_counts(held)}")
+        raise ModelError(
+            f"the model has {_counts(places)} experts per block, the names given are {_counts(held)}"
+        )
     names: Table = {}
     for path, _ in model.backbone.named_parameters():
         names[path] = _flat_name(path, model, held)
@@ -114,7 +131,9 @@ def pack(names: Table, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
         try:
             tensors[path] = flat[name] if isinstance(name, str) else torch.stack([flat[n] for n in name])
         except KeyError as missing:
-            raise ModelError(f"the parameters lack {missing.args[0]!r}, which {path!r} of the model needs") from None
+            raise ModelError(
+                f"the parameters lack {missing.args[0]!r}, which {path!r} of the model needs"
+            ) from None
     return tensors
 
 
@@ -133,7 +152,9 @@ def flatten(model: TaskModel, held: ExpertSet | None = None) -> Params:
         held: the full-model ids of the experts in the model's places; None: all, in order.
     """
     tensors = {path: p.detach() for path, p in parameters(model).items()}
-    return {key: t.to("cpu", copy=True).contiguous() for key, t in unpack(table(model, held), tensors).items()}
+    return {
+        key: t.to("cpu", copy=True).contiguous() for key, t in unpack(table(model, held), tensors).items()
+    }
 
 
 def load_flat(model: TaskModel, flat: Mapping[str, Tensor], held: ExpertSet | None = None) -> TaskModel:
@@ -151,7 +172,9 @@ def load_flat(model: TaskModel, flat: Mapping[str, Tensor], held: ExpertSet | No
     for path, parameter in parameters(model).items():
         tensor = packed[path]
         if parameter.shape != tensor.shape:
-            raise ModelError(f"{path!r} has shape {tuple(parameter.shape)}, the parameters {tuple(tensor.shape)}")
+            raise ModelError(
+                f"{path!r} has shape {tuple(parameter.shape)}, the parameters {tuple(tensor.shape)}"
+            )
         if parameter.is_meta:
             owned = tensor if isinstance(names[path], tuple) else tensor.clone()
             fresh[id(parameter)] = nn.Parameter(owned, requires_grad=parameter.requires_grad)

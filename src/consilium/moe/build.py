@@ -96,6 +96,11 @@ class ModelSource:
         """Experts per block of the full model, in the order of the layers; nothing is loaded."""
         return {block: len(ids) for block, ids in all_experts(self.skeleton("", ())).items()}
 
+    def public_usage(self) -> dict[str, list[float]]:
+        """Block -> share of public tokens per expert, from the model's card (`card.json`); {} where it says nothing."""
+        card = Path(self.location) / "card.json"
+        return json.loads(card.read_text()).get("usage_public", {}) if card.is_file() else {}
+
     def skeleton(self, task: str, labels: tuple[str, ...]) -> TaskModel:
         """The full model on the meta device: shapes and names, no memory."""
         cls = getattr(transformers, self.family.classes[self.form])
@@ -121,8 +126,9 @@ class ModelSource:
             ModelError: if there are no safetensors, or the checkpoint lacks weights the form needs.
         """
         cls = getattr(transformers, self.family.classes[self.form])
-        level = transformers_logging.get_verbosity()
+        level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
         transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
         try:
             backbone, info = cls.from_pretrained(
                 self.location,
@@ -137,6 +143,8 @@ class ModelSource:
             raise ModelError(f"model {self.path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
         finally:
             transformers_logging.set_verbosity(level)
+            if bars:
+                transformers_logging.enable_progress_bar()
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             raise ModelError(

@@ -1,0 +1,139 @@
+"""FedAvg: Communication-Efficient Learning of Deep Networks from Decentralized Data.
+
+McMahan, Moore, Ramage, Hampson, Agüera y Arcas. AISTATS 2017. https://arxiv.org/abs/1602.05629
+
+Algorithm 1: clients train the server's model w on their own data; w <- sum_k n_k / n * w_k over the sampled clients.
+
+    w      params                       n_k    scalars["num_examples"]
+
+Departures: none in the rule. Heads belong to tasks: a client receives and returns the head rows of its own task, and
+a row is averaged over the clients that hold it. `experts` cuts one and the same sub-MoE for everybody, so that FedAvg
+can be compared at the memory of the smallest device; with "all" (the default, the plain method) clients that cannot
+hold the model cannot take part.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from consilium.core import (
+    Algorithm,
+    Client,
+    ClientContext,
+    ClientId,
+    ClientInfo,
+    ExpertSet,
+    Payload,
+    Server,
+    derive_seed,
+    experts_to_scalars,
+)
+from consilium.errors import BudgetError, ConfigError
+from consilium.moe.addressing import select
+from consilium.params import WeightedMean
+from consilium.training import Setup, local_round, local_test
+
+__all__ = ["FedAvg", "FedAvgClient", "FedAvgServer", "common_experts"]
+
+
+@dataclass(frozen=True)
+class FedAvg(Algorithm):
+    """Federated averaging.
+
+    Args:
+        experts: experts per layer of the common model: "all", a number, or "fit", the most that the smallest
+            device can train; the experts with the largest share of public tokens are kept.
+    """
+
+    experts: int | Literal["all", "fit"] = "all"
+
+    def server(self, setup: Setup) -> Server:
+        return FedAvgServer(setup, common_experts(setup, self.experts))
+
+    def client(self, setup: Setup) -> Client:
+        return FedAvgClient(setup)
+
+
+class FedAvgServer(Server):
+    """Sends one model to the sampled clients and averages what returns.
+
+    Args:
+        held: the experts of the common model; None: all.
+        references: copies of the weights a client keeps beside the one it trains, for the memory test.
+    """
+
+    def __init__(self, setup: Setup, held: ExpertSet | None, references: int = 0):
+        self.setup = setup
+        self.held = held
+        self.references = references
+        self.params = setup.initial_params()
+
+    def unable(self, client: ClientInfo) -> str | None:
+        counts = {b: len(ids) for b, ids in self.held.items()} if self.held else self.setup.model.counts
+        return self.setup.lacks(client, counts, references=self.references)
+
+    def configure(self, round: int, clients: Sequence[ClientInfo]) -> dict[ClientId, Payload]:
+        able = [client for client in clients if self.unable(client) is None]
+        chosen = self.setup.sampling.choose(able, round, self.setup.seed)
+        return {client.id: self.deliver(client) for client in chosen}
+
+    def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
+        mean = WeightedMean()
+        for _, reply in replies:
+            mean.add(reply.group("params"), reply.scalars["num_examples"])
+        self.params = mean.mean(self.params)
+        return {}
+
+    def deliver(self, client: ClientInfo) -> Payload:
+        scalars = experts_to_scalars(self.held) if self.held else {}
+        return Payload({"params": select(self.params, client.task, self.held)}, scalars)
+
+
+class FedAvgClient(Client):
+    """Trains whatever experts the payload names, all if it names none."""
+
+    def __init__(self, setup: Setup):
+        self.setup = setup
+
+    def train(self, payload: Payload, context: ClientContext) -> Payload:
+        return local_round(self.setup, payload, context)[1]
+
+    def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
+        return local_test(self.setup, payload, context)
+
+
+def common_experts(
+    setup: Setup, experts: int | Literal["all", "fit"], references: int = 0
+) -> dict[str, tuple[int, ...]] | None:
+    """The same sub-MoE for everybody; None: the whole model.
+
+    Ranked by the public usage in the model's card; without one, a random choice from the run's seed.
+
+    Raises:
+        ConfigError: for a number below 1 or above what the model has.
+        BudgetError: for "fit" when the smallest device cannot hold one expert per layer.
+    """
+    if experts == "all":
+        return None
+    totals = setup.model.counts
+    if experts == "fit":
+        smallest = min(
+            (c for c in setup.clients if c.memory_bytes), key=lambda c: c.memory_bytes, default=None
+        )
+        if smallest is None:
+            return None
+        experts = setup.largest_uniform(smallest.memory_bytes, references=references)
+        if experts == 0:
+            lack = setup.lacks(smallest, dict.fromkeys(totals, 1), references=references)
+            raise BudgetError(f"{smallest.id} cannot hold one expert per layer: {lack}")
+    if not 1 <= experts <= max(totals.values()):
+        raise ConfigError(f"experts is {experts}; allowed are 1..{max(totals.values())}, 'all' and 'fit'")
+    usage = setup.model.public_usage()
+    rng = torch.Generator().manual_seed(derive_seed(setup.seed, "common experts"))
+    held = {}
+    for block, total in totals.items():
+        weight = torch.tensor(usage[block]) if block in usage else torch.rand(total, generator=rng)
+        held[block] = tuple(sorted(weight.argsort(descending=True, stable=True)[:experts].tolist()))
+    return held

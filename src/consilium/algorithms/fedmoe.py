@@ -1,0 +1,491 @@
+"""FedMoE: Personalized Federated Learning via Heterogeneous Mixture of Experts.
+
+Mei, Cai, Zhou, Wang, Xu. 2024. https://arxiv.org/abs/2408.11304
+
+Stage one (one exchange). Clients that can hold the full MoE attach LoRA to its experts, train a few epochs and
+measure on validation data how often each expert is asked for; for the others the server takes the volume-weighted
+mean of the clients with the same task. Each client's first sub-MoE keeps, in every layer, the most used experts up to
+the largest common threshold theta that fits alpha * M_k (Eq 3, by bisection).
+
+Stage two (Algorithm 1). Sampled clients train their sub-MoE; the server merges trunk, experts and router rows over
+whoever holds them; a client whose validation score has stopped improving is compared with the others (Eq 4), and its
+number of experts moves to the mean of its top-K neighbours (Eq 5), by adding or removing the experts that these
+neighbours use most or least (Eq 6). A change that does not help is rolled back and the structure frozen.
+
+    p_ij     FedMoEServer.p[client], rows joined     n_ij / N over validation tokens (per block: sums to one)
+    M_k      ClientInfo.memory_bytes                 alpha    FedMoE.alpha, head-room for stage two
+    w_k      payload group "params"                  acc      scalars["validation"]
+    S(u_k)   similar(...)                            p-hat    p_hat(...)
+
+Departures, each where the paper is silent or contradicts itself:
+- p is the demand of the router over all its rows: clients also receive the rows of experts they do not hold (group
+  "router", for measuring only). `usage="served"` uses what the held experts served.
+- n in "top n" of the shrinking branch is <= 0 in the paper: |n| experts are removed, and n = 0 changes nothing.
+  n is rounded half away from zero. No layer loses its last expert, nor drops below `floor` of its own demand.
+- Growth stops where M_k is reached (not alpha * M_k); both limits are the memory model's bytes: weights, gradients,
+  optimiser and activations.
+- "Has not improved" means not for `patience` participations; a trial is judged after as many.
+- Structure is chosen on validation data; test data is for the report alone.
+- `stage1="none"` starts from random experts, `stage1="forward"` profiles without training, `stage2=False` keeps the
+  first structure: the paper's ablations and a cheaper stage one. `rank="layer"` centres p-hat in each layer before
+  ranking over layers; `weight="tokens"` weighs an expert by the tokens it served instead of by n_k.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from consilium.algorithms.randommoe import random_experts
+from consilium.core import (
+    Algorithm,
+    Client,
+    ClientContext,
+    ClientId,
+    ClientInfo,
+    ExpertMap,
+    Payload,
+    Server,
+    experts_to_scalars,
+)
+from consilium.errors import BudgetError, ConfigError
+from consilium.moe.addressing import expert_of, router_row_of, select
+from consilium.moe.lora import add_expert_lora
+from consilium.moe.routing import Tap
+from consilium.params import WeightedMean
+from consilium.training import Setup, evaluate, fit, local_round, local_test
+
+__all__ = ["FedMoE", "largest_structure", "p_hat", "similar", "similarity", "structure_at"]
+
+Usage = Mapping[str, Tensor]
+"""Block -> p_i, float64 [E]."""
+Held = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class FedMoE(Algorithm):
+    """Heterogeneous sub-MoEs by expert usage.
+
+    Args:
+        alpha: share of a client's memory that the first structure may use, in (0, 1].
+        K: neighbours compared with, >= 1 (Eq 5).
+        patience: participations without improvement before a change, and to judge one, >= 1.
+        stage1: how p is first measured: "lora" (the paper), "forward" (no training), "none" (random structure).
+        stage1_epochs: local epochs of LoRA training in stage one.
+        lora_rank: rank of the adapters in stage one.
+        stage2: whether structures change after stage one.
+        freeze: whether a client whose change was rolled back keeps its structure for good.
+        usage: "demand" (all router rows) or "served" (held experts only) for Eq 4 to 6.
+        rank: "joint" ranks p-hat over all layers as it is, "layer" centres it per layer first.
+        weight: "examples" (n_k) or "tokens" (tokens served) for merging experts.
+        floor: share of its own demand that a layer keeps when it shrinks, in [0, 1).
+    """
+
+    alpha: float = 0.8
+    K: int = 3
+    patience: int = 2
+    stage1: Literal["lora", "forward", "none"] = "lora"
+    stage1_epochs: int = 5
+    lora_rank: int = 8
+    stage2: bool = True
+    freeze: bool = True
+    usage: Literal["demand", "served"] = "demand"
+    rank: Literal["joint", "layer"] = "joint"
+    weight: Literal["examples", "tokens"] = "examples"
+    floor: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha <= 1:
+            raise ConfigError(f"alpha is {self.alpha}; it must be within (0, 1]")
+        if not 0 <= self.floor < 1:
+            raise ConfigError(f"floor is {self.floor}; it must be within [0, 1)")
+        for name in ("K", "patience", "stage1_epochs", "lora_rank"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    def server(self, setup: Setup) -> Server:
+        return FedMoEServer(setup, self)
+
+    def client(self, setup: Setup) -> Client:
+        return FedMoEClient(setup, self)
+
+
+# --- the equations ------------------------------------------------------------------------------------------------
+
+
+def structure_at(p: Usage, theta: float) -> Held:
+    """The smallest structure whose experts cover theta of the usage in every layer, at least one expert each.
+
+    Per layer the experts by descending p (ties: lower id first) until their sum reaches theta (Eq 3).
+    """
+    held = {}
+    for block, p_E in p.items():
+        order = p_E.argsort(descending=True, stable=True)
+        reached = int((p_E[order].cumsum(0) < theta - 1e-9).sum())
+        held[block] = tuple(sorted(order[: min(reached + 1, len(order))].tolist()))
+    return held
+
+
+def largest_structure(p: Usage, fits: Callable[[Mapping[str, int]], bool]) -> Held:
+    """The structure at the largest theta in [0, 1] that fits, by bisection (the heuristic for Eq 3).
+
+    Args:
+        fits: whether so many experts per block fit the memory; must be monotone.
+
+    Raises:
+        BudgetError: if not even one expert per layer fits.
+    """
+    low, high = 0.0, 1.0
+    best = structure_at(p, low)
+    if not fits(_counts(best)):
+        raise BudgetError("one expert per layer does not fit")
+    if fits(_counts(full := structure_at(p, high))):
+        return full
+    for _ in range(40):
+        theta = (low + high) / 2
+        if fits(_counts(candidate := structure_at(p, theta))):
+            low, best = theta, candidate
+        else:
+            high = theta
+    return best
+
+
+def similarity(p_k: Usage, p_a: Usage) -> float:
+    """Eq 4: cosine of the flattened L x E usage matrices; 0 if one of them is zero."""
+    a = torch.cat([p_k[block] for block in sorted(p_k)])
+    b = torch.cat([p_a[block] for block in sorted(p_k)])
+    norm = float(a.norm() * b.norm())
+    return float(a @ b) / norm if norm else 0.0
+
+
+def similar(k: ClientId, p: Mapping[ClientId, Usage], K: int) -> dict[ClientId, float]:
+    """Eq 5: the K clients most similar to k with their similarities (ties: lower id first)."""
+    sims = {a: similarity(p[k], p[a]) for a in sorted(p) if a != k}
+    return dict(sorted(sims.items(), key=lambda item: -item[1])[:K])
+
+
+def p_hat(sims: Mapping[ClientId, float], p: Mapping[ClientId, Usage]) -> dict[str, Tensor]:
+    """Eq 6: p-hat_ij = sum_a sim_a p_ij(a) / sum_a sim_a over the similar clients; float64 [E] per block."""
+    total = sum(sims.values()) or 1.0
+    blocks = p[next(iter(sims))]
+    return {block: sum(s * p[a][block] for a, s in sims.items()) / total for block in blocks}
+
+
+def _counts(held: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    return {block: len(ids) for block, ids in held.items()}
+
+
+def _round_half_away(x: float) -> int:
+    return int(abs(x) + 0.5) * (1 if x > 0 else -1)
+
+
+# --- the server half ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Progress:
+    """Where a client stands in stage two. `before`: the structure to roll back to while a change is on trial."""
+
+    best: float = -1.0
+    stale: int = 0
+    before: Held | None = None
+    frozen: bool = False
+
+
+@dataclass
+class FedMoEServer(Server):
+    """Holds the full MoE, the client-expert map, usage p and each client's progress."""
+
+    setup: Setup
+    algorithm: FedMoE
+    map: dict[ClientId, Held] = field(default_factory=dict)
+    p: dict[ClientId, dict[str, Tensor]] = field(default_factory=dict)
+    measured: list[ClientId] = field(default_factory=list)
+    progress: dict[ClientId, _Progress] = field(default_factory=dict)
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.params = self.setup.initial_params()
+        self.progress = {c.id: _Progress() for c in self.setup.clients}
+        for client in self.setup.clients:
+            if lack := self.setup.lacks(client, dict.fromkeys(self.setup.model.counts, 1)):
+                raise BudgetError(
+                    f"client {client.id} cannot hold the smallest sub-MoE, one expert per layer: {lack}"
+                )
+        if self.algorithm.stage1 == "none":
+            self._random_structures()
+
+    @property
+    def stage(self) -> str:
+        return "two" if self.map else "one"
+
+    def profiles(self, client: ClientInfo) -> bool:
+        """Whether the client can hold the full MoE for stage one."""
+        mode = "lora" if self.algorithm.stage1 == "lora" else "forward"
+        return self.setup.lacks(client, self.setup.model.counts, mode) is None
+
+    def configure(self, round: int, clients: Sequence[ClientInfo]) -> dict[ClientId, Payload]:
+        if self.stage == "one":
+            able = [client for client in clients if self.profiles(client)]
+            if able:
+                return {
+                    c.id: Payload({"params": select(self.params, c.task)}, {"stage": "one"}) for c in able
+                }
+            self._set_structures()
+        chosen = self.setup.sampling.choose(clients, round, self.setup.seed)
+        return {client.id: self._sub_moe(client) for client in chosen}
+
+    def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
+        if self.stage == "one":
+            for client, reply in replies:
+                self.p[client] = self._usage(reply)
+                self.measured.append(client)
+            self._set_structures()
+            return {"profiled": float(len(self.measured))}
+        mean, scores = WeightedMean(), {}
+        for client, reply in replies:
+            mean.add(reply.group("params"), self._weight(reply))
+            self.p[client] = self._usage(reply)
+            scores[client] = float(reply.scalars["validation"])
+        self.params = mean.mean(self.params)
+        if self.algorithm.stage2:
+            for client, accuracy in scores.items():
+                self._follow(client, accuracy)
+        held = [sum(_counts(h).values()) for h in self.map.values()]
+        return {"experts": sum(held) / len(held)}
+
+    def deliver(self, client: ClientInfo) -> Payload:
+        held = self.map.get(client.id)
+        scalars = experts_to_scalars(held) if held else {}
+        return Payload({"params": select(self.params, client.task, held)}, scalars)
+
+    def unable(self, client: ClientInfo) -> str | None:
+        """Only before stage one has cut the client's sub-MoE can its delivered model, the full one, be too large."""
+        return None if client.id in self.map else self.setup.lacks(client, self.setup.model.counts)
+
+    def _sub_moe(self, client: ClientInfo) -> Payload:
+        sent = self.deliver(client)
+        outside = {
+            k: t for k, t in self.params.items() if router_row_of(k) and k not in sent.groups["params"]
+        }
+        return Payload({**sent.groups, "router": outside}, {**sent.scalars, "stage": "two"})
+
+    def _weight(self, reply: Payload) -> float | Callable[[str], float]:
+        n_k = float(reply.scalars["num_examples"])
+        if self.algorithm.weight == "examples":
+            return n_k
+        served = reply.group("served")
+
+        def weight(key: str) -> float:
+            place = expert_of(key) or router_row_of(key)
+            return n_k if place is None else float(served[place[0]][place[1]])
+
+        return weight
+
+    def _usage(self, reply: Payload) -> dict[str, Tensor]:
+        counts = reply.group(self.algorithm.usage)
+        return {block: n.double() / max(float(n.sum()), 1.0) for block, n in counts.items()}
+
+    def _info(self, client: ClientId) -> ClientInfo:
+        return next(c for c in self.setup.clients if c.id == client)
+
+    # stage one
+
+    def _set_structures(self) -> None:
+        """Estimate p where it was not measured, then cut every client's first sub-MoE under alpha * M_k."""
+        for client in self.setup.clients:
+            if client.id not in self.p:
+                self.p[client.id] = self._estimate(client)
+            allowed = self.algorithm.alpha
+
+            def fits(counts: Mapping[str, int], client: ClientInfo = client, share: float = allowed) -> bool:
+                return client.memory_bytes is None or (
+                    self.setup.footprint(counts).total <= share * client.memory_bytes
+                )
+
+            try:
+                held = largest_structure(self.p[client.id], fits)
+            except BudgetError:  # one expert per layer fits M_k (checked at the start) but not alpha * M_k
+                held = structure_at(self.p[client.id], 0.0)
+            self.map[client.id] = held
+            self._note("structure", client.id, experts=sum(_counts(held).values()),
+                       source="measured" if client.id in self.measured else "estimated")  # fmt: skip
+
+    def _estimate(self, client: ClientInfo) -> dict[str, Tensor]:
+        """Volume-weighted mean p of the measured clients of the same task, else of all, else uniform."""
+        infos = [self._info(a) for a in self.measured]
+        peers = [a for a in infos if a.task == client.task] or infos
+        if not peers:
+            return {
+                b: torch.full((n,), 1 / n, dtype=torch.float64) for b, n in self.setup.model.counts.items()
+            }
+        total = sum(a.num_examples for a in peers)
+        return {
+            block: sum(a.num_examples * self.p[a.id][block] for a in peers) / total
+            for block in self.setup.model.counts
+        }
+
+    def _random_structures(self) -> None:
+        """Without stage one: as many random experts per layer as alpha * M_k holds."""
+        for client in self.setup.clients:
+            n = self.setup.largest_uniform(client.memory_bytes, share=self.algorithm.alpha)
+            self.map[client.id] = random_experts(self.setup, client.id, max(n, 1))
+            self._note(
+                "structure", client.id, experts=sum(_counts(self.map[client.id]).values()), source="random"
+            )
+
+    # stage two
+
+    def _follow(self, client: ClientId, accuracy: float) -> None:
+        """Lines 9 to 27 of Algorithm 1 for one client, with patience, roll-back and freeze."""
+        progress = self.progress[client]
+        if accuracy > progress.best:
+            progress.best, progress.stale = accuracy, 0
+            if progress.before is not None:
+                progress.before = None
+                self._note("accept", client, validation=accuracy)
+            return
+        progress.stale += 1
+        if progress.frozen or progress.stale < self.algorithm.patience:
+            return
+        progress.stale = 0
+        if progress.before is not None:
+            self.map[client], progress.before = progress.before, None
+            progress.frozen = self.algorithm.freeze
+            self._note("rollback", client, experts=sum(_counts(self.map[client]).values()))
+            if progress.frozen:
+                self._note("freeze", client)
+            return
+        held = self._adjusted(client)
+        if held != self.map[client]:
+            progress.before, self.map[client] = self.map[client], held
+
+    def _adjusted(self, client: ClientId) -> Held:
+        """The structure after growing or shrinking towards the client's neighbours (Eq 4 to 6)."""
+        known = {a: p for a, p in self.p.items() if a in self.map}
+        sims = similar(client, known, self.algorithm.K)
+        if not sims:
+            return self.map[client]
+        own = sum(_counts(self.map[client]).values())
+        mean = sum(sum(_counts(self.map[a]).values()) for a in sims) / len(sims)
+        n = _round_half_away(mean - own)
+        wanted = p_hat(sims, known)
+        if self.algorithm.rank == "layer":
+            wanted = {block: p_E - p_E.mean() for block, p_E in wanted.items()}
+        held = self._grown(client, wanted, n) if n > 0 else self._shrunk(client, wanted, -n)
+        after = sum(_counts(held).values())
+        if after != own:
+            self._note("grow" if after > own else "shrink", client, experts=after, neighbours=sorted(sims))
+        return held
+
+    def _grown(self, client: ClientId, wanted: Usage, n: int) -> Held:
+        held = {block: set(ids) for block, ids in self.map[client].items()}
+        outside = [(b, j) for b, p_E in wanted.items() for j in range(len(p_E)) if j not in held[b]]
+        info = self._info(client)
+        for block, j in sorted(outside, key=lambda e: -float(wanted[e[0]][e[1]]))[:n]:
+            held[block].add(j)
+            if self.setup.lacks(info, {b: len(ids) for b, ids in held.items()}):
+                held[block].discard(j)
+                break
+        return {block: tuple(sorted(ids)) for block, ids in held.items()}
+
+    def _shrunk(self, client: ClientId, wanted: Usage, m: int) -> Held:
+        held = {block: set(ids) for block, ids in self.map[client].items()}
+        own = self.p[client]
+        inside = [(b, j) for b, ids in self.map[client].items() for j in ids]
+        floors = {
+            b: self.algorithm.floor * float(own[b][list(ids)].sum()) for b, ids in self.map[client].items()
+        }
+        removed = 0
+        for block, j in sorted(inside, key=lambda e: float(wanted[e[0]][e[1]])):
+            rest = held[block] - {j}
+            if removed == m:
+                break
+            if rest and float(own[block][list(rest)].sum()) >= floors[block]:
+                held[block] = rest
+                removed += 1
+        return {block: tuple(sorted(ids)) for block, ids in held.items()}
+
+    # the record
+
+    def _note(self, event: str, client: ClientId, **more: Any) -> None:
+        self.log.append({"event": event, "client": client, **more})
+
+    def events(self) -> list[dict[str, Any]]:
+        log, self.log = self.log, []
+        return log
+
+    def structure(self) -> ExpertMap | None:
+        return {client: dict(held) for client, held in self.map.items()} or None
+
+    def usage(self) -> dict[ClientId, dict[str, list[float]]]:
+        return {client: {b: p_E.tolist() for b, p_E in p.items()} for client, p in self.p.items()}
+
+    def state(self) -> Payload:
+        p = {f"{client}/{block}": p_E for client, blocks in self.p.items() for block, p_E in blocks.items()}
+        rest = {
+            "map": self.map,
+            "measured": self.measured,
+            "progress": {client: asdict(progress) for client, progress in self.progress.items()},
+            "log": self.log,
+        }
+        return Payload({"params": self.params, "p": p}, {"fedmoe": json.dumps(rest)})
+
+    def restore(self, state: Payload) -> None:
+        self.params = state.group("params")
+        self.p = {}
+        for key, p_E in state.group("p").items():
+            client, _, block = key.partition("/")
+            self.p.setdefault(client, {})[block] = p_E
+        rest = json.loads(str(state.scalars["fedmoe"]))
+        self.map = {client: _held(held) for client, held in rest["map"].items()}
+        self.measured = rest["measured"]
+        self.progress = {
+            client: _Progress(**{**fields, "before": _held(fields["before"])})
+            for client, fields in rest["progress"].items()
+        }
+        self.log = rest["log"]
+
+
+def _held(held: Mapping[str, Sequence[int]] | None) -> Held | None:
+    return None if held is None else {block: tuple(ids) for block, ids in held.items()}
+
+
+# --- the client half ----------------------------------------------------------------------------------------------
+
+
+class FedMoEClient(Client):
+    """Profiles the full MoE in stage one, trains its sub-MoE in stage two."""
+
+    def __init__(self, setup: Setup, algorithm: FedMoE):
+        self.setup = setup
+        self.algorithm = algorithm
+
+    def train(self, payload: Payload, context: ClientContext) -> Payload:
+        if payload.scalars["stage"] == "one":
+            return self._profile(payload, context)
+        return local_round(self.setup, payload, context, usage=True)[1]
+
+    def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
+        return local_test(self.setup, payload, context)
+
+    def _profile(self, payload: Payload, context: ClientContext) -> Payload:
+        """Stage one: LoRA on the experts for a few epochs, then the usage over the validation data."""
+        setup, lora = self.setup, self.algorithm.stage1 == "lora"
+        model = setup.build(payload.group("params"), context)
+        scalars: dict[str, Any] = {"num_examples": context.info.num_examples}
+        if lora:
+            add_expert_lora(model, self.algorithm.lora_rank)
+            train = setup.encode(context, context.data.train)
+            fitted = fit(model, train, setup.fit, context, epochs=self.algorithm.stage1_epochs)
+            scalars |= {"train_loss": fitted.loss, "steps": fitted.steps, "seconds_train": fitted.seconds}
+        with Tap(model, counts=setup.model.counts) as tap:
+            validation = setup.encode(context, context.data.validation)
+            scalars["validation"] = evaluate(model, validation, context, setup, tap)
+        counts = setup.model.counts
+        scalars["experts"] = sum(counts.values())
+        scalars["footprint"] = setup.footprint(counts, "lora" if lora else "forward").total
+        return Payload({"demand": tap.usage.demand, "served": tap.usage.served}, scalars)

@@ -1,0 +1,96 @@
+"""randomMoE: FedMoE's baseline with random sub-MoEs.
+
+Mei, Cai, Zhou, Wang, Xu: FedMoE, section on baselines. https://arxiv.org/abs/2408.11304
+
+Each client is given a random subset of the experts once and keeps it (the paper: 8 of 32 in each layer); training and
+modular aggregation are FedMoE's: trunk by n_k, an expert and its router row by n_k over the clients that hold it.
+
+Departures: the paper's 8 of 32 for all is the option `experts`; by default every client holds as many experts per
+layer as its own memory allows, which is the same budget FedMoE has.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from consilium.algorithms.fedavg import FedAvgClient
+from consilium.core import (
+    Algorithm,
+    Client,
+    ClientId,
+    ClientInfo,
+    ExpertMap,
+    Payload,
+    Server,
+    derive_seed,
+    experts_to_scalars,
+)
+from consilium.errors import ConfigError
+from consilium.moe.addressing import select
+from consilium.params import WeightedMean
+from consilium.training import Setup
+
+__all__ = ["RandomMoE", "random_experts"]
+
+
+@dataclass(frozen=True)
+class RandomMoE(Algorithm):
+    """Random fixed sub-MoEs.
+
+    Args:
+        experts: experts per layer for every client; None: as many as the client's memory allows.
+    """
+
+    experts: int | None = None
+
+    def server(self, setup: Setup) -> Server:
+        most = max(setup.model.counts.values())
+        if self.experts is not None and not 1 <= self.experts <= most:
+            raise ConfigError(f"experts is {self.experts}; allowed are 1..{most}")
+        return RandomMoEServer(setup, self.experts)
+
+    def client(self, setup: Setup) -> Client:
+        return FedAvgClient(setup)
+
+
+class RandomMoEServer(Server):
+    """Holds the full model and a fixed random client-expert map."""
+
+    def __init__(self, setup: Setup, experts: int | None):
+        self.setup = setup
+        self.params = setup.initial_params()
+        self.map: ExpertMap = {}
+        for client in setup.clients:
+            n = setup.largest_uniform(client.memory_bytes) if experts is None else experts
+            self.map[client.id] = random_experts(setup, client.id, max(n, 1))
+
+    def unable(self, client: ClientInfo) -> str | None:
+        return self.setup.lacks(client, {b: len(ids) for b, ids in self.map[client.id].items()})
+
+    def configure(self, round: int, clients: Sequence[ClientInfo]) -> dict[ClientId, Payload]:
+        able = [client for client in clients if self.unable(client) is None]
+        return {c.id: self.deliver(c) for c in self.setup.sampling.choose(able, round, self.setup.seed)}
+
+    def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
+        mean = WeightedMean()
+        for _, reply in replies:
+            mean.add(reply.group("params"), reply.scalars["num_examples"])
+        self.params = mean.mean(self.params)
+        return {}
+
+    def deliver(self, client: ClientInfo) -> Payload:
+        held = self.map[client.id]
+        return Payload({"params": select(self.params, client.task, held)}, experts_to_scalars(held))
+
+    def structure(self) -> ExpertMap:
+        return dict(self.map)
+
+
+def random_experts(setup: Setup, client: ClientId, n: int) -> dict[str, tuple[int, ...]]:
+    """n random experts of every block (all where there are fewer), from the run's seed and the client's id."""
+    rng = torch.Generator().manual_seed(derive_seed(setup.seed, "random experts", client))
+    return {
+        block: tuple(sorted(torch.randperm(total, generator=rng)[:n].tolist()))
+        for block, total in setup.model.counts.items()
+    }

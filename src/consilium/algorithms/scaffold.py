@@ -1,0 +1,173 @@
+"""SCAFFOLD: Stochastic Controlled Averaging for Federated Learning.
+
+Karimireddy, Kale, Mohri, Reddi, Stich, Suresh. ICML 2020. https://arxiv.org/abs/1910.06378
+
+Algorithm 1: y_i <- y_i - eta_l * (g_i(y_i) - c_i + c); c_i+ <- c_i - c + (x - y_i) / (K eta_l) (option II);
+x <- x + eta_g / |S| * sum (y_i - x); c <- c + 1/N * sum (c_i+ - c_i).
+
+    x, y_i   params                      c      group "control" down      c_i    context.state.params
+    eta_l    SCAFFOLD.eta_l              eta_g  SCAFFOLD.eta_g            N      number of able clients
+
+Departures: c_i+ is computed as the mean of the K raw gradients g_i(y_i). Under plain SGD that is option II exactly
+(unroll the sum), and it stays defined with gradient clipping. Keys a client does not hold (heads of other tasks) are
+left out of every sum, their control variate stays.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from consilium.algorithms.fedavg import FedAvgServer, common_experts
+from consilium.core import (
+    Algorithm,
+    Client,
+    ClientContext,
+    ClientId,
+    ClientInfo,
+    Payload,
+    Server,
+    experts_from_scalars,
+)
+from consilium.errors import ConfigError
+from consilium.moe.addressing import pack, select, table, unpack
+from consilium.moe.model import TaskModel
+from consilium.params import Params, WeightedMean
+from consilium.training import Correct, Setup, local_round, local_test
+
+__all__ = ["SCAFFOLD"]
+
+REFERENCES = 3  # c, c_i and the running sum of gradients, beside the weights that train
+
+
+@dataclass(frozen=True)
+class SCAFFOLD(Algorithm):
+    """Controlled averaging.
+
+    Args:
+        eta_l: learning rate of the clients' SGD, > 0 (the heads' is scaled as fit.head_lr to fit.lr).
+        eta_g: the server's learning rate, > 0.
+        experts: see FedAvg.
+    """
+
+    eta_l: float = 0.1
+    eta_g: float = 1.0
+    experts: int | Literal["all", "fit"] = "all"
+
+    def __post_init__(self) -> None:
+        for name in ("eta_l", "eta_g"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be greater than 0")
+
+    def server(self, setup: Setup) -> Server:
+        return ScaffoldServer(setup, self)
+
+    def client(self, setup: Setup) -> Client:
+        head_lr = setup.fit.head_lr / setup.fit.lr * self.eta_l
+        sgd = replace(setup.fit, optimizer="sgd", lr=self.eta_l, head_lr=head_lr)
+        return ScaffoldClient(replace(setup, fit=sgd))
+
+
+class ScaffoldServer(Server):
+    """FedAvg's choice of clients and payload, with control variates beside the weights."""
+
+    def __init__(self, setup: Setup, algorithm: SCAFFOLD):
+        held = common_experts(setup, algorithm.experts, references=REFERENCES)
+        self.averaging = FedAvgServer(setup, held, references=REFERENCES)
+        self.eta_g = algorithm.eta_g
+        self.control: Params = {key: torch.zeros_like(t) for key, t in self.params.items()}
+        self.able = max(sum(self.unable(c) is None for c in setup.clients), 1)
+
+    @property
+    def params(self) -> Params:
+        return self.averaging.params
+
+    def unable(self, client: ClientInfo) -> str | None:
+        return self.averaging.unable(client)
+
+    def configure(self, round: int, clients: Sequence[ClientInfo]) -> dict[ClientId, Payload]:
+        tasks = {client.id: client.task for client in clients}
+        return {
+            client: Payload(
+                {**sent.groups, "control": select(self.control, tasks[client], self.averaging.held)},
+                sent.scalars,
+            )
+            for client, sent in self.averaging.configure(round, clients).items()
+        }
+
+    def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
+        mean, sums = WeightedMean(), {}
+        for _, reply in replies:
+            mean.add(reply.group("params"), 1.0)
+            for key, delta in reply.group("control").items():
+                sums[key] = sums.get(key, 0) + delta.double() / self.able
+        for key, average in mean.mean(self.params).items():
+            step = average.double() - self.params[key].double()
+            self.params[key] = (self.params[key].double() + self.eta_g * step).to(average.dtype)
+        for key, step in sums.items():
+            self.control[key] = (self.control[key].double() + step).to(self.control[key].dtype)
+        return {}
+
+    def deliver(self, client: ClientInfo) -> Payload:
+        return self.averaging.deliver(client)
+
+    def state(self) -> Payload:
+        return Payload({"params": self.params, "control": self.control})
+
+    def restore(self, state: Payload) -> None:
+        self.averaging.params = state.group("params")
+        self.control = state.group("control")
+
+
+class ScaffoldClient(Client):
+    """Steps along g - c_i + c; keeps c_i on the client."""
+
+    def __init__(self, setup: Setup):
+        self.setup = setup
+
+    def train(self, payload: Payload, context: ClientContext) -> Payload:
+        held = experts_from_scalars(payload.scalars)
+        c_i = context.state.params or {k: torch.zeros_like(t) for k, t in payload.group("params").items()}
+        variates = Controlled(payload.group("control"), c_i)
+
+        def correct(model: TaskModel) -> Correct:
+            return variates.attach(model, held)
+
+        model, reply = local_round(self.setup, payload, context, correct)
+        fresh = {k: t.clone() for k, t in unpack(table(model, held), variates.mean_gradient()).items()}
+        control = {key: fresh[key] - c_i[key] for key in fresh}
+        context.state.params = fresh
+        return Payload({**reply.groups, "control": control}, reply.scalars)
+
+    def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
+        return local_test(self.setup, payload, context)
+
+
+class Controlled:
+    """Adds c - c_i to each gradient and keeps the running sum of the raw ones."""
+
+    def __init__(self, c: Params, c_i: Params):
+        self.c, self.c_i = c, c_i
+        self.sums: dict[str, torch.Tensor] = {}
+        self.steps = 0
+
+    def attach(self, model: TaskModel, held) -> Correct:
+        names = table(model, held)
+        c, c_i = pack(names, self.c), pack(names, self.c_i)
+        shift = {path: (c[path] - c_i[path]) for path in c}
+
+        def correct(trainable: dict[str, torch.nn.Parameter]) -> None:
+            self.steps += 1
+            for path, p in trainable.items():
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+                total = self.sums.setdefault(path, torch.zeros_like(p))
+                total.add_(p.grad)
+                p.grad.add_(shift[path].to(p.device))
+
+        return correct
+
+    def mean_gradient(self) -> dict[str, torch.Tensor]:
+        """Path -> mean raw gradient over the K steps."""
+        return {path: (total / self.steps).cpu() for path, total in self.sums.items()}

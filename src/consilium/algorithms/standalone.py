@@ -1,0 +1,91 @@
+"""Standalone: every client trains on its own data and nothing travels.
+
+The floor that any federation has to beat. A client starts from the pretrained model, which is public, and continues
+in each round it is chosen for from where it was; the model lives in the client's state.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from consilium.algorithms.fedavg import common_experts
+from consilium.core import (
+    Algorithm,
+    Client,
+    ClientContext,
+    ClientId,
+    ClientInfo,
+    ExpertSet,
+    Payload,
+    Server,
+    experts_from_scalars,
+    experts_to_scalars,
+)
+from consilium.moe.addressing import select
+from consilium.training import Setup, local_round, local_test
+
+__all__ = ["Standalone"]
+
+
+@dataclass(frozen=True)
+class Standalone(Algorithm):
+    """Local training only.
+
+    Args:
+        experts: see FedAvg.
+    """
+
+    experts: int | Literal["all", "fit"] = "all"
+
+    def server(self, setup: Setup) -> Server:
+        return StandaloneServer(setup, common_experts(setup, self.experts))
+
+    def client(self, setup: Setup) -> Client:
+        return StandaloneClient(setup)
+
+
+class StandaloneServer(Server):
+    """Chooses who trains; sends no tensor, only which experts the common model has."""
+
+    def __init__(self, setup: Setup, held: ExpertSet | None):
+        self.setup = setup
+        self.counts = {b: len(ids) for b, ids in held.items()} if held else setup.model.counts
+        self.sent = Payload(scalars=experts_to_scalars(held) if held else {})
+        self.params = {}
+
+    def unable(self, client: ClientInfo) -> str | None:
+        return self.setup.lacks(client, self.counts)
+
+    def configure(self, round: int, clients: Sequence[ClientInfo]) -> dict[ClientId, Payload]:
+        able = [client for client in clients if self.unable(client) is None]
+        return {c.id: self.sent for c in self.setup.sampling.choose(able, round, self.setup.seed)}
+
+    def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
+        for _ in replies:
+            pass
+        return {}
+
+    def deliver(self, client: ClientInfo) -> Payload:
+        return self.sent
+
+
+class StandaloneClient(Client):
+    """Keeps its model in its state."""
+
+    def __init__(self, setup: Setup):
+        self.setup = setup
+
+    def train(self, payload: Payload, context: ClientContext) -> Payload:
+        _, reply = local_round(self.setup, self._own(payload, context), context)
+        context.state.params = reply.group("params")
+        return Payload(scalars=reply.scalars)
+
+    def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
+        return local_test(self.setup, self._own(payload, context), context)
+
+    def _own(self, payload: Payload, context: ClientContext) -> Payload:
+        params = context.state.params
+        if not params:
+            held = experts_from_scalars(payload.scalars)
+            params = select(self.setup.initial_params(), context.data.task.name, held)
+        return Payload({"params": params}, payload.scalars)

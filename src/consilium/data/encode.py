@@ -1,0 +1,103 @@
+"""Texts to token ids to batches, for the three ways a model does a task.
+
+Shapes: B examples, S source tokens, T target tokens; padded to the longest in the batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from consilium.data.task import Split, Task
+from consilium.errors import DataError
+
+__all__ = ["Encoded", "encode"]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of one split.
+
+    Args:
+        sources: token ids per example, at most `max_length`.
+        targets: label index per example, or target token ids.
+        texts: the target texts (label names), for scoring.
+        way: "classification", "seq2seq" or "causal" (source and target in one sequence).
+        pad: id of the padding token.
+    """
+
+    sources: list[list[int]]
+    targets: list[int] | list[list[int]]
+    texts: list[str]
+    way: str
+    pad: int
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def batch(self, rows: Sequence[int], device: torch.device, prompt: bool = False) -> dict[str, Tensor]:
+        """A batch of these rows; `prompt`: for generation, sources alone (left-padded for causal models)."""
+        sources = [self.sources[i] for i in rows]
+        targets = [self.targets[i] for i in rows]
+        if self.way == "classification":
+            labels = torch.tensor(targets)
+        elif self.way == "seq2seq":
+            labels = _pad(targets, -100)
+        else:
+            labels = _pad([[-100] * len(s) + t for s, t in zip(sources, targets, strict=True)], -100)
+            if not prompt:
+                sources = [s + t for s, t in zip(sources, targets, strict=True)]
+        left = prompt and self.way == "causal"
+        mask = _pad([[1] * len(s) for s in sources], 0, left)
+        batch = {"input_ids": _pad(sources, self.pad, left), "attention_mask": mask, "labels": labels}
+        return {key: value.to(device) for key, value in batch.items()}
+
+    def epochs(self, epochs: int, batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
+        """Rows of each batch: `epochs` shuffled passes, the last batch of a pass may be short."""
+        for _ in range(epochs):
+            order = torch.randperm(len(self), generator=generator).tolist()
+            for start in range(0, len(order), batch_size):
+                yield order[start : start + batch_size]
+
+
+def encode(
+    split: Split,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    way: str,
+    max_length: int,
+    target_length: int,
+) -> Encoded:
+    """Tokenise a split.
+
+    Args:
+        way: "classification", "seq2seq" or "causal".
+        max_length: tokens kept of a source; target_length: tokens kept of a target, the end mark included.
+
+    Raises:
+        DataError: for a label outside the task's label set.
+    """
+    sources = tokenizer(split.texts, truncation=True, max_length=max_length)["input_ids"]
+    sources = [ids or [tokenizer.pad_token_id] for ids in sources]
+    if way == "classification":
+        index = {label: i for i, label in enumerate(task.labels)}
+        odd = next((t for t in split.targets if t not in index), None)
+        if odd is not None:
+            raise DataError(f"label {odd!r} is not in the label set of task {task.name}: {', '.join(task.labels)}")
+        targets: list = [index[t] for t in split.targets]
+    else:
+        end = [tokenizer.eos_token_id]
+        ids = tokenizer(split.targets, truncation=True, max_length=target_length - 1, add_special_tokens=False)
+        targets = [t + end for t in ids["input_ids"]]
+    return Encoded(sources, targets, list(split.targets), way, tokenizer.pad_token_id)
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor:
+    width = max(len(row) for row in rows)
+    padded = torch.full((len(rows), width), value, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        padded[i, place] = torch.tensor(row, dtype=torch.int64)
+    return padded

@@ -1,0 +1,348 @@
+"""THE local loop: `fit` trains a model on one client's data, `evaluate` scores it. Every method comes through here.
+
+A method bends the loop in one place only: `correct`, called on the gradients of each step before clipping. FedProx's
+penalty and SCAFFOLD's control variates are such corrections.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from consilium.core import (
+    ClientContext,
+    ClientInfo,
+    ExpertSet,
+    Payload,
+    Sampling,
+    derive_seed,
+    experts_from_scalars,
+)
+from consilium.data.encode import Encoded, encode
+from consilium.data.task import Split, score
+from consilium.errors import ConfigError
+from consilium.moe.addressing import flatten, parameters
+from consilium.moe.budget import Footprint, MemoryModel, human
+from consilium.moe.build import ModelSource
+from consilium.moe.model import TaskModel
+from consilium.moe.routing import Tap
+from consilium.params import Params
+
+__all__ = ["Fit", "Fitted", "Setup", "evaluate", "fit", "local_round", "local_test"]
+
+Correct = Callable[[Mapping[str, nn.Parameter]], None]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a client trains in one round.
+
+    Args:
+        lr: learning rate of the backbone, > 0.
+        head_lr: learning rate of classification heads, which start from zero, > 0.
+        epochs: passes over the client's training data per round, >= 1.
+        batch_size: examples per step, >= 1.
+        max_length: source tokens kept per example; target_length: target tokens (text-to-text).
+        optimizer: "adamw" or "sgd"; fresh in every round.
+        weight_decay: decoupled weight decay.
+        clip: largest norm of the gradient, 0: no clipping.
+        label_smoothing: of the cross-entropy, 0..1 (FedMoE, Eq 1).
+        balance: weight of the per-layer load-balance loss (alpha in FedMoE's Eq 1).
+        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
+    """
+
+    lr: float = 1e-3
+    head_lr: float = 1e-2
+    epochs: int = 1
+    batch_size: int = 16
+    max_length: int = 96
+    target_length: int = 16
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    label_smoothing: float = 0.1
+    balance: float = 0.01
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "head_lr"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"fit.{name} is {getattr(self, name)}; it must be greater than 0")
+        for name in ("epochs", "batch_size", "max_length", "target_length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"fit.{name} is {getattr(self, name)}; it must be at least 1")
+        for name, top in (
+            ("label_smoothing", 1.0),
+            ("balance", float("inf")),
+            ("weight_decay", float("inf")),
+        ):
+            if not 0 <= getattr(self, name) <= top:
+                raise ConfigError(f"fit.{name} is {getattr(self, name)}; it must be within 0..{top:g}")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What both halves of every method are built from; holds no weights.
+
+    Args:
+        model: where the model comes from.
+        fit: how clients train.
+        sampling: who takes part in a round.
+        seed: of the run.
+        heads: task -> every label any client has, for the server's table of heads; {} for text-to-text.
+        clients: all clients of the federation, as the server knows them.
+    """
+
+    model: ModelSource
+    fit: Fit
+    sampling: Sampling
+    seed: int
+    heads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    clients: tuple[ClientInfo, ...] = ()
+
+    def initial_params(self) -> Params:
+        """The pretrained backbone, and a zero head row for every label of every task: where all methods start."""
+        params = self.model.load()
+        width, dtype = self.model.config.hidden_size, self.model.torch_dtype
+        for task, labels in self.heads.items():
+            for label in labels:
+                params[f"head.{task}.{label}.weight"] = torch.zeros(width, dtype=dtype)
+                params[f"head.{task}.{label}.bias"] = torch.zeros((), dtype=dtype)
+        return params
+
+    def footprint(
+        self,
+        counts: Mapping[str, int],
+        mode: Literal["full", "lora", "forward"] = "full",
+        references: int = 0,
+    ) -> Footprint:
+        """Bytes a client needs for `counts` experts per block, by the memory model.
+
+        Args:
+            references: extra copies of the weights the method keeps while training (FedProx 1, SCAFFOLD 2).
+        """
+        return self._memory.footprint(
+            counts,
+            mode=mode,
+            batch_size=self.fit.batch_size,
+            max_length=self.fit.max_length,
+            target_length=self.fit.target_length,
+            optimizer=self.fit.optimizer,
+            gradient_checkpointing=self.fit.gradient_checkpointing,
+            references=references,
+        )
+
+    def lacks(
+        self, client: ClientInfo, counts: Mapping[str, int], mode: str = "full", references: int = 0
+    ) -> str | None:
+        """Why the client's device cannot train `counts` experts per block; None if it can."""
+        if client.memory_bytes is None:
+            return None
+        need = self.footprint(counts, mode, references).total
+        if need <= client.memory_bytes:
+            return None
+        return f"needs {human(need)}, has {human(client.memory_bytes)}"
+
+    @property
+    def _memory(self) -> MemoryModel:
+        return MemoryModel.of(self.model)
+
+    def largest_uniform(self, memory_bytes: int | None, share: float = 1.0, references: int = 0) -> int:
+        """The most experts per block, the same in every block, that fit into `share` of the memory; 0 if none does."""
+        most = max(self.model.counts.values())
+        if memory_bytes is None:
+            return most
+        for n in range(most, 0, -1):
+            counts = {block: min(n, total) for block, total in self.model.counts.items()}
+            if self.footprint(counts, references=references).total <= share * memory_bytes:
+                return n
+        return 0
+
+    def encode(self, context: ClientContext, split: Split) -> Encoded:
+        """A split of the client's data as token ids for this model."""
+        way = "classification"
+        if self.model.form == "text-to-text":
+            way = "seq2seq" if self.model.config.is_encoder_decoder else "causal"
+        data = context.data
+        return encode(
+            split, data.task, self.model.tokenizer(), way, self.fit.max_length, self.fit.target_length
+        )
+
+    def build(self, params: Params, context: ClientContext, held: ExpertSet | None = None) -> TaskModel:
+        """The client's live model on its device, holding only `held` experts."""
+        task = context.data.task
+        return self.model.build(params, task.name, task.labels, held).to(context.device)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What `fit` did: mean training loss, optimiser steps, wall seconds."""
+
+    loss: float
+    steps: int
+    seconds: float
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Everything random inside (dropout, router noise) follows from the seed; the outside is left as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def fit(
+    model: TaskModel,
+    data: Encoded,
+    config: Fit,
+    context: ClientContext,
+    correct: Correct | None = None,
+    epochs: int | None = None,
+) -> Fitted:
+    """Train in place on every parameter that requires a gradient.
+
+    Loss: cross-entropy with label smoothing + balance * load-balance loss (FedMoE, Eq 1).
+
+    Args:
+        correct: called after each backward pass with path -> parameter of all trainable parameters, to change
+            their gradients; a parameter the batch did not reach has `grad` None.
+        epochs: instead of `config.epochs`.
+    """
+    start = time.perf_counter()
+    trainable = {path: p for path, p in parameters(model).items() if p.requires_grad}
+    optimizer = _optimizer(trainable, config)
+    epochs = config.epochs if epochs is None else epochs
+    total = epochs * -(-len(data) // config.batch_size)
+    generator = torch.Generator().manual_seed(derive_seed(context.seed, "batches"))
+    if config.gradient_checkpointing:
+        model.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    losses: list[Tensor] = []
+    with seeded(derive_seed(context.seed, "fit")), Tap(model) as tap:
+        for rows in data.epochs(epochs, config.batch_size, generator):
+            batch = data.batch(rows, context.device)
+            with tap.batch(batch):
+                logits, labels = model(batch)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+            if config.balance:
+                loss = loss + config.balance * tap.balance_loss()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if correct is not None:
+                correct(trainable)
+            if config.clip:
+                nn.utils.clip_grad_norm_(trainable.values(), config.clip)
+            optimizer.step()
+            losses.append(loss.detach())
+            context.progress(len(losses), total)
+    mean = torch.stack(losses).mean().item() if losses else float("nan")
+    return Fitted(mean, len(losses), time.perf_counter() - start)
+
+
+def evaluate(
+    model: TaskModel, data: Encoded, context: ClientContext, setup: Setup, tap: Tap | None = None
+) -> float:
+    """The task's metric on a split, in [0, 1].
+
+    Args:
+        tap: counts the usage of experts over the split (teacher-forced for text-to-text).
+    """
+    predictions: list[str] = []
+    tokenizer = setup.model.tokenizer()
+    model.eval()
+    size = 4 * setup.fit.batch_size
+    order = sorted(range(len(data)), key=lambda i: len(data.sources[i]))
+    with torch.inference_mode():
+        for rows in (order[i : i + size] for i in range(0, len(order), size)):
+            batch = data.batch(rows, context.device)
+            if tap is not None:
+                with tap.batch(batch, count=True):
+                    logits, _ = model(batch)
+            elif data.way == "classification":
+                logits, _ = model(batch)
+            if data.way == "classification":
+                predictions += [model.labels[i] for i in logits.argmax(-1).tolist()]
+            else:
+                prompt = data.batch(rows, context.device, prompt=True)
+                ids = model.generate(prompt, setup.fit.target_length)
+                predictions += tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return score(context.data.task.metric, predictions, [data.texts[i] for i in order])
+
+
+def local_round(
+    setup: Setup,
+    payload: Payload,
+    context: ClientContext,
+    correct: Callable[[TaskModel], Correct] | None = None,
+    usage: bool = False,
+) -> tuple[TaskModel, Payload]:
+    """One client's round on what it was sent: build, fit, validate, flatten.
+
+    Args:
+        payload: group "params" (trunk, held experts, their router rows, the task's head rows), scalars naming the
+            held experts (none: all); optionally group "router", the rows of the experts that are not held.
+        correct: given the live model, returns the correction for `fit`.
+        usage: also report the usage of experts over the validation data, groups "demand" and "served", int64 [E].
+
+    Returns:
+        The trained model, and the reply: group "params", and scalars num_examples, validation (the task's metric),
+        train_loss, steps, experts, footprint (bytes by the memory model), seconds_train, seconds_evaluate.
+    """
+    held = experts_from_scalars(payload.scalars)
+    model = setup.build(payload.group("params"), context, held)
+    fitted = fit(
+        model,
+        setup.encode(context, context.data.train),
+        setup.fit,
+        context,
+        correct(model) if correct is not None else None,
+    )
+    groups: dict[str, Params] = {"params": flatten(model, held)}
+    start = time.perf_counter()
+    validation = setup.encode(context, context.data.validation)
+    with Tap(model, held, payload.group("router"), setup.model.counts) as tap:
+        accuracy = evaluate(model, validation, context, setup, tap if usage else None)
+    if usage:
+        groups |= {"demand": tap.usage.demand, "served": tap.usage.served}
+    counts = {block: len(ids) for block, ids in held.items()} if held else setup.model.counts
+    scalars = {
+        "num_examples": context.info.num_examples,
+        "validation": accuracy,
+        "train_loss": fitted.loss,
+        "steps": fitted.steps,
+        "experts": sum(counts.values()),
+        "footprint": setup.footprint(counts).total,
+        "seconds_train": fitted.seconds,
+        "seconds_evaluate": time.perf_counter() - start,
+    }
+    return model, Payload(groups, scalars)
+
+
+def local_test(setup: Setup, payload: Payload, context: ClientContext) -> Payload:
+    """Score a delivered model on the client's test split: scalars score, examples, seconds_evaluate."""
+    start = time.perf_counter()
+    model = setup.build(payload.group("params"), context, experts_from_scalars(payload.scalars))
+    value = evaluate(model, setup.encode(context, context.data.test), context, setup)
+    return Payload(
+        scalars={
+            "score": value,
+            "examples": len(context.data.test),
+            "seconds_evaluate": time.perf_counter() - start,
+        }
+    )
+
+
+def _optimizer(trainable: Mapping[str, nn.Parameter], config: Fit) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [p for path, p in trainable.items() if path.startswith("head.")], "lr": config.head_lr},
+        {"params": [p for path, p in trainable.items() if not path.startswith("head.")], "lr": config.lr},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
