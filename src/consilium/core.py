@@ -80,9 +80,7 @@ class Payload:
                 if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
                     raise PayloadError(f"{group}/{key} is not a dense tensor")
                 if tensor.device.type != "cpu" or tensor.dtype not in _DTYPES:
-                    raise PayloadError(
-                        f"{group}/{key} is {tensor.dtype} on {tensor.device}: send a plain CPU dtype"
-                    )
+                    raise PayloadError(f"{group}/{key} is {tensor.dtype} on {tensor.device}: send a plain CPU dtype")
         for key, value in self.scalars.items():
             items = value if isinstance(value, list) else [value]
             kinds = {type(item) for item in items}
@@ -119,13 +117,9 @@ class ClientInfo:
 
     def __post_init__(self) -> None:
         if not _ID.fullmatch(self.id):
-            raise ConfigError(
-                f"client id {self.id!r} must match [A-Za-z0-9._-]{{1,64}} without a leading dot"
-            )
+            raise ConfigError(f"client id {self.id!r} must match [A-Za-z0-9._-]{{1,64}} without a leading dot")
         if self.num_examples < 1:
-            raise ConfigError(
-                f"client {self.id} has {self.num_examples} training examples; leave empty clients out"
-            )
+            raise ConfigError(f"client {self.id} has {self.num_examples} training examples; leave empty clients out")
 
 
 @dataclass
@@ -165,9 +159,7 @@ def experts_to_scalars(held: ExpertSet) -> dict[str, Scalar]:
 def experts_from_scalars(scalars: Mapping[str, Scalar]) -> dict[str, tuple[int, ...]] | None:
     """The expert set in a payload's scalars; None where it names none: the whole model."""
     prefix = "experts/"
-    held = {
-        k[len(prefix) :]: tuple(v) for k, v in scalars.items() if k.startswith(prefix) and isinstance(v, list)
-    }
+    held = {k[len(prefix) :]: tuple(v) for k, v in scalars.items() if k.startswith(prefix) and isinstance(v, list)}
     return held or None
 
 

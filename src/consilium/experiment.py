@@ -141,9 +141,7 @@ def from_json(saved: Mapping[str, Any]) -> Experiment:
             return value
         kind = value.get("type")
         if kind not in classes:
-            raise ConfigError(
-                f"saved experiment has unknown type {kind!r}; known are {', '.join(sorted(classes))}"
-            )
+            raise ConfigError(f"saved experiment has unknown type {kind!r}; known are {', '.join(sorted(classes))}")
         try:
             return classes[kind](**{key: load(item) for key, item in value.items() if key != "type"})
         except TypeError as error:
@@ -161,9 +159,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / "config.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"{folder} is not a run directory: config.json {type(error).__name__}"
-        ) from error
+        raise CheckpointError(f"{folder} is not a run directory: config.json {type(error).__name__}") from error
 
 
 # --- running ------------------------------------------------------------------------------------------------------
@@ -229,9 +225,7 @@ class _Prepared:
                 id=client,
                 num_examples=len(data.train),
                 task=data.task.name,
-                memory_bytes=bytes_of(experiment.memory[i % len(experiment.memory)])
-                if experiment.memory
-                else None,
+                memory_bytes=bytes_of(experiment.memory[i % len(experiment.memory)]) if experiment.memory else None,
             )
             for i, (client, data) in enumerate(federation.clients.items())
         )
@@ -372,9 +366,7 @@ def _summary(prepared: _Prepared, folder: Path) -> dict[str, Any]:
             "reason": f"cannot hold the model: {lack}" if lack else None,
         }
     counts = [r["experts_mean"] for r in rounds if r["experts_mean"] is not None]
-    seconds = {
-        key: sum(r["seconds"][key] for r in rounds) for key in ("round", "train", "evaluate", "engine")
-    }
+    seconds = {key: sum(r["seconds"][key] for r in rounds) for key in ("round", "train", "evaluate", "engine")}
     return {
         "algorithm": type(prepared.experiment.algorithm).__name__,
         "name": prepared.experiment.name,

@@ -169,9 +169,7 @@ class Setup:
         if self.model.form == "text-to-text":
             way = "seq2seq" if self.model.config.is_encoder_decoder else "causal"
         data = context.data
-        return encode(
-            split, data.task, self.model.tokenizer(), way, self.fit.max_length, self.fit.target_length
-        )
+        return encode(split, data.task, self.model.tokenizer(), way, self.fit.max_length, self.fit.target_length)
 
     def build(self, params: Params, context: ClientContext, held: ExpertSet | None = None) -> TaskModel:
         """The client's live model on its device, holding only `held` experts."""
@@ -244,9 +242,7 @@ def fit(
     return Fitted(mean, len(losses), time.perf_counter() - start)
 
 
-def evaluate(
-    model: TaskModel, data: Encoded, context: ClientContext, setup: Setup, tap: Tap | None = None
-) -> float:
+def evaluate(model: TaskModel, data: Encoded, context: ClientContext, setup: Setup, tap: Tap | None = None) -> float:
     """The task's metric on a split, in [0, 1].
 
     Args:

@@ -119,9 +119,7 @@ def common_experts(
         return None
     totals = setup.model.counts
     if experts == "fit":
-        smallest = min(
-            (c for c in setup.clients if c.memory_bytes), key=lambda c: c.memory_bytes, default=None
-        )
+        smallest = min((c for c in setup.clients if c.memory_bytes), key=lambda c: c.memory_bytes, default=None)
         if smallest is None:
             return None
         experts = setup.largest_uniform(smallest.memory_bytes, references=references)

@@ -212,9 +212,7 @@ class FedMoEServer(Server):
         self.progress = {c.id: _Progress() for c in self.setup.clients}
         for client in self.setup.clients:
             if lack := self.setup.lacks(client, dict.fromkeys(self.setup.model.counts, 1)):
-                raise BudgetError(
-                    f"client {client.id} cannot hold the smallest sub-MoE, one expert per layer: {lack}"
-                )
+                raise BudgetError(f"client {client.id} cannot hold the smallest sub-MoE, one expert per layer: {lack}")
         if self.algorithm.stage1 == "none":
             self._random_structures()
 
@@ -231,9 +229,7 @@ class FedMoEServer(Server):
         if self.stage == "one":
             able = [client for client in clients if self.profiles(client)]
             if able:
-                return {
-                    c.id: Payload({"params": select(self.params, c.task)}, {"stage": "one"}) for c in able
-                }
+                return {c.id: Payload({"params": select(self.params, c.task)}, {"stage": "one"}) for c in able}
             self._set_structures()
         chosen = self.setup.sampling.choose(clients, round, self.setup.seed)
         return {client.id: self._sub_moe(client) for client in chosen}
@@ -268,9 +264,7 @@ class FedMoEServer(Server):
 
     def _sub_moe(self, client: ClientInfo) -> Payload:
         sent = self.deliver(client)
-        outside = {
-            k: t for k, t in self.params.items() if router_row_of(k) and k not in sent.groups["params"]
-        }
+        outside = {k: t for k, t in self.params.items() if router_row_of(k) and k not in sent.groups["params"]}
         return Payload({**sent.groups, "router": outside}, {**sent.scalars, "stage": "two"})
 
     def _weight(self, reply: Payload) -> float | Callable[[str], float]:
@@ -319,13 +313,10 @@ class FedMoEServer(Server):
         infos = [self._info(a) for a in self.measured]
         peers = [a for a in infos if a.task == client.task] or infos
         if not peers:
-            return {
-                b: torch.full((n,), 1 / n, dtype=torch.float64) for b, n in self.setup.model.counts.items()
-            }
+            return {b: torch.full((n,), 1 / n, dtype=torch.float64) for b, n in self.setup.model.counts.items()}
         total = sum(a.num_examples for a in peers)
         return {
-            block: sum(a.num_examples * self.p[a.id][block] for a in peers) / total
-            for block in self.setup.model.counts
+            block: sum(a.num_examples * self.p[a.id][block] for a in peers) / total for block in self.setup.model.counts
         }
 
     def _random_structures(self) -> None:
@@ -333,9 +324,7 @@ class FedMoEServer(Server):
         for client in self.setup.clients:
             n = self.setup.largest_uniform(client.memory_bytes, share=self.algorithm.alpha)
             self.map[client.id] = random_experts(self.setup, client.id, max(n, 1))
-            self._note(
-                "structure", client.id, experts=sum(_counts(self.map[client.id]).values()), source="random"
-            )
+            self._note("structure", client.id, experts=sum(_counts(self.map[client.id]).values()), source="random")
 
     # stage two
 
@@ -396,9 +385,7 @@ class FedMoEServer(Server):
         held = {block: set(ids) for block, ids in self.map[client].items()}
         own = self.p[client]
         inside = [(b, j) for b, ids in self.map[client].items() for j in ids]
-        floors = {
-            b: self.algorithm.floor * float(own[b][list(ids)].sum()) for b, ids in self.map[client].items()
-        }
+        floors = {b: self.algorithm.floor * float(own[b][list(ids)].sum()) for b, ids in self.map[client].items()}
         removed = 0
         for block, j in sorted(inside, key=lambda e: float(wanted[e[0]][e[1]])):
             rest = held[block] - {j}

@@ -74,9 +74,7 @@ class ClientStore:
         try:
             payload = decode(path.read_bytes())
         except (OSError, PayloadError) as error:
-            raise CheckpointError(
-                f"the state of client {client} in {path} cannot be read: {error}"
-            ) from error
+            raise CheckpointError(f"the state of client {client} in {path} cannot be read: {error}") from error
         return ClientState(payload.group("params"), dict(payload.scalars))
 
     def save(self, client: ClientId, state: ClientState, round: int) -> None:
@@ -118,9 +116,7 @@ def load_checkpoint(folder: Path) -> tuple[int, Payload, dict[ClientId, int]] | 
         try:
             payload = decode(path.read_bytes())
         except (OSError, PayloadError) as error:
-            warnings.warn(
-                f"checkpoint {path.name} cannot be read ({error}); trying the one before", stacklevel=2
-            )
+            warnings.warn(f"checkpoint {path.name} cannot be read ({error}); trying the one before", stacklevel=2)
             continue
         scalars = dict(payload.scalars)
         versions = json.loads(str(scalars.pop("engine/versions")))

@@ -49,9 +49,7 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         storage = tensor.untyped_storage()
         alone = tensor.is_contiguous() and storage.nbytes() == tensor.numel() * tensor.element_size()
         own[name] = (
-            tensor
-            if alone and storage.data_ptr() not in seen
-            else tensor.clone(memory_format=torch.contiguous_format)
+            tensor if alone and storage.data_ptr() not in seen else tensor.clone(memory_format=torch.contiguous_format)
         )
         seen.add(storage.data_ptr())
     return own

@@ -75,9 +75,7 @@ def table(model: TaskModel, held: ExpertSet | None = None) -> Table:
     places = all_experts(model)
     held = places if held is None else held
     if {b: len(ids) for b, ids in held.items()} != {b: len(ids) for b, ids in places.items()}:
-        raise ModelError(
-            f"the model has {_counts(places)} experts per block, the names given are {_counts(held)}"
-        )
+        raise ModelError(f"the model has {_counts(places)} experts per block, the names given are {_counts(held)}")
     names: Table = {}
     for path, _ in model.backbone.named_parameters():
         names[path] = _flat_name(path, model, held)
@@ -131,9 +129,7 @@ def pack(names: Table, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
         try:
             tensors[path] = flat[name] if isinstance(name, str) else torch.stack([flat[n] for n in name])
         except KeyError as missing:
-            raise ModelError(
-                f"the parameters lack {missing.args[0]!r}, which {path!r} of the model needs"
-            ) from None
+            raise ModelError(f"the parameters lack {missing.args[0]!r}, which {path!r} of the model needs") from None
     return tensors
 
 
@@ -152,9 +148,7 @@ def flatten(model: TaskModel, held: ExpertSet | None = None) -> Params:
         held: the full-model ids of the experts in the model's places; None: all, in order.
     """
     tensors = {path: p.detach() for path, p in parameters(model).items()}
-    return {
-        key: t.to("cpu", copy=True).contiguous() for key, t in unpack(table(model, held), tensors).items()
-    }
+    return {key: t.to("cpu", copy=True).contiguous() for key, t in unpack(table(model, held), tensors).items()}
 
 
 def load_flat(model: TaskModel, flat: Mapping[str, Tensor], held: ExpertSet | None = None) -> TaskModel:
@@ -172,9 +166,7 @@ def load_flat(model: TaskModel, flat: Mapping[str, Tensor], held: ExpertSet | No
     for path, parameter in parameters(model).items():
         tensor = packed[path]
         if parameter.shape != tensor.shape:
-            raise ModelError(
-                f"{path!r} has shape {tuple(parameter.shape)}, the parameters {tuple(tensor.shape)}"
-            )
+            raise ModelError(f"{path!r} has shape {tuple(parameter.shape)}, the parameters {tuple(tensor.shape)}")
         if parameter.is_meta:
             owned = tensor if isinstance(names[path], tuple) else tensor.clone()
             fresh[id(parameter)] = nn.Parameter(owned, requires_grad=parameter.requires_grad)

@@ -110,9 +110,7 @@ class ModelSource:
         backbone.tie_weights()  # accelerate gives every module its own meta parameter
         return model
 
-    def build(
-        self, params: Params, task: str, labels: tuple[str, ...], held: ExpertSet | None = None
-    ) -> TaskModel:
+    def build(self, params: Params, task: str, labels: tuple[str, ...], held: ExpertSet | None = None) -> TaskModel:
         """A live model from flat parameters, with only the held experts (None: all) ever in memory."""
         model = self.skeleton(task, labels)
         if held is not None:

@@ -108,9 +108,7 @@ def family_of(model_type: str) -> Family:
     """
     if model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
-        raise ModelError(
-            f"model type {model_type!r} is not a known mixture-of-experts family; known are {known}"
-        )
+        raise ModelError(f"model type {model_type!r} is not a known mixture-of-experts family; known are {known}")
     return FAMILIES[model_type]
 
 

@@ -30,9 +30,7 @@ class TaskModel(nn.Module):
         task: name of the task; labels: its label names, () for text-to-text.
     """
 
-    def __init__(
-        self, backbone: nn.Module, family: Family, task: str, labels: tuple[str, ...], dtype: torch.dtype
-    ):
+    def __init__(self, backbone: nn.Module, family: Family, task: str, labels: tuple[str, ...], dtype: torch.dtype):
         super().__init__()
         self.backbone = backbone
         self.family = family

@@ -119,9 +119,7 @@ class Tap:
             self.logits[block] = logits_TE
             if self._counting:
                 with torch.no_grad():
-                    self._count(
-                        block, args[0].reshape(-1, args[0].shape[-1]), logits_TE, output[family.routed]
-                    )
+                    self._count(block, args[0].reshape(-1, args[0].shape[-1]), logits_TE, output[family.routed])
 
         return record
 
@@ -132,9 +130,7 @@ class Tap:
         if self.model.family.dispatch:
             local_E = routed.reshape(-1, len(held))[mask_T].sum(0)
         else:
-            local_E = torch.bincount(
-                routed.reshape(mask_T.shape[0], -1)[mask_T].flatten(), minlength=len(held)
-            )
+            local_E = torch.bincount(routed.reshape(mask_T.shape[0], -1)[mask_T].flatten(), minlength=len(held))
         served[held.cpu()] = local_E.cpu().to(torch.int64)
 
         ids, rows_ED, bias_E = self._outside[block]
@@ -156,9 +152,7 @@ class Tap:
         side = "decoder" if block.startswith("decoder.") else "encoder"
         mask = self._masks[side].reshape(-1)
         if mask.shape[0] != self.logits[block].shape[0]:
-            raise ModelError(
-                f"{block} routed {self.logits[block].shape[0]} tokens, the batch has {mask.shape[0]}"
-            )
+            raise ModelError(f"{block} routed {self.logits[block].shape[0]} tokens, the batch has {mask.shape[0]}")
         return mask
 
     def _top_k(self, block: str, full: bool = False) -> int:
@@ -174,9 +168,7 @@ class Tap:
         """Ids [X], rows [X, D] and biases [X] of the experts of a block that are not held."""
         prefix = f"{block}.router."
         ids = sorted(
-            int(k[len(prefix) :].split(".")[0])
-            for k in outside
-            if k.startswith(prefix) and k.endswith(".weight")
+            int(k[len(prefix) :].split(".")[0]) for k in outside if k.startswith(prefix) and k.endswith(".weight")
         )
         ids = [i for i in ids if i not in self.held[block]]
         if not ids:

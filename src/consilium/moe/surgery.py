@@ -23,9 +23,7 @@ def checked(keep: ExpertSet, counts: Mapping[str, int]) -> dict[str, tuple[int, 
     """
     if set(keep) != set(counts):
         odd = sorted(set(keep) ^ set(counts))
-        raise ModelError(
-            f"experts must be named for each block of the model and no other; {odd[0]!r} is not both"
-        )
+        raise ModelError(f"experts must be named for each block of the model and no other; {odd[0]!r} is not both")
     for block, ids in keep.items():
         if not ids:
             raise ModelError(f"{block} would keep no expert; every layer needs at least one")
