@@ -1,0 +1,281 @@
+"""The embedded default: real tasks made of the documentation that is installed anyway.
+
+    topic    which package does this documentation describe?                    accuracy
+    kind     is it a class, function, method, module or property?               accuracy
+    verb     with which verb does the documented function's name begin?         accuracy
+    name     the name of the function, split into words                         token F1 (text-to-text)
+    summary  from the body of a function, the first line of its documentation   ROUGE-2  (text-to-text)
+
+Documentation is either public (`public()`, on which the shipped model was pretrained) or may be held by a client,
+never both: torch, transformers and sympy are public whole, and of every other package a fixed half of the modules,
+chosen by a hash of the module's name. A client's text that also occurs in the public shard is dropped. Which split
+a text belongs to is a hash of the text as well, so no text is trained on by one client and tested on by another.
+"""
+
+import hashlib
+import math
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from consilium.data import source
+from consilium.data.source import PACKAGES, PUBLIC, Doc
+from consilium.data.task import ClientData, Federation, Form, Metric, Split, Task
+from consilium.errors import ConfigError, DataError
+
+__all__ = ["KINDS", "TASKS", "VERBS", "DocstringData", "Partition", "is_public"]
+
+Partition = Literal["iid", "dirichlet", "pathological", "packages"]
+
+KINDS = ("class", "function", "method", "module", "property")
+VERBS = tuple("add check create find from get is load parse read set to update write".split())
+TASKS: dict[str, tuple[Form, Metric]] = {
+    "topic": ("classification", "accuracy"),
+    "kind": ("classification", "accuracy"),
+    "verb": ("classification", "accuracy"),
+    "name": ("text-to-text", "token_f1"),
+    "summary": ("text-to-text", "rouge2"),
+}
+_SPLITS = ("train", "validation", "test")
+_CALLABLES = ("function", "method", "classmethod", "staticmethod")
+
+
+def is_public(package: str, module: str) -> bool:
+    """Whether this module's documentation belongs to the public shard; depends on the two names only."""
+    return package in PUBLIC or hashlib.sha256(module.encode()).digest()[0] % 2 == 0
+
+
+def answer(task: str, doc: Doc) -> str | None:
+    """The target of one document under a task, or None when the document does not pose it."""
+    if task == "topic":
+        return doc.package
+    if task == "kind":
+        return doc.kind if doc.kind in KINDS else None
+    if doc.kind not in _CALLABLES or doc.name.rsplit(".", 1)[-1].startswith("__"):
+        return None
+    parts = source.words(doc.name)
+    if task == "verb":
+        return parts[0] if len(parts) > 1 and parts[0] in VERBS else None
+    if task == "name":
+        return " ".join(parts) if len(parts) > 1 else None
+    return doc.summary if len(doc.body) >= 40 and len(doc.summary.split()) >= 3 else None
+
+
+@dataclass(frozen=True)
+class DocstringData:
+    """Clients whose data is documentation.
+
+    Attributes:
+        tasks: the tasks, dealt to the clients in turn; all classification or all text-to-text.
+        clients: number of clients, at least one per task.
+        train, validation, test: examples per client at most; a client whose packages hold less has less.
+        partition: "packages": a client is a team that owns a few packages (its labels in `topic`); "iid"; "dirichlet":
+            label skew by `alpha`; "pathological": `labels` labels per client. The last three deal one label space
+            per task (`topic`: the `topics` largest packages); for text-to-text their label is the package.
+        alpha: concentration of the Dirichlet partition, > 0; smaller is more skewed.
+        labels: packages a `topic` client owns under "packages", labels of a client under "pathological"; >= 2.
+        topics: size of the shared label space of `topic` under the other partitions; >= 2.
+        packages: where clients' documentation comes from; packages that are not installed are absent.
+        smallest: a label with fewer training examples at a client is dropped there.
+    """
+
+    tasks: tuple[str, ...] = ("topic", "kind", "verb")
+    clients: int = 12
+    train: int = 200
+    validation: int = 60
+    test: int = 100
+    partition: Partition = "packages"
+    alpha: float = 0.3
+    labels: int = 5
+    topics: int = 10
+    packages: tuple[str, ...] = tuple(PACKAGES)
+    smallest: int = 5
+
+    def __post_init__(self) -> None:
+        unknown = [task for task in self.tasks if task not in TASKS]
+        if unknown or not self.tasks or len(set(self.tasks)) != len(self.tasks):
+            raise ConfigError(f"tasks {list(self.tasks)}: give each at most once, of {', '.join(TASKS)}")
+        if len({TASKS[task][0] for task in self.tasks}) > 1:
+            raise ConfigError(f"tasks {list(self.tasks)} mix classification and text-to-text; run one form at a time")
+        if self.partition not in ("iid", "dirichlet", "pathological", "packages"):
+            raise ConfigError(f"partition {self.partition!r}: use iid, dirichlet, pathological or packages")
+        for name, least in (("train", 1), ("validation", 1), ("test", 1), ("labels", 2), ("topics", 2), ("smallest", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.clients < len(self.tasks):
+            raise ConfigError(f"{self.clients} clients for {len(self.tasks)} tasks; give at least one client per task")
+        if not self.alpha > 0 or math.isinf(self.alpha):
+            raise ConfigError(f"alpha is {self.alpha}; it must be a positive number")
+        strangers = sorted(set(self.packages) - set(PACKAGES))
+        if strangers or not self.packages:
+            raise ConfigError(f"packages {strangers} are unknown; use some of: {', '.join(PACKAGES)}")
+
+    def public(self) -> list[Doc]:
+        """The public shard: documentation that no client holds, each text once, in a fixed order."""
+        docs, seen = [], set()
+        for package in (*PUBLIC, *PACKAGES):
+            for doc in source.read(package):
+                if is_public(package, doc.module) and doc.key not in seen:
+                    seen.add(doc.key)
+                    docs.append(doc)
+        return docs
+
+    def private(self) -> list[Doc]:
+        """What clients may hold, each text once and none that is public, in a fixed order."""
+        docs = {package: source.read(package) for package in PACKAGES}
+        seen = {key for package in PUBLIC for key in source.digests(package)}
+        seen |= {doc.key for found in docs.values() for doc in found if is_public(doc.package, doc.module)}
+        found = []
+        for package in PACKAGES:
+            for doc in docs[package]:
+                if doc.key not in seen:
+                    seen.add(doc.key)
+                    if package in self.packages:
+                        found.append(doc)
+        return found
+
+    def load(self, seed: int) -> Federation:
+        """Deal the documentation to the clients; equal for equal seeds and installed versions.
+
+        Raises DataError when no client gets usable data.
+        """
+        pool = self.private()
+        clients: dict[str, ClientData] = {}
+        skipped: dict[str, str] = {}
+        for index, task in enumerate(self.tasks):
+            ids = [f"{task}-{i:02d}" for i in range(len(range(index, self.clients, len(self.tasks))))]
+            rng = random.Random(f"{seed}:{task}")
+            rows = [(doc, target) for doc in pool if (target := answer(task, doc)) is not None]
+            dealt = self._by_package(task, rows, ids, rng) if self.partition == "packages" else None
+            for name, held in (dealt or self._by_label(task, rows, ids, rng)).items():
+                data = self._client(task, held, rng)
+                if isinstance(data, ClientData):
+                    clients[name] = data
+                else:
+                    skipped[name] = data
+        if not clients:
+            raise DataError(f"no client got usable documentation ({skipped}); ask for fewer clients or more packages")
+        return Federation(clients, skipped, self.source())
+
+    def source(self) -> dict:
+        """What a run was read from: these settings and the installed versions."""
+        versions = {p: v for p in (*PUBLIC, *PACKAGES) if (v := source.version(p)) is not None}
+        return {"type": "DocstringData", **asdict(self), "versions": versions}
+
+    def _part(self, doc: Doc) -> str:
+        total = self.train + self.validation + self.test
+        place = int(doc.key[:12], 16) % total
+        return _SPLITS[(place >= self.train) + (place >= self.train + self.validation)]
+
+    def _by_package(self, task: str, rows: "Rows", ids: list[str], rng: random.Random) -> dict[str, "Rows"]:
+        held = defaultdict(list)
+        for row in rows:
+            held[row[0].package].append(row)
+        if task == "topic":  # a label must fill its share of every split of one client
+            need = (self.train + self.validation + self.test) / self.labels * 0.75
+            held = {package: found for package, found in held.items() if len(found) >= need}
+            owners = _deal(sorted(held), self.labels, ids, rng)
+        else:
+            owners = _spread({package: len(found) for package, found in held.items()}, ids, rng)
+        dealt: dict[str, Rows] = {name: [] for name in ids}
+        for package, names in owners.items():
+            mixed = rng.sample(held[package], len(held[package]))
+            for i, name in enumerate(names):
+                dealt[name] += mixed[i :: len(names)]
+        return dealt
+
+    def _by_label(self, task: str, rows: "Rows", ids: list[str], rng: random.Random) -> dict[str, "Rows"]:
+        from consilium.data.partition import divide
+
+        held = defaultdict(list)
+        for row in rows:
+            held[row[0].package if TASKS[task][0] == "text-to-text" else row[1]].append(row)
+        if task == "topic":
+            largest = sorted(held, key=lambda package: (-len(held[package]), package))[: self.topics]
+            held = {package: held[package] for package in largest}
+        size = 2 * len(ids) * (self.train + self.validation + self.test)
+        pool, labels = [], []
+        for label, found in _tempered(held, size, rng):
+            pool += found
+            labels += [label] * len(found)
+        parts = divide(labels, len(ids), self.partition, self.alpha, self.labels, rng.randrange(2**31))
+        return {name: [pool[i] for i in part] for name, part in zip(ids, parts, strict=True)}
+
+    def _client(self, task: str, held: "Rows", rng: random.Random) -> ClientData | str:
+        """One client's splits; a string says why it has none."""
+        form, metric = TASKS[task]
+        quota = dict(zip(_SPLITS, (self.train, self.validation, self.test), strict=True))
+        parts: dict[str, Rows] = {key: [] for key in _SPLITS}
+        for row in held:
+            parts[self._part(row[0])].append(row)
+        labels: tuple[str, ...] = ()
+        for key in _SPLITS:
+            by_label = defaultdict(list)
+            for row in parts[key]:
+                label = row[1] if form == "classification" else ""
+                if key == "train" or form != "classification" or label in labels:
+                    by_label[label].append(row)
+            if key == "train" and form == "classification":
+                by_label = {label: found for label, found in by_label.items() if len(found) >= self.smallest}
+                if len(by_label) < 2:
+                    return f"fewer than 2 labels with {self.smallest} training examples ({len(held)} rows)"
+                labels = tuple(sorted(by_label))
+            parts[key] = [row for _, found in _tempered(by_label, quota[key], rng) for row in found]
+            rng.shuffle(parts[key])
+        empty = [key for key in _SPLITS if not parts[key]]
+        if empty:
+            return f"no rows left for {', '.join(empty)} ({len(held)} rows)"
+        splits = [
+            Split([doc.body if task == "summary" else doc.text for doc, _ in rows], [t for _, t in rows], [d.row for d, _ in rows])
+            for rows in parts.values()
+        ]
+        return ClientData(Task(task, form, labels, metric), *splits)
+
+
+Rows = list[tuple[Doc, str]]
+
+
+def _deal(packages: list[str], each: int, ids: list[str], rng: random.Random) -> dict[str, list[str]]:
+    """Give every client `each` packages; a package gets a second owner only when every package has one."""
+    owners: dict[str, list[str]] = {package: [] for package in packages}
+    order = rng.sample(packages, len(packages))
+    for _ in range(min(each, len(packages))):
+        for name in ids:
+            free = [package for package in order if name not in owners[package]]
+            owners[min(free, key=lambda package: len(owners[package]))].append(name)
+    return owners
+
+
+def _spread(sizes: Mapping[str, int], ids: list[str], rng: random.Random) -> dict[str, list[str]]:
+    """Give every package to one client so that clients hold about equally many rows.
+
+    Packages too large for one share are held by several clients.
+    """
+    share = sum(sizes.values()) / len(ids)
+    load = dict.fromkeys(rng.sample(ids, len(ids)), 0.0)
+    owners: dict[str, list[str]] = {}
+    for package in sorted(sizes, key=lambda package: (-sizes[package], package)):
+        count = min(len(ids), max(1, round(sizes[package] / share)))
+        owners[package] = sorted(load, key=load.__getitem__)[:count]
+        for name in owners[package]:
+            load[name] += sizes[package] / count
+    return owners
+
+
+def _tempered(held: Mapping[str, Rows], size: int, rng: random.Random) -> Iterable[tuple[str, Rows]]:
+    """At most `size` rows, a label's share growing as the square root of what there is: balanced, but not flat."""
+    counts = dict.fromkeys(sorted(held), 0)
+    left = min(size, sum(map(len, held.values())))
+    while left > 0:
+        open_ = [label for label in counts if counts[label] < len(held[label])]
+        total = sum(math.sqrt(len(held[label])) for label in open_)
+        for label in sorted(open_, key=lambda label: (len(held[label]), label)):
+            want = max(1, round(left * math.sqrt(len(held[label])) / total)) if total else 0
+            take = min(want, len(held[label]) - counts[label], left)
+            total -= math.sqrt(len(held[label]))
+            counts[label] += take
+            left -= take
+    for label, count in counts.items():
+        yield label, rng.sample(held[label], count)
