@@ -1,0 +1,292 @@
+"""The command line: `consilium run | compare | resume | report | list | inspect`.
+
+Flags and their help come from the dataclasses themselves, through tyro. Errors are one line, and exit with 2.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from consilium.core import Algorithm
+from consilium.errors import ConfigError, ConsiliumError
+from consilium.experiment import Experiment, from_json, resume, run
+from consilium.moe.budget import MemoryModel, bytes_of, human
+from consilium.moe.build import ModelSource, shipped
+from consilium.recipes import RECIPES, Recipe, find
+from consilium.report.html import write_report
+from consilium.report.table import print_table
+from consilium.watch import Comparison, Terminal
+
+__all__ = ["main"]
+
+HELP = """[bold]consilium[/bold]: federated fine-tuning of mixture-of-experts models
+
+  consilium run RECIPE|FILE.json \\[flags]   run an experiment; FILE.json is a saved one (a run's config.json)
+  consilium compare RECIPE \\[flags]          run several methods on the same data and weights, and compare them
+  consilium resume RUN                       continue an interrupted run, to the same bits
+  consilium report RUN \\[RUN ...]             write report.html for one run, or one that compares several
+  consilium list                             recipes, algorithms, shipped models
+  consilium inspect MODEL \\[--memory 12GiB]  layers, experts and bytes of a model, and what fits a device
+
+  consilium COMMAND --help                   the flags of a command; with a recipe, those of its experiment
+"""
+
+out = Console()
+err = Console(stderr=True, soft_wrap=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 done, 2 an error of the user's, 130 interrupted."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "run": run_command,
+        "compare": compare_command,
+        "resume": resume_command,
+        "report": report_command,
+        "list": list_command,
+        "inspect": inspect_command,
+    }
+    if not args or args[0] in ("-h", "--help", "help"):
+        out.print(HELP, highlight=False, soft_wrap=True)
+        return 0
+    try:
+        if args[0] not in commands:
+            near = difflib.get_close_matches(args[0], commands, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"unknown command {args[0]!r}; allowed are {', '.join(commands)}{hint}")
+        commands[args[0]](args[1:])
+    except ConsiliumError as error:
+        err.print(f"consilium: {error}", markup=False, highlight=False)
+        return 2
+    except KeyboardInterrupt:
+        err.print("interrupted; `consilium resume` continues the run", markup=False)
+        return 130
+    return 0
+
+
+def run_command(args: list[str]) -> None:
+    """consilium run RECIPE|FILE.json [--out DIR] [flags of the experiment]"""
+    default, rest = _experiment(args, "run")
+    options, rest = _split(rest, {"--out": "runs"})
+    experiment = _parse(type(default), rest, f"consilium run {args[0]}", default)
+    folder = Path(options["--out"]) / experiment.name
+    run(experiment, folder, Terminal(out))
+    _finish([folder])
+
+
+def compare_command(args: list[str]) -> None:
+    """consilium compare RECIPE [--algorithms A,B] [--seeds N] [--jobs N] [--out DIR] [flags of the experiment]"""
+    default, rest = _experiment(args, "compare")
+    recipe = find(args[0])
+    options, rest = _split(
+        rest, {"--out": "runs", "--algorithms": "FedMoE,FedAvg,RandomMoE", "--seeds": "1", "--jobs": "0"}
+    )
+    experiment = _parse(type(default), rest, f"consilium compare {args[0]}", default)
+    seeds, jobs = _whole(options, "--seeds", 1), _whole(options, "--jobs", 0)
+    names = options["--algorithms"].split(",")
+    root = Path(options["--out"]) / experiment.name
+    planned = _plan(recipe, experiment, names, seeds, root)
+    Comparison(out, planned, jobs or max((os.cpu_count() or 2) // experiment.threads, 1)).run()
+    _finish(list(planned), root / "report.html")
+
+
+def resume_command(args: list[str]) -> None:
+    """consilium resume RUN"""
+
+    def parameters(run: Annotated[Path, tyro.conf.Positional]) -> Path:
+        """Continue an interrupted run from its last checkpoint, to the same bits.
+
+        Args:
+            run: the run directory.
+        """
+        return run
+
+    folder = _parse(parameters, args, "consilium resume")
+    resume(folder, Terminal(out))
+    _finish([folder])
+
+
+def report_command(args: list[str]) -> None:
+    """consilium report RUN \\[RUN ...] [--out FILE]"""
+
+    def parameters(
+        runs: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path | None = None
+    ) -> tuple[tuple[Path, ...], Path | None]:
+        """Write a self-contained HTML report of one run, or one that compares several.
+
+        Args:
+            runs: run directories.
+            out: file to write; default: report.html in the run, or in the folder above several.
+        """
+        return runs, out
+
+    folders, target = _parse(parameters, args, "consilium report")
+    if not folders:
+        raise ConfigError("no run named; give at least one run directory, e.g. `consilium report runs/*`")
+    _finish(list(folders), target)
+
+
+def list_command(args: list[str]) -> None:
+    """consilium list"""
+    _parse(lambda: None, args, "consilium list")
+    find(next(iter(RECIPES), "fedmoe-docstrings"))
+    out.print("[bold]Recipes[/bold]")
+    for name in sorted(RECIPES):
+        out.print(f"  {name:24} {RECIPES[name].summary}", highlight=False)
+    out.print("[bold]Algorithms[/bold]")
+    for name, algorithm in sorted(Algorithm.registry.items()):
+        out.print(f"  {name:24} {(algorithm.__doc__ or '').splitlines()[0]}", highlight=False)
+    out.print("[bold]Shipped models[/bold]")
+    for name, folder in shipped().items():
+        out.print(f"  {name:24} {human((folder / 'model.safetensors').stat().st_size)}", highlight=False)
+
+
+def inspect_command(args: list[str]) -> None:
+    """consilium inspect MODEL \\[--memory 12GiB][--form FORM]"""
+
+    def parameters(
+        model: Annotated[str, tyro.conf.Positional],
+        memory: str | None = None,
+        form: str | None = None,
+        batch_size: int = 16,
+        max_length: int = 96,
+    ) -> tuple[ModelSource, int | None, int, int]:
+        """Layers, experts, router and bytes of a model, and how many experts a device can train.
+
+        Args:
+            model: a directory, a shipped model's name, or a hub name.
+            memory: a device's memory, e.g. 12GiB: says what fits.
+            form: classification or text-to-text; default: what the checkpoint was made for.
+            batch_size: examples per step.
+            max_length: tokens per example.
+        """
+        source = ModelSource(model, form or "classification")
+        return source, bytes_of(memory) if memory else None, batch_size, max_length
+
+    source, limit, batch_size, max_length = _parse(parameters, args, "consilium inspect")
+    memory = MemoryModel.of(source)
+    shape = {"batch_size": batch_size, "max_length": max_length, "target_length": 16, "optimizer": "adamw"}
+    out.print(f"[bold]{source.path}[/bold]  {source.family.name}, {source.form}", highlight=False)
+    top_k = getattr(source.config, "num_experts_per_tok", None) or 1
+    out.print(f"  {memory.params(memory.counts) / 1e6:.1f} M parameters, top-{top_k} routing", highlight=False)
+    for block, count in memory.counts.items():
+        out.print(f"  {block}: {count} experts of {memory.expert_params[block]:,} parameters", highlight=False)
+    out.print(f"[bold]Training memory[/bold] (AdamW, {batch_size} x {max_length} tokens)", highlight=False)
+    most = max(memory.counts.values())
+    sizes = sorted({1, most // 8, most // 4, most // 2, most} - {0})
+    for n in sizes:
+        need = memory.footprint({b: min(n, c) for b, c in memory.counts.items()}, mode="full", **shape).total
+        fits = "" if limit is None else ("  fits" if need <= limit else f"  lacks {human(need - limit)}")
+        out.print(f"  {n:3d} experts per layer: {human(need)}{fits}", highlight=False)
+    need = memory.footprint(memory.counts, mode="lora", **shape).total
+    fits = "" if limit is None else ("  fits" if need <= limit else f"  lacks {human(need - limit)}")
+    out.print(f"  all experts with LoRA: {human(need)}{fits}", highlight=False)
+
+
+# --- parsing ------------------------------------------------------------------------------------------------------
+
+
+def _experiment(args: list[str], command: str) -> tuple[Experiment, list[str]]:
+    """The experiment named by the first argument, and the arguments after it."""
+    find_all = "see `consilium list`"
+    if not args:
+        raise ConfigError(f"consilium {command} needs a recipe; {find_all}")
+    if args[0] in ("-h", "--help"):
+        find("fedmoe-docstrings")
+        doc = {"run": run_command, "compare": compare_command}[command].__doc__
+        out.print(f"{doc}\n\nRecipes: {', '.join(sorted(RECIPES))}", markup=False, highlight=False)
+        out.print(f"Flags of an experiment: consilium {command} RECIPE --help", markup=False, highlight=False)
+        raise SystemExit(0)
+    if args[0].endswith(".json"):
+        try:
+            saved = json.loads(Path(args[0]).read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise ConfigError(f"{args[0]} is not a saved experiment: {type(error).__name__}") from error
+        return from_json(saved.get("experiment", saved)), args[1:]
+    return find(args[0]).make(), args[1:]
+
+
+def _split(args: list[str], defaults: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Take a command's own options out of the arguments; the rest belongs to the experiment."""
+    options, rest, i = dict(defaults), [], 0
+    while i < len(args):
+        name, has_value, value = args[i].partition("=")
+        if name not in defaults:
+            rest.append(args[i])
+        elif has_value:
+            options[name] = value
+        elif i + 1 < len(args):
+            i += 1
+            options[name] = args[i]
+        else:
+            raise ConfigError(f"{name} needs a value, e.g. {name} {defaults[name]}")
+        i += 1
+    return options, rest
+
+
+def _whole(options: dict[str, str], name: str, least: int) -> int:
+    text = options[name]
+    if not text.isdecimal() or int(text) < least:
+        raise ConfigError(f"{name} is {text!r}; it must be a whole number >= {least}")
+    return int(text)
+
+
+def _parse(kind: Any, args: list[str], prog: str, default: Any = None) -> Any:
+    """tyro, with misspelt flags turned into one line that suggests the nearest."""
+    extra = {"default": default} if default is not None else {}
+    value, unknown = tyro.cli(
+        kind, args=args, prog=prog, return_unknown_args=True, config=(tyro.conf.AvoidSubcommands,), **extra
+    )
+    if unknown:
+        flags = _flags(default) if default is not None else []
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"see `{prog} --help`"
+        raise ConfigError(f"unknown argument {unknown[0]!r}; {hint}")
+    return value
+
+
+def _flags(value: Any, prefix: str = "--") -> list[str]:
+    """Every flag of an experiment, e.g. --algorithm.alpha."""
+    flags = []
+    for field in dataclasses.fields(value):
+        inner = getattr(value, field.name)
+        name = f"{prefix}{field.name.replace('_', '-')}"
+        flags += _flags(inner, f"{name}.") if dataclasses.is_dataclass(inner) else [name]
+    return flags
+
+
+# --- running and finishing ----------------------------------------------------------------------------------------
+
+
+def _plan(recipe: Recipe, experiment: Experiment, names: list[str], seeds: int, root: Path) -> dict[Path, Experiment]:
+    """Run directory -> experiment, for every algorithm and seed."""
+    planned = {}
+    for name in names:
+        algorithm = recipe.algorithm(name)
+        if type(algorithm) is type(experiment.algorithm):
+            algorithm = experiment.algorithm
+        for seed in range(experiment.seed, experiment.seed + seeds):
+            label = name if seeds == 1 else f"{name}-seed{seed}"
+            planned[root / label] = dataclasses.replace(experiment, name=label, algorithm=algorithm, seed=seed)
+    return planned
+
+
+def _finish(folders: list[Path], target: Path | None = None) -> None:
+    """Print the table, write the report, say where it is."""
+    print_table(folders, out)
+    if target is None:
+        target = (folders[0] if len(folders) == 1 else Path(os.path.commonpath(folders))) / "report.html"
+    out.print(f"report: {write_report(folders, target)}", markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Functions returning an `Experiment`, one module per paper table or use case.
+
+A function decorated with `recipe` is found by `consilium list` and run by its name.
+"""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from consilium.core import Algorithm
+from consilium.errors import ConfigError
+from consilium.experiment import Experiment
+
+__all__ = ["RECIPES", "Recipe", "find", "recipe"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named experiment, and how other methods are set up when they are compared with it on equal terms."""
+
+    name: str
+    make: Callable[[], Experiment]
+    rivals: dict[str, Algorithm] = field(default_factory=dict)
+
+    @property
+    def summary(self) -> str:
+        """First line of the function's docstring."""
+        return (self.make.__doc__ or "").strip().splitlines()[0]
+
+    def algorithm(self, name: str) -> Algorithm:
+        """A method by name: the recipe's own, a rival's setting, or any registered one at its defaults.
+
+        Raises:
+            ConfigError: for a name that is none of these.
+        """
+        own = self.make().algorithm
+        known = {**{key: None for key in Algorithm.registry}, **self.rivals, type(own).__name__: own}
+        if name not in known:
+            raise ConfigError(f"unknown algorithm {name!r}; allowed are {', '.join(sorted(known))}{_near(name, known)}")
+        return known[name] or Algorithm.registry[name]()
+
+
+RECIPES: dict[str, Recipe] = {}
+
+
+def recipe(
+    name: str, rivals: dict[str, Algorithm] | None = None
+) -> Callable[[Callable[[], Experiment]], Callable[[], Experiment]]:
+    """Register the decorated function under a name for the command line."""
+
+    def register(make: Callable[[], Experiment]) -> Callable[[], Experiment]:
+        RECIPES[name] = Recipe(name, make, rivals or {})
+        return make
+
+    return register
+
+
+def find(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+        ConfigError: for an unknown name, with the nearest known one.
+    """
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    if name not in RECIPES:
+        raise ConfigError(f"unknown recipe {name!r}; allowed are {', '.join(sorted(RECIPES))}{_near(name, RECIPES)}")
+    return RECIPES[name]
+
+
+def _near(name: str, known: dict) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

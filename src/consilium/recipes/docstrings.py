@@ -1,0 +1,39 @@
+"""The default: teams that own Python packages fine-tune the shipped Switch Transformer on their documentation."""
+
+from consilium.algorithms.fedavg import FedAvg
+from consilium.algorithms.fedmoe import FedMoE
+from consilium.algorithms.fedprox import FedProx
+from consilium.algorithms.scaffold import SCAFFOLD
+from consilium.algorithms.standalone import Standalone
+from consilium.core import Sampling
+from consilium.data.docstrings import DocstringData
+from consilium.experiment import Experiment
+from consilium.recipes import recipe
+from consilium.training import Fit
+
+__all__ = ["EQUAL_MEMORY", "fedmoe_docstrings"]
+
+EQUAL_MEMORY = {
+    "FedAvg": FedAvg(experts="fit"),
+    "FedAvg-full": FedAvg(),
+    "FedProx": FedProx(experts="fit"),
+    "SCAFFOLD": SCAFFOLD(experts="fit"),
+    "Standalone": Standalone(experts="fit"),
+}
+"""Methods with one model for all get the largest one that the smallest device can train; "-full" ignores the small
+devices and leaves them out."""
+
+
+@recipe("fedmoe-docstrings", rivals=EQUAL_MEMORY)
+def fedmoe_docstrings() -> Experiment:
+    """FedMoE on three docstring tasks: 12 teams, four sizes of device, 5 teams per round."""
+    return Experiment(
+        name="fedmoe-docstrings",
+        algorithm=FedMoE(),
+        data=DocstringData(tasks=("topic", "kind", "verb"), clients=12, train=240, validation=80, test=120),
+        fit=Fit(lr=1e-3, head_lr=1e-2, batch_size=16, max_length=64),
+        sampling=Sampling(clients_per_round=5),
+        rounds=12,
+        memory=("80MB", "100MB", "130MB", "250MB"),
+        evaluate_every=2,
+    )

@@ -1,0 +1,169 @@
+"""Following runs on a terminal: progress bars, a line per client and per round; several runs at once."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from consilium.data.task import Federation
+from consilium.engine.checkpoint import write_atomic
+from consilium.errors import ConfigError, ConsiliumError
+from consilium.experiment import Experiment, records, to_json
+from consilium.moe.budget import human
+from consilium.training import Setup
+
+__all__ = ["Comparison", "Terminal"]
+
+
+@dataclass
+class Terminal:
+    """Prints one run: what it is, a line per client and per round, and bars while something is going on."""
+
+    console: Console
+    _bars: Progress | None = None
+    _tasks: dict[str, Any] = field(default_factory=dict)
+
+    def started(self, experiment: Experiment, setup: Setup, federation: Federation, first: int) -> None:
+        sizes = [info.num_examples for info in setup.clients]
+        tasks = sorted({info.task for info in setup.clients})
+        say = self.console.print
+        say(f"[bold]{experiment.name}[/bold]: {type(experiment.algorithm).__name__}, {experiment.rounds} rounds"
+            + (f", continuing with round {first}" if first > 1 else ""), highlight=False)  # fmt: skip
+        say(f"  {len(sizes)} clients, tasks {', '.join(tasks)}, {min(sizes)} to {max(sizes)} training examples each",
+            highlight=False)  # fmt: skip
+        full = setup.footprint(setup.model.counts).total
+        memories = sorted({info.memory_bytes for info in setup.clients if info.memory_bytes})
+        devices = ", ".join(human(m) for m in memories) or "not limited"
+        say(f"  model {experiment.model.path}: {sum(setup.model.counts.values())} experts in {len(setup.model.counts)} "
+            f"layers; training all needs {human(full)}; devices: {devices}", highlight=False)  # fmt: skip
+        for client, reason in federation.skipped.items():
+            say(f"  skipped {client}: {reason}", highlight=False)
+        self._bars = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            console=self.console, transient=True,
+        )  # fmt: skip
+        self._bars.start()
+        self._tasks["rounds"] = self._bars.add_task("rounds", total=experiment.rounds, completed=first - 1)
+        self._tasks["client"] = self._bars.add_task("", total=None)
+
+    def step(self, client: str, phase: str, done: int, total: int) -> None:
+        if self._bars:
+            self._bars.update(self._tasks["client"], description=f"{phase} {client}", completed=done, total=total)
+
+    def rounded(self, record: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> None:
+        say = self.console.print
+        for client, c in record["clients"].items():
+            loss = "-" if c["train_loss"] is None else f"{c['train_loss']:.3f}"
+            value = "-" if c["validation"] is None else f"{c['validation']:.3f}"
+            say(f"  {client:12} {c['experts'] or '-':>4} experts  loss {loss}  validation {value}  "
+                f"{human(c['bytes_down'] + c['bytes_up'])}  {c['seconds']['train'] + c['seconds']['evaluate']:.1f} s",
+                highlight=False)  # fmt: skip
+        for event in events:
+            if event["event"] != "structure":
+                more = f" to {event['experts']} experts" if "experts" in event else ""
+                say(f"  {event['event']} {event['client']}{more}", style="cyan", highlight=False)
+        scores = record["scores"] or {}
+        test = "  ".join(f"{task} {score:.3f}" for task, score in scores.items())
+        stage = f" (stage {record['stage']})" if record["stage"] else ""
+        say(f"[bold]round {record['round']}[/bold]{stage}: {len(record['clients'])} clients"
+            + (f", {len(record['unable'])} unable" if record["unable"] else "")
+            + (f"  [green]test {test}[/green]" if test else "")
+            + f"  {record['seconds']['round']:.1f} s", highlight=False)  # fmt: skip
+        if self._bars:
+            self._bars.update(self._tasks["rounds"], completed=record["round"])
+            if record["round"] == self._bars.tasks[0].total:
+                self._bars.stop()
+
+
+@dataclass
+class Comparison:
+    """Runs several experiments as processes of their own, `jobs` at a time, and shows how far they are.
+
+    Each in its own process: its peak memory is its own, and a crash takes no other run along. Finished runs are
+    kept and interrupted ones resumed, so a comparison can be started again at any time.
+    """
+
+    console: Console
+    planned: Mapping[Path, Experiment]
+    jobs: int
+
+    def run(self) -> None:
+        """Run what is not finished.
+
+        Raises:
+            ConfigError: if a directory holds another experiment.
+            ConsiliumError: if a run failed, with the last line it printed.
+        """
+        waiting = [folder for folder, experiment in self.planned.items() if not self._finished(folder, experiment)]
+        running: dict[Path, subprocess.Popen] = {}
+        columns = (
+            TextColumn("{task.description:16}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[at]}"),
+        )
+        with Progress(*columns, TimeRemainingColumn(), console=self.console) as bars:
+            tasks = {
+                folder: bars.add_task(folder.name, total=experiment.rounds, at="")
+                for folder, experiment in self.planned.items()
+            }
+            try:
+                while waiting or running:
+                    while waiting and len(running) < self.jobs:
+                        folder = waiting.pop(0)
+                        running[folder] = self._start(folder)
+                    time.sleep(0.2)
+                    for folder, task in tasks.items():
+                        self._show(bars, task, folder)
+                    for folder, process in list(running.items()):
+                        if process.poll() is not None:
+                            self._check(folder, running.pop(folder))
+            finally:
+                for process in running.values():
+                    process.send_signal(signal.SIGINT)
+                for process in running.values():
+                    process.wait()
+
+    def _finished(self, folder: Path, experiment: Experiment) -> bool:
+        config = folder / "config.json"
+        if not config.exists():
+            return False
+        saved = json.loads(config.read_text())
+        if saved["experiment"] != json.loads(json.dumps(to_json(experiment))):
+            raise ConfigError(f"{folder} holds another experiment; choose another --name or --out, or delete it")
+        return saved["status"] == "finished"
+
+    def _start(self, folder: Path) -> subprocess.Popen:
+        if (folder / "config.json").exists():
+            command = ["resume", str(folder)]
+        else:
+            saved = json.dumps(to_json(self.planned[folder]))
+            write_atomic(folder / "experiment.json", saved.encode())
+            command = ["run", str(folder / "experiment.json"), "--out", str(folder.parent)]
+        threads = {"OMP_NUM_THREADS": str(self.planned[folder].threads)}
+        with (folder / "log.txt").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "consilium", *command],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **threads},
+            )  # fmt: skip
+
+    def _check(self, folder: Path, process: subprocess.Popen) -> None:
+        if process.returncode:
+            lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
+            raise ConsiliumError(f"{folder.name} failed ({lines[-1] if lines else 'no output'}); see {folder}/log.txt")
+
+    def _show(self, bars: Progress, task: Any, folder: Path) -> None:
+        with contextlib.suppress(OSError, json.JSONDecodeError, IndexError):
+            rounds = list(records(folder))
+            scored = [r["scores"]["mean"] for r in rounds if r["scores"]]
+            bars.update(task, completed=rounds[-1]["round"], at=f"test {scored[-1]:.3f}" if scored else "")
