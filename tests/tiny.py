@@ -1,0 +1,198 @@
+"""Models, data and federations small enough for a unit test: `source`, `federation`, `setup`, `context`, `engine`.
+
+    Models      random weights from a configuration, 8 experts, D = 32, two sparse layers, a BPE tokenizer; made once
+    Federation  six clients, three tasks of hand-made sentences, label sets that differ inside a task
+"""
+
+import dataclasses
+import random
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import OlmoeConfig, PretrainedConfig, PreTrainedTokenizerFast, SwitchTransformersConfig
+
+from consilium.core import Client, ClientContext, ClientInfo, ClientState, Payload, Sampling, Server, derive_seed
+from consilium.data.task import ClientData, Federation, Split, Task
+from consilium.engine.checkpoint import ClientStore
+from consilium.engine.local import LocalEngine
+from consilium.moe.build import ModelSource
+from consilium.moe.families import FAMILIES
+from consilium.training import Fit, Setup
+
+root: Path
+"""Where the models are written; set by conftest.py."""
+
+FORMS = ("classification", "text-to-text")
+CASES = [(family, form) for family in FAMILIES for form in FORMS]
+"""Every family in both forms: what the tests of `moe` are parametrised over."""
+
+TASKS = {
+    "animal": ("cat", "dog", "fish"),
+    "colour": ("blue", "green", "red"),
+    "number": ("one", "three", "two"),
+}
+LABELS = {
+    "animal-00": ("cat", "dog", "fish"),
+    "animal-01": ("cat", "dog"),
+    "colour-00": ("blue", "green", "red"),
+    "colour-01": ("green", "red"),
+    "number-00": ("one", "three", "two"),
+    "number-01": ("one", "two"),
+}
+SIZES = {"animal-00": 8, "animal-01": 5, "colour-00": 9, "colour-01": 6, "number-00": 7, "number-01": 4}
+"""Training examples per client; 4 for validation, 4 for test."""
+IDS = tuple(SIZES)
+
+VOCABULARY = 160
+
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+
+def configuration(model_type: str, **changes) -> PretrainedConfig:
+    """The tiny configuration of a family; a new row of `FAMILIES` needs one here."""
+    if model_type == "switch_transformers":
+        settings = dict(
+            vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=16, num_heads=2, num_experts=8, expert_capacity=256,
+            num_layers=2, num_sparse_encoder_layers=2, num_decoder_layers=2, num_sparse_decoder_layers=2,
+            dropout_rate=0.1, router_jitter_noise=0.0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+        )  # fmt: skip
+        return SwitchTransformersConfig(**settings | changes)
+    if model_type == "olmoe":
+        settings = dict(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, num_experts=8, num_experts_per_tok=2, max_position_embeddings=64,
+            attention_dropout=0.1, pad_token_id=0, eos_token_id=1, bos_token_id=None, initializer_range=0.3,
+        )  # fmt: skip
+        return OlmoeConfig(**settings | changes)
+    raise NotImplementedError(f"give {model_type} a tiny configuration in tests/tiny.py")
+
+
+@lru_cache(maxsize=None)
+def directory(model_type: str, form: str = "classification", dtype: str = "float32", **changes) -> Path:
+    """A saved model of that family with its tokenizer. `changes`: of the configuration."""
+    extra = "".join(f"-{key}={value}" for key, value in sorted(changes.items()))
+    folder = root / f"{model_type}-{form}-{dtype}{extra}"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        cls = getattr(transformers, FAMILIES[model_type].classes[form])
+        model = cls(configuration(model_type, **changes)).to(getattr(torch, dtype))
+        model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def source(model_type: str = "switch_transformers", form: str = "classification", dtype: str = "float32", **changes):
+    """A `ModelSource` of such a directory."""
+    return ModelSource(str(directory(model_type, form, dtype, **changes)), form, dtype)
+
+
+@lru_cache(maxsize=None)
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the federation's own sentences; <pad> 0, </s> 1, <unk> 2."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    texts = [text for data in federation().clients.values() for text in data.train.texts + data.train.targets]
+    special = ["<pad>", "</s>", "<unk>"]
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=None)
+def federation(form: str = "classification") -> Federation:
+    """Six clients; a sentence names its label. Text-to-text clients are asked for the label and a word more."""
+    return Federation({client: _client(client, form) for client in IDS})
+
+
+def _client(client: str, form: str) -> ClientData:
+    rng = random.Random(client)
+    name, labels = client.split("-")[0], LABELS[client]
+    if form == "classification":
+        task = Task(name, form, labels, "accuracy")
+    else:
+        task = Task(name, form, (), "rouge2" if name == "number" else "token_f1")
+
+    def split(size: int) -> Split:
+        kinds = [labels[i % len(labels)] for i in range(size)]
+        texts = [f"{rng.choice(FILL)} {kind} {' '.join(rng.choices(FILL, k=rng.randint(0, 6)))}" for kind in kinds]
+        return Split(texts, kinds if form == "classification" else [f"the {kind} it is" for kind in kinds])
+
+    return ClientData(task, split(SIZES[client]), split(4), split(4))
+
+
+FILL = ("here", "some", "old", "we", "see", "near", "house", "again", "and", "very")
+
+
+# --- what a method is given -----------------------------------------------------------------------------------------
+
+
+def infos(memory: dict[str, int] | int | None = None) -> tuple[ClientInfo, ...]:
+    """The six clients as the server knows them. `memory`: bytes of all, or by client (absent: no limit)."""
+    of = memory.get if isinstance(memory, dict) else lambda _: memory
+    return tuple(ClientInfo(c, SIZES[c], c.split("-")[0], of(c)) for c in IDS)
+
+
+def setup(
+    model: ModelSource | None = None,
+    memory: dict[str, int] | int | None = None,
+    clients_per_round: int = 3,
+    seed: int = 0,
+    clients: tuple[ClientInfo, ...] | None = None,
+    **fit,
+) -> Setup:
+    """A new Setup (own ModelSource, nothing shared but files). `fit`: fields of `Fit` other than the tiny ones."""
+    model = dataclasses.replace(model or source())
+    config = Fit(**dict(batch_size=4, max_length=12, target_length=5) | fit)
+    heads = TASKS if model.form == "classification" else {}
+    return Setup(model, config, Sampling(clients_per_round), seed, heads, infos(memory) if clients is None else clients)
+
+
+def bytes_for(experts: int, references: int = 0, **fit) -> int:
+    """Memory with which a client of the tiny Switch can train exactly so many experts per layer."""
+    made = setup(**fit)
+    return made.footprint(dict.fromkeys(made.model.counts, experts), references=references).total
+
+
+def context(
+    client: str = "animal-00", form: str = "classification", seed: int = 0, round: int = 1, state: ClientState | None = None
+) -> ClientContext:
+    """What the client owns in that round."""
+    return ClientContext(
+        info=next(i for i in infos() if i.id == client),
+        data=federation(form).clients[client],
+        device=torch.device("cpu"),
+        seed=derive_seed(seed, "client", round, client),
+        state=state or ClientState(),
+    )
+
+
+def engine(server: Server, client: Client, setup: Setup, folder: Path, strict: bool = False) -> LocalEngine:
+    """The local engine over the tiny federation; client states go below `folder`."""
+    return LocalEngine(
+        server=server,
+        client=client,
+        infos=setup.clients,
+        federation=federation(setup.model.form),
+        store=ClientStore(folder),
+        seed=setup.seed,
+        strict=strict,
+    )
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two Params are equal bit for bit, dtypes and keys included."""
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+def payloads_equal(a: Payload, b: Payload) -> bool:
+    """Whether two payloads carry the same bits and the same scalars but for seconds."""
+    scalars = [{k: v for k, v in p.scalars.items() if not k.startswith("seconds")} for p in (a, b)]
+    return a.groups.keys() == b.groups.keys() and scalars[0] == scalars[1] and all(
+        same(a.group(g), b.group(g)) for g in a.groups
+    )
