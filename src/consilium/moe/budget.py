@@ -1,16 +1,25 @@
-"""Memory model: what a client's device must hold to train a sub-model, before anything is built.
+"""Memory model: what a client's device must hold to train a sub-model, before anything is built or loaded.
 
-Built from the configuration and the meta skeleton only. All results are bytes beyond the interpreter with its
-libraries imported. Symbols: B batch, S source tokens, T target tokens, D model width, F feed-forward width.
+The promise is the peak above an interpreter that has imported the libraries and run a first tiny step: plain
+arithmetic over the shapes of the meta skeleton. When the peak comes, the gradients of the step before and the
+optimiser's state lie beside everything the forward pass has saved, so the terms of `Footprint` add up.
+
+It is a promise about live tensors. glibc as it comes keeps freed blocks of up to 32 MB for later, and the resident set
+then grows to 1.2 to 1.7 times as much; with MALLOC_MMAP_THRESHOLD_=65536 and MALLOC_TRIM_THRESHOLD_=65536 in the
+client's environment it stays within some percent of the promise (`benchmarks/memory.py` measures it).
+
+Symbols: B examples, n tokens per sequence (S source, T target, S + T causal), D width, I heads * head size, F
+feed-forward width, H heads, K experts per token, E experts held, V vocabulary.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal
+from math import prod
+from typing import Any, Literal
 
-from consilium.errors import ConfigError
+from consilium.errors import ConfigError, ModelError
 from consilium.moe.addressing import all_experts, expert_of, parameters, router_row_of, table
 from consilium.moe.build import ModelSource
 
@@ -20,33 +29,44 @@ Mode = Literal["full", "lora", "forward"]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMG]i?B|B|)\s*", re.IGNORECASE)
-_OVERHEAD = 8 * 10**6
+
+OVERHEAD = 4_000_000
+"""Bytes that come whatever the size: work space of the matrix kernels, the modules, the autograd graph."""
+SLACK = 64
+"""One byte in so many of the live tensors is added for headers, rounding to pages and small freed blocks."""
 
 
 def human(n: int) -> str:
     """Decimal units, one digit: 59_990_000 -> "60.0 MB"."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if abs(n) >= size:
+        if round(abs(n) / size, 1) >= 1:
             return f"{n / size:.1f} {unit}"
     return f"{n} B"
 
 
 def bytes_of(size: str | int) -> int:
-    """A size in bytes: 60_000_000, "60MB", "1.5 GB" (decimal) or "12GiB" (binary).
+    """A size in bytes: 60_000_000, "60MB", "1.5 GB" (decimal) or "12GiB" (binary), whatever the case.
 
     Raises:
         ConfigError: for any other form, or a size that is not greater than 0.
     """
-    found = _SIZE.fullmatch(str(size)) if not isinstance(size, bool) else None
+    found = None if isinstance(size, bool) else _SIZE.fullmatch(str(size))
     number = round(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
     if number < 1:
-        raise ConfigError(f"size {size!r} is no number of bytes > 0; write an integer, '60MB', '1.5GB' or '12GiB'")
+        raise ConfigError(f"size {size!r} is no number of bytes above 0; write an integer, '60MB', '1.5GB' or '12GiB'")
     return number
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes at the peak of a client's training, by what they are spent on."""
+    """Bytes at the peak, by what they are spent on.
+
+    Args:
+        weights: the model, adapters included. gradients: of everything trained. optimizer: its state.
+        references: further copies of the weights a method keeps while training.
+        activations: saved for the backward pass, and the largest temporaries that come on top of the rest.
+        overhead: allocator and libraries.
+    """
 
     weights: int
     gradients: int
@@ -57,47 +77,169 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """The peak."""
-        return (
-            self.weights
-            + self.gradients
-            + self.optimizer
-            + self.references
-            + self.activations
-            + self.overhead
-        )
+        """The peak: while training, or while the model is built beside the parameters it is built from."""
+        training = self.gradients + self.optimizer + self.references + self.activations
+        return self.weights + max(training, self.weights) + self.overhead
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Elements that a part of a model holds, for B sequences of n tokens, beside a source of S tokens.
+
+    B * (n * (token + slot * K + choice * E + n * pair + S * cross) + S * source)  +  n * n * bias
+    """
+
+    token: int = 0
+    slot: int = 0
+    choice: int = 0
+    pair: int = 0
+    source: int = 0
+    cross: int = 0
+    bias: int = 0
+
+    def __call__(self, B: int, n: int, S: int, K: int = 0, E: int = 0) -> int:
+        per_token = self.token + self.slot * K + self.choice * E + n * self.pair + S * self.cross
+        return B * n * per_token + B * S * self.source + n * n * self.bias
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What each part of a stack of layers holds: saved for backward ("full", "lora"), or alive at once ("forward").
+
+    Args:
+        attention: norm, self-attention, residual. cross: the same over the encoder's output, decoder layers only.
+        dense, sparse: norm, feed-forward (or router and experts), residual.
+        ends: embedding, final norm, and what all layers share.
+        last: temporaries of the last layer, on top of all that is saved.
+    """
+
+    attention: Cost
+    sparse: Cost
+    dense: Cost = Cost()
+    cross: Cost = Cost()
+    ends: Cost = Cost()
+    last: Cost = Cost()
+
+
+def _switch(c: Any) -> dict[Mode, Parts]:
+    """Switch: T5 layers, eager attention, top-1. d: 1 with dropout, whose masks are saved as floats; j: with jitter.
+
+    A trained RMS norm saves input, scaled input and output (the input of the next matrices), a frozen one its input.
+    """
+    D, F, H, inner = c.d_model, c.d_ff, c.num_heads, c.num_heads * c.d_kv
+    d, j = int(c.dropout_rate > 0), int(c.router_jitter_noise > 0)
+    scores = (1 + 2 * d) * H  # softmax, and with dropout its mask and product
+    hidden = (1 + 2 * d) * F  # activation, likewise
+    slot = 2 * D + hidden  # tokens gathered for the expert, its output before the gate
+    return {
+        "full": Parts(
+            attention=Cost(token=(3 + d) * D + 4 * inner, pair=scores),  # norm, mask; queries, keys, values, result
+            cross=Cost(token=(3 + d) * D + 3 * inner, source=3 * inner, cross=scores),  # cached keys: 1 more each side
+            dense=Cost(token=(3 + d) * D + hidden),
+            sparse=Cost(token=(3 + d + j) * D, slot=slot, choice=3),  # noise; router softmax, twice with the tap's
+            ends=Cost(token=(3 + 2 * d) * D, bias=H + 2),  # norm, output, masks; position bias and int64 buckets
+            last=Cost(token=4 * D + F),
+        ),
+        "lora": Parts(  # frozen matrices save no input
+            attention=Cost(token=(1 + d) * D + 3 * inner, pair=scores),
+            cross=Cost(token=(1 + d) * D + 2 * inner, source=3 * inner, cross=scores),
+            dense=Cost(token=(1 + d) * D + (1 + d) * F),
+            sparse=Cost(token=(1 + d + j) * D, slot=slot, choice=3),
+            ends=Cost(token=(2 + d) * D, bias=H + 2),
+            last=Cost(token=4 * D + F),
+        ),
+        "forward": Parts(  # two sets of scores: one operation's input and output
+            attention=Cost(token=2 * D + 6 * inner, pair=2 * H),
+            cross=Cost(token=2 * D + 2 * inner, source=4 * inner, cross=2 * H),
+            dense=Cost(token=3 * D + 2 * F),
+            sparse=Cost(token=3 * D, slot=2 * D + 2 * F, choice=6),  # three int64 dispatch masks
+            ends=Cost(token=D, bias=H + 2),
+        ),
+    }
+
+
+def _olmoe(c: Any) -> dict[Mode, Parts]:
+    """OLMoE: fused attention that saves no scores (unless dropped out or eager), norms on queries and keys, top-k."""
+    D, F, H = c.hidden_size, c.intermediate_size, c.num_attention_heads
+    size = getattr(c, "head_dim", None) or D // H
+    heads = (H + (c.num_key_value_heads or H)) * size  # queries and keys; also results and values
+    d = int(c.attention_dropout > 0)
+    scores = 0 if c._attn_implementation == "sdpa" and not d else (1 + 2 * d) * H
+    slot = 2 * D + 4 * F + 10  # gathered, output; gate and up, activated gate, product; five int64 indices
+    return {
+        "full": Parts(  # 4: normalised twice, rotated, attended (queries) or the values (keys)
+            attention=Cost(token=3 * D + 4 * heads + H, pair=scores),
+            sparse=Cost(token=3 * D, slot=slot, choice=3),
+            ends=Cost(token=3 * D),
+            last=Cost(token=D),
+        ),
+        "lora": Parts(
+            attention=Cost(token=D + 3 * heads + H, pair=scores),
+            sparse=Cost(token=D, slot=slot, choice=3),
+            ends=Cost(token=2 * D),
+            last=Cost(token=D),
+        ),
+        "forward": Parts(
+            attention=Cost(token=3 * D + 4 * heads, pair=2 * scores),
+            sparse=Cost(token=2 * D, slot=3 * D + 3 * F + 10, choice=3),
+            ends=Cost(token=D),
+        ),
+    }
+
+
+PARTS: dict[str, Callable[[Any], dict[Mode, Parts]]] = {"switch_transformers": _switch, "olmoe": _olmoe}
+"""Model type -> what its layers hold: one row for each row of `families.FAMILIES`."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers one after the other: how many, the names of the sparse ones, how many come before the first of these."""
+
+    layers: int
+    blocks: tuple[str, ...]
+    before: int
 
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """Sizes of one model.
+    """Sizes of one model; get it with `of`.
 
     Args:
         counts: experts per block of the full model.
         dense_params: parameters outside experts and router rows, tied ones once, without a task's head.
         expert_params: parameters of one expert of each block, without its router row.
         row_params: parameters of one router row of each block.
+        adapter_params: parameters of one expert's adapters per rank: inputs plus outputs of its matrices.
+        stacked: elements per expert of the block's largest fused tensor; 0 where experts are modules.
+        largest: elements of the largest parameter outside fused experts.
         itemsize: bytes per parameter.
-        width, layers: D, and the number of layers (encoder and decoder together).
+        width, vocabulary, top_k: D, V (0: no logits over it), K.
+        stacks: the only stack; or encoder and decoder.
+        parts: see `Parts`.
     """
 
     counts: Mapping[str, int]
     dense_params: int
     expert_params: Mapping[str, int]
     row_params: Mapping[str, int]
+    adapter_params: Mapping[str, int]
+    stacked: Mapping[str, int]
+    largest: int
     itemsize: int
     width: int
-    layers: int
+    vocabulary: int
+    top_k: int
+    stacks: tuple[Stack, ...]
+    parts: Mapping[Mode, Parts] = field(repr=False)
 
     @classmethod
     def of(cls, source: ModelSource) -> "MemoryModel":
-        """The memory model of a source; nothing is loaded, and built once per source."""
+        """The memory model of a source, from its meta skeleton: nothing is loaded. Built once per source."""
         return _built(source)
 
     def params(self, counts: Mapping[str, int]) -> int:
         """Parameters of a sub-model with so many experts per block, router rows included."""
-        per_block = (n * (self.expert_params[b] + self.row_params[b]) for b, n in counts.items())
-        return self.dense_params + sum(per_block)
+        return self.dense_params + sum(n * (self.expert_params[b] + self.row_params[b]) for b, n in counts.items())
 
     def bytes(self, counts: Mapping[str, int]) -> int:
         """Bytes of such a sub-model on the wire, one way."""
@@ -116,39 +258,141 @@ class MemoryModel:
         references: int = 0,
         rank: int = 8,
     ) -> Footprint:
-        """Peak memory of a client with `counts` experts per block."""
+        """Peak memory of a client with `counts` experts per block, every position of every batch filled.
+
+        Args:
+            mode: "full" training; "lora": the weights frozen, adapters on the experts; "forward": no training.
+            batch_size, max_length, target_length: B, S, T of a batch (T for text-to-text only).
+            references: extra copies of what is trained ("lora": of the adapters) that a method keeps.
+            rank: of the adapters.
+        """
         weights = self.bytes(counts)
-        trained = {"full": weights, "lora": weights // 20, "forward": 0}[mode]
-        tokens = batch_size * (max_length + target_length)
-        per_layer = 4 * tokens * 20 * self.width
-        alive = 2 if gradient_checkpointing or mode == "forward" else self.layers
-        return Footprint(
-            weights=weights,
-            gradients=trained,
-            optimizer=2 * trained if optimizer == "adamw" else 0,
-            references=references * (trained if mode == "lora" else weights),
-            activations=per_layer * alive,
-            overhead=_OVERHEAD,
-        )
+        trained = weights if mode == "full" else 0
+        if mode == "lora":
+            trained = self.itemsize * rank * sum(n * self.adapter_params[b] for b, n in counts.items())
+            weights += trained
+        batch = (batch_size, max_length, target_length)
+        active = self._activations(counts, mode, batch, gradient_checkpointing, trained)
+        if mode == "full" and optimizer == "adamw":  # its step, the activations gone, needs two temporaries
+            stacked = max(n * self.stacked[b] for b, n in counts.items())
+            active = max(active, 2 * self.itemsize * max(self.largest, stacked))
+        moments = 2 * trained if optimizer == "adamw" else 0
+        copies = references * (trained or weights)
+        live = weights + trained + moments + copies + active
+        return Footprint(weights, trained, moments, copies, active, OVERHEAD + live // SLACK)
+
+    def _activations(
+        self, counts: Mapping[str, int], mode: Mode, batch: tuple[int, int, int], checkpointing: bool, gradients: int
+    ) -> int:
+        """Bytes that come on top of weights, all gradients and the optimiser's state at the worst moment."""
+        forward, backward = self._logits(*batch)
+        saved, last, layers, largest = self._layers(counts, mode, batch)
+        if mode == "forward":
+            return saved + max(largest, forward)
+        if checkpointing:  # when a layer is computed again, at least its own gradients are not there
+            steps = sum(stack.layers for stack in self.stacks)
+            saved += sum(stack.layers * n for stack, n in self._lengths(batch)) * batch[0] * self.width * self.itemsize
+            again = saved + largest - gradients // steps
+        else:
+            saved, again = saved + layers, 0
+        # The backward pass through the logits begins with the gradients of the step before gone.
+        return max(saved + max(last, forward), saved + backward - gradients, again)
+
+    def _lengths(self, batch: tuple[int, int, int]) -> list[tuple[Stack, int]]:
+        """Every stack with the length n of its sequences."""
+        _, S, T = batch
+        if len(self.stacks) == 2:
+            return [(self.stacks[0], S), (self.stacks[1], T)]
+        return [(self.stacks[0], S + T if self.vocabulary else S)]
+
+    def _layers(self, counts: Mapping[str, int], mode: Mode, batch: tuple[int, int, int]) -> tuple[int, int, int, int]:
+        """Bytes of the ends, of the last layer's temporaries, of all layers, and of the largest layer or part."""
+        parts = self.parts[mode]
+        B, S, _ = batch
+        ends = last = layers = largest = 0
+        for stack, n in self._lengths(batch):
+            decoder = stack is not self.stacks[0]
+            attention, dense = parts.attention(B, n, S), parts.dense(B, n, S)
+            cross = parts.cross(B, n, S) if decoder else 0
+            sparse = [parts.sparse(B, n, S, min(self.top_k, counts[b]), counts[b]) for b in stack.blocks]
+            if mode == "lora":
+                sparse = [size + self._merged(b, counts[b]) for size, b in zip(sparse, stack.blocks, strict=True)]
+            ends += parts.ends(B, n, S)
+            last = parts.last(B, n, S)
+            layers += stack.layers * (attention + cross) + (stack.layers - len(sparse)) * dense + sum(sparse)
+            if mode == "lora" and not decoder:  # nothing requires a gradient before the first adapter
+                layers -= stack.before * (attention + dense) + attention * (stack.before < stack.layers)
+            forwards = max(sparse, default=0) if len(sparse) == stack.layers else max(dense, *sparse, 0)
+            together = max(attention, cross, forwards) if mode == "forward" else attention + cross + forwards
+            largest = max(largest, together)
+        return tuple(self.itemsize * size for size in (ends, last, layers, largest))
+
+    def _merged(self, block: str, experts: int) -> int:
+        """Elements that adapters on fused experts add: the sums W + B A of a block are kept until its backward."""
+        return experts * self.expert_params[block] if self.stacked[block] else 0
+
+    def _logits(self, B: int, S: int, T: int) -> tuple[int, int]:
+        """Bytes of logits at the end of the forward pass, and on the way back."""
+        target = self.itemsize * B * T * self.vocabulary
+        if len(self.stacks) == 2:  # those of the step before, all, the model's own loss, those selected
+            return 4 * target, 0
+        full = self.itemsize * B * (S + T) * self.vocabulary  # a causal model computes them for source tokens too
+        return full + 2 * target, 2 * full + target
 
 
 @lru_cache(maxsize=8)
 def _built(source: ModelSource) -> MemoryModel:
     model = source.skeleton("", ())
+    if source.config.model_type not in PARTS:
+        raise ModelError(f"the memory model does not know {source.family.name}; add a row to PARTS in moe/budget.py")
     counts = {block: len(ids) for block, ids in all_experts(model).items()}
-    dense, experts, rows = 0, dict.fromkeys(counts, 0), dict.fromkeys(counts, 0)
+    sizes = {kind: dict.fromkeys(counts, 0) for kind in ("experts", "rows", "adapters", "stacked")}
+    dense = largest = 0
     names = table(model)
     for path, parameter in parameters(model).items():
         name = names[path]
-        flat = (name,) if isinstance(name, str) else name
-        size = parameter.numel() // len(flat)
-        for key in flat:
-            if (found := expert_of(key)) is not None:
-                experts[found[0]] += size if found[1] == 0 else 0
-            elif (found := router_row_of(key)) is not None:
-                rows[found[0]] += size if found[1] == 0 else 0
-            else:
-                dense += size
+        shape = tuple(parameter.shape[1:] if isinstance(name, tuple) else parameter.shape)
+        first = name[0] if isinstance(name, tuple) else name
+        if expert := expert_of(first):
+            block = expert[0]
+            if expert[1] == 0:
+                sizes["experts"][block] += prod(shape)
+                sizes["adapters"][block] += sum(shape)
+            if isinstance(name, tuple):
+                sizes["stacked"][block] = max(sizes["stacked"][block], prod(shape))
+                continue
+        elif row := router_row_of(first):
+            sizes["rows"][row[0]] += prod(shape)
+            continue
+        else:
+            dense += parameter.numel()
+        largest = max(largest, parameter.numel())
     config = model.config
-    layers = config.num_hidden_layers + (config.num_decoder_layers if model.encoder_decoder else 0)
-    return MemoryModel(counts, dense, experts, rows, source.torch_dtype.itemsize, config.hidden_size, layers)
+    return MemoryModel(
+        counts=counts,
+        dense_params=dense,
+        expert_params=sizes["experts"],
+        row_params=sizes["rows"],
+        adapter_params=sizes["adapters"],
+        stacked=sizes["stacked"],
+        largest=largest,
+        itemsize=source.torch_dtype.itemsize,
+        width=config.hidden_size,
+        vocabulary=config.vocab_size if source.form == "text-to-text" else 0,
+        top_k=int(getattr(config, "num_experts_per_tok", 1)) if source.family.top_k else 1,
+        stacks=_stacks(config, source.form, tuple(counts)),
+        parts=PARTS[config.model_type](config),
+    )
+
+
+def _stacks(config: Any, form: str, blocks: tuple[str, ...]) -> tuple[Stack, ...]:
+    """The stacks of a model, read off the paths of its blocks: `<stack>.<number of the layer>.<rest>`."""
+    layers = [config.num_hidden_layers]
+    if form == "text-to-text" and config.is_encoder_decoder:
+        layers.append(config.num_decoder_layers)
+    stacks = []
+    for i, number in enumerate(layers):
+        own = tuple(b for b in blocks if b.startswith("decoder.") == bool(i))
+        before = int(re.search(r"\.(\d+)\.", own[0])[1]) if own else number
+        stacks.append(Stack(number, own, before))
+    return tuple(stacks)
