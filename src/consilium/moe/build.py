@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -26,6 +27,7 @@ from consilium.params import Params
 __all__ = ["ModelSource", "shipped"]
 
 _SHIPPED = Path(__file__).parents[1] / "models"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
 def shipped() -> dict[str, Path]:
@@ -137,7 +139,7 @@ class ModelSource:
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(f"model {self.path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
         finally:
             transformers_logging.set_verbosity(level)
@@ -153,6 +155,10 @@ class ModelSource:
 
 @lru_cache(maxsize=4)
 def _tokenizer(location: str, revision: str | None) -> PreTrainedTokenizerBase:
+    folder = Path(location)
+    if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        # transformers would make an empty one from the model type, which encodes every text as nothing
+        raise ModelError(f"{location!r} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, json.JSONDecodeError) as error:
