@@ -102,7 +102,18 @@ def test_derived_seeds_fit_a_generator(parts):
 
 
 def test_derived_seeds_keep_parts_apart():
-    assert len({derive_seed("a", "b"), derive_seed("ab"), derive_seed("b", "a"), derive_seed("a", 1), derive_seed("a", "1")}) == 5
+    assert (
+        len(
+            {
+                derive_seed("a", "b"),
+                derive_seed("ab"),
+                derive_seed("b", "a"),
+                derive_seed("a", 1),
+                derive_seed("a", "1"),
+            }
+        )
+        == 5
+    )
 
 
 @pytest.mark.parametrize("id", ["topic-00", "a", "A.b_c-9", "x" * 64])

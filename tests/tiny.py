@@ -1,12 +1,12 @@
 """Models, data and federations small enough for a unit test: `source`, `federation`, `setup`, `context`, `engine`.
 
-    Models      random weights from a configuration, 8 experts, D = 32, two sparse layers, a BPE tokenizer; made once
-    Federation  six clients, three tasks of hand-made sentences, label sets that differ inside a task
+Models      random weights from a configuration, 8 experts, D = 32, two sparse layers, a BPE tokenizer; made once
+Federation  six clients, three tasks of hand-made sentences, label sets that differ inside a task
 """
 
 import dataclasses
 import random
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from consilium.moe.build import ModelSource
 from consilium.moe.families import FAMILIES
 from consilium.training import Fit, Setup
 
-root: Path
+root = Path("conftest.py has not said where")
 """Where the models are written; set by conftest.py."""
 
 FORMS = ("classification", "text-to-text")
@@ -71,7 +71,7 @@ def configuration(model_type: str, **changes) -> PretrainedConfig:
     raise NotImplementedError(f"give {model_type} a tiny configuration in tests/tiny.py")
 
 
-@lru_cache(maxsize=None)
+@cache
 def directory(model_type: str, form: str = "classification", dtype: str = "float32", **changes) -> Path:
     """A saved model of that family with its tokenizer. `changes`: of the configuration."""
     extra = "".join(f"-{key}={value}" for key, value in sorted(changes.items()))
@@ -90,21 +90,23 @@ def source(model_type: str = "switch_transformers", form: str = "classification"
     return ModelSource(str(directory(model_type, form, dtype, **changes)), form, dtype)
 
 
-@lru_cache(maxsize=None)
+@cache
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on the federation's own sentences; <pad> 0, </s> 1, <unk> 2."""
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
     texts = [text for data in federation().clients.values() for text in data.train.texts + data.train.targets]
     special = ["<pad>", "</s>", "<unk>"]
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False))
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
+    )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)
+@cache
 def federation(form: str = "classification") -> Federation:
     """Six clients; a sentence names its label. Text-to-text clients are asked for the label and a word more."""
     return Federation({client: _client(client, form) for client in IDS})
@@ -160,7 +162,11 @@ def bytes_for(experts: int, references: int = 0, **fit) -> int:
 
 
 def context(
-    client: str = "animal-00", form: str = "classification", seed: int = 0, round: int = 1, state: ClientState | None = None
+    client: str = "animal-00",
+    form: str = "classification",
+    seed: int = 0,
+    round: int = 1,
+    state: ClientState | None = None,
 ) -> ClientContext:
     """What the client owns in that round."""
     return ClientContext(
@@ -193,6 +199,8 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def payloads_equal(a: Payload, b: Payload) -> bool:
     """Whether two payloads carry the same bits and the same scalars but for seconds."""
     scalars = [{k: v for k, v in p.scalars.items() if not k.startswith("seconds")} for p in (a, b)]
-    return a.groups.keys() == b.groups.keys() and scalars[0] == scalars[1] and all(
-        same(a.group(g), b.group(g)) for g in a.groups
+    return (
+        a.groups.keys() == b.groups.keys()
+        and scalars[0] == scalars[1]
+        and all(same(a.group(g), b.group(g)) for g in a.groups)
     )
