@@ -40,9 +40,9 @@ SETTINGS = {
     "enf-TD": ("dirichlet", Sampling(3, distinct_tasks=True)),
 }
 METHODS: dict[str, Algorithm] = {
-    "FedMoE": FedMoE(),
+    "FedMoE": FedMoE(stage1_epochs=2),
     "FedMoE w/o stage 1": FedMoE(stage1="none"),
-    "FedMoE w/o stage 2": FedMoE(stage2=False),
+    "FedMoE w/o stage 2": FedMoE(stage1_epochs=2, stage2=False),
     "randomMoE": RandomMoE(),
     "FedAvg": EQUAL_MEMORY["FedAvg"],
     "FedProx": EQUAL_MEMORY["FedProx"],
@@ -85,7 +85,7 @@ def experiment(setting: str, method: str, seed: int, rounds: int) -> Experiment:
         fit=Fit(lr=1e-3, head_lr=1e-2, batch_size=16, max_length=48),
         sampling=sampling,
         rounds=rounds,
-        memory=("60MB", "70MB", "85MB", "105MB", "200MB"),
+        memory=("80MB", "90MB", "110MB", "140MB", "175MB"),
         evaluate_every=3,
         seed=seed,
     )
@@ -186,8 +186,9 @@ def table(setting: str, methods: dict[str, list[dict]]) -> list[str]:
             else "-"
         )
         lines.append(
-            f"| {method} | {' | '.join(cells)} | {spread(within)} | {spread([1000 * r['gigabytes'] for r in runs], 0)} | "
-            f"{spread([r['peak_megabytes'] for r in runs], 0)} | {counts} | {rounds_to(runs, 0.9 * best)} | "
+            f"| {method} | {' | '.join(cells)} | {spread(within)} "
+            f"| {spread([1000 * r['gigabytes'] for r in runs], 0)} "
+            f"| {spread([r['peak_megabytes'] for r in runs], 0)} | {counts} | {rounds_to(runs, 0.9 * best)} | "
             f"{rounds_to(runs, 0.99 * best)} | {len(runs)} |"
         )
     return [*lines, ""]

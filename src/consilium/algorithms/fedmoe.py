@@ -84,7 +84,7 @@ class FedMoE(Algorithm):
         floor: share of its own demand that a layer keeps when it shrinks, in [0, 1).
     """
 
-    alpha: float = 0.8
+    alpha: float = 0.9
     K: int = 3
     patience: int = 2
     stage1: Literal["lora", "forward", "none"] = "lora"
