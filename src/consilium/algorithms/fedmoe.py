@@ -220,14 +220,9 @@ class FedMoEServer(Server):
     def stage(self) -> str:
         return "two" if self.map else "one"
 
-    def profiles(self, client: ClientInfo) -> bool:
-        """Whether the client can hold the full MoE for stage one."""
-        mode = "lora" if self.algorithm.stage1 == "lora" else "forward"
-        return self.setup.lacks(client, self.setup.model.counts, mode) is None
-
     def configure(self, round: int, clients: Sequence[ClientInfo]) -> dict[ClientId, Payload]:
         if self.stage == "one":
-            able = [client for client in clients if self.profiles(client)]
+            able = [client for client in clients if self.unable(client) is None]
             if able:
                 return {c.id: Payload({"params": select(self.params, c.task)}, {"stage": "one"}) for c in able}
             self._set_structures()
@@ -259,8 +254,11 @@ class FedMoEServer(Server):
         return Payload({"params": select(self.params, client.task, held)}, scalars)
 
     def unable(self, client: ClientInfo) -> str | None:
-        """Only before stage one has cut the client's sub-MoE can its delivered model, the full one, be too large."""
-        return None if client.id in self.map else self.setup.lacks(client, self.setup.model.counts)
+        """In stage one: why the client cannot profile the full MoE. Later everybody has a sub-MoE that fits."""
+        if client.id in self.map:
+            return None
+        mode = "lora" if self.algorithm.stage1 == "lora" else "forward"
+        return self.setup.lacks(client, self.setup.model.counts, mode)
 
     def _sub_moe(self, client: ClientInfo) -> Payload:
         sent = self.deliver(client)
