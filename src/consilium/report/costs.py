@@ -1,0 +1,255 @@
+"""Figures about what a run cost: bytes on the wire, memory on the devices, seconds."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from consilium.report.read import RunRecord
+from consilium.report.results import format_bytes, format_seconds, number, unable_clients
+from consilium.report.style import (
+    SERIES,
+    Drawing,
+    Key,
+    NothingToDraw,
+    Panel,
+    clean_axes,
+    color,
+    drawing_style,
+    new_figure,
+    round_ticks,
+    series,
+    shorten,
+)
+
+__all__ = ["memory", "time_split", "traffic", "traffic_per_client"]
+
+_WIDTH = 340
+_UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+_UNITS |= {"kiB": 2**10, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_PARTS = (("train", "training", "c0"), ("evaluate", "evaluation", "c4"), ("engine", "engine", "c6"))
+
+
+def traffic(runs: Sequence[RunRecord]) -> Drawing:
+    """Total bytes down and up per run, and how the total grows over the rounds."""
+    totals = [(_total(run, "bytes_down"), _total(run, "bytes_up")) for run in runs]
+    if not any(down or up for down, up in totals):
+        raise NothingToDraw("Nothing was sent: these runs recorded no bytes up or down (Standalone never does).")
+    with drawing_style():
+        bars = _bar_figure([run.label for run in runs])
+        axes = bars.axes[0]
+        axes.barh(range(len(runs)), [d for d, _ in totals], 0.62, color=color("c0"))
+        axes.barh(range(len(runs)), [u for _, u in totals], 0.62, left=[d for d, _ in totals], color=color("c1"))
+        _end_texts(axes, [format_bytes(d + u) for d, u in totals], [d + u for d, u in totals])
+        _byte_axis(axes)
+        grow = new_figure(_WIDTH, 215, left=58, bottom=36, right=12)
+        _cumulative(grow.axes[0], runs)
+    said = ", ".join(f"{run.label} {format_bytes(d + u)}" for run, (d, u) in zip(runs, totals, strict=True))
+    keys = [Key("server to clients (down)", "c0", "square"), Key("clients to server (up)", "c1", "square")]
+    if len(runs) > 1:
+        keys += [Key(run.label, SERIES[i % len(SERIES)], f"run {i}") for i, run in enumerate(runs)]
+    panels = [Panel("whole run", bars, f"Bytes of the whole run: {said}.")]
+    if max(len(run.rounds) for run in runs) > 1:
+        panels.append(Panel("sum over the rounds", grow, "Bytes sent and received so far, by round."))
+    return Drawing(panels, keys)
+
+
+def traffic_per_client(run: RunRecord) -> Drawing:
+    """Bytes down and up per client over the run."""
+    rows = list(run.order)
+    down, up = (_client_bytes(run, key) for key in ("bytes_down", "bytes_up"))
+    if not any(down.values()) and not any(up.values()):
+        raise NothingToDraw(f"{run.label} sent nothing: its rounds record no bytes per client.")
+    unable = unable_clients(run)
+    panels = []
+    for task, members in _by_task(run, rows):
+        with drawing_style():
+            figure = _bar_figure(members)
+            axes = figure.axes[0]
+            places = range(len(members))
+            axes.barh(places, [down[c] for c in members], 0.66, color=color("c0"))
+            axes.barh(places, [up[c] for c in members], 0.66, left=[down[c] for c in members], color=color("c1"))
+            sums = [down[c] + up[c] for c in members]
+            texts = [
+                format_bytes(s) if s else ("cannot run" if c in unable else "took no part")
+                for c, s in zip(members, sums, strict=True)
+            ]
+            axes.set_xlim(0, max(down[c] + up[c] for c in rows) * 1.24)
+            _end_texts(axes, texts, sums)
+            _byte_axis(axes)
+        panels.append(Panel(f"{task} · {format_bytes(sum(sums))}", figure, f"Bytes per client, task {task}."))
+    return Drawing(
+        panels, [Key("server to client (down)", "c0", "square"), Key("client to server (up)", "c1", "square")]
+    )
+
+
+def memory(run: RunRecord) -> Drawing:
+    """Per client: what its device has, and what the method needs there at the worst moment."""
+    peaks, unable = _peaks(run), unable_clients(run)
+    if not any(peaks.values()) and not any(c.memory_bytes for c in run.clients.values()):
+        raise NothingToDraw(f"{run.label} recorded neither device limits nor a memory estimate.")
+    top = max([*(p for p in peaks.values() if p), *(c.memory_bytes or 0 for c in run.clients.values())])
+    panels = []
+    for task, members in _by_task(run, list(run.order)):
+        with drawing_style():
+            figure = _bar_figure(members)
+            axes = figure.axes[0]
+            for place, client in enumerate(members):
+                _memory_bar(axes, place, peaks.get(client), run.clients[client].memory_bytes, client in unable)
+            axes.set_xlim(0, top * 1.24)
+            ends = [max(peaks.get(c) or 0, run.clients[c].memory_bytes or 0) for c in members]
+            _end_texts(axes, [_memory_text(run, c, peaks.get(c), c in unable) for c in members], ends)
+            _byte_axis(axes)
+        able = sum(c not in unable for c in members)
+        panels.append(Panel(f"{task} · {able} of {len(members)} can run", figure, f"Memory per client, task {task}."))
+    keys = [Key("needed at the peak", "c0", "square"), Key("device limit", "ink", "bar")]
+    if unable:
+        keys.append(Key("needs more than the device has", "c1", "hatch"))
+    return Drawing(panels, keys)
+
+
+def time_split(runs: Sequence[RunRecord]) -> Drawing:
+    """Seconds of training, evaluation and engine, per run."""
+    split = [_seconds(run) for run in runs]
+    if not any(sum(parts.values()) for parts in split):
+        raise NothingToDraw("No round has recorded its seconds yet.")
+    with drawing_style():
+        figure = _bar_figure([run.label for run in runs])
+        axes = figure.axes[0]
+        left = [0.0] * len(runs)
+        for part, _, role in _PARTS:
+            axes.barh(range(len(runs)), [s[part] for s in split], 0.62, left=left, color=color(role))
+            left = [at + s[part] for at, s in zip(left, split, strict=True)]
+        _end_texts(axes, [format_seconds(total) for total in left], left)
+        axes.xaxis.set_major_locator(round_ticks(4))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_seconds(value) if value else "0"))
+    said = "; ".join(
+        f"{run.label}: " + ", ".join(f"{name} {format_seconds(s[part])}" for part, name, _ in _PARTS)
+        for run, s in zip(runs, split, strict=True)
+    )
+    panels = [Panel("whole run", figure, f"Time: {said}.")]
+    if len(runs) == 1 and len(runs[0].rounds) > 1:
+        panels.append(_time_by_round(runs[0]))
+    return Drawing(panels, [Key(name, role, "square") for _, name, role in _PARTS])
+
+
+def _time_by_round(run: RunRecord) -> Panel:
+    with drawing_style():
+        figure = new_figure(_WIDTH, 215, left=58, bottom=36, right=12)
+        axes = figure.axes[0]
+        clean_axes(axes)
+        rounds = [r.get("round", j) for j, r in enumerate(run.rounds)]
+        parts = [[_second(r, part) for r in run.rounds] for part, _, _ in _PARTS]
+        axes.stackplot(rounds, *parts, colors=[color(role) for _, _, role in _PARTS], step="mid", linewidth=0)
+        axes.margins(x=0)
+        axes.set_xlabel("round")
+        axes.xaxis.set_major_locator(round_ticks(6, integer=True))
+        axes.yaxis.set_major_locator(round_ticks(4))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_seconds(value) if value else "0"))
+    return Panel("round by round", figure, "Seconds of each round, by what they were spent on.")
+
+
+def _bar_figure(names: Sequence[str]) -> Figure:
+    height = 24 if len(names) <= 5 else 19 if len(names) <= 14 else 15
+    left = 12 + 6.6 * max(len(shorten(name, 14)) for name in names)
+    figure = new_figure(_WIDTH, 34 + height * len(names), left=left, bottom=26, right=24)
+    axes = figure.axes[0]
+    clean_axes(axes, grid="x")
+    axes.set_yticks(range(len(names)), [shorten(name, 14) for name in names], fontsize=10.5 if height > 15 else 10)
+    axes.tick_params(axis="y", labelcolor=color("ink"))
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    return figure
+
+
+def _end_texts(axes: Axes, texts: Sequence[str], ends: Sequence[float]) -> None:
+    """Write each bar's figure behind its end, in room that is made for it."""
+    top = max([*ends, 0]) * 1.24 or 1
+    axes.set_xlim(0, max(axes.get_xlim()[1] if axes.get_xlim()[1] > top else 0, top))
+    for place, (text, end) in enumerate(zip(texts, ends, strict=True)):
+        axes.annotate(text, (end, place), (4, 0), textcoords="offset points", va="center", fontsize=9.5)
+
+
+def _memory_bar(axes: Axes, place: int, peak: float | None, limit: float | None, unable: bool) -> None:
+    if peak:
+        over = {"facecolor": "none", "edgecolor": color("c1"), "hatch": "/////", "linewidth": 1.2}
+        axes.barh(place, peak, 0.62, **(over if unable else {"color": color("c0")}))
+    if limit:
+        axes.vlines(limit, place - 0.42, place + 0.42, color=color("ink"), lw=2.2, zorder=4)
+
+
+def _memory_text(run: RunRecord, client: str, peak: float | None, unable: bool) -> str:
+    limit = run.clients[client].memory_bytes
+    if unable:
+        return "cannot run"
+    if not peak:
+        return "took no part"
+    return f"{100 * peak / limit:.0f} %" if limit else format_bytes(peak)
+
+
+def _peaks(run: RunRecord) -> dict[str, float | None]:
+    """Peak of the memory model in bytes; the summary's word, else the largest that a round recorded."""
+    found: dict[str, float | None] = {}
+    for client in run.order:
+        told = number((((run.summary or {}).get("clients") or {}).get(client) or {}).get("peak_bytes_model"))
+        seen = [number(((r.get("clients") or {}).get(client) or {}).get("peak_bytes_model")) for r in run.rounds]
+        found[client] = told if told is not None else max([s for s in seen if s is not None], default=None)
+    for client, reason in unable_clients(run).items():
+        # A client that cannot run has no peak, but the reason says what it would have needed.
+        needs = re.search(r"needs ([\d.]+) ?([kKMGT]?i?B)", reason)
+        if found.get(client) is None and needs:
+            found[client] = float(needs.group(1)) * _UNITS.get(needs.group(2), 1)
+    return found
+
+
+def _cumulative(axes: Axes, runs: Sequence[RunRecord]) -> None:
+    clean_axes(axes)
+    for i, run in enumerate(runs):
+        if run.rounds:
+            rounds = [r.get("round", j) for j, r in enumerate(run.rounds)]
+            steps = ((number(r.get("bytes_down")) or 0) + (number(r.get("bytes_up")) or 0) for r in run.rounds)
+            style = series(i) if len(runs) > 1 else {"color": color("ink")}
+            axes.plot(rounds, list(itertools.accumulate(steps)), lw=2.2, ms=5, markevery=[-1], **style)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("round")
+    axes.xaxis.set_major_locator(round_ticks(6, integer=True))
+    axes.yaxis.set_major_locator(round_ticks(5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value, trim=True)))
+
+
+def _byte_axis(axes: Axes) -> None:
+    axes.xaxis.set_major_locator(round_ticks(4))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value, trim=True)))
+
+
+def _total(run: RunRecord, key: str) -> float:
+    told = number((run.summary or {}).get(key))
+    return told if told is not None else sum(number(r.get(key)) or 0 for r in run.rounds)
+
+
+def _client_bytes(run: RunRecord, key: str) -> dict[str, float]:
+    return {
+        c: sum(number(((r.get("clients") or {}).get(c) or {}).get(key)) or 0 for r in run.rounds) for c in run.order
+    }
+
+
+def _seconds(run: RunRecord) -> dict[str, float]:
+    told = (run.summary or {}).get("seconds")
+    made: dict[str, float] = {}
+    for part, _, _ in _PARTS:
+        value = number(told.get(part)) if isinstance(told, Mapping) else None
+        made[part] = value if value is not None else sum(_second(r, part) for r in run.rounds)
+    return made
+
+
+def _second(line: Mapping[str, Any], part: str) -> float:
+    return number((line.get("seconds") or {}).get(part)) or 0.0
+
+
+def _by_task(run: RunRecord, rows: Sequence[str]) -> list[tuple[str, list[str]]]:
+    return [(task, [c for c in rows if run.clients[c].task == task]) for task in run.tasks]

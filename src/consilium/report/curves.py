@@ -1,0 +1,293 @@
+"""Figures with rounds or bytes along the bottom: scores, and how many experts each client holds."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter
+
+from consilium.report.read import RunRecord
+from consilium.report.results import METRICS, format_bytes, number
+from consilium.report.style import (
+    SERIES,
+    Drawing,
+    Key,
+    NothingToDraw,
+    Panel,
+    clean_axes,
+    color,
+    drawing_style,
+    new_figure,
+    round_ticks,
+    series,
+    shorten,
+)
+
+__all__ = ["expert_counts", "scores_over_bytes", "scores_over_rounds"]
+
+_WIDTH, _HEIGHT = 340, 215
+Points = list[tuple[float, float]]
+
+
+def scores_over_rounds(runs: Sequence[RunRecord]) -> Drawing:
+    """A panel per task, and the mean over tasks: test scores where evaluated, validation as a thin line."""
+    rounds = [{_number_of(line, i): line for i, line in enumerate(run.rounds)} for run in runs]
+    drawing = _score_panels(runs, rounds, "round", single_detail=len(runs) == 1)
+    stage_one = [_stage_one_end(run) for run in runs]
+    if len(runs) == 1 and stage_one[0] is not None:
+        for panel in drawing.panels:
+            axes = panel.figure.axes[0]
+            axes.axvspan(axes.get_xlim()[0], stage_one[0] + 0.5, color=color("grid"), alpha=0.55, lw=0, zorder=0)
+    return drawing
+
+
+def scores_over_bytes(runs: Sequence[RunRecord]) -> Drawing:
+    """The same scores against the bytes that all clients together had sent and received by then."""
+    placed = []
+    for run in runs:
+        totals = itertools.accumulate(
+            (number(r.get("bytes_down")) or 0) + (number(r.get("bytes_up")) or 0) for r in run.rounds
+        )
+        placed.append(list(zip(totals, run.rounds, strict=True)))
+    if not any(total for run in placed for total, _ in run):
+        raise NothingToDraw("No run has sent anything yet: its rounds record no bytes.")
+    return _score_panels(runs, [dict(pairs) for pairs in placed], "bytes", single_detail=False)
+
+
+def expert_counts(run: RunRecord) -> Drawing:
+    """A panel per task: experts held by each client, summed over layers, at each round; changes are marked."""
+    counts = _counts(run)
+    if not counts:
+        raise NothingToDraw(
+            f"{run.label} records no expert counts: its clients do not hold an own choice of experts, or no round "
+            "has ended yet."
+        )
+    panels = []
+    last = max(x for points in counts.values() for x, _ in points)
+    for task in run.tasks:
+        members = [c for c in run.order if run.clients[c].task == task and c in counts]
+        if members:
+            panels.append(_count_panel(run, task, members, counts, last))
+    keys = [Key("one client, named at its end", "c0", "thin"), Key("mean of the task", "ink")]
+    marks = (("grow", "got experts", "up"), ("shrink", "gave up experts", "down"),
+             ("rollback", "change taken back", "cross"), ("freeze", "frozen from here", "hollow"))  # fmt: skip
+    seen = {event.get("event") for event in run.events}
+    return Drawing(panels, keys + [Key(text, "ink", mark) for name, text, mark in marks if name in seen])
+
+
+def _score_panels(
+    runs: Sequence[RunRecord], placed: Sequence[Mapping[float, Mapping[str, Any]]], along: str, single_detail: bool
+) -> Drawing:
+    """placed: per run, the rounds at their place along the x axis."""
+    tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
+    panels = []
+    dashed = False
+    for task in [*tasks, "mean"] if len(tasks) > 1 else tasks:
+        lines = [_test_points(run, at, task) for run, at in zip(runs, placed, strict=True)]
+        thin = [
+            _validation_points(run, at, task) if along == "round" else [] for run, at in zip(runs, placed, strict=True)
+        ]
+        if not any(lines) and not any(thin):
+            continue
+        with drawing_style():
+            figure = new_figure(_WIDTH, _HEIGHT, left=38, bottom=36, right=12)
+            axes = figure.axes[0]
+            clean_axes(axes)
+            if single_detail and task != "mean":
+                _each_client(axes, runs[0], placed[0], task)
+                dashed |= _guess_line(axes, runs[0], task)
+            for i, points in enumerate(lines):
+                if thin[i]:
+                    axes.plot(*zip(*thin[i], strict=True), lw=1, alpha=0.75, color=series(i)["color"], zorder=3)
+                if points:
+                    axes.plot(*zip(*points, strict=True), lw=2.2, ms=4.5, zorder=4, **series(i))
+            axes.margins(x=0.03, y=0.12)
+            _x_axis(axes, along)
+            axes.yaxis.set_major_locator(round_ticks(5))
+        metric = next((run.metric(task) for run in runs if task in run.tasks), "score")
+        title = f"{task} · {METRICS.get(metric, metric)}, %" if task != "mean" else "mean of the tasks, %"
+        panels.append(Panel(title, figure, _alt(title, runs, lines, along)))
+    if not panels:
+        raise NothingToDraw("No round has been evaluated yet: scores appear after the first evaluation round.")
+    keys = [Key(run.label, SERIES[i % len(SERIES)], f"run {i}") for i, run in enumerate(runs)]
+    if len(runs) == 1:
+        keys = [Key("test, mean over clients", "c0", "run 0")]
+        keys += [Key("test, one client", "c0", "faint")] if single_detail else []
+    if along == "round":
+        keys.append(Key("validation of that round's participants", "c0" if len(runs) == 1 else "muted", "thin"))
+    if dashed:
+        keys.append(Key("always answering the commonest label", "muted", "dots"))
+    return Drawing(panels, keys)
+
+
+def _x_axis(axes: Axes, along: str) -> None:
+    if along == "round":
+        axes.xaxis.set_major_locator(round_ticks(6, integer=True))
+        axes.set_xlabel("round")
+    else:
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(round_ticks(4))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value, trim=True)))
+        axes.set_xlabel("sent and received so far, all clients")
+
+
+def _test_points(run: RunRecord, placed: Mapping[float, Mapping[str, Any]], task: str) -> Points:
+    points = []
+    for x, line in placed.items():
+        value = number((line.get("scores") or {}).get(task))
+        if value is None and task != "mean":
+            test = line.get("test") or {}
+            values = [number(v) for c, v in test.items() if c in run.clients and run.clients[c].task == task]
+            known = [v for v in values if v is not None]
+            value = statistics.fmean(known) if known else None
+        if value is not None:
+            points.append((x, 100 * value))
+    return points
+
+
+def _validation_points(run: RunRecord, placed: Mapping[float, Mapping[str, Any]], task: str) -> Points:
+    """Mean validation score of the round's participants of a task; rounds without one are bridged."""
+    points = []
+    for x, line in placed.items():
+        by_task: dict[str, list[float]] = {}
+        for client, entry in (line.get("clients") or {}).items():
+            value = number(entry.get("validation"))
+            if client in run.clients and value is not None:
+                by_task.setdefault(run.clients[client].task, []).append(value)
+        if task == "mean":
+            # A mean over whichever tasks took part would jump with the draw, so only full rounds have one.
+            if len(by_task) == len(run.tasks):
+                points.append((x, 100 * statistics.fmean(map(statistics.fmean, by_task.values()))))
+        elif task in by_task:
+            points.append((x, 100 * statistics.fmean(by_task[task])))
+    return points if len(points) > 1 else []
+
+
+def _each_client(axes: Axes, run: RunRecord, placed: Mapping[float, Mapping[str, Any]], task: str) -> None:
+    for client in (c for c in run.order if run.clients[c].task == task):
+        found = [(x, number((line.get("test") or {}).get(client))) for x, line in placed.items()]
+        points = [(x, 100 * v) for x, v in found if v is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), lw=1, alpha=0.28, color=color("c0"), zorder=2)
+
+
+def _guess_line(axes: Axes, run: RunRecord, task: str) -> bool:
+    """The score of always answering a client's commonest label; only accuracy has so simple a floor."""
+    if run.metric(task) != "accuracy":
+        return False
+    shares = [c.commonest_label_share for c in run.clients.values() if c.task == task]
+    known = [100 * s for s in shares if s is not None]
+    if known:
+        axes.axhline(statistics.fmean(known), color=color("muted"), lw=1.2, linestyle=(0, (1.5, 2)), zorder=1)
+    return bool(known)
+
+
+def _counts(run: RunRecord) -> dict[str, Points]:
+    """client -> (round, experts held): every change in structure.json, else what metrics.jsonl tells."""
+    found: dict[str, Points] = {}
+    maps = (run.structure or {}).get("rounds") or {}
+    for key in sorted((k for k in maps if str(k).lstrip("-").isdigit()), key=int):
+        for client, blocks in maps[key].items():
+            found.setdefault(client, []).append((int(key), sum(len(held) for held in blocks.values())))
+    if not found:
+        for i, line in enumerate(run.rounds):
+            for client, entry in (line.get("clients") or {}).items():
+                if (held := number(entry.get("experts"))) is not None:
+                    found.setdefault(client, []).append((_number_of(line, i), held))
+    last = max([_number_of(line, i) for i, line in enumerate(run.rounds)], default=0)
+    for points in found.values():
+        if points[-1][0] < last:
+            points.append((last, points[-1][1]))
+    return {c: points for c, points in found.items() if c in run.clients}
+
+
+def _count_panel(run: RunRecord, task: str, members: list[str], counts: dict[str, Points], last: float) -> Panel:
+    with drawing_style():
+        room = 26 + 6 * max(len(shorten(c, 12)) for c in members)
+        figure = new_figure(_WIDTH, _HEIGHT + 15, left=34, bottom=36, right=room)
+        axes = figure.axes[0]
+        clean_axes(axes)
+        for client in members:
+            x, y = zip(*counts[client], strict=True)
+            axes.step(x, y, where="post", lw=1.3, alpha=0.7, color=color("c0"), zorder=2)
+            _mark_events(axes, run, client, counts[client])
+        ticks = sorted({x for c in members for x, _ in counts[c]})
+        means = [statistics.fmean(_at(counts[c], x) for c in members) for x in ticks]
+        axes.step(ticks, means, where="post", lw=2.4, color=color("ink"), zorder=3)
+        first = min(ticks)
+        axes.set_xlim(first - 0.02 * max(last - first, 1), max(last, first + 1))
+        axes.margins(y=0.1)
+        axes.xaxis.set_major_locator(round_ticks(6, integer=True))
+        axes.yaxis.set_major_locator(round_ticks(5, integer=True))
+        axes.set_xlabel("round")
+        _name_line_ends(axes, [(c, counts[c][-1][1]) for c in members])
+    alt = f"Experts per client over rounds, task {task}: mean {means[0]:.1f} at first, {means[-1]:.1f} at last."
+    return Panel(f"{task} · {means[0]:.1f} → {means[-1]:.1f} experts a client", figure, alt)
+
+
+def _mark_events(axes: Axes, run: RunRecord, client: str, points: Points) -> None:
+    for event in run.events:
+        where = number(event.get("round"))
+        marker = {"grow": "^", "shrink": "v", "rollback": "x", "freeze": "o"}.get(str(event.get("event")))
+        if event.get("client") != client or where is None or marker is None:
+            continue
+        face = "none" if marker == "o" else color("ink")
+        axes.scatter([where], [_at(points, where)], marker=marker, s=22, linewidths=1.3, zorder=4,
+                     facecolors=face if marker != "x" else None, color=face if marker == "x" else None,
+                     edgecolors=color("ink") if marker != "x" else None)  # fmt: skip
+
+
+def _name_line_ends(axes: Axes, ends: list[tuple[str, float]], limit: int = 11) -> None:
+    """Write names beside the line ends, pushed apart so that none covers another."""
+    bottom, top = axes.get_ylim()
+    pixels = axes.bbox.height / (top - bottom)
+    ends = sorted(ends, key=lambda end: end[1])
+    if len(ends) > limit:
+        ends = ends[: limit // 2] + ends[-(limit // 2) :]
+    gap, heights = 12 / pixels, [y for _, y in ends]
+    for _ in range(60):
+        for i in range(len(heights) - 1):
+            if (lack := gap - (heights[i + 1] - heights[i])) > 1e-9:
+                heights[i] -= lack / 2
+                heights[i + 1] += lack / 2
+        if heights and (over := heights[-1] - (top - gap / 3)) > 0:
+            heights[-1] -= over
+        if heights and (under := (bottom + gap / 3) - heights[0]) > 0:
+            heights[0] += under
+    for (client, y), height in zip(ends, heights, strict=True):
+        axes.annotate(
+            shorten(client, 12),
+            (1, y),
+            (axes.bbox.width + 14, (height - bottom) * pixels),
+            xycoords=("axes fraction", "data"),
+            textcoords="axes pixels",
+            va="center",
+            fontsize=10,
+            color=color("muted"),
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "lw": 0.7, "color": color("muted"), "shrinkA": 1, "shrinkB": 1},
+        )
+
+
+def _at(points: Points, x: float) -> float:
+    """The value of a step function; before its first point, its first value."""
+    return next((y for when, y in reversed(points) if when <= x), points[0][1])
+
+
+def _stage_one_end(run: RunRecord) -> float | None:
+    ones = [_number_of(line, i) for i, line in enumerate(run.rounds) if line.get("stage") == "one"]
+    return max(ones) if ones and len(ones) < len(run.rounds) else None
+
+
+def _number_of(line: Mapping[str, Any], index: int) -> float:
+    told = number(line.get("round"))
+    return index if told is None else told
+
+
+def _alt(title: str, runs: Sequence[RunRecord], lines: Sequence[Points], along: str) -> str:
+    ends = [f"{run.label} {points[-1][1]:.1f}" for run, points in zip(runs, lines, strict=True) if points]
+    return f"{title} over {along}. At the end: {', '.join(ends) or 'not evaluated yet'}."

@@ -1,0 +1,206 @@
+"""One self-contained HTML page about one run, or about several runs compared.
+
+No external resource, no script: the page can be mailed, archived, and opened offline in ten years.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from consilium.errors import ConfigError
+from consilium.report.page import STYLE
+from consilium.report.parts import caption, card, fold, one_figure, text
+from consilium.report.plots import FIGURES, FigureKind
+from consilium.report.read import RunRecord, read_runs
+from consilium.report.results import (
+    METRICS,
+    Result,
+    client_scores,
+    format_bytes,
+    format_score,
+    format_seconds,
+    result,
+    unable_clients,
+)
+from consilium.report.tables import (
+    client_tables,
+    comparison,
+    configuration,
+    event_tables,
+    glossary,
+    left_out,
+    over_seeds,
+    versions,
+)
+
+__all__ = ["render", "write_report"]
+
+
+def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
+    """Write the report of the runs to `out` and return it; parent directories are made.
+
+    Raises ConfigError when a directory is not a run, when none is given, or when `out` cannot be written.
+    """
+    page = render(read_runs(run_dirs))
+    out = Path(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = out.with_name(out.name + ".part")
+        part.write_text(page, encoding="utf-8")
+        part.replace(out)  # a reader who has the old page open never sees half a new one
+    except OSError as error:
+        raise ConfigError(f"the report cannot be written to {out} ({error.strerror}); choose another place") from None
+    return out
+
+
+def render(runs: Sequence[RunRecord]) -> str:
+    """The whole page as text."""
+    rows = [result(run) for run in runs]
+    title = _title(runs)
+    body = "".join(f"<p class='warn'>{text(line)}</p>" for line in _warnings(runs))
+    cards = _cards_of_one(runs[0], rows[0]) if len(runs) == 1 else _cards_of_many(rows)
+    parts = [f'<header><h1>{text(title)}</h1><p class="sub">{_subtitle(runs)}</p>{_nav(runs)}']
+    parts.append(f'{body}<div class="cards">{cards}</div></header><main>')
+    if len(runs) > 1:
+        parts.append(f'<h2 id="comparison">Comparison</h2>{comparison(runs)}{over_seeds(runs)}')
+    sections = list(dict.fromkeys(kind.section for kind in FIGURES))
+    for section in sections:
+        parts.append(f'<h2 id="{_anchor(section)}">{text(section)}</h2>')
+        parts += [_figure(kind, runs) for kind in FIGURES if kind.section == section]
+    parts.append(f'<h2 id="clients">Clients</h2>{client_tables(runs)}{left_out(runs)}')
+    parts.append(f'<h2 id="events">Events</h2>{event_tables(runs)}')
+    parts.append(f'<h2 id="setup">Set-up</h2>{configuration(runs)}{versions(runs)}{glossary()}</main>')
+    parts.append(
+        "<footer>Scores are in percent. 1 MB is 1,000,000 bytes. This page needs no network and no script.</footer>"
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
+        'img-src data:"><link rel="icon" href="data:,">'
+        f"<title>{text(title)}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _title(runs: Sequence[RunRecord]) -> str:
+    if len(runs) == 1:
+        return f"{runs[0].algorithm}: {runs[0].path.resolve().name}"
+    names = list(dict.fromkeys(run.algorithm for run in runs))
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"{shown} compared" if len(names) > 1 else f"{len(runs)} runs of {shown} compared"
+
+
+def _subtitle(runs: Sequence[RunRecord]) -> str:
+    first = runs[0]
+    tasks = ", ".join(f"{task} ({sum(c.task == task for c in first.clients.values())})" for task in first.tasks)
+    said = f"{len(first.clients)} clients; tasks and their clients: {tasks}"
+    if len(runs) == 1:
+        rounds = f"{len(first.rounds)} round{'s' if len(first.rounds) != 1 else ''}"
+        return f'{rounds}, {text(said)} <span class="badge">{text(first.status)}</span>'
+    return f"{len(runs)} runs. {text(said)}"
+
+
+def _nav(runs: Sequence[RunRecord]) -> str:
+    names = ["Comparison"] if len(runs) > 1 else []
+    names += [*dict.fromkeys(kind.section for kind in FIGURES), "Clients", "Events", "Set-up"]
+    return f"<nav>{''.join(f'<a href={chr(34)}#{_anchor(n)}{chr(34)}>{text(n)}</a>' for n in names)}</nav>"
+
+
+def _anchor(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())
+
+
+def _warnings(runs: Sequence[RunRecord]) -> list[str]:
+    """What the reader must know before believing a number below."""
+    said = []
+    for run in runs:
+        if not run.finished:
+            planned = run.config.get("rounds")
+            of = f" of {planned}" if isinstance(planned, int) else ""
+            said.append(
+                f"{run.label} is not finished (status: {run.status}, {len(run.rounds)}{of} rounds on record). "
+                "Its numbers are those of the rounds so far."
+            )
+        said += [f"{run.label}: {note}." for note in run.notes]
+    if len({run.fingerprint for run in runs}) > 1:
+        said.append(
+            "These runs did not use the same data (their partition fingerprints differ). Differences between their "
+            "scores may come from the data alone."
+        )
+    if len({len(run.rounds) for run in runs}) > 1 and all(run.finished for run in runs):
+        counts = ", ".join(f"{run.label} {len(run.rounds)}" for run in runs)
+        said.append(f"These runs went for different numbers of rounds: {counts}.")
+    if len(runs) > 1 and len({frozenset(client_scores(run)) for run in runs if client_scores(run)}) > 1:
+        said.append(
+            "These runs did not score the same clients, so their means are not over the same clients. The column "
+            "“shared clients” compares them on the clients that all of them scored."
+        )
+    return said
+
+
+def _cards_of_one(run: RunRecord, row: Result) -> str:
+    cards = []
+    if len(row.tasks) != 1:
+        cards.append(card("Mean score", format_score(row.mean), "mean over the tasks"))
+    for task, score in row.tasks.items():
+        spread = f"± {100 * score.sd:.1f} over " if score.sd is not None else ""
+        clients = f"{spread}{score.clients} client{'s' if score.clients != 1 else ''}"
+        cards.append(
+            card(task, format_score(score.mean), f"{METRICS.get(run.metric(task), run.metric(task))}, {clients}")
+        )
+    unable = len(unable_clients(run))
+    cards.append(card("Clients served", row.coverage, f"{unable} cannot run it" if unable else "all can run it"))
+    note = f"{format_bytes(row.bytes_down)} down, {format_bytes(row.bytes_up)} up" if row.bytes_total else ""
+    cards.append(card("Traffic", format_bytes(row.bytes_total), note))
+    cards.append(card("Peak memory", format_bytes(row.peak_bytes), "largest client, estimated"))
+    cards.append(
+        card(
+            "Time",
+            format_seconds(row.seconds),
+            f"{row.rounds} rounds, {format_seconds(row.seconds / row.rounds)} each"
+            if row.seconds and row.rounds
+            else "",
+        )
+    )
+    if row.experts_start is not None and row.experts_end is not None:
+        change = f"{row.experts_start:.1f} → {row.experts_end:.1f}"
+        cards.append(card("Experts a client", change, "mean at start and end"))
+    return "".join(cards)
+
+
+def _cards_of_many(rows: Sequence[Result]) -> str:
+    """The winner of each column and by how much, among finished runs if there are any."""
+    pool = [row for row in rows if row.finished] or list(rows)
+    cards = [
+        _winner("Best mean score", pool, lambda r: r.mean, format_score, high=True),
+        _winner("Serves most clients", pool, lambda r: r.served, lambda n: str(int(n)), high=True),
+        _winner("Least traffic", pool, lambda r: r.bytes_total, format_bytes),
+        _winner("Least peak memory", pool, lambda r: r.peak_bytes, format_bytes),
+        _winner("Least time", pool, lambda r: r.seconds, format_seconds),
+    ]
+    return "".join(cards)
+
+
+def _winner(what, pool, value, show, high=False) -> str:  # type: ignore[no-untyped-def]
+    known = sorted((row for row in pool if value(row) is not None), key=value, reverse=high)
+    if not known:
+        return card(what, "–", "not recorded")
+    top = show(value(known[0]))
+    ties = [row for row in known if show(value(row)) == top]
+    if len(ties) == len(known) > 1:
+        return card(what, top, "the same for all runs")
+    name = known[0].label if len(ties) == 1 else f"{len(ties)} runs"
+    after = next((row for row in known if row not in ties), None)
+    then = f"; next: {after.label}, {show(value(after))}" if after else ""
+    return card(what, name, f"{top}{then}" if len(ties) == 1 else f"{', '.join(t.label for t in ties)}: {top}{then}")
+
+
+def _figure(kind: FigureKind, runs: Sequence[RunRecord]) -> str:
+    """One figure for all runs, or, for those that are about one run, a box with a figure for each."""
+    if not kind.each_run or len(runs) == 1:
+        return one_figure(kind, runs[0] if kind.each_run else runs, "all")[0]
+    made = [(run, *one_figure(kind, run, f"run {i}", of=run.label)) for i, run in enumerate(runs)]
+    made.sort(key=lambda three: not three[2])  # runs that have nothing to show come last
+    folds = "".join(fold(run.label, figure, is_open=len(runs) <= 3 or not drawn) for run, figure, drawn in made)
+    return f"<figure>{caption(kind)}{folds}</figure>"

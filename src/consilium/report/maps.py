@@ -1,0 +1,237 @@
+"""Figures with clients down the side and experts along the bottom, one panel per sparse layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path
+
+from consilium.report.read import RunRecord
+from consilium.report.results import number
+from consilium.report.style import (
+    DARK,
+    LIGHT,
+    Drawing,
+    Key,
+    NothingToDraw,
+    Panel,
+    clean_axes,
+    color,
+    drawing_style,
+    new_figure,
+    round_ticks,
+    shorten,
+)
+
+__all__ = ["RAMP", "block_names", "expert_map", "usage_heat_map"]
+
+_WIDTH, _RIGHT, _TOP, _BOTTOM = 340, 18, 4, 34
+RAMP = {  # low to high; each starts at the page's own background so that "hardly used" recedes in both themes
+    "light": ("#f1f4f6", "#a9d3dc", "#3d93bd", "#1f4f91", "#1b1d4d"),
+    "dark": ("#22282f", "#1f4f7a", "#2b8fae", "#7fd1b0", "#f6f3b5"),
+}
+
+
+def usage_heat_map(run: RunRecord) -> Drawing:
+    """Share of a client's tokens that each expert is asked for (FedMoE's Figure 1), one panel per layer."""
+    usage = _known((run.structure or {}).get("usage"), run)
+    if not usage:
+        raise NothingToDraw(_no_structure(run, "how often each client's tokens ask for each expert"))
+    rows = [c for c in run.order if c in usage]
+    blocks = _blocks(run, usage.values())
+    names = block_names(blocks)
+    tables = {}
+    for block in blocks:
+        width = max([_experts(run, block), *(len(usage[c].get(block) or ()) for c in rows)])
+        table = np.full((len(rows), width), np.nan)
+        for i, client in enumerate(rows):
+            for j, value in enumerate(usage[client].get(block) or ()):
+                if (share := number(value)) is not None:
+                    table[i, j] = share
+        if np.isfinite(table).any():
+            tables[block] = table
+    if not tables:
+        raise NothingToDraw(_no_structure(run, "how often each client's tokens ask for each expert"))
+    top = max(float(np.nanmax(table)) for table in tables.values()) or 1.0
+    norm = PowerNorm(0.5, 0, top)  # square root: rarely used experts stay apart from unused ones
+    panels = []
+    for block, table in tables.items():
+        with drawing_style():
+            figure = _grid_figure(run, rows, table.shape[1])
+            for i, (theme, colors) in enumerate(RAMP.items()):
+                ramp = LinearSegmentedColormap.from_list(theme, colors).with_extremes(bad=(0, 0, 0, 0))
+                _image(figure.axes[0], ramp(norm(np.ma.masked_invalid(table))), theme, i)
+            _separate(figure.axes[0], run, rows, table.shape[1])
+        often = np.nanmean(np.nan_to_num(table), axis=0)
+        lead = int(np.argmax(often))
+        alt = f"{names[block]}: expert {lead} is asked for most, on average by {100 * often[lead]:.0f} % of tokens."
+        panels.append(Panel(names[block], figure, alt))
+    even = sorted({table.shape[1] for table in tables.values()})
+    share = " or ".join(f"{100 / n:.1f} %" for n in even)
+    keys = [Key(f"0|{100 * top / 4:.0f} %|{100 * top:.0f} %", "ink", "ramp")]
+    return Drawing(panels, keys, f"If every expert were asked for equally often, each would get {share}.")
+
+
+def expert_map(run: RunRecord) -> Drawing:
+    """Which client holds which expert at the end, and what was added or given up since the first map."""
+    maps = (run.structure or {}).get("rounds") or {}
+    order = sorted((k for k in maps if str(k).lstrip("-").isdigit()), key=int)
+    first = _known(maps[order[0]] if order else None, run)
+    last = _known(maps[order[-1]] if order else None, run)
+    if not first or not last:
+        raise NothingToDraw(_no_structure(run, "which client holds which expert"))
+    rows = [c for c in run.order if c in first or c in last]
+    blocks = _blocks(run, [*first.values(), *last.values()])
+    names = block_names(blocks)
+    panels = []
+    for block in blocks:
+        start = _held(first, rows, block, _experts(run, block))
+        end = _held(last, rows, block, start.shape[1])
+        if start.shape[1] < end.shape[1]:
+            start = np.pad(start, ((0, 0), (0, end.shape[1] - start.shape[1])))
+        panels.append(_map_panel(run, names[block], rows, start, end))
+    keys = [
+        Key("held from start to end", "kept", "square"),
+        Key("added", "c0", "plus"),
+        Key("given up", "c1", "minus"),
+    ]
+    rounds = f"Start: round {order[0]}. End: round {order[-1]}."
+    same = all((_same(first, last, c)) for c in rows)
+    return Drawing(panels, keys, f"{rounds} Nothing changed in between." if same else rounds)
+
+
+def block_names(blocks: Sequence[str]) -> dict[str, str]:
+    """Readable names: "encoder.block.1.layer.1.mlp" -> "encoder layer 1"; the full name where two would be equal."""
+    short = {}
+    for block in blocks:
+        side = re.search(r"\b(encoder|decoder)\b", block)
+        place = re.search(r"(?:block|blocks|layers?|h)\.(\d+)", block)
+        name = f"{side.group() + ' ' if side else ''}layer {place.group(1)}" if place else block
+        short[block] = shorten(name, 48)
+    names = list(short.values())
+    return {block: name if names.count(name) == 1 else shorten(block, 48) for block, name in short.items()}
+
+
+def _map_panel(run: RunRecord, name: str, rows: list[str], start: np.ndarray, end: np.ndarray) -> Panel:
+    kept, added, gone = start & end, end & ~start, start & ~end
+    with drawing_style():
+        figure = _grid_figure(run, rows, end.shape[1])
+        axes = figure.axes[0]
+        for i, (theme, palette) in enumerate((("light", LIGHT), ("dark", DARK))):
+            cells = np.zeros((*end.shape, 4))
+            cells[...] = (*to_rgba(palette["grid"])[:3], 0.45)
+            cells[kept] = to_rgba(palette["kept"])
+            cells[added] = to_rgba(palette["c0"])
+            cells[gone] = (*to_rgba(palette["c1"])[:3], 0.32)
+            _image(axes, cells, theme, i)
+        _separate(axes, run, rows, end.shape[1])
+        size = min(9.0, 0.62 * min(_cell_width(end.shape[1]), _row_height(len(rows))))
+        for cells, marker, shade in ((added, "+", "panel"), (gone, "_", "c1")):
+            y, x = np.nonzero(cells)
+            axes.plot(x, y, linestyle="none", marker=marker, ms=size, mew=1.5, color=color(shade), clip_on=False)
+    change = f"+{int(added.sum())} −{int(gone.sum())}" if added.any() or gone.any() else "±0"
+    title = f"{name}: {start.sum() / len(rows):.1f} → {end.sum() / len(rows):.1f} ({change})"
+    return Panel(
+        title,
+        figure,
+        f"Experts per client in {title}. {int(end.any(axis=0).sum())} of {end.shape[1]} experts are held by someone.",
+    )
+
+
+def _grid_figure(run: RunRecord, rows: list[str], columns: int) -> Figure:
+    """Axes over a rows x columns grid of cells, clients named at the left and grouped by task."""
+    height = _row_height(len(rows))
+    left = 10 + 6 * max(len(shorten(c, 13)) for c in rows)
+    figure = new_figure(_WIDTH, _TOP + _BOTTOM + height * len(rows), left, _BOTTOM, _RIGHT, _TOP)
+    axes = figure.axes[0]
+    clean_axes(axes, grid="", size=10)
+    axes.set_xlim(-0.5, columns - 0.5)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_yticks(range(len(rows)), [shorten(c, 13) for c in rows], fontsize=min(10.0, height - 2.5))
+    axes.xaxis.set_major_locator(round_ticks(8, integer=True))
+    axes.set_xlabel("expert", labelpad=3)
+    _name_tasks(axes, run, rows, height)
+    return figure
+
+
+def _name_tasks(axes: Axes, run: RunRecord, rows: list[str], height: float) -> None:
+    """The task beside its rows, upright at the right edge, cut to the room it has."""
+    for task in run.tasks:
+        places = [i for i, c in enumerate(rows) if run.clients[c].task == task]
+        room = int(len(places) * height / 6.8)
+        if places and (len(task) <= room or room >= 4):
+            where = (1, sum(places) / len(places))
+            axes.annotate(shorten(task, room), where, (5, 0), xycoords=("axes fraction", "data"),
+                          textcoords="offset points", rotation=270, va="center", fontsize=10)  # fmt: skip
+
+
+def _image(axes: Axes, cells: np.ndarray, theme: str, index: int) -> None:
+    limits = axes.get_xlim(), axes.get_ylim()
+    image = axes.imshow(cells, interpolation="none", aspect="auto", origin="upper", zorder=1)
+    image.set_gid(f"{theme}-{index}")
+    axes.set_xlim(limits[0])
+    axes.set_ylim(limits[1])
+
+
+def _separate(axes: Axes, run: RunRecord, rows: list[str], columns: int) -> None:
+    """Hairlines between the cells, a clear gap between tasks: one path, because each line apart costs 200 bytes."""
+    fine = [((x - 0.5, -0.5), (x - 0.5, len(rows) - 0.5)) for x in range(1, columns)]
+    fine += [((-0.5, y - 0.5), (columns - 0.5, y - 0.5)) for y in range(1, len(rows))]
+    tasks = [run.clients[c].task for c in rows]
+    gaps = [((-0.5, y - 0.5), (columns - 0.5, y - 0.5)) for y in range(1, len(rows)) if tasks[y] != tasks[y - 1]]
+    hairline = min(0.9, 0.13 * _cell_width(columns))  # 128 experts make narrow cells, and these must not vanish
+    for lines, width in ((fine, hairline), (gaps, 3.2)):
+        if lines:
+            points = [point for line in lines for point in line]
+            path = Path(points, [Path.MOVETO, Path.LINETO] * len(lines))
+            axes.add_patch(PathPatch(path, fill=False, edgecolor=color("panel"), lw=width, zorder=2))
+
+
+def _row_height(rows: int) -> float:
+    return 17 if rows <= 14 else 13.5 if rows <= 40 else 10.5
+
+
+def _cell_width(columns: int) -> float:
+    return (_WIDTH - 70 - _RIGHT) / max(columns, 1)
+
+
+def _held(experts: Mapping[str, Any], rows: list[str], block: str, width: int) -> np.ndarray:
+    held = {c: [e for e in (experts.get(c) or {}).get(block) or () if isinstance(e, int) and e >= 0] for c in rows}
+    width = max([width, *(max(h) + 1 for h in held.values() if h)])
+    table = np.zeros((len(rows), width), dtype=bool)
+    for i, client in enumerate(rows):
+        table[i, held[client]] = True
+    return table
+
+
+def _same(first: Mapping[str, Any], last: Mapping[str, Any], client: str) -> bool:
+    return first.get(client) == last.get(client)
+
+
+def _blocks(run: RunRecord, tables: Any) -> list[str]:
+    told = list((run.structure or {}).get("blocks") or ())
+    return list(dict.fromkeys([*told, *(block for table in tables for block in table)]))
+
+
+def _experts(run: RunRecord, block: str) -> int:
+    told = number(((run.structure or {}).get("blocks") or {}).get(block))
+    return int(told) if told else 1
+
+
+def _known(table: Any, run: RunRecord) -> dict[str, Mapping[str, Any]]:
+    if not isinstance(table, Mapping):
+        return {}
+    return {c: blocks for c, blocks in table.items() if c in run.clients and isinstance(blocks, Mapping)}
+
+
+def _no_structure(run: RunRecord, what: str) -> str:
+    if run.structure is None and run.finished:
+        return f"{run.label} does not choose experts per client, so it records nothing about {what}."
+    return f"{run.label} has not recorded {what} yet; FedMoE does so when its stage one has ended."

@@ -1,0 +1,155 @@
+"""All figures of the report: what each is called, how to read it, and the function that draws it.
+
+To add a figure, write a function that returns a `Drawing` (or raises `NothingToDraw` with the reason) and add a line
+to `FIGURES`; page, tests and size limits follow from the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from consilium.report import costs, curves, maps
+from consilium.report.costs import memory, time_split, traffic, traffic_per_client
+from consilium.report.curves import expert_counts, scores_over_bytes, scores_over_rounds
+from consilium.report.maps import expert_map, usage_heat_map
+from consilium.report.style import Drawing, NothingToDraw
+
+__all__ = [
+    "FIGURES",
+    "FigureKind",
+    "NothingToDraw",
+    "expert_counts",
+    "expert_map",
+    "memory",
+    "scores_over_bytes",
+    "scores_over_rounds",
+    "time_split",
+    "traffic",
+    "traffic_per_client",
+    "usage_heat_map",
+]
+
+
+@dataclass(frozen=True)
+class FigureKind:
+    """One figure of the report.
+
+    section: where on the page it stands. read: what is drawn and how to read it. look: what to look for.
+    each_run: `draw` takes one run and is called for each; otherwise it takes all runs and compares them.
+    """
+
+    name: str
+    section: str
+    title: str
+    read: str
+    look: str
+    draw: Callable[[Any], Drawing]
+    each_run: bool = False
+
+
+FIGURES: tuple[FigureKind, ...] = (
+    FigureKind(
+        "scores_over_rounds",
+        "Scores",
+        "Score over rounds",
+        "One panel per task. The bold line is the mean test score over the task's clients, on examples that nobody "
+        "trained on, in the rounds in which everybody was evaluated. The thin line is the validation score of only "
+        "those clients that took part in a round; it jumps because other clients take part each time. The scale "
+        "does not start at zero. A shaded strip is FedMoE's stage one, in which experts are chosen.",
+        "A line still rising at its right end wants more rounds. A validation line well above the test line means "
+        "that clients learn their own examples by heart. Faint lines far apart mean that the mean hides clients "
+        "that are served badly.",
+        curves.scores_over_rounds,
+    ),
+    FigureKind(
+        "scores_over_bytes",
+        "Scores",
+        "Score for the traffic",
+        "The same test scores, but placed by what had been sent until then: all clients, both directions together. "
+        "Rounds are free in a simulation; bytes are what a consortium pays for.",
+        "The line that is higher at the same place gives more for the same traffic. A line that is short and low may "
+        "still be the better bargain.",
+        curves.scores_over_bytes,
+    ),
+    FigureKind(
+        "usage_heat_map",
+        "Experts",
+        "What each client asks of the experts",
+        "One panel per sparse layer; a row is a client, a column is an expert. The stronger the colour, the larger "
+        "the share of the client's tokens that its router would send to this expert, whether the client holds it or "
+        "not. Rows are grouped by task.",
+        "Clients of one task should look alike, and tasks unlike each other: then leaving out the pale experts costs "
+        "little. Rows with an even colour mean that experts have not specialised, and that choosing among them is "
+        "close to chance.",
+        maps.usage_heat_map,
+        each_run=True,
+    ),
+    FigureKind(
+        "expert_map",
+        "Experts",
+        "Which client holds which expert",
+        "One panel per sparse layer, with rows and columns as above. Grey: held from start to end. Plus: added "
+        "during the run. Minus: held at first, given up later. Empty: never held at either end. The title counts "
+        "experts per client in this layer, at the start and at the end, and in brackets all additions and removals.",
+        "Columns that are full down to the last row are experts that everybody needs. Empty columns are experts "
+        "that nobody trains: they keep the value of the model that the run began with.",
+        maps.expert_map,
+        each_run=True,
+    ),
+    FigureKind(
+        "expert_counts",
+        "Experts",
+        "How many experts each client holds",
+        "One panel per task. Each thin line is one client's number of experts, all layers together; the bold line is "
+        "the task's mean. A step is a round in which the server changed the client's structure.",
+        "Lines that draw together: clients of a task agree on a size. A line that goes up and back down is a trial "
+        "that did not help and was taken back.",
+        curves.expert_counts,
+        each_run=True,
+    ),
+    FigureKind(
+        "traffic",
+        "Cost",
+        "Traffic",
+        "What all clients together received and sent over the whole run, and how this sum grows. Counted on what is "
+        "handed over, without the network's own overhead.",
+        "A steep start is a one-time cost, such as sending everybody the full model for stage one. The slope after "
+        "that is the price of one more round.",
+        costs.traffic,
+    ),
+    FigureKind(
+        "traffic_per_client",
+        "Cost",
+        "Traffic per client",
+        "The same traffic, client by client. Clients differ because they hold different numbers of experts and are "
+        "drawn for different numbers of rounds.",
+        "A client with much more traffic than its neighbours: check that its line can carry it.",
+        costs.traffic_per_client,
+        each_run=True,
+    ),
+    FigureKind(
+        "memory",
+        "Cost",
+        "Memory on the devices",
+        "The bar is what the method needs on this client at the worst moment of a round, estimated from parameters, "
+        "gradients, optimizer and activations. The upright mark is what the device has; the percentage is how much "
+        "of it is used. Where there is no mark, the run sets no limit.",
+        "Bars that pass the mark: these clients cannot take part, and the scores above are without them. Bars far "
+        "below it: room for more experts.",
+        costs.memory,
+        each_run=True,
+    ),
+    FigureKind(
+        "time_split",
+        "Cost",
+        "Where the time goes",
+        "Seconds of the whole run, by what they were spent on: training on the clients, evaluation on the clients, "
+        "and the engine (handing over, aggregation, checkpoints). Clients of a simulation run one after another, so "
+        "this is not how long a real federation would wait.",
+        "Evaluation longer than training: evaluate in fewer rounds. A long engine part: the models are large "
+        "compared with the work done on them.",
+        costs.time_split,
+    ),
+)

@@ -1,0 +1,243 @@
+"""Read a run directory into a `RunRecord`, forgiving what an interrupted run leaves behind.
+
+`config.json` and `partition.json` make a directory a run; everything else may be missing or unfinished and is
+then named in `RunRecord.notes`, so that a report never hides what it could not see. A torn last line of a
+`.jsonl` file (a run killed while writing) is dropped; a broken line in the middle is an error, because totals
+computed around it would be wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from consilium.errors import ConfigError
+
+__all__ = ["ClientRecord", "RunRecord", "label_runs", "read_run", "read_runs"]
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ClientRecord:
+    """What the partition says about one client.
+
+    sizes: examples of train, validation and test. memory_bytes: the device limit in bytes, None where the run
+    sets none. label_counts: examples per label name, over the splits that the partition reports.
+    """
+
+    id: str
+    task: str
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    memory_bytes: int | None = None
+    label_counts: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def commonest_label_share(self) -> float | None:
+        """Share in [0, 1] of the commonest label: what always giving that answer scores; None without labels."""
+        total = sum(self.label_counts.values())
+        return max(self.label_counts.values()) / total if total else None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run, as its directory tells it. `label` is the name used in figures, unique among runs compared."""
+
+    path: Path
+    label: str
+    algorithm: str
+    status: str
+    config: Json
+    versions: Json
+    git: str
+    clients: Mapping[str, ClientRecord]
+    skipped: Mapping[str, str]
+    fingerprint: str
+    rounds: tuple[Json, ...]
+    events: tuple[Json, ...]
+    structure: Json | None
+    summary: Json | None
+    notes: tuple[str, ...]
+
+    @property
+    def finished(self) -> bool:
+        return self.status == "finished" and self.summary is not None
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Task names in the order in which the clients first name them."""
+        return tuple(dict.fromkeys(client.task for client in self.clients.values()))
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """Client ids grouped by task: the row order of every figure."""
+        tasks = self.tasks
+        return tuple(sorted(self.clients, key=lambda c: (tasks.index(self.clients[c].task), c)))
+
+    def metric(self, task: str) -> str:
+        """The metric's name for a task ("accuracy"), or "score" where the run does not say."""
+        told = _dict(_dict(_dict(self.summary).get("tasks")).get(task)).get("metric")
+        return str(told) if told else "score"
+
+
+def read_run(path: Path | str) -> RunRecord:
+    """Read one run directory.
+
+    Raises ConfigError when `path` is not a run (the message names the runs near by) or when a file is damaged.
+    """
+    path = Path(path)
+    missing = [name for name in ("config.json", "partition.json") if not (path / name).is_file()]
+    if missing:
+        raise ConfigError(_not_a_run(path, missing))
+    notes: list[str] = []
+    config = _required_json(path / "config.json")
+    partition = _required_json(path / "partition.json")
+    experiment = _dict(config.get("experiment"))
+    summary = _optional_json(path / "summary.json", notes)
+    algorithm = _dict(experiment.get("algorithm")).get("type") or _dict(summary).get("algorithm") or path.name
+    rounds = _latest_per_round(_json_lines(path / "metrics.jsonl", notes), notes)
+    return RunRecord(
+        path=path,
+        label=str(algorithm),
+        algorithm=str(algorithm),
+        status=str(config.get("status", "unknown")),
+        config=experiment,
+        versions=_dict(config.get("versions")),
+        git=str(config.get("git") or ""),
+        clients=_clients(_dict(partition.get("clients"))),
+        skipped={str(k): str(v) for k, v in _dict(partition.get("skipped")).items()},
+        fingerprint=str(partition.get("fingerprint") or ""),
+        rounds=rounds,
+        events=tuple(_json_lines(path / "events.jsonl", notes)),
+        structure=_optional_json(path / "structure.json", notes),
+        summary=summary,
+        notes=tuple(notes),
+    )
+
+
+def read_runs(paths: Iterable[Path | str]) -> list[RunRecord]:
+    """Read several runs and give each a label that no other has. Raises ConfigError for none at all."""
+    runs = [read_run(path) for path in paths]
+    if not runs:
+        raise ConfigError("no run given; name at least one run directory, e.g. runs/fedmoe-docstrings")
+    return label_runs(runs)
+
+
+def label_runs(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """Label runs by algorithm; where two share one, add what tells them apart (seed, else directory name)."""
+    labels: list[str] = []
+    for run in runs:
+        same = [other for other in runs if other.algorithm == run.algorithm]
+        seeds = [other.config.get("seed") for other in same]
+        if len(same) == 1:
+            labels.append(run.algorithm)
+        elif None not in seeds and len(set(map(str, seeds))) == len(same):
+            labels.append(f"{run.algorithm} seed {run.config['seed']}")
+        else:
+            labels.append(f"{run.algorithm} ({run.path.resolve().name})")
+    labels = [f"{label} #{i + 1}" if labels.count(label) > 1 else label for i, label in enumerate(labels)]
+    return [replace(run, label=label) for run, label in zip(runs, labels, strict=True)]
+
+
+def _clients(raw: Json) -> dict[str, ClientRecord]:
+    clients = {}
+    for client, entry in sorted(raw.items()):
+        entry = _dict(entry)
+        memory = entry.get("memory_bytes")
+        clients[str(client)] = ClientRecord(
+            id=str(client),
+            task=str(entry.get("task") or "task"),
+            sizes={k: int(v) for k, v in _dict(entry.get("sizes")).items() if isinstance(v, int)},
+            memory_bytes=int(memory) if isinstance(memory, int | float) and memory > 0 else None,
+            label_counts=_label_counts(_dict(entry.get("label_counts"))),
+        )
+    return clients
+
+
+def _label_counts(raw: Json) -> dict[str, int]:
+    """Either {label: n}, or {split: {label: n}}, of which the test split is what scores are about."""
+    nested = {k: v for k, v in raw.items() if isinstance(v, Mapping)}
+    if nested:
+        raw = nested.get("test") or next(iter(nested.values()))
+    return {str(label): int(n) for label, n in raw.items() if isinstance(n, int)}
+
+
+def _latest_per_round(lines: list[Json], notes: list[str]) -> tuple[Json, ...]:
+    """A resumed run may write a round twice; the later line is the one the run went on from."""
+    by_round: dict[int, Json] = {}
+    for i, line in enumerate(lines):
+        number = line.get("round", i)
+        by_round[number if isinstance(number, int) else i] = line
+    if len(by_round) < len(lines):
+        notes.append(f"metrics.jsonl tells {len(lines) - len(by_round)} round(s) twice; the later line is used")
+    return tuple(by_round[number] for number in sorted(by_round))
+
+
+def _json_lines(path: Path, notes: list[str]) -> list[Json]:
+    if not path.is_file():
+        notes.append(f"{path.name} is missing")
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise ConfigError(
+                    f"{path}: line {number} of {len(lines)} is not JSON; restore the file or cut it before that line"
+                ) from None
+            notes.append(f"the last line of {path.name} is torn and was left out")
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
+def _required_json(path: Path) -> Json:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}); restore the file or start the run again") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds a JSON {type(value).__name__}; a run holds an object there")
+    return value
+
+
+def _optional_json(path: Path, notes: list[str]) -> Json | None:
+    if not path.is_file():
+        return None
+    try:
+        return _required_json(path)
+    except ConfigError:
+        notes.append(f"{path.name} cannot be read and was left out")
+        return None
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def _not_a_run(path: Path, missing: Sequence[str]) -> str:
+    why = f"it has no {' and no '.join(missing)}" if path.is_dir() else "there is no such directory"
+    near = _runs_near(path)
+    hint = f"runs near by: {', '.join(map(str, near))}" if near else "no run is near by; start one with `consilium run`"
+    return f"{path} is not a run: {why}; {hint}"
+
+
+def _runs_near(path: Path, limit: int = 5) -> list[Path]:
+    """Runs below `path`, beside it, or in ./runs: what was probably meant, newest first."""
+    found: dict[Path, float] = {}
+    for folder in (path, path / "runs", path.parent, Path("runs")):
+        if folder.is_dir():
+            for config in folder.glob("*/config.json"):
+                if (config.parent / "partition.json").is_file():
+                    found.setdefault(config.parent, config.stat().st_mtime)
+    return sorted(found, key=found.__getitem__, reverse=True)[:limit]

@@ -1,0 +1,295 @@
+"""The numbers of a run that the page and the terminal both show, computed once.
+
+An unfinished run has no summary.json; its numbers then come from the rounds it completed. Where both exist the
+summary wins, because it is what the run itself reports.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from consilium.report.read import RunRecord
+
+METRICS = {"accuracy": "accuracy", "token_f1": "token F1", "rouge2": "ROUGE-2"}
+
+__all__ = [
+    "METRICS",
+    "Column",
+    "OverRuns",
+    "Result",
+    "TaskScore",
+    "best",
+    "client_scores",
+    "columns",
+    "format_bytes",
+    "format_score",
+    "format_seconds",
+    "number",
+    "over_runs",
+    "result",
+    "shared_mean",
+    "unable_clients",
+]
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Mean and standard deviation (n - 1) over clients, in [0, 1]; sd is None for fewer than two clients."""
+
+    mean: float
+    sd: float | None
+    clients: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of the comparison. Bytes are totals over the run, seconds are wall-clock, None = not recorded."""
+
+    label: str
+    tasks: Mapping[str, TaskScore]
+    mean: float | None
+    served: int
+    clients: int
+    bytes_down: int | None
+    bytes_up: int | None
+    peak_bytes: int | None
+    seconds: float | None
+    experts_start: float | None
+    experts_end: float | None
+    rounds: int
+    finished: bool
+
+    @property
+    def coverage(self) -> str:
+        return f"{self.served}/{self.clients}"
+
+    @property
+    def bytes_total(self) -> int | None:
+        both = [b for b in (self.bytes_down, self.bytes_up) if b is not None]
+        return sum(both) if both else None
+
+
+def result(run: RunRecord) -> Result:
+    """The row of one run."""
+    summary = run.summary or {}
+    scores = client_scores(run)
+    tasks = {}
+    for task in run.tasks:
+        values = [scores[c] for c in run.order if c in scores and run.clients[c].task == task]
+        told = number(_get(summary, "tasks", task, "score"))
+        if values or told is not None:
+            sd = statistics.stdev(values) if len(values) > 1 else None
+            mean = told if told is not None else statistics.fmean(values)
+            tasks[task] = TaskScore(mean, sd, len(values) or int(_get(summary, "tasks", task, "clients") or 0))
+    mean = number(summary.get("mean"))
+    if mean is None and tasks:
+        mean = statistics.fmean(t.mean for t in tasks.values())
+    experts = [e for e in (number(r.get("experts_mean")) for r in run.rounds) if e is not None]
+    start, end = number(_get(summary, "experts", "start")), number(_get(summary, "experts", "end"))
+    seconds = number(_get(summary, "seconds", "total"))
+    return Result(
+        label=run.label,
+        tasks=tasks,
+        mean=mean,
+        served=len(run.clients) - len(unable_clients(run)),
+        clients=len(run.clients),
+        bytes_down=_total(run, "bytes_down"),
+        bytes_up=_total(run, "bytes_up"),
+        peak_bytes=_peak(run),
+        seconds=seconds if seconds is not None else _sum(_get(r, "seconds", "round") for r in run.rounds),
+        experts_start=start if start is not None else (experts[0] if experts else None),
+        experts_end=end if end is not None else (experts[-1] if experts else None),
+        rounds=len(run.rounds),
+        finished=run.finished,
+    )
+
+
+def client_scores(run: RunRecord) -> dict[str, float]:
+    """Test score in [0, 1] per client: from the summary, else from the last round that tested."""
+    told = {c: number(_get(run.summary, "clients", c, "test")) for c in run.order}
+    found = {c: v for c, v in told.items() if v is not None}
+    if found:
+        return found
+    for line in reversed(run.rounds):
+        if isinstance(line.get("test"), Mapping):
+            test = {c: number(v) for c, v in line["test"].items() if c in run.clients}
+            return {c: v for c, v in test.items() if v is not None}
+    return {}
+
+
+def unable_clients(run: RunRecord) -> dict[str, str]:
+    """Clients that cannot run this algorithm, with the run's reason. The latest word on a client counts."""
+    if run.summary is not None and isinstance(run.summary.get("clients"), Mapping):
+        told = {c: _get(run.summary, "clients", c, "reason") for c in run.order}
+        return {c: str(why) for c, why in told.items() if why}
+    unable: dict[str, str] = {}
+    for line in run.rounds:
+        for client in line.get("clients") or {}:
+            unable.pop(client, None)
+        for client, why in (line.get("unable") or {}).items():
+            if client in run.clients:
+                unable[client] = str(why)
+    return unable
+
+
+def shared_mean(runs: Sequence[RunRecord]) -> list[float | None]:
+    """Mean over tasks of the mean over the clients that EVERY run scored: the fair column when coverage differs."""
+    scores = [client_scores(run) for run in runs]
+    shared = set.intersection(*(set(s) for s in scores)) if scores else set()
+    means: list[float | None] = []
+    for run, score in zip(runs, scores, strict=True):
+        by_task: dict[str, list[float]] = {}
+        for client in shared:
+            by_task.setdefault(run.clients[client].task, []).append(score[client])
+        means.append(statistics.fmean(map(statistics.fmean, by_task.values())) if by_task else None)
+    return means
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the comparison: what it says, and which end of it is good ("high", "low" or "").
+
+    Scores in `values` are rounded as printed, so that nobody is called best by a difference nobody can see.
+    """
+
+    head: str
+    good: str
+    values: tuple[float | None, ...]
+    texts: tuple[str, ...]
+
+
+def columns(runs: Sequence[RunRecord]) -> list[Column]:
+    """The comparison, column by column, one value per run. The first column is each run's name."""
+    rows = [result(run) for run in runs]
+    tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
+    made = [Column("run", "", tuple(None for _ in rows), tuple(row.label for row in rows))]
+    for task in tasks:
+        cells = [row.tasks.get(task) for row in rows]
+        texts = tuple(format_score(c.mean if c else None, c.sd if c else None) for c in cells)
+        made.append(Column(task, "high", _printed([c.mean if c else None for c in cells]), texts))
+    made.append(_column("mean", "high", _printed([row.mean for row in rows]), format_score))
+    if len({frozenset(client_scores(run)) for run in runs}) > 1:
+        made.append(_column("shared", "high", _printed(shared_mean(runs)), format_score))
+    coverage = tuple(row.coverage for row in rows)
+    made.append(Column("clients", "high", tuple(r.served / r.clients if r.clients else None for r in rows), coverage))
+    made.append(_column("traffic", "low", [row.bytes_total for row in rows], format_bytes))
+    made.append(_column("memory", "low", [row.peak_bytes for row in rows], format_bytes))
+    made.append(_column("time", "low", [row.seconds for row in rows], format_seconds))
+    return made
+
+
+def best(column: Column, eligible: Sequence[bool]) -> set[int]:
+    """Rows to mark in a column: the best of the eligible rows, none if they do not differ."""
+    pool = [i for i, v in enumerate(column.values) if v is not None and eligible[i]]
+    if not column.good or len(pool) < 2:
+        return set()
+    top = (max if column.good == "high" else min)(column.values[i] for i in pool)
+    alike = {i for i in pool if column.values[i] == top}
+    return alike if len(alike) < len(pool) else set()
+
+
+@dataclass(frozen=True)
+class OverRuns:
+    """One algorithm over its finished runs (seeds): mean of the runs' mean scores, and their standard deviation."""
+
+    algorithm: str
+    runs: int
+    mean: float
+    sd: float | None
+    low: float
+    high: float
+
+
+def over_runs(runs: Sequence[RunRecord]) -> list[OverRuns]:
+    """One entry an algorithm; empty unless some algorithm has several finished runs."""
+    scores: dict[str, list[float]] = {}
+    for run in runs:
+        mean = result(run).mean
+        if run.finished and mean is not None:
+            scores.setdefault(run.algorithm, []).append(mean)
+    if not any(len(values) > 1 for values in scores.values()):
+        return []
+    return [
+        OverRuns(name, len(v), statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else None, min(v), max(v))
+        for name, v in scores.items()
+    ]
+
+
+def format_score(value: float | None, sd: float | None = None) -> str:
+    """0.634 -> "63.4"; with sd "63.4 ± 4.2"; None -> "–"."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f}" if sd is None else f"{100 * value:.1f} ± {100 * sd:.1f}"
+
+
+def format_bytes(value: float | None, trim: bool = False) -> str:
+    """Decimal units, three figures: 93_100_000 -> "93.1 MB"; None -> "–". trim: 50_000_000 -> "50 MB", 0 -> "0"."""
+    if value is None:
+        return "–"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(value) < 999.5 or unit == "TB":
+            digits = 0 if unit == "B" or abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
+            if trim:
+                return f"{float(f'{value:.3g}'):g} {unit}" if value else "0"
+            return f"{value:.{digits}f} {unit}"
+        value /= 1000
+    raise AssertionError
+
+
+def format_seconds(value: float | None) -> str:
+    """42.3 -> "42 s"; 4.21 -> "4.2 s"; 754 -> "12m 34s"; 7500 -> "2h 05m"; None -> "–"."""
+    if value is None:
+        return "–"
+    if value < 9.95:
+        return f"{value:.1f} s"
+    whole = round(value)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None: what a figure can place."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _printed(scores: Sequence[float | None]) -> tuple[float | None, ...]:
+    return tuple(None if s is None else round(s, 3) for s in scores)
+
+
+def _column(head: str, good: str, values: Sequence[float | None], text: Any) -> Column:
+    return Column(head, good, tuple(values), tuple(text(v) for v in values))
+
+
+def _total(run: RunRecord, key: str) -> int | None:
+    told = number((run.summary or {}).get(key))
+    value = told if told is not None else _sum(r.get(key) for r in run.rounds)
+    return None if value is None else int(value)
+
+
+def _peak(run: RunRecord) -> int | None:
+    """The largest client's peak by the memory model, in bytes, over the clients that could run."""
+    unable = unable_clients(run)
+    peaks = [number(_get(run.summary, "clients", c, "peak_bytes_model")) for c in run.order if c not in unable]
+    peaks += [number(e.get("peak_bytes_model")) for r in run.rounds for e in (r.get("clients") or {}).values()]
+    known = [p for p in peaks if p is not None]
+    return int(max(known)) if known else None
+
+
+def _sum(values: Any) -> float | None:
+    known = [v for v in map(number, values) if v is not None]
+    return sum(known) if known else None
+
+
+def _get(value: Any, *keys: str) -> Any:
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value

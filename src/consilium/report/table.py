@@ -1,0 +1,68 @@
+"""The comparison as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from consilium.report.read import RunRecord, label_runs, read_runs
+from consilium.report.results import Column, best, columns, format_score, over_runs
+from consilium.report.style import shorten
+
+__all__ = ["print_table"]
+
+
+def print_table(runs: Sequence[RunRecord | Path | str], console: Console | None = None) -> None:
+    """Print one row a run; `runs` are records or run directories. Fits 80 columns for up to three tasks.
+
+    Standard deviations over clients stand below the means, so that the row stays short. The best finished run of a
+    column is marked by an asterisk as well as by weight, for terminals and logs without colour.
+    """
+    console = console or Console()
+    records = label_runs([r if isinstance(r, RunRecord) else read_runs([r])[0] for r in runs])
+    shown = columns(records)
+    able = [run.finished for run in records]
+    marks = {c.head: best(c, able if any(able) else [True] * len(records)) for c in shown}
+    wide, narrow = (_table(records, shown, marks, gap) for gap in (1, 0))
+    fits = Measurement.get(console, console.options.update(max_width=10_000), wide).maximum <= console.width
+    console.print(wide if fits else narrow)
+    if len(records) > 1:
+        console.print(Text("* best of its column, finished runs only; ± standard deviation over clients", "dim"))
+    for o in over_runs(records):
+        console.print(f"{o.algorithm}: mean {format_score(o.mean, o.sd)} over {o.runs} run{'s' if o.runs > 1 else ''}",
+                      markup=False, highlight=False)  # fmt: skip
+    if any(column.head == "shared" for column in shown):
+        console.print(Text("shared: mean over the clients that every run scored; compare this one", "dim"))
+
+
+def _table(records: Sequence[RunRecord], shown: Sequence[Column], marks: Mapping[str, set[int]], gap: int) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, gap, 0, 0), pad_edge=False)
+    for column in shown:
+        left = column.head == "run"
+        table.add_column(
+            Text(shorten(column.head, 10)),
+            justify="left" if left else "right",
+            overflow="fold",
+            no_wrap=not left,
+            min_width=6 if left else None,
+        )
+    for i, run in enumerate(records):
+        name = Text(shown[0].texts[i] if run.finished else f"{shown[0].texts[i]} (unfinished)")
+        cells = [_cell(column.texts[i], i in marks[column.head], bool(marks[column.head])) for column in shown[1:]]
+        table.add_row(name, *cells)
+    return table
+
+
+def _cell(value: str, is_best: bool, marked_column: bool) -> Text:
+    head, _, spread = value.partition(" ± ")
+    room = " " if marked_column else ""
+    text = Text(f"{head}*" if is_best else f"{head}{room}", "bold" if is_best else "")
+    if spread:
+        text.append(f"\n±{spread}{room}", "dim")
+    return text

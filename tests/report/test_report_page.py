@@ -1,0 +1,240 @@
+"""The HTML page and the terminal table: what stands in them, how large they are, that nothing slips through."""
+
+import html.parser
+import json
+import re
+import xml.etree.ElementTree as ET
+
+import matplotlib
+import pytest
+from report_runs import make_run
+from rich.console import Console
+
+from consilium.errors import ConfigError
+from consilium.report import print_table, read_runs, render, write_report
+from consilium.report.maps import block_names
+from consilium.report.plots import FIGURES
+from consilium.report.style import DARK, LIGHT, shorten
+
+THREE = ("FedMoE", "FedAvg", "RandomMoE")
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return [make_run(folder / f"{name.lower()}-docstrings", name) for name in THREE]
+
+
+@pytest.fixture(scope="module")
+def one_page(three):
+    return render(read_runs(three[:1]))
+
+
+@pytest.fixture(scope="module")
+def three_page(three):
+    return render(read_runs(three))
+
+
+def figures(page):
+    """name -> [(run, drawn), ...]"""
+    found = {}
+    for tag in re.findall(r'<figure class="figure"[^>]*>', page):
+        fields = dict(re.findall(r'data-(\w+)="([^"]*)"', tag))
+        found.setdefault(fields["name"], []).append((fields.get("run"), fields["drawn"]))
+    return found
+
+
+def test_one_run_draws_every_figure(one_page):
+    assert figures(one_page) == {kind.name: [(None, "yes")] for kind in FIGURES}
+
+
+def test_three_runs_draw_every_figure_or_say_why(three_page):
+    found = figures(three_page)
+    for kind in FIGURES:
+        if not kind.each_run:
+            assert found[kind.name] == [(None, "yes")]
+        elif kind.name in ("usage_heat_map", "expert_map"):
+            assert found[kind.name] == [("FedMoE", "yes"), ("RandomMoE", "yes"), ("FedAvg", "no")]
+        else:
+            assert [drawn for _, drawn in found[kind.name]] == ["yes"] * 3
+    assert "FedAvg does not choose experts per client" in three_page
+
+
+def test_page_is_self_contained(one_page, three_page):
+    for page in (one_page, three_page):
+        assert "<script" not in page and "@import" not in page
+        for target in re.findall(r'(?:src|href)="([^"]*)"', page):
+            assert target.startswith(("#", "data:")), target
+        for target in re.findall(r"url\(([^)]*)\)", page):
+            assert target.startswith("#"), target
+
+
+def test_every_svg_is_well_formed_and_follows_the_theme(three_page):
+    drawn = re.findall(r"<svg.*?</svg>", three_page, flags=re.S)
+    assert len(drawn) > 40
+    for svg in drawn:
+        ET.fromstring(
+            svg.replace("<svg ", '<svg xmlns:xlink="http://www.w3.org/1999/xlink" ', 1) if "xlink" not in svg else svg
+        )
+    body = "".join(drawn)
+    assert not [code for code in LIGHT.values() if code in body]
+    assert set(LIGHT) == set(DARK)
+    assert "DejaVu" not in body
+
+
+def test_ids_are_unique_and_resolve(three_page):
+    ids = re.findall(r'\sid="([^"]+)"', three_page)
+    assert len(ids) == len(set(ids))
+    used = re.findall(r"url\(#([^)]+)\)", three_page) + re.findall(r'href="#([^"]+)"', three_page)
+    assert set(used) <= set(ids)
+
+
+def test_tags_are_balanced(three_page):
+    class Checker(html.parser.HTMLParser):
+        void = frozenset({"meta", "link", "br"})
+
+        def __init__(self):
+            super().__init__()
+            self.open = []
+
+        def handle_starttag(self, tag, attrs):
+            if tag not in self.void:
+                self.open.append(tag)
+
+        def handle_endtag(self, tag):
+            assert self.open.pop() == tag
+
+    checker = Checker()
+    checker.feed(three_page)
+    assert checker.open == []
+
+
+def test_same_runs_give_the_same_page(three, one_page):
+    assert render(read_runs(three[:1])) == one_page
+
+
+def test_the_callers_matplotlib_settings_survive(three):
+    before = dict(matplotlib.rcParams)
+    render(read_runs(three[:1]))
+    assert dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.parametrize("runs", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_size_at_thirty_clients_twelve_layers_thirtytwo_experts(tmp_path, runs):
+    paths = [make_run(tmp_path / str(i), clients=30, blocks=12, experts=32, rounds=40, seed=i) for i in range(runs)]
+    out = write_report(paths, tmp_path / "deep" / "report.html")
+    assert out.stat().st_size < 3_000_000
+    assert not list(out.parent.glob("*.part"))
+
+
+def test_everything_from_data_is_escaped(tmp_path):
+    bad = '<script>alert("1")</script>&\'"$x$'
+    path = make_run(tmp_path / "<b>evil&run<b>", tasks={bad: "accuracy", "kind": "accuracy"}, clients=4, blocks=2)
+    for name in ("config.json", "events.jsonl", "partition.json", "structure.json"):
+        text = (path / name).read_text()
+        text = text.replace("encoder.block.1.layer.1.mlp", json.dumps(f"encoder {bad}")[1:-1])
+        (path / name).write_text(text)
+    config = json.loads((path / "config.json").read_text())
+    config["experiment"]["algorithm"] |= {"type": f"Fed{bad}", bad: [bad]}
+    config |= {"status": bad, "git": bad, "versions": {bad: bad}}
+    (path / "config.json").write_text(json.dumps(config))
+    partition = json.loads((path / "partition.json").read_text())
+    partition["skipped"] = {bad: bad}
+    (path / "partition.json").write_text(json.dumps(partition))
+    with (path / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"round": 3, "event": bad, "client": bad, bad: {bad: [bad]}}) + "\n")
+    for paths in ([path], [path, make_run(tmp_path / "b", clients=4, blocks=2)]):
+        page = render(read_runs(paths))
+        assert "<script" not in page and "<b>evil" not in page and "alert(&quot;" in page
+        for svg in re.findall(r"<svg xmlns.*?</svg>", page, flags=re.S):
+            ET.fromstring(svg)
+
+
+def test_unfinished_run_says_so(tmp_path):
+    page = render(read_runs([make_run(tmp_path / "a", finished=False)]))
+    assert "is not finished (status: interrupted, 10 of 20 rounds on record)" in page
+    assert figures(page) == {kind.name: [(None, "yes")] for kind in FIGURES}
+
+
+def test_run_without_a_single_round_says_why_nothing_is_drawn(tmp_path):
+    path = make_run(tmp_path / "a", finished=False)
+    for name in ("structure.json", "metrics.jsonl", "events.jsonl"):
+        (path / name).unlink()
+    page = render(read_runs([path]))
+    drawn = {name: entries[0][1] for name, entries in figures(page).items()}
+    assert drawn.pop("memory") == "yes"  # the device limits are known before the first round
+    assert set(drawn.values()) == {"no"}
+    assert page.count('<p class="none">') == len(drawn)
+    assert "metrics.jsonl is missing" in page
+
+
+def test_fields_that_are_null_or_missing_do_not_stop_the_report(tmp_path):
+    path = make_run(tmp_path / "a")
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    bare = [
+        {"round": 0},
+        {"round": 1, "clients": {"topic-00": {}}, "test": {"topic-00": None}, "scores": {"mean": None}},
+    ]
+    nan = lines[2] | {"scores": {"topic": float("nan")}, "seconds": None, "bytes_up": None}
+    (path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in [*bare, nan, *lines[3:]]))
+    summary = json.loads((path / "summary.json").read_text())
+    (path / "summary.json").write_text(json.dumps({k: None for k in summary}))
+    page = render(read_runs([path]))
+    assert all(entries[0][1] == "yes" for entries in figures(page).values())
+    print_table([path], Console(width=80, record=True))
+
+
+def test_incomparable_runs_are_warned_about(tmp_path, three_page):
+    assert "did not score the same clients" in three_page
+    small = {"clients": 3, "blocks": 1}
+    paths = [
+        make_run(tmp_path / "a", **small),
+        make_run(tmp_path / "b", "RandomMoE", partition_seed=1, rounds=8, **small),
+    ]
+    page = render(read_runs(paths))
+    assert "did not use the same data" in page
+    assert "different numbers of rounds: FedMoE 20, RandomMoE 8" in page
+
+
+def test_clients_left_out_are_named_with_reasons(three_page):
+    assert "cannot hold the model: needs 93.1 MB, has 60.0 MB" in three_page
+    assert "empty client: no function of its packages has a documentation line" in three_page
+
+
+def test_settings_that_differ_come_first(three_page):
+    table = three_page[three_page.index("Configuration, ") :]
+    heads = re.findall(r'<tr class="(differs|same)"><th scope="row">([^<]+)<', table)
+    assert heads[0] == ("differs", "name") and ("differs", "algorithm.type") in heads
+    assert [kind for kind, _ in heads] == sorted(kind for kind, _ in heads)
+
+
+def test_report_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        write_report([make_run(tmp_path / "a", clients=3, blocks=1)], tmp_path / "file" / "report.html")
+
+
+def test_many_runs_stay_apart(tmp_path):
+    paths = [make_run(tmp_path / str(i), clients=3, rounds=4, blocks=2, experts=4, seed=i) for i in range(10)]
+    page = render(read_runs(paths))
+    assert "FedMoE seed 9" in page and "stroke-dasharray" in page and "Over several runs" in page
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_table_fits_eighty_columns(three, count, capsys):
+    console = Console(width=80, force_terminal=False)
+    print_table(three[:count], console)
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    for name in THREE[:count]:
+        assert name in said  # unbroken
+    assert ("*" in said) == (count > 1)
+    assert "…" not in said and "12/12" in said
+
+
+def test_names():
+    blocks = ["encoder.block.1.layer.1.mlp", "decoder.block.1.layer.2.mlp", "model.layers.3.mlp", "odd"]
+    assert list(block_names(blocks).values()) == ["encoder layer 1", "decoder layer 1", "layer 3", "odd"]
+    twins = ["a.layers.3.x", "b.layers.3.y"]
+    assert list(block_names(twins).values()) == twins
+    assert shorten("hospital-of-the-north-07", 13) == "hospit…rth-07" and shorten("short", 13) == "short"
