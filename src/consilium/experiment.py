@@ -12,14 +12,17 @@ import dataclasses
 import fcntl
 import json
 import platform
+import re
 import subprocess
 import time
+import types
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -35,8 +38,8 @@ from consilium.engine.checkpoint import (
     save_checkpoint,
     write_atomic,
 )
-from consilium.engine.local import LocalEngine
-from consilium.errors import CheckpointError, ConfigError, DataError
+from consilium.engine.local import LocalEngine, nobody
+from consilium.errors import BudgetError, CheckpointError, ConfigError, DataError
 from consilium.moe.budget import bytes_of
 from consilium.moe.build import ModelSource
 from consilium.params import checksum
@@ -44,6 +47,7 @@ from consilium.training import Fit, Setup
 
 __all__ = ["Experiment", "Watch", "from_json", "read_config", "resume", "run", "to_json"]
 
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 algorithms.register_all()
 DATA = {cls.__name__: cls for cls in (DocstringData, TextFileData)}
 VERSIONED = (
@@ -63,7 +67,7 @@ class Experiment:
     """Everything that determines a run.
 
     Args:
-        name: of the run directory, `[A-Za-z0-9._-]`.
+        name: of the run directory, `[A-Za-z0-9._-]{1,64}` without a leading dot.
         algorithm: the method and its hyper-parameters.
         data: where clients' data comes from.
         model: the mixture-of-experts model.
@@ -93,6 +97,8 @@ class Experiment:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ConfigError(f"name is {self.name!r}; use 1 to 64 of A-Z a-z 0-9 . _ - and no leading dot")
         for name in ("rounds", "evaluate_every", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -130,24 +136,49 @@ def from_json(saved: Mapping[str, Any]) -> Experiment:
     """The experiment that `to_json` saved.
 
     Raises:
-        ConfigError: for an unknown type or field.
+        ConfigError: for an unknown type or field, or a value of the wrong type.
     """
     classes = {c.__name__: c for c in (Experiment, ModelSource, Fit, Sampling)} | DATA | Algorithm.registry
 
-    def load(value: Any) -> Any:
+    def load(value: Any, hint: Any) -> Any:
         if isinstance(value, list):
-            return tuple(load(item) for item in value)
+            return tuple(load(item, None) for item in value)
         if not isinstance(value, Mapping):
-            return value
+            return Path(value) if hint is Path and isinstance(value, str) else value
         kind = value.get("type")
         if kind not in classes:
             raise ConfigError(f"saved experiment has unknown type {kind!r}; known are {', '.join(sorted(classes))}")
+        hints = typing.get_type_hints(classes[kind])
+        fields = {key: load(item, hints.get(key)) for key, item in value.items() if key != "type"}
+        for key, item in fields.items():
+            if key in hints and not _is(item, hints[key]):
+                raise ConfigError(f"saved {kind}.{key} is {item!r}; it must be {_said(hints[key])}")
         try:
-            return classes[kind](**{key: load(item) for key, item in value.items() if key != "type"})
+            return classes[kind](**fields)
         except TypeError as error:
             raise ConfigError(f"saved {kind} does not fit this version: {error}") from error
 
-    return load(saved)
+    experiment = load(saved, None)
+    if not isinstance(experiment, Experiment):
+        raise ConfigError(f"saved is {type(experiment).__name__}; give an Experiment, e.g. a run's config.json")
+    return experiment
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value is what a field's annotation says; a whole number is a float, a bool is no number."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return any(value == arg and type(value) is type(arg) for arg in args)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is(value, arg) for arg in args)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is(item, args[0]) for item in value)
+    kinds = (int, float) if hint is float else (hint,)
+    return isinstance(value, kinds) and (hint is bool or not isinstance(value, bool))
+
+
+def _said(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -157,9 +188,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         CheckpointError: if the folder is not a run.
     """
     try:
-        return json.loads((folder / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        config = json.loads((folder / "config.json").read_text())
+        experiment, status = config["experiment"], config["status"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{folder} is not a run directory: config.json {type(error).__name__}") from error
+    return {**config, "experiment": experiment, "status": status}
 
 
 # --- running ------------------------------------------------------------------------------------------------------
@@ -173,11 +206,14 @@ def run(experiment: Experiment, folder: Path, watch: Watch | None = None) -> dic
     Raises:
         ConfigError: if the folder already holds a run, or the experiment cannot be run.
     """
-    if (folder / "config.json").exists():
-        raise ConfigError(f"{folder} already holds a run: resume it, or choose another name")
+    _refuse_run(folder)
     prepared = _Prepared.of(experiment)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be made: {error.strerror}; choose another --out") from error
     with _locked(folder):
+        _refuse_run(folder)  # another process may have been quicker
         _write_json(folder / "partition.json", prepared.partition())
         _write_config(folder, experiment, "running", prepared)
         return _rounds(prepared, folder, watch)
@@ -186,22 +222,30 @@ def run(experiment: Experiment, folder: Path, watch: Watch | None = None) -> dic
 def resume(folder: Path, watch: Watch | None = None) -> dict[str, Any]:
     """Continue an interrupted run from its newest checkpoint, to the same bits as a run never interrupted.
 
+    A finished run is left as it is.
+
     Raises:
         CheckpointError: if the folder is not a run, is in use, or its data has changed.
     """
-    config = read_config(folder)
-    if config["status"] == "finished":
-        return json.loads((folder / "summary.json").read_text())
-    prepared = _Prepared.of(from_json(config["experiment"]))
+    read_config(folder)
     with _locked(folder):
-        fingerprint = json.loads((folder / "partition.json").read_text())["fingerprint"]
+        config = read_config(folder)
+        if config["status"] == "finished":
+            return _read_json(folder / "summary.json")
+        fingerprint = _read_json(folder / "partition.json").get("fingerprint")
+        prepared = _Prepared.of(from_json(config["experiment"]))
         if fingerprint != prepared.federation.fingerprint:
             raise CheckpointError(
                 f"the data has changed since the run began (fingerprint {prepared.federation.fingerprint[:12]}, "
-                f"was {fingerprint[:12]}): other packages or another file; start a new run"
+                f"was {str(fingerprint)[:12]}): other packages or another file; start a new run"
             )
         _write_config(folder, prepared.experiment, "running", prepared)
         return _rounds(prepared, folder, watch)
+
+
+def _refuse_run(folder: Path) -> None:
+    if (folder / "config.json").exists():
+        raise ConfigError(f"{folder} already holds a run: resume it, or choose another name")
 
 
 @dataclass
@@ -217,6 +261,7 @@ class _Prepared:
     @classmethod
     def of(cls, experiment: Experiment) -> "_Prepared":
         torch.set_num_threads(experiment.threads)
+        _check_device(experiment.device)
         federation = experiment.data.load(experiment.seed)
         if not federation.clients:
             raise DataError("no client has any data")
@@ -245,7 +290,12 @@ class _Prepared:
             heads={task: tuple(sorted(labels)) for task, labels in sorted(heads.items())},
             clients=infos,
         )
-        return cls(experiment, federation, infos, setup, experiment.algorithm.server(setup))
+        server = experiment.algorithm.server(setup)
+        unable = {c.id: lack for c in infos if (lack := server.unable(c))}
+        # A method that fits its models to the clients may find work even where nobody can hold the full one.
+        if len(unable) == len(infos) and not server.configure(1, infos):
+            raise BudgetError(nobody(unable))
+        return cls(experiment, federation, infos, setup, server)
 
     def partition(self) -> dict[str, Any]:
         partition = self.federation.partition()
@@ -255,9 +305,21 @@ class _Prepared:
 
 
 def _rounds(prepared: _Prepared, folder: Path, watch: Watch | None) -> dict[str, Any]:
+    """The rounds that are left, then the summary; the status says how it ended."""
+    try:
+        summary = _all_rounds(prepared, folder, watch)
+    except KeyboardInterrupt:
+        _write_config(folder, prepared.experiment, "interrupted", prepared)
+        raise
+    _write_json(folder / "summary.json", summary)
+    _write_config(folder, prepared.experiment, "finished", prepared)
+    return summary
+
+
+def _all_rounds(prepared: _Prepared, folder: Path, watch: Watch | None) -> dict[str, Any]:
     experiment, server = prepared.experiment, prepared.server
     store = ClientStore(folder / "clients")
-    first, server = 1, prepared.server
+    first, writing = 1, 0.0
     if (found := load_checkpoint(folder / "checkpoints")) is not None:
         last, state, store.versions = found
         server.restore(state)
@@ -276,24 +338,19 @@ def _rounds(prepared: _Prepared, folder: Path, watch: Watch | None) -> dict[str,
     )
     if watch:
         watch.started(experiment, prepared.setup, prepared.federation, first)
-    try:
-        for number in range(first, experiment.rounds + 1):
-            test = number % experiment.evaluate_every == 0 or number == experiment.rounds
-            start = time.perf_counter()
-            record = engine.round(number, test)
-            events = [{"round": number, **event} for event in server.events()]
-            _record(folder, number, record, events, server, structure)
-            save_checkpoint(folder / "checkpoints", number, server.state(), store)
-            record["seconds"]["engine"] += time.perf_counter() - start - record["seconds"]["round"]
-            if watch:
-                watch.rounded(record, events)
-    except KeyboardInterrupt:
-        _write_config(folder, experiment, "interrupted", prepared)
-        raise
-    summary = _summary(prepared, folder)
-    _write_json(folder / "summary.json", summary)
-    _write_config(folder, experiment, "finished", prepared)
-    return summary
+    for number in range(first, experiment.rounds + 1):
+        test = number % experiment.evaluate_every == 0 or number == experiment.rounds
+        record = engine.round(number, test)
+        for key in ("engine", "round"):  # a record cannot hold the time it takes to write it: the next one does
+            record["seconds"][key] += writing
+        start = time.perf_counter()
+        events = [{"round": number, **event} for event in server.events()]
+        _record(folder, number, record, events, server, structure)
+        save_checkpoint(folder / "checkpoints", number, server.state(), store)
+        writing = time.perf_counter() - start
+        if watch:
+            watch.rounded(record, events)
+    return _summary(prepared, folder, store, writing)
 
 
 def _record(folder: Path, number: int, record, events, server: Server, structure: dict[str, Any]) -> None:
@@ -341,7 +398,8 @@ def records(folder: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, file)
 
 
-def _summary(prepared: _Prepared, folder: Path) -> dict[str, Any]:
+def _summary(prepared: _Prepared, folder: Path, store: ClientStore, writing: float) -> dict[str, Any]:
+    """The result of all rounds. `writing`: seconds that the last round's files took."""
     rounds = list(records(folder))
     last, infos, server = rounds[-1], prepared.infos, prepared.server
     held = server.structure() or {}
@@ -364,6 +422,7 @@ def _summary(prepared: _Prepared, folder: Path) -> dict[str, Any]:
             "experts": [len(ids) for ids in held[info.id].values()] if info.id in held else None,
             "peak_bytes_model": peaks.get(info.id),
             "reason": f"cannot hold the model: {lack}" if lack else None,
+            "state": checksum(store.load(info.id).params) if info.id in store.versions else None,
         }
     counts = [r["experts_mean"] for r in rounds if r["experts_mean"] is not None]
     seconds = {key: sum(r["seconds"][key] for r in rounds) for key in ("round", "train", "evaluate", "engine")}
@@ -379,7 +438,12 @@ def _summary(prepared: _Prepared, folder: Path) -> dict[str, Any]:
         "skipped": dict(prepared.federation.skipped),
         "bytes_down": sum(r["bytes_down"] for r in rounds),
         "bytes_up": sum(r["bytes_up"] for r in rounds),
-        "seconds": {"total": seconds.pop("round"), **seconds},
+        "seconds": {
+            "total": seconds["round"] + writing,
+            "train": seconds["train"],
+            "evaluate": seconds["evaluate"],
+            "engine": seconds["engine"] + writing,
+        },
         "peak_rss_bytes": max(r["peak_rss_bytes"] for r in rounds),
         "experts": {"start": counts[0], "end": counts[-1]} if counts else None,
         "weights": checksum(server.params),
@@ -400,6 +464,13 @@ def _write_config(folder: Path, experiment: Experiment, status: str, prepared: _
     )
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}); start a new run") from error
+
+
 def _write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=1, allow_nan=False).encode())
 
@@ -412,13 +483,21 @@ def _version(name: str) -> str:
 
 
 def _git() -> str | None:
-    """Revision of the source tree the package runs from; None where it is installed."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """Revision of the source tree the package runs from; None where it is installed, also inside another's tree."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD", f"HEAD:./{Path(__file__).name}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    return done.stdout.split()[0] if done.returncode == 0 else None
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {name!r} cannot be used ({reason}); use cpu, cuda or cuda:N") from error
 
 
 @contextmanager

@@ -5,9 +5,11 @@
 
 A round is committed when its checkpoint is renamed into place. Client states are written under the number of their
 round before that, and the checkpoint says which version counts, so a run killed at any moment finds all parts of the
-last committed round and nothing else. Superseded files are removed after the commit.
+last committed round and nothing else. The last two checkpoints are kept, with the client states that they name, so a
+broken newest one costs a round and not the run. Every file carries its own SHA-256.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -23,6 +25,7 @@ from consilium.errors import CheckpointError, PayloadError
 __all__ = ["ClientStore", "append_json", "load_checkpoint", "save_checkpoint", "write_atomic"]
 
 _NAME = re.compile(r"round-(\d{5,})\.safetensors")
+_ZEROS = "0" * 64
 KEEP = 2
 
 
@@ -72,7 +75,7 @@ class ClientStore:
             return ClientState()
         path = self._path(client, self.versions[client])
         try:
-            payload = decode(path.read_bytes())
+            payload = _unseal(path.read_bytes())
         except (OSError, PayloadError) as error:
             raise CheckpointError(f"the state of client {client} in {path} cannot be read: {error}") from error
         return ClientState(payload.group("params"), dict(payload.scalars))
@@ -80,14 +83,15 @@ class ClientStore:
     def save(self, client: ClientId, state: ClientState, round: int) -> None:
         """Keep a state under its round; an empty state leaves no file."""
         if state.params or state.scalars:
-            blob = encode(Payload({"params": state.params}, state.scalars))
-            write_atomic(self._path(client, round), blob)
+            write_atomic(self._path(client, round), _seal(Payload({"params": state.params}, state.scalars)))
             self.versions[client] = round
+        else:
+            self.versions.pop(client, None)
 
-    def prune(self) -> None:
-        """Remove every version but the committed ones."""
-        for path in self.folder.glob("*/round-*.safetensors"):
-            if path != self._path(path.parent.name, self.versions.get(path.parent.name, -1)):
+    def prune(self, oldest: int) -> None:
+        """Remove the versions that were superseded before round `oldest`, the oldest one that may be resumed from."""
+        for folder in self.folder.glob("*/"):
+            for path, _ in [item for item in _numbered(folder) if item[1] <= oldest][:-1]:
                 path.unlink()
 
     def _path(self, client: ClientId, round: int) -> Path:
@@ -97,10 +101,11 @@ class ClientStore:
 def save_checkpoint(folder: Path, round: int, server: Payload, store: ClientStore) -> None:
     """Commit a round: the server's state and the clients' versions in one atomic file; older ones are pruned."""
     scalars = {**server.scalars, "engine/round": round, "engine/versions": json.dumps(store.versions)}
-    write_atomic(folder / f"round-{round:05d}.safetensors", encode(Payload(server.groups, scalars)))
-    for path, _ in _checkpoints(folder)[:-KEEP]:
+    write_atomic(folder / f"round-{round:05d}.safetensors", _seal(Payload(server.groups, scalars)))
+    found = _numbered(folder)
+    for path, _ in found[:-KEEP]:
         path.unlink()
-    store.prune()
+    store.prune(oldest=found[-KEEP:][0][1])
 
 
 def load_checkpoint(folder: Path) -> tuple[int, Payload, dict[ClientId, int]] | None:
@@ -111,22 +116,45 @@ def load_checkpoint(folder: Path) -> tuple[int, Payload, dict[ClientId, int]] | 
     Raises:
         CheckpointError: if there are checkpoints and none can be read.
     """
-    found = _checkpoints(folder)
-    for path, round in reversed(found):
+    broken = []
+    for path, round in reversed(_numbered(folder)):
         try:
-            payload = decode(path.read_bytes())
+            payload = _unseal(path.read_bytes())
         except (OSError, PayloadError) as error:
-            warnings.warn(f"checkpoint {path.name} cannot be read ({error}); trying the one before", stacklevel=2)
+            broken.append(f"{path.name} ({error})")
             continue
+        if broken:
+            warnings.warn(f"cannot read {', '.join(broken)}; continuing from {path.name}", stacklevel=2)
         scalars = dict(payload.scalars)
         versions = json.loads(str(scalars.pop("engine/versions")))
         scalars.pop("engine/round")
         return round, Payload(payload.groups, scalars), versions
-    if found:
-        raise CheckpointError(f"none of the {len(found)} checkpoints in {folder} can be read")
+    if broken:
+        raise CheckpointError(f"none of the checkpoints in {folder} can be read: {', '.join(broken)}")
     return None
 
 
-def _checkpoints(folder: Path) -> list[tuple[Path, int]]:
+def _numbered(folder: Path) -> list[tuple[Path, int]]:
+    """The files of a folder that carry a round's number, oldest first."""
     files = [(path, _NAME.fullmatch(path.name)) for path in folder.glob("round-*.safetensors")]
     return sorted(((path, int(match[1])) for path, match in files if match), key=lambda item: item[1])
+
+
+def _seal(payload: Payload) -> bytes:
+    """The payload's bytes with a SHA-256 over them in the header, taken while its place held zeros."""
+    blob = encode(Payload(payload.groups, {"engine/sha256": _ZEROS, **payload.scalars}))
+    return blob.replace(_ZEROS.encode(), hashlib.sha256(blob).hexdigest().encode(), 1)
+
+
+def _unseal(blob: bytes) -> Payload:
+    """The payload that `_seal` was given.
+
+    Raises:
+        PayloadError: if a bit has changed since.
+    """
+    payload = decode(blob)
+    scalars = dict(payload.scalars)
+    digest = str(scalars.pop("engine/sha256", ""))
+    if not digest or hashlib.sha256(blob.replace(digest.encode(), _ZEROS.encode(), 1)).hexdigest() != digest:
+        raise PayloadError("its SHA-256 does not match")
+    return Payload(payload.groups, scalars)

@@ -1,9 +1,10 @@
 """The engine that runs everybody in one process, one client after the other.
 
-Lazy: a client's model exists while it works, and one reply is in memory at a time. With `strict`, every payload is
-turned into bytes and back on its way, as between machines.
+Lazy: a client's model exists while it works, and one reply is in memory at a time: it is emptied as soon as the
+server asks for the next. With `strict`, every payload is turned into bytes and back on its way, as between machines.
 """
 
+import math
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,9 +17,9 @@ from consilium.core import Client, ClientContext, ClientId, ClientInfo, Payload,
 from consilium.data.task import Federation
 from consilium.engine.checkpoint import ClientStore
 from consilium.engine.codec import decode, encode
-from consilium.errors import BudgetError
+from consilium.errors import BudgetError, PayloadError
 
-__all__ = ["LocalEngine", "Progress"]
+__all__ = ["LocalEngine", "Progress", "nobody"]
 
 Progress = Callable[[ClientId, str, int, int], None]
 """Called with (client, "train" or "test", steps done, steps in all)."""
@@ -59,14 +60,12 @@ class LocalEngine:
         """
         start = time.perf_counter()
         unable = {c.id: lack for c in self.infos if (lack := self.server.unable(c))}
-        stage = getattr(self.server, "stage", "")
         tasks = self.server.configure(number, self.infos)
         if not tasks:
-            some = next(iter(unable.items()), ("?", "?"))
-            raise BudgetError(f"no client can take part: {len(unable)} are unable, e.g. {some[0]} {some[1]}")
+            raise BudgetError(nobody(unable))
         record: dict[str, Any] = {
             "round": number,
-            "stage": stage,
+            "stage": getattr(self.server, "stage", ""),
             "selected": sorted(tasks),
             "unable": unable,
             "clients": {},
@@ -102,27 +101,33 @@ class LocalEngine:
         self, number: int, tasks: dict[ClientId, Payload], records: dict[ClientId, Any]
     ) -> Iterator[tuple[ClientId, Payload]]:
         for client in sorted(tasks):
-            sent = self._carry(tasks.pop(client))
-            context = self._context(client, number, "train")
-            start = time.perf_counter()
-            reply = self.client.train(sent, context)
-            seconds = time.perf_counter() - start
-            self.store.save(client, context.state, number)
-            reply = self._carry(reply)
-            told = {key: _plain(reply.scalars.get(key)) for key in REPORTED}
-            evaluate = float(reply.scalars.get("seconds_evaluate", 0.0))
-            records[client] = {
-                "train_loss": told["train_loss"],
-                "validation": told["validation"],
-                "examples": context.info.num_examples,
-                "steps": told["steps"],
-                "experts": told["experts"],
-                "peak_bytes_model": told["footprint"],
-                "bytes_down": sent.nbytes,
-                "bytes_up": reply.nbytes,
-                "seconds": {"train": seconds - evaluate, "evaluate": evaluate},
-            }
+            reply, records[client] = self._train(client, number, tasks.pop(client))
             yield client, reply
+            # The server's loop still names this reply while the next client trains.
+            object.__setattr__(reply, "groups", _RELEASED)
+
+    def _train(self, client: ClientId, number: int, payload: Payload) -> tuple[Payload, dict[str, Any]]:
+        """One client's round: its reply, and what to record of it."""
+        sent = self._carry(payload)
+        context = self._context(client, number, "train")
+        start = time.perf_counter()
+        reply = self.client.train(sent, context)
+        seconds = time.perf_counter() - start
+        self.store.save(client, context.state, number)
+        reply = self._carry(reply)
+        told = {key: _plain(reply.scalars.get(key)) for key in REPORTED}
+        evaluate = float(reply.scalars.get("seconds_evaluate", 0.0))
+        return Payload(reply.groups, reply.scalars), {
+            "train_loss": told["train_loss"],
+            "validation": told["validation"],
+            "examples": context.info.num_examples,
+            "steps": told["steps"],
+            "experts": told["experts"],
+            "peak_bytes_model": told["footprint"],
+            "bytes_down": sent.nbytes,
+            "bytes_up": reply.nbytes,
+            "seconds": {"train": seconds - evaluate, "evaluate": evaluate},
+        }
 
     def _test(self, number: int) -> dict[ClientId, float]:
         scores = {}
@@ -162,6 +167,22 @@ class LocalEngine:
         return {**means, "mean": sum(means.values()) / len(means)} if means else {}
 
 
+class _Released(dict):
+    """Groups of a reply whose turn is over."""
+
+    def get(self, *_: Any) -> Any:
+        raise PayloadError("this reply was released: `aggregate` merges each reply before it asks for the next")
+
+
+_RELEASED = _Released()
+
+
+def nobody(unable: Mapping[ClientId, str]) -> str:
+    """The message for a federation in which no client can take part; `unable`: client -> why."""
+    client, lack = next(iter(unable.items()), ("?", "unknown"))
+    return f"no client can hold the model: {len(unable)} are unable, e.g. {client} {lack}; give more memory"
+
+
 def _plain(value: Any) -> Any:
-    """None for what strict JSON cannot say."""
-    return None if isinstance(value, float) and value != value else value
+    """None for what strict JSON cannot say: the loss of a training that diverged."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,130 @@
+"""The codec gives back every legal payload bit for bit, and refuses every other blob with one exception type."""
+
+import contextlib
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from consilium.core import _DTYPES, Payload
+from consilium.engine.codec import decode, encode
+from consilium.errors import PayloadError
+
+names = st.text(min_size=1, max_size=12).filter(lambda name: "\x00" not in name and name.isprintable())
+groups = names.filter(lambda name: "/" not in name)
+shapes = st.lists(st.integers(0, 3), max_size=3)
+items = (
+    st.integers(-(2**63), 2**63) | st.booleans() | st.text(max_size=8)
+    | st.floats(allow_nan=False, allow_infinity=True)
+)  # fmt: skip
+lists = st.one_of(*(st.lists(kind, max_size=4) for kind in (st.integers(), st.text(max_size=5), st.booleans())))
+
+
+@st.composite
+def tensors(draw):
+    dtype = draw(st.sampled_from(sorted(_DTYPES, key=str)))
+    shape = draw(shapes)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    return (torch.randn(shape, generator=generator) * 10).to(dtype)
+
+
+@st.composite
+def payloads(draw):
+    held = draw(st.dictionaries(groups, st.dictionaries(names, tensors(), max_size=3), max_size=3))
+    return Payload(held, draw(st.dictionaries(names, items | lists, max_size=4)))
+
+
+def bits(tensor):
+    return tensor.dtype, tuple(tensor.shape), tensor.contiguous().reshape(-1).view(torch.uint8).tolist()
+
+
+def told(payload):
+    """Everything a payload says, in comparable form."""
+    return (
+        {group: {key: bits(t) for key, t in params.items()} for group, params in payload.groups.items()},
+        {key: (type(value), value) for key, value in payload.scalars.items()},
+    )
+
+
+@given(payloads())
+def test_every_legal_payload_comes_back(payload):
+    back = decode(encode(payload))
+    assert told(back) == told(payload)
+    assert list(back.groups) == list(payload.groups)
+    assert back.nbytes == payload.nbytes
+
+
+def test_a_key_may_hold_slashes_and_a_group_may_be_empty():
+    payload = Payload({"control": {}, "params": {"a/b/c": torch.ones(2)}})
+    assert told(decode(encode(payload))) == told(payload)
+
+
+def test_nan_and_infinity_keep_their_bits():
+    payload = Payload({"g": {"x": torch.tensor([float("nan"), float("-inf"), -0.0])}}, {"loss": float("nan")})
+    back = decode(encode(payload))
+    assert bits(back.group("g")["x"]) == bits(payload.group("g")["x"])
+    assert back.scalars["loss"] != back.scalars["loss"]
+
+
+def test_views_shared_storage_and_strides():
+    base = torch.arange(12.0).reshape(3, 4)
+    shared = {"whole": base, "row": base[1], "column": base[:, 2], "turned": base.T, "again": base, "0-d": base[0, 3]}
+    back = decode(encode(Payload({"params": shared}))).group("params")
+    assert {k: t.tolist() for k, t in back.items()} == {k: t.tolist() for k, t in shared.items()}
+
+
+def test_a_view_of_a_large_tensor_costs_only_itself():
+    """A router row is a view of the router: sending one must not send all."""
+    table = torch.zeros(1000, 100)
+    assert len(encode(Payload({"router": {"row": table[3]}}))) < 2000
+
+
+def test_a_decoded_tensor_is_its_own():
+    tensor = torch.ones(3)
+    back = decode(encode(Payload({"g": {"x": tensor}}))).group("g")["x"]
+    back.zero_()
+    assert tensor.tolist() == [1, 1, 1]
+
+
+GOOD = encode(Payload({"params": {"w": torch.arange(6.0)}}, {"n": 3}))
+
+
+@pytest.mark.parametrize(
+    "blob",
+    [
+        b"",
+        b"\x00" * 7,
+        b"\xff" * 64,
+        GOOD[:-1],
+        GOOD[: len(GOOD) // 2],
+        GOOD + b"\x00",
+        save({"params/w": torch.ones(2)}),  # safetensors, but without our header
+        save({"params/w": torch.ones(2)}, {"groups": "[]", "scalars": "{}"}),  # a group that the header lacks
+        save({}, {"groups": "3", "scalars": "{}"}),
+        save({}, {"groups": "[]", "scalars": '{"x": null}'}),
+        save({}, {"groups": "[]", "scalars": '{"x": [1, "a"]}'}),
+        save({}, {"groups": '["a/b"]', "scalars": "{}"}),
+        save({}, {"groups": "[", "scalars": "{}"}),
+        save({}, {"groups": "[]", "scalars": "[" * 100_000}),
+    ],
+)
+def test_a_foreign_blob_is_refused(blob):
+    with pytest.raises(PayloadError, match=r"not a payload|not an int|group name"):
+        decode(blob)
+
+
+@given(st.integers(0, len(GOOD) - 1), st.integers(0, 255))
+def test_a_changed_byte_is_either_refused_or_still_a_payload(place, value):
+    blob = GOOD[:place] + bytes([value]) + GOOD[place + 1 :]
+    with contextlib.suppress(PayloadError):
+        assert isinstance(decode(blob), Payload)
+
+
+def test_the_header_holds_no_pickle_and_no_code():
+    size = int.from_bytes(GOOD[:8], "little")
+    header = json.loads(GOOD[8 : 8 + size])
+    assert set(header) == {"__metadata__", "params/w"}
+    assert json.loads(header["__metadata__"]["scalars"]) == {"n": 3}
