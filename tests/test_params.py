@@ -33,7 +33,7 @@ def mean_of(updates, old=OLD):
 
 
 def test_by_hand():
-    """Trunk: (1*1 + 3*5) / 4 = 4. Expert 0 only from the first client: its value, 10. Expert 1 from nobody: as it was."""
+    """Trunk: (1*1 + 3*5) / 4 = 4. Expert 0 from the first client alone: 10. Expert 1 from nobody: as it was."""
     mean = WeightedMean()
     mean.add({"trunk": torch.tensor(1.0), "b.experts.0.w": torch.tensor(10.0)}, 1)
     mean.add({"trunk": torch.tensor(5.0)}, 3)

@@ -178,6 +178,24 @@ def context(
     )
 
 
+def heads(task: str, labels: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Head rows with random values (those of a Setup start from zero)."""
+    rng = torch.Generator().manual_seed(1)
+    shapes = {"weight": (32,), "bias": ()}
+    return {f"head.{task}.{c}.{leaf}": torch.randn(s, generator=rng) for c in labels for leaf, s in shapes.items()}
+
+
+def batch(
+    model: ModelSource, client: str = "animal-00", rows: tuple[int, ...] = (0, 1, 2, 3)
+) -> dict[str, torch.Tensor]:
+    """A padded batch of the client's training data for that model."""
+    return (
+        setup(model)
+        .encode(context(client, model.form), federation(model.form).clients[client].train)
+        .batch(rows, torch.device("cpu"))
+    )
+
+
 def engine(server: Server, client: Client, setup: Setup, folder: Path, strict: bool = False) -> LocalEngine:
     """The local engine over the tiny federation; client states go below `folder`."""
     return LocalEngine(

@@ -65,7 +65,7 @@ def test_an_encoder_decoder_checkpoint_serves_classification():
 
 
 def test_an_encoder_only_checkpoint_is_refused_for_text_to_text():
-    with pytest.raises(ModelError, match="no weights for text-to-text: .* are missing, e.g. 'decoder"):
+    with pytest.raises(ModelError, match=r"no weights for text-to-text: .* are missing, e.g. 'decoder"):
         ModelSource(str(tiny.directory("switch_transformers")), "text-to-text").load()
 
 

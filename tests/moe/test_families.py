@@ -26,7 +26,7 @@ def test_the_key_is_the_model_type():
 
 
 def test_an_unknown_type_is_refused():
-    with pytest.raises(ModelError, match="model type 'bert' is not .* known are olmoe, switch_transformers"):
+    with pytest.raises(ModelError, match=r"model type 'bert' is not .* known are olmoe, switch_transformers"):
         family_of("bert")
 
 
