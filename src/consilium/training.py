@@ -80,9 +80,12 @@ class Fit:
             ("label_smoothing", 1.0),
             ("balance", float("inf")),
             ("weight_decay", float("inf")),
+            ("clip", float("inf")),
         ):
             if not 0 <= getattr(self, name) <= top:
                 raise ConfigError(f"fit.{name} is {getattr(self, name)}; it must be within 0..{top:g}")
+        if self.optimizer not in ("adamw", "sgd"):
+            raise ConfigError(f"fit.optimizer is {self.optimizer!r}; it must be adamw or sgd")
 
 
 @dataclass(frozen=True)
