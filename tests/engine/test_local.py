@@ -146,6 +146,24 @@ def test_seeds_follow_from_run_round_and_client_alone(tmp_path):
     assert len({seed for _, seed in all_of_them.contexts}) == len(tiny.IDS)
 
 
+def test_what_a_client_draws_from_the_global_generator_follows_from_its_seed(tmp_path):
+    """PEFT initialises adapters so. The generator outside is left as it was."""
+
+    class Drawing(ToyClient):
+        def train(self, payload, context):
+            self.seen.append(torch.rand(3).tolist())
+            return super().train(payload, context)
+
+    drawn = []
+    for run in range(2):
+        client = Drawing()
+        torch.manual_seed(run)
+        made(tmp_path / str(run), client=client).round(1, test=True)
+        drawn.append([x for x in client.seen if isinstance(x, list)])
+        assert torch.rand(1) == torch.rand(1, generator=torch.Generator().manual_seed(run))
+    assert drawn[0] == drawn[1] and len({tuple(x) for x in drawn[0]}) == len(tiny.IDS)
+
+
 def test_progress_names_client_and_phase(tmp_path):
     steps = []
     made(tmp_path, ToyServer(takes=("animal-00",)), progress=lambda *step: steps.append(step)).round(1, test=True)

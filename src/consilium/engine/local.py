@@ -18,6 +18,7 @@ from consilium.data.task import Federation
 from consilium.engine.checkpoint import ClientStore
 from consilium.engine.codec import decode, encode
 from consilium.errors import BudgetError, PayloadError
+from consilium.training import seeded
 
 __all__ = ["LocalEngine", "Progress", "nobody"]
 
@@ -111,7 +112,8 @@ class LocalEngine:
         sent = self._carry(payload)
         context = self._context(client, number, "train")
         start = time.perf_counter()
-        reply = self.client.train(sent, context)
+        with seeded(derive_seed(context.seed, "train")):  # whatever draws from torch's own generator
+            reply = self.client.train(sent, context)
         seconds = time.perf_counter() - start
         self.store.save(client, context.state, number)
         reply = self._carry(reply)
@@ -134,9 +136,9 @@ class LocalEngine:
         for done, info in enumerate(self.infos):
             self.progress(info.id, "test", done, len(self.infos))
             if self.server.unable(info) is None:
-                reply = self.client.evaluate(
-                    self._carry(self.server.deliver(info)), self._context(info.id, number, "test")
-                )
+                context = self._context(info.id, number, "test")
+                with seeded(derive_seed(context.seed, "evaluate")):
+                    reply = self.client.evaluate(self._carry(self.server.deliver(info)), context)
                 scores[info.id] = float(self._carry(reply).scalars["score"])
         return scores
 
