@@ -57,7 +57,9 @@ class FedProxClient(Client):
         self.mu = mu
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
-        return local_round(self.setup, payload, context, lambda model: proximal(model, self.mu))[1]
+        # At mu = 0 there is no pull: a zero gradient would move, by Adam's momentum, experts that no token reached.
+        pull = (lambda model: proximal(model, self.mu)) if self.mu else None
+        return local_round(self.setup, payload, context, pull)[1]
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         return local_test(self.setup, payload, context)
