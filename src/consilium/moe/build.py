@@ -14,6 +14,7 @@ import transformers
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from consilium.core import ExpertSet
@@ -27,7 +28,9 @@ from consilium.params import Params
 __all__ = ["ModelSource", "shipped"]
 
 _SHIPPED = Path(__file__).parents[1] / "models"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+_TOKENIZER_FILES = tuple(
+    "tokenizer.json tokenizer_config.json tokenizer.model spiece.model vocab.json vocab.txt".split()
+)
 
 
 def shipped() -> dict[str, Path]:
@@ -106,7 +109,7 @@ class ModelSource:
     def skeleton(self, task: str, labels: tuple[str, ...]) -> TaskModel:
         """The full model on the meta device: shapes and names, no memory."""
         cls = getattr(transformers, self.family.classes[self.form])
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), no_init_weights():
             backbone = cls._from_config(self.config, dtype=self.torch_dtype)
             model = TaskModel(backbone, self.family, task, labels, self.torch_dtype)
         backbone.tie_weights()  # accelerate gives every module its own meta parameter
