@@ -6,7 +6,9 @@ optimiser's state lie beside everything the forward pass has saved, so the terms
 
 It is a promise about live tensors. glibc as it comes keeps freed blocks of up to 32 MB for later, and the resident set
 then grows to 1.2 to 1.7 times as much; with MALLOC_MMAP_THRESHOLD_=65536 and MALLOC_TRIM_THRESHOLD_=65536 in the
-client's environment it stays within some percent of the promise (`benchmarks/memory.py` measures it).
+client's environment it stays within some percent of the promise (`benchmarks/memory.py` measures it). Two things are
+not counted: the parameters the model was built from, if somebody holds them during training (one reference more), and
+oneDNN's kernels for bfloat16 on a CPU, one per shape met, which took 100 to 200 MB.
 
 Symbols: B examples, n tokens per sequence (S source, T target, S + T causal), D width, I heads * head size, F
 feed-forward width, H heads, K experts per token, E experts held, V vocabulary.
@@ -50,7 +52,7 @@ def bytes_of(size: str | int) -> int:
     Raises:
         ConfigError: for any other form, or a size that is not greater than 0.
     """
-    found = None if isinstance(size, bool) else _SIZE.fullmatch(str(size))
+    found = _SIZE.fullmatch(str(size)) if isinstance(size, (str, int)) else None
     number = round(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
     if number < 1:
         raise ConfigError(f"size {size!r} is no number of bytes above 0; write an integer, '60MB', '1.5GB' or '12GiB'")
@@ -121,32 +123,36 @@ class Parts:
     last: Cost = Cost()
 
 
-def _switch(c: Any) -> dict[Mode, Parts]:
+def _switch(c: Any, w: int) -> dict[Mode, Parts]:
     """Switch: T5 layers, eager attention, top-1. d: 1 with dropout, whose masks are saved as floats; j: with jitter.
 
-    A trained RMS norm saves input, scaled input and output (the input of the next matrices), a frozen one its input.
+    w: 1 for weights below 32 bits, where norms and routers keep float32 copies of their inputs (2 elements each).
     """
     D, F, H, inner = c.d_model, c.d_ff, c.num_heads, c.num_heads * c.d_kv
     d, j = int(c.dropout_rate > 0), int(c.router_jitter_noise > 0)
+    trained = (3 + d + 2 * w) * D  # norm: input, scaled input, output (the input of the next matrices); dropout mask
+    frozen = (1 + d + 2 * w) * D  # input of the norm and mask: frozen weights need no input saved
+    noise = (j + 3 * w) * D  # of the router
     scores = (1 + 2 * d) * H  # softmax, and with dropout its mask and product
     hidden = (1 + 2 * d) * F  # activation, likewise
     slot = 2 * D + hidden  # tokens gathered for the expert, its output before the gate
+    last = Cost(token=4 * D + F)
     return {
         "full": Parts(
-            attention=Cost(token=(3 + d) * D + 4 * inner, pair=scores),  # norm, mask; queries, keys, values, result
-            cross=Cost(token=(3 + d) * D + 3 * inner, source=3 * inner, cross=scores),  # cached keys: 1 more each side
-            dense=Cost(token=(3 + d) * D + hidden),
-            sparse=Cost(token=(3 + d + j) * D, slot=slot, choice=3),  # noise; router softmax, twice with the tap's
-            ends=Cost(token=(3 + 2 * d) * D, bias=H + 2),  # norm, output, masks; position bias and int64 buckets
-            last=Cost(token=4 * D + F),
+            attention=Cost(token=trained + 4 * inner, pair=scores),  # queries, keys, values, what was attended
+            cross=Cost(token=trained + 3 * inner, source=3 * inner, cross=scores),  # one more each: cached keys
+            dense=Cost(token=trained + hidden),
+            sparse=Cost(token=trained + noise, slot=slot, choice=3),  # router softmax twice, logits for the tap
+            ends=Cost(token=(3 + 2 * d + 2 * w) * D, bias=H + 2),  # norm, output, masks; position bias and buckets
+            last=last,
         ),
-        "lora": Parts(  # frozen matrices save no input
-            attention=Cost(token=(1 + d) * D + 3 * inner, pair=scores),
-            cross=Cost(token=(1 + d) * D + 2 * inner, source=3 * inner, cross=scores),
-            dense=Cost(token=(1 + d) * D + (1 + d) * F),
-            sparse=Cost(token=(1 + d + j) * D, slot=slot, choice=3),
-            ends=Cost(token=(2 + d) * D, bias=H + 2),
-            last=Cost(token=4 * D + F),
+        "lora": Parts(
+            attention=Cost(token=frozen + 3 * inner, pair=scores),
+            cross=Cost(token=frozen + 2 * inner, source=3 * inner, cross=scores),
+            dense=Cost(token=frozen + (1 + d) * F),
+            sparse=Cost(token=frozen + noise, slot=slot, choice=3),
+            ends=Cost(token=(2 + d + 2 * w) * D, bias=H + 2),
+            last=last,
         ),
         "forward": Parts(  # two sets of scores: one operation's input and output
             attention=Cost(token=2 * D + 6 * inner, pair=2 * H),
@@ -158,7 +164,7 @@ def _switch(c: Any) -> dict[Mode, Parts]:
     }
 
 
-def _olmoe(c: Any) -> dict[Mode, Parts]:
+def _olmoe(c: Any, w: int) -> dict[Mode, Parts]:
     """OLMoE: fused attention that saves no scores (unless dropped out or eager), norms on queries and keys, top-k."""
     D, F, H = c.hidden_size, c.intermediate_size, c.num_attention_heads
     size = getattr(c, "head_dim", None) or D // H
@@ -168,16 +174,16 @@ def _olmoe(c: Any) -> dict[Mode, Parts]:
     slot = 2 * D + 4 * F + 10  # gathered, output; gate and up, activated gate, product; five int64 indices
     return {
         "full": Parts(  # 4: normalised twice, rotated, attended (queries) or the values (keys)
-            attention=Cost(token=3 * D + 4 * heads + H, pair=scores),
-            sparse=Cost(token=3 * D, slot=slot, choice=3),
-            ends=Cost(token=3 * D),
-            last=Cost(token=D),
+            attention=Cost(token=(3 + w) * D + (4 + w) * heads + H, pair=scores),
+            sparse=Cost(token=(3 + w) * D, slot=slot, choice=3),
+            ends=Cost(token=(3 + w) * D),
+            last=Cost(token=-(3 + w) * D, slot=2 * D),  # weighted, reordered; gone before the ends come
         ),
         "lora": Parts(
-            attention=Cost(token=D + 3 * heads + H, pair=scores),
-            sparse=Cost(token=D, slot=slot, choice=3),
-            ends=Cost(token=2 * D),
-            last=Cost(token=D),
+            attention=Cost(token=(1 + w) * D + (3 + w) * heads + H, pair=scores),
+            sparse=Cost(token=(1 + w) * D, slot=slot, choice=3),
+            ends=Cost(token=(2 + w) * D),
+            last=Cost(token=-(2 + w) * D, slot=2 * D),
         ),
         "forward": Parts(
             attention=Cost(token=3 * D + 4 * heads, pair=2 * scores),
@@ -187,7 +193,7 @@ def _olmoe(c: Any) -> dict[Mode, Parts]:
     }
 
 
-PARTS: dict[str, Callable[[Any], dict[Mode, Parts]]] = {"switch_transformers": _switch, "olmoe": _olmoe}
+PARTS: dict[str, Callable[[Any, int], dict[Mode, Parts]]] = {"switch_transformers": _switch, "olmoe": _olmoe}
 """Model type -> what its layers hold: one row for each row of `families.FAMILIES`."""
 
 
@@ -318,7 +324,7 @@ class MemoryModel:
             if mode == "lora":
                 sparse = [size + self._merged(b, counts[b]) for size, b in zip(sparse, stack.blocks, strict=True)]
             ends += parts.ends(B, n, S)
-            last = parts.last(B, n, S)
+            last = parts.last(B, n, S, min(self.top_k, counts[stack.blocks[-1]]) if stack.blocks else 0)
             layers += stack.layers * (attention + cross) + (stack.layers - len(sparse)) * dense + sum(sparse)
             if mode == "lora" and not decoder:  # nothing requires a gradient before the first adapter
                 layers -= stack.before * (attention + dense) + attention * (stack.before < stack.layers)
@@ -335,9 +341,9 @@ class MemoryModel:
         """Bytes of logits at the end of the forward pass, and on the way back."""
         target = self.itemsize * B * T * self.vocabulary
         if len(self.stacks) == 2:  # those of the step before, all, the model's own loss, those selected
-            return 4 * target, 0
+            return (4 if self.itemsize >= 4 else 5) * target, 0
         full = self.itemsize * B * (S + T) * self.vocabulary  # a causal model computes them for source tokens too
-        return full + 2 * target, 2 * full + target
+        return max(full + 2 * target, 5 * target), 2 * full + target
 
 
 @lru_cache(maxsize=8)
@@ -381,7 +387,7 @@ def _built(source: ModelSource) -> MemoryModel:
         vocabulary=config.vocab_size if source.form == "text-to-text" else 0,
         top_k=int(getattr(config, "num_experts_per_tok", 1)) if source.family.top_k else 1,
         stacks=_stacks(config, source.form, tuple(counts)),
-        parts=PARTS[config.model_type](config),
+        parts=PARTS[config.model_type](config, int(source.torch_dtype.itemsize < 4)),
     )
 
 

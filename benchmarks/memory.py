@@ -1,0 +1,288 @@
+"""Promised against measured memory: what `MemoryModel` says a client needs, and what a client process really took.
+
+    python benchmarks/memory.py
+
+Every point runs in a process of its own: imports, a warm-up step on a tiny model, then the resident set is noted, the
+model is built from parameters as a client builds it and trained with `training.fit` on batches of the greatest length;
+measured is the peak of the resident set (VmHWM, reset after the warm-up) above that note. Linux only.
+
+MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ make glibc give freed tensors back at once; without them it keeps
+them for later, up to its own dynamic threshold, and the peak says as much about glibc as about the model.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement.
+
+    Args:
+        family: "switch" or "olmoe". form: see `ModelSource`.
+        width, hidden, layers, experts, vocabulary: of the model; layers per stack.
+        share: of the experts kept in every block.
+    """
+
+    family: str
+    form: str = "classification"
+    mode: str = "full"
+    width: int = 128
+    hidden: int = 256
+    layers: int = 4
+    experts: int = 16
+    vocabulary: int = 6000
+    share: float = 1.0
+    batch_size: int = 16
+    max_length: int = 96
+    target_length: int = 16
+    optimizer: str = "adamw"
+    gradient_checkpointing: bool = False
+    top_k: int = 2
+    dtype: str = "float32"
+
+    @property
+    def name(self) -> str:
+        """Family, form, D/F x layers, experts, batch and length."""
+        shape = f"{self.width}/{self.hidden} x{self.layers} E{self.experts} B{self.batch_size} S{self.max_length}"
+        return f"{self.family} {'t2t ' if self.form == 'text-to-text' else ''}{shape}"
+
+    @property
+    def how(self) -> str:
+        """Mode, and what differs from AdamW in float32."""
+        odd = [] if self.optimizer == "adamw" else [self.optimizer]
+        odd += [] if self.dtype == "float32" else [self.dtype]
+        odd += ["checkpointing"] if self.gradient_checkpointing else []
+        return " ".join([self.mode, *odd])
+
+
+WARM_UP = {"width": 32, "hidden": 64, "layers": 2, "experts": 4, "batch_size": 2, "max_length": 8, "target_length": 4}
+
+SWITCH = (
+    Point("switch", width=96, hidden=192, layers=2),
+    Point("switch", width=160, hidden=320),
+    Point("switch", width=320, hidden=1280),
+)
+OLMOE = (
+    Point("olmoe", width=128, hidden=64, batch_size=8),
+    Point("olmoe", width=256, hidden=128),
+    Point("olmoe", width=512, hidden=512),
+)
+POINTS = tuple(
+    point
+    for small, middle, large in (SWITCH, OLMOE)
+    for point in (
+        small,
+        middle,
+        large,
+        replace(small, share=0.25, batch_size=32),
+        replace(middle, share=0.25),
+        replace(middle, share=0.25, batch_size=8, max_length=256),
+        replace(large, share=0.25, batch_size=4),
+        replace(middle, form="text-to-text"),
+        replace(middle, form="text-to-text", vocabulary=16000, share=0.25, target_length=48),
+        replace(middle, optimizer="sgd"),
+        replace(middle, gradient_checkpointing=True),
+        replace(middle, dtype="bfloat16", share=0.25),
+        replace(middle, mode="lora"),
+        replace(middle, mode="lora", share=0.25, batch_size=8, max_length=256),
+        replace(large, mode="lora"),
+        replace(middle, mode="forward"),
+    )
+)
+
+
+def config(point: Point):
+    """The transformers configuration of a point."""
+    from transformers import OlmoeConfig, SwitchTransformersConfig
+
+    if point.family == "switch":
+        return SwitchTransformersConfig(
+            vocab_size=point.vocabulary,
+            d_model=point.width,
+            d_ff=point.hidden,
+            d_kv=32,
+            num_heads=point.width // 32,
+            num_layers=point.layers,
+            num_decoder_layers=point.layers,
+            num_sparse_encoder_layers=point.layers,
+            num_sparse_decoder_layers=point.layers,
+            num_experts=point.experts,
+            expert_capacity=4096,
+            decoder_start_token_id=0,
+        )
+    return OlmoeConfig(
+        vocab_size=point.vocabulary,
+        hidden_size=point.width,
+        intermediate_size=point.hidden,
+        num_hidden_layers=point.layers,
+        num_attention_heads=point.width // 32,
+        num_experts=point.experts,
+        num_experts_per_tok=point.top_k,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+
+
+def source(point: Point, folder: Path):
+    """A model source of the point's configuration, written below `folder`; no weights."""
+    from consilium.moe.build import ModelSource
+
+    config(point).save_pretrained(folder)
+    return ModelSource(str(folder), point.form, point.dtype)
+
+
+def held(point: Point, counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """The experts kept."""
+    return {block: tuple(range(max(1, round(n * point.share)))) for block, n in counts.items()}
+
+
+def promise(point: Point):
+    """What the memory model says."""
+    from consilium.moe.budget import MemoryModel
+
+    with tempfile.TemporaryDirectory() as folder:
+        memory = MemoryModel.of(source(point, Path(folder)))
+    return memory.footprint(
+        {block: len(ids) for block, ids in held(point, memory.counts).items()},
+        mode=point.mode,
+        batch_size=point.batch_size,
+        max_length=point.max_length,
+        target_length=point.target_length,
+        optimizer=point.optimizer,
+        gradient_checkpointing=point.gradient_checkpointing,
+    )
+
+
+def measure(point: Point, malloc: Mapping[str, str] = MALLOC) -> dict[str, int]:
+    """Run the point in a fresh process: {"peak": bytes, ...}."""
+    environment = os.environ | dict(malloc) | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-W", "ignore", __file__, json.dumps(asdict(point))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{point.name} failed: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _params(model_source, keep) -> dict:
+    """Small random parameters, flat; norms and the like ones."""
+    import torch
+
+    from consilium.moe.addressing import parameters, table, unpack
+    from consilium.moe.surgery import slice_experts
+
+    model = slice_experts(model_source.skeleton("task", LABELS if model_source.form == "classification" else ()), keep)
+    tensors = {path: p.detach() for path, p in parameters(model).items()}
+    flat = unpack(table(model, keep), tensors)
+    made = {}
+    for key, t in flat.items():
+        value = torch.empty(t.shape, dtype=t.dtype)
+        made[key] = value.normal_(0, 0.05) if t.dim() > 1 or ".router." in key or "head." in key else value.fill_(1)
+    return made
+
+
+LABELS = ("a", "b", "c", "d")
+
+
+def _data(point: Point):
+    """Four batches' worth of random examples, all of the greatest length."""
+    import torch
+
+    from consilium.data.encode import Encoded
+
+    rows = 4 * point.batch_size
+    ids = torch.randint(2, min(point.vocabulary, 2000), (rows, point.max_length)).tolist()
+    if point.form == "classification":
+        return Encoded(ids, [i % len(LABELS) for i in range(rows)], [""] * rows, "classification", 0)
+    targets = torch.randint(2, min(point.vocabulary, 2000), (rows, point.target_length)).tolist()
+    return Encoded(ids, targets, [""] * rows, "seq2seq" if point.family == "switch" else "causal", 0)
+
+
+def _train(point: Point, folder: Path) -> None:
+    import torch
+
+    from consilium.core import ClientContext, ClientInfo, ClientState
+    from consilium.moe.lora import add_expert_lora
+    from consilium.moe.routing import Tap
+    from consilium.training import Fit, fit
+
+    model_source = source(point, folder)
+    keep = held(point, model_source.counts)
+    labels = LABELS if point.form == "classification" else ()
+    params = _params(model_source, keep)
+    model = model_source.build(params, "task", labels, keep)
+    del params
+    setting = Fit(
+        batch_size=point.batch_size,
+        max_length=point.max_length,
+        target_length=point.target_length,
+        optimizer=point.optimizer,
+        gradient_checkpointing=point.gradient_checkpointing,
+        lr=1e-6,
+    )
+    context = ClientContext(ClientInfo("client", 1, "task"), None, torch.device("cpu"), 0, ClientState())
+    data = _data(point)
+    if point.mode == "forward":
+        model.eval()
+        with torch.inference_mode(), Tap(model, keep) as tap:
+            for start in range(0, len(data), point.batch_size):
+                batch = data.batch(range(start, start + point.batch_size), context.device)
+                with tap.batch(batch, count=True):
+                    model(batch)
+        return
+    if point.mode == "lora":
+        add_expert_lora(model, 8)
+    fit(model, data, setting, context)
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def _work(point: Point) -> None:
+    import ctypes
+    import gc
+
+    import torch
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        _train(replace(point, **WARM_UP), Path(folder) / "warm")
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        _train(point, Path(folder) / "model")
+        print(json.dumps({"peak": _status("VmHWM") - before, "before": before}))
+
+
+def main() -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("model", "kept", "how", "promised MB", "measured MB", "ratio", title="Peak memory of a client")
+    for point in POINTS:
+        promised, measured = promise(point).total, measure(point)["peak"]
+        cells = (f"{promised / 1e6:.1f}", f"{measured / 1e6:.1f}", f"{promised / measured:.2f}")
+        table.add_row(point.name, f"{point.share:.0%}", point.how, *cells)
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        _work(Point(**json.loads(sys.argv[1])))
+    else:
+        main()
