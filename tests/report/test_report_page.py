@@ -14,7 +14,7 @@ from consilium.errors import ConfigError
 from consilium.report import print_table, read_runs, render, write_report
 from consilium.report.maps import block_names
 from consilium.report.plots import FIGURES
-from consilium.report.style import DARK, LIGHT, shorten
+from consilium.report.style import DARK, LIGHT, run_styles, shorten, shorten_all
 
 THREE = ("FedMoE", "FedAvg", "RandomMoE")
 
@@ -184,6 +184,15 @@ def test_fields_that_are_null_or_missing_do_not_stop_the_report(tmp_path):
     print_table([path], Console(width=80, record=True))
 
 
+def test_a_huge_device_does_not_flatten_the_others(tmp_path):
+    path = make_run(tmp_path / "a", clients=3, blocks=1)
+    partition = json.loads((path / "partition.json").read_text())
+    partition["clients"]["verb-00"]["memory_bytes"] = 80_000_000_000
+    (path / "partition.json").write_text(json.dumps(partition))
+    page = render(read_runs([path]))
+    assert "limit beyond the scale" in page and "of 80 GB" in page
+
+
 def test_incomparable_runs_are_warned_about(tmp_path, three_page):
     assert "did not score the same clients" in three_page
     small = {"clients": 3, "blocks": 1}
@@ -232,9 +241,23 @@ def test_table_fits_eighty_columns(three, count, capsys):
     assert "…" not in said and "12/12" in said
 
 
+def test_table_with_many_long_tasks_fits_eighty_columns(tmp_path, capsys):
+    tasks = {f"hospital-of-{town}-with-a-long-name": "accuracy" for town in "abcdefg"}
+    paths = [make_run(tmp_path / name, name, clients=7, blocks=1, tasks=tasks) for name in THREE]
+    print_table(paths, Console(width=80, force_terminal=False))
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    assert all(task in said for task in tasks)
+
+
 def test_names():
     blocks = ["encoder.block.1.layer.1.mlp", "decoder.block.1.layer.2.mlp", "model.layers.3.mlp", "odd"]
     assert list(block_names(blocks).values()) == ["encoder layer 1", "decoder layer 1", "layer 3", "odd"]
     twins = ["a.layers.3.x", "b.layers.3.y"]
     assert list(block_names(twins).values()) == twins
+    assert run_styles(["A", "A", "B", "B", "C"]) == [0, 8, 1, 9, 2]
+    assert run_styles(["A", "B", "A"]) == run_styles("AAA") == [0, 1, 2]
+    long = [f"hospital-of-{town}-in-the-north-0{i}" for town in "abc" for i in (1, 2)]
+    assert len(set(shorten_all(long, 13))) == 6 and max(map(len, shorten_all(long, 13))) <= 13
+    assert shorten_all(["a", "b"], 13) == ["a", "b"]
     assert shorten("hospital-of-the-north-07", 13) == "hospit…rth-07" and shorten("short", 13) == "short"

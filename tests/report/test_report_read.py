@@ -129,12 +129,17 @@ def test_best_marks_differences_that_can_be_seen(tmp_path):
 
 
 def test_over_runs_needs_several_runs_of_one_algorithm(tmp_path):
-    runs = read_runs([make_run(tmp_path / f"s{s}", seed=s) for s in range(3)] + [make_run(tmp_path / "f", "FedAvg")])
+    runs = read_runs([make_run(tmp_path / f"s{s}", seed=s) for s in range(3)] + [make_run(tmp_path / "f", "RandomMoE")])
     moe, avg = over_runs(runs)
     means = [result(run).mean for run in runs[:3]]
     assert (moe.runs, avg.runs, avg.sd) == (3, 1, None)
     assert moe.mean == pytest.approx(sum(means) / 3) and moe.low == min(means)
     assert over_runs(runs[2:]) == []
+
+
+def test_over_runs_counts_only_the_clients_that_all_runs_scored(tmp_path):
+    runs = read_runs([make_run(tmp_path / f"s{s}", seed=s) for s in range(2)] + [make_run(tmp_path / "f", "FedAvg")])
+    assert over_runs(runs)[0].mean == pytest.approx(sum(shared_mean(runs)[:2]) / 2)
 
 
 @pytest.mark.parametrize(
@@ -159,3 +164,23 @@ def test_small_formats():
         "–", "4.2 s", "42 s", "1m 00s", "12m 34s", "2h 05m"
     ]  # fmt: skip
     assert (format_score(0.634), format_score(0.634, 0.042), format_score(None)) == ("63.4", "63.4 ± 4.2", "–")
+
+
+def test_device_limits_may_stand_in_the_summary_only(tmp_path):
+    path = make_run(tmp_path / "a")
+    partition = json.loads((path / "partition.json").read_text())
+    limits = {client: entry.pop("memory_bytes") for client, entry in partition["clients"].items()}
+    (path / "partition.json").write_text(json.dumps(partition))
+    assert {c: r.memory_bytes for c, r in read_run(path).clients.items()} == limits
+
+
+def test_client_that_trains_is_not_unable(tmp_path):
+    """In FedMoE's stage one a client may be unable to profile and still take part in the round."""
+    path = make_run(tmp_path / "a", finished=False)
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["unable"] = {"topic-00": "needs 2 MB, has 1 MB", "kind-00": "needs 2 MB, has 1 MB"}
+        line["clients"]["topic-00"] = {"experts": 3}
+        line["clients"].pop("kind-00", None)
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert list(unable_clients(read_run(path))) == ["kind-00"]

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MultipleLocator
 
 from consilium.report.read import RunRecord
 from consilium.report.results import format_bytes, format_seconds, number, unable_clients
 from consilium.report.style import (
-    SERIES,
     Drawing,
     Key,
     NothingToDraw,
@@ -24,8 +24,9 @@ from consilium.report.style import (
     drawing_style,
     new_figure,
     round_ticks,
+    run_styles,
     series,
-    shorten,
+    shorten_all,
 )
 
 __all__ = ["memory", "time_split", "traffic", "traffic_per_client"]
@@ -53,7 +54,7 @@ def traffic(runs: Sequence[RunRecord]) -> Drawing:
     said = ", ".join(f"{run.label} {format_bytes(d + u)}" for run, (d, u) in zip(runs, totals, strict=True))
     keys = [Key("server to clients (down)", "c0", "square"), Key("clients to server (up)", "c1", "square")]
     if len(runs) > 1:
-        keys += [Key(run.label, SERIES[i % len(SERIES)], f"run {i}") for i, run in enumerate(runs)]
+        keys += [Key(run.label, "ink", f"run {i}") for i, run in zip(_styles(runs), runs, strict=True)]
     panels = [Panel("whole run", bars, f"Bytes of the whole run: {said}.")]
     if max(len(run.rounds) for run in runs) > 1:
         panels.append(Panel("sum over the rounds", grow, "Bytes sent and received so far, by round."))
@@ -94,21 +95,26 @@ def memory(run: RunRecord) -> Drawing:
     peaks, unable = _peaks(run), unable_clients(run)
     if not any(peaks.values()) and not any(c.memory_bytes for c in run.clients.values()):
         raise NothingToDraw(f"{run.label} recorded neither device limits nor a memory estimate.")
-    top = max([*(p for p in peaks.values() if p), *(c.memory_bytes or 0 for c in run.clients.values())])
+    needed = max([p for p in peaks.values() if p], default=0)
+    limits = [c.memory_bytes or 0 for c in run.clients.values()]
+    top = min(max(limits), 2.5 * needed) if needed else max(limits)  # a huge device must not flatten all bars
+    top = max(top, needed)
     panels = []
     for task, members in _by_task(run, list(run.order)):
         with drawing_style():
             figure = _bar_figure(members)
             axes = figure.axes[0]
             for place, client in enumerate(members):
-                _memory_bar(axes, place, peaks.get(client), run.clients[client].memory_bytes, client in unable)
-            axes.set_xlim(0, top * 1.24)
-            ends = [max(peaks.get(c) or 0, run.clients[c].memory_bytes or 0) for c in members]
-            _end_texts(axes, [_memory_text(run, c, peaks.get(c), c in unable) for c in members], ends)
+                _memory_bar(axes, place, peaks.get(client), run.clients[client].memory_bytes, client in unable, top)
+            axes.set_xlim(0, top * (1.24 if max(limits) <= top else 1.5))
+            ends = [max(peaks.get(c) or 0, min(run.clients[c].memory_bytes or 0, top)) for c in members]
+            _end_texts(axes, [_memory_text(run, c, peaks.get(c), c in unable, top) for c in members], ends)
             _byte_axis(axes)
         able = sum(c not in unable for c in members)
         panels.append(Panel(f"{task} · {able} of {len(members)} can run", figure, f"Memory per client, task {task}."))
     keys = [Key("needed at the peak", "c0", "square"), Key("device limit", "ink", "bar")]
+    if max(limits) > top:
+        keys.append(Key("limit beyond the scale", "ink", "right"))
     if unable:
         keys.append(Key("needs more than the device has", "c1", "hatch"))
     return Drawing(panels, keys)
@@ -127,8 +133,7 @@ def time_split(runs: Sequence[RunRecord]) -> Drawing:
             axes.barh(range(len(runs)), [s[part] for s in split], 0.62, left=left, color=color(role))
             left = [at + s[part] for at, s in zip(left, split, strict=True)]
         _end_texts(axes, [format_seconds(total) for total in left], left)
-        axes.xaxis.set_major_locator(round_ticks(4))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_seconds(value) if value else "0"))
+        _second_axis(axes.xaxis, axes.get_xlim()[1])
     said = "; ".join(
         f"{run.label}: " + ", ".join(f"{name} {format_seconds(s[part])}" for part, name, _ in _PARTS)
         for run, s in zip(runs, split, strict=True)
@@ -146,22 +151,24 @@ def _time_by_round(run: RunRecord) -> Panel:
         clean_axes(axes)
         rounds = [r.get("round", j) for j, r in enumerate(run.rounds)]
         parts = [[_second(r, part) for r in run.rounds] for part, _, _ in _PARTS]
+        rounds = [rounds[0] - 0.5, *rounds, rounds[-1] + 0.5]  # so that the first and last bar are as wide as others
+        parts = [[values[0], *values, values[-1]] for values in parts]
         axes.stackplot(rounds, *parts, colors=[color(role) for _, _, role in _PARTS], step="mid", linewidth=0)
         axes.margins(x=0)
         axes.set_xlabel("round")
         axes.xaxis.set_major_locator(round_ticks(6, integer=True))
-        axes.yaxis.set_major_locator(round_ticks(4))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_seconds(value) if value else "0"))
+        _second_axis(axes.yaxis, axes.get_ylim()[1])
     return Panel("round by round", figure, "Seconds of each round, by what they were spent on.")
 
 
 def _bar_figure(names: Sequence[str]) -> Figure:
     height = 24 if len(names) <= 5 else 19 if len(names) <= 14 else 15
-    left = 12 + 6.6 * max(len(shorten(name, 14)) for name in names)
+    names = shorten_all(names, 14)
+    left = 12 + 6.6 * max(map(len, names))
     figure = new_figure(_WIDTH, 34 + height * len(names), left=left, bottom=26, right=24)
     axes = figure.axes[0]
     clean_axes(axes, grid="x")
-    axes.set_yticks(range(len(names)), [shorten(name, 14) for name in names], fontsize=10.5 if height > 15 else 10)
+    axes.set_yticks(range(len(names)), names, fontsize=10.5 if height > 15 else 10)
     axes.tick_params(axis="y", labelcolor=color("ink"))
     axes.set_ylim(len(names) - 0.5, -0.5)
     return figure
@@ -175,21 +182,24 @@ def _end_texts(axes: Axes, texts: Sequence[str], ends: Sequence[float]) -> None:
         axes.annotate(text, (end, place), (4, 0), textcoords="offset points", va="center", fontsize=9.5)
 
 
-def _memory_bar(axes: Axes, place: int, peak: float | None, limit: float | None, unable: bool) -> None:
+def _memory_bar(axes: Axes, place: int, peak: float | None, limit: float | None, unable: bool, top: float) -> None:
     if peak:
         over = {"facecolor": "none", "edgecolor": color("c1"), "hatch": "/////", "linewidth": 1.2}
         axes.barh(place, peak, 0.62, **(over if unable else {"color": color("c0")}))
-    if limit:
+    if limit and limit > top:
+        axes.plot([top], [place], marker=">", ms=7, color=color("ink"), zorder=4)
+    elif limit:
         axes.vlines(limit, place - 0.42, place + 0.42, color=color("ink"), lw=2.2, zorder=4)
 
 
-def _memory_text(run: RunRecord, client: str, peak: float | None, unable: bool) -> str:
+def _memory_text(run: RunRecord, client: str, peak: float | None, unable: bool, top: float) -> str:
     limit = run.clients[client].memory_bytes
     if unable:
         return "cannot run"
     if not peak:
         return "took no part"
-    return f"{100 * peak / limit:.0f} %" if limit else format_bytes(peak)
+    of = f" of {format_bytes(limit, trim=True)}" if limit and limit > top else ""
+    return f"{100 * peak / limit:.0f} %{of}" if limit else format_bytes(peak)
 
 
 def _peaks(run: RunRecord) -> dict[str, float | None]:
@@ -209,7 +219,7 @@ def _peaks(run: RunRecord) -> dict[str, float | None]:
 
 def _cumulative(axes: Axes, runs: Sequence[RunRecord]) -> None:
     clean_axes(axes)
-    for i, run in enumerate(runs):
+    for i, run in zip(_styles(runs), runs, strict=True):
         if run.rounds:
             rounds = [r.get("round", j) for j, r in enumerate(run.rounds)]
             steps = ((number(r.get("bytes_down")) or 0) + (number(r.get("bytes_up")) or 0) for r in run.rounds)
@@ -220,6 +230,26 @@ def _cumulative(axes: Axes, runs: Sequence[RunRecord]) -> None:
     axes.xaxis.set_major_locator(round_ticks(6, integer=True))
     axes.yaxis.set_major_locator(round_ticks(5))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value, trim=True)))
+
+
+def _second_axis(axis: Axis, top: float) -> None:
+    """Ticks at steps that clocks know: 100 s would read as "1m 40s"."""
+    steps = [m * unit for unit, ms in ((0.001, (1, 2, 5, 10, 20, 50, 100, 200, 500)), (1, (1, 2, 5, 10, 15, 30)),
+                                       (60, (1, 2, 5, 10, 15, 30)), (3600, (1, 2, 3, 6, 12))) for m in ms]  # fmt: skip
+    step = next((s for s in steps if top / s <= 4.5), 86_400 * max(1, round(top / 86_400 / 4)))
+    axis.set_major_locator(MultipleLocator(step))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: _clock(v)))
+
+
+def _clock(value: float) -> str:
+    """A tick without needless digits: "30 s", "2m", "1m 30s"."""
+    if not value:
+        return "0"
+    return f"{value:g} s" if value < 60 else format_seconds(value).replace(" 00s", "").replace(" 00m", "")
+
+
+def _styles(runs: Sequence[RunRecord]) -> list[int]:
+    return run_styles([run.algorithm for run in runs])
 
 
 def _byte_axis(axes: Axes) -> None:

@@ -13,7 +13,6 @@ from matplotlib.ticker import FuncFormatter
 from consilium.report.read import RunRecord
 from consilium.report.results import METRICS, format_bytes, number
 from consilium.report.style import (
-    SERIES,
     Drawing,
     Key,
     NothingToDraw,
@@ -23,8 +22,9 @@ from consilium.report.style import (
     drawing_style,
     new_figure,
     round_ticks,
+    run_styles,
     series,
-    shorten,
+    shorten_all,
 )
 
 __all__ = ["expert_counts", "scores_over_bytes", "scores_over_rounds"]
@@ -86,10 +86,12 @@ def _score_panels(
     tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
     panels = []
     dashed = False
+    styles = run_styles([run.algorithm for run in runs])
+    with_validation = along == "round" and len(runs) <= 4  # with more, the thin lines bury the others
     for task in [*tasks, "mean"] if len(tasks) > 1 else tasks:
         lines = [_test_points(run, at, task) for run, at in zip(runs, placed, strict=True)]
         thin = [
-            _validation_points(run, at, task) if along == "round" else [] for run, at in zip(runs, placed, strict=True)
+            _validation_points(run, at, task) if with_validation else [] for run, at in zip(runs, placed, strict=True)
         ]
         if not any(lines) and not any(thin):
             continue
@@ -102,9 +104,9 @@ def _score_panels(
                 dashed |= _guess_line(axes, runs[0], task)
             for i, points in enumerate(lines):
                 if thin[i]:
-                    axes.plot(*zip(*thin[i], strict=True), lw=1, alpha=0.75, color=series(i)["color"], zorder=3)
+                    axes.plot(*zip(*thin[i], strict=True), lw=1, alpha=0.75, color=series(styles[i])["color"], zorder=3)
                 if points:
-                    axes.plot(*zip(*points, strict=True), lw=2.2, ms=4.5, zorder=4, **series(i))
+                    axes.plot(*zip(*points, strict=True), lw=2.2, ms=4.5, zorder=4, **series(styles[i]))
             axes.margins(x=0.03, y=0.12)
             _x_axis(axes, along)
             axes.yaxis.set_major_locator(round_ticks(5))
@@ -113,11 +115,11 @@ def _score_panels(
         panels.append(Panel(title, figure, _alt(title, runs, lines, along)))
     if not panels:
         raise NothingToDraw("No round has been evaluated yet: scores appear after the first evaluation round.")
-    keys = [Key(run.label, SERIES[i % len(SERIES)], f"run {i}") for i, run in enumerate(runs)]
+    keys = [Key(run.label, "ink", f"run {i}") for i, run in zip(styles, runs, strict=True)]
     if len(runs) == 1:
         keys = [Key("test, mean over clients", "c0", "run 0")]
         keys += [Key("test, one client", "c0", "faint")] if single_detail else []
-    if along == "round":
+    if with_validation:
         keys.append(Key("validation of that round's participants", "c0" if len(runs) == 1 else "muted", "thin"))
     if dashed:
         keys.append(Key("always answering the commonest label", "muted", "dots"))
@@ -207,7 +209,8 @@ def _counts(run: RunRecord) -> dict[str, Points]:
 
 def _count_panel(run: RunRecord, task: str, members: list[str], counts: dict[str, Points], last: float) -> Panel:
     with drawing_style():
-        room = 26 + 6 * max(len(shorten(c, 12)) for c in members)
+        names = dict(zip(members, shorten_all(members, 12), strict=True))
+        room = 26 + 6 * max(map(len, names.values()))
         figure = new_figure(_WIDTH, _HEIGHT + 15, left=34, bottom=36, right=room)
         axes = figure.axes[0]
         clean_axes(axes)
@@ -221,10 +224,13 @@ def _count_panel(run: RunRecord, task: str, members: list[str], counts: dict[str
         first = min(ticks)
         axes.set_xlim(first - 0.02 * max(last - first, 1), max(last, first + 1))
         axes.margins(y=0.1)
+        low, high = axes.get_ylim()
+        if high - low < 3:  # counts are whole: no ticks at 2.05 experts
+            axes.set_ylim((low + high) / 2 - 1.5, (low + high) / 2 + 1.5)
         axes.xaxis.set_major_locator(round_ticks(6, integer=True))
         axes.yaxis.set_major_locator(round_ticks(5, integer=True))
         axes.set_xlabel("round")
-        _name_line_ends(axes, [(c, counts[c][-1][1]) for c in members])
+        _name_line_ends(axes, [(names[c], counts[c][-1][1]) for c in members])
     alt = f"Experts per client over rounds, task {task}: mean {means[0]:.1f} at first, {means[-1]:.1f} at last."
     return Panel(f"{task} · {means[0]:.1f} → {means[-1]:.1f} experts a client", figure, alt)
 
@@ -260,7 +266,7 @@ def _name_line_ends(axes: Axes, ends: list[tuple[str, float]], limit: int = 11) 
             heights[0] += under
     for (client, y), height in zip(ends, heights, strict=True):
         axes.annotate(
-            shorten(client, 12),
+            client,
             (1, y),
             (axes.bbox.width + 14, (height - bottom) * pixels),
             xycoords=("axes fraction", "data"),

@@ -17,10 +17,12 @@ from consilium.report.results import (
     METRICS,
     Result,
     client_scores,
+    differ_in_clients,
     format_bytes,
     format_score,
     format_seconds,
     result,
+    shared_mean,
     unable_clients,
 )
 from consilium.report.tables import (
@@ -59,7 +61,7 @@ def render(runs: Sequence[RunRecord]) -> str:
     rows = [result(run) for run in runs]
     title = _title(runs)
     body = "".join(f"<p class='warn'>{text(line)}</p>" for line in _warnings(runs))
-    cards = _cards_of_one(runs[0], rows[0]) if len(runs) == 1 else _cards_of_many(rows)
+    cards = _cards_of_one(runs[0], rows[0]) if len(runs) == 1 else _cards_of_many(runs, rows)
     parts = [f'<header><h1>{text(title)}</h1><p class="sub">{_subtitle(runs)}</p>{_nav(runs)}']
     parts.append(f'{body}<div class="cards">{cards}</div></header><main>')
     if len(runs) > 1:
@@ -131,7 +133,7 @@ def _warnings(runs: Sequence[RunRecord]) -> list[str]:
     if len({len(run.rounds) for run in runs}) > 1 and all(run.finished for run in runs):
         counts = ", ".join(f"{run.label} {len(run.rounds)}" for run in runs)
         said.append(f"These runs went for different numbers of rounds: {counts}.")
-    if len(runs) > 1 and len({frozenset(client_scores(run)) for run in runs if client_scores(run)}) > 1:
+    if len(runs) > 1 and differ_in_clients([run for run in runs if client_scores(run)]):
         said.append(
             "These runs did not score the same clients, so their means are not over the same clients. The column "
             "“shared clients” compares them on the clients that all of them scored."
@@ -169,11 +171,16 @@ def _cards_of_one(run: RunRecord, row: Result) -> str:
     return "".join(cards)
 
 
-def _cards_of_many(rows: Sequence[Result]) -> str:
+def _cards_of_many(runs: Sequence[RunRecord], rows: Sequence[Result]) -> str:
     """The winner of each column and by how much, among finished runs if there are any."""
     pool = [row for row in rows if row.finished] or list(rows)
+    means = {row.label: row.mean for row in rows}
+    score = "Best mean score"
+    if differ_in_clients(runs):
+        means = {row.label: mean for row, mean in zip(rows, shared_mean(runs), strict=True)}
+        score = "Best mean, shared clients"
     cards = [
-        _winner("Best mean score", pool, lambda r: r.mean, format_score, high=True),
+        _winner(score, pool, lambda r: means[r.label], format_score, high=True),
         _winner("Serves most clients", pool, lambda r: r.served, lambda n: str(int(n)), high=True),
         _winner("Least traffic", pool, lambda r: r.bytes_total, format_bytes),
         _winner("Least peak memory", pool, lambda r: r.peak_bytes, format_bytes),
@@ -190,10 +197,12 @@ def _winner(what, pool, value, show, high=False) -> str:  # type: ignore[no-unty
     ties = [row for row in known if show(value(row)) == top]
     if len(ties) == len(known) > 1:
         return card(what, top, "the same for all runs")
-    name = known[0].label if len(ties) == 1 else f"{len(ties)} runs"
     after = next((row for row in known if row not in ties), None)
     then = f"; next: {after.label}, {show(value(after))}" if after else ""
-    return card(what, name, f"{top}{then}" if len(ties) == 1 else f"{', '.join(t.label for t in ties)}: {top}{then}")
+    if len(ties) == 1:
+        return card(what, known[0].label, f"{top}{then}")
+    names = ", ".join(row.label for row in ties) + ": " if len(ties) <= 3 else ""
+    return card(what, f"{len(ties)} runs", f"{names}{top}{then}")
 
 
 def _figure(kind: FigureKind, runs: Sequence[RunRecord]) -> str:
@@ -202,5 +211,8 @@ def _figure(kind: FigureKind, runs: Sequence[RunRecord]) -> str:
         return one_figure(kind, runs[0] if kind.each_run else runs, "all")[0]
     made = [(run, *one_figure(kind, run, f"run {i}", of=run.label)) for i, run in enumerate(runs)]
     made.sort(key=lambda three: not three[2])  # runs that have nothing to show come last
-    folds = "".join(fold(run.label, figure, is_open=len(runs) <= 3 or not drawn) for run, figure, drawn in made)
+    folds = "".join(
+        fold(run.label, figure, is_open=len(runs) <= 3 or not drawn or i == 0)
+        for i, (run, figure, drawn) in enumerate(made)
+    )
     return f"<figure>{caption(kind)}{folds}</figure>"

@@ -28,6 +28,7 @@ from consilium.report.style import (
     new_figure,
     round_ticks,
     shorten,
+    shorten_all,
 )
 
 __all__ = ["RAMP", "block_names", "expert_map", "usage_heat_map"]
@@ -148,13 +149,14 @@ def _map_panel(run: RunRecord, name: str, rows: list[str], start: np.ndarray, en
 def _grid_figure(run: RunRecord, rows: list[str], columns: int) -> Figure:
     """Axes over a rows x columns grid of cells, clients named at the left and grouped by task."""
     height = _row_height(len(rows))
-    left = 10 + 6 * max(len(shorten(c, 13)) for c in rows)
+    names = shorten_all(rows, 13)
+    left = 10 + 6 * max(map(len, names))
     figure = new_figure(_WIDTH, _TOP + _BOTTOM + height * len(rows), left, _BOTTOM, _RIGHT, _TOP)
     axes = figure.axes[0]
     clean_axes(axes, grid="", size=10)
     axes.set_xlim(-0.5, columns - 0.5)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_yticks(range(len(rows)), [shorten(c, 13) for c in rows], fontsize=min(10.0, height - 2.5))
+    axes.set_yticks(range(len(rows)), names, fontsize=min(10.0, height - 2.5))
     axes.xaxis.set_major_locator(round_ticks(8, integer=True))
     axes.set_xlabel("expert", labelpad=3)
     _name_tasks(axes, run, rows, height)
@@ -166,7 +168,7 @@ def _name_tasks(axes: Axes, run: RunRecord, rows: list[str], height: float) -> N
     for task in run.tasks:
         places = [i for i, c in enumerate(rows) if run.clients[c].task == task]
         room = int(len(places) * height / 6.8)
-        if places and (len(task) <= room or room >= 4):
+        if places and (len(task) <= room or room >= 7):
             where = (1, sum(places) / len(places))
             axes.annotate(shorten(task, room), where, (5, 0), xycoords=("axes fraction", "data"),
                           textcoords="offset points", rotation=270, va="center", fontsize=10)  # fmt: skip

@@ -45,7 +45,7 @@ nav{display:flex;flex-wrap:wrap;gap:6px 18px;margin-top:16px;font-size:.93rem}
 .badge{display:inline-block;border:1px solid var(--line);border-radius:99px;padding:0 10px;font-size:.85rem;
  vertical-align:.25em;color:var(--muted);letter-spacing:0;font-weight:500;white-space:nowrap}
 .warn{background:var(--warn);border-radius:8px;padding:10px 14px;margin:14px 0 0;overflow-wrap:anywhere}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,190px),1fr));gap:10px;margin:20px 0 0}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,180px),1fr));gap:10px;margin:20px 0 0}
 .card{background:var(--panel);border:1px solid var(--line);border-radius:10px;padding:12px 14px;min-width:0}
 .card b{display:block;font-size:1.5rem;line-height:1.25;letter-spacing:-.015em;font-variant-numeric:tabular-nums;
  overflow-wrap:anywhere}
@@ -66,7 +66,7 @@ figcaption b{color:var(--ink);font-weight:600}
 .panel{min-width:0;display:flex;flex-direction:column}
 .note{color:var(--muted);font-size:.9rem;margin:0 0 12px}
 figcaption p{margin:0 0 4px}
-.panel svg{display:block;margin-top:auto;width:100%;height:auto;max-width:calc(var(--natural)*1.38)}
+.panel svg{display:block;width:100%;height:auto;max-width:calc(var(--natural)*1.38)}
 svg text{font-family:var(--font)}
 .each{margin:14px 0 0}
 .each+.each{border-top:1px solid var(--line);padding-top:12px}
@@ -75,9 +75,11 @@ svg text{font-family:var(--font)}
 figure figure{border:0;padding:0;margin:0;border-radius:0}
 figure>details{border-top:1px solid var(--line);padding:12px 0}
 figure>details:last-child{padding-bottom:0}
-.scroll{overflow-x:auto;max-width:100%}
+.scroll{overflow-x:auto;max-width:100%;
+ background:linear-gradient(to left,var(--panel) 30%,transparent) 100% 0/48px 100% no-repeat local,
+ linear-gradient(to left,var(--line),transparent) 100% 0/18px 100% no-repeat scroll}
 .tall{max-height:470px;overflow:auto}
-table{border-collapse:collapse;font-size:.92rem;width:100%;font-variant-numeric:tabular-nums}
+table{border-collapse:separate;border-spacing:0;font-size:.92rem;width:100%;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:6px 12px;border-bottom:1px solid var(--line);vertical-align:top}
 th{font-weight:600;white-space:nowrap}
 thead th{color:var(--muted);font-size:.84rem;position:sticky;top:0;background:var(--panel)}
@@ -89,6 +91,8 @@ tbody tr:last-child>*{border-bottom:0}
 .num small{display:block;color:var(--muted);font-weight:400;font-size:.84rem}
 tbody th{position:sticky;left:0;background:var(--panel)}
 .wrap{overflow-wrap:anywhere;min-width:12ch}
+.long{min-width:22ch}
+.id{white-space:nowrap}
 .same>*{color:var(--muted)}
 tr.differs>th{color:var(--c1)}
 details>summary{cursor:pointer;font-weight:600;padding:2px 0}
@@ -98,7 +102,7 @@ dt{font-weight:600}
 dd{margin:0 0 8px;color:var(--muted);max-width:88ch}
 footer{color:var(--muted);font-size:.86rem;padding-bottom:40px;margin-top:36px}
 @media (max-width:560px){
- tbody th{white-space:normal;max-width:38vw;overflow-wrap:anywhere}
+ tbody th{white-space:normal;min-width:11ch;max-width:38vw}
  th,td{padding:5px 8px}h2{margin-top:36px}.card b{font-size:1.25rem}
  .cards{grid-template-columns:repeat(2,minmax(0,1fr))}}
 """

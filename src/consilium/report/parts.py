@@ -116,7 +116,7 @@ def _line(mark: str, ink: str) -> str:
         index = int(mark.split()[1])
         ink = f"var(--{SERIES[index % len(SERIES)]})"
         style = DASHES[(index // len(SERIES)) % len(DASHES)]
-        dash = f' stroke-dasharray="{" ".join(str(2.4 * part) for part in style[1])}"' if style != "-" else ""
+        dash = f' stroke-dasharray="{" ".join(f"{1.2 * part:.1f}" for part in style[1])}"' if style != "-" else ""
         marker = f'<path d="{_SHAPES[MARKERS[index % len(MARKERS)]]}" fill="{ink}"/>'
     return f'<path d="M1 7H29" stroke="{ink}" stroke-width="{width}"{dash}{faint} fill="none"/>{marker}'
 
@@ -144,6 +144,7 @@ def _mark(mark: str, ink: str) -> str:
         f'stroke="{ink}"/>',
         "bar": f'<path d="M7 1v12" stroke="{ink}" stroke-width="2.4"/>',
         "up": f'<path d="M7 3l4 8h-8z" fill="{ink}"/>',
+        "right": f'<path d="M11 7l-8 4v-8z" fill="{ink}"/>',
         "down": f'<path d="M7 11l4-8h-8z" fill="{ink}"/>',
         "cross": f'<path d="M3.5 3.5l7 7M10.5 3.5l-7 7" {stroke}/>',
         "hollow": f'<circle cx="7" cy="7" r="3.6" {stroke}/>',

@@ -55,8 +55,9 @@ FIGURES: tuple[FigureKind, ...] = (
         "Scores",
         "Score over rounds",
         "One panel per task. The bold line is the mean test score over the task's clients, on examples that nobody "
-        "trained on, in the rounds in which everybody was evaluated. The thin line is the validation score of only "
-        "those clients that took part in a round; it jumps because other clients take part each time. The scale "
+        "trained on, in the rounds in which everybody was evaluated. The thin line, left "
+        "out where more than four runs are compared, is the validation score of only those clients that took part in "
+        "a round; it jumps because other clients take part each time. The scale "
         "does not start at zero. A shaded strip is FedMoE's stage one, in which experts are chosen.",
         "A line still rising at its right end wants more rounds. A validation line well above the test line means "
         "that clients learn their own examples by heart. Faint lines far apart mean that the mean hides clients "

@@ -107,7 +107,7 @@ def read_run(path: Path | str) -> RunRecord:
         config=experiment,
         versions=_dict(config.get("versions")),
         git=str(config.get("git") or ""),
-        clients=_clients(_dict(partition.get("clients"))),
+        clients=_clients(_dict(partition.get("clients")), _dict(_dict(summary).get("clients"))),
         skipped={str(k): str(v) for k, v in _dict(partition.get("skipped")).items()},
         fingerprint=str(partition.get("fingerprint") or ""),
         rounds=rounds,
@@ -142,11 +142,12 @@ def label_runs(runs: Sequence[RunRecord]) -> list[RunRecord]:
     return [replace(run, label=label) for run, label in zip(runs, labels, strict=True)]
 
 
-def _clients(raw: Json) -> dict[str, ClientRecord]:
+def _clients(raw: Json, told: Json) -> dict[str, ClientRecord]:
+    """told: the summary's entries, which hold the device limits where the partition does not."""
     clients = {}
     for client, entry in sorted(raw.items()):
         entry = _dict(entry)
-        memory = entry.get("memory_bytes")
+        memory = entry.get("memory_bytes") or _dict(told.get(client)).get("memory_bytes")
         clients[str(client)] = ClientRecord(
             id=str(client),
             task=str(entry.get("task") or "task"),
@@ -178,7 +179,8 @@ def _latest_per_round(lines: list[Json], notes: list[str]) -> tuple[Json, ...]:
 
 def _json_lines(path: Path, notes: list[str]) -> list[Json]:
     if not path.is_file():
-        notes.append(f"{path.name} is missing")
+        if path.name == "metrics.jsonl":  # a run without events writes no file of events
+            notes.append(f"{path.name} is missing")
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     while lines and not lines[-1].strip():

@@ -25,6 +25,7 @@ __all__ = [
     "best",
     "client_scores",
     "columns",
+    "differ_in_clients",
     "format_bytes",
     "format_score",
     "format_seconds",
@@ -131,9 +132,14 @@ def unable_clients(run: RunRecord) -> dict[str, str]:
         for client in line.get("clients") or {}:
             unable.pop(client, None)
         for client, why in (line.get("unable") or {}).items():
-            if client in run.clients:
+            if client in run.clients and client not in (line.get("clients") or {}):
                 unable[client] = str(why)
     return unable
+
+
+def differ_in_clients(runs: Sequence[RunRecord]) -> bool:
+    """Whether the runs scored different sets of clients, so that their plain means are not comparable."""
+    return len({frozenset(client_scores(run)) for run in runs}) > 1
 
 
 def shared_mean(runs: Sequence[RunRecord]) -> list[float | None]:
@@ -171,8 +177,9 @@ def columns(runs: Sequence[RunRecord]) -> list[Column]:
         cells = [row.tasks.get(task) for row in rows]
         texts = tuple(format_score(c.mean if c else None, c.sd if c else None) for c in cells)
         made.append(Column(task, "high", _printed([c.mean if c else None for c in cells]), texts))
-    made.append(_column("mean", "high", _printed([row.mean for row in rows]), format_score))
-    if len({frozenset(client_scores(run)) for run in runs}) > 1:
+    if len(tasks) != 1:
+        made.append(_column("mean", "high", _printed([row.mean for row in rows]), format_score))
+    if differ_in_clients(runs):
         made.append(_column("shared", "high", _printed(shared_mean(runs)), format_score))
     coverage = tuple(row.coverage for row in rows)
     made.append(Column("clients", "high", tuple(r.served / r.clients if r.clients else None for r in rows), coverage))
@@ -205,11 +212,15 @@ class OverRuns:
 
 
 def over_runs(runs: Sequence[RunRecord]) -> list[OverRuns]:
-    """One entry an algorithm; empty unless some algorithm has several finished runs."""
+    """One entry an algorithm; empty unless some algorithm has several finished runs.
+
+    Where the runs did not score the same clients, only the clients that all of them scored count.
+    """
+    done = [run for run in runs if run.finished]
+    means = shared_mean(done) if differ_in_clients(done) else [result(run).mean for run in done]
     scores: dict[str, list[float]] = {}
-    for run in runs:
-        mean = result(run).mean
-        if run.finished and mean is not None:
+    for run, mean in zip(done, means, strict=True):
+        if mean is not None:
             scores.setdefault(run.algorithm, []).append(mean)
     if not any(len(values) > 1 for values in scores.values()):
         return []

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os.path
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -40,8 +41,10 @@ __all__ = [
     "drawing_style",
     "new_figure",
     "round_ticks",
+    "run_styles",
     "series",
     "shorten",
+    "shorten_all",
     "to_svg",
 ]
 
@@ -89,7 +92,7 @@ class Key:
     """One entry of a legend.
 
     mark: "run 2" (line and marker of the run with index 2), "line", "thin", "faint", "dots", "square", "hatch",
-    "plus", "minus", "bar", "up", "down", "cross", "hollow", or "ramp", whose text is "low|middle|high".
+    "plus", "minus", "bar", "right", "up", "down", "cross", "hollow", or "ramp", whose text is "low|middle|high".
     """
 
     text: str
@@ -127,6 +130,18 @@ def series(index: int) -> dict[str, Any]:
         "marker": MARKERS[index % len(MARKERS)],
         "linestyle": DASHES[(index // len(SERIES)) % len(DASHES)],
     }
+
+
+def run_styles(algorithms: Sequence[str]) -> list[int]:
+    """An index into `series` for each run: one colour a run.
+
+    Where several algorithms were run several times each (seeds), one colour an algorithm, and the dash tells its runs
+    apart: otherwise fifteen colours would hide what the comparison is about.
+    """
+    kinds = list(dict.fromkeys(algorithms))
+    if len(algorithms) > 4 and 2 <= len(kinds) <= len(SERIES) and len(kinds) < len(algorithms):
+        return [kinds.index(a) + len(SERIES) * list(algorithms[:i]).count(a) for i, a in enumerate(algorithms)]
+    return list(range(len(algorithms)))
 
 
 def drawing_style() -> AbstractContextManager[None]:
@@ -172,6 +187,18 @@ def shorten(text: str, limit: int) -> str:
         return text
     head = limit // 2
     return f"{text[:head]}…{text[len(text) - (limit - 1 - head) :]}"
+
+
+def shorten_all(texts: Sequence[str], limit: int) -> list[str]:
+    """Shorten names that stand side by side so that they stay apart: what all begin with goes first."""
+    plain = [shorten(text, limit) for text in texts]
+    if len(set(plain)) == len(set(texts)):
+        return plain
+    shared = len(os.path.commonprefix(list(texts)))  # noqa: RUF071 - letters are what is meant
+    cut = [shorten("…" + text[shared:], limit) for text in texts]
+    if len(set(cut)) == len(set(texts)):
+        return cut
+    return [f"{i + 1}·{shorten(text, limit - len(str(len(texts))) - 1)}" for i, text in enumerate(texts)]
 
 
 def to_svg(figure: Figure, salt: str, alt: str = "") -> str:

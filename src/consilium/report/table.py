@@ -30,8 +30,14 @@ def print_table(runs: Sequence[RunRecord | Path | str], console: Console | None 
     able = [run.finished for run in records]
     marks = {c.head: best(c, able if any(able) else [True] * len(records)) for c in shown}
     wide, narrow = (_table(records, shown, marks, gap) for gap in (1, 0))
-    fits = Measurement.get(console, console.options.update(max_width=10_000), wide).maximum <= console.width
-    console.print(wide if fits else narrow)
+    tasks = {task for run in records for task in run.tasks}
+    if _width(wide, console) <= console.width:
+        console.print(wide)
+    elif _width(narrow, console) <= console.width or len(tasks) <= 3:
+        console.print(narrow)  # long run names fold
+    else:  # many tasks get a table of their own, standing upright
+        console.print(_table(records, [c for c in shown if c.head not in tasks], marks, 1))
+        console.print(_task_table(records, [c for c in shown if c.head in tasks], marks))
     if len(records) > 1:
         console.print(Text("* best of its column, finished runs only; ± standard deviation over clients", "dim"))
     for o in over_runs(records):
@@ -57,6 +63,21 @@ def _table(records: Sequence[RunRecord], shown: Sequence[Column], marks: Mapping
         cells = [_cell(column.texts[i], i in marks[column.head], bool(marks[column.head])) for column in shown[1:]]
         table.add_row(name, *cells)
     return table
+
+
+def _task_table(records: Sequence[RunRecord], shown: Sequence[Column], marks: Mapping[str, set[int]]) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("task", overflow="fold")
+    for run in records:
+        table.add_column(Text(run.label), justify="right", overflow="fold", min_width=6)
+    for column in shown:
+        cells = [_cell(t, i in marks[column.head], bool(marks[column.head])) for i, t in enumerate(column.texts)]
+        table.add_row(Text(column.head), *cells)
+    return table
+
+
+def _width(table: Table, console: Console) -> int:
+    return Measurement.get(console, console.options.update(max_width=10_000), table).maximum
 
 
 def _cell(value: str, is_best: bool, marked_column: bool) -> Text:

@@ -19,7 +19,7 @@ from consilium.report.results import (
     over_runs,
     unable_clients,
 )
-from consilium.report.style import SERIES
+from consilium.report.style import SERIES, run_styles
 
 __all__ = [
     "client_tables",
@@ -42,6 +42,7 @@ _HEADS = {
     "time": "Time",
 }
 _EVENTS = {
+    "structure": "Experts chosen after stage one",
     "stage_one": "Stage one ended: first choice of experts",
     "grow": "Got more experts",
     "shrink": "Gave up experts",
@@ -55,9 +56,9 @@ def comparison(runs: Sequence[RunRecord]) -> str:
     shown = columns(runs)
     able = [run.finished for run in runs]
     marks = {c.head: best(c, able if any(able) else [True] * len(runs)) for c in shown}
-    rows = []
+    rows, styles = [], run_styles([run.algorithm for run in runs])
     for i in range(len(runs)):
-        dot = f'<span class="dot" style="background:var(--{SERIES[i % len(SERIES)]})"></span>'
+        dot = f'<span class="dot" style="background:var(--{SERIES[styles[i] % len(SERIES)]})"></span>'
         row = [f'<th scope="row">{dot}{text(shown[0].texts[i])}</th>']
         for column in shown[1:]:
             score, _, spread = column.texts[i].partition(" ± ")
@@ -72,7 +73,8 @@ def comparison(runs: Sequence[RunRecord]) -> str:
         "within their memory; those that could not have no score. Peak memory: the largest client, estimated."
     )
     if any(c.head == "shared" for c in shown):
-        words += " Shared clients: the mean over only those clients that every run scored."
+        shared = set.intersection(*(set(client_scores(run)) for run in runs))
+        words += f" Shared clients: the mean over only the {len(shared)} that every run scored."
     note = f'<p class="note" style="margin:12px 0 0">{words}</p>'
     return f'<div class="box">{table(heads, rows, starred=True)}{note}</div>'
 
@@ -89,7 +91,8 @@ def over_seeds(runs: Sequence[RunRecord]) -> str:
     ]  # fmt: skip
     heads = [("Algorithm", ""), ("Runs", "num"), ("Mean score", "num"), ("From lowest to highest", "num")]
     note = (
-        "Mean of the runs’ mean scores ± standard deviation over runs (finished ones). Algorithms whose ranges overlap "
+        "Mean of the runs’ mean scores ± standard deviation over runs, finished ones only, and only over the clients "
+        "that all of them scored. Algorithms whose ranges overlap "
         "are not told apart by these runs."
     )
     return f'<div class="box"><h3>Over several runs</h3>{table(heads, rows)}<p class="note">{note}</p></div>'
@@ -143,11 +146,13 @@ def left_out(runs: Sequence[RunRecord]) -> str:
     rows = []
     for run in runs:
         for client, why in unable_clients(run).items():
-            rows.append([cell(client, tag="th"), cell(run.label), cell("cannot run"), cell(why, "wrap")])
+            rows.append([cell(client, tag="th"), cell(run.label), cell("cannot run"), cell(why, "wrap long")])
     for client in dict.fromkeys(c for run in runs for c in run.skipped):
         holders = [run for run in runs if client in run.skipped]
         name = "all runs" if len(holders) == len(runs) > 1 else ", ".join(run.label for run in holders)
-        rows.append([cell(client, tag="th"), cell(name), cell("skipped"), cell(holders[0].skipped[client], "wrap")])
+        rows.append(
+            [cell(client, tag="th"), cell(name), cell("skipped"), cell(holders[0].skipped[client], "wrap long")]
+        )
     title = "<h3>Clients left out</h3>"
     if not rows:
         return f'<div class="box">{title}<p class="muted">None: every client took part in every run.</p></div>'
@@ -164,8 +169,8 @@ def event_tables(runs: Sequence[RunRecord]) -> str:
             continue
         names = block_names(list((run.structure or {}).get("blocks") or ()))
         rows = [
-            [cell(e.get("round", "–"), "num"), cell(e.get("client") or "all", "wrap"),
-             cell(_EVENTS.get(str(e.get("event")), e.get("event", "–"))), cell(_details(e, names), "wrap")]
+            [cell(e.get("round", "–"), "num"), cell(e.get("client") or "all", "id"),
+             cell(_EVENTS.get(str(e.get("event")), e.get("event", "–")), "long"), cell(_details(e, names), "wrap long")]
             for e in run.events
         ]  # fmt: skip
         counts = Counter(str(e.get("event", "–")) for e in run.events)
