@@ -33,7 +33,7 @@ from consilium.moe.model import TaskModel
 from consilium.moe.routing import Tap
 from consilium.params import Params
 
-__all__ = ["Fit", "Fitted", "Setup", "evaluate", "fit", "local_round", "local_test"]
+__all__ = ["Fit", "Fitted", "Setup", "evaluate", "fit", "local_round", "local_test", "seeded"]
 
 Correct = Callable[[Mapping[str, nn.Parameter]], None]
 

@@ -49,6 +49,7 @@ from consilium.core import (
     ExpertMap,
     Payload,
     Server,
+    derive_seed,
     experts_to_scalars,
 )
 from consilium.errors import BudgetError, ConfigError
@@ -56,7 +57,7 @@ from consilium.moe.addressing import expert_of, router_row_of, select
 from consilium.moe.lora import add_expert_lora
 from consilium.moe.routing import Tap
 from consilium.params import WeightedMean
-from consilium.training import Setup, evaluate, fit, local_round, local_test
+from consilium.training import Setup, evaluate, fit, local_round, local_test, seeded
 
 __all__ = ["FedMoE", "largest_structure", "p_hat", "similar", "similarity", "structure_at"]
 
@@ -279,7 +280,7 @@ class FedMoEServer(Server):
 
     def _usage(self, reply: Payload) -> dict[str, Tensor]:
         counts = reply.group(self.algorithm.usage)
-        return {block: n.double() / max(float(n.sum()), 1.0) for block, n in counts.items()}
+        return {b: counts[b].double() / max(float(counts[b].sum()), 1.0) for b in self.setup.model.counts}
 
     def _info(self, client: ClientId) -> ClientInfo:
         return next(c for c in self.setup.clients if c.id == client)
@@ -421,10 +422,9 @@ class FedMoEServer(Server):
 
     def restore(self, state: Payload) -> None:
         self.params = state.group("params")
-        self.p = {}
-        for key, p_E in state.group("p").items():
-            client, _, block = key.partition("/")
-            self.p.setdefault(client, {})[block] = p_E
+        p = state.group("p")
+        blocks = self.setup.model.counts  # in the order of the layers, which decides between equal p-hat
+        self.p = {client: {b: p[f"{client}/{b}"] for b in blocks} for client in sorted({key.split("/")[0] for key in p})}
         rest = json.loads(str(state.scalars["fedmoe"]))
         self.map = {client: _held(held) for client, held in rest["map"].items()}
         self.measured = rest["measured"]
@@ -463,7 +463,8 @@ class FedMoEClient(Client):
         model = setup.build(payload.group("params"), context)
         scalars: dict[str, Any] = {"num_examples": context.info.num_examples}
         if lora:
-            add_expert_lora(model, self.algorithm.lora_rank)
+            with seeded(derive_seed(context.seed, "lora")):
+                add_expert_lora(model, self.algorithm.lora_rank)
             train = setup.encode(context, context.data.train)
             fitted = fit(model, train, setup.fit, context, epochs=self.algorithm.stage1_epochs)
             scalars |= {"train_loss": fitted.loss, "steps": fitted.steps, "seconds_train": fitted.seconds}
