@@ -503,7 +503,7 @@ def _check_device(name: str) -> None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One process at a time in a run directory; the lock goes with the process, however it ends."""
-    with (folder / ".lock").open("w") as file:
+    with (folder / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

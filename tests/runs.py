@@ -1,0 +1,76 @@
+"""Experiments that run in a second: a file of sentences, the tiny Switch, three clients; and what two runs share."""
+
+import json
+import random
+from pathlib import Path
+
+import tiny
+
+from consilium.core import Algorithm, Sampling
+from consilium.data.textfile import TextFileData
+from consilium.experiment import Experiment
+from consilium.training import Fit
+
+WORDS = {"cat": "purrs at the old house", "dog": "barks near a tree", "fish": "swims in some water"}
+
+
+def table(folder: Path, clients: int = 3, rows: int = 16) -> Path:
+    """A JSONL file with the columns text, label, site; `rows` rows per client."""
+    rng = random.Random(0)
+    lines = []
+    for client in range(clients):
+        for i in range(rows):
+            label = list(WORDS)[i % len(WORDS)]
+            filler = " ".join(rng.choices(tiny.FILL, k=4))
+            lines.append({"text": f"{filler} {label} {WORDS[label]} {i}", "label": label, "site": f"site-{client}"})
+    path = folder / "table.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def experiment(data: Path, method: str | Algorithm = "FedAvg", /, **changes) -> Experiment:
+    """Three rounds of two clients on a `table`, clients named by its column "site"."""
+    if isinstance(method, str):
+        method = Algorithm.registry[method]()
+    settings = dict(
+        name="short",
+        algorithm=method,
+        data=TextFileData(path=data, client="site"),
+        model=tiny.source(),
+        fit=Fit(batch_size=4, max_length=12),
+        sampling=Sampling(2),
+        rounds=3,
+    )
+    return Experiment(**settings | changes)
+
+
+def memory(*experts: int) -> tuple[str, ...]:
+    """Devices that can just train so many experts per layer, in the order of the clients."""
+    return tuple(f"{tiny.bytes_for(n, batch_size=4, max_length=12)}B" for n in experts)
+
+
+def outcome(folder: Path) -> dict:
+    """What must not depend on interruptions: every recorded number but seconds and process memory."""
+
+    def lines(name):
+        path = folder / name
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else None
+
+    summary = json.loads((folder / "summary.json").read_text())
+    structure = folder / "structure.json"
+    return _timeless(
+        {
+            "summary": summary,
+            "metrics": lines("metrics.jsonl"),
+            "events": lines("events.jsonl"),
+            "structure": json.loads(structure.read_text()) if structure.exists() else None,
+            "partition": json.loads((folder / "partition.json").read_text()),
+            "status": json.loads((folder / "config.json").read_text())["status"],
+        }
+    )
+
+
+def _timeless(value):
+    if isinstance(value, dict):
+        return {k: _timeless(v) for k, v in value.items() if k not in ("seconds", "peak_rss_bytes")}
+    return [_timeless(v) for v in value] if isinstance(value, list) else value
