@@ -79,7 +79,8 @@ def run_command(args: list[str]) -> None:
     options, rest = _split(rest, {"--out": "runs"})
     experiment = _parse(type(default), rest, f"consilium run {args[0]}", default)
     folder = Path(options["--out"]) / experiment.name
-    run(experiment, folder, Terminal(out))
+    with Terminal(out) as terminal:
+        run(experiment, folder, terminal)
     _finish([folder])
 
 
@@ -111,7 +112,8 @@ def resume_command(args: list[str]) -> None:
         return run
 
     folder = _parse(parameters, args, "consilium resume")
-    resume(folder, Terminal(out))
+    with Terminal(out) as terminal:
+        resume(folder, terminal)
     _finish([folder])
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from consilium.data.task import Federation
@@ -36,53 +37,71 @@ class Terminal:
     def started(self, experiment: Experiment, setup: Setup, federation: Federation, first: int) -> None:
         sizes = [info.num_examples for info in setup.clients]
         tasks = sorted({info.task for info in setup.clients})
-        say = self.console.print
-        say(f"[bold]{experiment.name}[/bold]: {type(experiment.algorithm).__name__}, {experiment.rounds} rounds"
-            + (f", continuing with round {first}" if first > 1 else ""), highlight=False)  # fmt: skip
-        say(f"  {len(sizes)} clients, tasks {', '.join(tasks)}, {min(sizes)} to {max(sizes)} training examples each",
-            highlight=False)  # fmt: skip
+        say = self._say
+        say(
+            f"[bold]{experiment.name}[/bold]: {type(experiment.algorithm).__name__}, {experiment.rounds} rounds"
+            + (f", continuing with round {first}" if first > 1 else "")
+        )
+        say(f"  {len(sizes)} clients, tasks {', '.join(tasks)}, {min(sizes)} to {max(sizes)} training examples each")
         full = setup.footprint(setup.model.counts).total
         memories = sorted({info.memory_bytes for info in setup.clients if info.memory_bytes})
         devices = ", ".join(human(m) for m in memories) or "not limited"
-        say(f"  model {experiment.model.path}: {sum(setup.model.counts.values())} experts in {len(setup.model.counts)} "
-            f"layers; training all needs {human(full)}; devices: {devices}", highlight=False)  # fmt: skip
+        say(
+            f"  model {escape(experiment.model.path)}: {sum(setup.model.counts.values())} experts in {len(setup.model.counts)} "
+            f"layers; training all needs {human(full)}; devices: {devices}"
+        )
         for client, reason in federation.skipped.items():
-            say(f"  skipped {client}: {reason}", highlight=False)
+            say(f"  skipped {client}: {reason}")
         self._bars = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            console=self.console, transient=True,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
         self._bars.start()
         self._tasks["rounds"] = self._bars.add_task("rounds", total=experiment.rounds, completed=first - 1)
         self._tasks["client"] = self._bars.add_task("", total=None)
+
+    def _say(self, text: str, **style: Any) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True, **style)
 
     def step(self, client: str, phase: str, done: int, total: int) -> None:
         if self._bars:
             self._bars.update(self._tasks["client"], description=f"{phase} {client}", completed=done, total=total)
 
     def rounded(self, record: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> None:
-        say = self.console.print
+        say = self._say
         for client, c in record["clients"].items():
             loss = "-" if c["train_loss"] is None else f"{c['train_loss']:.3f}"
             value = "-" if c["validation"] is None else f"{c['validation']:.3f}"
-            say(f"  {client:12} {c['experts'] or '-':>4} experts  loss {loss}  validation {value}  "
-                f"{human(c['bytes_down'] + c['bytes_up'])}  {c['seconds']['train'] + c['seconds']['evaluate']:.1f} s",
-                highlight=False)  # fmt: skip
+            say(
+                f"  {client:12} {c['experts'] or '-':>4} experts  loss {loss}  validation {value}  "
+                f"{human(c['bytes_down'] + c['bytes_up'])}  {c['seconds']['train'] + c['seconds']['evaluate']:.1f} s"
+            )
         for event in events:
             if event["event"] != "structure":
                 more = f" to {event['experts']} experts" if "experts" in event else ""
-                say(f"  {event['event']} {event['client']}{more}", style="cyan", highlight=False)
+                say(f"  {event['event']} {event['client']}{more}", style="cyan")
         scores = record["scores"] or {}
         test = "  ".join(f"{task} {score:.3f}" for task, score in scores.items())
         stage = f" (stage {record['stage']})" if record["stage"] else ""
-        say(f"[bold]round {record['round']}[/bold]{stage}: {len(record['clients'])} clients"
+        say(
+            f"[bold]round {record['round']}[/bold]{stage}: {len(record['clients'])} clients"
             + (f", {len(record['unable'])} unable" if record["unable"] else "")
             + (f"  [green]test {test}[/green]" if test else "")
-            + f"  {record['seconds']['round']:.1f} s", highlight=False)  # fmt: skip
+            + f"  {record['seconds']['round']:.1f} s"
+        )
         if self._bars:
             self._bars.update(self._tasks["rounds"], completed=record["round"])
-            if record["round"] == self._bars.tasks[0].total:
-                self._bars.stop()
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bars:
+            self._bars.stop()
 
 
 @dataclass
@@ -154,8 +173,11 @@ class Comparison:
         with (folder / "log.txt").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "consilium", *command],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **threads},
-            )  # fmt: skip
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **threads},
+            )
 
     def _check(self, folder: Path, process: subprocess.Popen) -> None:
         if process.returncode:
