@@ -43,12 +43,13 @@ class Terminal:
             + (f", continuing with round {first}" if first > 1 else "")
         )
         say(f"  {len(sizes)} clients, tasks {', '.join(tasks)}, {min(sizes)} to {max(sizes)} training examples each")
-        full = setup.footprint(setup.model.counts).total
+        counts = setup.model.counts
+        full = human(setup.footprint(counts).total)
         memories = sorted({info.memory_bytes for info in setup.clients if info.memory_bytes})
         devices = ", ".join(human(m) for m in memories) or "not limited"
         say(
-            f"  model {escape(experiment.model.path)}: {sum(setup.model.counts.values())} experts in {len(setup.model.counts)} "
-            f"layers; training all needs {human(full)}; devices: {devices}"
+            f"  model {escape(experiment.model.path)}: {sum(counts.values())} experts in {len(counts)} layers; "
+            f"training all needs {full}; devices: {devices}"
         )
         for client, reason in federation.skipped.items():
             say(f"  skipped {client}: {reason}")
