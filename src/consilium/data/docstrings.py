@@ -30,7 +30,10 @@ __all__ = ["KINDS", "TASKS", "VERBS", "DocstringData", "Partition", "is_public"]
 Partition = Literal["iid", "dirichlet", "pathological", "packages"]
 
 KINDS = ("class", "function", "method", "module", "property")
-VERBS = tuple("add check create find from get is load parse read set to update write".split())
+VERBS = (
+    "add", "check", "create", "find", "from", "get", "is", "load", "parse", "read", "set", "to", "update",
+    "write",
+)  # fmt: skip
 TASKS: dict[str, tuple[Form, Metric]] = {
     "topic": ("classification", "accuracy"),
     "kind": ("classification", "accuracy"),
@@ -101,7 +104,8 @@ class DocstringData:
             raise ConfigError(f"tasks {list(self.tasks)} mix classification and text-to-text; run one form at a time")
         if self.partition not in ("iid", "dirichlet", "pathological", "packages"):
             raise ConfigError(f"partition {self.partition!r}: use iid, dirichlet, pathological or packages")
-        for name, least in (("train", 1), ("validation", 1), ("test", 1), ("labels", 2), ("topics", 2), ("smallest", 1)):
+        for name in ("train", "validation", "test", "labels", "topics", "smallest"):
+            least = 2 if name in ("labels", "topics") else 1
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.clients < len(self.tasks):
@@ -227,14 +231,15 @@ class DocstringData:
         empty = [key for key in _SPLITS if not parts[key]]
         if empty:
             return f"no rows left for {', '.join(empty)} ({len(held)} rows)"
-        splits = [
-            Split([doc.body if task == "summary" else doc.text for doc, _ in rows], [t for _, t in rows], [d.row for d, _ in rows])
-            for rows in parts.values()
-        ]
-        return ClientData(Task(task, form, labels, metric), *splits)
+        return ClientData(Task(task, form, labels, metric), *(_split(task, rows) for rows in parts.values()))
 
 
 Rows = list[tuple[Doc, str]]
+
+
+def _split(task: str, rows: Rows) -> Split:
+    texts = [doc.body if task == "summary" else doc.text for doc, _ in rows]
+    return Split(texts, [target for _, target in rows], [doc.row for doc, _ in rows])
 
 
 def _deal(packages: list[str], each: int, ids: list[str], rng: random.Random) -> dict[str, list[str]]:

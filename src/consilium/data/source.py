@@ -32,11 +32,13 @@ PUBLIC = ("torch", "transformers", "sympy")
 """Packages whose documentation no client ever holds."""
 
 PACKAGES = (
-    "PIL absl accelerate anyio charset_normalizer click contourpy datasets dateutil dill docstring_parser filelock "
-    "flwr_datasets fontTools fsspec httpcore httpx huggingface_hub jinja2 joblib markdown_it matplotlib mpl_toolkits "
-    "mpmath narwhals networkx nltk numpy packaging pandas peft psutil pyarrow pydantic pydantic_core pygments "
-    "pyparsing python regex requests rich scipy seaborn setuptools sklearn tokenizers tqdm typer tyro urllib3 yaml"
-).split()
+    "PIL", "absl", "accelerate", "anyio", "charset_normalizer", "click", "contourpy", "datasets", "dateutil",
+    "dill", "docstring_parser", "filelock", "flwr_datasets", "fontTools", "fsspec", "httpcore", "httpx",
+    "huggingface_hub", "jinja2", "joblib", "markdown_it", "matplotlib", "mpl_toolkits", "mpmath", "narwhals",
+    "networkx", "nltk", "numpy", "packaging", "pandas", "peft", "psutil", "pyarrow", "pydantic", "pydantic_core",
+    "pygments", "pyparsing", "python", "regex", "requests", "rich", "scipy", "seaborn", "setuptools", "sklearn",
+    "tokenizers", "tqdm", "typer", "tyro", "urllib3", "yaml",
+)  # fmt: skip
 """Packages split between the public shard and the clients, by module. "python" is the standard library."""
 
 _DISTRIBUTIONS = {
@@ -47,8 +49,13 @@ _SKIPPED_FOLDERS = {
     "tests", "test", "testing", "site-packages", "_vendor", "vendored", "externals", "extern", "idlelib", "lib2to3",
     "ensurepip", "__pycache__",
 }  # fmt: skip
-_ALIASES = "np pd plt sns nx pa tf mpl jnp sp ds hf Image".split()
-_OTHER_NAMES = "scikit-learn pytorch hugging huggingface pillow cpython jax tensorflow seaborn fonttools pyplot".split()
+_ALIASES = (
+    "np", "pd", "plt", "sns", "nx", "pa", "tf", "mpl", "jnp", "sp", "ds", "hf", "Image",
+)  # fmt: skip
+_OTHER_NAMES = (
+    "scikit-learn", "pytorch", "hugging", "huggingface", "pillow", "cpython", "jax", "tensorflow", "seaborn",
+    "fonttools", "pyplot",
+)  # fmt: skip
 
 TEXT_CHARACTERS, BODY_CHARACTERS = 400, 600
 _FORMAT = 4
@@ -116,7 +123,9 @@ def extract(source: str, package: str, module: str) -> Iterator[Doc]:
     yield from _walk(tree.body, False, package, module, "", lines)
 
 
-def _walk(body: list[ast.stmt], inside: bool, package: str, module: str, prefix: str, lines: list[str]) -> Iterator[Doc]:
+def _walk(
+    body: list[ast.stmt], inside: bool, package: str, module: str, prefix: str, lines: list[str]
+) -> Iterator[Doc]:
     for node in body:
         if isinstance(node, ast.ClassDef):
             yield from _document(node, "class", package, module, prefix + node.name, lines)

@@ -12,7 +12,6 @@ The learning rate falls to zero over the planned minutes or steps. A run that st
 
 import json
 import math
-import os
 import random
 import time
 from collections import Counter
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, SwitchTransformersConfig, SwitchTransformersEncoderModel
@@ -36,7 +35,6 @@ __all__ = ["Batch", "Pretrain", "Pretraining", "main", "train_tokenizer"]
 SPECIAL = ("<pad>", "</s>", "<unk>", "<mask>")
 PAD, EOS, UNK, MASK = range(4)
 HEADS = ("topic", "kind", "verb")
-EMBEDDING_STD = 0.25
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Pretrain:
         width, hidden, layers, heads, experts: d_model, d_ff (per expert), layers, attention heads, experts per layer.
         length: tokens per text at most.
         tokens: tokens per batch, padding included.
-        rate: peak learning rate. warmup: share of the run in which it rises.
+        rate: peak learning rate; embeddings: their rate is so many times as high. warmup: share of the rise.
         masking: largest masked share of a text; each text draws its share between 0 and this.
         balance: coefficient of the load-balance loss. dropout: of the model. decay: AdamW weight decay.
         classify: weight of the mean classification loss against the masked-token loss.
@@ -67,9 +65,10 @@ class Pretrain:
     layers: int = 4
     heads: int = 5
     experts: int = 16
-    length: int = 96
+    length: int = 72
     tokens: int = 2048
     rate: float = 2e-3
+    embedding: float = 2.0
     warmup: float = 0.03
     masking: float = 0.3
     balance: float = 0.01
@@ -101,9 +100,7 @@ def train_tokenizer(texts: list[str], vocabulary: int, length: int) -> PreTraine
         vocab_size=vocabulary, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer.post_processor = TemplateProcessing(
+    tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", EOS)]
     )
     return PreTrainedTokenizerFast(
@@ -134,9 +131,7 @@ class Corpus:
         self.ids = [torch.tensor(row) for row in encoded]
         self.classes = classes
         place = {head: {label: i for i, label in enumerate(labels)} for head, labels in classes.items()}
-        self.targets = {
-            head: torch.tensor([place[head].get(_answer(head, doc), -1) for doc in docs]) for head in HEADS
-        }
+        self.targets = {head: torch.tensor([place[head].get(_answer(head, doc), -1) for doc in docs]) for head in HEADS}
         self.words = [[place["words"][w] for w in words(doc.name) if w in place["words"]] for doc in docs]
 
     def batches(self, tokens: int, rng: random.Random) -> Iterator[Batch]:
@@ -211,9 +206,11 @@ class Pretraining:
         sizes = {name: len(labels) for name, labels in classes.items()}
         self.heads = nn.ModuleDict({name: nn.Linear(settings.width, n) for name, n in sizes.items()}).to(self.device)
         self.logits = watch_routers(self.model)
-        everything = [*self.model.parameters(), *self.heads.parameters()]
+        shared = self.model.shared.weight
+        rest = [p for p in (*self.model.parameters(), *self.heads.parameters()) if p is not shared]
+        groups = [{"params": [shared], "factor": settings.embedding}, {"params": rest, "factor": 1.0}]
         self.optimizer = torch.optim.AdamW(
-            everything, lr=settings.rate, betas=(0.9, 0.98), weight_decay=settings.decay, fused=True
+            groups, lr=settings.rate, betas=(0.9, 0.98), weight_decay=settings.decay, fused=True
         )
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.step, self.seconds, self.seen, self.epoch, self.position = 0, 0.0, 0, 0, 0
@@ -230,8 +227,8 @@ class Pretraining:
         hidden = self.model(input_ids=inputs, attention_mask=real.long()).last_hidden_state
         parts = {}
         total = torch.zeros((), device=self.device)
-        if chosen.any():  # T5's scaling for a head that is tied to the input embedding
-            scores = (hidden[chosen] * (self.settings.width**-0.5 / EMBEDDING_STD)) @ self.model.shared.weight.T
+        if chosen.any():
+            scores = hidden[chosen] @ self.model.shared.weight.T
             total = parts["mask"] = F.cross_entropy(scores.float(), ids[chosen])
         pooled = (hidden * real[..., None]).sum(1) / real.sum(1, keepdim=True)
         for head in HEADS:
@@ -285,7 +282,7 @@ class Pretraining:
         done, warm = self.progress(), self.settings.warmup
         factor = done / warm if done < warm else 0.5 * (1 + math.cos(math.pi * (done - warm) / (1 - warm)))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.rate * max(factor, 1e-4)
+            group["lr"] = self.settings.rate * group["factor"] * max(factor, 1e-4)
         total, parts = self.loss(batch, self.settings.masking)
         self.optimizer.zero_grad()
         total.backward()
@@ -359,9 +356,7 @@ class Pretraining:
             keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in tensors]
             if keys:
                 state = {k: tensors[f"{k}/{name}"] for k in keys}
-                self.optimizer.state[parameter] = {
-                    k: v if k == "step" else v.to(self.device) for k, v in state.items()
-                }
+                self.optimizer.state[parameter] = {k: v if k == "step" else v.to(self.device) for k, v in state.items()}
         self.generator.set_state(tensors["generator"])
         for key, value in place.items():
             setattr(self, key, value)
@@ -389,13 +384,39 @@ def build(settings: Pretrain, vocabulary: int) -> SwitchTransformersEncoderModel
     )
     config.architectures = ["SwitchTransformersEncoderModel"]
     model = SwitchTransformersEncoderModel(config)
-    model.shared.weight.data.mul_(EMBEDDING_STD)  # unit variance would learn too slowly at AdamW's step size
+    initialise(model)
     for block in model.encoder.block:
-        mlp = block.layer[1].mlp
-        # The stock init gives router logits a deviation of sqrt(d_model): one expert would own a token from the start.
-        nn.init.normal_(mlp.router.classifier.weight, std=1.0 * settings.width**-0.5)
-        mlp.experts.forward = _sorted_experts.__get__(mlp.experts)
+        block.layer[1].mlp.experts.forward = _sorted_experts.__get__(block.layer[1].mlp.experts)
     return model
+
+
+@torch.no_grad()
+def initialise(model: SwitchTransformersEncoderModel) -> None:
+    """Weights from which AdamW learns in minutes; the stock ones were made for Adafactor and long runs.
+
+    - Small embeddings: at AdamW's step size those of rare words, which tell most, would hardly move from unit variance.
+    - Small outputs of attention and experts, so that they do not drown the embeddings.
+    - Router logits of unit deviation instead of sqrt(d_model): no token belongs to one expert from the start.
+    - Attention heads that look one word back, one ahead, nearby, around, and everywhere: relative positions are
+      learnt slowly, and until they are, the masked-word loss stands still at the frequencies of words.
+    """
+    width = model.config.d_model
+    model.shared.weight.normal_(std=0.05)
+    for block in model.encoder.block:
+        block.layer[0].SelfAttention.o.weight.mul_(0.2)
+        mlp = block.layer[1].mlp
+        mlp.router.classifier.weight.normal_(std=width**-0.5)
+        for expert in mlp.experts.values():
+            expert.wo.weight.mul_(0.5)
+    attention = model.encoder.block[0].layer[0].SelfAttention
+    distances = torch.arange(-127, 128)
+    buckets = attention._relative_position_bucket(distances, num_buckets=32, max_distance=128)
+    for bucket in buckets.unique():
+        d = distances[buckets == bucket].float().mean()
+        near = [-4 * (d + 1).abs().clamp(max=2), -4 * (d - 1).abs().clamp(max=2)]
+        biases = [*near, -2 * d.abs().log1p(), -d.abs().log1p()]
+        for head in range(attention.n_heads):
+            attention.relative_attention_bias.weight[bucket, head] = biases[head] if head < len(biases) else 0.0
 
 
 def _sorted_experts(experts: nn.ModuleDict, hidden_TD: Tensor, chosen_T1E: Tensor, weights_T1: Tensor) -> Tensor:
@@ -433,7 +454,7 @@ def export(model: SwitchTransformersEncoderModel, tokenizer: PreTrainedTokenizer
     names = [k for k in model.state_dict() if k != "encoder.embed_tokens.weight"]  # tied to shared.weight
     tensors = {k: model.state_dict()[k].detach().to("cpu", torch.bfloat16).contiguous() for k in names}
     save_file(tensors, out / "model.tmp", metadata={"format": "pt"})
-    os.replace(out / "model.tmp", out / "model.safetensors")
+    (out / "model.tmp").replace(out / "model.safetensors")
     model.config.dtype = "float32"
     model.config.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -1,0 +1,65 @@
+"""Rows dealt by flwr_datasets' partitioners."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from consilium.data.partition import divide, divide_by_client
+from consilium.errors import DataError
+
+LABELS = ["a", "b", "c", "d"] * 30
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.sampled_from("abcde"), min_size=12, max_size=60),
+    st.integers(1, 6),
+    st.sampled_from(["iid", "dirichlet"]),
+    st.integers(0, 99),
+)
+def test_every_row_goes_to_exactly_one_client(labels, clients, how, seed):
+    parts = divide(labels, clients, how, alpha=0.5, seed=seed)
+    assert len(parts) == clients
+    assert sorted(row for part in parts for row in part) == list(range(len(labels)))
+    assert parts == divide(labels, clients, how, alpha=0.5, seed=seed)
+
+
+def test_iid_shares_are_equal():
+    assert [len(part) for part in divide(LABELS, 8, "iid")] == [15] * 8
+
+
+def test_a_small_alpha_skews_and_a_large_one_does_not():
+    def largest(alpha: float) -> float:
+        parts = divide(LABELS, 4, "dirichlet", alpha=alpha, seed=1)
+        return max(max(Counter(LABELS[i] for i in part).values()) / len(part) for part in parts if part)
+
+    assert largest(0.05) > 0.8
+    assert largest(1000.0) < 0.35
+
+
+def test_pathological_clients_hold_so_many_labels_and_share_no_row():
+    parts = divide(LABELS, 8, "pathological", each=2, seed=5)
+    assert all(len({LABELS[i] for i in part}) == 2 for part in parts)
+    rows = [row for part in parts for row in part]
+    assert sorted(rows) == list(range(len(LABELS)))
+
+
+def test_pathological_with_fewer_places_than_labels_leaves_labels_out():
+    parts = divide(LABELS, 1, "pathological", each=2)
+    assert len({LABELS[i] for i in parts[0]}) == 2
+
+
+def test_what_cannot_be_dealt_is_refused():
+    with pytest.raises(DataError, match="3 rows cannot be dealt to 4 clients"):
+        divide(["a", "b", "a"], 4, "iid")
+    with pytest.raises(DataError, match="5 labels per client asked for, but the data has 4"):
+        divide(LABELS, 2, "pathological", each=5)
+    with pytest.raises(DataError, match="'random' is unknown"):
+        divide(LABELS, 2, "random")
+
+
+def test_a_client_column_is_the_partition():
+    assert divide_by_client(["b", "a", "b", "c"]) == {"a": [1], "b": [0, 2], "c": [3]}
+    assert divide_by_client([]) == {}

@@ -1,0 +1,196 @@
+"""Files of rows: what is read, how it is dealt, and what is refused with column and row."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from consilium.data.textfile import TextFileData, _cut, read_columns
+from consilium.errors import ConfigError, DataError
+
+ROWS = [{"text": f"text number {i}", "label": "good" if i % 2 else "bad", "site": f"site {i % 3}"} for i in range(60)]
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    """The rows as the format that the path's ending names."""
+    if path.suffix in (".csv", ".tsv"):
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".parquet":
+        Dataset.from_list(rows).to_parquet(str(path))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".ndjson", ".parquet"])
+def test_every_format_gives_the_same_federation(tmp_path, ending):
+    federation = TextFileData(write(tmp_path / f"rows{ending}", ROWS), client="site").load(0)
+    assert list(federation.clients) == ["site-0", "site-1", "site-2"]
+    assert federation.fingerprint == TextFileData(write(tmp_path / "rows.csv", ROWS), client="site").load(0).fingerprint
+    client = federation.clients["site-1"]
+    assert client.task.labels == ("bad", "good")
+    assert {name: len(split) for name, split in client.splits()} == {"train": 12, "validation": 3, "test": 5}
+    for _, split in client.splits():
+        for text, target, row in zip(split.texts, split.targets, split.rows, strict=True):
+            assert ROWS[int(row)] == {"text": text, "label": target, "site": "site 1"}
+
+
+@pytest.mark.parametrize("partition", ["iid", "dirichlet", "pathological"])
+def test_rows_are_dealt_without_a_client_column(tmp_path, partition):
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    data = TextFileData(path, task="mood", partition=partition, clients=4, alpha=1.0)
+    federation = data.load(7)
+    names = {f"mood-{i:02d}" for i in range(4)}
+    assert set(federation.clients) | set(federation.skipped) == names
+    rows = [row for client in federation.clients.values() for _, split in client.splits() for row in split.rows]
+    assert len(rows) == len(set(rows))
+    assert federation.fingerprint == data.load(7).fingerprint
+
+
+def test_text_to_text_rows_have_their_own_metric(tmp_path):
+    path = write(tmp_path / "rows.csv", ROWS)
+    kind = {"form": "text-to-text", "target": "site", "clients": 3}
+    task = next(iter(TextFileData(path, **kind).load(0).clients.values())).task
+    assert (task.labels, task.metric) == ((), "token_f1")
+    task = next(iter(TextFileData(path, **kind, metric="rouge2").load(0).clients.values())).task
+    assert task.metric == "rouge2"
+
+
+def test_numbers_and_booleans_are_labels_and_codes_keep_their_zeros(tmp_path):
+    rows = [{"text": f"text {i}", "label": i % 2, "flag": i % 2 == 0, "code": f"00{i % 2}"} for i in range(12)]
+    json_ = write(tmp_path / "rows.jsonl", rows)
+    assert set(read_columns(json_, ["label"])["label"]) == {"0", "1"}
+    assert set(read_columns(json_, ["flag"])["flag"]) == {"true", "false"}
+    assert set(read_columns(write(tmp_path / "rows.csv", rows), ["code"])["code"]) == {"000", "001"}
+
+
+def test_a_missing_column_lists_the_columns_there_are(tmp_path):
+    path = write(tmp_path / "rows.csv", ROWS)
+    with pytest.raises(DataError, match=r"no column 'lable'; did you mean 'label'\? Columns: text, label, site"):
+        TextFileData(path, target="lable").load(0)
+    with pytest.raises(DataError, match="no column 'xyz' Columns: text, label, site"):
+        TextFileData(path, client="xyz").load(0)
+
+
+@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("column", ["text", "label", "site"])
+def test_empty_values_in_used_columns_are_refused_with_count_and_row(tmp_path, ending, column):
+    rows = [dict(row) for row in ROWS]
+    rows[7][column] = None
+    rows[9][column] = None
+    path = write(tmp_path / f"rows{ending}", rows)
+    with pytest.raises(DataError, match=f"column '{column}' is empty in 2 of 60 rows, first in row 7"):
+        TextFileData(path, client="site").load(0)
+
+
+def test_blank_text_is_empty_and_unused_columns_may_be(tmp_path):
+    rows = [{**row, "note": None if i else "x"} for i, row in enumerate(ROWS)]
+    assert TextFileData(write(tmp_path / "rows.csv", rows), client="site").load(0).clients
+    rows[3]["text"] = "   "
+    with pytest.raises(DataError, match="column 'text' is empty in 1 of 60 rows, first in row 3"):
+        TextFileData(write(tmp_path / "rows.csv", rows), client="site").load(0)
+
+
+def test_a_label_that_is_not_declared_is_refused_with_the_row(tmp_path):
+    rows = [dict(row) for row in ROWS]
+    rows[5]["label"] = "goood"
+    path = write(tmp_path / "rows.csv", rows)
+    message = r"column 'label' row 5: label 'goood' is not declared; did you mean 'good'\? Declared labels: bad, good"
+    with pytest.raises(DataError, match=message):
+        TextFileData(path, labels=("bad", "good")).load(0)
+
+
+def test_empty_clients_are_skipped_and_counted(tmp_path):
+    rows = [*ROWS, {"text": "alone", "label": "good", "site": "tiny"}]
+    federation = TextFileData(write(tmp_path / "rows.csv", rows), client="site").load(0)
+    assert list(federation.skipped) == ["tiny"] and "too few" in federation.skipped["tiny"]
+    assert "tiny" not in federation.clients
+
+
+def test_too_few_rows_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="cannot be dealt to 10 clients"):
+        TextFileData(write(tmp_path / "rows.csv", ROWS[:6])).load(0)
+    with pytest.raises(DataError, match="has 6 rows, but no client has enough of them"):
+        TextFileData(write(tmp_path / "rows.csv", ROWS[:6]), clients=3).load(0)
+
+
+def test_one_label_is_no_classification(tmp_path):
+    rows = [{**row, "label": "good"} for row in ROWS]
+    with pytest.raises(DataError, match="only the label 'good'"):
+        TextFileData(write(tmp_path / "rows.csv", rows)).load(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.txt", "text,label\n", "ends in '.txt'; readable are .csv"),
+        ("rows.csv", "", "cannot be read as csv"),
+        ("rows.csv", "text,label\n", "has no rows"),
+        ("rows.csv", "text,text\na,b\n", "names the column 'text' twice"),
+        ("rows.jsonl", '{"text": 1}\n{"tex', "cannot be read as json"),
+        ("rows.parquet", "not parquet", "cannot be read as parquet"),
+    ],
+)
+def test_unreadable_files_are_refused_in_one_line(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message) as caught:
+        TextFileData(tmp_path / name).load(0)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_encoding_is_refused_with_the_byte(tmp_path):
+    (tmp_path / "rows.csv").write_bytes(b"text,label\xff\n")
+    with pytest.raises(DataError, match="not UTF-8 at byte 10; save it as UTF-8"):
+        TextFileData(tmp_path / "rows.csv").load(0)
+
+
+def test_a_missing_file_and_a_nested_column_are_refused(tmp_path):
+    with pytest.raises(DataError, match="is not a file"):
+        TextFileData(tmp_path / "none.csv").load(0)
+    path = write(tmp_path / "rows.jsonl", [{"text": ["a"], "label": "x"}] * 3)
+    with pytest.raises(DataError, match="column 'text' row 0 holds a list"):
+        TextFileData(path).load(0)
+
+
+def test_client_names_that_would_collide_are_refused(tmp_path):
+    rows = [{**row, "site": ("a b", "a/b")[i % 2]} for i, row in enumerate(ROWS)]
+    with pytest.raises(DataError, match="differ only in characters"):
+        TextFileData(write(tmp_path / "rows.csv", rows), client="site").load(0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"form": "regression"}, "use classification or text-to-text"),
+        ({"partition": "packages"}, "use iid, dirichlet or pathological"),
+        ({"form": "text-to-text", "partition": "dirichlet"}, "needs labels"),
+        ({"form": "text-to-text", "labels": ("a", "b")}, "labels are for classification"),
+        ({"metric": "rouge2"}, "does not fit classification"),
+        ({"form": "text-to-text", "metric": "accuracy"}, "does not fit text-to-text"),
+        ({"test": 0.9, "validation": 0.2}, "together below 1"),
+        ({"clients": 0}, "clients is 0; it must be at least 1"),
+        ({"alpha": -1.0}, "alpha is -1.0"),
+        ({"task": "a task"}, "use 1 to 58 of letters"),
+    ],
+)
+def test_settings_are_checked(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        TextFileData(Path("rows.csv"), **changes)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from(["a", "A ", "b", "c", "d e", "f", "g"]), max_size=40), st.integers(0, 9))
+def test_equal_texts_stay_in_one_split_and_no_row_is_lost(texts, seed):
+    import random
+
+    parts = _cut(list(range(len(texts))), texts, 0.2, 0.3, random.Random(seed))
+    assert sorted(row for part in parts for row in part) == list(range(len(texts)))
+    where = [{texts[row].strip().lower() for row in part} for part in parts]
+    assert not (where[0] & where[1] or where[0] & where[2] or where[1] & where[2])

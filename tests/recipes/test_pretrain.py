@@ -1,0 +1,141 @@
+"""The pretraining recipe at toy size: it learns, balances, saves, resumes to the same bits, and ships what loads."""
+
+import math
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, SwitchTransformersEncoderModel
+
+from consilium.data.source import Doc
+from consilium.errors import CheckpointError, ConfigError, DataError
+from consilium.recipes.pretrain import MASK, PAD, Pretrain, Pretraining, balance_loss, build, train_tokenizer
+
+TOPICS = {"numpy": "array matrix shape axis", "rich": "console colour table style", "scipy": "root solve curve fit"}
+
+
+def documents() -> list[Doc]:
+    """240 documents whose package shows in their words."""
+    rng = random.Random(0)
+    docs = []
+    for i in range(240):
+        package = list(TOPICS)[i % 3]
+        text = " ".join(rng.choices([*TOPICS[package].split(), "the", "of", "a", "to", "and"], k=rng.randint(4, 12)))
+        kind = ("function", "class")[i // 3 % 2]
+        name = ("get_item", "set_item")[i % 2]
+        docs.append(Doc(package, f"{package}.m", name, kind, text, "", ""))
+    return docs
+
+
+def toy(out, **changes) -> Pretrain:
+    values = {"minutes": 0.0, "steps": 30, "vocabulary": 300, "width": 16, "hidden": 16, "layers": 2, "heads": 2}
+    values |= {"experts": 4, "length": 16, "tokens": 512, "rate": 1e-2, "heldout": 40, "save_minutes": 100.0}
+    return Pretrain(out, **{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished toy run: its settings and the job."""
+    job = Pretraining(toy(tmp_path_factory.mktemp("pretrain")), documents())
+    job.run(lambda line: None)
+    return job
+
+
+def test_it_learns_the_packages(done):
+    """Chance is 1/3; the words tell nearly everything."""
+    found = done.evaluate()
+    assert found["topic"] > 0.6
+    assert 0 <= found["least_used"] <= 0.25 <= found["most_used"] <= 1
+
+
+def test_what_is_saved_opens_in_transformers_in_float32(done):
+    out = done.settings.out
+    model = SwitchTransformersEncoderModel.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert model.dtype == torch.float32
+    assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+    for name, parameter in done.model.named_parameters():
+        expected = parameter.detach().bfloat16().float()
+        assert torch.equal(dict(model.named_parameters())[name], expected), name
+    batch = tokenizer(["the array of a matrix", "root"], padding=True, return_tensors="pt")
+    assert set(batch) == {"input_ids", "attention_mask"}
+    assert batch["input_ids"][1].tolist().count(PAD) == int((batch["attention_mask"] == 0).sum())
+    assert model(**batch).last_hidden_state.isfinite().all()
+
+
+def test_sorted_experts_compute_what_the_stock_experts_do(done):
+    model = SwitchTransformersEncoderModel.from_pretrained(done.settings.out).eval()
+    fast = build(done.settings, len(done.tokenizer)).eval()
+    fast.load_state_dict(model.state_dict())
+    ids = torch.randint(4, 200, (3, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(fast(input_ids=ids).last_hidden_state, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_every_layer_is_sparse_and_no_token_is_dropped(done):
+    for block in done.model.encoder.block:
+        router = block.layer[1].mlp.router
+        chosen, _, _ = router(torch.zeros(1, 96, 16))
+        assert int(chosen.sum()) == 96  # all to one expert, all within capacity
+
+
+def test_resuming_gives_the_bits_of_an_unbroken_run(tmp_path):
+    docs = documents()
+    whole = Pretraining(toy(tmp_path / "whole", steps=8), docs)
+    whole.run(lambda line: None)
+    first = Pretraining(toy(tmp_path / "parts", steps=8), docs)
+    first.progress = lambda: min(1.0, first.step / 8) if first.step < 5 else 1.0  # stopped after five steps
+    first.run(lambda line: None)
+    second = Pretraining(toy(tmp_path / "parts", steps=8), docs)
+    assert second.resume() and second.step == 5
+    second.run(lambda line: None)
+    for (name, a), b in zip(whole.model.named_parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_state_of_another_model_is_refused(done):
+    other = Pretraining(toy(done.settings.out, experts=8), documents())
+    with pytest.raises(CheckpointError, match="of another model"):
+        other.resume()
+    assert not Pretraining(toy(done.settings.out / "empty"), documents()).resume()
+
+
+def test_balance_is_one_when_even_and_the_number_of_experts_when_collapsed():
+    """E * sum_e f_e P_e. Even over 4: 4 * 4 * (1/4 * 1/4) = 1. Collapsed: 4 * (1 * 1) = 4.
+
+    By hand, two experts, tokens with logits (ln 3, 0), (ln 3, 0), (0, ln 3) and a padded one that must not count:
+    f = (2/3, 1/3), P = ((.75 + .75 + .25) / 3, (.25 + .25 + .75) / 3) = (7/12, 5/12); 2 * (14/36 + 5/36) = 19/18.
+    """
+    real = torch.ones(1, 4, dtype=torch.bool)
+    assert balance_loss(50 * torch.eye(4)[None], real).item() == pytest.approx(1.0)
+    assert balance_loss(50 * torch.eye(4)[[0, 0, 0, 0]][None], real).item() == pytest.approx(4.0)
+    three = math.log(3)
+    logits = torch.tensor([[[three, 0], [three, 0], [0, three], [9.0, 0]]])
+    real = torch.tensor([[True, True, True, False]])
+    assert balance_loss(logits, real).item() == pytest.approx(19 / 18)
+
+
+def test_a_batch_keeps_to_its_tokens_and_every_document_comes_once(done):
+    batches = list(done.train.batches(64, random.Random(0)))
+    assert all(batch.ids.numel() <= 64 for batch in batches)
+    assert sum(len(batch.ids) for batch in batches) == 200
+    assert all(MASK not in batch.ids for batch in batches)
+    sums = torch.cat([batch.words.sum(1) for batch in batches])
+    torch.testing.assert_close(sums, torch.ones(200))
+
+
+def test_any_text_survives_the_tokenizer(done):
+    tokenizer = train_tokenizer(["some text of words"] * 3, 300, 96)
+    for text in ("Ünïcode → 数 `x`", "tabs\tand\nlines", "a  b"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True).strip() == text
+
+
+def test_settings_and_documents_are_checked(tmp_path):
+    with pytest.raises(ConfigError, match="both minutes and steps are 0"):
+        toy(tmp_path, steps=0)
+    with pytest.raises(ConfigError, match="not a multiple of heads"):
+        toy(tmp_path, heads=3)
+    with pytest.raises(DataError, match="3 public documents"):
+        Pretraining(toy(tmp_path), documents()[:3])
