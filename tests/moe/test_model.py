@@ -72,3 +72,27 @@ def test_masks():
         assert (
             ("decoder" in masks) == model.encoder_decoder == (model_type == "switch_transformers" and not model.labels)
         )
+
+
+@pytest.mark.parametrize("model_type", ["switch_transformers", "olmoe"])
+def test_logits_are_those_of_the_whole_model(model_type):
+    """No labels, no cache, and for a causal model no logits but the asked ones: the same numbers and gradients."""
+    source, model = built(model_type, "text-to-text")
+    batch = tiny.batch(source, rows=ROWS)
+    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+    if model.encoder_decoder:
+        whole = model.backbone(input_ids=ids, attention_mask=mask, labels=labels).logits
+    else:
+        whole = model.backbone(input_ids=ids, attention_mask=mask).logits[:, :-1]
+        labels = labels[:, 1:]
+    slopes = []
+    for logits, targets in ((whole[labels != -100], labels[labels != -100]), model(batch)):
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(logits, targets).backward()
+        slopes.append((logits.detach(), targets, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (old, old_targets, old_slopes), (new, new_targets, new_slopes) = slopes
+    assert torch.equal(old_targets, new_targets)
+    torch.testing.assert_close(new, old, rtol=1e-6, atol=1e-6)
+    assert old_slopes.keys() == new_slopes.keys()
+    for name, slope in old_slopes.items():
+        torch.testing.assert_close(new_slopes[name], slope, rtol=1e-5, atol=1e-6)

@@ -63,14 +63,16 @@ class TaskModel(nn.Module):
             weights = mask.unsqueeze(-1).to(hidden.dtype)
             pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
             return self.head(pooled), batch["labels"]
+        # Without `labels`, of which the backbone would make a loss of its own, and without a cache nobody reads.
+        labels = batch["labels"]
         if self.encoder_decoder:
-            output = self.backbone(input_ids=ids, attention_mask=mask, labels=batch["labels"])
-            logits, labels = output.logits, batch["labels"]
-        else:
-            output = self.backbone(input_ids=ids, attention_mask=mask, use_cache=False)
-            logits, labels = output.logits[:, :-1], batch["labels"][:, 1:]
-        keep = labels != -100
-        return logits[keep], labels[keep]
+            shifted = self.backbone.prepare_decoder_input_ids_from_labels(labels)
+            output = self.backbone(input_ids=ids, attention_mask=mask, decoder_input_ids=shifted, use_cache=False)
+            keep = labels != -100
+            return output.logits[keep], labels[keep]
+        hidden = self.backbone.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        keep = labels[:, 1:] != -100  # of long sequences few positions are predicted: the others get no logits
+        return self.backbone.get_output_embeddings()(hidden[:, :-1][keep]), labels[:, 1:][keep]
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int) -> Tensor:
