@@ -6,7 +6,7 @@ penalty and SCAFFOLD's control variates are such corrections.
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -36,6 +36,9 @@ from consilium.params import Params
 __all__ = ["Fit", "Fitted", "Setup", "evaluate", "fit", "local_round", "local_test", "seeded"]
 
 Correct = Callable[[Mapping[str, nn.Parameter]], None]
+
+EVALUATION = 4
+"""Evaluation takes so many times `Fit.batch_size` examples at once: nothing is saved for a backward pass."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,7 @@ def fit(
 ) -> Fitted:
     """Train in place on every parameter that requires a gradient.
 
-    Loss: cross-entropy with label smoothing + balance * load-balance loss (FedMoE, Eq 1).
+    Loss: cross-entropy with label smoothing + balance * load-balance loss (FedMoE, Eq 1). No gradients are left behind.
 
     Args:
         correct: called after each backward pass with path -> parameter of all trainable parameters, to change
@@ -226,13 +229,14 @@ def fit(
     losses: list[Tensor] = []
     with seeded(derive_seed(context.seed, "fit")), Tap(model) as tap:
         for rows in data.epochs(epochs, config.batch_size, generator):
+            optimizer.zero_grad(set_to_none=True)  # before the forward pass: gradients never lie beside activations
             batch = data.batch(rows, context.device)
             with tap.batch(batch):
                 logits, labels = model(batch)
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+            del logits  # the graph keeps what it needs of them
             if config.balance:
                 loss = loss + config.balance * tap.balance_loss()
-            optimizer.zero_grad(set_to_none=True)
             loss.backward()
             if correct is not None:
                 correct(trainable)
@@ -240,7 +244,9 @@ def fit(
                 nn.utils.clip_grad_norm_(trainable.values(), config.clip)
             optimizer.step()
             losses.append(loss.detach())
+            del loss  # and with it the graph
             context.progress(len(losses), total)
+    optimizer.zero_grad(set_to_none=True)  # what comes next needs none
     mean = torch.stack(losses).mean().item() if losses else float("nan")
     return Fitted(mean, len(losses), time.perf_counter() - start)
 
@@ -254,19 +260,19 @@ def evaluate(model: TaskModel, data: Encoded, context: ClientContext, setup: Set
     predictions: list[str] = []
     tokenizer = setup.model.tokenizer()
     model.eval()
-    size = 4 * setup.fit.batch_size
+    size = EVALUATION * setup.fit.batch_size
     order = sorted(range(len(data)), key=lambda i: len(data.sources[i]))
     with torch.inference_mode():
         for rows in (order[i : i + size] for i in range(0, len(order), size)):
             batch = data.batch(rows, context.device)
-            if tap is not None:
-                with tap.batch(batch, count=True):
+            classify = data.way == "classification"
+            if classify or tap is not None:
+                with nullcontext() if tap is None else tap.batch(batch, count=True):
                     logits, _ = model(batch)
-            elif data.way == "classification":
-                logits, _ = model(batch)
-            if data.way == "classification":
-                predictions += [model.labels[i] for i in logits.argmax(-1).tolist()]
-            else:
+                if classify:
+                    predictions += [model.labels[i] for i in logits.argmax(-1).tolist()]
+                del logits  # generation has its own
+            if not classify:
                 prompt = data.batch(rows, context.device, prompt=True)
                 ids = model.generate(prompt, setup.fit.target_length)
                 predictions += tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -292,8 +298,9 @@ def local_round(
         The trained model, and the reply: group "params", and scalars num_examples, validation (the task's metric),
         train_loss, steps, experts, footprint (bytes by the memory model), seconds_train, seconds_evaluate.
     """
-    held = experts_from_scalars(payload.scalars)
+    held, outside = experts_from_scalars(payload.scalars), payload.group("router")
     model = setup.build(payload.group("params"), context, held)
+    del payload  # a full copy of the weights, unless the caller still holds it
     fitted = fit(
         model,
         setup.encode(context, context.data.train),
@@ -301,11 +308,12 @@ def local_round(
         context,
         correct(model) if correct is not None else None,
     )
-    groups: dict[str, Params] = {"params": flatten(model, held)}
     start = time.perf_counter()
     validation = setup.encode(context, context.data.validation)
-    with Tap(model, held, payload.group("router"), setup.model.counts) as tap:
+    with Tap(model, held, outside, setup.model.counts) as tap:
         accuracy = evaluate(model, validation, context, setup, tap if usage else None)
+    seconds_evaluate = time.perf_counter() - start
+    groups: dict[str, Params] = {"params": flatten(model, held)}  # after evaluation, which needs room itself
     if usage:
         groups |= {"demand": tap.usage.demand, "served": tap.usage.served}
     counts = {block: len(ids) for block, ids in held.items()} if held else setup.model.counts
@@ -317,7 +325,7 @@ def local_round(
         "experts": sum(counts.values()),
         "footprint": setup.footprint(counts).total,
         "seconds_train": fitted.seconds,
-        "seconds_evaluate": time.perf_counter() - start,
+        "seconds_evaluate": seconds_evaluate,
     }
     return model, Payload(groups, scalars)
 
