@@ -155,9 +155,9 @@ def setup(
     return Setup(model, config, Sampling(clients_per_round), seed, heads, infos(memory) if clients is None else clients)
 
 
-def bytes_for(experts: int, references: int = 0, **fit) -> int:
-    """Memory with which a client of the tiny Switch can train exactly so many experts per layer."""
-    made = setup(**fit)
+def bytes_for(experts: int, model: ModelSource | None = None, references: int = 0) -> int:
+    """Memory with which a client can train exactly so many experts per layer (of the tiny Switch, if not told)."""
+    made = setup(model)
     return made.footprint(dict.fromkeys(made.model.counts, experts), references=references).total
 
 

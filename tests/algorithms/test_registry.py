@@ -1,0 +1,210 @@
+"""The suite every method must pass; a new file in algorithms/ is in it at once, with its default settings.
+
+The server and the client half are always built from separate Setup objects, and the client's does not say who else is
+in the federation: all that a client half may use is its payload and its context.
+"""
+
+import dataclasses
+import itertools
+from functools import cache
+
+import pytest
+import tiny
+import torch
+
+from consilium.algorithms.fedavg import FedAvg
+from consilium.algorithms.fedmoe import FedMoE
+from consilium.core import Algorithm, Client, Server
+from consilium.engine.codec import decode, encode
+from consilium.params import checksum
+
+DEFAULTS = {name: cls for name, cls in Algorithm.registry.items() if cls.__module__.startswith("consilium.")}
+VARIANTS = {
+    "FedAvg-fit": lambda: FedAvg("fit"),
+    "FedMoE-restless": lambda: FedMoE(stage1="none", patience=1, K=2, freeze=False, floor=0.0),
+    "FedMoE-tokens": lambda: FedMoE(stage1="forward", patience=1, usage="served", rank="layer", weight="tokens"),
+}
+"""Settings besides the defaults that are worth the whole suite."""
+METHODS = {**DEFAULTS, **VARIANTS}
+every_method = pytest.mark.parametrize("name", METHODS)
+
+ROUNDS = 3
+_number = itertools.count()
+
+
+def setup(model_type="olmoe", backwards=False):
+    """Two clients are short of memory: not all can hold everything."""
+    source = tiny.source(model_type)
+    memory = {"animal-00": tiny.bytes_for(3, source), "colour-01": tiny.bytes_for(5, source)}
+    made = tiny.setup(source, memory=memory, clients_per_round=4)
+    return dataclasses.replace(made, clients=made.clients[::-1]) if backwards else made
+
+
+def halves(name, made):
+    """(server, client half), each from its own Setup, the client's without the list of clients."""
+    algorithm = METHODS[name]()
+    alone = dataclasses.replace(made, model=dataclasses.replace(made.model), clients=())
+    return algorithm.server(made), algorithm.client(alone)
+
+
+def outcome(server, records, events):
+    """Everything about a run that must not depend on the engine, without the seconds."""
+    told = [
+        {
+            "selected": record["selected"],
+            "unable": dict(sorted(record["unable"].items())),
+            "test": dict(sorted((record["test"] or {}).items())),
+            "clients": {c: {k: v for k, v in told.items() if k != "seconds"} for c, told in record["clients"].items()},
+        }
+        for record in records
+    ]
+    events = sorted(events, key=lambda event: (event["round"], event["client"]))
+    return checksum(server.params), told, server.structure(), server.usage(), events
+
+
+def run(name, model_type="olmoe", strict=False, backwards=False, resume_after=None):
+    """The outcome of a short run, and the states it leaves on the clients."""
+    made = setup(model_type, backwards)
+    server, client = halves(name, made)
+    engine = tiny.engine(server, client, made, tiny.root / f"run-{next(_number)}", strict)
+    records, events = [], []
+    for number in range(1, ROUNDS + 1):
+        records.append(engine.round(number, test=number == ROUNDS))
+        events += [{"round": number, **event} for event in server.events()]
+        if number == resume_after:
+            state, store = decode(encode(server.state())), engine.store
+            made = setup(model_type, backwards)
+            server, client = halves(name, made)
+            server.restore(state)
+            engine = tiny.engine(server, client, made, store.folder, strict)
+            engine.store.versions = dict(store.versions)
+    states = {c: (checksum(engine.store.load(c).params), engine.store.load(c).scalars) for c in tiny.IDS}
+    return outcome(server, records, events), states
+
+
+plain = cache(run)
+
+
+# --- how it is declared -----------------------------------------------------------------------------------------------
+
+
+def test_the_suite_knows_the_methods():
+    assert {"FedAvg", "FedProx", "SCAFFOLD", "Standalone", "RandomMoE", "FedMoE"} <= DEFAULTS.keys()
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_it_is_a_frozen_dataclass_with_defaults_and_words_for_every_field(name):
+    cls = DEFAULTS[name]
+    assert cls.__name__ == name and dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen
+    assert cls() == cls() and hash(cls()) == hash(cls())
+    documented = cls.__doc__.partition("Args:")[2]
+    for field in dataclasses.fields(cls):
+        assert f" {field.name}:" in documented, f"{name}.{field.name} is not documented"
+    assert cls.__module__.startswith("consilium.algorithms.")
+
+
+@every_method
+def test_it_builds_two_halves(name):
+    server, client = halves(name, setup())
+    assert isinstance(server, Server) and isinstance(client, Client)
+    assert not hasattr(client, "server") and not hasattr(server, "client")
+
+
+# --- what it computes -------------------------------------------------------------------------------------------------
+
+
+@every_method
+@pytest.mark.parametrize("model_type", ["olmoe", "switch_transformers"])
+def test_bytes_on_the_way_change_no_bit(name, model_type):
+    """Every payload through the codec: the same parameters, scores, structures, events and client states."""
+    assert plain(name, model_type) == run(name, model_type, strict=True)
+
+
+@every_method
+def test_the_same_seed_gives_the_same_bits(name):
+    torch.manual_seed(123456)
+    assert plain(name) == run(name)
+
+
+@every_method
+def test_the_order_in_which_clients_are_listed_does_not_matter(name):
+    assert plain(name) == run(name, backwards=True)
+
+
+@every_method
+def test_a_restored_server_goes_on_to_the_same_bits(name):
+    assert plain(name) == run(name, resume_after=2)
+
+
+@every_method
+def test_it_trains_somebody_and_scores_whoever_is_able(name):
+    (_, records, structure, _, _), _ = plain(name)
+    made = setup()
+    for record in records:
+        assert record["selected"] and set(record["clients"]) == set(record["selected"])
+        assert not set(record["selected"]) & set(record["unable"])
+    assert all(0 <= score <= 1 for score in records[-1]["test"].values())
+    assert set(records[-1]["test"]) == set(tiny.IDS) - set(records[-1]["unable"])
+    for client, held in (structure or {}).items():
+        assert client in tiny.IDS and list(held) == list(made.model.counts)
+        assert all(ids and list(ids) == sorted(set(ids)) and ids[-1] < 8 for ids in held.values())
+
+
+@every_method
+def test_nobody_trains_more_than_its_memory_holds(name):
+    """By the memory model's own figure in every record."""
+    limits = {c.id: c.memory_bytes for c in setup().clients if c.memory_bytes}
+    for record in plain(name)[0][1]:
+        for client, told in record["clients"].items():
+            assert told["peak_bytes_model"] <= limits.get(client, float("inf"))
+
+
+@every_method
+def test_dropouts(name, tmp_path):
+    """A round from which some or all replies are missing ends well; without any reply no parameter changes."""
+    made = setup()
+    server, client = halves(name, made)
+    engine = tiny.engine(server, client, made, tmp_path)
+    before = checksum(server.params)
+    server.configure(1, made.clients)
+    server.aggregate(1, iter(()))
+    assert checksum(server.params) == before
+    for number, keep in ((2, 1), (3, 0), (4, 2)):
+        sent = server.configure(number, made.clients)
+        keys = {key: t.shape for key, t in server.params.items()}
+        before = checksum(server.params)
+        replies = [(c, client.train(sent[c], engine._context(c, number, "train"))) for c in sorted(sent)[:keep]]
+        server.aggregate(number, iter(replies))
+        assert {key: t.shape for key, t in server.params.items()} == keys
+        assert keep or checksum(server.params) == before
+        assert all(t.isfinite().all() for t in server.params.values())
+    for info in made.clients:
+        if server.unable(info) is None:
+            server.deliver(info)
+
+
+@every_method
+def test_what_was_sent_is_not_changed_afterwards(name):
+    """Neither training nor merging writes into a payload: a client may be slow, and a server's model is its own."""
+    made = setup()
+    server, client = halves(name, made)
+    sent = server.configure(1, made.clients)
+    before = {c: decode(encode(payload)) for c, payload in sent.items()}
+    replies = [(c, client.train(sent[c], tiny.context(c))) for c in sorted(sent)]
+    replied = [decode(encode(reply)) for _, reply in replies]
+    server.aggregate(1, iter(replies))
+    assert all(tiny.payloads_equal(before[c], payload) for c, payload in sent.items())
+    assert all(tiny.payloads_equal(copy, reply) for copy, (_, reply) in zip(replied, replies, strict=True))
+
+
+@every_method
+def test_evaluating_changes_nothing(name):
+    made = setup()
+    server, client = halves(name, made)
+    info = next(c for c in made.clients if server.unable(c) is None)
+    before = checksum(server.params)
+    context = tiny.context(info.id)
+    first, second = (client.evaluate(server.deliver(info), context) for _ in range(2))
+    assert tiny.payloads_equal(first, second) and not first.groups
+    assert first.scalars["examples"] == 4 and 0 <= first.scalars["score"] <= 1
+    assert not context.state.params and not context.state.scalars and checksum(server.params) == before
