@@ -424,7 +424,9 @@ class FedMoEServer(Server):
         self.params = state.group("params")
         p = state.group("p")
         blocks = self.setup.model.counts  # in the order of the layers, which decides between equal p-hat
-        self.p = {client: {b: p[f"{client}/{b}"] for b in blocks} for client in sorted({key.split("/")[0] for key in p})}
+        self.p = {
+            client: {b: p[f"{client}/{b}"] for b in blocks} for client in sorted({key.split("/")[0] for key in p})
+        }
         rest = json.loads(str(state.scalars["fedmoe"]))
         self.map = {client: _held(held) for client, held in rest["map"].items()}
         self.measured = rest["measured"]
