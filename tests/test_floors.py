@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ FILES = sorted(SRC.rglob("*.py"))
 MODULES = {".".join(path.relative_to(SRC).with_suffix("").parts): path for path in FILES}
 
 
+@cache
 def imports(path: Path) -> set[str]:
     """Full names of everything a file imports, inside functions too; relative imports are resolved."""
     package = ("consilium", *path.relative_to(SRC).parent.parts)

@@ -89,7 +89,9 @@ def test_logits_are_those_of_the_whole_model(model_type):
     for logits, targets in ((whole[labels != -100], labels[labels != -100]), model(batch)):
         model.zero_grad()
         torch.nn.functional.cross_entropy(logits, targets).backward()
-        slopes.append((logits.detach(), targets, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+        slopes.append(
+            (logits.detach(), targets, {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        )
     (old, old_targets, old_slopes), (new, new_targets, new_slopes) = slopes
     assert torch.equal(old_targets, new_targets)
     torch.testing.assert_close(new, old, rtol=1e-6, atol=1e-6)
