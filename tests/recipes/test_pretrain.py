@@ -1,5 +1,6 @@
 """The pretraining recipe at toy size: it learns, balances, saves, resumes to the same bits, and ships what loads."""
 
+import json
 import math
 import random
 
@@ -8,9 +9,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, SwitchTransformersEncoderModel
 
+from consilium.data.docstrings import DocstringData
 from consilium.data.source import Doc
 from consilium.errors import CheckpointError, ConfigError, DataError
-from consilium.recipes.pretrain import MASK, PAD, Pretrain, Pretraining, balance_loss, build, train_tokenizer
+from consilium.recipes.pretrain import Pretrain, Pretraining
+from consilium.recipes.pretrain_card import Card, mutual_information, specialisation, usage
+from consilium.recipes.pretrain_card import main as write_card
+from consilium.recipes.pretrain_model import MASK, PAD, balance_loss, build, train_tokenizer
 
 TOPICS = {"numpy": "array matrix shape axis", "rich": "console colour table style", "scipy": "root solve curve fit"}
 
@@ -139,3 +144,38 @@ def test_settings_and_documents_are_checked(tmp_path):
         toy(tmp_path, heads=3)
     with pytest.raises(DataError, match="3 public documents"):
         Pretraining(toy(tmp_path), documents()[:3])
+
+
+def test_mutual_information_is_one_for_a_key_and_zero_for_noise():
+    """A diagonal table tells the row exactly; a constant one tells nothing."""
+    assert mutual_information(torch.eye(3) * 5) == pytest.approx(1.0)
+    assert mutual_information(torch.ones(3, 4)) == pytest.approx(0.0)
+
+
+def test_specialisation_is_the_total_variation_between_groups():
+    """Group a uses experts (3, 1), group b (1, 3), as shares (3/4, 1/4) and (1/4, 3/4): variation 1/2."""
+    counts = {"block": torch.tensor([[2.0, 1.0], [1.0, 0.0], [1.0, 3.0]])}
+    assert specialisation(counts, ["a", "a", "b"])["block"]["variation"] == 0.5
+
+
+def test_usage_counts_every_real_token_once(done):
+    docs = documents()[:10]
+    lengths = [len(done.tokenizer(doc.text, truncation=True)["input_ids"]) for doc in docs]
+    for table in usage(done.settings.out, docs).values():
+        assert table.shape == (10, 4)
+        assert table.sum(1).tolist() == lengths
+
+
+def test_the_card_says_what_was_measured(done, monkeypatch, tmp_path):
+    docs = documents()
+    monkeypatch.setattr(DocstringData, "public", lambda self: docs[:120])
+    monkeypatch.setattr(DocstringData, "private", lambda self: docs[120:])
+    (tmp_path / "scores.json").write_text('{"topic": {"words": 0.5, "model": 0.75}}')
+    write_card(Card(done.settings.out, tmp_path / "scores.json", documents=60))
+    card = json.loads((done.settings.out / "card.json").read_text())
+    assert set(card["usage_public"]) == {"encoder.block.0.layer.1.mlp", "encoder.block.1.layer.1.mlp"}
+    assert all(sum(shares) == pytest.approx(1, abs=1e-4) for shares in card["usage_public"].values())
+    assert card["training"]["steps"] == 30
+    assert card["data"]["packages"]["numpy"]["documents"] == 40
+    text = (done.settings.out / "README.md").read_text()
+    assert "| topic | 50.0 % | 75.0 % |" in text and "30 steps" in text

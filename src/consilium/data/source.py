@@ -93,6 +93,7 @@ def words(name: str) -> list[str]:
 
 _NAMES = "|".join(sorted({re.escape(n) for n in (*PUBLIC, *PACKAGES, *_OTHER_NAMES)}, key=len, reverse=True))
 _PACKAGE = re.compile(rf"(?<![\w.])(?:(?:{_NAMES})(?:\.\w+)*(?!\w)|(?:{'|'.join(_ALIASES)})(?:\.\w+)+)", re.IGNORECASE)
+_FIRST_WORDS = {re.split(r"\W", name.lower())[0] for name in (*PUBLIC, *PACKAGES, *_OTHER_NAMES, *_ALIASES)}
 _RULE = re.compile(r"([-=~*#^_.\"'`])\1{2,}")
 
 
@@ -100,13 +101,16 @@ def mask(text: str, name: str) -> str:
     """`text` without what would give the answers away (see the module docstring), whitespace collapsed, cut."""
     text = _RULE.sub(" ", " ".join(text.split()))[: 2 * TEXT_CHARACTERS]
     own = name.rsplit(".", 1)[-1]
-    parts = words(own)
-    if len(own) > 2:
+    # The plain searches in front spare compiling a pattern per name: most texts do not mention theirs.
+    if len(own) > 2 and own in text:
         text = re.sub(rf"(?<!\w){re.escape(own)}(?!\w)", "NAME", text)
-    if parts:
+    parts = words(own)
+    if parts and any(near in text for near in (f"_{parts[0]}", f"{parts[0]}_", f"{parts[0]}(")):
         verb = re.escape(parts[0])
         text = re.sub(rf"(?<!\w)(?:\w+_{verb}|(?:\w+_)?{verb}_\w+|{verb}(?=\())(?!\w)", "NAME", text)
-    text = " ".join(_PACKAGE.sub("PKG", text).split())
+    if not _FIRST_WORDS.isdisjoint(re.findall(r"\w+", text.lower())):
+        text = _PACKAGE.sub("PKG", text)
+    text = " ".join(text.split())
     return text if len(text) <= TEXT_CHARACTERS else text[:TEXT_CHARACTERS].rsplit(" ", 1)[0]
 
 

@@ -15,26 +15,32 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast, SwitchTransformersConfig, SwitchTransformersEncoderModel
 
 from consilium.data.docstrings import DocstringData
-from consilium.data.source import Doc, words
+from consilium.data.source import Doc
 from consilium.errors import CheckpointError, ConfigError, DataError
+from consilium.recipes.pretrain_corpus import HEADS, Batch, Corpus, classes_of
+from consilium.recipes.pretrain_model import (
+    EOS,
+    MASK,
+    PAD,
+    balance_loss,
+    build,
+    export,
+    train_tokenizer,
+    watch_routers,
+)
 
-__all__ = ["Batch", "Pretrain", "Pretraining", "main", "train_tokenizer"]
-
-SPECIAL = ("<pad>", "</s>", "<unk>", "<mask>")
-PAD, EOS, UNK, MASK = range(4)
-HEADS = ("topic", "kind", "verb")
+__all__ = ["Pretrain", "Pretraining", "main"]
 
 
 @dataclass(frozen=True)
@@ -87,104 +93,6 @@ class Pretrain:
             raise ConfigError(f"width {self.width} is not a multiple of heads {self.heads}")
 
 
-def train_tokenizer(texts: list[str], vocabulary: int, length: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the texts, which ends every text with </s> and needs no unknown token."""
-    tokenizer = Tokenizer(models.BPE(unk_token=None))
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=True)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", EOS)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=SPECIAL[PAD],
-        eos_token=SPECIAL[EOS],
-        unk_token=SPECIAL[UNK],
-        mask_token=SPECIAL[MASK],
-        model_max_length=length,
-        model_input_names=["input_ids", "attention_mask"],
-    )
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Token ids [B, T] (padded), head targets [B] (-1 = none), name words [B, W] as rows that sum to 1 or 0."""
-
-    ids: Tensor
-    targets: dict[str, Tensor]
-    words: Tensor
-
-
-class Corpus:
-    """Encoded documents with their answers, handed out in batches of about equal length."""
-
-    def __init__(self, docs: list[Doc], tokenizer: PreTrainedTokenizerFast, length: int, classes: dict[str, list[str]]):
-        encoded = tokenizer([doc.text for doc in docs], truncation=True, max_length=length)["input_ids"]
-        self.ids = [torch.tensor(row) for row in encoded]
-        self.classes = classes
-        place = {head: {label: i for i, label in enumerate(labels)} for head, labels in classes.items()}
-        self.targets = {head: torch.tensor([place[head].get(_answer(head, doc), -1) for doc in docs]) for head in HEADS}
-        self.words = [[place["words"][w] for w in words(doc.name) if w in place["words"]] for doc in docs]
-
-    def batches(self, tokens: int, rng: random.Random) -> Iterator[Batch]:
-        """One pass in random order; a batch has at most `tokens` tokens, and neighbours in length share it."""
-        order = list(range(len(self.ids)))
-        rng.shuffle(order)
-        groups = []
-        for start in range(0, len(order), 4096):
-            chunk = sorted(order[start : start + 4096], key=lambda i: len(self.ids[i]))
-            group: list[int] = []
-            for i in chunk:
-                if group and len(self.ids[i]) * (len(group) + 1) > tokens:
-                    groups.append(group)
-                    group = []
-                group.append(i)
-            groups.append(group)
-        rng.shuffle(groups)
-        for group in groups:
-            yield self.take(group)
-
-    def take(self, rows: list[int]) -> Batch:
-        """The batch of these rows."""
-        ids = nn.utils.rnn.pad_sequence([self.ids[i] for i in rows], batch_first=True, padding_value=PAD)
-        named = torch.zeros(len(rows), len(self.classes["words"]))
-        for r, i in enumerate(rows):
-            for word in self.words[i]:
-                named[r, word] = 1.0 / len(self.words[i])
-        return Batch(ids, {head: self.targets[head][rows] for head in HEADS}, named)
-
-
-def _answer(head: str, doc: Doc) -> str | None:
-    if head == "topic":
-        return doc.package
-    if head == "kind":
-        return doc.kind
-    own = doc.name.rsplit(".", 1)[-1]
-    parts = words(own)
-    called = doc.kind in ("function", "method", "classmethod", "staticmethod")
-    return parts[0] if called and len(parts) > 1 and not own.startswith("__") else None
-
-
-def _classes(docs: list[Doc]) -> dict[str, list[str]]:
-    """Labels per head that occur often enough, and the frequent words of names."""
-    least = max(2, len(docs) // 1000)
-    classes = {}
-    for head in HEADS:
-        counts = Counter(_answer(head, doc) for doc in docs)
-        classes[head] = sorted(k for k, n in counts.items() if k and n >= (least if head == "verb" else 2))
-    counts = Counter(w for doc in docs for w in set(words(doc.name)))
-    classes["words"] = sorted(w for w, n in counts.most_common(1000) if n >= 2)
-    return classes
-
-
 class Pretraining:
     """Model, heads, optimiser and the place in the data: everything that a save holds."""
 
@@ -197,7 +105,7 @@ class Pretraining:
         docs = random.Random(settings.seed).sample(docs, len(docs))
         held = min(settings.heldout, len(docs) // 5)
         self.tokenizer = train_tokenizer([doc.text for doc in docs[held:]], settings.vocabulary, settings.length)
-        classes = _classes(docs[held:])
+        classes = classes_of(docs[held:])
         self.docs = docs
         self.heldout = Corpus(docs[:held], self.tokenizer, settings.length, classes)
         self.train = Corpus(docs[held:], self.tokenizer, settings.length, classes)
@@ -339,8 +247,6 @@ class Pretraining:
 
     def resume(self) -> bool:
         """Continue from `out` if it holds a state; CheckpointError when that state is of another model."""
-        from safetensors import safe_open
-
         path = self.settings.out / "state.safetensors"
         if not path.exists():
             return False
@@ -361,103 +267,6 @@ class Pretraining:
         for key, value in place.items():
             setattr(self, key, value)
         return True
-
-
-def build(settings: Pretrain, vocabulary: int) -> SwitchTransformersEncoderModel:
-    """A Switch encoder with every layer sparse, from a config, in float32."""
-    config = SwitchTransformersConfig(
-        vocab_size=vocabulary,
-        d_model=settings.width,
-        d_kv=settings.width // settings.heads,
-        d_ff=settings.hidden,
-        num_layers=settings.layers,
-        num_sparse_encoder_layers=settings.layers,
-        num_decoder_layers=settings.layers,
-        num_sparse_decoder_layers=settings.layers,
-        num_heads=settings.heads,
-        num_experts=settings.experts,
-        expert_capacity=1024,  # per text: above any length in use, so no token is ever dropped
-        router_jitter_noise=0.0,
-        dropout_rate=settings.dropout,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-    )
-    config.architectures = ["SwitchTransformersEncoderModel"]
-    model = SwitchTransformersEncoderModel(config)
-    initialise(model)
-    for block in model.encoder.block:
-        block.layer[1].mlp.experts.forward = _sorted_experts.__get__(block.layer[1].mlp.experts)
-    return model
-
-
-@torch.no_grad()
-def initialise(model: SwitchTransformersEncoderModel) -> None:
-    """Weights from which AdamW learns in minutes; the stock ones were made for Adafactor and long runs.
-
-    - Small embeddings: at AdamW's step size those of rare words, which tell most, would hardly move from unit variance.
-    - Small outputs of attention and experts, so that they do not drown the embeddings.
-    - Router logits of unit deviation instead of sqrt(d_model): no token belongs to one expert from the start.
-    - Attention heads that look one word back, one ahead, nearby, around, and everywhere: relative positions are
-      learnt slowly, and until they are, the masked-word loss stands still at the frequencies of words.
-    """
-    width = model.config.d_model
-    model.shared.weight.normal_(std=0.05)
-    for block in model.encoder.block:
-        block.layer[0].SelfAttention.o.weight.mul_(0.2)
-        mlp = block.layer[1].mlp
-        mlp.router.classifier.weight.normal_(std=width**-0.5)
-        for expert in mlp.experts.values():
-            expert.wo.weight.mul_(0.5)
-    attention = model.encoder.block[0].layer[0].SelfAttention
-    distances = torch.arange(-127, 128)
-    buckets = attention._relative_position_bucket(distances, num_buckets=32, max_distance=128)
-    for bucket in buckets.unique():
-        d = distances[buckets == bucket].float().mean()
-        near = [-4 * (d + 1).abs().clamp(max=2), -4 * (d - 1).abs().clamp(max=2)]
-        biases = [*near, -2 * d.abs().log1p(), -d.abs().log1p()]
-        for head in range(attention.n_heads):
-            attention.relative_attention_bias.weight[bucket, head] = biases[head] if head < len(biases) else 0.0
-
-
-def _sorted_experts(experts: nn.ModuleDict, hidden_TD: Tensor, chosen_T1E: Tensor, weights_T1: Tensor) -> Tensor:
-    """The stock experts' result, computed on tokens sorted by expert: one gather instead of one search per expert."""
-    expert_T = chosen_T1E.squeeze(1).argmax(-1)
-    order_T = expert_T.argsort()
-    counts = expert_T.bincount(minlength=len(experts)).tolist()
-    pieces = hidden_TD[order_T].split(counts)
-    done = [experts[f"expert_{e}"](piece) for e, piece in enumerate(pieces) if len(piece)]
-    sorted_TD = torch.cat(done) * weights_T1[order_T]
-    return torch.zeros_like(hidden_TD).index_copy(0, order_T, sorted_TD.to(hidden_TD.dtype))
-
-
-def watch_routers(model: SwitchTransformersEncoderModel) -> list[Tensor]:
-    """A list that each forward pass appends every layer's router logits [B, T, E] to, first layer first."""
-    logits: list[Tensor] = []
-    for block in model.encoder.block:
-        block.layer[1].mlp.router.register_forward_hook(lambda module, args, output: logits.append(output[2]))
-    return logits
-
-
-def balance_loss(logits: Tensor, real: Tensor) -> Tensor:
-    """Switch's load balance of one layer, E * sum_e f_e P_e over real tokens: 1 when even, E when collapsed.
-
-    logits [B, T, E]; real [B, T] bool. f_e: share of tokens whose first choice is e; P_e: mean probability of e.
-    """
-    kept = logits[real].float()
-    experts = kept.shape[-1]
-    shares = F.one_hot(kept.argmax(-1), experts).float().mean(0)
-    return experts * (shares * kept.softmax(-1).mean(0)).sum()
-
-
-def export(model: SwitchTransformersEncoderModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Model in bfloat16 and tokenizer, to be opened by `from_pretrained`, which then computes in float32."""
-    names = [k for k in model.state_dict() if k != "encoder.embed_tokens.weight"]  # tied to shared.weight
-    tensors = {k: model.state_dict()[k].detach().to("cpu", torch.bfloat16).contiguous() for k in names}
-    save_file(tensors, out / "model.tmp", metadata={"format": "pt"})
-    (out / "model.tmp").replace(out / "model.safetensors")
-    model.config.dtype = "float32"
-    model.config.save_pretrained(out)
-    tokenizer.save_pretrained(out)
 
 
 def main(settings: Pretrain) -> None:

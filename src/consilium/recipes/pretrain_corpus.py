@@ -1,0 +1,90 @@
+"""The public documents as batches for pretraining."""
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from consilium.data.source import Doc, words
+from consilium.recipes.pretrain_model import PAD
+
+__all__ = ["HEADS", "Batch", "Corpus", "answer", "classes_of"]
+
+HEADS = ("topic", "kind", "verb")
+"""The classification heads; a fourth, "words", predicts the words of the documented name."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids [B, T] (padded), head targets [B] (-1 = none), name words [B, W] as rows that sum to 1 or 0."""
+
+    ids: Tensor
+    targets: dict[str, Tensor]
+    words: Tensor
+
+
+class Corpus:
+    """Encoded documents with their answers, handed out in batches of about equal length."""
+
+    def __init__(self, docs: list[Doc], tokenizer: PreTrainedTokenizerFast, length: int, classes: dict[str, list[str]]):
+        encoded = tokenizer([doc.text for doc in docs], truncation=True, max_length=length)["input_ids"]
+        self.ids = [torch.tensor(row) for row in encoded]
+        self.classes = classes
+        place = {head: {label: i for i, label in enumerate(labels)} for head, labels in classes.items()}
+        self.targets = {head: torch.tensor([place[head].get(answer(head, doc), -1) for doc in docs]) for head in HEADS}
+        self.words = [[place["words"][w] for w in words(doc.name) if w in place["words"]] for doc in docs]
+
+    def batches(self, tokens: int, rng: random.Random) -> Iterator[Batch]:
+        """One pass in random order; a batch has at most `tokens` tokens, and neighbours in length share it."""
+        order = list(range(len(self.ids)))
+        rng.shuffle(order)
+        groups = []
+        for start in range(0, len(order), 4096):
+            chunk = sorted(order[start : start + 4096], key=lambda i: len(self.ids[i]))
+            group: list[int] = []
+            for i in chunk:
+                if group and len(self.ids[i]) * (len(group) + 1) > tokens:
+                    groups.append(group)
+                    group = []
+                group.append(i)
+            groups.append(group)
+        rng.shuffle(groups)
+        for group in groups:
+            yield self.take(group)
+
+    def take(self, rows: list[int]) -> Batch:
+        """The batch of these rows."""
+        ids = nn.utils.rnn.pad_sequence([self.ids[i] for i in rows], batch_first=True, padding_value=PAD)
+        named = torch.zeros(len(rows), len(self.classes["words"]))
+        for r, i in enumerate(rows):
+            for word in self.words[i]:
+                named[r, word] = 1.0 / len(self.words[i])
+        return Batch(ids, {head: self.targets[head][rows] for head in HEADS}, named)
+
+
+def answer(head: str, doc: Doc) -> str | None:
+    """What a head should say of a document; None: nothing. Wider than the tasks: every kind, every frequent verb."""
+    if head == "topic":
+        return doc.package
+    if head == "kind":
+        return doc.kind
+    own = doc.name.rsplit(".", 1)[-1]
+    parts = words(own)
+    called = doc.kind in ("function", "method", "classmethod", "staticmethod")
+    return parts[0] if called and len(parts) > 1 and not own.startswith("__") else None
+
+
+def classes_of(docs: list[Doc]) -> dict[str, list[str]]:
+    """Labels per head that occur often enough, and the frequent words of names."""
+    least = max(2, len(docs) // 1000)
+    classes = {}
+    for head in HEADS:
+        counts = Counter(answer(head, doc) for doc in docs)
+        classes[head] = sorted(k for k, n in counts.items() if k and n >= (least if head == "verb" else 2))
+    counts = Counter(w for doc in docs for w in set(words(doc.name)))
+    classes["words"] = sorted(w for w, n in counts.most_common(1000) if n >= 2)
+    return classes
