@@ -5,8 +5,9 @@ import os
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1")
 
 import socket
+import tempfile
 
-import hypothesis
+import hypothesis.configuration
 import pytest
 import tiny
 import torch
@@ -21,6 +22,8 @@ algorithms.register_all()
 # No example database: tests write to pytest's temporary directories and nowhere else.
 hypothesis.settings.register_profile("consilium", database=None, deadline=None, derandomize=True, max_examples=30)
 hypothesis.settings.load_profile("consilium")
+_scratch = tempfile.TemporaryDirectory(prefix="hypothesis-")
+hypothesis.configuration.set_hypothesis_home_dir(_scratch.name)
 
 
 @pytest.fixture(scope="session", autouse=True)
