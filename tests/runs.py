@@ -46,7 +46,8 @@ def experiment(data: Path, method: str | Algorithm = "FedAvg", /, **changes) -> 
 
 def memory(*experts: int) -> tuple[str, ...]:
     """Devices that can just train so many experts per layer, in the order of the clients."""
-    return tuple(f"{tiny.bytes_for(n, batch_size=4, max_length=12)}B" for n in experts)
+    setup = tiny.setup(batch_size=4, max_length=12)
+    return tuple(f"{setup.footprint(dict.fromkeys(setup.model.counts, n)).total}B" for n in experts)
 
 
 def outcome(folder: Path) -> dict:

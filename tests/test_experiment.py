@@ -312,7 +312,7 @@ def test_structure_and_events_tell_the_same_story(fedmoe):
     for held in structure["rounds"].values():
         assert set(held) == {"site-0", "site-1", "site-2"}
         for blocks in held.values():
-            assert all(ids == sorted(set(ids)) and 0 <= ids[0] and ids[-1] < 8 for ids in blocks.values())
+            assert all(ids == sorted(set(ids)) and ids[0] >= 0 and ids[-1] < 8 for ids in blocks.values())
     first = [e for e in lines(folder / "events.jsonl") if e["event"] == "structure"]
     assert {e["client"]: e["experts"] for e in first} == {
         client: sum(map(len, held.values())) for client, held in structure["rounds"]["1"].items()

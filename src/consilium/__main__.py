@@ -1,29 +1,32 @@
 """The command line: `consilium run | compare | resume | report | list | inspect`.
 
 Flags and their help come from the dataclasses themselves, through tyro. Errors are one line, and exit with 2.
+A command imports what it needs when it is called: torch and transformers take seconds, help and mistypes should not.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import io
+import itertools
 import json
 import os
+import re
+import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
 
-from consilium.core import Algorithm
 from consilium.errors import ConfigError, ConsiliumError
-from consilium.experiment import Experiment, from_json, resume, run
-from consilium.moe.budget import MemoryModel, bytes_of, human
-from consilium.moe.build import ModelSource, shipped
-from consilium.recipes import RECIPES, Recipe, find
-from consilium.report.html import write_report
-from consilium.report.table import print_table
-from consilium.watch import Comparison, Terminal
+
+if TYPE_CHECKING:
+    from consilium.experiment import Experiment, Watch
+    from consilium.recipes import Recipe
 
 __all__ = ["main"]
 
@@ -46,6 +49,8 @@ err = Console(stderr=True, soft_wrap=True)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 2 an error of the user's, 130 interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:  # a process of its own: what `kill` or a job queue sends is taken as Ctrl-C
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     commands: dict[str, Callable[[list[str]], None]] = {
         "run": run_command,
@@ -63,45 +68,61 @@ def main(argv: Sequence[str] | None = None) -> int:
             near = difflib.get_close_matches(args[0], commands, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"unknown command {args[0]!r}; allowed are {', '.join(commands)}{hint}")
-        commands[args[0]](args[1:])
-    except ConsiliumError as error:
-        err.print(f"consilium: {error}", markup=False, highlight=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
+            commands[args[0]](args[1:])
+    except (ConsiliumError, OSError) as error:
+        _say(str(error))
         return 2
-    except KeyboardInterrupt:
-        err.print("interrupted; `consilium resume` continues the run", markup=False)
+    except KeyboardInterrupt as stop:
+        _say(f"interrupted{stop}")
         return 130
     return 0
 
 
+def _say(text: str) -> None:
+    """One line on stderr."""
+    err.print(f"consilium: {' '.join(text.split())}", markup=False, highlight=False)
+
+
 def run_command(args: list[str]) -> None:
     """consilium run RECIPE|FILE.json [--out DIR] [flags of the experiment]"""
+    from consilium.experiment import run
+
     default, rest = _experiment(args, "run")
     options, rest = _split(rest, {"--out": "runs"})
-    experiment = _parse(type(default), rest, f"consilium run {args[0]}", default)
+    experiment = _parse(type(default), rest, f"consilium run {args[0]}", default, options)
     folder = Path(options["--out"]) / experiment.name
-    with Terminal(out) as terminal:
-        run(experiment, folder, terminal)
+    _followed(lambda watch: run(experiment, folder, watch), folder)
     _finish([folder])
 
 
 def compare_command(args: list[str]) -> None:
     """consilium compare RECIPE [--algorithms A,B] [--seeds N] [--jobs N] [--out DIR] [flags of the experiment]"""
+    from consilium.recipes import find
+    from consilium.watch import Comparison
+
     default, rest = _experiment(args, "compare")
     recipe = find(args[0])
     options, rest = _split(
         rest, {"--out": "runs", "--algorithms": "FedMoE,FedAvg,RandomMoE", "--seeds": "1", "--jobs": "0"}
     )
-    experiment = _parse(type(default), rest, f"consilium compare {args[0]}", default)
+    experiment = _parse(type(default), rest, f"consilium compare {args[0]}", default, options)
     seeds, jobs = _whole(options, "--seeds", 1), _whole(options, "--jobs", 0)
     names = options["--algorithms"].split(",")
     root = Path(options["--out"]) / experiment.name
     planned = _plan(recipe, experiment, names, seeds, root)
-    Comparison(out, planned, jobs or max((os.cpu_count() or 2) // experiment.threads, 1)).run()
+    try:
+        Comparison(out, planned, jobs or max((os.cpu_count() or 2) // experiment.threads, 1)).run()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("; the same command continues the comparison") from None
     _finish(list(planned), root / "report.html")
 
 
 def resume_command(args: list[str]) -> None:
     """consilium resume RUN"""
+    from consilium.experiment import read_config, resume
+    from consilium.report.table import print_table
 
     def parameters(run: Annotated[Path, tyro.conf.Positional]) -> Path:
         """Continue an interrupted run from its last checkpoint, to the same bits.
@@ -112,8 +133,11 @@ def resume_command(args: list[str]) -> None:
         return run
 
     folder = _parse(parameters, args, "consilium resume")
-    with Terminal(out) as terminal:
-        resume(folder, terminal)
+    if read_config(folder)["status"] == "finished":
+        out.print(f"{folder} is finished", markup=False, highlight=False, soft_wrap=True)
+        print_table([folder], out)
+        return
+    _followed(lambda watch: resume(folder, watch), folder)
     _finish([folder])
 
 
@@ -139,6 +163,11 @@ def report_command(args: list[str]) -> None:
 
 def list_command(args: list[str]) -> None:
     """consilium list"""
+    from consilium.core import Algorithm
+    from consilium.moe.budget import human
+    from consilium.moe.build import shipped
+    from consilium.recipes import RECIPES, find
+
     _parse(lambda: None, args, "consilium list")
     find(next(iter(RECIPES), "fedmoe-docstrings"))
     out.print("[bold]Recipes[/bold]")
@@ -154,6 +183,8 @@ def list_command(args: list[str]) -> None:
 
 def inspect_command(args: list[str]) -> None:
     """consilium inspect MODEL \\[--memory 12GiB][--form FORM]"""
+    from consilium.moe.budget import MemoryModel, bytes_of, human
+    from consilium.moe.build import ModelSource
 
     def parameters(
         model: Annotated[str, tyro.conf.Positional],
@@ -197,8 +228,11 @@ def inspect_command(args: list[str]) -> None:
 # --- parsing ------------------------------------------------------------------------------------------------------
 
 
-def _experiment(args: list[str], command: str) -> tuple[Experiment, list[str]]:
+def _experiment(args: list[str], command: str) -> "tuple[Experiment, list[str]]":
     """The experiment named by the first argument, and the arguments after it."""
+    from consilium.experiment import from_json
+    from consilium.recipes import RECIPES, find
+
     find_all = "see `consilium list`"
     if not args:
         raise ConfigError(f"consilium {command} needs a recipe; {find_all}")
@@ -213,6 +247,8 @@ def _experiment(args: list[str], command: str) -> tuple[Experiment, list[str]]:
             saved = json.loads(Path(args[0]).read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise ConfigError(f"{args[0]} is not a saved experiment: {type(error).__name__}") from error
+        if not isinstance(saved, dict):
+            raise ConfigError(f"{args[0]} is not a saved experiment: it holds a {type(saved).__name__}")
         return from_json(saved.get("experiment", saved)), args[1:]
     return find(args[0]).make(), args[1:]
 
@@ -242,18 +278,40 @@ def _whole(options: dict[str, str], name: str, least: int) -> int:
     return int(text)
 
 
-def _parse(kind: Any, args: list[str], prog: str, default: Any = None) -> Any:
-    """tyro, with misspelt flags turned into one line that suggests the nearest."""
+def _parse(kind: Any, args: list[str], prog: str, default: Any = None, own: Sequence[str] = ()) -> Any:
+    """tyro, with its complaints as one line, and misspelt flags answered with the nearest. `own`: other flags known."""
     extra = {"default": default} if default is not None else {}
-    value, unknown = tyro.cli(
-        kind, args=args, prog=prog, return_unknown_args=True, config=(tyro.conf.AvoidSubcommands,), **extra
-    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            value, unknown = tyro.cli(
+                kind, args=args, prog=prog, return_unknown_args=True, config=(tyro.conf.AvoidSubcommands,), **extra
+            )
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        raise ConfigError(f"{_complaint(said.getvalue())}; see `{prog} --help`") from None
     if unknown:
-        flags = _flags(default) if default is not None else []
+        flags = [*(_flags(default) if default is not None else []), *own]
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"see `{prog} --help`"
         raise ConfigError(f"unknown argument {unknown[0]!r}; {hint}")
     return value
+
+
+def _complaint(box: str) -> str:
+    """What tyro says in the first part of its box, as one line: the flag, the value, what is allowed."""
+    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
+    parts = itertools.groupby(lines, key=lambda line: bool(line.strip("─-╰╯")))  # between the rules, drawn or typed
+    text = " ".join(next((part for full, part in parts if full), ())).rstrip(".")
+    if match := re.search(r"invalid choice '(.*?)' for argument '(.+?)'.*?\((.*)\)", text):
+        allowed = re.findall(r"'(.*?)'", match[3])
+        near = difflib.get_close_matches(match[1], allowed, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{match[2]} is {match[1]!r}; allowed are {', '.join(allowed)}{hint}"
+    text = text.removeprefix("Error parsing ")
+    text = text.replace("invalid literal for int() with base 10:", "it must be a whole number, not")
+    return text.replace("could not convert string to float:", "it must be a number, not")
 
 
 def _flags(value: Any, prefix: str = "--") -> list[str]:
@@ -269,7 +327,21 @@ def _flags(value: Any, prefix: str = "--") -> list[str]:
 # --- running and finishing ----------------------------------------------------------------------------------------
 
 
-def _plan(recipe: Recipe, experiment: Experiment, names: list[str], seeds: int, root: Path) -> dict[Path, Experiment]:
+def _followed(work: "Callable[[Watch], Any]", folder: Path) -> None:
+    """Run with progress on the terminal; on Ctrl-C say how to go on."""
+    from consilium.watch import Terminal
+
+    with Terminal(out) as watch:
+        try:
+            work(watch)
+        except KeyboardInterrupt:
+            begun = (folder / "config.json").exists()
+            raise KeyboardInterrupt(f"; `consilium resume {folder}` continues the run" if begun else "") from None
+
+
+def _plan(
+    recipe: "Recipe", experiment: "Experiment", names: list[str], seeds: int, root: Path
+) -> "dict[Path, Experiment]":
     """Run directory -> experiment, for every algorithm and seed."""
     planned = {}
     for name in names:
@@ -284,6 +356,9 @@ def _plan(recipe: Recipe, experiment: Experiment, names: list[str], seeds: int, 
 
 def _finish(folders: list[Path], target: Path | None = None) -> None:
     """Print the table, write the report, say where it is."""
+    from consilium.report.html import write_report
+    from consilium.report.table import print_table
+
     print_table(folders, out)
     if target is None:
         target = (folders[0] if len(folders) == 1 else Path(os.path.commonpath(folders))) / "report.html"

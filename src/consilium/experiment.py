@@ -45,7 +45,7 @@ from consilium.moe.build import ModelSource
 from consilium.params import checksum
 from consilium.training import Fit, Setup
 
-__all__ = ["Experiment", "Watch", "from_json", "read_config", "resume", "run", "to_json"]
+__all__ = ["Experiment", "Watch", "check", "from_json", "read_config", "resume", "run", "to_json"]
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 algorithms.register_all()
@@ -196,6 +196,15 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 # --- running ------------------------------------------------------------------------------------------------------
+
+
+def check(experiment: Experiment) -> None:
+    """Find what keeps an experiment from running, without running it: data, model and memory.
+
+    Raises:
+        ConsiliumError: saying what.
+    """
+    _Prepared.of(experiment)
 
 
 def run(experiment: Experiment, folder: Path, watch: Watch | None = None) -> dict[str, Any]:

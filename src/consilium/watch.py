@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,10 +15,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from consilium.core import Algorithm
 from consilium.data.task import Federation
 from consilium.engine.checkpoint import write_atomic
 from consilium.errors import ConfigError, ConsiliumError
-from consilium.experiment import Experiment, records, to_json
+from consilium.experiment import Experiment, check, read_config, records, to_json
 from consilium.moe.budget import human
 from consilium.training import Setup
 
@@ -52,7 +52,7 @@ class Terminal:
             f"training all needs {full}; devices: {devices}"
         )
         for client, reason in federation.skipped.items():
-            say(f"  skipped {client}: {reason}")
+            say(f"  skipped {client}: {escape(reason)}")
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -60,6 +60,7 @@ class Terminal:
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
+            disable=not self.console.is_terminal,
         )
         self._bars.start()
         self._tasks["rounds"] = self._bars.add_task("rounds", total=experiment.rounds, completed=first - 1)
@@ -118,13 +119,14 @@ class Comparison:
     jobs: int
 
     def run(self) -> None:
-        """Run what is not finished.
+        """Run what is not finished. What cannot run is found before the first run starts.
 
         Raises:
-            ConfigError: if a directory holds another experiment.
+            ConfigError: if a directory holds another experiment, or one of the experiments cannot run.
             ConsiliumError: if a run failed, with the last line it printed.
         """
         waiting = [folder for folder, experiment in self.planned.items() if not self._finished(folder, experiment)]
+        self._check_new(waiting)
         running: dict[Path, subprocess.Popen] = {}
         columns = (
             TextColumn("{task.description:16}"),
@@ -132,7 +134,8 @@ class Comparison:
             MofNCompleteColumn(),
             TextColumn("{task.fields[at]}"),
         )
-        with Progress(*columns, TimeRemainingColumn(), console=self.console) as bars:
+        hidden = not self.console.is_terminal
+        with Progress(*columns, TimeRemainingColumn(), console=self.console, disable=hidden) as bars:
             tasks = {
                 folder: bars.add_task(folder.name, total=experiment.rounds, at="")
                 for folder, experiment in self.planned.items()
@@ -150,18 +153,28 @@ class Comparison:
                             self._check(folder, running.pop(folder))
             finally:
                 for process in running.values():
-                    process.send_signal(signal.SIGINT)
+                    process.terminate()
                 for process in running.values():
                     process.wait()
 
     def _finished(self, folder: Path, experiment: Experiment) -> bool:
-        config = folder / "config.json"
-        if not config.exists():
+        if not (folder / "config.json").exists():
             return False
-        saved = json.loads(config.read_text())
+        saved = read_config(folder)
         if saved["experiment"] != json.loads(json.dumps(to_json(experiment))):
             raise ConfigError(f"{folder} holds another experiment; choose another --name or --out, or delete it")
         return saved["status"] == "finished"
+
+    def _check_new(self, waiting: Sequence[Path]) -> None:
+        first: dict[Algorithm, Path] = {}  # seeds change the data, hardly whether a method can run on it
+        for folder in waiting:
+            if not (folder / "config.json").exists():
+                first.setdefault(self.planned[folder].algorithm, folder)
+        for folder in first.values():
+            try:
+                check(self.planned[folder])
+            except ConsiliumError as error:
+                raise ConfigError(f"{folder.name} cannot run: {error}") from error
 
     def _start(self, folder: Path) -> subprocess.Popen:
         if (folder / "config.json").exists():
@@ -178,12 +191,14 @@ class Comparison:
                 stdout=log,
                 stderr=log,
                 env={**os.environ, **threads},
+                start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
             )
 
     def _check(self, folder: Path, process: subprocess.Popen) -> None:
         if process.returncode:
             lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
-            raise ConsiliumError(f"{folder.name} failed ({lines[-1] if lines else 'no output'}); see {folder}/log.txt")
+            last = lines[-1] if lines else "no output"
+            raise ConsiliumError(f"{folder.name} failed with code {process.returncode} ({last}); see {folder}/log.txt")
 
     def _show(self, bars: Progress, task: Any, folder: Path) -> None:
         with contextlib.suppress(OSError, json.JSONDecodeError, IndexError):

@@ -1,0 +1,333 @@
+"""The command line as a user meets it: what it prints, what it writes, and one line for everything that is wrong."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import runs
+import tiny
+
+from consilium.__main__ import main
+from consilium.core import Algorithm
+from consilium.experiment import read_config, to_json
+from consilium.recipes import RECIPES
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch, tmp_path):
+    """80 columns, no terminal, in an empty directory."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return runs.table(tmp_path_factory.mktemp("data"))
+
+
+def flags(data, **changes):
+    """Flags of `fedmoe-text` on the table and the tiny model; one-round FedMoE without its LoRA stage."""
+    values = {
+        "data.path": data, "data.client": "site", "model.path": tiny.directory("switch_transformers", num_experts=4),
+        "fit.batch-size": 4, "fit.max-length": 12, "rounds": 1, "algorithm.stage1": "forward",
+    } | {name.replace("__", ".").replace("_", "-"): value for name, value in changes.items()}  # fmt: skip
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+def call(capsys, *args):
+    """Exit code, stdout and stderr of a command."""
+    capsys.readouterr()
+    code = main([str(arg) for arg in args])
+    said = capsys.readouterr()
+    assert "\x1b" not in said.out + said.err and "\r" not in said.out + said.err
+    return code, said.out, said.err
+
+
+def refused(capsys, *args):
+    """The one line on stderr of a command that exits with 2 and writes nothing."""
+    before = sorted(Path.cwd().rglob("*"))
+    code, out, err = call(capsys, *args)
+    assert code == 2 and out == ""
+    assert err.startswith("consilium: ") and err.endswith("\n") and err.count("\n") == 1
+    assert sorted(Path.cwd().rglob("*")) == before
+    return err
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
+
+COMMANDS = ("run", "compare", "resume", "report", "list", "inspect")
+
+
+@pytest.mark.parametrize("args", [[], ["--help"], ["-h"], ["help"]])
+def test_help_names_every_command(capsys, args):
+    code, out, _ = call(capsys, *args)
+    assert code == 0
+    assert all(f"consilium {command}" in out for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [(["run"], "--out"), (["compare"], "--seeds"), (["resume"], "run directory"), (["report"], "--out"),
+     (["list"], "consilium list"), (["inspect"], "--memory"), (["run", "fedmoe-text"], "--data.path"),
+     (["compare", "fedmoe-docstrings"], "--algorithm.alpha")],
+)  # fmt: skip
+def test_help_of_a_command(capsys, args, expected):
+    with pytest.raises(SystemExit) as stop:
+        main([*args, "--help"])
+    assert not stop.value.code
+    assert expected in capsys.readouterr().out
+    assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.parametrize(("args", "code"), [(["--help"], 0), (["rum"], 2), ([], 0)])
+def test_help_and_mistypes_do_not_wait_for_torch(args, code):
+    program = (
+        "import sys; from consilium.__main__ import main; code = main(sys.argv[1:]);"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *args], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+
+
+# --- what is wrong, in one line ---------------------------------------------------------------------------------------
+
+
+def test_unknown_commands_and_recipes_get_a_suggestion(capsys):
+    assert "unknown command 'rum'; allowed are run, compare" in refused(capsys, "rum")
+    assert "did you mean 'run'?" in refused(capsys, "rum")
+    err = refused(capsys, "run", "fedmoe-txt")
+    assert "unknown recipe 'fedmoe-txt'; allowed are " in err and "did you mean 'fedmoe-text'?" in err
+    assert "needs a recipe; see `consilium list`" in refused(capsys, "run")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--roundz", "3"], r"unknown argument '--roundz'; did you mean --rounds\?"),
+        (["--data.pth=x"], r"unknown argument '--data\.pth=x'; did you mean --data\.path\?"),
+        (["--ouut", "x"], r"did you mean --out\?"),
+        (["stray"], r"unknown argument 'stray'"),
+        (["--out"], r"--out needs a value, e\.g\. --out runs"),
+        (["--rounds", "x"], r"--rounds: it must be a whole number, not 'x'; see `consilium run fedmoe-text --help`"),
+        (["--fit.lr", "fast"], r"--fit\.lr: it must be a number, not 'fast'"),
+        (["--rounds"], r"Missing value for argument '--rounds'"),
+        (["--rounds", "0"], r"rounds is 0; it must be at least 1"),
+        (["--fit.lr", "0"], r"fit\.lr is 0\.0; it must be greater than 0"),
+        (["--sampling.clients-per-round", "0"], r"clients_per_round is 0"),
+        (["--algorithm.alpha", "1.5"], r"alpha is 1\.5; it must be within \(0, 1\]"),
+        (["--data.partition", "dirichle"], r"--data\.partition is 'dirichle'; allowed are iid, .*; did you mean"),
+        (["--fit.optimizer", "adam"], r"--fit\.optimizer is 'adam'; allowed are adamw, sgd; did you mean 'adamw'\?"),
+        (["--name", "../x"], r"name is '\.\./x'; use 1 to 64 of"),
+        (["--name", "two words"], r"name is 'two words'"),
+        (["--name", "x" * 100], r"name is 'x{100}'"),
+        (["--memory", "60"], r"60"),
+        (["--memory", "lots"], r"lots"),
+        (["--model.path", "./nowhere"], r"model '\./nowhere' is neither a directory"),
+        (["--data.path", "nowhere.csv"], r"nowhere\.csv is not a file"),
+        (["--data.text", "txt"], r"no column 'txt'; did you mean 'text'\?.*[Cc]olumns: text, label, site"),
+        (["--data.client", "sit"], r"no column 'sit'"),
+        (["--data.labels", "cat", "dog"], r"label 'fish' is not declared.*cat, dog"),
+        (["--data.form", "text-to-text"], r"asks for text-to-text, the model is set up for classification"),
+        (["--memory", "1GB", "1MB"], r"site-1 cannot hold the smallest sub-MoE, one expert per layer: needs .*, has 1"),
+        (["--device", "abacus"], r"device 'abacus' cannot be used"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_nothing_is_written(capsys, data, args, message):
+    assert re.search(message, refused(capsys, "run", "fedmoe-text", *flags(data), *args))
+
+
+def test_a_column_with_nulls(capsys, tmp_path):
+    path = tmp_path / "nulls.jsonl"
+    path.write_text('{"text": "a b", "label": "x"}\n{"text": null, "label": "y"}\n')
+    err = refused(capsys, "run", "fedmoe-text", *flags(path, data__client=""))
+    assert "column 'text' is empty in 1 of 2 rows, first in row 1" in err
+
+
+def test_methods_that_nobody_can_hold_are_refused_too(capsys, data, tmp_path):
+    saved = to_json(runs.experiment(data, memory=("2MB",)))
+    path = tmp_path / "fedavg.json"
+    path.write_text(json.dumps(saved))
+    assert "no client can hold the model: 3 are unable, e.g. site-0 needs" in refused(capsys, "run", path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "is not a saved experiment"), ("{", "is not a saved experiment"), ("[]", "is not a saved experiment"),
+     ("{}", "unknown type None"), ('{"experiment": 3}', "saved is int")],
+)  # fmt: skip
+def test_a_file_that_is_no_experiment(capsys, tmp_path, content, message):
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_text(content)
+    assert message in refused(capsys, "run", path)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["resume"], "Missing from consilium resume: PATH the run directory"),
+        (["resume", "nowhere"], "nowhere is not a run directory: config.json FileNotFoundError"),
+        (["resume", "a", "b"], "unknown argument 'b'"),
+        (["report"], "no run named; give at least one run directory"),
+        (["report", "nowhere"], "nowhere is not a run"),
+        (["list", "all"], "unknown argument 'all'"),
+        (["inspect"], "Missing from consilium inspect: STR"),
+        (["inspect", "./nowhere"], "neither a directory"),
+        (["compare", "fedmoe-text", "--seeds", "0"], "--seeds is '0'; it must be a whole number >= 1"),
+        (["compare", "fedmoe-text", "--jobs", "two"], "--jobs is 'two'"),
+        (["compare", "fedmoe-text", "--algorithms", "FedMoE,FedAvgg"], "did you mean 'FedAvg'?"),
+        (["compare", "fedmoe-text", "--algorithms", ""], "unknown algorithm ''"),
+        (["compare", "fedmoe-text"], "FedMoE cannot run: examples.csv is not a file"),
+    ],
+)
+def test_what_other_commands_refuse(capsys, args, message):
+    assert message in refused(capsys, *args)
+
+
+def test_an_error_of_the_system_is_one_line(capsys, data):
+    Path("runs").write_text("a file")
+    assert "runs/fedmoe-text cannot be made: Not a directory" in refused(capsys, "run", "fedmoe-text", *flags(data))
+
+
+# --- what is right ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A finished run of three rounds, made by the command line."""
+    folder = tmp_path_factory.mktemp("finished")
+    command = ["run", "fedmoe-text", *flags(data, rounds=3, name="mine", seed=5), "--out", str(folder)]
+    assert main(command) == 0
+    return folder / "mine"
+
+
+def test_a_run_prints_lines_that_fit_and_leaves_a_report(capsys, data):
+    code, out, err = call(capsys, "run", "fedmoe-text", *flags(data, rounds=2, name="mine"), "--out", "here")
+    assert code == 0
+    folder = Path("here/mine")
+    assert read_config(folder)["status"] == "finished"
+    assert out.startswith("mine: FedMoE, 2 rounds\n")
+    assert "  3 clients, tasks task, " in out and "training all needs" in out
+    assert re.search(r"^round 1 \(stage one\): 3 clients  \d+\.\d s$", out, re.M)
+    assert re.search(r"^round 2 \(stage two\): 3 clients  test task \d\.\d{3}  mean \d\.\d{3}  \d+\.\d s$", out, re.M)
+    client = r"^  site-\d +\d+ experts  loss \d\.\d{3}  validation \d\.\d{3}  [\d.]+ \wB  \d+\.\d s$"
+    assert len(re.findall(client, out, re.M)) == 3
+    assert out.endswith("report: here/mine/report.html\n")
+    assert "<html" in (folder / "report.html").read_text()[:200]
+    assert all(len(line) <= 80 or line.startswith("  model /") for line in out.splitlines())
+    assert "Traceback" not in err
+
+
+def test_a_saved_experiment_runs_again_to_the_same_bits(capsys, finished):
+    code, _, _ = call(capsys, "run", finished / "config.json", "--name", "again", "--out", "here")
+    assert code == 0
+    a, b = (runs.outcome(folder) for folder in (finished, Path("here/again")))
+    assert a["summary"]["name"] == "mine" and b["summary"].pop("name") == "again"
+    a["summary"].pop("name")
+    assert a == b
+
+
+def test_a_directory_in_which_a_run_lies_is_refused(capsys, finished, data):
+    path = str(finished / "config.json")
+    err = refused(capsys, "run", path, "--out", str(finished.parent))
+    assert "already holds a run: resume it, or choose another name" in err
+
+
+def test_resuming_a_finished_run_shows_it_and_changes_nothing(capsys, finished):
+    def files():
+        return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in finished.rglob("*")}
+
+    before = files()
+    code, out, _ = call(capsys, "resume", finished)
+    assert code == 0 and files() == before
+    assert f"{finished} is finished" in out.replace("\n", "") and "FedMoE" in out
+
+
+def cut(finished, target, round):
+    """The run as Ctrl-C before `round` would have left it (no summary, no report, status interrupted)."""
+    shutil.copytree(finished, target)
+    config = read_config(target)
+    (target / "config.json").write_text(json.dumps({**config, "status": "interrupted"}))
+    for path in (*target.glob("checkpoints/*"), target / "summary.json", target / "report.html"):
+        if not re.search(r"round-(\d+)", path.name) or int(re.search(r"round-(\d+)", path.name)[1]) >= round:
+            path.unlink()
+    return target
+
+
+def test_resume_goes_on(capsys, finished, tmp_path):
+    folder = cut(finished, tmp_path / "mine", 3)
+    code, out, _ = call(capsys, "resume", folder)
+    assert code == 0 and "continuing with round 3" in out and (folder / "report.html").exists()
+    assert runs.outcome(folder) == runs.outcome(finished)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_broken_checkpoint_is_one_line_of_warning(capsys, finished, tmp_path):
+    folder = cut(finished, tmp_path / "mine", 9)
+    (folder / "checkpoints/round-00003.safetensors").write_bytes(b"torn")
+    code, _, err = call(capsys, "resume", folder)
+    assert code == 0
+    told = [line for line in err.splitlines() if line.startswith("consilium: ")]
+    assert len(told) == 1
+    assert re.search(r"warning: cannot read round-00003.*continuing from round-00002\.safetensors", told[0])
+    assert runs.outcome(folder) == runs.outcome(finished)
+
+
+def test_report_of_one_and_of_several(capsys, finished, tmp_path):
+    other = shutil.copytree(finished, tmp_path / "other")
+    code, out, _ = call(capsys, "report", other, "--out", tmp_path / "one.html")
+    assert code == 0 and f"report: {tmp_path}/one.html" in out
+    code, _, _ = call(capsys, "report", finished, other, "--out", tmp_path / "two.html")
+    assert code == 0
+    assert 0 < (tmp_path / "one.html").stat().st_size < (tmp_path / "two.html").stat().st_size
+
+
+def test_list_names_recipes_algorithms_and_models(capsys):
+    code, out, _ = call(capsys, "list")
+    assert code == 0
+    for name in (*RECIPES, *Algorithm.registry):
+        assert re.search(rf"^  {re.escape(name)} +\S", out, re.M), name
+
+
+def test_inspect_says_what_fits(capsys):
+    model = tiny.directory("switch_transformers")
+    code, out, _ = call(capsys, "inspect", model, "--memory", "1GB")
+    assert code == 0
+    assert re.search(r"encoder\.block\.0\.layer\.1\.mlp: 8 experts of [\d,]+ parameters", out)
+    assert "1 experts per layer: " in out and "fits" in out and "lacks" not in out
+    assert "lacks" in call(capsys, "inspect", model, "--memory", "1MB")[1]
+
+
+# --- Ctrl-C, in a process of its own ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "kill"])
+def test_ctrl_c_ends_with_130_and_leaves_a_resumable_run(data, sent):
+    command = [sys.executable, "-m", "consilium", "run", "fedmoe-text", *flags(data, rounds=5000, name="long")]
+    with Path("log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        deadline = time.monotonic() + 120
+        while not (metrics := Path("runs/long/metrics.jsonl")).exists() or metrics.read_text().count("\n") < 2:
+            assert process.poll() is None and time.monotonic() < deadline, Path("log").read_text()
+            time.sleep(0.05)
+        process.send_signal(sent)
+        assert process.wait(timeout=60) == 130
+    finally:
+        process.kill()
+        process.wait()
+    assert read_config(Path("runs/long"))["status"] == "interrupted"
+    last = Path("log").read_text().splitlines()[-1]
+    assert last == "consilium: interrupted; `consilium resume runs/long` continues the run"
+    assert "Traceback" not in Path("log").read_text()
