@@ -35,6 +35,7 @@ __all__ = [
     "Sampling",
     "Scalar",
     "Server",
+    "counts_of",
     "derive_seed",
     "experts_from_scalars",
     "experts_to_scalars",
@@ -46,7 +47,7 @@ ExpertSet = Mapping[str, tuple[int, ...]]
 ExpertMap = dict[ClientId, ExpertSet]
 Scalar = int | float | str | bool | list[int] | list[float] | list[str] | list[bool]
 
-_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
+CLIENT_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 _DTYPES = {
     torch.float64, torch.float32, torch.float16, torch.bfloat16,
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
@@ -116,7 +117,7 @@ class ClientInfo:
     memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if not _ID.fullmatch(self.id):
+        if not CLIENT_ID.fullmatch(self.id):
             raise ConfigError(f"client id {self.id!r} must match [A-Za-z0-9._-]{{1,64}} without a leading dot")
         if self.num_examples < 1:
             raise ConfigError(f"client {self.id} has {self.num_examples} training examples; leave empty clients out")
@@ -149,6 +150,11 @@ class ClientContext:
     seed: int
     state: ClientState
     progress: Any = lambda done, total: None
+
+
+def counts_of(held: ExpertSet) -> dict[str, int]:
+    """Experts per block."""
+    return {block: len(ids) for block, ids in held.items()}
 
 
 def experts_to_scalars(held: ExpertSet) -> dict[str, Scalar]:
@@ -253,7 +259,7 @@ class Sampling:
             raise ConfigError(f"clients_per_round is {self.clients_per_round}; it must be at least 1")
 
     def choose(self, clients: Sequence[ClientInfo], round: int, seed: int) -> list[ClientInfo]:
-        """The chosen clients in id order; depends on the ids, the round and the seed alone."""
+        """The chosen clients in id order; depends on ids, tasks, round and seed alone, not on the order given."""
         rng = torch.Generator().manual_seed(derive_seed(seed, "sampling", round))
         ordered = sorted(clients, key=lambda c: c.id)
         if not self.distinct_tasks:

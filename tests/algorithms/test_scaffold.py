@@ -89,9 +89,12 @@ def test_nobody_answered():
     assert tiny.same(server.params, before) and not any(t.any() for t in server.control.values())
 
 
-def test_N_counts_the_clients_that_can_take_part():
-    memory = {"animal-00": 1, "colour-00": 1}
-    assert SCAFFOLD().server(tiny.setup(memory=memory)).able == 4
+def test_N_counts_the_able_clients_that_hold_the_key():
+    """Six clients, two to a task; animal-00 and colour-00 are too small: four are able, one of them an animal."""
+    server = SCAFFOLD().server(tiny.setup(memory={"animal-00": 1, "colour-00": 1}))
+    assert server._holders("shared.weight") == 4
+    assert server._holders("head.animal.cat.weight") == 1
+    assert server._holders("head.number.one.bias") == 2
 
 
 def test_the_control_travels_like_the_parameters():

@@ -27,15 +27,16 @@ from consilium.core import (
     ExpertSet,
     Payload,
     Server,
+    counts_of,
     derive_seed,
     experts_to_scalars,
 )
 from consilium.errors import BudgetError, ConfigError
 from consilium.moe.addressing import select
-from consilium.params import WeightedMean
+from consilium.params import Params, WeightedMean
 from consilium.training import Setup, local_round, local_test
 
-__all__ = ["FedAvg", "FedAvgClient", "FedAvgServer", "common_experts"]
+__all__ = ["FedAvg", "FedAvgClient", "FedAvgServer", "averaged", "common_experts"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class FedAvgServer(Server):
         self.params = setup.initial_params()
 
     def unable(self, client: ClientInfo) -> str | None:
-        counts = {b: len(ids) for b, ids in self.held.items()} if self.held else self.setup.model.counts
+        counts = counts_of(self.held) if self.held else self.setup.model.counts
         return self.setup.lacks(client, counts, references=self.references)
 
     def configure(self, round: int, clients: Sequence[ClientInfo]) -> dict[ClientId, Payload]:
@@ -80,10 +81,7 @@ class FedAvgServer(Server):
         return {client.id: self.deliver(client) for client in chosen}
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
-        mean = WeightedMean()
-        for _, reply in replies:
-            mean.add(reply.group("params"), reply.scalars["num_examples"])
-        self.params = mean.mean(self.params)
+        self.params = averaged(self.params, replies)
         return {}
 
     def deliver(self, client: ClientInfo) -> Payload:
@@ -102,6 +100,14 @@ class FedAvgClient(Client):
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         return local_test(self.setup, payload, context)
+
+
+def averaged(params: Params, replies: Iterable[tuple[ClientId, Payload]]) -> Params:
+    """sum_k n_k w_k / sum_k n_k, key by key over whoever returned the key; other keys keep their value."""
+    mean = WeightedMean()
+    for _, reply in replies:
+        mean.add(reply.group("params"), reply.scalars["num_examples"])
+    return mean.mean(params)
 
 
 def common_experts(

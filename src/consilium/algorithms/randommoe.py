@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from consilium.algorithms.fedavg import FedAvgClient
+from consilium.algorithms.fedavg import FedAvgClient, averaged
 from consilium.core import (
     Algorithm,
     Client,
@@ -23,12 +23,12 @@ from consilium.core import (
     ExpertMap,
     Payload,
     Server,
+    counts_of,
     derive_seed,
     experts_to_scalars,
 )
 from consilium.errors import ConfigError
 from consilium.moe.addressing import select
-from consilium.params import WeightedMean
 from consilium.training import Setup
 
 __all__ = ["RandomMoE", "random_experts"]
@@ -66,17 +66,14 @@ class RandomMoEServer(Server):
             self.map[client.id] = random_experts(setup, client.id, max(n, 1))
 
     def unable(self, client: ClientInfo) -> str | None:
-        return self.setup.lacks(client, {b: len(ids) for b, ids in self.map[client.id].items()})
+        return self.setup.lacks(client, counts_of(self.map[client.id]))
 
     def configure(self, round: int, clients: Sequence[ClientInfo]) -> dict[ClientId, Payload]:
         able = [client for client in clients if self.unable(client) is None]
         return {c.id: self.deliver(c) for c in self.setup.sampling.choose(able, round, self.setup.seed)}
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
-        mean = WeightedMean()
-        for _, reply in replies:
-            mean.add(reply.group("params"), reply.scalars["num_examples"])
-        self.params = mean.mean(self.params)
+        self.params = averaged(self.params, replies)
         return {}
 
     def deliver(self, client: ClientInfo) -> Payload:

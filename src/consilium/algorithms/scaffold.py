@@ -6,11 +6,11 @@ Algorithm 1: y_i <- y_i - eta_l * (g_i(y_i) - c_i + c); c_i+ <- c_i - c + (x - y
 x <- x + eta_g / |S| * sum (y_i - x); c <- c + 1/N * sum (c_i+ - c_i).
 
     x, y_i   params                      c      group "control" down      c_i    context.state.params
-    eta_l    SCAFFOLD.eta_l              eta_g  SCAFFOLD.eta_g            N      number of able clients
+    eta_l    SCAFFOLD.eta_l              eta_g  SCAFFOLD.eta_g            N      able clients; a head's: of its task
 
 Departures: c_i+ is computed as the mean of the K raw gradients g_i(y_i). Under plain SGD that is option II exactly
 (unroll the sum), and it stays defined with gradient clipping. Keys a client does not hold (heads of other tasks) are
-left out of every sum, their control variate stays.
+left out of every sum, and N of a head counts the clients of its task.
 """
 
 from collections.abc import Iterable, Sequence
@@ -77,7 +77,7 @@ class ScaffoldServer(Server):
         self.averaging = FedAvgServer(setup, held, references=REFERENCES)
         self.eta_g = algorithm.eta_g
         self.control: Params = {key: torch.zeros_like(t) for key, t in self.params.items()}
-        self.able = max(sum(self.unable(c) is None for c in setup.clients), 1)
+        self.able = [client for client in setup.clients if self.unable(client) is None]
 
     @property
     def params(self) -> Params:
@@ -101,13 +101,18 @@ class ScaffoldServer(Server):
         for _, reply in replies:
             mean.add(reply.group("params"), 1.0)
             for key, delta in reply.group("control").items():
-                sums[key] = sums.get(key, 0) + delta.double() / self.able
+                sums[key] = sums.get(key, 0) + delta.double() / self._holders(key)
         for key, average in mean.mean(self.params).items():
             step = average.double() - self.params[key].double()
             self.params[key] = (self.params[key].double() + self.eta_g * step).to(average.dtype)
         for key, step in sums.items():
             self.control[key] = (self.control[key].double() + step).to(self.control[key].dtype)
         return {}
+
+    def _holders(self, key: str) -> int:
+        """N: the able clients that hold the key."""
+        tasks = [client.task for client in self.able]
+        return sum(key.startswith(f"head.{task}.") for task in tasks) if key.startswith("head.") else len(tasks)
 
     def deliver(self, client: ClientInfo) -> Payload:
         return self.averaging.deliver(client)

@@ -18,6 +18,7 @@ from consilium.core import (
     ExpertSet,
     Payload,
     Server,
+    counts_of,
     experts_from_scalars,
     experts_to_scalars,
 )
@@ -49,7 +50,7 @@ class StandaloneServer(Server):
 
     def __init__(self, setup: Setup, held: ExpertSet | None):
         self.setup = setup
-        self.counts = {b: len(ids) for b, ids in held.items()} if held else setup.model.counts
+        self.counts = counts_of(held) if held else setup.model.counts
         self.sent = Payload(scalars=experts_to_scalars(held) if held else {})
         self.params = {}
 

@@ -16,14 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from consilium.core import CLIENT_ID
 from consilium.errors import ConfigError, DataError
 
 __all__ = ["ClientData", "Federation", "Form", "Metric", "Split", "Task", "pooled", "score", "token_f1"]
 
 Form = Literal["classification", "text-to-text"]
 Metric = Literal["accuracy", "token_f1", "rouge2"]
-
-CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,8 @@ class Task:
     metric: Metric
 
     def __post_init__(self) -> None:
+        if "." in self.name:  # names of head rows are head.<task>.<label>
+            raise DataError(f"task name {self.name!r} must not contain a dot")
         if self.form == "classification" and len(set(self.labels)) != len(self.labels):
             raise DataError(f"task {self.name!r} names a label twice: {list(self.labels)}")
         if self.form == "classification" and len(self.labels) < 2:

@@ -86,8 +86,8 @@ class TextFileData:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if not self.alpha > 0 or math.isinf(self.alpha):
             raise ConfigError(f"alpha is {self.alpha}; it must be a positive number")
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,58}", self.task):
-            raise ConfigError(f"task {self.task!r}: use 1 to 58 of letters, digits, '.', '_', '-'")
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,58}", self.task):
+            raise ConfigError(f"task {self.task!r}: use 1 to 58 of letters, digits, '_', '-'")
 
     def load(self, seed: int) -> Federation:
         """Read, check and deal the rows; equal for equal files and seeds.

@@ -18,7 +18,8 @@ __all__ = ["decode", "encode"]
 def encode(payload: Payload) -> bytes:
     """The payload's bytes; `decode` gives the same payload back, bit for bit, bfloat16 and 0-d tensors included."""
     tensors = {f"{group}/{key}": t for group, params in payload.groups.items() for key, t in params.items()}
-    header = {"groups": json.dumps(list(payload.groups)), "scalars": json.dumps(dict(payload.scalars))}
+    # One entry: safetensors writes several in any order, and equal payloads shall be equal bytes.
+    header = {"payload": json.dumps({"groups": list(payload.groups), "scalars": dict(payload.scalars)})}
     return safetensors.torch.save(_unshared(tensors), metadata=header)
 
 
@@ -30,15 +31,15 @@ def decode(blob: bytes) -> Payload:
     """
     try:
         size = int.from_bytes(blob[:8], "little")
-        header = json.loads(blob[8 : 8 + size])["__metadata__"]
-        groups: dict[str, Params] = {group: {} for group in json.loads(header["groups"])}
-        scalars = json.loads(header["scalars"])
+        header = json.loads(json.loads(blob[8 : 8 + size])["__metadata__"]["payload"])
+        groups: dict[str, Params] = {group: {} for group in header["groups"]}
+        scalars = {**header["scalars"]}
         for name, tensor in safetensors.torch.load(blob).items():
             group, _, key = name.partition("/")
             groups[group][key] = tensor
+        return Payload(groups, scalars)
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise PayloadError(f"a blob of {len(blob)} bytes is not a payload: {type(error).__name__}") from error
-    return Payload(groups, scalars)
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from consilium.core import ExpertSet
+from consilium.core import ExpertSet, counts_of
 from consilium.errors import ModelError
 from consilium.moe.model import TaskModel
 from consilium.params import Params
@@ -44,6 +44,8 @@ def router_row_of(key: str) -> tuple[str, int] | None:
 
 def _split(key: str, infix: str) -> tuple[str, int] | None:
     block, found, rest = key.partition(infix)
+    if block.startswith("head."):  # a label may look like anything
+        return None
     number = rest.split(".", 1)[0]
     return (block, int(number)) if found and number.isdecimal() else None
 
@@ -74,8 +76,8 @@ def table(model: TaskModel, held: ExpertSet | None = None) -> Table:
     """
     places = all_experts(model)
     held = places if held is None else held
-    if {b: len(ids) for b, ids in held.items()} != {b: len(ids) for b, ids in places.items()}:
-        raise ModelError(f"the model has {_counts(places)} experts per block, the names given are {_counts(held)}")
+    if counts_of(held) != counts_of(places):
+        raise ModelError(f"the model has {counts_of(places)} experts per block, the names given are {counts_of(held)}")
     names: Table = {}
     for path, _ in model.backbone.named_parameters():
         names[path] = _flat_name(path, model, held)
@@ -177,7 +179,3 @@ def load_flat(model: TaskModel, flat: Mapping[str, Tensor], held: ExpertSet | No
             if parameter is not None and id(parameter) in fresh:
                 setattr(module, name, fresh[id(parameter)])
     return model
-
-
-def _counts(held: ExpertSet) -> dict[str, int]:
-    return {block: len(ids) for block, ids in held.items()}

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import transformers
@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
-from consilium.core import ExpertSet
-from consilium.errors import ModelError
+from consilium.core import ExpertSet, counts_of
+from consilium.errors import ConfigError, ModelError
 from consilium.moe.addressing import all_experts, flatten, load_flat
-from consilium.moe.families import Family, family_of
+from consilium.moe.families import Family, Form, family_of
 from consilium.moe.model import TaskModel
 from consilium.moe.surgery import slice_experts
 from consilium.params import Params
@@ -29,7 +29,7 @@ __all__ = ["ModelSource", "shipped"]
 
 _SHIPPED = Path(__file__).parents[1] / "models"
 _TOKENIZER_FILES = tuple(
-    "tokenizer.json tokenizer_config.json tokenizer.model spiece.model vocab.json vocab.txt".split()
+    ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"]
 )
 
 
@@ -50,9 +50,14 @@ class ModelSource:
     """
 
     path: str = "docstring-switch"
-    form: str = "classification"
-    dtype: str = "float32"
+    form: Form = "classification"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     revision: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("form", get_args(Form)), ("dtype", ("float32", "bfloat16"))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"model.{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}")
 
     @cached_property
     def location(self) -> str:
@@ -99,7 +104,7 @@ class ModelSource:
     @cached_property
     def counts(self) -> dict[str, int]:
         """Experts per block of the full model, in the order of the layers; nothing is loaded."""
-        return {block: len(ids) for block, ids in all_experts(self.skeleton("", ())).items()}
+        return counts_of(all_experts(self.skeleton("", ())))
 
     def public_usage(self) -> dict[str, list[float]]:
         """Block -> share of public tokens per expert, from the model's card (`card.json`); {} where it says nothing."""

@@ -97,7 +97,7 @@ class Tap:
         """Load-balance loss of the last batch: the mean over layers of E * sum_e f_e * P_e (Switch, Eq 4).
 
         f_e: the share of real tokens' slots whose top-k choice is e; P_e: the mean router probability of e. One
-        when perfectly even, E when one expert takes all. Each layer has its own E, so sub-models are no exception.
+        when perfectly even, E/K when the same K experts take all. Each layer has its own E, as sub-models need.
         """
         losses = []
         for block, logits_TE in self.logits.items():

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from consilium.core import ExpertSet
+from consilium.core import ExpertSet, counts_of
 from consilium.errors import ModelError
 from consilium.moe.addressing import all_experts
 from consilium.moe.families import Family
@@ -45,7 +45,7 @@ def slice_experts(model: TaskModel, keep: ExpertSet) -> TaskModel:
     Raises:
         ModelError: see `checked`.
     """
-    keep = checked(keep, {block: len(ids) for block, ids in all_experts(model).items()})
+    keep = checked(keep, counts_of(all_experts(model)))
     for name, block in model.blocks().items():
         total = len(all_experts_of(block, model.family))
         if len(keep[name]) < total:
