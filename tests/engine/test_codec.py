@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -102,13 +104,18 @@ GOOD = encode(Payload({"params": {"w": torch.arange(6.0)}}, {"n": 3}))
         GOOD[: len(GOOD) // 2],
         GOOD + b"\x00",
         save({"params/w": torch.ones(2)}),  # safetensors, but without our header
-        save({"params/w": torch.ones(2)}, {"groups": "[]", "scalars": "{}"}),  # a group that the header lacks
-        save({}, {"groups": "3", "scalars": "{}"}),
-        save({}, {"groups": "[]", "scalars": '{"x": null}'}),
-        save({}, {"groups": "[]", "scalars": '{"x": [1, "a"]}'}),
-        save({}, {"groups": '["a/b"]', "scalars": "{}"}),
-        save({}, {"groups": "[", "scalars": "{}"}),
-        save({}, {"groups": "[]", "scalars": "[" * 100_000}),
+        save({"params/w": torch.ones(2)}, {"payload": '{"groups": [], "scalars": {}}'}),  # a group the header lacks
+        save({}, {"payload": "{}"}),
+        save({}, {"payload": "[1, 2]"}),
+        save({}, {"payload": "["}),
+        save({}, {"payload": "[" * 100_000}),
+        save({}, {"payload": '{"groups": 3, "scalars": {}}'}),
+        save({}, {"payload": '{"groups": [[]], "scalars": {}}'}),
+        save({}, {"payload": '{"groups": [3], "scalars": {}}'}),
+        save({}, {"payload": '{"groups": ["a/b"], "scalars": {}}'}),
+        save({}, {"payload": '{"groups": [], "scalars": []}'}),
+        save({}, {"payload": '{"groups": [], "scalars": {"x": null}}'}),
+        save({}, {"payload": '{"groups": [], "scalars": {"x": [1, "a"]}}'}),
     ],
 )
 def test_a_foreign_blob_is_refused(blob):
@@ -127,4 +134,14 @@ def test_the_header_holds_no_pickle_and_no_code():
     size = int.from_bytes(GOOD[:8], "little")
     header = json.loads(GOOD[8 : 8 + size])
     assert set(header) == {"__metadata__", "params/w"}
-    assert json.loads(header["__metadata__"]["scalars"]) == {"n": 3}
+    assert json.loads(header["__metadata__"]["payload"]) == {"groups": ["params"], "scalars": {"n": 3}}
+
+
+def test_equal_payloads_are_equal_bytes_in_every_process():
+    code = (
+        "import hashlib, torch; from consilium.core import Payload; from consilium.engine.codec import encode;"
+        "p = Payload({'params': {'w': torch.arange(6.0), 'b': torch.ones(2)}, 'c': {}}, {'n': 3, 'x': 'y'});"
+        "print(hashlib.sha256(encode(p)).hexdigest())"
+    )
+    digests = {subprocess.check_output([sys.executable, "-c", code], text=True) for _ in range(2)}
+    assert len(digests) == 1
