@@ -107,12 +107,21 @@ def test_full_training_by_hand(tmp_path):
     assert footprint.references == 0
     norm, attention, scores = 3 * 8, 4 * 8, 2
     layer = 40 * (2 * norm + attention) + 4 * 10 * 10 * scores
-    dense, sparse = 40 * 12, 40 * (12 + 2 * 8 + 3 * 3)  # hidden; and gathered, output, three of E
-    ends, last = 40 * 3 * 8 + 10 * 10 * (2 + 2), 40 * (4 * 8 + 12)
+    dense, sparse = 40 * 12, 40 * (12 + 3 * 8 + 3 * 3)  # hidden; and gathered, output, gated, three of E
+    ends, last = 40 * 3 * 8 + 10 * 10 * (2 + 2), 40 * 2 * 8
     assert footprint.activations == 4 * (2 * layer + dense + sparse + ends + last)
-    live = 4 * weights + footprint.activations
+    live = 3 * weights + footprint.activations  # the gradients come when these have gone
     assert footprint.overhead == OVERHEAD + live // SLACK
     assert footprint.total == live + footprint.overhead
+
+
+def test_gradients_or_activations_whichever_is_more(tmp_path):
+    model = switch(tmp_path)
+    few, many = (model.footprint(model.counts, mode="full", **BATCH | {"batch_size": n}) for n in (1, 64))
+    huge = replace(few, gradients=few.activations + 1000)
+    assert huge.total == few.weights + few.optimizer + few.activations + 1000 + few.overhead
+    assert many.activations > many.gradients
+    assert many.total == many.weights + many.optimizer + many.activations + many.overhead
 
 
 def test_sgd_has_no_state_and_references_are_copies(tmp_path):
@@ -143,7 +152,21 @@ def test_forward_holds_two_copies_while_building(tmp_path):
 def test_optimizer_step_can_be_the_peak(tmp_path):
     model = olmoe(tmp_path, intermediate_size=4000)
     footprint = model.footprint(model.counts, mode="full", **BATCH | {"batch_size": 1, "max_length": 1})
-    assert footprint.activations == 2 * 4 * (4 * 2 * 4000 * 8)  # two temporaries as large as the fused gate and up
+    assert footprint.activations < footprint.gradients
+    assert footprint.total == 4 * footprint.weights + footprint.overhead
+
+
+def test_logits_by_hand(tmp_path):
+    """Two sequences of 3 target tokens over 5000 words: three times B x T x V on the way back through the loss."""
+    batch = BATCH | {"batch_size": 2, "target_length": 3}
+    for make in (switch, olmoe):
+        few, many = (make(tmp_path / f"{make.__name__}{v}", "text-to-text", vocab_size=v) for v in (4000, 5000))
+        a, b = (model.footprint(model.counts, mode="lora", **batch).activations for model in (few, many))
+        assert b - a == 3 * 4 * 2 * 3 * 1000
+        # Of one sequence, the gradient of the V x D matrix beside one B x T x V is more.
+        one = batch | {"batch_size": 1}
+        a, b = (model.footprint(model.counts, mode="full", **one).activations for model in (few, many))
+        assert b - a == 4 * 1000 * (3 + 8)
 
 
 def test_checkpointing_saves(models):

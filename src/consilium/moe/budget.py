@@ -1,14 +1,16 @@
 """Memory model: what a client's device must hold to train a sub-model, before anything is built or loaded.
 
 The promise is the peak above an interpreter that has imported the libraries and run a first tiny step: plain
-arithmetic over the shapes of the meta skeleton. When the peak comes, the gradients of the step before and the
-optimiser's state lie beside everything the forward pass has saved, so the terms of `Footprint` add up.
+arithmetic over the shapes of the meta skeleton. Weights, optimiser state and references are always there; the gradients
+of a step are freed before the next forward pass and grow while activations go, so the greater of the two counts.
 
-It is a promise about live tensors. glibc as it comes keeps freed blocks of up to 32 MB for later, and the resident set
-then grows to 1.2 to 1.7 times as much; with MALLOC_MMAP_THRESHOLD_=65536 and MALLOC_TRIM_THRESHOLD_=65536 in the
-client's environment it stays within some percent of the promise (`benchmarks/memory.py` measures it). Two things are
-not counted: the parameters the model was built from, if somebody holds them during training (one reference more), and
-oneDNN's kernels for bfloat16 on a CPU, one per shape met, which took 100 to 200 MB.
+It is a promise about live tensors, and assumes an allocator that returns what is freed: glibc with
+MALLOC_MMAP_THRESHOLD_=65536 and MALLOC_TRIM_THRESHOLD_=65536 in the client's environment stays within some percent of
+it (`benchmarks/memory.py` measures it); as glibc comes, it keeps freed blocks of up to 32 MB for later, and the
+resident set is 1.2 to 1.7 times as large. Not counted are: the parameters the model was built from, if somebody holds
+them during training (one reference more; `training.local_round` lets go of them, but whoever called it in the same
+process, as the local engine does, still has them); the cache of text generation; and oneDNN's kernels for bfloat16 on
+a CPU, one per shape met, which took 100 to 200 MB.
 
 Symbols: B examples, n tokens per sequence (S source, T target, S + T causal), D width, I heads * head size, F
 feed-forward width, H heads, K experts per token, E experts held, V vocabulary.
@@ -61,12 +63,14 @@ def bytes_of(size: str | int) -> int:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes at the peak, by what they are spent on.
+    """Bytes that a client needs, by what they are spent on.
 
     Args:
-        weights: the model, adapters included. gradients: of everything trained. optimizer: its state.
+        weights: the model, adapters included. optimizer: its state.
         references: further copies of the weights a method keeps while training.
-        activations: saved for the backward pass, and the largest temporaries that come on top of the rest.
+        gradients: of everything trained, all there when the optimiser steps.
+        activations: what is saved for the backward pass, and what comes before any of that goes: temporaries, the
+            gradient of the logits' matrix; with checkpointing, where little is saved, most gradients.
         overhead: allocator and libraries.
     """
 
@@ -79,8 +83,11 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """The peak: while training, or while the model is built beside the parameters it is built from."""
-        training = self.gradients + self.optimizer + self.references + self.activations
+        """The peak: in the forward pass, at the optimiser's step, or with the model built beside what it is built from.
+
+        In between, gradients take the place of activations layer by layer: never more than the greater of the two.
+        """
+        training = self.optimizer + self.references + max(self.gradients, self.activations)
         return self.weights + max(training, self.weights) + self.overhead
 
 
@@ -135,24 +142,23 @@ def _switch(c: Any, w: int) -> dict[Mode, Parts]:
     noise = (j + 3 * w) * D  # of the router
     scores = (1 + 2 * d) * H  # softmax, and with dropout its mask and product
     hidden = (1 + 2 * d) * F  # activation, likewise
-    slot = 2 * D + hidden  # tokens gathered for the expert, its output before the gate
-    last = Cost(token=4 * D + F)
+    slot = 3 * D + hidden  # tokens gathered for the expert, its output before the gate and behind it
     return {
         "full": Parts(
             attention=Cost(token=trained + 4 * inner, pair=scores),  # queries, keys, values, what was attended
-            cross=Cost(token=trained + 3 * inner, source=3 * inner, cross=scores),  # one more each: cached keys
+            cross=Cost(token=trained + 2 * inner, source=2 * inner, cross=scores),
             dense=Cost(token=trained + hidden),
             sparse=Cost(token=trained + noise, slot=slot, choice=3),  # router softmax twice, logits for the tap
             ends=Cost(token=(3 + 2 * d + 2 * w) * D, bias=H + 2),  # norm, output, masks; position bias and buckets
-            last=last,
+            last=Cost(token=2 * D),
         ),
         "lora": Parts(
             attention=Cost(token=frozen + 3 * inner, pair=scores),
-            cross=Cost(token=frozen + 2 * inner, source=3 * inner, cross=scores),
+            cross=Cost(token=frozen + inner, source=2 * inner, cross=scores),
             dense=Cost(token=frozen + (1 + d) * F),
             sparse=Cost(token=frozen + noise, slot=slot, choice=3),
             ends=Cost(token=(2 + d + 2 * w) * D, bias=H + 2),
-            last=last,
+            last=Cost(token=4 * D + F),
         ),
         "forward": Parts(  # two sets of scores: one operation's input and output
             attention=Cost(token=2 * D + 6 * inner, pair=2 * H),
@@ -279,30 +285,23 @@ class MemoryModel:
             weights += trained
         batch = (batch_size, max_length, target_length)
         active = self._activations(counts, mode, batch, gradient_checkpointing, trained)
-        if mode == "full" and optimizer == "adamw":  # its step, the activations gone, needs two temporaries
-            stacked = max(n * self.stacked[b] for b, n in counts.items())
-            active = max(active, 2 * self.itemsize * max(self.largest, stacked))
         moments = 2 * trained if optimizer == "adamw" else 0
         copies = references * (trained or weights)
-        live = weights + trained + moments + copies + active
+        live = weights + moments + copies + max(trained, active)
         return Footprint(weights, trained, moments, copies, active, OVERHEAD + live // SLACK)
 
     def _activations(
         self, counts: Mapping[str, int], mode: Mode, batch: tuple[int, int, int], checkpointing: bool, gradients: int
     ) -> int:
-        """Bytes that come on top of weights, all gradients and the optimiser's state at the worst moment."""
-        forward, backward = self._logits(*batch)
+        """Bytes of what is saved, of temporaries and of gradients beside them, when they are most."""
+        forward, backward = self._logits(mode, *batch)
         saved, last, layers, largest = self._layers(counts, mode, batch)
         if mode == "forward":
             return saved + max(largest, forward)
-        if checkpointing:  # when a layer is computed again, at least its own gradients are not there
-            steps = sum(stack.layers for stack in self.stacks)
-            saved += sum(stack.layers * n for stack, n in self._lengths(batch)) * batch[0] * self.width * self.itemsize
-            again = saved + largest - gradients // steps
-        else:
-            saved, again = saved + layers, 0
-        # The backward pass through the logits begins with the gradients of the step before gone.
-        return max(saved + max(last, forward), saved + backward - gradients, again)
+        if checkpointing:  # the inputs of all layers; one layer at a time again, the gradients of the others there
+            layers = sum(stack.layers * n for stack, n in self._lengths(batch)) * batch[0] * self.width * self.itemsize
+            last = max(last, largest + gradients - gradients // sum(stack.layers for stack in self.stacks))
+        return saved + layers + max(last, forward, backward)
 
     def _lengths(self, batch: tuple[int, int, int]) -> list[tuple[Stack, int]]:
         """Every stack with the length n of its sequences."""
@@ -337,13 +336,14 @@ class MemoryModel:
         """Elements that adapters on fused experts add: the sums W + B A of a block are kept until its backward."""
         return experts * self.expert_params[block] if self.stacked[block] else 0
 
-    def _logits(self, B: int, S: int, T: int) -> tuple[int, int]:
+    def _logits(self, mode: Mode, B: int, S: int, T: int) -> tuple[int, int]:
         """Bytes of logits at the end of the forward pass, and on the way back."""
         target = self.itemsize * B * T * self.vocabulary
-        if len(self.stacks) == 2:  # those of the step before, all, the model's own loss, those selected
-            return (4 if self.itemsize >= 4 else 5) * target, 0
-        full = self.itemsize * B * (S + T) * self.vocabulary  # a causal model computes them for source tokens too
-        return max(full + 2 * target, 5 * target), 2 * full + target
+        wide = max(self.itemsize, 4) * B * T * self.vocabulary  # the loss is computed in float32
+        copied = wide if self.itemsize < 4 else 0
+        forward = max(2 * target if len(self.stacks) == 2 else target, target + copied + wide)  # all and those selected
+        matrix = self.itemsize * self.vocabulary * self.width if mode == "full" else 0
+        return forward, max(3 * wide, target + matrix)
 
 
 @lru_cache(maxsize=8)
