@@ -12,9 +12,10 @@ from consilium.core import Payload, experts_to_scalars
 from consilium.data.task import Split
 from consilium.errors import ConfigError
 from consilium.moe.addressing import flatten, parameters, select
+from consilium.moe.budget import MemoryModel
 from consilium.moe.routing import Tap
 from consilium.params import checksum
-from consilium.training import Fit, evaluate, fit, local_round, local_test
+from consilium.training import EVALUATION, Fit, evaluate, fit, local_round, local_test
 
 CLIENT = "animal-00"
 
@@ -78,6 +79,20 @@ def test_lacks_says_what_is_needed_and_what_there_is():
     assert tiny.setup().lacks(tiny.infos()[0], setup.model.counts) is None
 
 
+def test_the_footprint_is_of_training_or_of_the_evaluation_after_it():
+    """Evaluation takes four times the batch; the rank of adapters reaches the memory model."""
+    setup = tiny.setup(batch_size=2)
+    counts = setup.model.counts
+    shape = {"max_length": 12, "target_length": 5, "optimizer": "adamw"}
+    memory = MemoryModel.of(setup.model)
+    evaluation = memory.footprint(counts, mode="forward", batch_size=8, **shape)
+    training = memory.footprint(counts, mode="lora", batch_size=2, rank=16, **shape)
+    assert EVALUATION == 4 and setup.footprint(counts, "forward") == evaluation
+    assert training.total > evaluation.total and setup.footprint(counts, "lora", rank=16) == training
+    few = tiny.infos(setup.footprint(counts, "lora", rank=8).total)[0]
+    assert setup.lacks(few, counts, "lora", rank=8) is None and setup.lacks(few, counts, "lora", rank=16)
+
+
 # --- fit --------------------------------------------------------------------------------------------------------------
 
 
@@ -95,6 +110,15 @@ def test_the_same_seed_gives_the_same_bits():
 def test_dropout_is_on():
     loss = [trained(tiny.setup(tiny.source(dropout_rate=rate)), seed=3)[0].loss for rate in (0.0, 0.5)]
     assert loss[0] != loss[1]
+
+
+def test_no_gradient_is_there_during_a_forward_pass_nor_afterwards():
+    setup = tiny.setup(batch_size=3)
+    model, data, context = started(setup)
+    held = []
+    model.register_forward_pre_hook(lambda *_: held.append(sum(p.grad is not None for p in model.parameters())))
+    assert fit(model, data, setup.fit, context).steps == 3
+    assert held == [0, 0, 0] and all(p.grad is None for p in model.parameters())
 
 
 def test_the_outside_generator_is_left_alone():

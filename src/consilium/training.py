@@ -126,30 +126,39 @@ class Setup:
         counts: Mapping[str, int],
         mode: Literal["full", "lora", "forward"] = "full",
         references: int = 0,
+        rank: int = 8,
     ) -> Footprint:
-        """Bytes a client needs for `counts` experts per block, by the memory model.
+        """Bytes a client needs for `counts` experts per block, by the memory model: for training or for the evaluation
+        that follows it, whichever needs more.
 
         Args:
-            references: extra copies of the weights the method keeps while training (FedProx 1, SCAFFOLD 2).
+            mode: "forward" is evaluation alone.
+            references: extra copies of the weights the method keeps while training (FedProx 1, SCAFFOLD 3).
+            rank: of the adapters ("lora").
         """
-        return self._memory.footprint(
+        fit = self.fit
+        shape = {"max_length": fit.max_length, "target_length": fit.target_length, "optimizer": fit.optimizer}
+        evaluation = self._memory.footprint(counts, mode="forward", batch_size=EVALUATION * fit.batch_size, **shape)
+        if mode == "forward":
+            return evaluation
+        training = self._memory.footprint(
             counts,
             mode=mode,
-            batch_size=self.fit.batch_size,
-            max_length=self.fit.max_length,
-            target_length=self.fit.target_length,
-            optimizer=self.fit.optimizer,
-            gradient_checkpointing=self.fit.gradient_checkpointing,
+            batch_size=fit.batch_size,
+            gradient_checkpointing=fit.gradient_checkpointing,
             references=references,
+            rank=rank,
+            **shape,
         )
+        return max(training, evaluation, key=lambda footprint: footprint.total)
 
     def lacks(
-        self, client: ClientInfo, counts: Mapping[str, int], mode: str = "full", references: int = 0
+        self, client: ClientInfo, counts: Mapping[str, int], mode: str = "full", references: int = 0, rank: int = 8
     ) -> str | None:
         """Why the client's device cannot train `counts` experts per block; None if it can."""
         if client.memory_bytes is None:
             return None
-        need = self.footprint(counts, mode, references).total
+        need = self.footprint(counts, mode, references, rank).total
         if need <= client.memory_bytes:
             return None
         return f"needs {human(need)}, has {human(client.memory_bytes)}"

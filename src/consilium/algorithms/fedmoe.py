@@ -259,7 +259,7 @@ class FedMoEServer(Server):
         if client.id in self.map:
             return None
         mode = "lora" if self.algorithm.stage1 == "lora" else "forward"
-        return self.setup.lacks(client, self.setup.model.counts, mode)
+        return self.setup.lacks(client, self.setup.model.counts, mode, rank=self.algorithm.lora_rank)
 
     def _sub_moe(self, client: ClientInfo) -> Payload:
         sent = self.deliver(client)
@@ -463,6 +463,7 @@ class FedMoEClient(Client):
         """Stage one: LoRA on the experts for a few epochs, then the usage over the validation data."""
         setup, lora = self.setup, self.algorithm.stage1 == "lora"
         model = setup.build(payload.group("params"), context)
+        del payload  # see local_round
         scalars: dict[str, Any] = {"num_examples": context.info.num_examples}
         if lora:
             with seeded(derive_seed(context.seed, "lora")):
@@ -475,5 +476,7 @@ class FedMoEClient(Client):
             scalars["validation"] = evaluate(model, validation, context, setup, tap)
         counts = setup.model.counts
         scalars["experts"] = sum(counts.values())
-        scalars["footprint"] = setup.footprint(counts, "lora" if lora else "forward").total
+        scalars["footprint"] = setup.footprint(
+            counts, "lora" if lora else "forward", rank=self.algorithm.lora_rank
+        ).total
         return Payload({"demand": tap.usage.demand, "served": tap.usage.served}, scalars)
