@@ -1,6 +1,7 @@
 """Promised against measured memory: what `MemoryModel` says a client needs, and what a client process really took.
 
-    python benchmarks/memory.py
+    python benchmarks/memory.py               measure every point (10 to 20 minutes), write results/memory.{json,md}
+    python benchmarks/memory.py --promise     new promises beside the measured numbers in results/memory.json
 
 Every point runs in a process of its own: imports, a warm-up step on a tiny model, then the resident set is noted, the
 model is built from parameters as a client builds it and trained with `training.fit` on batches of the greatest length;
@@ -268,21 +269,52 @@ def _work(point: Point) -> None:
         print(json.dumps({"peak": _status("VmHWM") - before, "before": before}))
 
 
-def main() -> None:
-    """Print the table."""
+RESULTS = Path(__file__).parent / "results"
+
+
+def _measured(again: bool) -> dict[str, int]:
+    """Peak bytes of every point, by its fields as JSON; kept in results/memory.json."""
+    file = RESULTS / "memory.json"
+    peaks = json.loads(file.read_text()) if file.exists() and not again else {}
+    for point in POINTS:
+        key = json.dumps(asdict(point))
+        if key not in peaks:
+            peaks[key] = measure(point)["peak"]
+            print(f"{point.name} {point.how}: {peaks[key] / 1e6:.1f} MB", flush=True)
+    file.write_text(json.dumps(peaks, indent=1) + "\n")
+    return peaks
+
+
+def main(again: bool) -> None:
+    """Print the table and write it to results/memory.md."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("model", "kept", "how", "promised MB", "measured MB", "ratio", title="Peak memory of a client")
+    titles = ("model", "kept", "how", "promised MB", "measured MB", "ratio")
+    peaks, rows = _measured(again), []
     for point in POINTS:
-        promised, measured = promise(point).total, measure(point)["peak"]
+        promised, measured = promise(point).total, peaks[json.dumps(asdict(point))]
         cells = (f"{promised / 1e6:.1f}", f"{measured / 1e6:.1f}", f"{promised / measured:.2f}")
-        table.add_row(point.name, f"{point.share:.0%}", point.how, *cells)
+        rows.append((point.name, f"{point.share:.0%}", point.how, *cells))
+    table = Table(*titles, title="Peak memory of a client")
+    for row in rows:
+        table.add_row(*row)
     Console(width=120).print(table)
+    lines = ["| " + " | ".join(row) + " |" for row in (titles, ["---"] * 3 + ["---:"] * 3, *rows)]
+    settings = " ".join(f"{key}={value}" for key, value in MALLOC.items())
+    head = f"""# Peak memory of a client: promised and measured
+
+Measured by `python benchmarks/memory.py` (`--promise`: new promises beside the measured numbers in memory.json), each
+point in a process of its own with `{settings}` and one thread.
+
+kept: share of the experts in every layer. ratio: promised to measured; above 1 the promise is on the safe side.
+
+"""
+    (RESULTS / "memory.md").write_text(head + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        _work(Point(**json.loads(sys.argv[1])))
+    if sys.argv[1:] in ([], ["--promise"]):
+        main(again=not sys.argv[1:])
     else:
-        main()
+        _work(Point(**json.loads(sys.argv[1])))
