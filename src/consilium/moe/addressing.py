@@ -146,11 +146,15 @@ def parameters(model: TaskModel) -> dict[str, nn.Parameter]:
 def flatten(model: TaskModel, held: ExpertSet | None = None) -> Params:
     """All parameters under flat names, detached copies on the CPU that share no memory with the model.
 
+    They have the model's dtype, also where a family keeps a part in float32 once it has run (Switch its routers).
+
     Args:
         held: the full-model ids of the experts in the model's places; None: all, in order.
     """
     tensors = {path: p.detach() for path, p in parameters(model).items()}
-    return {key: t.to("cpu", copy=True).contiguous() for key, t in unpack(table(model, held), tensors).items()}
+    return {
+        key: t.to("cpu", model.dtype, copy=True).contiguous() for key, t in unpack(table(model, held), tensors).items()
+    }
 
 
 def load_flat(model: TaskModel, flat: Mapping[str, Tensor], held: ExpertSet | None = None) -> TaskModel:

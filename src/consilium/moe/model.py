@@ -28,6 +28,7 @@ class TaskModel(nn.Module):
         backbone: an instance of one of `family.classes`.
         family: the row of the table.
         task: name of the task; labels: its label names, () for text-to-text.
+        dtype: of the head, and of the parameters that `addressing.flatten` gives out.
     """
 
     def __init__(self, backbone: nn.Module, family: Family, task: str, labels: tuple[str, ...], dtype: torch.dtype):
@@ -36,6 +37,7 @@ class TaskModel(nn.Module):
         self.family = family
         self.task = task
         self.labels = labels
+        self.dtype = dtype
         self.config: Any = backbone.config
         self.head = nn.Linear(backbone.config.hidden_size, len(labels), dtype=dtype) if labels else None
 
