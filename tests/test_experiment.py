@@ -209,7 +209,8 @@ class Following:
         self.folder, self.lines, self.rounds, self.steps, self.records = folder, [], [], [], []
 
     def started(self, experiment, setup, federation, first):
-        assert first == 1 and set(federation.clients) == {c.id for c in setup.clients}
+        self.clients = {c.id for c in setup.clients}
+        assert first == 1 and set(federation.clients) == self.clients
 
     def step(self, *step):
         self.steps.append(step)
@@ -220,7 +221,7 @@ class Following:
         self.rounds.append(load_checkpoint(self.folder / "checkpoints")[0])
         assert read_config(self.folder)["status"] == "running"
         for event in events:
-            assert event["round"] == record["round"] and event["client"] in record["clients"]
+            assert event["round"] == record["round"] and event["client"] in self.clients
 
 
 @pytest.fixture(scope="module")
