@@ -85,7 +85,7 @@ def experiment(setting: str, method: str, seed: int, rounds: int) -> Experiment:
         fit=Fit(lr=1e-3, head_lr=1e-2, batch_size=16, max_length=48),
         sampling=sampling,
         rounds=rounds,
-        memory=("80MB", "90MB", "110MB", "140MB", "175MB"),
+        memory=("70MB", "77MB", "90MB", "110MB", "140MB"),
         evaluate_every=3,
         seed=seed,
     )

@@ -294,6 +294,7 @@ def local_round(
     context: ClientContext,
     correct: Callable[[TaskModel], Correct] | None = None,
     usage: bool = False,
+    references: int = 0,
 ) -> tuple[TaskModel, Payload]:
     """One client's round on what it was sent: build, fit, validate, flatten.
 
@@ -301,6 +302,7 @@ def local_round(
         payload: group "params" (trunk, held experts, their router rows, the task's head rows), scalars naming the
             held experts (none: all); optionally group "router", the rows of the experts that are not held.
         correct: given the live model, returns the correction for `fit`.
+        references: copies of the weights that `correct` keeps, for the footprint reported.
         usage: also report the usage of experts over the validation data, groups "demand" and "served", int64 [E].
 
     Returns:
@@ -332,7 +334,7 @@ def local_round(
         "train_loss": fitted.loss,
         "steps": fitted.steps,
         "experts": sum(counts.values()),
-        "footprint": setup.footprint(counts).total,
+        "footprint": setup.footprint(counts, references=references).total,
         "seconds_train": fitted.seconds,
         "seconds_evaluate": seconds_evaluate,
     }

@@ -16,7 +16,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consilium.algorithms.fedmoe import FedMoE, largest_structure, p_hat, similar, similarity, structure_at
+from consilium.algorithms.fedmoe import (
+    FedMoE,
+    largest_structure,
+    p_hat,
+    similar,
+    similarity,
+    structure_at,
+    z_scores,
+)
 from consilium.core import ClientInfo, Payload, experts_from_scalars
 from consilium.engine.codec import decode, encode
 from consilium.errors import BudgetError, ConfigError
@@ -381,10 +389,28 @@ def test_rounding(held_a, held_b, after):
         assert names(server) == [] and server.progress[k].before is None
 
 
-def test_the_rank_by_layer_centres_p_hat():
-    """Every p_i sums to one over the same 8 experts, so centring shifts all layers alike: the same four are added."""
-    joint, layer = (world((1, 1), (2, 3), (3, 3), rank=rank) for rank in ("joint", "layer"))
-    assert takes_part(*joint, 0.5, 0.5) == takes_part(*layer, 0.5, 0.5)
+def test_the_rank_by_layer_takes_z_scores():
+    """(.5, .3, .2): mean 1/3, variance (1/36 + 1/900 + 4/225) / 3 = .0155556, so z = (1.3363, -.2673, -1.0690).
+
+    A flat layer has nothing to rank: zeros.
+    """
+    p = {"A": torch.tensor([0.5, 0.3, 0.2]).double(), "B": torch.full((3,), 1 / 3).double()}
+    assert z_scores(p)["A"].tolist() == pytest.approx([1.3363, -0.2673, -1.0690], abs=1e-4)
+    assert z_scores(p)["B"].abs().max() < 1e-3
+
+
+def test_the_rank_by_layer_prefers_what_stands_out_in_its_layer():
+    """A is even but for .22 (jointly first); in B .15 stands above four times .05: by layer B's comes first.
+
+    z of B: mean .07, sd .04, (.15 - .07) / .04 = 2; z of A's .22: mean .2, sd .0126, but for .18, .22: (.02) / .0126.
+    """
+    p = {
+        "A": torch.tensor([0.22, 0.18, 0.2, 0.2, 0.2]).double(),
+        "B": torch.tensor([0.15, 0.05, 0.05, 0.05, 0.05]).double(),
+    }
+    z = z_scores(p)
+    assert p["A"][0] > p["B"][0]
+    assert z["B"][0].item() == pytest.approx(2.0) and z["A"][0].item() == pytest.approx(1.5811, abs=1e-4)
 
 
 def test_usage_can_be_what_was_served():

@@ -27,8 +27,8 @@ Departures, each where the paper is silent or contradicts itself:
 - "Has not improved" means not for `patience` participations; a trial is judged after as many.
 - Structure is chosen on validation data; test data is for the report alone.
 - `stage1="none"` starts from random experts, `stage1="forward"` profiles without training, `stage2=False` keeps the
-  first structure: the paper's ablations and a cheaper stage one. `rank="layer"` centres p-hat in each layer before
-  ranking over layers; `weight="tokens"` weighs an expert by the tokens it served instead of by n_k.
+  first structure: the paper's ablations and a cheaper stage one. `rank="layer"` ranks z-scores of p-hat within each
+  layer; `weight="tokens"` weighs an expert by the tokens it served instead of by n_k.
 """
 
 import json
@@ -59,7 +59,7 @@ from consilium.moe.routing import Tap
 from consilium.params import WeightedMean
 from consilium.training import Setup, evaluate, fit, local_round, local_test, seeded
 
-__all__ = ["FedMoE", "largest_structure", "p_hat", "similar", "similarity", "structure_at"]
+__all__ = ["FedMoE", "largest_structure", "p_hat", "similar", "similarity", "structure_at", "z_scores"]
 
 Usage = Mapping[str, Tensor]
 """Block -> p_i, float64 [E]."""
@@ -80,7 +80,7 @@ class FedMoE(Algorithm):
         stage2: whether structures change after stage one.
         freeze: whether a client whose change was rolled back keeps its structure for good.
         usage: "demand" (all router rows) or "served" (held experts only) for Eq 4 to 6.
-        rank: "joint" ranks p-hat over all layers as it is, "layer" centres it per layer first.
+        rank: "joint" ranks p-hat over all layers as it is, "layer" its z-scores within each layer.
         weight: "examples" (n_k) or "tokens" (tokens served) for merging experts.
         floor: share of its own demand that a layer keeps when it shrinks, in [0, 1).
     """
@@ -173,6 +173,11 @@ def p_hat(sims: Mapping[ClientId, float], p: Mapping[ClientId, Usage]) -> dict[s
     total = sum(sims.values()) or 1.0
     blocks = p[next(iter(sims))]
     return {block: sum(s * p[a][block] for a, s in sims.items()) / total for block in blocks}
+
+
+def z_scores(p: Usage) -> dict[str, Tensor]:
+    """p in standard deviations from its layer's mean; zeros in a layer where all experts are alike."""
+    return {block: (p_E - p_E.mean()) / max(float(p_E.std(correction=0)), 1e-12) for block, p_E in p.items()}
 
 
 def _counts(held: Mapping[str, Sequence[int]]) -> dict[str, int]:
@@ -362,7 +367,7 @@ class FedMoEServer(Server):
         n = _round_half_away(mean - own)
         wanted = p_hat(sims, known)
         if self.algorithm.rank == "layer":
-            wanted = {block: p_E - p_E.mean() for block, p_E in wanted.items()}
+            wanted = z_scores(wanted)
         held = self._grown(client, wanted, n) if n > 0 else self._shrunk(client, wanted, -n)
         after = sum(_counts(held).values())
         if after != own:

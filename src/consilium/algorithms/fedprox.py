@@ -25,6 +25,8 @@ from consilium.training import Correct, Setup, local_round, local_test
 
 __all__ = ["FedProx"]
 
+REFERENCES = 1  # w^t, beside the weights that train
+
 
 @dataclass(frozen=True)
 class FedProx(Algorithm):
@@ -43,7 +45,7 @@ class FedProx(Algorithm):
             raise ConfigError(f"mu is {self.mu}; it must be a finite number >= 0")
 
     def server(self, setup: Setup) -> Server:
-        return FedAvgServer(setup, common_experts(setup, self.experts, references=1), references=1)
+        return FedAvgServer(setup, common_experts(setup, self.experts, REFERENCES), REFERENCES)
 
     def client(self, setup: Setup) -> Client:
         return FedProxClient(setup, self.mu)
@@ -59,7 +61,7 @@ class FedProxClient(Client):
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         # At mu = 0 there is no pull: a zero gradient would move, by Adam's momentum, experts that no token reached.
         pull = (lambda model: proximal(model, self.mu)) if self.mu else None
-        return local_round(self.setup, payload, context, pull)[1]
+        return local_round(self.setup, payload, context, pull, references=REFERENCES)[1]
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         return local_test(self.setup, payload, context)

@@ -61,12 +61,15 @@ class SCAFFOLD(Algorithm):
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be greater than 0")
 
     def server(self, setup: Setup) -> Server:
-        return ScaffoldServer(setup, self)
+        return ScaffoldServer(self._sgd(setup), self)
 
     def client(self, setup: Setup) -> Client:
+        return ScaffoldClient(self._sgd(setup))
+
+    def _sgd(self, setup: Setup) -> Setup:
+        """The set-up with the method's own optimiser, which also is what the memory model must count."""
         head_lr = setup.fit.head_lr / setup.fit.lr * self.eta_l
-        sgd = replace(setup.fit, optimizer="sgd", lr=self.eta_l, head_lr=head_lr)
-        return ScaffoldClient(replace(setup, fit=sgd))
+        return replace(setup, fit=replace(setup.fit, optimizer="sgd", lr=self.eta_l, head_lr=head_lr))
 
 
 class ScaffoldServer(Server):
@@ -139,7 +142,7 @@ class ScaffoldClient(Client):
         def correct(model: TaskModel) -> Correct:
             return variates.attach(model, held)
 
-        model, reply = local_round(self.setup, payload, context, correct)
+        model, reply = local_round(self.setup, payload, context, correct, references=REFERENCES)
         fresh = {k: t.clone() for k, t in unpack(table(model, held), variates.mean_gradient()).items()}
         control = {key: fresh[key] - c_i[key] for key in fresh}
         context.state.params = fresh

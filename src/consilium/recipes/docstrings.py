@@ -37,6 +37,6 @@ def fedmoe_docstrings() -> Experiment:
         fit=Fit(lr=1e-3, head_lr=1e-2, batch_size=16, max_length=64),
         sampling=Sampling(clients_per_round=5),
         rounds=14,
-        memory=("95MB", "110MB", "130MB", "190MB"),
+        memory=("85MB", "95MB", "115MB", "155MB"),
         evaluate_every=2,
     )
