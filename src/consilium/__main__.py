@@ -15,7 +15,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
             commands[args[0]](args[1:])
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ConsiliumError, OSError) as error:
         _say(str(error))
         return 2
@@ -172,7 +175,7 @@ def list_command(args: list[str]) -> None:
     find(next(iter(RECIPES), "fedmoe-docstrings"))
     out.print("[bold]Recipes[/bold]")
     for name in sorted(RECIPES):
-        out.print(f"  {name:24} {RECIPES[name].summary}", highlight=False)
+        out.print(f"  {name:24} {RECIPES[name].summary}", highlight=False, soft_wrap=True)
     out.print("[bold]Algorithms[/bold]")
     for name, algorithm in sorted(Algorithm.registry.items()):
         out.print(f"  {name:24} {(algorithm.__doc__ or '').splitlines()[0]}", highlight=False)
@@ -278,9 +281,16 @@ def _whole(options: dict[str, str], name: str, least: int) -> int:
     return int(text)
 
 
-def _parse(kind: Any, args: list[str], prog: str, default: Any = None, own: Sequence[str] = ()) -> Any:
-    """tyro, with its complaints as one line, and misspelt flags answered with the nearest. `own`: other flags known."""
+def _parse(kind: Any, args: list[str], prog: str, default: Any = None, own: Mapping[str, str] | None = None) -> Any:
+    """tyro, with its complaints as one line, and misspelt flags answered with the nearest.
+
+    Args:
+        default: the experiment that the flags change. own: the command's own flags, with their values.
+    """
     extra = {"default": default} if default is not None else {}
+    if own:
+        told = ", ".join(f"{flag} {value}" for flag, value in own.items())
+        extra["description"] = f"Beside the flags of the experiment, the command has its own: {told}."
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -292,7 +302,7 @@ def _parse(kind: Any, args: list[str], prog: str, default: Any = None, own: Sequ
             raise
         raise ConfigError(f"{_complaint(said.getvalue())}; see `{prog} --help`") from None
     if unknown:
-        flags = [*(_flags(default) if default is not None else []), *own]
+        flags = [*(_flags(default) if default is not None else []), *(own or ())]
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"see `{prog} --help`"
         raise ConfigError(f"unknown argument {unknown[0]!r}; {hint}")
