@@ -30,6 +30,7 @@ from consilium.core import ClientContext, ClientInfo, ClientState, Sampling
 from consilium.data.docstrings import DocstringData, answer
 from consilium.data.task import ClientData, Split, pooled, score
 from consilium.moe.build import ModelSource
+from consilium.recipes.pretrain_model import sort_experts
 from consilium.training import Fit, Setup, evaluate, fit
 
 
@@ -67,11 +68,12 @@ def fine_tune(data: ClientData, path: str, rates: list[float], epochs: int, seed
     """Validation and test accuracy of the shipped model, learning rate and epoch chosen on validation."""
     best = (-1.0, -1.0, "")
     for rate in rates:
-        config = Fit(lr=rate, head_lr=1e-2, epochs=1, batch_size=16, max_length=96)
+        config = Fit(lr=rate, head_lr=1e-2, epochs=1, batch_size=32, max_length=96)
         setup = Setup(ModelSource(path), config, Sampling(), seed, {data.task.name: data.task.labels})
         info = ClientInfo("central", len(data.train), data.task.name)
         context = ClientContext(info, data, torch.device("cpu"), seed, ClientState())
         model = setup.build(setup.initial_params(), context)
+        sort_experts(model.backbone)  # the same numbers in half the time
         train, validation, test = (setup.encode(context, s) for _, s in data.splits())
         for epoch in range(epochs):
             falling = 1 - epoch / epochs

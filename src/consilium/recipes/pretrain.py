@@ -57,7 +57,8 @@ class Pretrain:
         rate: peak learning rate; embeddings: their rate is so many times as high. warmup: share of the rise.
         masking: largest masked share of a text; each text draws its share between 0 and this.
         balance: coefficient of the load-balance loss. dropout: of the model. decay: AdamW weight decay.
-        classify: weight of the mean classification loss against the masked-token loss.
+        classify: weight of the classification losses against the masked-token loss.
+        bag_epochs: passes over the data that fit embeddings and heads alone, before the network.
         threads: CPU threads. seed: of everything drawn.
         save_minutes: minutes between saves. heldout: public documents kept for measuring.
     """
@@ -65,22 +66,23 @@ class Pretrain:
     out: Path
     minutes: float = 60.0
     steps: int = 0
-    vocabulary: int = 6000
+    vocabulary: int = 10000
     width: int = 160
-    hidden: int = 320
+    hidden: int = 288
     layers: int = 4
     heads: int = 5
     experts: int = 16
-    length: int = 72
+    length: int = 80
     tokens: int = 2048
-    rate: float = 2e-3
-    embedding: float = 2.0
+    rate: float = 1.5e-3
+    embedding: float = 1.0
     warmup: float = 0.03
-    masking: float = 0.3
+    masking: float = 0.4
     balance: float = 0.01
     dropout: float = 0.0
     decay: float = 0.01
-    classify: float = 1.0
+    classify: float = 2.0
+    bag_epochs: int = 8
     threads: int = 1
     seed: int = 0
     save_minutes: float = 5.0
@@ -138,18 +140,53 @@ class Pretraining:
         if chosen.any():
             scores = hidden[chosen] @ self.model.shared.weight.T
             total = parts["mask"] = F.cross_entropy(scores.float(), ids[chosen])
-        pooled = (hidden * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+        for head, part in self._classify(self._pool(hidden, real), batch).items():
+            parts[head] = part
+            total = total + self.settings.classify * part
+        parts["balance"] = torch.stack([balance_loss(logits, real) for logits in self.logits]).mean()
+        total = total + self.settings.balance * parts["balance"] * self.settings.layers
+        return total, {name: float(part.detach()) for name, part in parts.items()}
+
+    def warm_start(self) -> None:
+        """Fit embeddings and heads as a bag of words first: seconds that spare the network many epochs.
+
+        The mean of the normalised embeddings is what the network pools while its layers still add little; each text
+        loses a share of its tokens, between 0 and `masking` and a half, so that no single word decides.
+        """
+        s, embedding = self.settings, self.model.shared.weight
+        optimizer = torch.optim.Adam([embedding, *self.heads.parameters()], lr=3e-3, fused=True)
+        count = len(self.train.ids)
+        batch, total = min(128, count), s.bag_epochs * (count // min(128, count))
+        for step in range(total):
+            if step % (count // batch) == 0:
+                order = torch.randperm(count, generator=self.generator).tolist()
+            start = step % (count // batch) * batch
+            part = self.train.take(order[start : start + batch])
+            real = part.ids != PAD
+            share = torch.rand(batch, 1, generator=self.generator) * (0.5 + s.masking / 2)
+            kept = real & (torch.rand(part.ids.shape, generator=self.generator) >= share)
+            kept |= real & ~kept.any(1, keepdim=True)
+            scale = torch.rsqrt(embedding.pow(2).mean(-1, keepdim=True) + 1e-6)
+            pooled = self._pool((embedding * scale)[part.ids.to(self.device)], kept.to(self.device))
+            optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / total)
+            optimizer.zero_grad()
+            torch.stack(list(self._classify(pooled, part).values())).sum().backward()
+            optimizer.step()
+
+    @staticmethod
+    def _pool(hidden: Tensor, real: Tensor) -> Tensor:
+        return (hidden * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+
+    def _classify(self, pooled: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """The loss of each head that has something to say about the batch."""
+        parts = {}
         for head in HEADS:
             targets = batch.targets[head].to(self.device)
             if (targets >= 0).any():
                 parts[head] = F.cross_entropy(self.heads[head](pooled).float(), targets, ignore_index=-1)
-                total = total + self.settings.classify * parts[head]
         named = batch.words.to(self.device)
-        parts["words"] = -(named * self.heads["words"](pooled).float().log_softmax(-1)).sum() / len(ids)
-        total = total + self.settings.classify * 0.5 * parts["words"]
-        parts["balance"] = torch.stack([balance_loss(logits, real) for logits in self.logits]).mean()
-        total = total + self.settings.balance * parts["balance"] * self.settings.layers
-        return total, {name: float(part.detach()) for name, part in parts.items()}
+        parts["words"] = -0.5 * (named * self.heads["words"](pooled).float().log_softmax(-1)).sum() / len(named)
+        return parts
 
     def progress(self) -> float:
         """How much of the plan is done, 0 to 1."""
@@ -161,6 +198,9 @@ class Pretraining:
         """Train to the end of the plan, saving on the way."""
         saved, spoken, means = self.seconds, self.seconds, {}
         begun = time.monotonic() - self.seconds  # everything counts: batches, saves and evaluations too
+        if self.step == 0:
+            self.warm_start()
+            log(f"bag of words: {time.monotonic() - begun:.0f} s, held out: {self.evaluate()}")
         self.model.train()
         while self.progress() < 1:
             order = random.Random(f"{self.settings.seed}:{self.epoch}")
@@ -215,7 +255,7 @@ class Pretraining:
             real = ids != PAD
             self.logits.clear()
             hidden = self.model(input_ids=ids, attention_mask=real.long()).last_hidden_state
-            pooled = (hidden * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+            pooled = self._pool(hidden, real)
             for head in HEADS:
                 targets = batch.targets[head].to(self.device)
                 guess = self.heads[head](pooled).argmax(-1)

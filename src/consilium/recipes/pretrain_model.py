@@ -13,7 +13,18 @@ from transformers import PreTrainedTokenizerFast, SwitchTransformersConfig, Swit
 if TYPE_CHECKING:
     from consilium.recipes.pretrain import Pretrain
 
-__all__ = ["EOS", "MASK", "PAD", "balance_loss", "build", "export", "initialise", "train_tokenizer", "watch_routers"]
+__all__ = [
+    "EOS",
+    "MASK",
+    "PAD",
+    "balance_loss",
+    "build",
+    "export",
+    "initialise",
+    "sort_experts",
+    "train_tokenizer",
+    "watch_routers",
+]
 
 SPECIAL = ("<pad>", "</s>", "<unk>", "<mask>")
 PAD, EOS, UNK, MASK = range(4)
@@ -68,6 +79,11 @@ def build(settings: "Pretrain", vocabulary: int) -> SwitchTransformersEncoderMod
     config.architectures = ["SwitchTransformersEncoderModel"]
     model = SwitchTransformersEncoderModel(config)
     initialise(model)
+    return sort_experts(model)
+
+
+def sort_experts(model: SwitchTransformersEncoderModel) -> SwitchTransformersEncoderModel:
+    """Let every sparse layer of this model compute on tokens sorted by expert; it still saves as the stock class."""
     for block in model.encoder.block:
         block.layer[1].mlp.experts.forward = _sorted_experts.__get__(block.layer[1].mlp.experts)
     return model
@@ -86,11 +102,11 @@ def initialise(model: SwitchTransformersEncoderModel) -> None:
     width = model.config.d_model
     model.shared.weight.normal_(std=0.05)
     for block in model.encoder.block:
-        block.layer[0].SelfAttention.o.weight.mul_(0.2)
+        block.layer[0].SelfAttention.o.weight.mul_(0.1)
         mlp = block.layer[1].mlp
         mlp.router.classifier.weight.normal_(std=width**-0.5)
         for expert in mlp.experts.values():
-            expert.wo.weight.mul_(0.5)
+            expert.wo.weight.mul_(0.2)
     attention = model.encoder.block[0].layer[0].SelfAttention
     distances = torch.arange(-127, 128)
     buckets = attention._relative_position_bucket(distances, num_buckets=32, max_distance=128)
