@@ -161,7 +161,7 @@ class Setup:
         need = self.footprint(counts, mode, references, rank).total
         if need <= client.memory_bytes:
             return None
-        return f"needs {human(need)}, has {human(client.memory_bytes)}"
+        return f"needs {human(need)}, has {human(client.memory_bytes)}, lacks {human(need - client.memory_bytes)}"
 
     @property
     def _memory(self) -> MemoryModel:

@@ -3,7 +3,6 @@
 import re
 import warnings
 
-from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from consilium.moe.model import TaskModel
@@ -19,6 +18,8 @@ def add_expert_lora(model: TaskModel, rank: int) -> list[nn.Parameter]:
     Returns:
         The adapters' parameters.
     """
+    from peft import LoraConfig, inject_adapter_in_model  # takes seconds to import, and only stage one needs it
+
     family = model.family
     for parameter in model.backbone.parameters():
         parameter.requires_grad_(False)
