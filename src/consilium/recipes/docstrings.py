@@ -34,7 +34,7 @@ def fedmoe_docstrings() -> Experiment:
         name="fedmoe-docstrings",
         algorithm=FedMoE(stage1_epochs=2),
         data=DocstringData(tasks=("topic", "kind", "verb"), clients=12, train=200, validation=80, test=100),
-        fit=Fit(lr=1e-3, head_lr=1e-2, batch_size=16, max_length=64),
+        fit=Fit(lr=3e-4, head_lr=3e-3, batch_size=16, max_length=64),
         sampling=Sampling(clients_per_round=5),
         rounds=14,
         memory=("85MB", "95MB", "115MB", "155MB"),
