@@ -175,7 +175,7 @@ BAD = {
     ),
     "nobody holds it all": (
         BudgetError,
-        r"no client can hold the model: 3 are unable, e\.g\. site-0 needs .*, has 2\.0 MB; give more memory",
+        r"no client can hold the model: 3 are unable, e\.g\. site-0 needs .*, has 2\.0 MB, lacks .*; give more memory",
         {"algorithm": FedAvg(), "memory": ("2MB",)},
     ),
     "nobody holds one": (BudgetError, r"3 are unable", {"algorithm": RandomMoE(), "memory": ("2MB",)}),
