@@ -53,7 +53,7 @@ def bag_of_words(data: ClientData, extra: Split | None = None) -> tuple[float, f
         train = vectoriser.fit_transform(texts)
         validation, test = vectoriser.transform(data.validation.texts), vectoriser.transform(data.test.texts)
         candidates = [LinearSVC(C=c, class_weight=w) for c in (0.1, 0.3, 1.0, 3.0) for w in (None, "balanced")]
-        if extra is None:
+        if extra is None and name == "words":
             candidates += [LogisticRegression(C=c, max_iter=500) for c in (3.0, 10.0, 30.0, 100.0)]
         for candidate in candidates:
             candidate.fit(train, targets)

@@ -58,6 +58,7 @@ class Pretrain:
         masking: largest masked share of a text; each text draws its share between 0 and this.
         balance: coefficient of the load-balance loss. dropout: of the model. decay: AdamW weight decay.
         classify: weight of the classification losses against the masked-token loss.
+        smoothing: label smoothing of the classification losses.
         bag_epochs: passes over the data that fit embeddings and heads alone, before the network.
         threads: CPU threads. seed: of everything drawn.
         save_minutes: minutes between saves. heldout: public documents kept for measuring.
@@ -79,10 +80,11 @@ class Pretrain:
     warmup: float = 0.03
     masking: float = 0.4
     balance: float = 0.01
-    dropout: float = 0.0
-    decay: float = 0.01
-    classify: float = 2.0
-    bag_epochs: int = 8
+    dropout: float = 0.1
+    decay: float = 0.05
+    classify: float = 1.0
+    bag_epochs: int = 6
+    smoothing: float = 0.1
     threads: int = 1
     seed: int = 0
     save_minutes: float = 5.0
@@ -172,6 +174,8 @@ class Pretraining:
             optimizer.zero_grad()
             torch.stack(list(self._classify(pooled, part).values())).sum().backward()
             optimizer.step()
+        with torch.no_grad():  # one size for all, near that of what the layers add, which must be able to change them
+            embedding.mul_(0.1 * torch.rsqrt(embedding.pow(2).mean(-1, keepdim=True) + 1e-6))
 
     @staticmethod
     def _pool(hidden: Tensor, real: Tensor) -> Tensor:
@@ -183,7 +187,9 @@ class Pretraining:
         for head in HEADS:
             targets = batch.targets[head].to(self.device)
             if (targets >= 0).any():
-                parts[head] = F.cross_entropy(self.heads[head](pooled).float(), targets, ignore_index=-1)
+                parts[head] = F.cross_entropy(
+                    self.heads[head](pooled).float(), targets, ignore_index=-1, label_smoothing=self.settings.smoothing
+                )
         named = batch.words.to(self.device)
         parts["words"] = -0.5 * (named * self.heads["words"](pooled).float().log_softmax(-1)).sum() / len(named)
         return parts
@@ -231,6 +237,7 @@ class Pretraining:
         factor = done / warm if done < warm else 0.5 * (1 + math.cos(math.pi * (done - warm) / (1 - warm)))
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate * group["factor"] * max(factor, 1e-4)
+        torch.manual_seed(self.settings.seed + 1_000_003 * self.step)  # dropout: a resumed run draws the same
         total, parts = self.loss(batch, self.settings.masking)
         self.optimizer.zero_grad()
         total.backward()

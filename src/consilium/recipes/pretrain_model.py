@@ -102,11 +102,11 @@ def initialise(model: SwitchTransformersEncoderModel) -> None:
     width = model.config.d_model
     model.shared.weight.normal_(std=0.05)
     for block in model.encoder.block:
-        block.layer[0].SelfAttention.o.weight.mul_(0.1)
+        block.layer[0].SelfAttention.o.weight.mul_(0.2)
         mlp = block.layer[1].mlp
         mlp.router.classifier.weight.normal_(std=width**-0.5)
         for expert in mlp.experts.values():
-            expert.wo.weight.mul_(0.2)
+            expert.wo.weight.mul_(0.5)
     attention = model.encoder.block[0].layer[0].SelfAttention
     distances = torch.arange(-127, 128)
     buckets = attention._relative_position_bucket(distances, num_buckets=32, max_distance=128)
