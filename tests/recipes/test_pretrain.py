@@ -47,6 +47,16 @@ def done(tmp_path_factory):
     return job
 
 
+def test_a_bag_of_words_comes_first_when_asked_for(tmp_path):
+    """Two passes move the embeddings, and leave all of them at root mean square 0.1."""
+    job = Pretraining(toy(tmp_path, bag_epochs=2, smoothing=0.1), documents())
+    before = job.model.shared.weight.detach().clone()
+    job.warm_start()
+    after = job.model.shared.weight.detach()
+    torch.testing.assert_close(after.pow(2).mean(-1).sqrt(), torch.full((len(after),), 0.1), rtol=1e-2, atol=1e-3)
+    assert not torch.allclose(before / before.norm(dim=-1, keepdim=True), after / after.norm(dim=-1, keepdim=True))
+
+
 def test_it_learns_the_packages(done):
     """Chance is 1/3; the words tell nearly everything."""
     found = done.evaluate()
@@ -88,12 +98,12 @@ def test_every_layer_is_sparse_and_no_token_is_dropped(done):
 
 def test_resuming_gives_the_bits_of_an_unbroken_run(tmp_path):
     docs = documents()
-    whole = Pretraining(toy(tmp_path / "whole", steps=8), docs)
+    whole = Pretraining(toy(tmp_path / "whole", steps=8, dropout=0.1), docs)
     whole.run(lambda line: None)
-    first = Pretraining(toy(tmp_path / "parts", steps=8), docs)
+    first = Pretraining(toy(tmp_path / "parts", steps=8, dropout=0.1), docs)
     first.progress = lambda: min(1.0, first.step / 8) if first.step < 5 else 1.0  # stopped after five steps
     first.run(lambda line: None)
-    second = Pretraining(toy(tmp_path / "parts", steps=8), docs)
+    second = Pretraining(toy(tmp_path / "parts", steps=8, dropout=0.1), docs)
     assert second.resume() and second.step == 5
     second.run(lambda line: None)
     for (name, a), b in zip(whole.model.named_parameters(), second.model.parameters(), strict=True):

@@ -59,7 +59,7 @@ class Pretrain:
         balance: coefficient of the load-balance loss. dropout: of the model. decay: AdamW weight decay.
         classify: weight of the classification losses against the masked-token loss.
         smoothing: label smoothing of the classification losses.
-        bag_epochs: passes over the data that fit embeddings and heads alone, before the network.
+        bag_epochs: passes over the data that fit embeddings and heads alone, before the network; 0: none.
         threads: CPU threads. seed: of everything drawn.
         save_minutes: minutes between saves. heldout: public documents kept for measuring.
     """
@@ -67,24 +67,24 @@ class Pretrain:
     out: Path
     minutes: float = 60.0
     steps: int = 0
-    vocabulary: int = 10000
+    vocabulary: int = 6000
     width: int = 160
-    hidden: int = 288
+    hidden: int = 320
     layers: int = 4
     heads: int = 5
     experts: int = 16
-    length: int = 80
+    length: int = 72
     tokens: int = 2048
-    rate: float = 1.5e-3
-    embedding: float = 1.0
+    rate: float = 2e-3
+    embedding: float = 2.0
     warmup: float = 0.03
-    masking: float = 0.4
+    masking: float = 0.3
     balance: float = 0.01
-    dropout: float = 0.1
-    decay: float = 0.05
+    dropout: float = 0.0
+    decay: float = 0.01
     classify: float = 1.0
-    bag_epochs: int = 6
-    smoothing: float = 0.1
+    bag_epochs: int = 0
+    smoothing: float = 0.0
     threads: int = 1
     seed: int = 0
     save_minutes: float = 5.0
@@ -204,7 +204,7 @@ class Pretraining:
         """Train to the end of the plan, saving on the way."""
         saved, spoken, means = self.seconds, self.seconds, {}
         begun = time.monotonic() - self.seconds  # everything counts: batches, saves and evaluations too
-        if self.step == 0:
+        if self.step == 0 and self.settings.bag_epochs:
             self.warm_start()
             log(f"bag of words: {time.monotonic() - begun:.0f} s, held out: {self.evaluate()}")
         self.model.train()
