@@ -126,6 +126,8 @@ class Comparison:
             ConsiliumError: if a run failed, with the last line it printed.
         """
         waiting = [folder for folder, experiment in self.planned.items() if not self._finished(folder, experiment)]
+        if waiting:
+            self._say(f"Reading data and model for {len(waiting)} runs (the first time, a minute or two)")
         self._check_new(waiting)
         running: dict[Path, subprocess.Popen] = {}
         columns = (
@@ -151,6 +153,7 @@ class Comparison:
                     for folder, process in list(running.items()):
                         if process.poll() is not None:
                             self._check(folder, running.pop(folder))
+                            self._say(f"{folder.name}: finished")
             finally:
                 for process in running.values():
                     process.terminate()
@@ -193,6 +196,9 @@ class Comparison:
                 env={**os.environ, **threads},
                 start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
             )
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _check(self, folder: Path, process: subprocess.Popen) -> None:
         if process.returncode:
