@@ -36,7 +36,7 @@ def fedmoe_docstrings() -> Experiment:
         data=DocstringData(tasks=("topic", "kind", "verb"), clients=12, train=200, validation=80, test=100),
         fit=Fit(lr=3e-4, head_lr=3e-3, batch_size=16, max_length=64),
         sampling=Sampling(clients_per_round=5),
-        rounds=14,
+        rounds=12,
         memory=("85MB", "95MB", "115MB", "155MB"),
-        evaluate_every=2,
+        evaluate_every=3,
     )
