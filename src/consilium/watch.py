@@ -126,9 +126,8 @@ class Comparison:
             ConsiliumError: if a run failed, with the last line it printed.
         """
         waiting = [folder for folder, experiment in self.planned.items() if not self._finished(folder, experiment)]
-        if waiting:
-            self._say(f"Reading data and model for {len(waiting)} runs (the first time, a minute or two)")
-        self._check_new(waiting)
+        with self.console.status(f"Reading data and model for {len(waiting)} runs (the first time, a minute or two)"):
+            self._check_new(waiting)
         running: dict[Path, subprocess.Popen] = {}
         columns = (
             TextColumn("{task.description:16}"),
