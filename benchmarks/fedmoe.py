@@ -3,7 +3,7 @@
 30 clients, three tasks. Standard: 5 random clients a round; Enforced: 3 of different tasks. -T: task heterogeneity
 alone (IID inside a task); -TD: also label skew (Dirichlet 0.3). Every method starts from the shipped model, sees the
 same data, and keeps to the same devices; methods with one model for all use the largest that the smallest device
-can train. Learning rates were chosen by FedAvg's validation scores, nothing by test scores.
+can train. Learning rates are the demo's, a coarse choice by FedAvg's validation scores there.
 
     python benchmarks/fedmoe.py                     # everything; stops and continues as you like
     python benchmarks/fedmoe.py --settings std-TD --seeds 1
