@@ -20,6 +20,7 @@ from consilium.core import (
     ExpertSet,
     Payload,
     Sampling,
+    counts_of,
     derive_seed,
     experts_from_scalars,
 )
@@ -327,7 +328,7 @@ def local_round(
     groups: dict[str, Params] = {"params": flatten(model, held)}  # after evaluation, which needs room itself
     if usage:
         groups |= {"demand": tap.usage.demand, "served": tap.usage.served}
-    counts = {block: len(ids) for block, ids in held.items()} if held else setup.model.counts
+    counts = counts_of(held) if held else setup.model.counts
     scalars = {
         "num_examples": context.info.num_examples,
         "validation": accuracy,

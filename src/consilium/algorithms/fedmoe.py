@@ -49,6 +49,7 @@ from consilium.core import (
     ExpertMap,
     Payload,
     Server,
+    counts_of,
     derive_seed,
     experts_to_scalars,
 )
@@ -141,13 +142,13 @@ def largest_structure(p: Usage, fits: Callable[[Mapping[str, int]], bool]) -> He
     """
     low, high = 0.0, 1.0
     best = structure_at(p, low)
-    if not fits(_counts(best)):
+    if not fits(counts_of(best)):
         raise BudgetError("one expert per layer does not fit")
-    if fits(_counts(full := structure_at(p, high))):
+    if fits(counts_of(full := structure_at(p, high))):
         return full
     for _ in range(40):
         theta = (low + high) / 2
-        if fits(_counts(candidate := structure_at(p, theta))):
+        if fits(counts_of(candidate := structure_at(p, theta))):
             low, best = theta, candidate
         else:
             high = theta
@@ -178,10 +179,6 @@ def p_hat(sims: Mapping[ClientId, float], p: Mapping[ClientId, Usage]) -> dict[s
 def z_scores(p: Usage) -> dict[str, Tensor]:
     """p in standard deviations from its layer's mean; zeros in a layer where all experts are alike."""
     return {block: (p_E - p_E.mean()) / max(float(p_E.std(correction=0)), 1e-12) for block, p_E in p.items()}
-
-
-def _counts(held: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    return {block: len(ids) for block, ids in held.items()}
 
 
 def _round_half_away(x: float) -> int:
@@ -251,7 +248,7 @@ class FedMoEServer(Server):
         if self.algorithm.stage2:
             for client, accuracy in scores.items():
                 self._follow(client, accuracy)
-        held = [sum(_counts(h).values()) for h in self.map.values()]
+        held = [sum(counts_of(h).values()) for h in self.map.values()]
         return {"experts": sum(held) / len(held)}
 
     def deliver(self, client: ClientInfo) -> Payload:
@@ -309,7 +306,7 @@ class FedMoEServer(Server):
             except BudgetError:  # one expert per layer fits M_k (checked at the start) but not alpha * M_k
                 held = structure_at(self.p[client.id], 0.0)
             self.map[client.id] = held
-            self._note("structure", client.id, experts=sum(_counts(held).values()),
+            self._note("structure", client.id, experts=sum(counts_of(held).values()),
                        source="measured" if client.id in self.measured else "estimated")  # fmt: skip
 
     def _estimate(self, client: ClientInfo) -> dict[str, Tensor]:
@@ -328,7 +325,7 @@ class FedMoEServer(Server):
         for client in self.setup.clients:
             n = self.setup.largest_uniform(client.memory_bytes, share=self.algorithm.alpha)
             self.map[client.id] = random_experts(self.setup, client.id, max(n, 1))
-            self._note("structure", client.id, experts=sum(_counts(self.map[client.id]).values()), source="random")
+            self._note("structure", client.id, experts=sum(counts_of(self.map[client.id]).values()), source="random")
 
     # stage two
 
@@ -348,7 +345,7 @@ class FedMoEServer(Server):
         if progress.before is not None:
             self.map[client], progress.before = progress.before, None
             progress.frozen = self.algorithm.freeze
-            self._note("rollback", client, experts=sum(_counts(self.map[client]).values()))
+            self._note("rollback", client, experts=sum(counts_of(self.map[client]).values()))
             if progress.frozen:
                 self._note("freeze", client)
             return
@@ -362,14 +359,14 @@ class FedMoEServer(Server):
         sims = similar(client, known, self.algorithm.K)
         if not sims:
             return self.map[client]
-        own = sum(_counts(self.map[client]).values())
-        mean = sum(sum(_counts(self.map[a]).values()) for a in sims) / len(sims)
+        own = sum(counts_of(self.map[client]).values())
+        mean = sum(sum(counts_of(self.map[a]).values()) for a in sims) / len(sims)
         n = _round_half_away(mean - own)
         wanted = p_hat(sims, known)
         if self.algorithm.rank == "layer":
             wanted = z_scores(wanted)
         held = self._grown(client, wanted, n) if n > 0 else self._shrunk(client, wanted, -n)
-        after = sum(_counts(held).values())
+        after = sum(counts_of(held).values())
         if after != own:
             self._note("grow" if after > own else "shrink", client, experts=after, neighbours=sorted(sims))
         return held
@@ -380,7 +377,7 @@ class FedMoEServer(Server):
         info = self._info(client)
         for block, j in sorted(outside, key=lambda e: -float(wanted[e[0]][e[1]]))[:n]:
             held[block].add(j)
-            if self.setup.lacks(info, {b: len(ids) for b, ids in held.items()}):
+            if self.setup.lacks(info, counts_of(held)):
                 held[block].discard(j)
                 break
         return {block: tuple(sorted(ids)) for block, ids in held.items()}
