@@ -27,8 +27,9 @@ from consilium.algorithms.fedmoe import FedMoE
 from consilium.algorithms.randommoe import RandomMoE
 from consilium.core import Algorithm, Sampling
 from consilium.data.docstrings import DocstringData
-from consilium.experiment import Experiment, records
+from consilium.experiment import Experiment
 from consilium.recipes.docstrings import EQUAL_MEMORY
+from consilium.run import records
 from consilium.training import Fit
 from consilium.watch import Comparison
 

@@ -17,7 +17,8 @@ from pathlib import Path
 if __name__ == "__main__":
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
 
-from consilium.experiment import from_json, resume, run
+from consilium.experiment import from_json
+from consilium.run import resume, run
 
 
 class ForkServer:

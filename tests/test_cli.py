@@ -16,8 +16,9 @@ import tiny
 
 from consilium.__main__ import main
 from consilium.core import Algorithm
-from consilium.experiment import read_config, to_json
+from consilium.experiment import to_json
 from consilium.recipes import RECIPES
+from consilium.run import read_config
 
 
 @pytest.fixture(autouse=True)

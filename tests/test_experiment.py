@@ -22,9 +22,10 @@ from consilium.data.task import ClientData, Federation, Split, Task
 from consilium.data.textfile import TextFileData
 from consilium.engine.checkpoint import load_checkpoint
 from consilium.errors import BudgetError, ConfigError, ConsiliumError, DataError, ModelError
-from consilium.experiment import DATA, Experiment, _git, _Prepared, from_json, read_config, run, to_json
+from consilium.experiment import DATA, Experiment, from_json, to_json
 from consilium.moe.build import ModelSource
 from consilium.params import checksum
+from consilium.run import _git, _Prepared, read_config, run
 from consilium.training import Fit
 
 # --- as JSON and back -------------------------------------------------------------------------------------------------
@@ -374,7 +375,7 @@ def test_a_directory_that_holds_a_run_is_refused(fedmoe):
 
 def test_another_process_that_was_quicker_is_not_overrun(tmp_path, monkeypatch):
     """Both find an empty directory; this one gets the lock when the other has finished."""
-    import consilium.experiment as module
+    import consilium.run as module
 
     experiment = runs.experiment(runs.table(tmp_path))
     real = module._Prepared.of
@@ -410,10 +411,10 @@ def test_heads_are_the_union_of_the_clients_labels(tmp_path, monkeypatch):
 def test_the_revision_is_of_this_source_or_none(tmp_path, monkeypatch):
     import subprocess
 
-    import consilium.experiment as module
+    import consilium.run as module
 
     assert _git() is None or len(_git()) == 40
-    outside = tmp_path / "site-packages/consilium/experiment.py"
+    outside = tmp_path / "site-packages/consilium/run.py"
     outside.parent.mkdir(parents=True)
     outside.touch()
     for command in (

@@ -15,8 +15,8 @@ FLOORS = {
     "moe": 1, "models": 1, "data": 1,
     "training": 2,
     "algorithms": 3,
-    "engine": 4,
-    "experiment": 5,
+    "engine": 4, "experiment": 4,
+    "run": 5,
     "report": 6, "recipes": 6, "watch": 6,
     "__main__": 7,
 }  # fmt: skip

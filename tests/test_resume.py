@@ -14,7 +14,8 @@ from forkserver import ForkServer
 from consilium.algorithms.fedmoe import FedMoE
 from consilium.algorithms.scaffold import SCAFFOLD
 from consilium.errors import CheckpointError
-from consilium.experiment import _Prepared, resume, run, to_json
+from consilium.experiment import to_json
+from consilium.run import _Prepared, resume, run
 
 KILLED = -signal.SIGKILL
 

@@ -17,7 +17,8 @@ from consilium.__main__ import main
 from consilium.algorithms.fedavg import FedAvg
 from consilium.algorithms.fedmoe import FedMoE
 from consilium.errors import ConfigError, ConsiliumError
-from consilium.experiment import read_config, run, to_json
+from consilium.experiment import to_json
+from consilium.run import read_config, run
 from consilium.watch import Comparison, Terminal
 
 

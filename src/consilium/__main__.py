@@ -25,8 +25,9 @@ from rich.console import Console
 from consilium.errors import ConfigError, ConsiliumError
 
 if TYPE_CHECKING:
-    from consilium.experiment import Experiment, Watch
+    from consilium.experiment import Experiment
     from consilium.recipes import Recipe
+    from consilium.run import Watch
 
 __all__ = ["main"]
 
@@ -90,7 +91,7 @@ def _say(text: str) -> None:
 
 def run_command(args: list[str]) -> None:
     """consilium run RECIPE|FILE.json [--out DIR] [flags of the experiment]"""
-    from consilium.experiment import run
+    from consilium.run import run
 
     default, rest = _experiment(args, "run")
     options, rest = _split(rest, {"--out": "runs"})
@@ -124,8 +125,8 @@ def compare_command(args: list[str]) -> None:
 
 def resume_command(args: list[str]) -> None:
     """consilium resume RUN"""
-    from consilium.experiment import read_config, resume
     from consilium.report.table import print_table
+    from consilium.run import read_config, resume
 
     def parameters(run: Annotated[Path, tyro.conf.Positional]) -> Path:
         """Continue an interrupted run from its last checkpoint, to the same bits.

@@ -19,8 +19,9 @@ from consilium.core import Algorithm
 from consilium.data.task import Federation
 from consilium.engine.checkpoint import write_atomic
 from consilium.errors import ConfigError, ConsiliumError
-from consilium.experiment import Experiment, check, read_config, records, to_json
+from consilium.experiment import Experiment, to_json
 from consilium.moe.budget import human
+from consilium.run import check, read_config, records
 from consilium.training import Setup
 
 __all__ = ["Comparison", "Terminal"]
