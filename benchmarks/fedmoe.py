@@ -3,20 +3,23 @@
 30 clients, three tasks. Standard: 5 random clients a round; Enforced: 3 of different tasks. -T: task heterogeneity
 alone (IID inside a task); -TD: also label skew (Dirichlet 0.3). Every method starts from the shipped model, sees the
 same data, and keeps to the same devices; methods with one model for all use the largest that the smallest device
-can train. Learning rates are the demo's, a coarse choice by FedAvg's validation scores there.
+can train; randomMoE fills each device, or with "at alpha" takes the share of it that FedMoE starts from.
 
     python benchmarks/fedmoe.py                     # everything; stops and continues as you like
     python benchmarks/fedmoe.py --settings std-TD --seeds 1
-    python benchmarks/fedmoe.py --table-only        # from the runs there are
+    python benchmarks/fedmoe.py --rates 1e-4 3e-4 1e-3     # how the learning rates were chosen: on validation alone
+    python benchmarks/fedmoe.py --table-only        # from the results there are
 
-Writes benchmarks/results/fedmoe.md and fedmoe.json; runs go to --out.
+Writes benchmarks/results/fedmoe.md and fedmoe.json; runs go to --out. A cell that fedmoe.json holds for the same
+experiment and the same model is not run again.
 """
 
+import dataclasses
+import hashlib
 import json
 import math
 import os
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +30,7 @@ from consilium.algorithms.fedmoe import FedMoE
 from consilium.algorithms.randommoe import RandomMoE
 from consilium.core import Algorithm, Sampling
 from consilium.data.docstrings import DocstringData
-from consilium.experiment import Experiment
+from consilium.experiment import Experiment, to_json
 from consilium.recipes.docstrings import EQUAL_MEMORY
 from consilium.run import records
 from consilium.training import Fit
@@ -44,6 +47,7 @@ METHODS: dict[str, Algorithm] = {
     "FedMoE": FedMoE(stage1_epochs=2),
     "FedMoE w/o stage 1": FedMoE(stage1="none"),
     "FedMoE w/o stage 2": FedMoE(stage1_epochs=2, stage2=False),
+    "randomMoE at alpha": RandomMoE(share=FedMoE.alpha),
     "randomMoE": RandomMoE(),
     "FedAvg": EQUAL_MEMORY["FedAvg"],
     "FedProx": EQUAL_MEMORY["FedProx"],
@@ -51,6 +55,10 @@ METHODS: dict[str, Algorithm] = {
     "Standalone": EQUAL_MEMORY["Standalone"],
 }
 TASKS = ("topic", "kind", "verb")
+RATE = 3e-4
+SEARCHED = ("FedMoE", "randomMoE", "FedAvg")
+SEARCH_SEED = 100
+"""The learning rate is searched on data dealt by a seed that the table does not use."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ class Benchmark:
         methods: names as in the table; () all.
         seeds: runs per method and setting.
         rounds: per run.
+        rates: search these learning rates on validation data, for FedMoE, randomMoE and FedAvg in std-TD, and stop.
         out: where the runs go.
         jobs: runs at a time, one thread each.
         table_only: only make the table of the runs there are.
@@ -70,51 +79,75 @@ class Benchmark:
     settings: tuple[str, ...] = tuple(SETTINGS)
     methods: tuple[str, ...] = ()
     seeds: int = 3
-    rounds: int = 24
+    rounds: int = 32
+    rates: tuple[float, ...] = ()
     out: Path = Path("runs/benchmark-fedmoe")
     jobs: int = os.cpu_count() or 1
     table_only: bool = False
 
 
-def experiment(setting: str, method: str, seed: int, rounds: int) -> Experiment:
+def experiment(setting: str, method: str, seed: int, rounds: int, rate: float = RATE) -> Experiment:
     """One cell of the table."""
     partition, sampling = SETTINGS[setting]
     return Experiment(
         name=f"{setting}-{method.replace(' ', '-').replace('/', '')}-{seed}",
         algorithm=METHODS[method],
-        data=DocstringData(tasks=TASKS, clients=30, train=96, validation=40, test=60, partition=partition, alpha=0.3),
-        fit=Fit(lr=3e-4, head_lr=3e-3, batch_size=16, max_length=48),
+        data=DocstringData(tasks=TASKS, clients=30, train=64, validation=40, test=50, partition=partition, alpha=0.3),
+        fit=Fit(lr=rate, head_lr=10 * rate, batch_size=16, max_length=48),
         sampling=sampling,
         rounds=rounds,
-        memory=("70MB", "77MB", "90MB", "110MB", "140MB"),
-        evaluate_every=3,
+        memory=("77MB", "84MB", "96MB", "116MB", "140MB"),
+        evaluate_every=4,
         seed=seed,
     )
 
 
+def digest(cell: Experiment) -> str:
+    """What a result belongs to: the experiment and the weights it started from."""
+    model = (Path(cell.model.location) / "model.safetensors").read_bytes()
+    return hashlib.sha256(json.dumps(to_json(cell)).encode() + hashlib.sha256(model).digest()).hexdigest()[:16]
+
+
 def main(benchmark: Benchmark) -> None:
     """Run what is missing, then write the table."""
-    methods = benchmark.methods or tuple(METHODS)
+    if benchmark.rates:
+        return search(benchmark)
+    file = RESULTS / "fedmoe.json"
+    cells = json.loads(file.read_text()) if file.is_file() else {}
     planned = {}
     for seed in range(benchmark.seeds):  # seed by seed: an early stop leaves whole tables with fewer seeds
         for setting in benchmark.settings:
-            for method in methods:
+            for method in benchmark.methods or METHODS:
                 cell = experiment(setting, method, seed, benchmark.rounds)
                 planned[benchmark.out / cell.name] = cell
-    if not benchmark.table_only:
-        Comparison(Console(), planned, benchmark.jobs).run()
-    results = {
-        setting: {
-            method: [
-                result
-                for seed in range(benchmark.seeds)
-                if (result := read(benchmark.out / experiment(setting, method, seed, benchmark.rounds).name))
-            ]
-            for method in methods
-        }
-        for setting in benchmark.settings
-    }
-    write(results, benchmark)
+    key = {folder: digest(cell) for folder, cell in planned.items()}
+    missing = {f: cell for f, cell in planned.items() if cells.get(cell.name, {}).get("digest") != key[f]}
+    try:
+        if not benchmark.table_only:
+            Comparison(Console(), missing, benchmark.jobs).run()
+    finally:  # an interrupted benchmark keeps what is finished
+        for folder, cell in missing.items():
+            if (result := read(folder)) is not None:
+                cells[cell.name] = {"digest": key[folder], **result}
+        RESULTS.mkdir(exist_ok=True)
+        file.write_text(json.dumps(cells, indent=1))
+        fresh = {cell.name for f, cell in planned.items() if cells.get(cell.name, {}).get("digest") == key[f]}
+        write({name: cells[name] for name in fresh}, benchmark)
+
+
+def search(benchmark: Benchmark) -> None:
+    """Mean validation score over the last third of the rounds, per method and learning rate."""
+    planned = {}
+    for rate in benchmark.rates:
+        for method in SEARCHED:
+            cell = experiment("std-TD", method, SEARCH_SEED, benchmark.rounds, rate)
+            cell = dataclasses.replace(cell, name=f"{cell.name}-lr{rate:g}", evaluate_every=benchmark.rounds)
+            planned[benchmark.out / cell.name] = cell
+    Comparison(Console(), planned, benchmark.jobs).run()
+    for folder in planned:
+        late = [r for r in records(folder) if r["round"] > 2 * benchmark.rounds / 3]
+        scores = [c["validation"] for r in late for c in r["clients"].values()]
+        print(f"{folder.name:40} validation {100 * statistics.mean(scores):.1f}")
 
 
 def read(folder: Path) -> dict | None:
@@ -131,7 +164,7 @@ def read(folder: Path) -> dict | None:
     return {
         **{task: 100 * summary["tasks"][task]["score"] for task in TASKS},
         "mean": 100 * summary["mean"],
-        "validated": curve,
+        "tested": curve,
         "gigabytes": spent / 1e9,
         "peak_megabytes": max(peaks) / 1e6,
         "mean_megabytes": statistics.mean(peaks) / 1e6,
@@ -151,7 +184,7 @@ def spread(values: list[float], digits: int = 1) -> str:
 
 def rounds_to(runs: list[dict], target: float) -> str:
     """Mean round in which the target (a score in [0, 1]) was first reached; how many seeds if not all did."""
-    first = [next((r for r, _, score in run["validated"] if score >= target), None) for run in runs]
+    first = [next((r for r, _, score in run["tested"] if score >= target), None) for run in runs]
     reached = [r for r in first if r is not None]
     if not reached:
         return "never"
@@ -160,7 +193,7 @@ def rounds_to(runs: list[dict], target: float) -> str:
 
 def at_bytes(run: dict, budget: float) -> float | None:
     """The last test score reached within a budget of gigabytes, in percent."""
-    within = [score for _, spent, score in run["validated"] if spent / 1e9 <= budget]
+    within = [score for _, spent, score in run["tested"] if spent / 1e9 <= budget]
     return 100 * within[-1] if within else None
 
 
@@ -195,23 +228,26 @@ def table(setting: str, methods: dict[str, list[dict]]) -> list[str]:
     return [*lines, ""]
 
 
-def write(results: dict, benchmark: Benchmark) -> None:
-    """The table as Markdown and JSON."""
-    command = "python benchmarks/fedmoe.py " + " ".join(sys.argv[1:])
+def write(cells: dict[str, dict], benchmark: Benchmark) -> None:
+    """The table of the finished cells as Markdown."""
     lines = [
         "# FedMoE on the docstring tasks",
         "",
-        f"Made by `{command.strip()}`. 30 clients, {benchmark.rounds} rounds (FedMoE's stage one is round 1), test",
-        "accuracy in percent of the model each client would deploy, mean ± standard deviation over seeds; `mean` is",
-        "over the three tasks. Rounds to 90 and 99 % of the best final mean in the setting, evaluated every 3 rounds.",
+        f"Made by `python benchmarks/fedmoe.py`. 30 clients, {benchmark.rounds} rounds, FedMoE's stage one the first.",
+        "Test accuracy in percent of the model each client would deploy, mean ± standard deviation over seeds; `mean`",
+        "is over the three tasks. Rounds to 90 and 99 % of the best final mean in the setting; tested every 4 rounds.",
         "",
     ]
-    for setting, methods in results.items():
+    names = {
+        (setting, method): [experiment(setting, method, seed, benchmark.rounds).name for seed in range(benchmark.seeds)]
+        for setting in SETTINGS
+        for method in METHODS
+    }
+    for setting in SETTINGS:
+        methods = {method: [cells[n] for n in names[setting, method] if n in cells] for method in METHODS}
         if any(methods.values()):
             lines += table(setting, methods)
-    RESULTS.mkdir(exist_ok=True)
     (RESULTS / "fedmoe.md").write_text("\n".join(lines))
-    (RESULTS / "fedmoe.json").write_text(json.dumps(results, indent=1))
     print("\n".join(lines))
 
 

@@ -50,6 +50,17 @@ def test_the_papers_setting_is_a_number():
         RandomMoE(experts=0).server(setup)
 
 
+def test_a_share_of_the_memory_is_a_smaller_budget():
+    setup = tiny.setup(memory={"animal-00": tiny.bytes_for(4)})
+    share = tiny.bytes_for(2) / tiny.bytes_for(4)
+    assert {len(ids) for ids in RandomMoE().server(setup).structure()["animal-00"].values()} == {4}
+    assert {len(ids) for ids in RandomMoE(share=share).server(setup).structure()["animal-00"].values()} == {2}
+    assert {len(ids) for ids in RandomMoE(share=0.01).server(setup).structure()["animal-00"].values()} == {1}
+    for wrong in (0.0, 1.5):
+        with pytest.raises(ConfigError, match=rf"share is {wrong}; it must be within \(0, 1\]"):
+            RandomMoE(share=wrong)
+
+
 def test_modular_aggregation_by_hand():
     """Expert 0 from both (n = 1, 3): (2 * 1 + 6 * 3) / 4 = 5; expert 1 from one: overwritten; expert 2: unchanged."""
     server = RandomMoE().server(tiny.setup())

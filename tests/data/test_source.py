@@ -169,6 +169,25 @@ def test_a_broken_cache_is_read_anew(tmp_path, monkeypatch, cache, content):
     assert read("rich") == docs
 
 
+def test_warming_reads_what_is_missing_in_processes_of_their_own(monkeypatch, cache):
+    monkeypatch.setattr(source.os, "cpu_count", lambda: 2)
+    source.warm(("click", "tqdm", "no-such-package"))
+    assert {file.name.split("-")[1] for file in cache.iterdir()} == {"click", "tqdm"}
+    before = source._parse("click")
+    monkeypatch.setattr(source, "_parse", lambda package: pytest.fail("parsed again"))
+    assert source.read("click") == before
+    monkeypatch.setattr(source.subprocess, "run", lambda *_, **__: pytest.fail("warmed again"))
+    source.warm(("click", "tqdm"))
+
+
+def test_a_package_that_cannot_be_warmed_is_read_all_the_same(monkeypatch, cache):
+    monkeypatch.setattr(source.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(source.sys, "executable", "false")
+    source.warm(("click", "tqdm"))
+    assert not cache.exists()
+    assert len(source.read("click")) > 10
+
+
 def test_a_read_only_home_is_no_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CONSILIUM_CACHE", str(tmp_path / "file" / "cache"))

@@ -6,7 +6,8 @@ Each client is given a random subset of the experts once and keeps it (the paper
 modular aggregation are FedMoE's: trunk by n_k, an expert and its router row by n_k over the clients that hold it.
 
 Departures: the paper's 8 of 32 for all is the option `experts`; by default every client holds as many experts per
-layer as its own memory allows, which is the same budget FedMoE has.
+layer as its own memory allows. FedMoE may grow into the same memory but starts below it, at alpha * M_k: `share` gives
+randomMoE that budget instead.
 """
 
 from collections.abc import Iterable, Sequence
@@ -40,15 +41,21 @@ class RandomMoE(Algorithm):
 
     Args:
         experts: experts per layer for every client; None: as many as the client's memory allows.
+        share: share of a client's memory that its sub-MoE may use, in (0, 1]; one expert per layer it always has.
     """
 
     experts: int | None = None
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ConfigError(f"share is {self.share}; it must be within (0, 1]")
 
     def server(self, setup: Setup) -> Server:
         most = max(setup.model.counts.values())
         if self.experts is not None and not 1 <= self.experts <= most:
             raise ConfigError(f"experts is {self.experts}; allowed are 1..{most}")
-        return RandomMoEServer(setup, self.experts)
+        return RandomMoEServer(setup, self)
 
     def client(self, setup: Setup) -> Client:
         return FedAvgClient(setup)
@@ -57,12 +64,12 @@ class RandomMoE(Algorithm):
 class RandomMoEServer(Server):
     """Holds the full model and a fixed random client-expert map."""
 
-    def __init__(self, setup: Setup, experts: int | None):
+    def __init__(self, setup: Setup, algorithm: RandomMoE):
         self.setup = setup
         self.params = setup.initial_params()
         self.map: ExpertMap = {}
         for client in setup.clients:
-            n = setup.largest_uniform(client.memory_bytes) if experts is None else experts
+            n = algorithm.experts or setup.largest_uniform(client.memory_bytes, algorithm.share)
             self.map[client.id] = random_experts(setup, client.id, max(n, 1))
 
     def unable(self, client: ClientInfo) -> str | None:

@@ -119,6 +119,7 @@ class DocstringData:
     def public(self) -> list[Doc]:
         """The public shard: documentation that no client holds, each text once, in a fixed order."""
         docs, seen = [], set()
+        source.warm((*PUBLIC, *PACKAGES))
         for package in (*PUBLIC, *PACKAGES):
             for doc in source.read(package):
                 if is_public(package, doc.module) and doc.key not in seen:
@@ -128,6 +129,7 @@ class DocstringData:
 
     def private(self) -> list[Doc]:
         """What clients may hold, each text once and none that is public, in a fixed order."""
+        source.warm((*PUBLIC, *PACKAGES))
         docs = {package: source.read(package) for package in PACKAGES}
         seen = {key for package in PUBLIC for key in source.digests(package)}
         seen |= {doc.key for found in docs.values() for doc in found if is_public(doc.package, doc.module)}

@@ -1,8 +1,10 @@
 """Reading the documentation that every Python installation carries, with `ast`; nothing is imported or run.
 
 A package is found through `importlib` metadata only, parsed once, and cached as JSON under `~/.cache/consilium`
-(or `$CONSILIUM_CACHE`), keyed by its version. A text is masked here, once and in the same way for every task, so
-that equal texts are equal for every task:
+(or `$CONSILIUM_CACHE`), keyed by its version. Parsing them all is a minute of work, which `warm` shares among the
+machine's cores: `python -m consilium.data.source NAME ...` caches the named packages.
+
+A text is masked here, once and in the same way for every task, so that equal texts are equal for every task:
 
 - every package's own name, import alias and dotted path becomes PKG (for all packages, not only the text's own:
   otherwise the absence of a name would tell);
@@ -16,17 +18,20 @@ import json
 import os
 import platform
 import re
+import subprocess
+import sys
 import sysconfig
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from importlib import metadata
 from pathlib import Path
 
 from consilium.errors import DataError
 
-__all__ = ["PACKAGES", "PUBLIC", "Doc", "digests", "extract", "mask", "read", "version", "words"]
+__all__ = ["PACKAGES", "PUBLIC", "Doc", "digests", "extract", "mask", "read", "version", "warm", "words"]
 
 PUBLIC = ("torch", "transformers", "sympy")
 """Packages whose documentation no client ever holds."""
@@ -234,6 +239,20 @@ def read(package: str) -> list[Doc]:
         return docs
 
 
+def warm(packages: Sequence[str]) -> None:
+    """Cache the packages that are not cached yet, one process per core; what fails here is left to `read`."""
+    missing = [p for p in packages if version(p) is not None and not _cache(p, "json").exists()]
+    workers = min(len(missing), os.cpu_count() or 1)
+    if workers < 2:
+        return
+
+    def cache(package: str) -> None:
+        subprocess.run([sys.executable, "-m", __spec__.name, package], capture_output=True, check=False)
+
+    with ThreadPoolExecutor(workers) as threads:
+        list(threads.map(cache, missing))
+
+
 def digests(package: str) -> list[str]:
     """The keys of `read(package)`, without loading the texts when they are cached."""
     if version(package) is None:
@@ -254,3 +273,8 @@ def _store(path: Path, rows: list) -> None:
         Path(file.name).replace(path)
     except OSError:
         return
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        read(name)

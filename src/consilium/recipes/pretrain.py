@@ -1,6 +1,6 @@
 """How the shipped model was made: a small Switch encoder pretrained on the public documentation.
 
-    python -m consilium.recipes.pretrain --out DIR --minutes 60
+    python -m consilium.recipes.pretrain --out DIR
 
 A byte-level BPE tokenizer is trained on the public shard (`DocstringData.public`), then a stock
 `SwitchTransformersEncoderModel`, every layer sparse, by masked language modelling (tied to the input embedding)
@@ -56,7 +56,8 @@ class Pretrain:
         tokens: tokens per batch, padding included.
         rate: peak learning rate; embeddings: their rate is so many times as high. warmup: share of the rise.
         masking: largest masked share of a text; each text draws its share between 0 and this.
-        balance: coefficient of the load-balance loss. dropout: of the model. decay: AdamW weight decay.
+        balance: coefficient of the load-balance loss. decay: AdamW weight decay.
+        dropout: while pretraining; the model is written without, since its masks cost clients a third more memory.
         classify: weight of the classification losses against the masked-token loss.
         smoothing: label smoothing of the classification losses.
         bag_epochs: passes over the data that fit embeddings and heads alone, before the network; 0: none.
@@ -69,25 +70,25 @@ class Pretrain:
     out: Path
     minutes: float = 60.0
     steps: int = 0
-    vocabulary: int = 6000
+    vocabulary: int = 10000
     width: int = 160
-    hidden: int = 320
+    hidden: int = 288
     layers: int = 4
     heads: int = 5
     experts: int = 16
-    length: int = 72
+    length: int = 80
     tokens: int = 2048
-    rate: float = 2e-3
-    embedding: float = 2.0
+    rate: float = 1.5e-3
+    embedding: float = 1.0
     warmup: float = 0.03
-    masking: float = 0.3
+    masking: float = 0.4
     balance: float = 0.01
-    dropout: float = 0.0
-    decay: float = 0.01
+    dropout: float = 0.1
+    decay: float = 0.05
     classify: float = 1.0
-    bag_epochs: int = 0
+    bag_epochs: int = 6
     bag_scale: float = 0.1
-    smoothing: float = 0.0
+    smoothing: float = 0.1
     threads: int = 1
     seed: int = 0
     save_minutes: float = 5.0

@@ -168,9 +168,10 @@ def readme(card: dict[str, Any]) -> str:
         for task, scores in card["scores"].items():
             lines.append(f"| {task} | " + " | ".join(f"{100 * scores[name]:.1f} %" for name in names) + " |")
         lines.append("")
-        behind = [t for t, scores in card["scores"].items() if scores.get("model", 1) <= scores.get("words", 0)]
-        if behind:
-            lines += [f"A linear model on bags of words is as good or better on: {', '.join(behind)}.", ""]
+        for line, said in (("words", "bags of words"), ("n-grams", "n-grams of words and characters")):
+            behind = [t for t, scores in card["scores"].items() if scores.get("model", 1) <= scores.get(line, 0)]
+            if behind:
+                lines += [f"A linear model on {said} is as good or better on: {', '.join(behind)}.", ""]
     lines += [
         "How differently experts are used (total variation between one group and the others, clients' texts):",
         "",

@@ -1,5 +1,6 @@
 """The shipped model's parts: tokenizer, architecture, initial weights, routing, and how it is written."""
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -149,11 +150,12 @@ def balance_loss(logits: Tensor, real: Tensor) -> Tensor:
 
 
 def export(model: SwitchTransformersEncoderModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Model in bfloat16 and tokenizer, to be opened by `from_pretrained`, which then computes in float32."""
+    """Model in bfloat16 and tokenizer for `from_pretrained`, which then computes in float32 and without dropout."""
     names = [k for k in model.state_dict() if k != "encoder.embed_tokens.weight"]  # tied to shared.weight
     tensors = {k: model.state_dict()[k].detach().to("cpu", torch.bfloat16).contiguous() for k in names}
     save_file(tensors, out / "model.tmp", metadata={"format": "pt"})
     (out / "model.tmp").replace(out / "model.safetensors")
-    model.config.dtype = "float32"
-    model.config.save_pretrained(out)
+    config = copy.deepcopy(model.config)
+    config.dtype, config.dropout_rate = "float32", 0.0
+    config.save_pretrained(out)
     tokenizer.save_pretrained(out)
