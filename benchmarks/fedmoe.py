@@ -79,7 +79,7 @@ class Benchmark:
     settings: tuple[str, ...] = tuple(SETTINGS)
     methods: tuple[str, ...] = ()
     seeds: int = 3
-    rounds: int = 32
+    rounds: int = 24
     rates: tuple[float, ...] = ()
     out: Path = Path("runs/benchmark-fedmoe")
     jobs: int = os.cpu_count() or 1

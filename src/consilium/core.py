@@ -173,6 +173,8 @@ class Server(ABC):
     """The server half. Owns `params`, the deployable state, and whatever else `state` returns."""
 
     params: Params
+    stage: str = ""
+    """Which phase of the method the next round belongs to, for the record."""
 
     def unable(self, client: ClientInfo) -> str | None:
         """Why this client cannot hold what the method would send it; None if it can."""

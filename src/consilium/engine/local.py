@@ -66,7 +66,7 @@ class LocalEngine:
             raise BudgetError(nobody(unable))
         record: dict[str, Any] = {
             "round": number,
-            "stage": getattr(self.server, "stage", ""),
+            "stage": self.server.stage,
             "selected": sorted(tasks),
             "unable": unable,
             "clients": {},
