@@ -69,9 +69,18 @@ def test_fit_without_limits_is_the_whole_model():
 
 
 def test_fit_that_cannot_be():
-    setup = tiny.setup(memory={"colour-01": 1000})
-    with pytest.raises(BudgetError, match=r"colour-01 cannot hold one expert per layer: needs .*, has 1.0 kB"):
+    setup = tiny.setup(memory={client: 1000 + i for i, client in enumerate(tiny.IDS)})
+    last = tiny.IDS[-1]
+    message = rf"no device can hold one expert per layer, not even {last}: needs .*, has 1.0 kB"
+    with pytest.raises(BudgetError, match=message):
         common_experts(setup, "fit")
+
+
+def test_fit_leaves_out_a_device_that_cannot_hold_one_expert():
+    setup = tiny.setup(memory={"colour-01": 1000, "animal-00": tiny.bytes_for(3)})
+    assert {len(ids) for ids in common_experts(setup, "fit").values()} == {3}
+    server = FedAvg("fit").server(setup)
+    assert [c.id for c in setup.clients if server.unable(c)] == ["colour-01"]
 
 
 @pytest.mark.parametrize("experts", [0, 9, -1])

@@ -45,7 +45,8 @@ class FedAvg(Algorithm):
 
     Args:
         experts: experts per layer of the common model: "all", a number, or "fit", the most that the smallest
-            device can train; the experts with the largest share of public tokens are kept.
+            device can train, devices apart that cannot train one; the experts with the largest share of public
+            tokens are kept.
     """
 
     experts: int | Literal["all", "fit"] = "all"
@@ -71,8 +72,13 @@ class FedAvgServer(Server):
         self.references = references
         self.params = setup.initial_params()
 
+    def held_by(self, client: ClientInfo) -> ExpertSet | None:
+        """The experts this client trains; None: all."""
+        return self.held
+
     def unable(self, client: ClientInfo) -> str | None:
-        counts = counts_of(self.held) if self.held else self.setup.model.counts
+        held = self.held_by(client)
+        counts = counts_of(held) if held else self.setup.model.counts
         return self.setup.lacks(client, counts, references=self.references)
 
     def configure(self, round: int, clients: Sequence[ClientInfo]) -> dict[ClientId, Payload]:
@@ -85,8 +91,8 @@ class FedAvgServer(Server):
         return {}
 
     def deliver(self, client: ClientInfo) -> Payload:
-        scalars = experts_to_scalars(self.held) if self.held else {}
-        return Payload({"params": select(self.params, client.task, self.held)}, scalars)
+        held = self.held_by(client)
+        return Payload({"params": select(self.params, client.task, held)}, experts_to_scalars(held) if held else {})
 
 
 class FedAvgClient(Client):
@@ -119,19 +125,20 @@ def common_experts(
 
     Raises:
         ConfigError: for a number below 1 or above what the model has.
-        BudgetError: for "fit" when the smallest device cannot hold one expert per layer.
+        BudgetError: for "fit" when no device can hold one expert per layer; a client whose device cannot is unable.
     """
     if experts == "all":
         return None
     totals = setup.model.counts
     if experts == "fit":
-        smallest = min((c for c in setup.clients if c.memory_bytes), key=lambda c: c.memory_bytes, default=None)
-        if smallest is None:
+        if all(c.memory_bytes is None for c in setup.clients):
             return None
-        experts = setup.largest_uniform(smallest.memory_bytes, references=references)
-        if experts == 0:
-            lack = setup.lacks(smallest, dict.fromkeys(totals, 1), references=references)
-            raise BudgetError(f"{smallest.id} cannot hold one expert per layer: {lack}")
+        fitting = [n for c in setup.clients if (n := setup.largest_uniform(c.memory_bytes, references=references))]
+        if not fitting:
+            largest = max(setup.clients, key=lambda c: c.memory_bytes or 0)
+            lack = setup.lacks(largest, dict.fromkeys(totals, 1), references=references)
+            raise BudgetError(f"no device can hold one expert per layer, not even {largest.id}: {lack}")
+        experts = min(fitting)
     if not 1 <= experts <= max(totals.values()):
         raise ConfigError(f"experts is {experts}; allowed are 1..{max(totals.values())}, 'all' and 'fit'")
     usage = setup.model.public_usage()

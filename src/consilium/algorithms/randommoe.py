@@ -10,26 +10,13 @@ layer as its own memory allows. FedMoE may grow into the same memory but starts 
 randomMoE that budget instead.
 """
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from consilium.algorithms.fedavg import FedAvgClient, averaged
-from consilium.core import (
-    Algorithm,
-    Client,
-    ClientId,
-    ClientInfo,
-    ExpertMap,
-    Payload,
-    Server,
-    counts_of,
-    derive_seed,
-    experts_to_scalars,
-)
+from consilium.algorithms.fedavg import FedAvgClient, FedAvgServer
+from consilium.core import Algorithm, Client, ClientId, ClientInfo, ExpertMap, ExpertSet, Server, derive_seed
 from consilium.errors import ConfigError
-from consilium.moe.addressing import select
 from consilium.training import Setup
 
 __all__ = ["RandomMoE", "random_experts"]
@@ -61,31 +48,18 @@ class RandomMoE(Algorithm):
         return FedAvgClient(setup)
 
 
-class RandomMoEServer(Server):
-    """Holds the full model and a fixed random client-expert map."""
+class RandomMoEServer(FedAvgServer):
+    """FedAvg's server, with a fixed random client-expert map."""
 
     def __init__(self, setup: Setup, algorithm: RandomMoE):
-        self.setup = setup
-        self.params = setup.initial_params()
+        super().__init__(setup, held=None)
         self.map: ExpertMap = {}
         for client in setup.clients:
             n = algorithm.experts or setup.largest_uniform(client.memory_bytes, algorithm.share)
             self.map[client.id] = random_experts(setup, client.id, max(n, 1))
 
-    def unable(self, client: ClientInfo) -> str | None:
-        return self.setup.lacks(client, counts_of(self.map[client.id]))
-
-    def configure(self, round: int, clients: Sequence[ClientInfo]) -> dict[ClientId, Payload]:
-        able = [client for client in clients if self.unable(client) is None]
-        return {c.id: self.deliver(c) for c in self.setup.sampling.choose(able, round, self.setup.seed)}
-
-    def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
-        self.params = averaged(self.params, replies)
-        return {}
-
-    def deliver(self, client: ClientInfo) -> Payload:
-        held = self.map[client.id]
-        return Payload({"params": select(self.params, client.task, held)}, experts_to_scalars(held))
+    def held_by(self, client: ClientInfo) -> ExpertSet:
+        return self.map[client.id]
 
     def structure(self) -> ExpertMap:
         return dict(self.map)

@@ -4,11 +4,11 @@ The floor that any federation has to beat. A client starts from the pretrained m
 in each round it is chosen for from where it was; the model lives in the client's state.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from consilium.algorithms.fedavg import common_experts
+from consilium.algorithms.fedavg import FedAvgServer, common_experts
 from consilium.core import (
     Algorithm,
     Client,
@@ -18,7 +18,6 @@ from consilium.core import (
     ExpertSet,
     Payload,
     Server,
-    counts_of,
     experts_from_scalars,
     experts_to_scalars,
 )
@@ -45,21 +44,13 @@ class Standalone(Algorithm):
         return StandaloneClient(setup)
 
 
-class StandaloneServer(Server):
+class StandaloneServer(FedAvgServer):
     """Chooses who trains; sends no tensor, only which experts the common model has."""
 
     def __init__(self, setup: Setup, held: ExpertSet | None):
-        self.setup = setup
-        self.counts = counts_of(held) if held else setup.model.counts
-        self.sent = Payload(scalars=experts_to_scalars(held) if held else {})
+        super().__init__(setup, held)
         self.params = {}
-
-    def unable(self, client: ClientInfo) -> str | None:
-        return self.setup.lacks(client, self.counts)
-
-    def configure(self, round: int, clients: Sequence[ClientInfo]) -> dict[ClientId, Payload]:
-        able = [client for client in clients if self.unable(client) is None]
-        return {c.id: self.sent for c in self.setup.sampling.choose(able, round, self.setup.seed)}
+        self.sent = Payload(scalars=experts_to_scalars(held) if held else {})
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
         for _ in replies:
