@@ -29,6 +29,7 @@ from rich.console import Console
 
 from consilium.algorithms.fedmoe import FedMoE
 from consilium.algorithms.randommoe import RandomMoE
+from consilium.algorithms.scaffold import SCAFFOLD
 from consilium.core import Algorithm, Sampling
 from consilium.data.docstrings import DocstringData
 from consilium.experiment import Experiment, to_json
@@ -52,7 +53,7 @@ METHODS: dict[str, Algorithm] = {
     "randomMoE": RandomMoE(),
     "FedAvg": EQUAL_MEMORY["FedAvg"],
     "FedProx": EQUAL_MEMORY["FedProx"],
-    "SCAFFOLD": EQUAL_MEMORY["SCAFFOLD"],
+    "SCAFFOLD": SCAFFOLD(eta_l=0.3, experts="fit"),
     "Standalone": EQUAL_MEMORY["Standalone"],
 }
 TASKS = ("topic", "kind", "verb")
