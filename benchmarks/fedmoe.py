@@ -47,6 +47,7 @@ SETTINGS = {
 }
 METHODS: dict[str, Algorithm] = {
     "FedMoE": FedMoE(stage1_epochs=2),
+    "FedMoE at alpha 1": FedMoE(stage1_epochs=2, alpha=1.0),
     "FedMoE w/o stage 1": FedMoE(stage1="none"),
     "FedMoE w/o stage 2": FedMoE(stage1_epochs=2, stage2=False),
     "randomMoE at alpha": RandomMoE(share=FedMoE.alpha),
