@@ -89,12 +89,28 @@ def test_nobody_answered():
     assert tiny.same(server.params, before) and not any(t.any() for t in server.control.values())
 
 
-def test_N_counts_the_able_clients_that_hold_the_key():
-    """Six clients, two to a task; animal-00 and colour-00 are too small: four are able, one of them an animal."""
-    server = SCAFFOLD().server(tiny.setup(memory={"animal-00": 1, "colour-00": 1}))
-    assert server._holders("shared.weight") == 4
-    assert server._holders("head.animal.cat.weight") == 1
-    assert server._holders("head.number.one.bias") == 2
+def heard(server, *deltas):
+    """Replies of animal-00, animal-01, ... that hold a head row each, the c_i of which moves by delta."""
+    key = "head.animal.cat.bias"
+    for i, delta in deltas:
+        group = {key: torch.tensor(delta)}
+        server.aggregate(1, iter([(f"animal-{i:02d}", Payload({"params": group, "control": group}))]))
+    return server.control[key].item()
+
+
+def test_N_of_the_trunk_counts_the_able_clients():
+    """Six clients, two of them too small: four are able."""
+    assert SCAFFOLD().server(tiny.setup(memory={"animal-00": 1, "colour-00": 1})).able == 4
+
+
+def test_c_of_a_head_row_is_the_mean_of_the_c_i_of_those_who_have_it():
+    """c_0 = 0.6 alone; then c_1 = 0.2: (0.6 + 0.2) / 2 = 0.4; then c_0 = 0.6 + 0.4 = 1.0: (1.0 + 0.2) / 2 = 0.6."""
+    server = SCAFFOLD().server(tiny.setup())
+    assert heard(server, (0, 0.6)) == pytest.approx(0.6)
+    assert heard(server, (1, 0.2)) == pytest.approx(0.4)
+    other = SCAFFOLD().server(tiny.setup())
+    other.restore(server.state())
+    assert heard(other, (0, 0.4)) == heard(server, (0, 0.4)) == pytest.approx(0.6)
 
 
 def test_the_control_travels_like_the_parameters():

@@ -6,11 +6,12 @@ Algorithm 1: y_i <- y_i - eta_l * (g_i(y_i) - c_i + c); c_i+ <- c_i - c + (x - y
 x <- x + eta_g / |S| * sum (y_i - x); c <- c + 1/N * sum (c_i+ - c_i).
 
     x, y_i   params                      c      group "control" down      c_i    context.state.params
-    eta_l    SCAFFOLD.eta_l              eta_g  SCAFFOLD.eta_g            N      able clients; a head's: of its task
+    eta_l    SCAFFOLD.eta_l              eta_g  SCAFFOLD.eta_g            N      able clients; a head row's: see below
 
 Departures: c_i+ is computed as the mean of the K raw gradients g_i(y_i). Under plain SGD that is option II exactly
 (unroll the sum), and it stays defined with gradient clipping. Keys a client does not hold (heads of other tasks) are
-left out of every sum, and N of a head counts the clients of its task.
+left out of every sum. The server does not know who has which label, so N of a head row counts the clients that have
+sent it so far: over more, c would not be the mean of the c_i, and would cancel most of that row's gradient.
 """
 
 from collections.abc import Iterable, Sequence
@@ -80,7 +81,8 @@ class ScaffoldServer(Server):
         self.averaging = FedAvgServer(setup, held, references=REFERENCES)
         self.eta_g = algorithm.eta_g
         self.control: Params = {key: torch.zeros_like(t) for key, t in self.params.items()}
-        self.able = [client for client in setup.clients if self.unable(client) is None]
+        self.able = sum(self.unable(client) is None for client in setup.clients)
+        self.senders: dict[str, set[ClientId]] = {}
 
     @property
     def params(self) -> Params:
@@ -101,31 +103,33 @@ class ScaffoldServer(Server):
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
         mean, sums = WeightedMean(), {}
-        for _, reply in replies:
+        before = {key: len(clients) for key, clients in self.senders.items()}
+        for client, reply in replies:
             mean.add(reply.group("params"), 1.0)
             for key, delta in reply.group("control").items():
-                sums[key] = sums.get(key, 0) + delta.double() / self._holders(key)
+                sums[key] = sums.get(key, 0) + delta.double()
+                if key.startswith("head."):
+                    self.senders.setdefault(key, set()).add(client)
         for key, average in mean.mean(self.params).items():
             step = average.double() - self.params[key].double()
             self.params[key] = (self.params[key].double() + self.eta_g * step).to(average.dtype)
         for key, step in sums.items():
-            self.control[key] = (self.control[key].double() + step).to(self.control[key].dtype)
+            n = len(self.senders[key]) if key in self.senders else self.able
+            known = before.get(key, 0) if key in self.senders else n  # c is the mean over so many up to now
+            self.control[key] = ((self.control[key].double() * known + step) / n).to(self.control[key].dtype)
         return {}
-
-    def _holders(self, key: str) -> int:
-        """N: the able clients that hold the key."""
-        tasks = [client.task for client in self.able]
-        return sum(key.startswith(f"head.{task}.") for task in tasks) if key.startswith("head.") else len(tasks)
 
     def deliver(self, client: ClientInfo) -> Payload:
         return self.averaging.deliver(client)
 
     def state(self) -> Payload:
-        return Payload({"params": self.params, "control": self.control})
+        senders = {f"senders {key}": sorted(clients) for key, clients in self.senders.items()}
+        return Payload({"params": self.params, "control": self.control}, senders)
 
     def restore(self, state: Payload) -> None:
         self.averaging.params = state.group("params")
         self.control = state.group("control")
+        self.senders = {key.partition(" ")[2]: set(clients) for key, clients in state.scalars.items()}
 
 
 class ScaffoldClient(Client):
