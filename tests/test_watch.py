@@ -70,6 +70,7 @@ def test_the_cursor_is_given_back_after_ctrl_c(tmp_path):
 def test_a_diverged_round_shows_dashes():
     console = terminal()
     client = {"train_loss": None, "validation": None, "experts": None, "bytes_down": 5, "bytes_up": 5}
+    client["rejected"] = "train_loss is nan"
     record = {
         "round": 1, "stage": "", "clients": {"a": client | {"seconds": {"train": 1.0, "evaluate": 0.5}}},
         "scores": None, "unable": {"b": "needs more"}, "seconds": {"round": 2.0},
@@ -77,7 +78,8 @@ def test_a_diverged_round_shows_dashes():
     Terminal(console).rounded(record, [{"event": "grow", "client": "a", "experts": 7}])
     lines = console.file.getvalue().splitlines()
     assert lines[0].split() == ["a", "-", "experts", "loss", "-", "validation", "-", "10", "B", "1.5", "s"]
-    assert lines[1:] == ["  grow a to 7 experts", "round 1: 1 clients, 1 unable  2.0 s"]
+    assert lines[1].split(maxsplit=1) == ["a", "left out of this round: train_loss is nan"]
+    assert lines[2:] == ["  grow a to 7 experts", "round 1: 1 clients, 1 unable  2.0 s"]
 
 
 # --- several runs, for real -------------------------------------------------------------------------------------------

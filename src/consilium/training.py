@@ -51,7 +51,8 @@ class Fit:
         head_lr: learning rate of classification heads, which start from zero, > 0.
         epochs: passes over the client's training data per round, >= 1.
         batch_size: examples per step, >= 1.
-        max_length: source tokens kept per example; target_length: target tokens (text-to-text).
+        max_length: source tokens kept per example, >= 1; what is longer is cut.
+        target_length: target tokens kept (text-to-text), the end of the text included, >= 2.
         optimizer: "adamw" or "sgd"; fresh in every round.
         weight_decay: decoupled weight decay.
         clip: largest norm of the gradient, 0: no clipping.
@@ -77,9 +78,9 @@ class Fit:
         for name in ("lr", "head_lr"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"fit.{name} is {getattr(self, name)}; it must be greater than 0")
-        for name in ("epochs", "batch_size", "max_length", "target_length"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"fit.{name} is {getattr(self, name)}; it must be at least 1")
+        for name, least in (("epochs", 1), ("batch_size", 1), ("max_length", 1), ("target_length", 2)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"fit.{name} is {getattr(self, name)}; it must be at least {least}")
         for name, top in (
             ("label_smoothing", 1.0),
             ("balance", float("inf")),
@@ -308,7 +309,7 @@ def local_round(
 
     Returns:
         The trained model, and the reply: group "params", and scalars num_examples, validation (the task's metric),
-        train_loss, steps, experts, footprint (bytes by the memory model), seconds_train, seconds_evaluate.
+        train_loss, steps, experts, footprint (bytes by the memory model), seconds_evaluate.
     """
     held, outside = experts_from_scalars(payload.scalars), payload.group("router")
     model = setup.build(payload.group("params"), context, held)
@@ -336,7 +337,6 @@ def local_round(
         "steps": fitted.steps,
         "experts": sum(counts.values()),
         "footprint": setup.footprint(counts, references=references).total,
-        "seconds_train": fitted.seconds,
         "seconds_evaluate": seconds_evaluate,
     }
     return model, Payload(groups, scalars)

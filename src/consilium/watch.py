@@ -83,6 +83,8 @@ class Terminal:
                 f"  {client:12} {c['experts'] or '-':>4} experts  loss {loss}  validation {value}  "
                 f"{human(c['bytes_down'] + c['bytes_up'])}  {c['seconds']['train'] + c['seconds']['evaluate']:.1f} s"
             )
+            if c["rejected"]:
+                say(f"  {client:12} left out of this round: {escape(c['rejected'])}", style="red")
         for event in events:
             if event["event"] != "structure":
                 more = f" to {event['experts']} experts" if "experts" in event else ""

@@ -240,14 +240,30 @@ def test_a_client_that_drops_out_of_stage_one_is_estimated():
     assert server.stage == "two" and set(server.map) == set(tiny.IDS)
 
 
-def test_nobody_can_profile():
-    """Usage is taken as even, and the first round is one of stage two."""
+def test_who_can_profile_is_measured_by_lora_of_that_rank():
+    """k has one byte less than LoRA of rank 8 on all experts takes, a just as much; full training would take more."""
+    need = tiny.setup().footprint(dict.fromkeys(tiny.setup().model.counts, 8), "lora", rank=8).total
+    assert need < tiny.bytes_for(8)
+    setup = tiny.setup(memory={k: need - 1, a: need})
+    able = [c.id for c in setup.clients if FedMoE().server(setup).unable(c) is None]
+    assert k not in able and a in able
+    assert FedMoE(lora_rank=64).server(setup).unable(setup.clients[1])
+
+
+@pytest.mark.parametrize("card", [True, False])
+def test_nobody_can_profile(card, monkeypatch):
+    """Usage is the card's, or a random one of every client's own; the first round is one of stage two."""
     setup = tiny.setup(memory=tiny.bytes_for(1), clients_per_round=2)
+    if card:
+        public = dict(zip(setup.model.counts, ([0.1, 0.2, 0.7, 0, 0, 0, 0, 0], [0] * 7 + [1]), strict=True))
+        monkeypatch.setattr(type(setup.model), "public_usage", lambda self: public)
     server = FedMoE(alpha=1.0).server(setup)
     sent = server.configure(1, setup.clients)
     assert server.stage == "two" and len(sent) == 2
     assert all(p.scalars["stage"] == "two" for p in sent.values())
-    assert short(server, k) == {"A": (0,), "B": (0,)}
+    held = {str(short(server, client)) for client in tiny.IDS}
+    assert held == {str({"A": (2,), "B": (7,)})} if card else len(held) > 1
+    assert all(sum(p) == pytest.approx(1) for client in tiny.IDS for p in lists(server.p[client]))
 
 
 def test_without_stage_one_structures_are_random_and_fit():
@@ -413,6 +429,45 @@ def test_the_rank_by_layer_prefers_what_stands_out_in_its_layer():
     assert z["B"][0].item() == pytest.approx(2.0) and z["A"][0].item() == pytest.approx(1.5811, abs=1e-4)
 
 
+U = {"A": [50, 18, 2, 6, 6, 6, 6, 6], "B": [11, 17, 12, 12, 12, 12, 12, 12]}
+
+
+@pytest.mark.parametrize(("rank", "after"), [("joint", ((0, 1), (0,))), ("layer", ((0,), (0, 1)))])
+def test_the_server_ranks_as_it_is_told(rank, after):
+    """n = 3 - 2 = 1. Jointly A1 (.18) comes before B1 (.17); by layer z(A1) = .055 / .148 and z(B1) = .045 / .017."""
+    setup, server = world((1, 1), (1, 2), (1, 2), rank=rank)
+    for client in (a, b):
+        server.p[client] = {blocks_of(setup)[s]: torch.tensor(n).double() / 100 for s, n in U.items()}
+    for number in (1, 2):
+        server.aggregate(number, iter([(k, reply(setup, U))]))
+    assert tuple(short(server, k).values()) == after
+
+
+def test_the_more_similar_neighbour_weighs_more():
+    """k uses A0 and B0 alone. a (cosine .98) uses A1 by .2, b (.20) uses A7 and B7 by .7: .196 against .138."""
+    setup, server = world((1, 1), (1, 2), (1, 2))
+    mine = {"A": [100] + [0] * 7, "B": [100] + [0] * 7}
+    theirs = {a: {"A": [80, 20] + [0] * 6, "B": [100] + [0] * 7},
+              b: {"A": [0, 0, 30, 0, 0, 0, 0, 70], "B": [30, 0, 0, 0, 0, 0, 0, 70]}}  # fmt: skip
+    for client, table in theirs.items():
+        server.p[client] = {blocks_of(setup)[s]: torch.tensor(n).double() / 100 for s, n in table.items()}
+    for client in set(tiny.IDS) - {k, a, b}:
+        server.p[client] = {block: torch.eye(8)[5].double() for block in setup.model.counts}
+    for number in (1, 2):
+        server.aggregate(number, iter([(k, reply(setup, mine))]))
+    assert short(server, k) == {"A": (0, 1), "B": (0,)}
+
+
+def test_neighbours_without_any_similarity_change_nothing():
+    setup, server = world((1, 1), (3, 3), (3, 3))
+    for client in set(tiny.IDS) - {k}:
+        server.p[client] = {block: torch.eye(8)[5].double() for block in setup.model.counts}
+    alone = {"A": [100] + [0] * 7, "B": [100] + [0] * 7}
+    for number in (1, 2):
+        server.aggregate(number, iter([(k, reply(setup, alone))]))
+    assert short(server, k) == {"A": (0,), "B": (0,)} and server.progress[k].before is None
+
+
 def test_usage_can_be_what_was_served():
     setup, server = world((1, 1), (2, 3), (3, 3), usage="served")
     server.aggregate(1, iter([(k, reply(setup, Q, served=ELSEWHERE))]))
@@ -565,8 +620,12 @@ def test_stage_one_on_the_client_sends_usage_alone_and_follows_its_seed():
     assert tiny.payloads_equal(*replies)
     assert set(replies[0].groups) == {"demand", "served"}
     assert replies[0].scalars["steps"] == 2 and replies[0].scalars["experts"] == 16
+    validation = setup.encode(tiny.context(k), tiny.context(k).data.validation)
+    tokens = sum(len(ids) for ids in validation.sources)
     for n in replies[0].group("demand").values():
-        assert n.sum() > 0 and n.shape == (8,)
+        assert n.shape == (8,) and n.sum() == tokens
+    longer = FedMoE(stage1_epochs=3, lora_rank=2)
+    assert longer.client(setup).train(sent, tiny.context(k)).scalars["steps"] == 6
 
 
 def test_profiling_forward_trains_nothing():
@@ -600,7 +659,8 @@ def test_stage_two_measures_demand_over_all_experts(tmp_path):
 @pytest.mark.parametrize(
     "bad",
     [{"alpha": 0}, {"alpha": 1.1}, {"floor": 1.0}, {"floor": -0.1}, {"K": 0}, {"patience": 0}, {"stage1_epochs": 0},
-     {"lora_rank": 0}, {"alpha": math.nan}],
+     {"lora_rank": 0}, {"alpha": math.nan}, {"stage1": "loraa"}, {"usage": "demands"}, {"rank": "layers"},
+     {"weight": "token"}],
     ids=str,
 )  # fmt: skip
 def test_refused(bad):

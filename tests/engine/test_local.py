@@ -134,7 +134,31 @@ def test_a_diverged_loss_is_recorded_as_null(tmp_path, loss):
     record = made(tmp_path, client=ToyClient(train_loss=loss, validation=0.5)).round(1, test=False)
     assert record["clients"]["animal-00"]["train_loss"] is None
     assert record["clients"]["animal-00"]["validation"] == 0.5
+    assert record["clients"]["animal-00"]["rejected"] == f"train_loss is {loss}"
     json.dumps(record, allow_nan=False)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_reply_that_is_not_finite_never_reaches_the_server(tmp_path, value):
+    """One client sends one such value: the server merges as if that client had not answered, its state stays."""
+
+    class Diverging(ToyClient):
+        def train(self, payload, context):
+            reply = super().train(payload, context)
+            context.state.params = {"kept": torch.ones(1)}
+            if context.info.id == "animal-00":
+                reply.groups["params"]["w"][0] = value
+            return reply
+
+    engine = made(tmp_path, client=Diverging())
+    record = engine.round(1, test=False)
+    assert {c: r["rejected"] for c, r in record["clients"].items() if r["rejected"]} == {
+        "animal-00": "params w is not finite"
+    }
+    without = made(tmp_path / "b", ToyServer(takes=tuple(c for c in tiny.IDS if c != "animal-00")))
+    without.round(1, test=False)
+    assert tiny.same(engine.server.params, without.server.params)
+    assert engine.store.versions.keys() == set(tiny.IDS) - {"animal-00"}
 
 
 def test_seeds_follow_from_run_round_and_client_alone(tmp_path):

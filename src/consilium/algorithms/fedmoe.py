@@ -21,20 +21,27 @@ Departures, each where the paper is silent or contradicts itself:
 - p is the demand of the router over all its rows: clients also receive the rows of experts they do not hold (group
   "router", for measuring only). `usage="served"` uses what the held experts served.
 - n in "top n" of the shrinking branch is <= 0 in the paper: |n| experts are removed, and n = 0 changes nothing.
-  n is rounded half away from zero. No layer loses its last expert, nor drops below `floor` of its own demand.
-- Growth stops where M_k is reached (not alpha * M_k); both limits are the memory model's bytes: weights, gradients,
-  optimiser and activations.
-- "Has not improved" means not for `patience` participations; a trial is judged after as many.
+  n is rounded half away from zero. No layer loses its last expert, nor in one change more than 1 - `floor` of the
+  demand it serves.
+- Growth stops at the first expert for which M_k (not alpha * M_k) is too small; both limits are the memory model's
+  bytes: weights, gradients, optimiser and activations.
+- "Has not improved" means no better than ever before for `patience` participations. A change is accepted with the
+  first better score and rolled back after `patience` participations without one.
+- The clients of a round are judged in the order of their ids, each seeing the changes before it, as the loop of
+  Algorithm 1 has it; absent clients keep the p they sent last. Neighbours without any similarity change nothing.
+- Where nobody of a client's task was profiled, its p is estimated from all; where nobody was at all, it is the public
+  usage in the model's card, and without a card the structure is random.
 - Structure is chosen on validation data; test data is for the report alone.
 - `stage1="none"` starts from random experts, `stage1="forward"` profiles without training, `stage2=False` keeps the
   first structure: the paper's ablations and a cheaper stage one. `rank="layer"` ranks z-scores of p-hat within each
-  layer; `weight="tokens"` weighs an expert by the tokens it served instead of by n_k.
+  layer; `weight="tokens"` weighs an expert by the validation tokens it served instead of by n_k.
 """
 
 import json
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -82,8 +89,9 @@ class FedMoE(Algorithm):
         freeze: whether a client whose change was rolled back keeps its structure for good.
         usage: "demand" (all router rows) or "served" (held experts only) for Eq 4 to 6.
         rank: "joint" ranks p-hat over all layers as it is, "layer" its z-scores within each layer.
-        weight: "examples" (n_k) or "tokens" (tokens served) for merging experts.
-        floor: share of its own demand that a layer keeps when it shrinks, in [0, 1).
+        weight: "examples" (n_k) or "tokens" (validation tokens served) for merging experts; an expert that served
+            nobody's keeps the server's weights.
+        floor: share of the demand it serves that a layer keeps in one shrinking, in [0, 1).
     """
 
     alpha: float = 0.9
@@ -107,6 +115,9 @@ class FedMoE(Algorithm):
         for name in ("K", "patience", "stage1_epochs", "lora_rank"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(hint))}")
 
     def server(self, setup: Setup) -> Server:
         return FedMoEServer(setup, self)
@@ -310,11 +321,17 @@ class FedMoEServer(Server):
                        source="measured" if client.id in self.measured else "estimated")  # fmt: skip
 
     def _estimate(self, client: ClientInfo) -> dict[str, Tensor]:
-        """Volume-weighted mean p of the measured clients of the same task, else of all, else uniform."""
+        """Volume-weighted mean p of the measured clients of the same task, else of all, else the public usage."""
         infos = [self._info(a) for a in self.measured]
         peers = [a for a in infos if a.task == client.task] or infos
         if not peers:
-            return {b: torch.full((n,), 1 / n, dtype=torch.float64) for b, n in self.setup.model.counts.items()}
+            public, rng = self.setup.model.public_usage(), torch.Generator()
+            rng.manual_seed(derive_seed(self.setup.seed, "no usage", client.id))
+            shares = {
+                b: torch.tensor(public[b]) if b in public else torch.rand(n, generator=rng)
+                for b, n in self.setup.model.counts.items()
+            }
+            return {b: share.double() / float(share.sum()) for b, share in shares.items()}
         total = sum(a.num_examples for a in peers)
         return {
             block: sum(a.num_examples * self.p[a.id][block] for a in peers) / total for block in self.setup.model.counts
@@ -357,7 +374,7 @@ class FedMoEServer(Server):
         """The structure after growing or shrinking towards the client's neighbours (Eq 4 to 6)."""
         known = {a: p for a, p in self.p.items() if a in self.map}
         sims = similar(client, known, self.algorithm.K)
-        if not sims:
+        if not any(sims.values()):
             return self.map[client]
         own = sum(counts_of(self.map[client]).values())
         mean = sum(sum(counts_of(self.map[a]).values()) for a in sims) / len(sims)
@@ -472,10 +489,12 @@ class FedMoEClient(Client):
                 add_expert_lora(model, self.algorithm.lora_rank)
             train = setup.encode(context, context.data.train)
             fitted = fit(model, train, setup.fit, context, epochs=self.algorithm.stage1_epochs)
-            scalars |= {"train_loss": fitted.loss, "steps": fitted.steps, "seconds_train": fitted.seconds}
+            scalars |= {"train_loss": fitted.loss, "steps": fitted.steps}
+        start = time.perf_counter()
         with Tap(model, counts=setup.model.counts) as tap:
             validation = setup.encode(context, context.data.validation)
             scalars["validation"] = evaluate(model, validation, context, setup, tap)
+        scalars["seconds_evaluate"] = time.perf_counter() - start
         counts = setup.model.counts
         scalars["experts"] = sum(counts.values())
         scalars["footprint"] = setup.footprint(

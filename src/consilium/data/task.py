@@ -71,6 +71,9 @@ class ClientData:
     test: Split
 
     def __post_init__(self) -> None:
+        empty = [name for name, split in self.splits() if not len(split)]
+        if empty:
+            raise DataError(f"no examples for {', '.join(empty)}; a client needs some in every split")
         if self.task.form == "classification":
             strangers = {t for _, split in self.splits() for t in split.targets} - set(self.task.labels)
             if strangers:

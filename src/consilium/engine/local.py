@@ -2,6 +2,8 @@
 
 Lazy: a client's model exists while it works, and one reply is in memory at a time: it is emptied as soon as the
 server asks for the next. With `strict`, every payload is turned into bytes and back on its way, as between machines.
+A reply with a number that is not finite is not given to the server, and the client's state stays what it was: one
+client that diverged would undo all others.
 """
 
 import math
@@ -103,7 +105,8 @@ class LocalEngine:
     ) -> Iterator[tuple[ClientId, Payload]]:
         for client in sorted(tasks):
             reply, records[client] = self._train(client, number, tasks.pop(client))
-            yield client, reply
+            if records[client]["rejected"] is None:
+                yield client, reply
             # The server's loop still names this reply while the next client trains.
             object.__setattr__(reply, "groups", _RELEASED)
 
@@ -115,11 +118,14 @@ class LocalEngine:
         with seeded(derive_seed(context.seed, "train")):  # whatever draws from torch's own generator
             reply = self.client.train(sent, context)
         seconds = time.perf_counter() - start
-        self.store.save(client, context.state, number)
+        rejected = diverged(reply)
+        if rejected is None:
+            self.store.save(client, context.state, number)
         reply = self._carry(reply)
         told = {key: _plain(reply.scalars.get(key)) for key in REPORTED}
         evaluate = float(reply.scalars.get("seconds_evaluate", 0.0))
         return Payload(reply.groups, reply.scalars), {
+            "rejected": rejected,
             "train_loss": told["train_loss"],
             "validation": told["validation"],
             "examples": context.info.num_examples,
@@ -183,6 +189,16 @@ def nobody(unable: Mapping[ClientId, str]) -> str:
     """The message for a federation in which no client can take part; `unable`: client -> why."""
     client, lack = next(iter(unable.items()), ("?", "unknown"))
     return f"no client can hold the model: {len(unable)} are unable, e.g. {client} {lack}; give more memory"
+
+
+def diverged(reply: Payload) -> str | None:
+    """The first value of a reply that is not finite, tensors and training loss; None if all are."""
+    for group, tensors in reply.groups.items():
+        for key, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                return f"{group} {key} is not finite"
+    loss = reply.scalars.get("train_loss")
+    return f"train_loss is {loss}" if isinstance(loss, float) and not math.isfinite(loss) else None
 
 
 def _plain(value: Any) -> Any:
