@@ -145,9 +145,9 @@ def test_unknown_commands_and_recipes_get_a_suggestion(capsys):
         (["--memory", "lots"], r"lots"),
         (["--model.path", "./nowhere"], r"model '\./nowhere' is neither a directory"),
         (["--data.path", "nowhere.csv"], r"nowhere\.csv is not a file"),
-        (["--data.text", "txt"], r"no column 'txt'; did you mean 'text'\?.*[Cc]olumns: text, label, site"),
+        (["--data.text", "txt"], r"no column 'txt' \(did you mean 'text'\?\); it has text \| label \| site"),
         (["--data.client", "sit"], r"no column 'sit'"),
-        (["--data.labels", "cat", "dog"], r"label 'fish' is not declared.*cat, dog"),
+        (["--data.labels", "cat", "dog"], r"label 'fish' is not declared.*cat \| dog"),
         (["--data.form", "text-to-text"], r"asks for text-to-text, the model is set up for classification"),
         (["--memory", "1GB", "1MB"], r"site-1 cannot hold the smallest sub-MoE, one expert per layer: needs .*, has 1"),
         (["--device", "abacus"], r"device 'abacus' cannot be used"),
@@ -198,7 +198,7 @@ def test_a_file_that_is_no_experiment(capsys, tmp_path, content, message):
         (["compare", "fedmoe-text", "--jobs", "two"], "--jobs is 'two'"),
         (["compare", "fedmoe-text", "--algorithms", "FedMoE,FedAvgg"], "did you mean 'FedAvg'?"),
         (["compare", "fedmoe-text", "--algorithms", ""], "unknown algorithm ''"),
-        (["compare", "fedmoe-text"], "FedMoE cannot run: examples.csv is not a file"),
+        (["compare", "fedmoe-text"], "examples.csv is not a file"),
     ],
 )
 def test_what_other_commands_refuse(capsys, args, message):
@@ -251,7 +251,27 @@ def test_a_saved_experiment_runs_again_to_the_same_bits(capsys, finished):
 def test_a_directory_in_which_a_run_lies_is_refused(capsys, finished, data):
     path = str(finished / "config.json")
     err = refused(capsys, "run", path, "--out", str(finished.parent))
-    assert "already holds a run: resume it, or choose another name" in err
+    assert "already holds a run: resume it, or choose another --name or --out" in err
+
+
+def test_a_directory_that_holds_a_comparison_takes_no_run_and_is_no_run(capsys, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "out/mine/FedMoE")
+    err = refused(capsys, "run", str(finished / "config.json"), "--out", str(tmp_path / "out"))
+    assert "holds a comparison of runs; choose another --name or --out" in err
+    assert f"is a comparison; name one of its runs: {tmp_path}/out/mine/FedMoE" in refused(
+        capsys, "resume", str(tmp_path / "out/mine")
+    )
+
+
+def test_a_flag_of_compare_is_named_as_such(capsys, finished):
+    err = refused(capsys, "run", str(finished / "config.json"), "--algorithms", "FedProx")
+    assert "unknown argument '--algorithms'; that is for `consilium compare`" in err
+
+
+@pytest.mark.parametrize(("memory", "said"), [("100GB", "can train at most"), ("1kB", "not even one expert per layer")])
+def test_inspect_says_how_many_experts_fit(capsys, memory, said):
+    code, out, _ = call(capsys, "inspect", "docstring-switch", "--memory", memory)
+    assert code == 0 and said in out.splitlines()[-1]
 
 
 def test_resuming_a_finished_run_shows_it_and_changes_nothing(capsys, finished):

@@ -369,7 +369,7 @@ def test_a_run_that_diverges_still_ends_in_valid_json(tmp_path):
 
 def test_a_directory_that_holds_a_run_is_refused(fedmoe):
     experiment, folder, _, _ = fedmoe
-    with pytest.raises(ConfigError, match="already holds a run: resume it, or choose another name"):
+    with pytest.raises(ConfigError, match="already holds a run: resume it, or choose another --name or --out"):
         run(experiment, folder)
 
 

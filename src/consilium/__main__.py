@@ -84,6 +84,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+OWN = {
+    "--out": "folder of the run directories",
+    "--algorithms": "methods to compare, separated by commas",
+    "--seeds": "runs per method, with seeds from --seed on",
+    "--jobs": "runs at a time, each a process; 0: as many as cores",
+}
+"""What the commands' own flags mean; all others are fields of the experiment."""
+
+
 def _say(text: str) -> None:
     """One line on stderr."""
     err.print(f"consilium: {' '.join(text.split())}", markup=False, highlight=False)
@@ -195,7 +204,7 @@ def inspect_command(args: list[str]) -> None:
         memory: str | None = None,
         form: str | None = None,
         batch_size: int = 16,
-        max_length: int = 96,
+        max_length: int = 64,
     ) -> tuple[ModelSource, int | None, int, int]:
         """Layers, experts, router and bytes of a model, and how many experts a device can train.
 
@@ -220,13 +229,22 @@ def inspect_command(args: list[str]) -> None:
     out.print(f"[bold]Training memory[/bold] (AdamW, {batch_size} x {max_length} tokens)", highlight=False)
     most = max(memory.counts.values())
     sizes = sorted({1, most // 8, most // 4, most // 2, most} - {0})
+
+    def training(n: int) -> int:
+        return memory.footprint({b: min(n, c) for b, c in memory.counts.items()}, mode="full", **shape).total
+
     for n in sizes:
-        need = memory.footprint({b: min(n, c) for b, c in memory.counts.items()}, mode="full", **shape).total
+        need = training(n)
         fits = "" if limit is None else ("  fits" if need <= limit else f"  lacks {human(need - limit)}")
         out.print(f"  {n:3d} experts per layer: {human(need)}{fits}", highlight=False)
     need = memory.footprint(memory.counts, mode="lora", **shape).total
     fits = "" if limit is None else ("  fits" if need <= limit else f"  lacks {human(need - limit)}")
     out.print(f"  all experts with LoRA: {human(need)}{fits}", highlight=False)
+    if limit is not None:
+        able = (n for n in range(most, 0, -1) if training(n) <= limit)
+        most_able = next(able, None)
+        said = f"at most {most_able} experts per layer" if most_able else "not even one expert per layer"
+        out.print(f"A device of {human(limit)} can train {said}", highlight=False)
 
 
 # --- parsing ------------------------------------------------------------------------------------------------------
@@ -290,8 +308,10 @@ def _parse(kind: Any, args: list[str], prog: str, default: Any = None, own: Mapp
     """
     extra = {"default": default} if default is not None else {}
     if own:
-        told = ", ".join(f"{flag} {value}" for flag, value in own.items())
-        extra["description"] = f"Beside the flags of the experiment, the command has its own: {told}."
+        told = "\n".join(f"{flag} {value or 'X'}: {OWN[flag]}" for flag, value in own.items())
+        extra["description"] = (
+            f"Beside the flags of the experiment, the command has its own, with these defaults:\n\n{told}"
+        )
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -304,8 +324,11 @@ def _parse(kind: Any, args: list[str], prog: str, default: Any = None, own: Mapp
         raise ConfigError(f"{_complaint(said.getvalue())}; see `{prog} --help`") from None
     if unknown:
         flags = [*(_flags(default) if default is not None else []), *(own or ())]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.5)
+        name = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(name, flags, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"see `{prog} --help`"
+        if difflib.get_close_matches(name, set(OWN) - set(flags), n=1, cutoff=0.9):
+            hint = "that is for `consilium compare`"
         raise ConfigError(f"unknown argument {unknown[0]!r}; {hint}")
     return value
 

@@ -68,6 +68,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if the folder is not a run.
     """
+    inside = sorted(str(path.parent) for path in folder.glob("*/config.json"))
+    if inside and not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} is a comparison; name one of its runs: {', '.join(inside)}")
     try:
         config = json.loads((folder / "config.json").read_text())
         experiment, status = config["experiment"], config["status"]
@@ -132,7 +135,9 @@ def resume(folder: Path, watch: Watch | None = None) -> dict[str, Any]:
 
 def _refuse_run(folder: Path) -> None:
     if (folder / "config.json").exists():
-        raise ConfigError(f"{folder} already holds a run: resume it, or choose another name")
+        raise ConfigError(f"{folder} already holds a run: resume it, or choose another --name or --out")
+    if any(folder.glob("*/config.json")):
+        raise ConfigError(f"{folder} holds a comparison of runs; choose another --name or --out")
 
 
 @dataclass

@@ -54,6 +54,8 @@ class Terminal:
         )
         for client, reason in federation.skipped.items():
             say(f"  skipped {client}: {escape(reason)}")
+        for client, rows in federation.source.get("left_out", {}).items():
+            say(f"  {client}: {rows} rows of labels too rare there are left out")
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -29,6 +29,21 @@ def write(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+def test_rows_that_are_left_out_are_counted(tmp_path):
+    """One row of a label of its own, at one of the three sites."""
+    rows = [*ROWS, {"text": "alone", "label": "odd", "site": "site 1"}]
+    federation = TextFileData(write(tmp_path / "rows.csv", rows), client="site").load(0)
+    assert federation.source["left_out"] == {"site-1": 1}
+
+
+def test_the_path_does_not_depend_on_where_the_run_is_resumed(tmp_path, monkeypatch):
+    write(tmp_path / "rows.csv", ROWS)
+    monkeypatch.chdir(tmp_path)
+    data = TextFileData(Path("rows.csv"), client="site")
+    monkeypatch.chdir("/")
+    assert data.path == tmp_path / "rows.csv" and len(data.load(0).clients) == 3
+
+
 @pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".ndjson", ".parquet"])
 def test_every_format_gives_the_same_federation(tmp_path, ending):
     federation = TextFileData(write(tmp_path / f"rows{ending}", ROWS), client="site").load(0)
@@ -73,9 +88,9 @@ def test_numbers_and_booleans_are_labels_and_codes_keep_their_zeros(tmp_path):
 
 def test_a_missing_column_lists_the_columns_there_are(tmp_path):
     path = write(tmp_path / "rows.csv", ROWS)
-    with pytest.raises(DataError, match=r"no column 'lable'; did you mean 'label'\? Columns: text, label, site"):
+    with pytest.raises(DataError, match=r"no column 'lable' \(did you mean 'label'\?\); it has text \| label \| site"):
         TextFileData(path, target="lable").load(0)
-    with pytest.raises(DataError, match="no column 'xyz' Columns: text, label, site"):
+    with pytest.raises(DataError, match=r"no column 'xyz'; it has text \| label \| site"):
         TextFileData(path, client="xyz").load(0)
 
 
@@ -102,7 +117,7 @@ def test_a_label_that_is_not_declared_is_refused_with_the_row(tmp_path):
     rows = [dict(row) for row in ROWS]
     rows[5]["label"] = "goood"
     path = write(tmp_path / "rows.csv", rows)
-    message = r"column 'label' row 5: label 'goood' is not declared; did you mean 'good'\? Declared labels: bad, good"
+    message = r"column 'label' row 5: label 'goood' is not declared \(did you mean 'good'\?\); declared are bad \| good"
     with pytest.raises(DataError, match=message):
         TextFileData(path, labels=("bad", "good")).load(0)
 

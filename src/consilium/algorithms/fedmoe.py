@@ -226,7 +226,10 @@ class FedMoEServer(Server):
         self.progress = {c.id: _Progress() for c in self.setup.clients}
         for client in self.setup.clients:
             if lack := self.setup.lacks(client, dict.fromkeys(self.setup.model.counts, 1)):
-                raise BudgetError(f"client {client.id} cannot hold the smallest sub-MoE, one expert per layer: {lack}")
+                raise BudgetError(
+                    f"client {client.id} cannot hold the smallest sub-MoE, one expert per layer: {lack}; "
+                    "give it more memory, or lower fit.batch_size or fit.max_length"
+                )
         if self.algorithm.stage1 == "none":
             self._random_structures()
 

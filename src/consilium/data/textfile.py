@@ -63,6 +63,7 @@ class TextFileData:
     smallest: int = 2
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path).expanduser().absolute())  # a run may be resumed elsewhere
         if self.form not in ("classification", "text-to-text"):
             raise ConfigError(f"form {self.form!r}: use classification or text-to-text")
         if self.partition not in ("iid", "dirichlet", "pathological"):
@@ -105,20 +106,25 @@ class TextFileData:
                 raise DataError(f"column {self.client!r} has client names that differ only in characters not allowed")
         else:
             held = self._divide(targets, seed)
-        clients, skipped = {}, {}
+        clients, skipped, left_out = {}, {}, {}
         for name, rows in held.items():
             data = self._client(rows, texts, targets, random.Random(f"{seed}:{name}"))
             if isinstance(data, ClientData):
                 clients[name] = data
+                used = sum(len(split) for _, split in data.splits())
+                left_out |= {name: len(rows) - used} if used < len(rows) else {}
             else:
                 skipped[name] = data
         if not clients:
             reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
             raise DataError(f"{self.path} has {len(texts)} rows, but no client has enough of them ({reasons})")
-        return Federation(clients, skipped, self.source(len(texts)))
+        return Federation(clients, skipped, self.source(len(texts)) | {"left_out": left_out})
 
     def source(self, rows: int) -> dict[str, Any]:
-        """What a run was read from: the file with its sha256, the columns, and the number of rows."""
+        """What a run was read from: the file with its sha256, the columns, and the number of rows.
+
+        `load` adds "left_out": client -> rows of labels too rare there to be trained and tested.
+        """
         digest = hashlib.sha256(Path(self.path).read_bytes()).hexdigest()
         chosen = {k: getattr(self, k) for k in ("text", "target", "client", "form", "partition")}
         return {"type": "TextFileData", "path": str(self.path), "sha256": digest, "rows": rows, **chosen}
@@ -127,10 +133,10 @@ class TextFileData:
         for row, target in enumerate(targets if self.labels else ()):
             if target not in self.labels:
                 close = difflib.get_close_matches(target, self.labels, 1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
+                hint = f" (did you mean {close[0]!r}?)" if close else ""
                 raise DataError(
-                    f"column {self.target!r} row {row}: label {target!r} is not declared{hint} "
-                    f"Declared labels: {', '.join(self.labels)}"
+                    f"column {self.target!r} row {row}: label {target!r} is not declared{hint}; "
+                    f"declared are {' | '.join(self.labels)}"
                 )
         if self.form == "classification" and len(set(targets)) < 2:
             raise DataError(f"column {self.target!r} has only the label {targets[0]!r}; classification needs two")
@@ -185,8 +191,8 @@ def read_columns(path: Path, wanted: Sequence[str]) -> dict[str, list[str]]:
     for column in wanted:
         if column not in rows.column_names:
             close = difflib.get_close_matches(column, rows.column_names, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise DataError(f"{path.name} has no column {column!r}{hint} Columns: {', '.join(rows.column_names)}")
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise DataError(f"{path.name} has no column {column!r}{hint}; it has {' | '.join(rows.column_names)}")
     if not len(rows):
         raise DataError(f"{path.name} has no rows")
     return {column: _strings(path, column, rows[column][:]) for column in wanted}

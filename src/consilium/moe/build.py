@@ -45,7 +45,8 @@ class ModelSource:
     Args:
         path: a shipped model's name, a local directory (config.json, safetensors, tokenizer), or a hub name.
         form: "classification" (encoder or decoder with a pooled head) or "text-to-text".
-        dtype: dtype of the weights in training and in payloads: "float32" or "bfloat16".
+        dtype: dtype of the weights in training and in payloads: "float32" or "bfloat16"; memory is promised for
+            bfloat16 on a GPU, on a CPU it takes about three times as much.
         revision: for hub names, the commit to pin.
     """
 
