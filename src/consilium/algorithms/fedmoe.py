@@ -478,7 +478,5 @@ class FedMoEClient(Client):
             scalars["validation"] = evaluate(model, validation, context, setup, tap)
         counts = setup.model.counts
         scalars["experts"] = sum(counts.values())
-        scalars["footprint"] = setup.footprint(
-            counts, "lora" if lora else "forward", rank=self.algorithm.lora_rank
-        ).total
+        scalars |= setup.reported(counts, "lora" if lora else "forward", rank=self.algorithm.lora_rank)
         return Payload({"demand": tap.usage.demand, "served": tap.usage.served}, scalars)
