@@ -85,7 +85,7 @@ SETTINGS = {
     "qwen3_moe": dict(num_experts=8, moe_intermediate_size=16, num_hidden_layers=3, mlp_only_layers=[1], head_dim=16),
     "granitemoe": dict(num_local_experts=8, logits_scaling=2.0, residual_multiplier=0.5, attention_multiplier=0.3),
     "phimoe": dict(num_local_experts=8, router_jitter_noise=0.3, lm_head_bias=True),
-    "deepseek_v2": dict(**LATENT, topk_method="group_limited_greedy"),
+    "deepseek_v2": LATENT | dict(topk_method="group_limited_greedy", topk_group=1),
     "deepseek_v3": LATENT,
     "gpt_oss": dict(
         num_local_experts=8, head_dim=16, sliding_window=8,
