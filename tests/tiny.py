@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import OlmoeConfig, PretrainedConfig, PreTrainedTokenizerFast, SwitchTransformersConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast, SwitchTransformersConfig
 
 from consilium.core import Client, ClientContext, ClientInfo, ClientState, Payload, Sampling, Server, derive_seed
 from consilium.data.task import ClientData, Federation, Split, Task
@@ -61,14 +61,46 @@ def configuration(model_type: str, **changes) -> PretrainedConfig:
             dropout_rate=0.1, router_jitter_noise=0.0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
         )  # fmt: skip
         return SwitchTransformersConfig(**settings | changes)
-    if model_type == "olmoe":
-        settings = dict(
-            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=2, num_experts=8, num_experts_per_tok=2, max_position_embeddings=64,
-            attention_dropout=0.1, pad_token_id=0, eos_token_id=1, bos_token_id=None, initializer_range=0.3,
-        )  # fmt: skip
-        return OlmoeConfig(**settings | changes)
-    raise NotImplementedError(f"give {model_type} a tiny configuration in tests/tiny.py")
+    if model_type not in SETTINGS:
+        raise NotImplementedError(f"give {model_type} a tiny configuration in tests/tiny.py")
+    settings = dict(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_experts_per_tok=2, max_position_embeddings=64, attention_dropout=0.1,
+        pad_token_id=0, eos_token_id=1, bos_token_id=None, initializer_range=0.3, tie_word_embeddings=False,
+    )  # fmt: skip
+    return AutoConfig.for_model(model_type, **settings | SETTINGS[model_type] | changes)
+
+
+LATENT = dict(
+    n_routed_experts=8, moe_intermediate_size=16, n_shared_experts=1, num_hidden_layers=3, first_k_dense_replace=1,
+    n_group=4, topk_group=2, kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=16,
+)  # fmt: skip
+SETTINGS = {
+    "olmoe": dict(num_experts=8),
+    "mixtral": dict(num_local_experts=8),
+    "qwen2_moe": dict(
+        num_experts=8, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_hidden_layers=3,
+        mlp_only_layers=[0],
+    ),
+    "qwen3_moe": dict(num_experts=8, moe_intermediate_size=16, num_hidden_layers=3, mlp_only_layers=[1], head_dim=16),
+    "granitemoe": dict(num_local_experts=8, logits_scaling=2.0, residual_multiplier=0.5, attention_multiplier=0.3),
+    "phimoe": dict(num_local_experts=8, router_jitter_noise=0.3, lm_head_bias=True),
+    "deepseek_v2": LATENT | dict(topk_method="group_limited_greedy", topk_group=1),
+    "deepseek_v3": LATENT,
+    "gpt_oss": dict(
+        num_local_experts=8, head_dim=16, sliding_window=8,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+    "ernie4_5_moe": dict(
+        moe_num_experts=8, moe_intermediate_size=16, moe_num_shared_experts=1, num_hidden_layers=3,
+        moe_layer_start_index=1,
+    ),
+    "glm4_moe": dict(
+        n_routed_experts=8, moe_intermediate_size=16, n_shared_experts=1, num_hidden_layers=3,
+        first_k_dense_replace=1, head_dim=16,
+    ),
+}  # fmt: skip
+"""The tiny decoders, where they differ; layers that are not sparse come on top of two that are."""
 
 
 @cache
@@ -80,9 +112,20 @@ def directory(model_type: str, form: str = "classification", dtype: str = "float
         torch.manual_seed(0)
         cls = getattr(transformers, FAMILIES[model_type].classes[form])
         model = cls(configuration(model_type, **changes)).to(getattr(torch, dtype))
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("e_score_correction_bias"):  # zero in a new model
+                tensor.data.normal_(std=0.2)
         model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def fewest(model_type: str, ids: tuple[int, ...]) -> tuple[int, ...]:
+    """`ids`, and the next ones where a block of that family must keep more."""
+    least, more = FAMILIES[model_type].least, list(ids)
+    while len(more) < least:
+        more.append((more[-1] + 1) % 8)
+    return tuple(sorted(more))
 
 
 def source(model_type: str = "switch_transformers", form: str = "classification", dtype: str = "float32", **changes):

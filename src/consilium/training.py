@@ -28,7 +28,7 @@ from consilium.data.encode import Encoded, encode
 from consilium.data.task import Split, score
 from consilium.errors import ConfigError
 from consilium.moe.addressing import flatten, parameters
-from consilium.moe.budget import Footprint, MemoryModel, human
+from consilium.moe.budget import PARTS, Footprint, MemoryModel, human
 from consilium.moe.build import ModelSource
 from consilium.moe.model import TaskModel
 from consilium.moe.routing import Tap
@@ -153,6 +153,18 @@ class Setup:
             **shape,
         )
         return max(training, evaluation, key=lambda footprint: footprint.total)
+
+    def reported(
+        self,
+        counts: Mapping[str, int],
+        mode: Literal["full", "lora", "forward"] = "full",
+        references: int = 0,
+        rank: int = 8,
+    ) -> dict[str, int]:
+        """The footprint in bytes as a scalar of a reply; {} for a family without a memory model."""
+        if self.model.family.model_type not in PARTS:
+            return {}
+        return {"footprint": self.footprint(counts, mode, references, rank).total}
 
     def lacks(
         self, client: ClientInfo, counts: Mapping[str, int], mode: str = "full", references: int = 0, rank: int = 8
@@ -309,7 +321,7 @@ def local_round(
 
     Returns:
         The trained model, and the reply: group "params", and scalars num_examples, validation (the task's metric),
-        train_loss, steps, experts, footprint (bytes by the memory model), seconds_evaluate.
+        train_loss, steps, experts, footprint (bytes by the memory model, if the family has one), seconds_evaluate.
     """
     held, outside = experts_from_scalars(payload.scalars), payload.group("router")
     model = setup.build(payload.group("params"), context, held)
@@ -336,7 +348,7 @@ def local_round(
         "train_loss": fitted.loss,
         "steps": fitted.steps,
         "experts": sum(counts.values()),
-        "footprint": setup.footprint(counts, references=references).total,
+        **setup.reported(counts, references=references),
         "seconds_evaluate": seconds_evaluate,
     }
     return model, Payload(groups, scalars)

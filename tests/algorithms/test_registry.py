@@ -6,6 +6,7 @@ in the federation: all that a client half may use is its payload and its context
 
 import dataclasses
 import itertools
+import math
 from functools import cache
 
 import pytest
@@ -108,6 +109,30 @@ def test_it_builds_two_halves(name):
     server, client = halves(name, setup())
     assert isinstance(server, Server) and isinstance(client, Client)
     assert not hasattr(client, "server") and not hasattr(server, "client")
+
+
+# --- families without a memory model ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type"),
+    [*((name, "deepseek_v3") for name in METHODS), ("SCAFFOLD", "ernie4_5_moe"), ("FedMoE", "phimoe")],
+)
+def test_a_family_without_a_memory_model_runs_without_device_memory(name, model_type, tmp_path):
+    """Correction biases, kept in a buffer or a frozen parameter, go out and come home as they were."""
+    made = tiny.setup(tiny.source(model_type), clients_per_round=3)
+    server, client = halves(name, made)
+    engine = tiny.engine(server, client, made, tmp_path, strict=True)
+    before = {key: t.clone() for key, t in server.params.items()}
+    records = [engine.round(number, test=number == 2) for number in (1, 2, 3)]
+    for record in records:
+        assert record["selected"] and not record["unable"]
+        assert all(told["peak_bytes_model"] is None for told in record["clients"].values())
+        assert all(math.isfinite(told["train_loss"] or 0) for told in record["clients"].values())
+    assert checksum(server.params) != checksum(before) or name == "Standalone"
+    for key, tensor in before.items():
+        if key.endswith("e_score_correction_bias"):
+            assert torch.equal(server.params[key], tensor)
 
 
 # --- what it computes -------------------------------------------------------------------------------------------------

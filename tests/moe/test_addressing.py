@@ -19,6 +19,7 @@ from consilium.moe.addressing import (
     table,
     unpack,
 )
+from consilium.moe.families import FAMILIES
 from consilium.moe.surgery import slice_experts
 from consilium.params import nbytes
 
@@ -61,7 +62,8 @@ def test_round_trip_is_exact(case):
 def test_round_trip_of_a_sub_moe_is_exact(case):
     """Uneven slices come back under the ids of the full model."""
     source, form, params = case
-    held = {block: (1, 4, 6)[: 1 + i % 3] for i, block in enumerate(source.counts)}
+    few = source.family.least
+    held = {block: (1, 4, 6)[: max(few, 1 + i % 3)] for i, block in enumerate(source.counts)}
     model = source.build(params, "animal", labels_of(form), held)
     assert tiny.same(flatten(model, held), select(params, "animal", held))
 
@@ -169,6 +171,28 @@ def test_existing_parameters_keep_their_dtype():
     model = source.build(params, "t", ())
     finer = {key: t.float() + 1e-3 for key, t in params.items()}
     assert tiny.same(flatten(load_flat(model, finer)), {key: t.bfloat16() for key, t in finer.items()})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model_type", [name for name, row in FAMILIES.items() if row.choice])
+def test_correction_biases_travel_with_the_router_rows(model_type, dtype):
+    """Parameter or buffer, [E] or [1, E]: a row of the router, in float32, whatever the model's dtype."""
+    source = tiny.source(model_type, dtype=dtype)
+    params = source.load()
+    rng = torch.Generator().manual_seed(0)
+    names = [key for key in params if key.endswith(".e_score_correction_bias")]
+    assert {router_row_of(key) for key in names} == {(b, i) for b in source.counts for i in range(8)}
+    params |= {key: torch.rand(params[key].shape, generator=rng) for key in names}
+    held = {block: ((1, 4, 6), (0, 7))[i % 2] for i, block in enumerate(source.counts)}
+    mine = select(params, "t", held)
+    assert sum(key in mine for key in names) == 5
+    for model in (source.build(mine, "t", (), held), slice_experts(source.build(params, "t", ()), held)):
+        assert tiny.same(flatten(model, held), mine)
+        load_flat(model, mine, held)
+        assert tiny.same(flatten(model, held), mine)
+        path = f"{next(iter(held))}.{source.family.router}.{source.family.rows[-1]}"
+        assert model.backbone.state_dict()[path].shape in ((3,), (1, 3))
+        assert model.backbone.state_dict()[path].dtype == torch.float32
 
 
 def test_pack_is_the_inverse_of_unpack():

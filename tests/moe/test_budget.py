@@ -8,11 +8,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import OlmoeConfig, SwitchTransformersConfig
 
-from consilium.errors import ConfigError
+from consilium.errors import ConfigError, ModelError
 from consilium.moe.budget import OVERHEAD, PARTS, SLACK, MemoryModel, bytes_of, human
 from consilium.moe.build import ModelSource
 from consilium.moe.families import FAMILIES
@@ -92,8 +93,24 @@ def test_switch_base_8(tmp_path):
     assert 2.30 < model.bytes(model.counts) / 2**30 < 2.31  # 2.3072; 2.3069 without router rows
 
 
-def test_row_for_every_family():
-    assert set(PARTS) == set(FAMILIES)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_family_without_a_row_says_so(model_type):
+    """No footprint is made up; a client without a device limit runs, and its reply tells none."""
+    setup = tiny.setup(tiny.source(model_type))
+    everything = setup.model.counts
+    assert setup.lacks(setup.clients[0], everything) is None
+    if model_type in PARTS:
+        assert setup.reported(everything) == {"footprint": setup.footprint(everything).total}
+        return
+    assert setup.reported(everything) == {}
+    limited = tiny.setup(setup.model, memory=10**9)
+    for ask in (
+        lambda: MemoryModel.of(setup.model),
+        lambda: setup.footprint(everything),
+        lambda: limited.lacks(limited.clients[0], everything),
+    ):
+        with pytest.raises(ModelError, match=r"no memory model for .* yet; run it without device memory"):
+            ask()
 
 
 # --- footprints ---------------------------------------------------------------------------------------------------

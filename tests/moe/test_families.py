@@ -26,8 +26,26 @@ def test_the_key_is_the_model_type():
 
 
 def test_an_unknown_type_is_refused():
-    with pytest.raises(ModelError, match=r"model type 'bert' is not .* known are olmoe, switch_transformers"):
+    with pytest.raises(ModelError, match=r"model type 'bert' is not .* known are .*olmoe, phimoe, qwen2_moe"):
         family_of("bert")
+
+
+def test_nllb_moe_is_refused_for_what_transformers_makes_of_it():
+    """Whatever the router chooses, only experts 0 and 1 run; when this fails, a row for it may be due."""
+    from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP
+
+    with pytest.raises(ModelError, match=r"'nllb_moe' cannot be federated: .* experts 0 and 1 alone"):
+        family_of("nllb_moe")
+    config = transformers.NllbMoeConfig(d_model=32, num_experts=8, expert_capacity=64)
+    block = NllbMoeSparseMLP(config, ffn_dim=16).eval()
+    ran = set()
+    for i in range(8):
+        block.experts[f"expert_{i}"].register_forward_hook(lambda *_, i=i: ran.add(i))
+    hidden = torch.randn(1, 64, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        chosen = block.router(hidden.reshape(-1, 32))[0].argmax(-1)
+        block(hidden)
+    assert len(chosen.unique()) > 2 and ran == {0, 1}
 
 
 def test_rows_and_counts(backbone):
@@ -46,13 +64,22 @@ def test_rows_and_counts(backbone):
             assert all(experts.get_parameter(tensor).shape[0] == 8 for tensor in row.tensors)
         else:
             assert [n for n, _ in experts.named_children()] == [row.module.format(i) for i in range(8)]
+        for path in row.rows[1:]:
+            owner, _, name = path.rpartition(".")
+            tensor = getattr(router.get_submodule(owner), name)
+            assert tensor is None or tensor.shape in ((8,), (1, 8))
+        if row.groups:
+            assert (router.num_group, router.topk_group) == (model.config.n_group, model.config.topk_group)
         for path in filter(None, (row.top_k, row.capacity)):
             owner, _, attribute = path.rpartition(".")
             assert isinstance(getattr(block.get_submodule(owner), attribute), int)
 
 
 def test_the_routers_output_is_where_the_row_says(backbone):
-    """Logits are the router's rows times its input; the decision is their top-k, as indices or as a 0/1 mask."""
+    """Logits are the router's rows times its input; the decision is their top-k, as indices or as a 0/1 mask.
+
+    Where a router corrects its scores or chooses groups first, `tests/moe/test_routing.py` has the decision by hand.
+    """
     row, model = backbone
     block = next(iter(blocks(model, row).values()))
     router = block.get_submodule(row.router)
@@ -60,13 +87,28 @@ def test_the_routers_output_is_where_the_row_says(backbone):
     with torch.no_grad():
         output = router.eval()(hidden)
     logits = hidden.reshape(-1, 32) @ router.get_parameter(row.rows[0]).T
+    if "bias" in row.rows:
+        logits = logits + router.bias
     torch.testing.assert_close(output[row.logits].reshape(-1, 8), logits)
     if row.dispatch:
         expected = nn.functional.one_hot(logits.argmax(-1), 8)
         assert torch.equal(output[row.routed].reshape(-1, 8).bool(), expected.bool())
+    elif row.choice or row.groups:
+        assert output[row.routed].reshape(10, -1).shape == (10, router.top_k)
     else:
         expected = logits.topk(router.top_k).indices.sort().values
         assert torch.equal(output[row.routed].reshape(10, -1).sort().values, expected)
+
+
+@pytest.mark.parametrize("model_type", [name for name, row in FAMILIES.items() if row.choice])
+def test_correction_biases_are_not_trained(model_type):
+    """They are in the state of the model, and none of its trainable parameters; also where transformers' are."""
+    source = tiny.source(model_type)
+    model = source.build(source.load(), "t", ())
+    for block in source.counts:
+        path = f"{block}.{model.family.router}.{model.family.rows[-1]}"
+        assert path not in {name for name, p in model.backbone.named_parameters() if p.requires_grad}
+        assert path in model.backbone.state_dict()
 
 
 def test_a_model_without_sparse_layers_is_refused():

@@ -2,7 +2,7 @@
 
 import copy
 from functools import cache
-from math import log
+from math import exp, log
 
 import pytest
 import tiny
@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consilium.errors import ModelError
-from consilium.moe.addressing import load_flat, select
+from consilium.moe.addressing import load_flat, router_row_of, select
+from consilium.moe.families import FAMILIES
 from consilium.moe.routing import Tap
 from consilium.moe.surgery import slice_experts
 
@@ -39,11 +40,28 @@ def outside_rows(params, held):
     return {k: t for k, t in params.items() if ".router." in k and k not in select(params, "", held)}
 
 
+def rank(model, logits, correction, among):
+    """Experts, the first choice first. Of eight experts, only those of the best groups."""
+    family, config = model.family, model.config
+    score = {i: logits[i] for i in among}
+    if family.choice == "sigmoid":
+        score = {i: 1 / (1 + exp(-logits[i])) + correction[i] for i in among}
+    elif family.choice == "softmax":
+        score = {i: exp(logits[i]) / sum(exp(logits[j]) for j in among) + correction[i] for i in among}
+    if family.groups and len(among) == 8:
+        size = 8 // config.n_group
+        groups = [range(g * size, (g + 1) * size) for g in range(config.n_group)]
+        groups.sort(key=lambda group: -sum(sorted(score[i] for i in group)[-family.groups :]))
+        among = [i for group in groups[: config.topk_group] for i in group]
+    return sorted(among, key=lambda i: -score[i])
+
+
 def by_hand(model, batch, params, held, run):
     """(demand, served): loops over sequences and tokens, with each router's input caught on its way in.
 
     Demand: the top-k of all eight rows. Served: the top-k of the held rows; a Switch expert serves, in each sequence,
-    only the first `expert_capacity` positions that chose it, and padding takes part in that.
+    only the first `expert_capacity` positions that chose it, and padding takes part in that. Groups restrict the
+    demand, and what is served where all eight are held.
     """
     inputs = {}
     hooks = [
@@ -60,15 +78,20 @@ def by_hand(model, batch, params, held, run):
     for name, hidden in inputs.items():
         mask = masks["decoder" if name.startswith("decoder") else "encoder"]
         rows = torch.stack([params[f"{name}.router.{i}.weight"] for i in range(8)])
+        zero = torch.zeros(())
+        bias = torch.stack([params.get(f"{name}.router.{i}.bias", zero) for i in range(8)])
+        correction = [params.get(f"{name}.router.{i}.e_score_correction_bias", zero).item() for i in range(8)]
         demand[name], served[name] = [0] * 8, [0] * 8
         k = getattr(model.config, "num_experts_per_tok", 1)
         hidden = hidden.reshape(*mask.shape, 32)
         for sequence, real in zip(hidden, mask, strict=True):
             used = [0] * 8
             for token, is_real in zip(sequence, real.tolist(), strict=True):
-                logits = (rows @ token).tolist()
-                ranking = sorted(range(8), key=lambda i: -logits[i])
-                chosen = [i for i in ranking if i in held[name]][:k]
+                ranking = rank(model, (rows @ token + bias).tolist(), correction, list(range(8)))
+                chosen = ranking
+                if len(held[name]) < 8:
+                    chosen = rank(model, (rows @ token + bias).tolist(), correction, held[name])
+                chosen = chosen[:k]
                 for i in chosen:
                     used[i] += 1
                     fits = used[i] <= getattr(
@@ -94,7 +117,7 @@ def everything(source):
 def test_usage_is_exact(model_type, form, data):
     """Demand over all rows, served over the held ones, padding left out: for any sub-MoE."""
     source, params, batch = full(model_type, form)
-    some = st.sets(st.integers(0, 7), min_size=1).map(lambda ids: tuple(sorted(ids)))
+    some = st.sets(st.integers(0, 7), min_size=FAMILIES[model_type].least).map(lambda ids: tuple(sorted(ids)))
     held = data.draw(st.fixed_dictionaries(dict.fromkeys(source.counts, some)))
     model = slice_experts(copy.deepcopy(whole(model_type, form)), held)
     with Tap(model, held, outside_rows(params, held), source.counts) as tap, torch.no_grad():
@@ -228,7 +251,7 @@ def test_demand_of_one_expert_is_still_top_k():
         assert tap.usage.served[block].tolist() == [0, 0, 0, tokens, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("model_type", ["switch_transformers", "olmoe"])
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_tap_changes_nothing_and_goes_away(model_type):
     _, _, batch = full(model_type, "classification")
     model = build(model_type, "classification")
@@ -287,6 +310,26 @@ def test_a_collapsed_router_costs_E_top_1():
         assert route(model, tap, {block: [one_hot(3)] * 5 for block in model.blocks()}) == pytest.approx(8)
 
 
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "ernie4_5_moe"])
+def test_top_2_with_a_correction(model_type):
+    """Every token prefers 3, then 4; a correction of 9 for 5 and 6 moves the choice f there, and leaves P alone.
+
+    Sigmoids, each divided by their sum: P = (1/2, .., 1/2, 1, 1) / 5 with the ones at 3 and 4, 8 * (P_5 + P_6) / 2 =
+    8 * 0.1. Softmax: P_5 = P_6 = 0.
+    """
+    one = {"n_group": 1, "topk_group": 1} if FAMILIES[model_type].groups else {}
+    source, params, _ = full(model_type, "classification", **one)
+    high = {
+        k: torch.full_like(t, 9.0 * (router_row_of(k)[1] in (5, 6))) for k, t in params.items() if "correction" in k
+    }
+    params = params | high
+    model = source.build(params, "animal", tiny.TASKS["animal"]).eval()
+    row = [50.0 * (i in (3, 4)) for i in range(8)]
+    with Tap(model) as tap:
+        loss = route(model, tap, dict.fromkeys(model.blocks(), [row] * 3))
+    assert loss == pytest.approx(0.8 if model_type == "deepseek_v3" else 0, abs=1e-6)
+
+
 def test_top_2():
     """Even: token t to t and t + 1, half each: f_e = P_e = 1/8, loss 1. Collapsed to a pair: 8 * 2 * 1/4 = 4."""
     model = build("olmoe", "classification")
@@ -314,7 +357,7 @@ def test_each_layer_has_its_own_E_and_padding_does_not_count(model_type, expecte
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("model_type", ["switch_transformers", "olmoe"])
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_the_balance_loss_trains_every_router(model_type, checkpointing):
     _, _, batch = full(model_type, "classification")
     model = build(model_type, "classification")

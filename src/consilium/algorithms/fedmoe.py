@@ -500,7 +500,5 @@ class FedMoEClient(Client):
         scalars["seconds_evaluate"] = time.perf_counter() - start
         counts = setup.model.counts
         scalars["experts"] = sum(counts.values())
-        scalars["footprint"] = setup.footprint(
-            counts, "lora" if lora else "forward", rank=self.algorithm.lora_rank
-        ).total
+        scalars |= setup.reported(counts, "lora" if lora else "forward", rank=self.algorithm.lora_rank)
         return Payload({"demand": tap.usage.demand, "served": tap.usage.served}, scalars)

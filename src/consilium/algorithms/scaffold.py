@@ -32,7 +32,7 @@ from consilium.core import (
     experts_from_scalars,
 )
 from consilium.errors import ConfigError
-from consilium.moe.addressing import pack, select, table, unpack
+from consilium.moe.addressing import pack, parameters, select, table, unpack
 from consilium.moe.model import TaskModel
 from consilium.params import Params, WeightedMean
 from consilium.training import Correct, Setup, local_round, local_test
@@ -165,7 +165,8 @@ class Controlled:
         self.steps = 0
 
     def attach(self, model: TaskModel, held) -> Correct:
-        names = table(model, held)
+        trainable = {path for path, p in parameters(model).items() if p.requires_grad}
+        names = {path: name for path, name in table(model, held).items() if path in trainable}
         c, c_i = pack(names, self.c), pack(names, self.c_i)
         shift = {path: (c[path] - c_i[path]) for path in c}
 

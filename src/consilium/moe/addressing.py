@@ -2,7 +2,7 @@
 
     trunk        the parameter's own path            encoder.block.0.layer.0.SelfAttention.q.weight
     expert       <block>.experts.<id>.<tensor>       model.layers.3.mlp.experts.17.down_proj
-    router row   <block>.router.<id>.<tensor>        model.layers.3.mlp.router.17.weight
+    router row   <block>.router.<id>.<tensor>        model.layers.3.mlp.router.17.weight (also where it is a buffer)
     head row     head.<task>.<label>.<tensor>        head.topic.numpy.weight
 
 Ids are those of the full model. A model that holds experts (3, 17) of a block keeps them in local places (0, 1); the
@@ -19,10 +19,10 @@ from consilium.errors import ModelError
 from consilium.moe.model import TaskModel
 from consilium.params import Params
 
-__all__ = ["all_experts", "expert_of", "flatten", "load_flat", "pack", "router_row_of", "select", "unpack"]
+__all__ = ["all_experts", "expert_of", "flatten", "load_flat", "pack", "router_row_of", "select", "tensors", "unpack"]
 
 Table = dict[str, str | tuple[str, ...]]
-"""Parameter path -> its flat name, or the flat names of the slices along its first dimension."""
+"""Path of a tensor -> its flat name, or the flat names of its slices, one per expert or label."""
 
 
 def all_experts(model: TaskModel) -> dict[str, tuple[int, ...]]:
@@ -66,7 +66,7 @@ def select(params: Mapping[str, Tensor], task: str, held: ExpertSet | None = Non
 
 
 def table(model: TaskModel, held: ExpertSet | None = None) -> Table:
-    """How each parameter of the model is called in the flat name space.
+    """How each tensor of the model is called in the flat name space.
 
     Args:
         held: the full-model ids of the experts in the model's places; None: all, in order.
@@ -79,7 +79,7 @@ def table(model: TaskModel, held: ExpertSet | None = None) -> Table:
     if counts_of(held) != counts_of(places):
         raise ModelError(f"the model has {counts_of(places)} experts per block, the names given are {counts_of(held)}")
     names: Table = {}
-    for path, _ in model.backbone.named_parameters():
+    for path in tensors(model):
         names[path] = _flat_name(path, model, held)
     if model.head is not None:
         for leaf in ("weight", "bias"):
@@ -115,8 +115,8 @@ def unpack(names: Table, tensors: Mapping[str, Tensor]) -> Params:
         name = names[path]
         if isinstance(name, str):
             flat[name] = tensor
-        else:
-            flat.update(zip(name, tensor.unbind(0), strict=True))
+        else:  # along the first dimension, or, of a row [1, E], the second
+            flat.update(zip(name, tensor.unbind(int(tensor.shape[0] != len(name))), strict=True))
     return flat
 
 
@@ -143,25 +143,38 @@ def parameters(model: TaskModel) -> dict[str, nn.Parameter]:
     return found
 
 
+def tensors(model: TaskModel) -> dict[str, Tensor]:
+    """`parameters`, and the router rows that a family keeps in buffers."""
+    family = model.family
+    buffers = dict(model.backbone.named_buffers())
+    rows = [f"{block}.{family.router}.{row}" for block in model.blocks() for row in family.rows]
+    return parameters(model) | {path: buffers[path] for path in rows if path in buffers}
+
+
 def flatten(model: TaskModel, held: ExpertSet | None = None) -> Params:
     """All parameters under flat names, detached copies on the CPU that share no memory with the model.
 
-    They have the model's dtype, also where a family keeps a part in float32 once it has run (Switch its routers).
+    They have the model's dtype, also where a family keeps a part in float32 once it has run (Switch its routers). Only
+    a correction bias, which no training makes good again, has its own.
 
     Args:
         held: the full-model ids of the experts in the model's places; None: all, in order.
     """
-    tensors = {path: p.detach() for path, p in parameters(model).items()}
-    return {
-        key: t.to("cpu", model.dtype, copy=True).contiguous() for key, t in unpack(table(model, held), tensors).items()
+    family = model.family
+    own = f".{family.rows[-1]}" if family.choice else None
+    found = {
+        path: t.detach() if own and path.endswith(own) else t.detach().to(model.dtype)
+        for path, t in tensors(model).items()
     }
+    form = torch.contiguous_format  # also of a row of one element, whose stride is then 1
+    return {key: t.to("cpu", copy=True, memory_format=form) for key, t in unpack(table(model, held), found).items()}
 
 
 def load_flat(model: TaskModel, flat: Mapping[str, Tensor], held: ExpertSet | None = None) -> TaskModel:
     """Write flat parameters into the model, bit for bit; a model built on the meta device comes to life here.
 
-    Parameters that exist take the values in their own dtype; meta parameters take the dtype of the values. Tied
-    parameters stay tied. `flat` may hold more than the model needs.
+    Parameters that exist take the values in their own dtype; meta parameters and buffers take the dtype of the values.
+    Tied parameters stay tied. `flat` may hold more than the model needs.
 
     Raises:
         ModelError: for a missing name or another shape.
@@ -169,11 +182,17 @@ def load_flat(model: TaskModel, flat: Mapping[str, Tensor], held: ExpertSet | No
     names = table(model, held)
     packed = pack(names, flat)
     fresh: dict[int, nn.Parameter] = {}
-    for path, parameter in parameters(model).items():
+    for path, parameter in tensors(model).items():
         tensor = packed[path]
+        if parameter.shape == tensor.shape[::-1] and tensor.shape[1:] == (1,):  # rows of a [1, E]
+            tensor = tensor.view(parameter.shape)
         if parameter.shape != tensor.shape:
             raise ModelError(f"{path!r} has shape {tuple(parameter.shape)}, the parameters {tuple(tensor.shape)}")
-        if parameter.is_meta:
+        if not isinstance(parameter, nn.Parameter):
+            owner, _, name = path.rpartition(".")
+            tensor = tensor if parameter.is_meta else tensor.to(parameter.device)
+            setattr(model.backbone.get_submodule(owner), name, tensor)
+        elif parameter.is_meta:
             owned = tensor if isinstance(names[path], tuple) else tensor.clone()
             fresh[id(parameter)] = nn.Parameter(owned, requires_grad=parameter.requires_grad)
         else:

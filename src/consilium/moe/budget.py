@@ -27,7 +27,7 @@ from consilium.errors import ConfigError, ModelError
 from consilium.moe.addressing import all_experts, expert_of, parameters, router_row_of, table
 from consilium.moe.build import ModelSource
 
-__all__ = ["Footprint", "MemoryModel", "bytes_of", "human"]
+__all__ = ["PARTS", "Footprint", "MemoryModel", "bytes_of", "human"]
 
 Mode = Literal["full", "lora", "forward"]
 
@@ -200,7 +200,7 @@ def _olmoe(c: Any, w: int) -> dict[Mode, Parts]:
 
 
 PARTS: dict[str, Callable[[Any, int], dict[Mode, Parts]]] = {"switch_transformers": _switch, "olmoe": _olmoe}
-"""Model type -> what its layers hold: one row for each row of `families.FAMILIES`."""
+"""Model type -> what its layers hold. Families of `families.FAMILIES` without a row here have no footprint."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,11 @@ class MemoryModel:
 
     @classmethod
     def of(cls, source: ModelSource) -> "MemoryModel":
-        """The memory model of a source, from its meta skeleton: nothing is loaded. Built once per source."""
+        """The memory model of a source, from its meta skeleton: nothing is loaded. Built once per source.
+
+        Raises:
+            ModelError: for a family without a row in `PARTS`.
+        """
         return _built(source)
 
     def params(self, counts: Mapping[str, int]) -> int:
@@ -348,9 +352,9 @@ class MemoryModel:
 
 @lru_cache(maxsize=8)
 def _built(source: ModelSource) -> MemoryModel:
-    model = source.skeleton("", ())
     if source.config.model_type not in PARTS:
-        raise ModelError(f"the memory model does not know {source.family.name}; add a row to PARTS in moe/budget.py")
+        raise ModelError(f"no memory model for {source.family.name} yet; run it without device memory")
+    model = source.skeleton("", ())
     counts = {block: len(ids) for block, ids in all_experts(model).items()}
     sizes = {kind: dict.fromkeys(counts, 0) for kind in ("experts", "rows", "adapters", "stacked")}
     dense = largest = 0

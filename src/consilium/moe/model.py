@@ -74,7 +74,10 @@ class TaskModel(nn.Module):
             return output.logits[keep], labels[keep]
         hidden = self.backbone.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         keep = labels[:, 1:] != -100  # of long sequences few positions are predicted: the others get no logits
-        return self.backbone.get_output_embeddings()(hidden[:, :-1][keep]), labels[:, 1:][keep]
+        logits = self.backbone.get_output_embeddings()(hidden[:, :-1][keep])
+        if self.family.divisor is not None:
+            logits = logits / getattr(self.config, self.family.divisor)
+        return logits, labels[:, 1:][keep]
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int) -> Tensor:

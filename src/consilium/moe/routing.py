@@ -24,7 +24,8 @@ __all__ = ["Tap", "Usage"]
 class Usage:
     """Routed tokens per expert of the full model, padding left out; int64 [E] per block.
 
-    demand: what the router asks for over all its rows, held here or not (top-k of the unmasked logits).
+    demand: what the router asks for over all its rows, held here or not (top-k of the unmasked logits, corrected
+        and restricted to groups as the family does it).
     served: what this model's experts really computed; capacity-dropped tokens are not served.
     slots: tokens times top-k that passed the block, so demand / slots sums to one in every block.
     """
@@ -96,17 +97,22 @@ class Tap:
     def balance_loss(self) -> Tensor:
         """Load-balance loss of the last batch: the mean over layers of E * sum_e f_e * P_e (Switch, Eq 4).
 
-        f_e: the share of real tokens' slots whose top-k choice is e; P_e: the mean router probability of e. One
-        when perfectly even, E/K when the same K experts take all. Each layer has its own E, as sub-models need.
+        f_e: the share of real tokens' slots whose top-k choice is e; P_e: the mean router probability of e (of
+        sigmoids: each divided by their sum, DeepSeek-V3, Eq 19). One when perfectly even, E/K when the same K experts
+        take all. Each layer has its own E, as sub-models need.
         """
         losses = []
         for block, logits_TE in self.logits.items():
             logits_TE = logits_TE[self._mask(block)].float()
             k = self._top_k(block)
-            chosen_TK = logits_TE.topk(k, dim=-1).indices
+            chosen_TK = self._choose(logits_TE, self._correction(block), k, self._groups(block))
             n_experts = logits_TE.shape[-1]
             share_E = torch.bincount(chosen_TK.flatten(), minlength=n_experts) / max(chosen_TK.numel(), 1)
-            losses.append(n_experts * (share_E * logits_TE.softmax(-1).mean(0)).sum())
+            if self.model.family.choice == "sigmoid":
+                probability_TE = nn.functional.normalize(logits_TE.sigmoid(), p=1, dim=-1)
+            else:
+                probability_TE = logits_TE.softmax(-1)
+            losses.append(n_experts * (share_E * probability_TE.mean(0)).sum())
         return torch.stack(losses).mean()
 
     def _hook(self, block: str):
@@ -133,15 +139,18 @@ class Tap:
             local_E = torch.bincount(routed.reshape(mask_T.shape[0], -1)[mask_T].flatten(), minlength=len(held))
         served[held.cpu()] = local_E.cpu().to(torch.int64)
 
-        ids, rows_ED, bias_E = self._outside[block]
-        all_ids = torch.cat([held.cpu(), ids])
-        logits = logits_TE[mask_T].float()
+        ids, rows_XD, bias_X, correction_X = self._outside[block]
+        all_ids = torch.cat([held, ids.to(held.device)])
+        logits, correction = logits_TE[mask_T].float(), self._correction(block)
         if len(ids):
-            extra = hidden_TD[mask_T].float() @ rows_ED.to(logits.device).T + bias_E.to(logits.device)
+            extra = hidden_TD[mask_T].float() @ rows_XD.to(logits.device).T + bias_X.to(logits.device)
             logits = torch.cat([logits, extra], dim=-1)
+            correction = None if correction is None else torch.cat([correction, correction_X.to(logits.device)])
+        order = all_ids.argsort()  # groups go by the ids of the full model
         k = min(self._top_k(block, full=True), logits.shape[-1])
-        chosen = all_ids[logits.topk(k, dim=-1).indices.flatten().cpu()]
-        demand = torch.bincount(chosen, minlength=self.counts[block])
+        groups = self._groups(block, full=True) if len(all_ids) == self.counts[block] else None
+        chosen = self._choose(logits[:, order], None if correction is None else correction[order], k, groups)
+        demand = torch.bincount(all_ids[order][chosen.flatten()].cpu(), minlength=self.counts[block])
 
         usage = self.usage
         usage.demand[block] = usage.demand.get(block, 0) + demand
@@ -155,6 +164,37 @@ class Tap:
             raise ModelError(f"{block} routed {self.logits[block].shape[0]} tokens, the batch has {mask.shape[0]}")
         return mask
 
+    def _choose(self, logits_TE: Tensor, correction_E: Tensor | None, k: int, groups: tuple[int, int] | None) -> Tensor:
+        """The places [T, K] of the experts that the family's router takes; groups: how many there are and may serve."""
+        family = self.model.family
+        scores_TE = logits_TE.detach()
+        if family.choice is not None:
+            scores_TE = scores_TE.sigmoid() if family.choice == "sigmoid" else scores_TE.softmax(-1)
+            scores_TE = scores_TE + correction_E
+        if groups is not None:
+            scores_TGX = scores_TE.unflatten(-1, (groups[0], -1))
+            best_TG = scores_TGX.topk(family.groups, dim=-1).values.sum(-1)
+            allowed_TG = torch.zeros_like(best_TG, dtype=torch.bool)
+            allowed_TG.scatter_(-1, best_TG.topk(groups[1], dim=-1).indices, True)
+            scores_TE = scores_TGX.masked_fill(~allowed_TG.unsqueeze(-1), float("-inf")).flatten(-2)
+        return scores_TE.topk(k, dim=-1).indices
+
+    def _correction(self, block: str) -> Tensor | None:
+        """The correction biases [E] of the experts in the model."""
+        family = self.model.family
+        if family.choice is None:
+            return None
+        owner, _, name = f"{family.router}.{family.rows[-1]}".rpartition(".")
+        return getattr(self.model.blocks()[block].get_submodule(owner), name).detach().flatten()
+
+    def _groups(self, block: str, full: bool = False) -> tuple[int, int] | None:
+        """How many groups the router of a block (full: of the full model) has, and how many a token may use."""
+        family, config = self.model.family, self.model.config
+        if not family.groups or getattr(config, "topk_method", "") == "greedy":
+            return None
+        router = self.model.blocks()[block].get_submodule(family.router)
+        return (config.n_group, config.topk_group) if full else (router.num_group, router.topk_group)
+
     def _top_k(self, block: str, full: bool = False) -> int:
         path = self.model.family.top_k
         if path is None:
@@ -164,15 +204,19 @@ class Tap:
         owner, _, name = path.rpartition(".")
         return int(getattr(self.model.blocks()[block].get_submodule(owner), name))
 
-    def _rows(self, block: str, outside: Params) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids [X], rows [X, D] and biases [X] of the experts of a block that are not held."""
+    def _rows(self, block: str, outside: Params) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Ids [X], rows [X, D], biases [X] and correction biases [X] of the experts of a block that are not held."""
         prefix = f"{block}.router."
         ids = sorted(
             int(k[len(prefix) :].split(".")[0]) for k in outside if k.startswith(prefix) and k.endswith(".weight")
         )
         ids = [i for i in ids if i not in self.held[block]]
         if not ids:
-            return torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0), torch.zeros(0)
+            return torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0), torch.zeros(0), torch.zeros(0)
+
+        def leaves(name: str) -> Tensor:
+            zero = torch.zeros(())
+            return torch.stack([outside.get(f"{prefix}{i}.{name}", zero).float().reshape(()) for i in ids])
+
         rows = torch.stack([outside[f"{prefix}{i}.weight"].float() for i in ids])
-        bias = torch.stack([outside.get(f"{prefix}{i}.bias", torch.zeros(())).float() for i in ids])
-        return torch.tensor(ids), rows, bias
+        return torch.tensor(ids), rows, leaves("bias"), leaves("e_score_correction_bias")

@@ -14,12 +14,12 @@ from consilium.moe.model import TaskModel
 __all__ = ["checked", "slice_experts"]
 
 
-def checked(keep: ExpertSet, counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+def checked(keep: ExpertSet, counts: Mapping[str, int], family: Family | None = None) -> dict[str, tuple[int, ...]]:
     """`keep` in the order of the blocks, after checking it against the number of experts per block.
 
     Raises:
-        ModelError: for a block missing or unknown, no expert in a block, or ids that are not ascending, distinct
-            and in 0 .. E-1.
+        ModelError: for a block missing or unknown, no expert in a block or fewer than the family's router needs, or
+            ids that are not ascending, distinct and in 0 .. E-1.
     """
     if set(keep) != set(counts):
         odd = sorted(set(keep) ^ set(counts))
@@ -31,6 +31,11 @@ def checked(keep: ExpertSet, counts: Mapping[str, int]) -> dict[str, tuple[int, 
             raise ModelError(
                 f"{block}: experts {list(ids)} must be ascending, distinct and within 0..{counts[block] - 1}"
             )
+        if family is not None and len(ids) < min(family.least, counts[block]):
+            raise ModelError(
+                f"{block} would keep {len(ids)} expert; the router of {family.name} ranks its best {family.least}, so "
+                "every layer needs as many"
+            )
     return {block: tuple(keep[block]) for block in counts}
 
 
@@ -38,14 +43,15 @@ def slice_experts(model: TaskModel, keep: ExpertSet) -> TaskModel:
     """Keep only the named experts and their router rows, in place; works on the meta device too.
 
     The sliced model equals the full one with its router masked to the kept experts: the softmax runs over the kept
-    rows, top-k becomes min(k, E). Where a family limits the tokens an expert serves (Switch), the limit grows by
-    E_full / E_kept, because fewer experts share the same tokens. Keeping every expert of a block changes nothing in
-    it, not one bit. The configuration is left alone: counts differ by layer, which no configuration can say.
+    rows, top-k becomes min(k, E); where a router chooses among groups first, a sliced block has a single group. Where a
+    family limits the tokens an expert serves (Switch), the limit grows by E_full / E_kept, because fewer experts share
+    the same tokens. Keeping every expert of a block changes nothing in it, not one bit. The configuration is left
+    alone: counts differ by layer, which no configuration can say.
 
     Raises:
         ModelError: see `checked`.
     """
-    keep = checked(keep, counts_of(all_experts(model)))
+    keep = checked(keep, counts_of(all_experts(model)), model.family)
     for name, block in model.blocks().items():
         total = len(all_experts_of(block, model.family))
         if len(keep[name]) < total:
@@ -61,9 +67,9 @@ def all_experts_of(block: nn.Module, family: Family) -> range:
 def _slice_block(block: nn.Module, family: Family, ids: Sequence[int], total: int) -> None:
     router, experts = block.get_submodule(family.router), block.get_submodule(family.experts)
     for row in family.rows:
-        _select(router, row, ids)
+        _select(router, row, ids, total)
     for tensor in family.tensors:
-        _select(experts, tensor, ids)
+        _select(experts, tensor, ids, total)
     if family.layout == "modules":
         kept = [experts.get_submodule(family.module.format(i)) for i in ids]
         for place in range(total):
@@ -74,19 +80,22 @@ def _slice_block(block: nn.Module, family: Family, ids: Sequence[int], total: in
         _set(block, path, len(ids))
     if family.top_k is not None:
         _set(block, family.top_k, min(_get(block, family.top_k), len(ids)))
+    if family.groups:
+        router.num_group = router.topk_group = 1
     if family.capacity is not None:
         _set(block, family.capacity, -(-_get(block, family.capacity) * total // len(ids)))
 
 
-def _select(module: nn.Module, path: str, ids: Sequence[int]) -> None:
-    """Keep the given rows of the parameter at `path` below the module, if it has one."""
+def _select(module: nn.Module, path: str, ids: Sequence[int], total: int) -> None:
+    """Keep the given rows of the parameter or buffer at `path` below the module, if it has one."""
     *parents, name = path.split(".")
     owner = module.get_submodule(".".join(parents))
-    parameter = getattr(owner, name, None)
-    if parameter is None:
+    tensor = getattr(owner, name, None)
+    if tensor is None:
         return
-    index = torch.tensor(list(ids), device=parameter.device)
-    setattr(owner, name, nn.Parameter(parameter.detach().index_select(0, index), parameter.requires_grad))
+    index = torch.tensor(list(ids), device=tensor.device)
+    kept = tensor.detach().index_select(int(tensor.shape[0] != total), index)  # a row [1, E]: along the second
+    setattr(owner, name, nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept)
     if isinstance(owner, nn.Linear):
         owner.out_features = len(ids)
 
