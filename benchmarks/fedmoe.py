@@ -255,6 +255,8 @@ def write(cells: dict[str, dict], benchmark: Benchmark) -> None:
         "is over the three tasks. Rounds to 90 and 99 % of the best final mean in the setting; tested every 4 rounds.",
         "Clients: how many have a score; a method that leaves the small devices out is scored on the others alone.",
         "",
+        f"Finished: {len(cells)} of {len(SETTINGS) * len(METHODS) * benchmark.seeds} runs.",
+        "",
     ]
     names = {
         (setting, method): [experiment(setting, method, seed, benchmark.rounds).name for seed in range(benchmark.seeds)]

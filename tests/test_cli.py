@@ -346,7 +346,13 @@ def test_inspect_says_what_fits(capsys):
 def test_ctrl_c_ends_with_130_and_leaves_a_resumable_run(data, sent):
     command = [sys.executable, "-m", "consilium", "run", "fedmoe-text", *flags(data, rounds=5000, name="long")]
     with Path("log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job would ignore it
+        )
     try:
         deadline = time.monotonic() + 120
         while not (metrics := Path("runs/long/metrics.jsonl")).exists() or metrics.read_text().count("\n") < 2:
