@@ -40,13 +40,11 @@ def linear(data: ClientData, n_grams: bool, extra: Split | None = None) -> tuple
     texts, targets = list(data.train.texts), list(data.train.targets)
     if extra is not None:
         texts, targets = texts + extra.texts, targets + extra.targets
-    pairs = TfidfVectorizer(ngram_range=(1, 2), **WORDS)
-    characters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)
-    vectorisers = {"words": TfidfVectorizer(**WORDS)}
-    if n_grams:
-        vectorisers = {"pairs": pairs}
-        if extra is None:  # there it is minutes of work for no gain
-            vectorisers["pairs+characters"] = make_union(TfidfVectorizer(ngram_range=(1, 2), **WORDS), characters)
+    words, pairs = TfidfVectorizer(**WORDS), TfidfVectorizer(ngram_range=(1, 2), **WORDS)
+    vectorisers = {"pairs": pairs} if n_grams else {"words": words}
+    if n_grams and extra is None:  # with the public documents it is minutes of work for no gain
+        characters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)
+        vectorisers["pairs+characters"] = make_union(pairs, characters)
     best = (-1.0, -1.0, "")
     for name, vectoriser in vectorisers.items():
         train = vectoriser.fit_transform(texts)

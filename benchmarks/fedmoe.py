@@ -22,6 +22,7 @@ import math
 import os
 import statistics
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import tyro
@@ -107,10 +108,15 @@ def experiment(setting: str, method: str, seed: int, rounds: int, rate: float = 
     )
 
 
+@cache
+def weights(location: str) -> bytes:
+    """Digest of a model's weights; the same for all cells, so read once."""
+    return hashlib.sha256((Path(location) / "model.safetensors").read_bytes()).digest()
+
+
 def digest(cell: Experiment) -> str:
     """What a result belongs to: the experiment and the weights it started from."""
-    model = (Path(cell.model.location) / "model.safetensors").read_bytes()
-    return hashlib.sha256(json.dumps(to_json(cell)).encode() + hashlib.sha256(model).digest()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(to_json(cell)).encode() + weights(cell.model.location)).hexdigest()[:16]
 
 
 def main(benchmark: Benchmark) -> None:

@@ -192,6 +192,14 @@ class Setup:
                 return n
         return 0
 
+    def public_usage(self, *seed: str) -> dict[str, Tensor]:
+        """Block -> share of public tokens per expert [E], from the model's card; random where it says nothing."""
+        known, rng = self.model.public_usage(), torch.Generator().manual_seed(derive_seed(self.seed, *seed))
+        return {
+            block: torch.tensor(known[block]) if block in known else torch.rand(total, generator=rng)
+            for block, total in self.model.counts.items()
+        }
+
     def encode(self, context: ClientContext, split: Split) -> Encoded:
         """A split of the client's data as token ids for this model."""
         way = "classification"

@@ -16,8 +16,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from consilium.core import (
     Algorithm,
     Client,
@@ -28,7 +26,6 @@ from consilium.core import (
     Payload,
     Server,
     counts_of,
-    derive_seed,
     experts_to_scalars,
 )
 from consilium.errors import BudgetError, ConfigError
@@ -141,10 +138,7 @@ def common_experts(
         experts = min(fitting)
     if not 1 <= experts <= max(totals.values()):
         raise ConfigError(f"experts is {experts}; allowed are 1..{max(totals.values())}, 'all' and 'fit'")
-    usage = setup.model.public_usage()
-    rng = torch.Generator().manual_seed(derive_seed(setup.seed, "common experts"))
-    held = {}
-    for block, total in totals.items():
-        weight = torch.tensor(usage[block]) if block in usage else torch.rand(total, generator=rng)
-        held[block] = tuple(sorted(weight.argsort(descending=True, stable=True)[:experts].tolist()))
-    return held
+    return {
+        block: tuple(sorted(usage_E.argsort(descending=True, stable=True)[:experts].tolist()))
+        for block, usage_E in setup.public_usage("common experts").items()
+    }

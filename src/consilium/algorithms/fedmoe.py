@@ -328,12 +328,7 @@ class FedMoEServer(Server):
         infos = [self._info(a) for a in self.measured]
         peers = [a for a in infos if a.task == client.task] or infos
         if not peers:
-            public, rng = self.setup.model.public_usage(), torch.Generator()
-            rng.manual_seed(derive_seed(self.setup.seed, "no usage", client.id))
-            shares = {
-                b: torch.tensor(public[b]) if b in public else torch.rand(n, generator=rng)
-                for b, n in self.setup.model.counts.items()
-            }
+            shares = self.setup.public_usage("no usage", client.id)
             return {b: share.double() / float(share.sum()) for b, share in shares.items()}
         total = sum(a.num_examples for a in peers)
         return {

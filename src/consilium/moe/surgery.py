@@ -51,17 +51,12 @@ def slice_experts(model: TaskModel, keep: ExpertSet) -> TaskModel:
     Raises:
         ModelError: see `checked`.
     """
-    keep = checked(keep, counts_of(all_experts(model)), model.family)
+    totals = counts_of(all_experts(model))
+    keep = checked(keep, totals, model.family)
     for name, block in model.blocks().items():
-        total = len(all_experts_of(block, model.family))
-        if len(keep[name]) < total:
-            _slice_block(block, model.family, keep[name], total)
+        if len(keep[name]) < totals[name]:
+            _slice_block(block, model.family, keep[name], totals[name])
     return model
-
-
-def all_experts_of(block: nn.Module, family: Family) -> range:
-    """The places of one block."""
-    return range(block.get_submodule(family.router).get_parameter(family.rows[0]).shape[0])
 
 
 def _slice_block(block: nn.Module, family: Family, ids: Sequence[int], total: int) -> None:

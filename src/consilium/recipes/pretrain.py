@@ -61,8 +61,6 @@ class Pretrain:
         classify: weight of the classification losses against the masked-token loss.
         smoothing: label smoothing of the classification losses.
         bag_epochs: passes over the data that fit embeddings and heads alone, before the network; 0: none.
-        bag_scale: root mean square of every embedding after that: the larger, the less of the bag of words the
-            layers change.
         threads: CPU threads. seed: of everything drawn.
         save_minutes: minutes between saves. heldout: public documents kept for measuring.
     """
@@ -87,7 +85,6 @@ class Pretrain:
     decay: float = 0.05
     classify: float = 1.0
     bag_epochs: int = 6
-    bag_scale: float = 0.1
     smoothing: float = 0.1
     threads: int = 1
     seed: int = 0
@@ -178,8 +175,8 @@ class Pretraining:
             optimizer.zero_grad()
             torch.stack(list(self._classify(pooled, part).values())).sum().backward()
             optimizer.step()
-        with torch.no_grad():  # one size for all: the layers add to every word, the rare ones too, in one proportion
-            embedding.mul_(s.bag_scale * torch.rsqrt(embedding.pow(2).mean(-1, keepdim=True) + 1e-6))
+        with torch.no_grad():  # one size for all, near that of what the layers add, which must be able to change them
+            embedding.mul_(0.1 * torch.rsqrt(embedding.pow(2).mean(-1, keepdim=True) + 1e-6))
 
     @staticmethod
     def _pool(hidden: Tensor, real: Tensor) -> Tensor:
