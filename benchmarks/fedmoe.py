@@ -76,7 +76,7 @@ class Benchmark:
         seeds: runs per method and setting.
         rounds: per run.
         search: search learning rates on validation data in std-TD, and stop: `fit.lr` for FedMoE, randomMoE and
-            FedAvg, `eta_l` for SCAFFOLD, whose clients use SGD.
+            FedAvg, `eta_l` for SCAFFOLD, whose clients use SGD (of `methods`, if given).
         out: where the runs go.
         jobs: runs at a time, one thread each.
         table_only: only make the table of the runs there are.
@@ -149,11 +149,12 @@ def main(benchmark: Benchmark) -> None:
 def search(benchmark: Benchmark) -> None:
     """Mean validation score over the last third of the rounds, per method and learning rate; prints no test score."""
     cells = []
+    wanted = benchmark.methods or (*RATES, "SCAFFOLD")
     for method, rates in RATES.items():
-        for rate in rates:
+        for rate in rates if method in wanted else ():
             cell = experiment("std-TD", method, SEARCH_SEED, benchmark.rounds, rate)
             cells.append(dataclasses.replace(cell, name=f"{cell.name}-lr{rate:g}"))
-    for eta in ETAS:
+    for eta in ETAS if "SCAFFOLD" in wanted else ():
         cell = experiment("std-TD", "SCAFFOLD", SEARCH_SEED, benchmark.rounds)
         algorithm = dataclasses.replace(METHODS["SCAFFOLD"], eta_l=eta)
         cells.append(dataclasses.replace(cell, name=f"{cell.name}-eta{eta:g}", algorithm=algorithm))
