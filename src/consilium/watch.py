@@ -147,16 +147,18 @@ class Comparison:
                 folder: bars.add_task(folder.name, total=experiment.rounds, at="")
                 for folder, experiment in self.planned.items()
             }
+            for folder, task in tasks.items():
+                self._show(bars, task, folder)
             try:
                 while waiting or running:
                     while waiting and len(running) < self.jobs:
                         folder = waiting.pop(0)
                         running[folder] = self._start(folder)
                     time.sleep(0.2)
-                    for folder, task in tasks.items():
-                        self._show(bars, task, folder)
                     for folder, process in list(running.items()):
-                        if process.poll() is not None:
+                        ended = process.poll() is not None
+                        self._show(bars, tasks[folder], folder)
+                        if ended:
                             self._check(folder, running.pop(folder))
                             self._say(f"{folder.name}: finished")
             finally:
