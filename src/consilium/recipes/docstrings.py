@@ -17,7 +17,7 @@ EQUAL_MEMORY = {
     "FedAvg": FedAvg(experts="fit"),
     "FedAvg-full": FedAvg(),
     "FedProx": FedProx(experts="fit"),
-    "SCAFFOLD": SCAFFOLD(experts="fit"),
+    "SCAFFOLD": SCAFFOLD(eta_l=0.01, experts="fit"),
     "Standalone": Standalone(experts="fit"),
 }
 """Methods with one model for all get the largest one that the smallest device can train; "-full" ignores the small
