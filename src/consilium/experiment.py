@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 from consilium import algorithms
 from consilium.core import Algorithm, Sampling
+from consilium.data.causal import check_rows
 from consilium.data.docstrings import DocstringData
+from consilium.data.language import LanguageData
 from consilium.data.textfile import TextFileData
 from consilium.errors import ConfigError
 from consilium.moe.budget import bytes_of
@@ -23,7 +25,7 @@ __all__ = ["Experiment", "from_json", "to_json"]
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 algorithms.register_all()
-DATA = {cls.__name__: cls for cls in (DocstringData, TextFileData)}
+DATA = {cls.__name__: cls for cls in (DocstringData, TextFileData, LanguageData)}
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Experiment:
 
     name: str
     algorithm: Algorithm
-    data: DocstringData | TextFileData
+    data: DocstringData | TextFileData | LanguageData
     model: ModelSource = field(default_factory=ModelSource)
     fit: Fit = field(default_factory=Fit)
     sampling: Sampling = field(default_factory=Sampling)
@@ -71,6 +73,8 @@ class Experiment:
         form = getattr(self.data, "form", self.model.form)
         if form != self.model.form:
             raise ConfigError(f"the data asks for {form}, the model is set up for {self.model.form}")
+        if isinstance(self.data, LanguageData):
+            check_rows(self.fit.rows, plain=bool(self.data.text))
 
 
 def to_json(value: Any) -> Any:

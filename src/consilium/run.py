@@ -168,10 +168,6 @@ class _Prepared:
         )
         heads: dict[str, set[str]] = {}
         for data in federation.clients.values():
-            if data.task.form != experiment.model.form:
-                raise ConfigError(
-                    f"task {data.task.name} is {data.task.form}, the model is set up for {experiment.model.form}"
-                )
             if data.task.labels:
                 heads.setdefault(data.task.name, set()).update(data.task.labels)
         setup = Setup(
@@ -182,6 +178,8 @@ class _Prepared:
             heads={task: tuple(sorted(labels)) for task, labels in sorted(heads.items())},
             clients=infos,
         )
+        for data in federation.clients.values():
+            setup.check(data.task)
         server = experiment.algorithm.server(setup)
         unable = {c.id: lack for c in infos if (lack := server.unable(c))}
         # A method that fits its models to the clients may find work even where nobody can hold the full one.

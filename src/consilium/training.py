@@ -5,11 +5,12 @@ which experts learn from this batch (HFedMoE's selection); `correct`, called on 
 them. FedProx's penalty and SCAFFOLD's control variates are such corrections.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,10 @@ from consilium.core import (
     derive_seed,
     experts_from_scalars,
 )
+from consilium.data.causal import Packed, Rows, encode_language
 from consilium.data.encode import Encoded, encode
-from consilium.data.task import Split, score
-from consilium.errors import ConfigError
+from consilium.data.task import Split, Task, score
+from consilium.errors import ConfigError, DataError
 from consilium.moe.addressing import flatten, load_flat, parameters, travels
 from consilium.moe.budget import PARTS, Footprint, MemoryModel, human
 from consilium.moe.build import ModelSource
@@ -37,7 +39,7 @@ from consilium.moe.model import TaskModel
 from consilium.moe.routing import Tap
 from consilium.params import Params, WeightedMean
 
-__all__ = ["Choose", "Fit", "Fitted", "Setup", "evaluate", "fit", "local_round", "local_test", "seeded"]
+__all__ = ["Choose", "Fit", "Fitted", "Setup", "assess", "evaluate", "fit", "local_round", "local_test", "seeded"]
 
 Correct = Callable[[Mapping[str, Tensor]], None]
 Choose = Callable[[Tap], Active | None]
@@ -55,8 +57,11 @@ class Fit:
         head_lr: learning rate of classification heads, which start from zero, > 0.
         epochs: passes over the client's training data per round, >= 1.
         batch_size: examples per step, >= 1.
-        max_length: source tokens kept per example, >= 1; what is longer is cut.
-        target_length: target tokens kept (text-to-text), the end of the text included, >= 2.
+        max_length: source tokens kept per example, >= 1; what is longer is cut, and counted in the record.
+        target_length: target tokens kept (text-to-text, answers), the end of the text included, >= 2.
+        rows: how causal language models read instruction data (examples, packed) and plain text (documents, blocks,
+            packed): rows of max_length + target_length tokens, see `data.causal`. Classification and text-to-text have
+            one example a row: examples.
         optimizer: "adamw" or "sgd"; fresh in every round.
         weight_decay: decoupled weight decay.
         clip: largest norm of the gradient, 0: no clipping.
@@ -73,6 +78,7 @@ class Fit:
     batch_size: int = 16
     max_length: int = 96
     target_length: int = 16
+    rows: Rows = "examples"
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = 0.0
     clip: float = 1.0
@@ -98,6 +104,15 @@ class Fit:
                 raise ConfigError(f"fit.{name} is {getattr(self, name)}; it must be within 0..{top:g}")
         if self.optimizer not in ("adamw", "sgd"):
             raise ConfigError(f"fit.optimizer is {self.optimizer!r}; it must be adamw or sgd")
+        if self.rows not in get_args(Rows):
+            raise ConfigError(f"fit.rows is {self.rows!r}; it must be {', '.join(get_args(Rows))}")
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """S and T of the memory model: tokens of a row that are only read, and that are predicted at most."""
+        if self.rows == "examples":
+            return {"max_length": self.max_length, "target_length": self.target_length}
+        return {"max_length": 0, "target_length": self.max_length + self.target_length}
 
 
 @dataclass(frozen=True)
@@ -154,7 +169,7 @@ class Setup:
         fit = self.fit
         if mode == "full" and fit.lora.rank:
             mode, rank = "lora", fit.lora.rank
-        shape = {"max_length": fit.max_length, "target_length": fit.target_length, "optimizer": fit.optimizer}
+        shape = {**fit.lengths, "optimizer": fit.optimizer}
         evaluation = self._memory.footprint(counts, mode="forward", batch_size=EVALUATION * fit.batch_size, **shape)
         if mode == "forward":
             return evaluation
@@ -216,12 +231,31 @@ class Setup:
         }
 
     def encode(self, context: ClientContext, split: Split) -> Encoded:
-        """A split of the client's data as token ids for this model."""
+        """A split of the client's data as token ids for this model.
+
+        Raises:
+            ConfigError, DataError: see `check` and `data.causal`.
+        """
+        task, fit, tokenizer = context.data.task, self.fit, self.model.tokenizer()
+        self.check(task)
+        if task.form == "language":
+            return encode_language(split, tokenizer, fit.rows, fit.max_length, fit.target_length)
         way = "classification"
         if self.model.form == "text-to-text":
             way = "seq2seq" if self.model.config.is_encoder_decoder else "causal"
-        data = context.data
-        return encode(split, data.task, self.model.tokenizer(), way, self.fit.max_length, self.fit.target_length)
+        return encode(split, task, tokenizer, way, fit.max_length, fit.target_length)
+
+    def check(self, task: Task) -> None:
+        """Raise ConfigError if this model and `fit` cannot do the task."""
+        if task.model_form != self.model.form:
+            raise ConfigError(f"task {task.name} is {task.form}, the model is set up for {self.model.form}")
+        family = self.model.family
+        if task.form == "language" and self.model.config.is_encoder_decoder:
+            raise ConfigError(f"{family.name} is an encoder-decoder; instruction data and plain text need a decoder")
+        if self.fit.rows != "examples" and task.form != "language":
+            raise ConfigError(f"fit.rows is {self.fit.rows!r}; task {task.name} is {task.form}, which takes examples")
+        if self.fit.rows == "packed" and not family.packs:
+            raise ConfigError(f"fit.rows is 'packed': in {family.name} examples in one row would see each other")
 
     def build(self, params: Params, context: ClientContext, held: ExpertSet | None = None) -> TaskModel:
         """The client's live model on its device, holding only `held` experts.
@@ -294,6 +328,8 @@ def fit(
         trainable = experts.trainable(model)
     optimizer = _optimizer(trainable, config)
     epochs = config.epochs if epochs is None else epochs
+    if config.rows == "packed":
+        data = Packed.of(data, config.max_length + config.target_length)
     total = epochs * -(-len(data) // config.batch_size)
     generator = torch.Generator().manual_seed(derive_seed(context.seed, "batches"))
     if config.gradient_checkpointing:
@@ -354,11 +390,20 @@ def _admit(
 
 
 def evaluate(model: TaskModel, data: Encoded, context: ClientContext, setup: Setup, tap: Tap | None = None) -> float:
-    """The task's metric on a split, in [0, 1].
+    """The task's metric on a split, in [0, 1]; see `assess`."""
+    return assess(model, data, context, setup, tap)["score"]
+
+
+def assess(
+    model: TaskModel, data: Encoded, context: ClientContext, setup: Setup, tap: Tap | None = None
+) -> dict[str, float]:
+    """The task's metric on a split, "score" in [0, 1]; where it is the accuracy of tokens, "perplexity" as well.
 
     Args:
         tap: counts the usage of experts over the split (teacher-forced for text-to-text).
     """
+    if context.data.task.metric == "token_accuracy":
+        return _teacher_forced(model, data, context, EVALUATION * setup.fit.batch_size, tap)
     predictions: list[str] = []
     tokenizer = setup.model.tokenizer()
     model.eval()
@@ -378,7 +423,29 @@ def evaluate(model: TaskModel, data: Encoded, context: ClientContext, setup: Set
                 prompt = data.batch(rows, context.device, prompt=True)
                 ids = model.generate(prompt, setup.fit.target_length)
                 predictions += tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return score(context.data.task.metric, predictions, [data.texts[i] for i in order])
+    return {"score": score(context.data.task.metric, predictions, [data.texts[i] for i in order])}
+
+
+def _teacher_forced(
+    model: TaskModel, data: Encoded, context: ClientContext, size: int, tap: Tap | None
+) -> dict[str, float]:
+    """Share of the predicted tokens that rank first after the true ones before them, and exp of their mean loss."""
+    model.eval()
+    order = sorted(range(len(data)), key=lambda i: len(data.sources[i]) + len(data.targets[i]))
+    hits = tokens = 0
+    loss = 0.0
+    with torch.inference_mode():
+        for rows in (order[i : i + size] for i in range(0, len(order), size)):
+            batch = data.batch(rows, context.device)
+            with nullcontext() if tap is None else tap.batch(batch, count=True):
+                logits, labels = model(batch)
+            hits += int((logits.argmax(-1) == labels).sum())
+            tokens += labels.numel()
+            loss += F.cross_entropy(logits.float(), labels, reduction="sum").item()
+            del logits
+    if not tokens:
+        raise DataError("nothing to score: no token of these rows is predicted; raise fit.target_length")
+    return {"score": hits / tokens, "perplexity": math.exp(min(loss / tokens, 700.0))}
 
 
 def local_round(
@@ -403,14 +470,16 @@ def local_round(
 
     Returns:
         The trained model, and the reply: group "params", and scalars num_examples, validation (the task's metric),
-        train_loss, steps, experts, footprint (bytes by the memory model, if the family has one), seconds_evaluate.
+        train_loss, steps, experts, footprint (bytes by the memory model, if the family has one), seconds_evaluate,
+        cut (training examples longer than max_length or target_length), perplexity (if the metric is of tokens).
     """
     held, outside = experts_from_scalars(payload.scalars), payload.group("router")
     model = setup.build(payload.group("params"), context, held)
     del payload  # a full copy of the weights, unless the caller still holds it
+    train = setup.encode(context, context.data.train)
     fitted = fit(
         model,
-        setup.encode(context, context.data.train),
+        train,
         setup.fit,
         context,
         correct(model) if correct is not None else None,
@@ -419,7 +488,7 @@ def local_round(
     start = time.perf_counter()
     validation = setup.encode(context, context.data.validation)
     with Tap(model, held, outside, setup.model.counts) as tap:
-        accuracy = evaluate(model, validation, context, setup, tap if usage else None)
+        scores = assess(model, validation, context, setup, tap if usage else None)
     seconds_evaluate = time.perf_counter() - start
     groups: dict[str, Params] = {"params": flatten(model, held)}  # after evaluation, which needs room itself
     if usage:
@@ -429,9 +498,11 @@ def local_round(
     counts = counts_of(held) if held else setup.model.counts
     scalars = {
         "num_examples": context.info.num_examples,
-        "validation": accuracy,
+        "validation": scores.pop("score"),
+        **scores,
         "train_loss": fitted.loss,
         "steps": fitted.steps,
+        "cut": train.cut,
         "experts": sum(counts.values()),
         **setup.reported(counts, references=references),
         "seconds_evaluate": seconds_evaluate,
@@ -440,13 +511,13 @@ def local_round(
 
 
 def local_test(setup: Setup, payload: Payload, context: ClientContext) -> Payload:
-    """Score a delivered model on the client's test split: scalars score, examples, seconds_evaluate."""
+    """Score a delivered model on the client's test split: scalars score, (perplexity,) examples, seconds_evaluate."""
     start = time.perf_counter()
     model = setup.build(payload.group("params"), context, experts_from_scalars(payload.scalars))
-    value = evaluate(model, setup.encode(context, context.data.test), context, setup)
+    scores = assess(model, setup.encode(context, context.data.test), context, setup)
     return Payload(
         scalars={
-            "score": value,
+            **scores,
             "examples": len(context.data.test),
             "seconds_evaluate": time.perf_counter() - start,
         }

@@ -34,6 +34,7 @@ class Terminal:
     console: Console
     _bars: Progress | None = None
     _tasks: dict[str, Any] = field(default_factory=dict)
+    _cut: set[str] = field(default_factory=set)
 
     def started(self, experiment: Experiment, setup: Setup, federation: Federation, first: int) -> None:
         sizes = [info.num_examples for info in setup.clients]
@@ -86,6 +87,9 @@ class Terminal:
                 f"  {client:12} {c['experts'] or '-':>4} experts  loss {loss}  validation {value}  "
                 f"{human(c['bytes_down'] + c['bytes_up'])}  {c['seconds']['train'] + c['seconds']['evaluate']:.1f} s"
             )
+            if c.get("cut") and client not in self._cut:
+                self._cut.add(client)
+                say(f"  {client:12} {c['cut']} of {c['examples']} examples cut to fit.max_length, fit.target_length")
             if c["rejected"]:
                 say(f"  {client:12} left out of this round: {escape(c['rejected'])}", style="red")
         for event in events:

@@ -9,7 +9,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consilium.data.textfile import TextFileData, _cut, read_columns
+from consilium.data.textfile import TextFileData, cut, read_columns
 from consilium.errors import ConfigError, DataError
 
 ROWS = [{"text": f"text number {i}", "label": "good" if i % 2 else "bad", "site": f"site {i % 3}"} for i in range(60)]
@@ -205,7 +205,7 @@ def test_settings_are_checked(changes, message):
 def test_equal_texts_stay_in_one_split_and_no_row_is_lost(texts, seed):
     import random
 
-    parts = _cut(list(range(len(texts))), texts, 0.2, 0.3, random.Random(seed))
+    parts = cut(list(range(len(texts))), texts, 0.2, 0.3, random.Random(seed))
     assert sorted(row for part in parts for row in part) == list(range(len(texts)))
     where = [{texts[row].strip().lower() for row in part} for part in parts]
     assert not (where[0] & where[1] or where[0] & where[2] or where[1] & where[2])

@@ -491,7 +491,7 @@ class FedMoEClient(Client):
                     add_expert_lora(model, self.algorithm.lora_rank)
             train = setup.encode(context, context.data.train)
             fitted = fit(model, train, setup.fit, context, epochs=self.algorithm.stage1_epochs)
-            scalars |= {"train_loss": fitted.loss, "steps": fitted.steps}
+            scalars |= {"train_loss": fitted.loss, "steps": fitted.steps, "cut": train.cut}
         start = time.perf_counter()
         with Tap(model, counts=setup.model.counts) as tap:
             validation = setup.encode(context, context.data.validation)

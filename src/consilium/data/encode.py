@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from consilium.data.task import Split, Task
 from consilium.errors import DataError
 
-__all__ = ["Encoded", "encode"]
+__all__ = ["Encoded", "encode", "pad", "shuffled"]
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,11 @@ class Encoded:
 
     Args:
         sources: token ids per example, at most `max_length`.
-        targets: label index per example, or target token ids.
+        targets: label index per example, or target token ids; what is predicted in plain text is its target.
         texts: the target texts (label names), for scoring.
         way: "classification", "seq2seq" or "causal" (source and target in one sequence).
         pad: id of the padding token.
+        cut: examples of which tokens were cut off, because source or target is too long.
     """
 
     sources: list[list[int]]
@@ -33,6 +34,7 @@ class Encoded:
     texts: list[str]
     way: str
     pad: int
+    cut: int = 0
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -44,22 +46,27 @@ class Encoded:
         if self.way == "classification":
             labels = torch.tensor(targets)
         elif self.way == "seq2seq":
-            labels = _pad(targets, -100)
+            labels = pad(targets, -100)
         else:
-            labels = _pad([[-100] * len(s) + t for s, t in zip(sources, targets, strict=True)], -100)
+            labels = pad([[-100] * len(s) + t for s, t in zip(sources, targets, strict=True)], -100)
             if not prompt:
                 sources = [s + t for s, t in zip(sources, targets, strict=True)]
         left = prompt and self.way == "causal"
-        mask = _pad([[1] * len(s) for s in sources], 0, left)
-        batch = {"input_ids": _pad(sources, self.pad, left), "attention_mask": mask, "labels": labels}
+        mask = pad([[1] * len(s) for s in sources], 0, left)
+        batch = {"input_ids": pad(sources, self.pad, left), "attention_mask": mask, "labels": labels}
         return {key: value.to(device) for key, value in batch.items()}
 
     def epochs(self, epochs: int, batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
         """Rows of each batch: `epochs` shuffled passes, the last batch of a pass may be short."""
-        for _ in range(epochs):
-            order = torch.randperm(len(self), generator=generator).tolist()
-            for start in range(0, len(order), batch_size):
-                yield order[start : start + batch_size]
+        return shuffled(len(self), epochs, batch_size, generator)
+
+
+def shuffled(rows: int, epochs: int, batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """Row numbers of each batch."""
+    for _ in range(epochs):
+        order = torch.randperm(rows, generator=generator).tolist()
+        for start in range(0, len(order), batch_size):
+            yield order[start : start + batch_size]
 
 
 def encode(
@@ -79,7 +86,7 @@ def encode(
     Raises:
         DataError: for a label outside the task's label set.
     """
-    sources = tokenizer(split.texts, truncation=True, max_length=max_length)["input_ids"]
+    sources, cut = _truncated(tokenizer, split.texts, max_length)
     sources = [ids or [tokenizer.pad_token_id] for ids in sources]
     if way == "classification":
         index = {label: i for i, label in enumerate(task.labels)}
@@ -89,12 +96,24 @@ def encode(
         targets: list = [index[t] for t in split.targets]
     else:
         end = [tokenizer.eos_token_id]
-        ids = tokenizer(split.targets, truncation=True, max_length=target_length - 1, add_special_tokens=False)
-        targets = [t + end for t in ids["input_ids"]]
-    return Encoded(sources, targets, list(split.targets), way, tokenizer.pad_token_id)
+        ids, also_cut = _truncated(tokenizer, split.targets, target_length - 1, add_special_tokens=False)
+        targets, cut = [t + end for t in ids], cut | also_cut
+    return Encoded(sources, targets, list(split.targets), way, tokenizer.pad_token_id, len(cut))
 
 
-def _pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor:
+def _truncated(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int, **options: bool
+) -> tuple[list[list[int]], set[int]]:
+    """Token ids of each text, at most `length`, and which texts are longer."""
+    encoded = tokenizer(list(texts), truncation=True, max_length=length, **options)
+    if encoded.encodings is not None:
+        return encoded["input_ids"], {i for i, text in enumerate(encoded.encodings) if text.overflowing}
+    whole = tokenizer(list(texts), verbose=False, **options)["input_ids"]  # a tokenizer written in Python
+    return encoded["input_ids"], {i for i, ids in enumerate(whole) if len(ids) > length}
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor:
+    """The rows as int64 [rows, longest], filled up with `value` at the end, or at the left."""
     width = max(len(row) for row in rows)
     padded = torch.full((len(rows), width), value, dtype=torch.int64)
     for i, row in enumerate(rows):

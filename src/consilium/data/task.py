@@ -21,13 +21,16 @@ from consilium.errors import ConfigError, DataError
 
 __all__ = ["ClientData", "Federation", "Form", "Metric", "Split", "Task", "pooled", "score", "token_f1"]
 
-Form = Literal["classification", "text-to-text"]
-Metric = Literal["accuracy", "token_f1", "rouge2"]
+Form = Literal["classification", "text-to-text", "language"]
+"""What a task asks for: a label; a text for a text; or, of a causal language model, the next token ("language"). The
+data of the last is instructions, whose texts are conversations in JSON (lists of {"role", "content"}) and whose targets
+are the answers that follow, or plain text, whose texts are empty and whose targets are the documents."""
+Metric = Literal["accuracy", "token_f1", "rouge2", "token_accuracy"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a client is asked. `labels` is empty for text-to-text; `metric` is in [0, 1], higher is better."""
+    """What a client is asked. `labels` is empty except for classification; `metric` is in [0, 1], higher is better."""
 
     name: str
     form: Form
@@ -41,8 +44,13 @@ class Task:
             raise DataError(f"task {self.name!r} names a label twice: {list(self.labels)}")
         if self.form == "classification" and len(self.labels) < 2:
             raise DataError(f"task {self.name!r} has {len(self.labels)} label(s); classification needs at least 2")
-        if self.form == "text-to-text" and self.labels:
-            raise DataError(f"task {self.name!r} is text-to-text and takes no labels, got {list(self.labels)}")
+        if self.form != "classification" and self.labels:
+            raise DataError(f"task {self.name!r} is {self.form} and takes no labels, got {list(self.labels)}")
+
+    @property
+    def model_form(self) -> str:
+        """The form of a model that does this task."""
+        return "text-to-text" if self.form == "language" else self.form
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from consilium.data.task import ClientData, Federation, Form, Metric, Split, Task
 from consilium.errors import ConfigError, DataError
 
-__all__ = ["TextFileData"]
+__all__ = ["TextFileData", "client_id", "cut", "read_columns", "read_rows", "strings"]
 
 _READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 
@@ -101,7 +101,7 @@ class TextFileData:
         if self.client:
             from consilium.data.partition import divide_by_client
 
-            held = {_client_id(name): rows for name, rows in divide_by_client(columns[self.client]).items()}
+            held = {client_id(name): rows for name, rows in divide_by_client(columns[self.client]).items()}
             if len(held) < len(set(columns[self.client])):
                 raise DataError(f"column {self.client!r} has client names that differ only in characters not allowed")
         else:
@@ -158,7 +158,7 @@ class TextFileData:
         if self.form == "classification":  # a label too rare to train on is not this client's
             counts = Counter(targets[row] for row in rows)
             rows = [row for row in rows if counts[targets[row]] >= self.smallest]
-        parts = _cut(rows, texts, self.validation, self.test, rng)
+        parts = cut(rows, texts, self.validation, self.test, rng)
         if any(not part for part in parts):
             return f"{len(rows)} usable row(s), too few for training, validation and test"
         labels: tuple[str, ...] = ()
@@ -180,8 +180,18 @@ class TextFileData:
 def read_columns(path: Path, wanted: Sequence[str]) -> dict[str, list[str]]:
     """The wanted columns as strings, one entry per row; rows count from 0, without the header.
 
-    Raises DataError for a missing or unreadable file, an unknown ending, no rows, a missing column (with what there
-    is), a column whose values are not text, numbers or booleans, and for empty values (with count and first row).
+    Raises DataError as `read_rows`, for a column whose values are not text, numbers or booleans, and for empty values
+    (with count and first row).
+    """
+    rows = read_rows(path, wanted)
+    return {column: strings(path, column, rows[column][:]) for column in wanted}
+
+
+def read_rows(path: Path, wanted: Sequence[str]) -> Any:
+    """The file as a `datasets.Dataset` that has the wanted columns.
+
+    Raises DataError for a missing or unreadable file, an unknown ending, no rows, or a missing column (with what there
+    is).
     """
     if not path.is_file():
         raise DataError(f"{path} is not a file; give a {', '.join(_READERS)} file")
@@ -195,7 +205,7 @@ def read_columns(path: Path, wanted: Sequence[str]) -> dict[str, list[str]]:
             raise DataError(f"{path.name} has no column {column!r}{hint}; it has {' | '.join(rows.column_names)}")
     if not len(rows):
         raise DataError(f"{path.name} has no rows")
-    return {column: _strings(path, column, rows[column][:]) for column in wanted}
+    return rows
 
 
 def _open(path: Path) -> Any:
@@ -241,7 +251,8 @@ def _csv(path: Path) -> Any:
     return Dataset.from_pandas(rows, features=features, preserve_index=False)
 
 
-def _strings(path: Path, column: str, values: Sequence[Any]) -> list[str]:
+def strings(path: Path, column: str, values: Sequence[Any]) -> list[str]:
+    """The values of a column as strings without blanks around them; raises DataError as `read_columns`."""
     empty = [i for i, v in enumerate(values) if v is None or (isinstance(v, str) and not v.strip()) or v != v]
     if empty:
         raise DataError(
@@ -255,12 +266,12 @@ def _strings(path: Path, column: str, values: Sequence[Any]) -> list[str]:
     return [v.strip() if isinstance(v, str) else json.dumps(v) for v in values]
 
 
-def _client_id(name: str) -> str:
+def client_id(name: str) -> str:
     """A client column's value as an id: other characters become "-", and long names are cut."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip(".")[:64] or "client"
 
 
-def _cut(rows: list[int], texts: Sequence[str], validation: float, test: float, rng: random.Random) -> list[list[int]]:
+def cut(rows: list[int], texts: Sequence[str], validation: float, test: float, rng: random.Random) -> list[list[int]]:
     """Rows for training, validation and test; rows of equal text stay together."""
     groups = defaultdict(list)
     for row in rows:

@@ -27,7 +27,7 @@ __all__ = ["LocalEngine", "Progress", "nobody"]
 Progress = Callable[[ClientId, str, int, int], None]
 """Called with (client, "train" or "test", steps done, steps in all)."""
 
-REPORTED = ("train_loss", "validation", "steps", "experts", "footprint")
+REPORTED = ("train_loss", "validation", "steps", "experts", "footprint", "cut")
 
 
 @dataclass
@@ -75,7 +75,8 @@ class LocalEngine:
         }
         metrics = self.server.aggregate(number, self._replies(number, tasks, record["clients"]))
         aggregated = time.perf_counter()
-        scores = self._test(number) if test else None
+        perplexity: dict[ClientId, float | None] = {}
+        scores = self._test(number, perplexity) if test else None
         tested = time.perf_counter() - aggregated
         clients = record["clients"].values()
         train = sum(c["seconds"]["train"] for c in clients)
@@ -86,6 +87,7 @@ class LocalEngine:
         record |= {
             "test": scores,
             "scores": self._by_task(scores) if scores else None,
+            **({"perplexity": perplexity} if perplexity else {}),
             "bytes_down": sum(c["bytes_down"] for c in clients),
             "bytes_up": sum(c["bytes_up"] for c in clients),
             "seconds": {
@@ -131,21 +133,26 @@ class LocalEngine:
             "examples": context.info.num_examples,
             "steps": told["steps"],
             "experts": told["experts"],
+            "cut": told["cut"],
+            **({"perplexity": _plain(reply.scalars["perplexity"])} if "perplexity" in reply.scalars else {}),
             "peak_bytes_model": told["footprint"],
             "bytes_down": sent.nbytes,
             "bytes_up": reply.nbytes,
             "seconds": {"train": seconds - evaluate, "evaluate": evaluate},
         }
 
-    def _test(self, number: int) -> dict[ClientId, float]:
+    def _test(self, number: int, perplexity: dict[ClientId, float | None]) -> dict[ClientId, float]:
+        """Scores of all able clients; fills in the perplexities of those that report one."""
         scores = {}
         for done, info in enumerate(self.infos):
             self.progress(info.id, "test", done, len(self.infos))
             if self.server.unable(info) is None:
                 context = self._context(info.id, number, "test")
                 with seeded(derive_seed(context.seed, "evaluate")):
-                    reply = self.client.evaluate(self._carry(self.server.deliver(info)), context)
-                scores[info.id] = float(self._carry(reply).scalars["score"])
+                    reply = self._carry(self.client.evaluate(self._carry(self.server.deliver(info)), context))
+                scores[info.id] = float(reply.scalars["score"])
+                if "perplexity" in reply.scalars:
+                    perplexity[info.id] = _plain(reply.scalars["perplexity"])
         return scores
 
     def _context(self, client: ClientId, number: int, phase: str) -> ClientContext:

@@ -43,6 +43,7 @@ class Family:
         capacity: attribute with the tokens per expert and sequence that are served at most, None: no limit.
         classes: transformers class per form of task.
         divisor: attribute of the configuration by which text-to-text logits are divided; None: by nothing.
+        packs: whether position ids that start again keep the examples packed into one row apart, in attention too.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Family:
     capacity: str | None = None
     lora_targets: tuple[str, ...] = ()
     divisor: str | None = None
+    packs: bool = False
 
 
 def _fused(name: str, model_type: str, prefix: str, block: str, router: str = "gate", **changes: Any) -> Family:
@@ -85,6 +87,7 @@ def _fused(name: str, model_type: str, prefix: str, block: str, router: str = "g
         routed=2,
         classes={"classification": f"{prefix}Model", "text-to-text": f"{prefix}ForCausalLM"},
         lora_targets=("gate_up_proj", "down_proj"),
+        packs=True,
     )
     return Family(name, model_type, f"{prefix}{block}", router, **common | changes)
 
@@ -143,6 +146,7 @@ FAMILIES: dict[str, Family] = {
             router="router",
             rows=("weight", "bias"),
             tensors=("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"),
+            packs=False,  # in transformers 5.23 its masks do not look at position ids: examples see each other
         ),
         _fused(
             "Ernie 4.5 MoE",

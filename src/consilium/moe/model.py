@@ -15,7 +15,8 @@ __all__ = ["Batch", "TaskModel"]
 
 Batch = Mapping[str, Tensor]
 """`input_ids` [B, S] int64, `attention_mask` [B, S] 0/1, `labels` [B] (classification), [B, T] or [B, S] with -100
-where there is nothing to predict (text-to-text: encoder-decoder, causal)."""
+where there is nothing to predict (text-to-text: encoder-decoder, causal); `position_ids` [B, S] where several examples
+are packed into a row, starting from 0 with each of them (causal, families with `packs`)."""
 
 
 class TaskModel(nn.Module):
@@ -79,7 +80,11 @@ class TaskModel(nn.Module):
             output = self.backbone(input_ids=ids, attention_mask=mask, decoder_input_ids=shifted, use_cache=False)
             keep = labels != -100
             return output.logits[keep], labels[keep]
-        hidden = self.backbone.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        packed = {}
+        if "position_ids" in batch:  # only without a mask are they taken for the borders of examples
+            mask, packed = None, {"position_ids": batch["position_ids"]}
+        output = self.backbone.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **packed)
+        hidden = output.last_hidden_state
         keep = labels[:, 1:] != -100  # of long sequences few positions are predicted: the others get no logits
         logits = self.backbone.get_output_embeddings()(hidden[:, :-1][keep])
         if self.family.divisor is not None:

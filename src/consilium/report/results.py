@@ -14,7 +14,7 @@ from typing import Any
 
 from consilium.report.read import RunRecord
 
-METRICS = {"accuracy": "accuracy", "token_f1": "token F1", "rouge2": "ROUGE-2"}
+METRICS = {"accuracy": "accuracy", "token_f1": "token F1", "rouge2": "ROUGE-2", "token_accuracy": "token accuracy"}
 
 __all__ = [
     "METRICS",

@@ -1,0 +1,50 @@
+"""Your own instructions, conversations or plain text, for a causal language model: one file, its columns named."""
+
+from pathlib import Path
+
+from consilium.algorithms.fedmoe import FedMoE
+from consilium.core import Sampling
+from consilium.data.language import LanguageData
+from consilium.experiment import Experiment
+from consilium.moe.build import ModelSource
+from consilium.recipes import recipe
+from consilium.recipes.docstrings import EQUAL_MEMORY
+from consilium.training import Fit
+
+__all__ = ["fedmoe_instructions", "fedmoe_plaintext"]
+
+
+@recipe("fedmoe-instructions", rivals=EQUAL_MEMORY)
+def fedmoe_instructions() -> Experiment:
+    """FedMoE on instructions: --model.path MODEL --data.path FILE --data.prompt COLUMN --data.response COLUMN.
+
+    Conversations: --data.messages COLUMN instead. The model is a decoder of any known family; its chat template is
+    used if it has one. Longer rows: --fit.max-length (prompt), --fit.target-length (answer), in tokens.
+    """
+    return Experiment(
+        name="fedmoe-instructions",
+        algorithm=FedMoE(stage1_epochs=1),
+        data=LanguageData(path=Path("instructions.jsonl")),
+        model=ModelSource("allenai/OLMoE-1B-7B-0924-Instruct", form="text-to-text", dtype="bfloat16"),
+        fit=Fit(lr=1e-5, batch_size=8, max_length=512, target_length=256, label_smoothing=0.0, weight_decay=0.0),
+        sampling=Sampling(clients_per_round=5),
+        rounds=10,
+    )
+
+
+@recipe("fedmoe-plaintext", rivals=EQUAL_MEMORY)
+def fedmoe_plaintext() -> Experiment:
+    """FedMoE on plain text, by the next token: --model.path MODEL --data.path FILE --data.text COLUMN.
+
+    Documents are joined and cut into rows of --fit.max-length + --fit.target-length tokens; --fit.rows documents: one
+    document a row, its beginning; --fit.rows packed: several in a row, kept apart.
+    """
+    return Experiment(
+        name="fedmoe-plaintext",
+        algorithm=FedMoE(stage1_epochs=1),
+        data=LanguageData(path=Path("documents.jsonl"), text="text", task="text"),
+        model=ModelSource("allenai/OLMoE-1B-7B-0924", form="text-to-text", dtype="bfloat16"),
+        fit=Fit(lr=1e-5, batch_size=8, max_length=256, target_length=256, rows="blocks", label_smoothing=0.0),
+        sampling=Sampling(clients_per_round=5),
+        rounds=10,
+    )
