@@ -67,7 +67,7 @@ def refused(capsys, *args):
 
 # --- help -------------------------------------------------------------------------------------------------------------
 
-COMMANDS = ("run", "compare", "resume", "report", "list", "inspect")
+COMMANDS = ("run", "compare", "resume", "report", "list", "inspect", "data")
 
 
 @pytest.mark.parametrize("args", [[], ["--help"], ["-h"], ["help"]])
@@ -83,6 +83,8 @@ def test_help_names_every_command(capsys, args):
      (["list"], "consilium list"), (["inspect"], "--memory"), (["run", "fedmoe-text"], "--data.path"),
      (["run", "fedmoe-text"], "--out runs"),
      (["compare", "fedmoe-docstrings"], "--algorithm.alpha"),
+     (["run", "fedmoe-instructions"], "--data.prompt"), (["run", "fedmoe-instructions"], "--data.messages"),
+     (["run", "fedmoe-plaintext"], "{examples,documents,blocks,packed}"),
      (["compare", "fedmoe-text"], "--seeds 1")],
 )  # fmt: skip
 def test_help_of_a_command(capsys, args, expected):
@@ -239,6 +241,44 @@ def test_a_run_prints_lines_that_fit_and_leaves_a_report(capsys, data):
     assert "Traceback" not in err
 
 
+def test_instructions_of_a_file(capsys, data):
+    """Every prompt is longer than the 12 tokens allowed: said once per client, and in every record."""
+    model = tiny.directory("olmoe", "text-to-text")
+    columns = {"data__prompt": "text", "data__response": "label", "model__path": model, "model__dtype": "float32"}
+    args = ["run", "fedmoe-instructions", *flags(data, rounds=3, name="mine", fit__target_length=2, **columns)]
+    code, out, err = call(capsys, *args)
+    assert code == 0 and "Traceback" not in err
+    said = re.findall(r"^  site-\d +(\d+) of \1 examples cut to fit\.max_length, fit\.target_length$", out, re.M)
+    assert len(said) == 3
+    records = [json.loads(line) for line in Path("runs/mine/metrics.jsonl").read_text().splitlines()]
+    assert all(told["cut"] == told["examples"] for told in records[-1]["clients"].values())
+    assert "token accuracy" in Path("runs/mine/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "message"),
+    [
+        ("instructions", {}, r"name the columns: .*--data\.messages.*; table\.jsonl has text \| label \| site"),
+        ("instructions", {"data__prompt": "text"}, r"data\.response is empty; name the columns of both"),
+        (
+            "instructions",
+            {"data__text": "text"},
+            r"fit\.rows is 'examples', which plain text has not; allowed are docu",
+        ),
+        ("instructions", {"data__prompt": "txt", "data__response": "label"}, r"no column 'txt' \(did you mean 'text'"),
+        ("instructions", {"data__messages": "text"}, r"column 'text' row 0 is no JSON"),
+        ("plaintext", {"fit__rows": "packed", "model__path": "switch"}, r"is an encoder-decoder"),
+        ("plaintext", {"fit__rows": "example"}, r"fit\.rows is 'example'; allowed are .*did you mean 'examples'"),
+    ],
+)
+def test_what_instructions_and_plain_text_refuse(capsys, data, recipe, changes, message):
+    if changes.get("model__path") == "switch":
+        changes = changes | {"model__path": tiny.directory("switch_transformers", "text-to-text")}
+    else:
+        changes = {"model__path": tiny.directory("olmoe", "text-to-text")} | changes
+    assert re.search(message, refused(capsys, "run", f"fedmoe-{recipe}", *flags(data, **changes)))
+
+
 def test_a_saved_experiment_runs_again_to_the_same_bits(capsys, finished):
     code, _, _ = call(capsys, "run", finished / "config.json", "--name", "again", "--out", "here")
     assert code == 0
@@ -328,6 +368,42 @@ def test_list_names_recipes_algorithms_and_models(capsys):
     assert code == 0
     for name in (*RECIPES, *Algorithm.registry):
         assert re.search(rf"^  {re.escape(name)} +\S", out, re.M), name
+
+
+def test_data_shows_a_file_and_how_to_run_it(capsys, data):
+    """Three sites of 16 rows; labels cat, dog and fish by turns: 6, 5, 5. The command it prints runs."""
+    code, out, _ = call(capsys, "data", data, "--out", "split.png")
+    assert code == 0 and out.startswith("48 rows\n")
+    assert re.search(r"^ label +label +0 +3 +cat *$", out, re.M) and re.search(r"^ site +client +0 +3 ", out, re.M)
+    assert re.search(r"^tokens of text: \d+ to \d+, median \d+, 95 % have at most \d+$", out, re.M)
+    for name in ("site-0", "site-1", "site-2"):
+        assert re.search(rf"^ {name} +6 +5 +5 +16 *$", out, re.M)
+    assert re.search(r"^ all +18 +15 +15 +48 *$", out, re.M)
+    assert Path("split.png").read_bytes().startswith(b"\x89PNG") and out.endswith("picture: split.png\n")
+    assert (
+        f"consilium run fedmoe-text --data.path {data} --data.text text --data.target label --data.client site\n" in out
+    )
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [(["--text", "text"], "consilium run fedmoe-plaintext --model.path MODEL --data.path {} --data.text text "),
+     (["--prompt", "text", "--response", "label"], "--data.prompt text --data.response label --data.client site"),
+     (["--text", "text", "--label", "site", "--client", "label"], "--data.target site --data.client label")],
+)  # fmt: skip
+def test_columns_that_are_named_are_not_guessed(capsys, data, named, said):
+    code, out, _ = call(capsys, "data", data, *named)
+    assert code == 0 and said.format(data) in out.splitlines()[-1]
+
+
+def test_what_data_refuses(capsys, data, tmp_path):
+    other = tmp_path / "other.csv"
+    other.write_text("a,b\n1,2\n3,4\n")
+    assert "cannot tell what the columns of other.csv are for (a | b); name them: --text" in refused(
+        capsys, "data", other
+    )
+    assert "no column 'txt' (did you mean 'text'?)" in refused(capsys, "data", data, "--text", "txt")
+    assert "is not a file" in refused(capsys, "data", "nowhere.csv")
 
 
 def test_inspect_says_what_fits(capsys):

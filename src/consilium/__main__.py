@@ -1,4 +1,4 @@
-"""The command line: `consilium run | compare | resume | report | list | inspect`.
+"""The command line: `consilium run | compare | resume | report | list | inspect | data`.
 
 Flags and their help come from the dataclasses themselves, through tyro. Errors are one line, and exit with 2.
 A command imports what it needs when it is called: torch and transformers take seconds, help and mistypes should not.
@@ -40,6 +40,8 @@ HELP = """[bold]consilium[/bold]: federated fine-tuning of mixture-of-experts mo
   consilium list                             recipes, algorithms, shipped models
   consilium inspect MODEL \\[--memory 12GiB]  layers, experts and bytes of a model, and what fits a device
 
+  consilium data FILE                        columns, lengths and split of a file, and the command that runs on it
+
   consilium COMMAND --help                   the flags of a command; with a recipe, those of its experiment
 """
 
@@ -60,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "report": report_command,
         "list": list_command,
         "inspect": inspect_command,
+        "data": data_command,
     }
     if not args or args[0] in ("-h", "--help", "help"):
         out.print(HELP, highlight=False, soft_wrap=True)
@@ -245,6 +248,56 @@ def inspect_command(args: list[str]) -> None:
         most_able = next(able, None)
         said = f"at most {most_able} experts per layer" if most_able else "not even one expert per layer"
         out.print(f"A device of {human(limit)} can train {said}", highlight=False)
+
+
+def data_command(args: list[str]) -> None:
+    """consilium data FILE [--text COLUMN] [--label COLUMN] [--client COLUMN] ... [--out split.png]"""
+    from consilium.moe.build import ModelSource
+    from consilium.report.preview import NAMES, preview, save_picture, show
+
+    def parameters(
+        file: Annotated[Path, tyro.conf.Positional],
+        text: str = "",
+        label: str = "",
+        prompt: str = "",
+        response: str = "",
+        context: str = "",
+        messages: str = "",
+        client: str = "",
+        model: str = "docstring-switch",
+        clients: int | None = None,
+        partition: str | None = None,
+        alpha: float | None = None,
+        seed: int = 0,
+        out: Path | None = None,
+    ) -> dict[str, Any]:
+        """Look at a file before using it. Columns that are not named are guessed by their names.
+
+        Args:
+            file: a .csv, .tsv, .jsonl, .ndjson or .parquet file.
+            text: column of the text.
+            label: column of its label.
+            prompt: column of what is asked.
+            response: column of the answer.
+            context: column of a text the prompt is about.
+            messages: column of conversations.
+            client: column that says whose a row is.
+            model: whose tokenizer counts the tokens.
+            clients: how many, without a client column.
+            partition: iid, dirichlet or pathological, without a client column.
+            alpha: of dirichlet.
+            seed: of the split.
+            out: write a picture of the split, e.g. split.png.
+        """
+        return dict(locals())
+
+    told = _parse(parameters, args, "consilium data")
+    given = {role: told[role] for role in NAMES if told[role]}
+    settings = {key: told[key] for key in ("clients", "partition", "alpha")}
+    found = preview(told["file"], given, ModelSource(told["model"]).tokenizer(), settings, told["seed"])
+    show(found, out)
+    if told["out"]:
+        out.print(f"picture: {save_picture(found, told['out'])}", markup=False, highlight=False, soft_wrap=True)
 
 
 # --- parsing ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,201 @@
+"""A look at a file before it is used: its columns, how its rows would be dealt, and the command that runs on it.
+
+Columns are guessed by their names where they are not given; the split shown is the one a run with the same seed has.
+"""
+
+import difflib
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from consilium.data.language import LanguageData
+from consilium.data.task import Federation
+from consilium.data.textfile import TextFileData, read_rows
+from consilium.errors import ConfigError
+
+__all__ = ["Preview", "guess", "preview", "save_picture", "show"]
+
+NAMES = {
+    "messages": ("messages", "conversations", "conversation", "chat"),
+    "prompt": ("prompt", "instruction", "question", "query"),
+    "response": ("response", "output", "answer", "completion"),
+    "context": ("context", "passage"),
+    "text": ("text", "sentence", "document", "content", "body", "note", "description"),
+    "label": ("label", "target", "class", "category", "intent", "topic"),
+    "client": ("client", "client_id", "site", "hospital", "owner", "author", "part"),
+}
+"""What a column is taken for by its name, whatever the case; the first that is there."""
+
+_SHOWN = 12
+
+
+def guess(columns: Sequence[str]) -> dict[str, str]:
+    """What the columns are for, role -> column; roles that a chosen kind of data does not use are left out.
+
+    A conversation is preferred to a prompt with a response, this to a text with a label, this to plain text.
+    """
+    by_name = {column.lower(): column for column in columns}
+    found = {
+        role: by_name[next(name for name in names if name in by_name)]
+        for role, names in NAMES.items()
+        if any(name in by_name for name in names)
+    }
+    for roles in (("messages",), ("prompt", "response", "context"), ("text", "label"), ("text",)):
+        if all(role in found for role in roles if role != "context"):
+            return {role: found[role] for role in (*roles, "client") if role in found}
+    return {}
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What was found in a file.
+
+    Args:
+        rows: how many. columns: of each, how many values are empty, how many differ, and one of them.
+        roles: role -> column. recipe: which one runs on it, and its flags for the data.
+        federation: the clients of a run with these settings.
+        counts: client -> label (or "examples") -> rows in all three splits.
+        lengths: tokens of the shortest, median, 95 % and longest text, by role.
+    """
+
+    rows: int
+    columns: dict[str, tuple[int, int, str]]
+    roles: dict[str, str]
+    recipe: str
+    flags: dict[str, str]
+    federation: Federation
+    counts: dict[str, dict[str, int]]
+    lengths: dict[str, tuple[int, int, int, int]] = field(default_factory=dict)
+
+    @property
+    def command(self) -> str:
+        """The command line that runs on the file."""
+        model = ["--model.path", "MODEL"] if self.recipe != "fedmoe-text" else []
+        flags = [part for flag, value in self.flags.items() for part in (f"--data.{flag}", value)]
+        return shlex.join(["consilium", "run", self.recipe, *model, *flags])
+
+
+def preview(
+    path: Path, given: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any], seed: int
+) -> Preview:
+    """Read a file, deal its rows and measure its texts.
+
+    Args:
+        given: role -> column, where the guess is not right; other columns are guessed if none of the data is given.
+        settings: clients, partition, alpha of the split.
+
+    Raises:
+        ConfigError: if nothing can be guessed, or a role is unknown. DataError: as the data sources do.
+    """
+    rows = read_rows(path, list(given.values()))
+    names = rows.column_names
+    guessed = guess(names)
+    roles = dict(given) if set(given) - {"client"} else guessed | given
+    if "client" not in roles and "client" in guessed:
+        roles["client"] = guessed["client"]
+    recipe, data, flags = _data(path, roles, settings, names)
+    federation = data.load(seed)
+    columns = {name: _column(rows[name][:]) for name in names}
+    sizes = {
+        role: _lengths(tokenizer, rows[roles[role]][:]) for role in ("prompt", "response", "text") if role in roles
+    }
+    return Preview(len(rows), columns, roles, recipe, flags, federation, _counts(federation), sizes)
+
+
+def _data(
+    path: Path, roles: Mapping[str, str], settings: Mapping[str, Any], names: Sequence[str]
+) -> tuple[str, Any, dict[str, str]]:
+    """The recipe, its data source, and the flags that make it."""
+    rest = {key: roles[key] for key in ("client",) if key in roles}
+    dealt = {} if rest else {key: value for key, value in settings.items() if value is not None}
+    told = {key: str(value) for key, value in dealt.items()}
+    if {"messages", "prompt", "response"} & roles.keys():
+        used = {key: roles[key] for key in ("messages", "prompt", "response", "context") if key in roles} | rest
+        return "fedmoe-instructions", LanguageData(path, **used, **dealt), {"path": str(path)} | used | told
+    if {"text", "label"} <= roles.keys():
+        used = {"text": roles["text"], "target": roles["label"]} | rest
+        return "fedmoe-text", TextFileData(path, **used, **dealt), {"path": str(path)} | used | told
+    if "text" in roles:
+        used = {"text": roles["text"]} | rest
+        return "fedmoe-plaintext", LanguageData(path, **used, **dealt), {"path": str(path)} | used | told
+    raise ConfigError(
+        f"cannot tell what the columns of {path.name} are for ({' | '.join(names)}); name them: --text and --label, "
+        "--prompt and --response, --messages, or --text alone"
+    )
+
+
+def _column(values: Sequence[Any]) -> tuple[int, int, str]:
+    filled = [str(value) for value in values if value is not None and value == value and str(value).strip()]
+    return len(values) - len(filled), len(set(filled)), " ".join(filled[0].split())[:40] if filled else ""
+
+
+def _lengths(tokenizer: PreTrainedTokenizerBase, values: Sequence[Any]) -> tuple[int, int, int, int]:
+    """Tokens of at most 2000 texts, evenly chosen: least, median, 95 %, most."""
+    texts = [str(value) for value in values[:: -(-len(values) // 2000)]]
+    sizes = sorted(len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"])
+    return sizes[0], sizes[len(sizes) // 2], sizes[int(len(sizes) * 0.95)], sizes[-1]
+
+
+def _counts(federation: Federation) -> dict[str, dict[str, int]]:
+    counts = {}
+    for client, told in federation.partition()["clients"].items():
+        counts[client] = told["label_counts"] or {"examples": sum(told["sizes"].values())}
+    return counts
+
+
+def show(found: Preview, console: Console) -> None:
+    """Print it: columns, lengths, clients by labels, the command."""
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    say(f"{found.rows} rows")
+    of_column = {column: role for role, column in found.roles.items()}
+    table = Table("column", "used as", "empty", "different", "for instance", box=None)
+    for column, (empty, different, example) in found.columns.items():
+        table.add_row(column, of_column.get(column, ""), str(empty), str(different), example.replace("[", "\\["))
+    console.print(table)
+    for role, (least, median, most95, most) in found.lengths.items():
+        say(f"tokens of {role}: {least} to {most}, median {median}, 95 % have at most {most95}")
+    totals: Counter[str] = Counter()
+    for counts in found.counts.values():
+        totals.update(counts)
+    labels = [label for label, _ in totals.most_common(_SHOWN)]
+    say(f"{len(found.counts)} clients, rows by label" + (f" (the {_SHOWN} largest)" if len(totals) > _SHOWN else ""))
+    split = Table("client", *(label[:12].replace("[", "\\[") for label in labels), "rows", box=None)
+    for client, counts in list(found.counts.items())[:_SHOWN]:
+        split.add_row(client, *(str(counts.get(label, 0)) for label in labels), str(sum(counts.values())))
+    split.add_row("all", *(str(totals[label]) for label in labels), str(sum(totals.values())))
+    console.print(split)
+    if len(found.counts) > _SHOWN:
+        say(f"  and {len(found.counts) - _SHOWN} more clients, counted in the last line")
+    for client, why in found.federation.skipped.items():
+        say(f"skipped {client}: {why}")
+    say(found.command)
+
+
+def save_picture(found: Preview, target: Path) -> Path:
+    """Clients by labels as a picture (PNG, or what the ending says): the darker, the more rows."""
+    from matplotlib.figure import Figure
+
+    labels = sorted({label for counts in found.counts.values() for label in counts})
+    values = [[counts.get(label, 0) for label in labels] for counts in found.counts.values()]
+    figure = Figure(figsize=(2.5 + 0.4 * len(labels), 1.2 + 0.3 * len(values)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(values, cmap="Blues", vmin=0, aspect="auto")
+    axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right")
+    axes.set_yticks(range(len(values)), list(found.counts))
+    figure.colorbar(image, label="rows")
+    try:
+        figure.savefig(target)
+    except (OSError, ValueError) as error:
+        near = difflib.get_close_matches(target.suffix, (".png", ".svg", ".pdf"), n=1)
+        raise ConfigError(f"{target} cannot be written: {error}" + (f"; use {near[0]}" if near else "")) from error
+    return target
