@@ -28,7 +28,7 @@ from consilium.data.encode import Encoded, encode
 from consilium.data.task import Split, score
 from consilium.errors import ConfigError
 from consilium.moe.addressing import flatten, parameters
-from consilium.moe.budget import PARTS, Footprint, MemoryModel, human
+from consilium.moe.budget import Footprint, MemoryModel, human
 from consilium.moe.build import ModelSource
 from consilium.moe.model import TaskModel
 from consilium.moe.routing import Tap
@@ -161,9 +161,7 @@ class Setup:
         references: int = 0,
         rank: int = 8,
     ) -> dict[str, int]:
-        """The footprint in bytes as a scalar of a reply; {} for a family without a memory model."""
-        if self.model.family.model_type not in PARTS:
-            return {}
+        """The footprint in bytes as a scalar of a reply."""
         return {"footprint": self.footprint(counts, mode, references, rank).total}
 
     def lacks(
@@ -329,7 +327,7 @@ def local_round(
 
     Returns:
         The trained model, and the reply: group "params", and scalars num_examples, validation (the task's metric),
-        train_loss, steps, experts, footprint (bytes by the memory model, if the family has one), seconds_evaluate.
+        train_loss, steps, experts, footprint (bytes by the memory model), seconds_evaluate.
     """
     held, outside = experts_from_scalars(payload.scalars), payload.group("router")
     model = setup.build(payload.group("params"), context, held)
