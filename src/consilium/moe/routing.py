@@ -63,6 +63,7 @@ class Tap:
         self.counts = dict(counts or {block: max(ids) + 1 for block, ids in self.held.items()})
         self.usage = Usage()
         self.logits: dict[str, Tensor] = {}
+        self._routed: dict[str, Tensor] = {}
         self._masks: dict[str, Tensor] = {}
         self._counting = False
         self._active = False
@@ -88,11 +89,19 @@ class Tap:
     def batch(self, batch: Batch, count: bool = False) -> Iterator[None]:
         """Around one forward call: captures this batch's router logits, and counts usage if asked."""
         self._masks = self.model.masks(batch)
-        self.logits, self._counting, self._active = {}, count, True
+        self.logits, self._routed, self._counting, self._active = {}, {}, count, True
         try:
             yield
         finally:
             self._active = False
+
+    def served(self, block: str) -> Tensor:
+        """Real tokens of the last batch that each expert in the model computed, int64 [E] by local place."""
+        mask_T, routed = self._mask(block), self._routed[block]
+        places = len(self.held[block])
+        if self.model.family.dispatch:
+            return routed.reshape(-1, places)[mask_T].sum(0)
+        return torch.bincount(routed.reshape(mask_T.shape[0], -1)[mask_T].flatten(), minlength=places)
 
     def balance_loss(self) -> Tensor:
         """Load-balance loss of the last batch: the mean over layers of E * sum_e f_e * P_e (Switch, Eq 4).
@@ -122,22 +131,18 @@ class Tap:
             if not self._active:
                 return
             logits_TE = output[family.logits].reshape(-1, output[family.logits].shape[-1])
-            self.logits[block] = logits_TE
+            self.logits[block], self._routed[block] = logits_TE, output[family.routed].detach()
             if self._counting:
                 with torch.no_grad():
-                    self._count(block, args[0].reshape(-1, args[0].shape[-1]), logits_TE, output[family.routed])
+                    self._count(block, args[0].reshape(-1, args[0].shape[-1]), logits_TE)
 
         return record
 
-    def _count(self, block: str, hidden_TD: Tensor, logits_TE: Tensor, routed: Tensor) -> None:
+    def _count(self, block: str, hidden_TD: Tensor, logits_TE: Tensor) -> None:
         mask_T = self._mask(block)
         held = torch.tensor(self.held[block], device=logits_TE.device)
         served = torch.zeros(self.counts[block], dtype=torch.int64)
-        if self.model.family.dispatch:
-            local_E = routed.reshape(-1, len(held))[mask_T].sum(0)
-        else:
-            local_E = torch.bincount(routed.reshape(mask_T.shape[0], -1)[mask_T].flatten(), minlength=len(held))
-        served[held.cpu()] = local_E.cpu().to(torch.int64)
+        served[held.cpu()] = self.served(block).cpu().to(torch.int64)
 
         ids, rows_XD, bias_X, correction_X = self._outside[block]
         all_ids = torch.cat([held, ids.to(held.device)])
