@@ -33,7 +33,8 @@ class Point:
     Args:
         family: "switch" or the model type of a decoder. form: see `ModelSource`.
         width, hidden, layers, experts, vocabulary: of the model; layers per stack.
-        share: of the experts kept in every block.
+        share: of the experts kept in every block. trained: share of all the model's experts that a batch trains, chosen
+            at random each time; None: all that are kept, without a choice.
         dropout: rate in Switch; decoders have none.
     """
 
@@ -54,6 +55,7 @@ class Point:
     top_k: int = 2
     dtype: str = "float32"
     dropout: float = 0.1
+    trained: float | None = None
 
     @property
     def name(self) -> str:
@@ -67,6 +69,7 @@ class Point:
         odd = [] if self.optimizer == "adamw" else [self.optimizer]
         odd += [] if self.dtype == "float32" else [self.dtype]
         odd += ["checkpointing"] if self.gradient_checkpointing else []
+        odd += [] if self.trained is None else [f"{self.trained:.3g} trained"]
         odd += [] if self.dropout or self.family != "switch" else ["no dropout"]
         return " ".join([self.mode, *odd])
 
@@ -105,44 +108,57 @@ POINTS = tuple(
         replace(middle, mode="forward"),
     )
 )
+GROUPED = dict(first_k_dense_replace=1, n_group=2, topk_group=1)
+LATENT = dict(kv_lora_rank=64, q_lora_rank=96, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32)
 DECODERS = {
     "olmoe": {},
-    "mixtral": dict(num_key_value_heads=2),
-    "qwen2_moe": dict(shared_expert_intermediate_size=256, intermediate_size=384, mlp_only_layers=[0]),
-    "qwen3_moe": dict(head_dim=64, num_key_value_heads=2, intermediate_size=384, mlp_only_layers=[0]),
-    "granitemoe": dict(num_key_value_heads=4),
-    "phimoe": dict(num_key_value_heads=2, router_jitter_noise=0.01),
-    "deepseek_v2": dict(n_shared_experts=2, topk_method="group_limited_greedy"),
-    "deepseek_v3": dict(n_shared_experts=1),
-    "gpt_oss": dict(
-        num_key_value_heads=2, head_dim=32, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}
-    ),
-    "ernie4_5_moe": dict(
-        moe_num_shared_experts=2, moe_layer_start_index=1, num_key_value_heads=4, intermediate_size=384
-    ),
-    "glm4_moe": dict(n_shared_experts=1, head_dim=32, num_key_value_heads=2),
+    "mixtral": {},
+    "qwen2_moe": dict(shared_expert_intermediate_size=256, mlp_only_layers=[0]),
+    "qwen3_moe": dict(head_dim=64, mlp_only_layers=[0]),
+    "granitemoe": {},
+    "phimoe": dict(router_jitter_noise=0.01),
+    "deepseek_v2": GROUPED | LATENT | dict(n_shared_experts=2, topk_method="group_limited_greedy"),
+    "deepseek_v3": GROUPED | LATENT | dict(n_shared_experts=1),
+    "gpt_oss": dict(head_dim=32, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}),
+    "ernie4_5_moe": dict(moe_num_shared_experts=2, moe_layer_start_index=1),
+    "glm4_moe": GROUPED | dict(n_shared_experts=1, head_dim=32),
 }
 """What makes a small model of each family like its large ones."""
+ALIKE = ("olmoe", "qwen2_moe", "deepseek_v2", "deepseek_v3")
+"""Families in which every query head has its own key and value; in the others four share one."""
 WHOLE = ("olmoe", "mixtral", "granitemoe", "phimoe", "gpt_oss")
 """Families without dense layers: `intermediate_size` is the experts' width."""
-LATENT = dict(kv_lora_rank=64, q_lora_rank=96, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32)
 FAMILIES = tuple(
     point
     for name in list(DECODERS)[1:]
-    for middle in (Point(name, width=256, hidden=128),)
+    for middle in (Point(name, width=256, hidden=128, layers=3, batch_size=8),)
     for point in (
         middle,
-        replace(middle, share=0.25, batch_size=8, max_length=256),
-        replace(middle, form="text-to-text", share=0.25, target_length=48),
+        replace(middle, share=0.25, batch_size=4, max_length=256),
         replace(middle, mode="lora"),
+        replace(middle, form="text-to-text", share=0.25, target_length=48),
         replace(middle, mode="forward"),
     )
 )
 """The families whose costs were derived from shapes alone, none fitted."""
+BUDGETS = tuple(
+    replace(point, **budget)
+    for point in (
+        Point("switch", width=256, hidden=512, layers=3, batch_size=8),
+        Point("olmoe", width=256, hidden=256, layers=3, batch_size=8),
+    )
+    for budget in (
+        *({"share": share} for share in (1.0, 0.5, 0.25, 0.125)),
+        *({"trained": share} for share in (1.0, 0.5, 0.25, 0.125)),
+        {"share": 0.5, "trained": 0.125},
+        *({"share": share, "mode": "lora"} for share in (1.0, 0.5, 0.25, 0.125)),
+    )
+)
+"""Budgets of experts: held (slices), trained in a batch of all held (a leaf per expert), both; and adapters."""
 DEMO = Point("switch", width=160, hidden=288, vocabulary=10000, max_length=64, dropout=0.0)
 HELD_OUT = (*(replace(DEMO, share=n / 16) for n in (1, 3, 9, 16)), replace(DEMO, mode="lora"))
 """The demo's model and devices: the memory model's coefficients were fitted without them."""
-ALL = (*POINTS, *FAMILIES, *HELD_OUT)
+ALL = (*POINTS, *FAMILIES, *BUDGETS, *HELD_OUT)
 
 
 def config(point: Point):
@@ -165,18 +181,13 @@ def config(point: Point):
             dropout_rate=point.dropout,
             decoder_start_token_id=0,
         )
-    own = DECODERS[point.family]
-    if point.family in ("deepseek_v2", "deepseek_v3", "glm4_moe"):
-        own = own | dict(first_k_dense_replace=1, n_group=2, topk_group=1, intermediate_size=3 * point.hidden)
-    if point.family.startswith("deepseek"):
-        own = own | LATENT
     settings = dict(
         vocab_size=point.vocabulary,
         hidden_size=point.width,
         intermediate_size=point.hidden,
         num_hidden_layers=point.layers,
         num_attention_heads=point.width // 32,
-        num_key_value_heads=point.width // 32,
+        num_key_value_heads=max(point.width // 32 // (1 if point.family in ALIKE else 4), 1),
         num_experts=point.experts,
         num_local_experts=point.experts,
         num_experts_per_tok=point.top_k,
@@ -184,8 +195,8 @@ def config(point: Point):
         eos_token_id=1,
     )
     if point.family not in WHOLE:
-        settings["moe_intermediate_size"] = point.hidden
-    return AutoConfig.for_model(point.family, **settings | own)
+        settings |= dict(moe_intermediate_size=point.hidden, intermediate_size=3 * point.hidden)
+    return AutoConfig.for_model(point.family, **settings | DECODERS[point.family])
 
 
 def source(point: Point, folder: Path):
@@ -198,7 +209,13 @@ def source(point: Point, folder: Path):
 
 def held(point: Point, counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     """The experts kept."""
-    return {block: tuple(range(max(1, round(n * point.share)))) for block, n in counts.items()}
+    least = 2 if point.family in ("phimoe", "deepseek_v3", "glm4_moe") else 1
+    return {block: tuple(range(max(least, round(n * point.share)))) for block, n in counts.items()}
+
+
+def backward(point: Point, counts: Mapping[str, int]) -> int | None:
+    """How many experts a batch trains, in all blocks together; `counts`: of the full model."""
+    return None if point.trained is None else max(round(sum(counts.values()) * point.trained), len(counts))
 
 
 def promise(point: Point):
@@ -215,6 +232,7 @@ def promise(point: Point):
         target_length=point.target_length,
         optimizer=point.optimizer,
         gradient_checkpointing=point.gradient_checkpointing,
+        trained=backward(point, memory.counts),
     )
 
 
@@ -251,14 +269,14 @@ LABELS = ("a", "b", "c", "d")
 
 
 def _data(point: Point):
-    """Four batches' worth of random examples, all of the greatest length but for a few that need one padding."""
+    """Two batches' worth of random examples, half of them of the greatest length, the others one shorter."""
     import torch
 
     from consilium.data.encode import Encoded
 
-    rows = 4 * point.batch_size
+    rows = 2 * point.batch_size
     ids = torch.randint(2, min(point.vocabulary, 2000), (rows, point.max_length)).tolist()
-    ids = [row if i % point.batch_size else row[:-1] for i, row in enumerate(ids)]
+    ids = [row if i % 2 else row[:-1] for i, row in enumerate(ids)]
     if point.form == "classification":
         return Encoded(ids, [i % len(LABELS) for i in range(rows)], [""] * rows, "classification", 0)
     targets = torch.randint(2, min(point.vocabulary, 2000), (rows, point.target_length)).tolist()
@@ -299,7 +317,25 @@ def _train(point: Point, folder: Path) -> None:
         return
     if point.mode == "lora":
         add_expert_lora(model, 8)
-    fit(model, data, setting, context)
+    fit(model, data, setting, context, choose=_choice(keep, backward(point, model_source.counts)))
+
+
+def _choice(keep: Mapping[str, tuple[int, ...]], experts: int | None):
+    """A choice of so many experts for every batch: one of each block, the others at random."""
+    import torch
+
+    rng = torch.Generator().manual_seed(0)
+    places = [(block, place) for block, ids in keep.items() for place in range(len(ids))]
+
+    def choose(tap) -> dict[str, list[int]]:
+        order = [places[i] for i in torch.randperm(len(places), generator=rng).tolist()]
+        order.sort(key=lambda place: [block for block, _ in order].index(place[0]) != order.index(place))
+        chosen = {block: [] for block in keep}
+        for block, place in order[:experts]:
+            chosen[block].append(place)
+        return chosen
+
+    return None if experts is None else choose
 
 
 def _status(field: str) -> int:

@@ -27,7 +27,7 @@ from consilium.core import (
 )
 from consilium.data.encode import Encoded, encode
 from consilium.data.task import Split, score
-from consilium.errors import ConfigError
+from consilium.errors import BudgetError, ConfigError
 from consilium.moe.addressing import flatten, parameters
 from consilium.moe.budget import Footprint, MemoryModel, human
 from consilium.moe.build import ModelSource
@@ -132,6 +132,7 @@ class Setup:
         mode: Literal["full", "lora", "forward"] = "full",
         references: int = 0,
         rank: int = 8,
+        trained: int | None = None,
     ) -> Footprint:
         """Bytes a client needs for `counts` experts per block, by the memory model: for training or for the evaluation
         that follows it, whichever needs more.
@@ -140,6 +141,8 @@ class Setup:
             mode: "forward" is evaluation alone.
             references: extra copies of the weights the method keeps while training (FedProx 1, SCAFFOLD 3).
             rank: of the adapters ("lora").
+            trained: experts of all blocks together that `fit(choose=...)` trains in any one batch; None: all, without
+                `choose`.
         """
         fit = self.fit
         shape = {"max_length": fit.max_length, "target_length": fit.target_length, "optimizer": fit.optimizer}
@@ -153,6 +156,7 @@ class Setup:
             gradient_checkpointing=fit.gradient_checkpointing,
             references=references,
             rank=rank,
+            trained=trained,
             **shape,
         )
         return max(training, evaluation, key=lambda footprint: footprint.total)
@@ -168,12 +172,18 @@ class Setup:
         return {"footprint": self.footprint(counts, mode, references, rank).total}
 
     def lacks(
-        self, client: ClientInfo, counts: Mapping[str, int], mode: str = "full", references: int = 0, rank: int = 8
+        self,
+        client: ClientInfo,
+        counts: Mapping[str, int],
+        mode: Literal["full", "lora", "forward"] = "full",
+        references: int = 0,
+        rank: int = 8,
+        trained: int | None = None,
     ) -> str | None:
         """Why the client's device cannot train `counts` experts per block; None if it can."""
         if client.memory_bytes is None:
             return None
-        need = self.footprint(counts, mode, references, rank).total
+        need = self.footprint(counts, mode, references, rank, trained).total
         if need <= client.memory_bytes:
             return None
         return f"needs {human(need)}, has {human(client.memory_bytes)}, lacks {human(need - client.memory_bytes)}"
@@ -182,12 +192,62 @@ class Setup:
     def _memory(self) -> MemoryModel:
         return MemoryModel.of(self.model)
 
+    def spread(self, experts: int) -> dict[str, int]:
+        """So many experts in all, as evenly over the blocks as their sizes allow: experts per block.
+
+        Raises:
+            BudgetError: for fewer than every block needs, see `least`.
+        """
+        counts = self.least
+        if experts < sum(counts.values()):
+            raise BudgetError(f"{experts} experts are too few: the layers need {sum(counts.values())} between them")
+        while (left := experts - sum(counts.values())) > 0:
+            open_blocks = [block for block, n in counts.items() if n < self.model.counts[block]]
+            if not open_blocks:
+                break
+            for block in open_blocks[:left]:
+                counts[block] += 1
+        return counts
+
+    @property
+    def least(self) -> dict[str, int]:
+        """The fewest experts per block that the family's routers work with."""
+        return {block: min(self.model.family.least, total) for block, total in self.model.counts.items()}
+
+    def budgets(
+        self, client: ClientInfo, references: int = 0, mode: Literal["full", "lora"] = "full", rank: int = 8
+    ) -> tuple[int, int]:
+        """How many experts, of all blocks together, a client's device can hold, and how many of them train in a batch.
+
+        The most that it can hold while one per block is trained, spread over the blocks by `spread`; of these then the
+        most that it can train. A device without a limit holds and trains all.
+
+        Returns:
+            (forward, backward): resident experts, and experts trained in any one batch (`fit(choose=...)`), <= forward.
+
+        Raises:
+            BudgetError: with the bytes missing, if the smallest configuration does not fit.
+        """
+        total, blocks = sum(self.model.counts.values()), len(self.model.counts)
+        if client.memory_bytes is None:
+            return total, total
+
+        def fits(forward: int, backward: int) -> bool:
+            return self.lacks(client, self.spread(forward), mode, references, rank, backward) is None
+
+        least = sum(self.least.values())
+        if lack := self.lacks(client, self.least, mode, references, rank, blocks):
+            raise BudgetError(f"{client.id} cannot train even {least} experts in {blocks} layers: {lack}")
+        forward = _most(least, total, lambda n: fits(n, blocks))
+        return forward, _most(blocks, forward, lambda n: fits(forward, n))
+
     def largest_uniform(self, memory_bytes: int | None, share: float = 1.0, references: int = 0) -> int:
-        """The most experts per block, the same in every block, that fit into `share` of the memory; 0 if none does."""
-        most = max(self.model.counts.values())
+        """The most experts per block, the same in every block, that fit into `share` of the memory; 0 if none does, or
+        only fewer than the family's routers work with."""
+        most, least = max(self.model.counts.values()), max(self.least.values())
         if memory_bytes is None:
             return most
-        for n in range(most, 0, -1):
+        for n in range(most, least - 1, -1):
             counts = {block: min(n, total) for block, total in self.model.counts.items()}
             if self.footprint(counts, references=references).total <= share * memory_bytes:
                 return n
@@ -213,6 +273,14 @@ class Setup:
         """The client's live model on its device, holding only `held` experts."""
         task = context.data.task
         return self.model.build(params, task.name, task.labels, held).to(context.device)
+
+
+def _most(low: int, high: int, holds: Callable[[int], bool]) -> int:
+    """The largest number in low .. high for which `holds`, which does for `low` and for none above the first not."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
 
 
 @dataclass(frozen=True)
