@@ -102,9 +102,9 @@ POINTS = tuple(
         replace(middle, optimizer="sgd"),
         replace(middle, gradient_checkpointing=True),
         replace(middle, dtype="bfloat16", share=0.25),
-        replace(middle, mode="lora"),
-        replace(middle, mode="lora", share=0.25, batch_size=8, max_length=256),
-        replace(large, mode="lora"),
+        replace(middle, mode="peft"),
+        replace(middle, mode="peft", share=0.25, batch_size=8, max_length=256),
+        replace(large, mode="peft"),
         replace(middle, mode="forward"),
     )
 )
@@ -152,11 +152,12 @@ BUDGETS = tuple(
         *({"trained": share} for share in (1.0, 0.5, 0.25, 0.125)),
         {"share": 0.5, "trained": 0.125},
         *({"share": share, "mode": "lora"} for share in (1.0, 0.5, 0.25, 0.125)),
+        *({"trained": share, "mode": "lora"} for share in (0.25, 0.125)),
     )
 )
 """Budgets of experts: held (slices), trained in a batch of all held (a leaf per expert), both; and adapters."""
 DEMO = Point("switch", width=160, hidden=288, vocabulary=10000, max_length=64, dropout=0.0)
-HELD_OUT = (*(replace(DEMO, share=n / 16) for n in (1, 3, 9, 16)), replace(DEMO, mode="lora"))
+HELD_OUT = (*(replace(DEMO, share=n / 16) for n in (1, 3, 9, 16)), replace(DEMO, mode="peft"))
 """The demo's model and devices: the memory model's coefficients were fitted without them."""
 ALL = (*POINTS, *FAMILIES, *BUDGETS, *HELD_OUT)
 
@@ -287,7 +288,7 @@ def _train(point: Point, folder: Path) -> None:
     import torch
 
     from consilium.core import ClientContext, ClientInfo, ClientState
-    from consilium.moe.lora import add_expert_lora
+    from consilium.moe.lora import Lora, add_expert_lora, add_lora
     from consilium.moe.routing import Tap
     from consilium.training import Fit, fit
 
@@ -315,8 +316,10 @@ def _train(point: Point, folder: Path) -> None:
                 with tap.batch(batch, count=True):
                     model(batch)
         return
-    if point.mode == "lora":
+    if point.mode == "peft":
         add_expert_lora(model, 8)
+    if point.mode == "lora":
+        add_lora(model, Lora(8))
     fit(model, data, setting, context, choose=_choice(keep, backward(point, model_source.counts)))
 
 

@@ -153,11 +153,14 @@ def test_sgd_has_no_state_and_references_are_copies(tmp_path):
 
 def test_lora_trains_adapters_alone(tmp_path):
     model = switch(tmp_path)
-    footprint = model.footprint(model.counts, mode="lora", rank=2, **BATCH)
+    footprint = model.footprint(model.counts, mode="peft", rank=2, **BATCH)
     adapters = 4 * 4 * 2 * 2 * (8 + 12)  # bytes, experts, matrices, rank, inputs + outputs
     assert footprint.gradients == adapters
     assert footprint.optimizer == 2 * adapters
     assert footprint.weights == model.bytes(model.counts) + adapters
+    ours = model.footprint(model.counts, mode="lora", rank=2, **BATCH)
+    assert ours.gradients == adapters + 4 * 4 * 8  # and router rows
+    assert ours.weights == footprint.weights and ours.optimizer == 2 * ours.gradients
 
 
 def test_forward_holds_two_copies_while_building(tmp_path):
@@ -204,7 +207,7 @@ def test_bfloat16_halves_what_is_stored(tmp_path):
 @given(data=st.data())
 def test_more_never_costs_less(models, data):
     model = data.draw(st.sampled_from(models))
-    mode = data.draw(st.sampled_from(["full", "lora", "forward"]))
+    mode = data.draw(st.sampled_from(["full", "lora", "peft", "forward"]))
     sizes = {key: data.draw(st.integers(1, 64)) for key in ("batch_size", "max_length", "target_length")}
     options = {
         "mode": mode,
@@ -284,7 +287,7 @@ def test_human(n, text):
     [
         ("SWITCH", 0, {}, 0.15),
         ("OLMOE", 1, {"share": 0.25, "batch_size": 8, "max_length": 256}, 0.15),
-        ("SWITCH", 1, {"mode": "lora"}, 0.20),
+        ("SWITCH", 1, {"mode": "peft"}, 0.20),
     ],
     ids=["switch-77MB", "olmoe-quarter-269MB", "switch-lora"],
 )

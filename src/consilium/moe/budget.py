@@ -168,9 +168,10 @@ class MemoryModel:
         """Peak memory of a client with `counts` experts per block, every position of every batch filled.
 
         Args:
-            mode: "full" training; "lora": the weights frozen, adapters on the experts; "forward": no training.
+            mode: "full" training; "lora": only adapters on the experts and routers; "peft": only PEFT's adapters;
+                "forward": no training.
             batch_size, max_length, target_length: B, S, T of a batch (T for text-to-text only).
-            references: extra copies of what is trained ("lora": of the adapters) that a method keeps.
+            references: extra copies of what is trained (with adapters: of these) that a method keeps.
             rank: of the adapters.
             trained: experts of all blocks together that one batch trains, and `moe.experts` computes them; None: all
                 of `counts`, computed by transformers.
@@ -178,10 +179,12 @@ class MemoryModel:
         weights = self.bytes(counts)
         sizes = self.expert_params
         learning = weights if mode == "full" else 0
-        if mode == "lora":
+        if mode in ("lora", "peft"):
             sizes = {block: rank * size for block, size in self.adapter_params.items()}
-            learning = self.itemsize * sum(n * sizes[b] for b, n in counts.items())
-            weights += learning
+            adapters = self.itemsize * sum(n * sizes[b] for b, n in counts.items())
+            routers = self.itemsize * sum(n * self.row_params[b] for b, n in counts.items())
+            weights += adapters
+            learning = adapters + (routers if mode == "lora" else 0)
         copies = references * (learning or weights)
         if trained is not None and learning:
             idle = max(sum(counts.values()) - trained, 0)
@@ -231,15 +234,15 @@ class MemoryModel:
             attention, dense = parts.attention(B, n, S), parts.dense(B, n, S)
             cross = parts.cross(B, n, S) if decoder else 0
             sparse = [block(B, n, S, min(self.top_k, counts[b]), counts[b]) for b in stack.blocks]
-            if mode == "lora" and not chosen:
+            if mode == "peft":
                 sparse = [size + self._merged(b, counts[b]) for size, b in zip(sparse, stack.blocks, strict=True)]
             ends += parts.ends(B, n, S)
-            if chosen:
+            if chosen or mode == "lora":
                 last = max(last, parts.expert(B, n, S))
             else:
                 last = parts.last(B, n, S, min(self.top_k, counts[stack.blocks[-1]]) if stack.blocks else 0)
             layers += stack.layers * (attention + cross) + (stack.layers - len(sparse)) * dense + sum(sparse)
-            if mode == "lora" and not decoder:  # nothing requires a gradient before the first adapter
+            if mode in ("lora", "peft") and not decoder:  # nothing requires a gradient before the first adapter
                 layers -= stack.before * (attention + dense) + attention * (stack.before < stack.layers)
             forwards = max(sparse, default=0) if len(sparse) == stack.layers else max(dense, *sparse, 0)
             together = max(attention, cross, forwards) if mode == "forward" else attention + cross + forwards

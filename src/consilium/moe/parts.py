@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 __all__ = ["PARTS", "Cost", "Mode", "Parts"]
 
-Mode = Literal["full", "lora", "forward"]
+Mode = Literal["full", "lora", "peft", "forward"]
+"""Training all; adapters and routers, by `moe.lora.add_lora`; PEFT's adapters, by `add_expert_lora`; no training."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,15 @@ class Cost:
 
 @dataclass(frozen=True)
 class Parts:
-    """What each part of a stack of layers holds: saved for backward ("full", "lora"), or alive at once ("forward").
+    """What each part of a stack of layers holds: saved for backward, or alive at once ("forward").
 
     Args:
         attention: norm, self-attention, residual. cross: the same over the encoder's output, decoder layers only.
         dense, sparse: norm, feed-forward (or router and experts), residual.
         ends: embedding, final norm, and what all layers share.
         last: temporaries of the last layer, on top of all that is saved.
-        chosen: `sparse` where the experts are computed by `moe.experts`, which saves no slots.
+        chosen: `sparse` where `moe.experts` computes the experts and saves no slots. ("lora": there `sparse` is its
+            too, and saves what lies between the matrices.)
         expert: temporaries of its backward pass, through one expert after the other; if all tokens want the same one.
     """
 
@@ -87,11 +89,18 @@ def _switch(c: Any, w: int) -> dict[Mode, Parts]:
             attention=Cost(token=frozen + 3 * inner, pair=scores),
             cross=Cost(token=frozen + inner, source=2 * inner, cross=scores),
             dense=Cost(token=frozen + (1 + d) * F),
+            sparse=Cost(token=frozen + D + noise, slot=F + 4, choice=3),
+            ends=Cost(token=(2 + d + 2 * w) * D, bias=H + 2),
+            chosen=Cost(token=frozen + D + noise, slot=4, choice=3),
+            expert=expert,
+        ),
+        "peft": Parts(
+            attention=Cost(token=frozen + 3 * inner, pair=scores),
+            cross=Cost(token=frozen + inner, source=2 * inner, cross=scores),
+            dense=Cost(token=frozen + (1 + d) * F),
             sparse=Cost(token=frozen + noise, slot=slot, choice=3),
             ends=Cost(token=(2 + d + 2 * w) * D, bias=H + 2),
             last=Cost(token=4 * D + F),
-            chosen=Cost(token=trained + noise, slot=4, choice=3),
-            expert=expert,
         ),
         "forward": Parts(  # two sets of scores: one operation's input and output
             attention=Cost(token=2 * D + 6 * inner, pair=2 * H),
@@ -141,12 +150,18 @@ def _decoder(
         ),
         "lora": Parts(
             attention=Cost(token=still + frozen, pair=scores),
+            sparse=Cost(token=still + D + 3 * shared + gated, slot=2 * F + 4, choice=choice),
+            dense=Cost(token=still + 3 * c.intermediate_size),
+            ends=Cost(token=still + D),
+            chosen=Cost(token=still + D + 3 * shared + gated, slot=4, choice=choice),
+            expert=expert,
+        ),
+        "peft": Parts(
+            attention=Cost(token=still + frozen, pair=scores),
             sparse=Cost(token=still + 3 * shared + gated, slot=slot, choice=choice),
             dense=Cost(token=still + 3 * c.intermediate_size),
             ends=Cost(token=still + D),
             last=Cost(token=-still - D, slot=2 * D, pair=2 * plain),
-            chosen=Cost(token=trained + 3 * shared + gated, slot=4, choice=choice),
-            expert=expert,
         ),
         "forward": Parts(
             attention=Cost(token=3 * D + moved, pair=3 * plain or 1),
