@@ -3,20 +3,23 @@
     python benchmarks/memory.py               measure every point (10 to 20 minutes), write results/memory.{json,md}
     python benchmarks/memory.py --promise     new promises beside the measured numbers in results/memory.json
 
-Every point runs in a process of its own: imports, a warm-up step on a tiny model, then the resident set is noted, the
-model is built from parameters as a client builds it and trained with `training.fit` on batches of the greatest length;
-measured is the peak of the resident set (VmHWM, reset after the warm-up) above that note. Linux only.
+Every point runs in a process of its own, forked off one that has imported the libraries: a warm-up step on a tiny
+model, then the resident set is noted, the model is built from parameters as a client builds it and trained with
+`training.fit` on batches of the greatest length; measured is the peak of the resident set (VmHWM, reset after the
+warm-up) above that note. Linux only.
 
 MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ make glibc give freed tensors back at once; without them it keeps
 them for later, up to its own dynamic threshold, and the peak says as much about glibc as about the model.
 """
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -28,10 +31,11 @@ class Point:
     """One measurement.
 
     Args:
-        family: "switch" or "olmoe". form: see `ModelSource`.
+        family: "switch" or the model type of a decoder. form: see `ModelSource`.
         width, hidden, layers, experts, vocabulary: of the model; layers per stack.
-        share: of the experts kept in every block.
-        dropout: rate in Switch; OLMoE has none.
+        share: of the experts kept in every block. trained: share of all the model's experts that a batch trains, chosen
+            at random each time; None: all that are kept, without a choice.
+        dropout: rate in Switch; decoders have none.
     """
 
     family: str
@@ -51,6 +55,7 @@ class Point:
     top_k: int = 2
     dtype: str = "float32"
     dropout: float = 0.1
+    trained: float | None = None
 
     @property
     def name(self) -> str:
@@ -64,7 +69,8 @@ class Point:
         odd = [] if self.optimizer == "adamw" else [self.optimizer]
         odd += [] if self.dtype == "float32" else [self.dtype]
         odd += ["checkpointing"] if self.gradient_checkpointing else []
-        odd += [] if self.dropout or self.family == "olmoe" else ["no dropout"]
+        odd += [] if self.trained is None else [f"{self.trained:.3g} trained"]
+        odd += [] if self.dropout or self.family != "switch" else ["no dropout"]
         return " ".join([self.mode, *odd])
 
 
@@ -96,20 +102,69 @@ POINTS = tuple(
         replace(middle, optimizer="sgd"),
         replace(middle, gradient_checkpointing=True),
         replace(middle, dtype="bfloat16", share=0.25),
-        replace(middle, mode="lora"),
-        replace(middle, mode="lora", share=0.25, batch_size=8, max_length=256),
-        replace(large, mode="lora"),
+        replace(middle, mode="peft"),
+        replace(middle, mode="peft", share=0.25, batch_size=8, max_length=256),
+        replace(large, mode="peft"),
         replace(middle, mode="forward"),
     )
 )
+GROUPED = dict(first_k_dense_replace=1, n_group=2, topk_group=1)
+LATENT = dict(kv_lora_rank=64, q_lora_rank=96, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32)
+DECODERS = {
+    "olmoe": {},
+    "mixtral": {},
+    "qwen2_moe": dict(shared_expert_intermediate_size=256, mlp_only_layers=[0]),
+    "qwen3_moe": dict(head_dim=64, mlp_only_layers=[0]),
+    "granitemoe": {},
+    "phimoe": dict(router_jitter_noise=0.01),
+    "deepseek_v2": GROUPED | LATENT | dict(n_shared_experts=2, topk_method="group_limited_greedy"),
+    "deepseek_v3": GROUPED | LATENT | dict(n_shared_experts=1),
+    "gpt_oss": dict(head_dim=32, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}),
+    "ernie4_5_moe": dict(moe_num_shared_experts=2, moe_layer_start_index=1),
+    "glm4_moe": GROUPED | dict(n_shared_experts=1, head_dim=32),
+}
+"""What makes a small model of each family like its large ones."""
+ALIKE = ("olmoe", "qwen2_moe", "deepseek_v2", "deepseek_v3")
+"""Families in which every query head has its own key and value; in the others four share one."""
+WHOLE = ("olmoe", "mixtral", "granitemoe", "phimoe", "gpt_oss")
+"""Families without dense layers: `intermediate_size` is the experts' width."""
+FAMILIES = tuple(
+    point
+    for name in list(DECODERS)[1:]
+    for middle in (Point(name, width=256, hidden=128, layers=3, batch_size=8),)
+    for point in (
+        middle,
+        replace(middle, share=0.25, batch_size=4, max_length=256),
+        replace(middle, mode="lora"),
+        replace(middle, form="text-to-text", share=0.25, target_length=48),
+        replace(middle, mode="forward"),
+    )
+)
+"""The families whose costs were derived from shapes alone, none fitted."""
+BUDGETS = tuple(
+    replace(point, **budget)
+    for point in (
+        Point("switch", width=256, hidden=512, layers=3, batch_size=8),
+        Point("olmoe", width=256, hidden=256, layers=3, batch_size=8),
+    )
+    for budget in (
+        *({"share": share} for share in (1.0, 0.5, 0.25, 0.125)),
+        *({"trained": share} for share in (1.0, 0.5, 0.25, 0.125)),
+        {"share": 0.5, "trained": 0.125},
+        *({"share": share, "mode": "lora"} for share in (1.0, 0.5, 0.25, 0.125)),
+        *({"trained": share, "mode": "lora"} for share in (0.25, 0.125)),
+    )
+)
+"""Budgets of experts: held (slices), trained in a batch of all held (a leaf per expert), both; and adapters."""
 DEMO = Point("switch", width=160, hidden=288, vocabulary=10000, max_length=64, dropout=0.0)
-HELD_OUT = (*(replace(DEMO, share=n / 16) for n in (1, 3, 9, 16)), replace(DEMO, mode="lora"))
+HELD_OUT = (*(replace(DEMO, share=n / 16) for n in (1, 3, 9, 16)), replace(DEMO, mode="peft"))
 """The demo's model and devices: the memory model's coefficients were fitted without them."""
+ALL = (*POINTS, *FAMILIES, *BUDGETS, *HELD_OUT)
 
 
 def config(point: Point):
     """The transformers configuration of a point."""
-    from transformers import OlmoeConfig, SwitchTransformersConfig
+    from transformers import AutoConfig, SwitchTransformersConfig
 
     if point.family == "switch":
         return SwitchTransformersConfig(
@@ -127,17 +182,22 @@ def config(point: Point):
             dropout_rate=point.dropout,
             decoder_start_token_id=0,
         )
-    return OlmoeConfig(
+    settings = dict(
         vocab_size=point.vocabulary,
         hidden_size=point.width,
         intermediate_size=point.hidden,
         num_hidden_layers=point.layers,
         num_attention_heads=point.width // 32,
+        num_key_value_heads=max(point.width // 32 // (1 if point.family in ALIKE else 4), 1),
         num_experts=point.experts,
+        num_local_experts=point.experts,
         num_experts_per_tok=point.top_k,
         pad_token_id=0,
         eos_token_id=1,
     )
+    if point.family not in WHOLE:
+        settings |= dict(moe_intermediate_size=point.hidden, intermediate_size=3 * point.hidden)
+    return AutoConfig.for_model(point.family, **settings | DECODERS[point.family])
 
 
 def source(point: Point, folder: Path):
@@ -150,7 +210,13 @@ def source(point: Point, folder: Path):
 
 def held(point: Point, counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     """The experts kept."""
-    return {block: tuple(range(max(1, round(n * point.share)))) for block, n in counts.items()}
+    least = 2 if point.family in ("phimoe", "deepseek_v3", "glm4_moe") else 1
+    return {block: tuple(range(max(least, round(n * point.share)))) for block, n in counts.items()}
+
+
+def backward(point: Point, counts: Mapping[str, int]) -> int | None:
+    """How many experts a batch trains, in all blocks together; `counts`: of the full model."""
+    return None if point.trained is None else max(round(sum(counts.values()) * point.trained), len(counts))
 
 
 def promise(point: Point):
@@ -167,29 +233,32 @@ def promise(point: Point):
         target_length=point.target_length,
         optimizer=point.optimizer,
         gradient_checkpointing=point.gradient_checkpointing,
+        trained=backward(point, memory.counts),
     )
 
 
-def measure(point: Point, malloc: Mapping[str, str] = MALLOC) -> dict[str, int]:
-    """Run the point in a fresh process: {"peak": bytes, ...}."""
+def measure(points: Sequence[Point], malloc: Mapping[str, str] = MALLOC) -> Iterator[int]:
+    """The peak in bytes of each point, measured in a process of its own: forked off one that has done the imports."""
     environment = os.environ | dict(malloc) | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-W", "ignore", __file__, json.dumps(asdict(point))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{point.name} failed: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    command = [sys.executable, "-W", "ignore", __file__, json.dumps([asdict(point) for point in points])]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as work:
+        for point in points:
+            line = work.stdout.readline()
+            if not line:
+                raise RuntimeError(f"{point.name} {point.how} failed: {work.stderr.read()[-2000:]}")
+            yield int(line)
 
 
 def _params(model_source, keep) -> dict:
     """Small random parameters, flat; norms and the like ones."""
     import torch
 
-    from consilium.moe.addressing import parameters, table, unpack
+    from consilium.moe.addressing import table, tensors, unpack
     from consilium.moe.surgery import slice_experts
 
     model = slice_experts(model_source.skeleton("task", LABELS if model_source.form == "classification" else ()), keep)
-    tensors = {path: p.detach() for path, p in parameters(model).items()}
-    flat = unpack(table(model, keep), tensors)
+    found = {path: t.detach() for path, t in tensors(model).items()}
+    flat = unpack(table(model, keep), found)
     made = {}
     for key, t in flat.items():
         value = torch.empty(t.shape, dtype=t.dtype)
@@ -201,13 +270,14 @@ LABELS = ("a", "b", "c", "d")
 
 
 def _data(point: Point):
-    """Four batches' worth of random examples, all of the greatest length."""
+    """Two batches' worth of random examples, half of them of the greatest length, the others one shorter."""
     import torch
 
     from consilium.data.encode import Encoded
 
-    rows = 4 * point.batch_size
+    rows = 2 * point.batch_size
     ids = torch.randint(2, min(point.vocabulary, 2000), (rows, point.max_length)).tolist()
+    ids = [row if i % 2 else row[:-1] for i, row in enumerate(ids)]
     if point.form == "classification":
         return Encoded(ids, [i % len(LABELS) for i in range(rows)], [""] * rows, "classification", 0)
     targets = torch.randint(2, min(point.vocabulary, 2000), (rows, point.target_length)).tolist()
@@ -218,7 +288,7 @@ def _train(point: Point, folder: Path) -> None:
     import torch
 
     from consilium.core import ClientContext, ClientInfo, ClientState
-    from consilium.moe.lora import add_expert_lora
+    from consilium.moe.lora import Lora, add_expert_lora, add_lora
     from consilium.moe.routing import Tap
     from consilium.training import Fit, fit
 
@@ -246,9 +316,29 @@ def _train(point: Point, folder: Path) -> None:
                 with tap.batch(batch, count=True):
                     model(batch)
         return
-    if point.mode == "lora":
+    if point.mode == "peft":
         add_expert_lora(model, 8)
-    fit(model, data, setting, context)
+    if point.mode == "lora":
+        add_lora(model, Lora(8))
+    fit(model, data, setting, context, choose=_choice(keep, backward(point, model_source.counts)))
+
+
+def _choice(keep: Mapping[str, tuple[int, ...]], experts: int | None):
+    """A choice of so many experts for every batch: one of each block, the others at random."""
+    import torch
+
+    rng = torch.Generator().manual_seed(0)
+    places = [(block, place) for block, ids in keep.items() for place in range(len(ids))]
+
+    def choose(tap) -> dict[str, list[int]]:
+        order = [places[i] for i in torch.randperm(len(places), generator=rng).tolist()]
+        order.sort(key=lambda place: [block for block, _ in order].index(place[0]) != order.index(place))
+        chosen = {block: [] for block in keep}
+        for block, place in order[:experts]:
+            chosen[block].append(place)
+        return chosen
+
+    return None if experts is None else choose
 
 
 def _status(field: str) -> int:
@@ -258,22 +348,42 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def _work(point: Point) -> None:
+def _work(points: Sequence[Point]) -> None:
+    """Print the peak of every point, one after the other."""
+    import torch
+
+    for module in ("peft", "consilium.moe.lora", "consilium.training"):  # what all points need, once
+        importlib.import_module(module)
+
+    torch.set_num_threads(1)
+    for point in points:
+        child = os.fork()
+        if not child:
+            _peak(point)
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            raise SystemExit(1)
+
+
+def _peak(point: Point) -> None:
     import ctypes
     import gc
 
     import torch
 
-    torch.set_num_threads(1)
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        _train(replace(point, **WARM_UP), Path(folder) / "warm")
-        gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-        _train(point, Path(folder) / "model")
-        print(json.dumps({"peak": _status("VmHWM") - before, "before": before}))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            _train(replace(point, **WARM_UP), Path(folder) / "warm")
+            gc.collect()
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+            before = _status("VmRSS")
+            _train(point, Path(folder) / "model")
+            print(_status("VmHWM") - before, flush=True)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -283,12 +393,11 @@ def _measured(again: bool) -> dict[str, int]:
     """Peak bytes of every point, by its fields as JSON; kept in results/memory.json."""
     file = RESULTS / "memory.json"
     peaks = json.loads(file.read_text()) if file.exists() and not again else {}
-    for point in (*POINTS, *HELD_OUT):
-        key = json.dumps(asdict(point))
-        if key not in peaks:
-            peaks[key] = measure(point)["peak"]
-            print(f"{point.name} {point.how}: {peaks[key] / 1e6:.1f} MB", flush=True)
-    file.write_text(json.dumps(peaks, indent=1) + "\n")
+    missing = [point for point in ALL if json.dumps(asdict(point)) not in peaks]
+    for point, peak in zip(missing, measure(missing), strict=True):
+        peaks[json.dumps(asdict(point))] = peak
+        print(f"{point.name} {point.how}: {peak / 1e6:.1f} MB", flush=True)
+        file.write_text(json.dumps(peaks, indent=1) + "\n")
     return peaks
 
 
@@ -299,7 +408,7 @@ def main(again: bool) -> None:
 
     titles = ("model", "kept", "how", "promised MB", "measured MB", "ratio")
     peaks, rows = _measured(again), []
-    for point in (*POINTS, *HELD_OUT):
+    for point in ALL:
         promised, measured = promise(point).total, peaks[json.dumps(asdict(point))]
         cells = (f"{promised / 1e6:.1f}", f"{measured / 1e6:.1f}", f"{promised / measured:.2f}")
         name = f"demo: {point.name}" if point in HELD_OUT else point.name
@@ -327,4 +436,4 @@ if __name__ == "__main__":
     if sys.argv[1:] in ([], ["--promise"]):
         main(again=not sys.argv[1:])
     else:
-        _work(Point(**json.loads(sys.argv[1])))
+        _work([Point(**point) for point in json.loads(sys.argv[1])])

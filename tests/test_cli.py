@@ -15,8 +15,9 @@ import runs
 import tiny
 
 from consilium.__main__ import main
-from consilium.core import Algorithm
+from consilium.core import Algorithm, ClientInfo
 from consilium.experiment import to_json
+from consilium.moe.budget import human
 from consilium.recipes import RECIPES
 from consilium.run import read_config
 
@@ -308,10 +309,16 @@ def test_a_flag_of_compare_is_named_as_such(capsys, finished):
     assert "unknown argument '--algorithms'; that is for `consilium compare`" in err
 
 
-@pytest.mark.parametrize(("memory", "said"), [("100GB", "can train at most"), ("1kB", "not even one expert per layer")])
+@pytest.mark.parametrize(
+    ("memory", "said"),
+    [
+        ("100GB", ["It can hold 64 of 64 experts, and train 64 of them in a batch.", "train 16 experts per layer"]),
+        ("1kB", ["A device cannot train even 4 experts in 4 layers: needs", "train not even the fewest experts"]),
+    ],
+)
 def test_inspect_says_how_many_experts_fit(capsys, memory, said):
     code, out, _ = call(capsys, "inspect", "docstring-switch", "--memory", memory)
-    assert code == 0 and said in out.splitlines()[-1]
+    assert code == 0 and all(text in out for text in said)
 
 
 def test_resuming_a_finished_run_shows_it_and_changes_nothing(capsys, finished):
@@ -406,13 +413,25 @@ def test_what_data_refuses(capsys, data, tmp_path):
     assert "is not a file" in refused(capsys, "data", "nowhere.csv")
 
 
-def test_inspect_says_what_fits(capsys):
-    model = tiny.directory("switch_transformers")
-    code, out, _ = call(capsys, "inspect", model, "--memory", "1GB")
-    assert code == 0
-    assert re.search(r"encoder\.block\.0\.layer\.1\.mlp: 8 experts of [\d,]+ parameters", out)
-    assert "1 experts per layer: " in out and "fits" in out and "lacks" not in out
-    assert "lacks" in call(capsys, "inspect", model, "--memory", "1MB")[1]
+@pytest.mark.parametrize(("model_type", "form"), tiny.CASES)
+def test_inspect_shows_every_family(capsys, model_type, form):
+    """Layers, experts, router; then bytes by the memory model, held x trained, with those marked that fit."""
+    source = tiny.source(model_type, form)
+    family, setup = source.family, tiny.setup(source, batch_size=3, max_length=20)
+    blocks, held = list(source.counts), dict.fromkeys(source.counts, 4)
+    needs = [setup.footprint(held, trained=trained).total for trained in (None, 4 * len(blocks), 2 * len(blocks))]
+    limit, shape = needs[2], ("--batch-size", 3, "--max-length", 20, "--target-length", 5)
+    code, out, _ = call(capsys, "inspect", tiny.directory(model_type, form), "--memory", f"{limit}B", *shape)
+    assert code == 0 and all(len(line) <= 80 for line in out.splitlines() if str(tiny.root) not in line)
+    assert f"{family.name}, {form}" in out and f"{blocks[0]} to " in out
+    router = {"sigmoid": "by sigmoid with a correction bias", "softmax": "by softmax with a correction bias"}
+    assert f"top-{2 if family.top_k else 1}, {router.get(family.choice, 'by logits')}" in out
+    assert ("in 2 of 4 groups" in out or "in 1 of 4 groups" in out) == (model_type.startswith("deepseek"))
+    row = next(line.split() for line in out.splitlines() if line.split()[:1] == ["4"] and "B" in line)
+    marked = [human(need).replace(" ", "") + "*" * (need <= limit) for need in needs]
+    assert row[1:4] == marked and marked[2].endswith("*") and not marked[0].endswith("*")
+    forward, backward = setup.budgets(ClientInfo("device", 1, "task", limit))
+    assert f"It can hold {forward} of {8 * len(blocks)} experts, and train {backward} of them in a batch." in out
 
 
 # --- Ctrl-C, in a process of its own ----------------------------------------------------------------------------------

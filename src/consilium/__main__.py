@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -198,18 +198,24 @@ def list_command(args: list[str]) -> None:
 
 
 def inspect_command(args: list[str]) -> None:
-    """consilium inspect MODEL \\[--memory 12GiB][--form FORM]"""
-    from consilium.moe.budget import MemoryModel, bytes_of, human
+    """consilium inspect MODEL \\[--memory 12GiB]"""
+    from consilium.core import Sampling
+    from consilium.moe.budget import bytes_of
     from consilium.moe.build import ModelSource
+    from consilium.report.model import print_model
+    from consilium.training import Fit, Setup
 
     def parameters(
         model: Annotated[str, tyro.conf.Positional],
         memory: str | None = None,
-        form: str | None = None,
+        form: Literal["classification", "text-to-text"] | None = None,
         batch_size: int = 16,
         max_length: int = 64,
-    ) -> tuple[ModelSource, int | None, int, int]:
-        """Layers, experts, router and bytes of a model, and how many experts a device can train.
+        target_length: int = 16,
+        rank: int = 8,
+        gradient_checkpointing: bool = False,
+    ) -> tuple[Setup, int | None, int]:
+        """Layers, experts, router and bytes of a model, and which budgets of experts fit a device.
 
         Args:
             model: a directory, a shipped model's name, or a hub name.
@@ -217,37 +223,24 @@ def inspect_command(args: list[str]) -> None:
             form: classification or text-to-text; default: what the checkpoint was made for.
             batch_size: examples per step.
             max_length: tokens per example.
+            target_length: target tokens per example (text-to-text).
+            rank: of LoRA adapters.
+            gradient_checkpointing: recompute activations in the backward pass.
         """
-        source = ModelSource(model, form or "classification")
-        return source, bytes_of(memory) if memory else None, batch_size, max_length
+        source = ModelSource(model)
+        generates = any("LM" in name or "Generation" in name for name in source.config.architectures or ())
+        source = ModelSource(model, form or ("text-to-text" if generates else "classification"))
+        fit = Fit(
+            batch_size=batch_size,
+            max_length=max_length,
+            target_length=target_length,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        heads = {"task": ("label",)} if source.form == "classification" else {}
+        return Setup(source, fit, Sampling(), 0, heads), bytes_of(memory) if memory else None, rank
 
-    source, limit, batch_size, max_length = _parse(parameters, args, "consilium inspect")
-    memory = MemoryModel.of(source)
-    shape = {"batch_size": batch_size, "max_length": max_length, "target_length": 16, "optimizer": "adamw"}
-    out.print(f"[bold]{source.path}[/bold]  {source.family.name}, {source.form}", highlight=False)
-    top_k = getattr(source.config, "num_experts_per_tok", None) or 1
-    out.print(f"  {memory.params(memory.counts) / 1e6:.1f} M parameters, top-{top_k} routing", highlight=False)
-    for block, count in memory.counts.items():
-        out.print(f"  {block}: {count} experts of {memory.expert_params[block]:,} parameters", highlight=False)
-    out.print(f"[bold]Training memory[/bold] (AdamW, {batch_size} x {max_length} tokens)", highlight=False)
-    most = max(memory.counts.values())
-    sizes = sorted({1, most // 8, most // 4, most // 2, most} - {0})
-
-    def training(n: int) -> int:
-        return memory.footprint({b: min(n, c) for b, c in memory.counts.items()}, mode="full", **shape).total
-
-    for n in sizes:
-        need = training(n)
-        fits = "" if limit is None else ("  fits" if need <= limit else f"  lacks {human(need - limit)}")
-        out.print(f"  {n:3d} experts per layer: {human(need)}{fits}", highlight=False)
-    need = memory.footprint(memory.counts, mode="lora", **shape).total
-    fits = "" if limit is None else ("  fits" if need <= limit else f"  lacks {human(need - limit)}")
-    out.print(f"  all experts with LoRA: {human(need)}{fits}", highlight=False)
-    if limit is not None:
-        able = (n for n in range(most, 0, -1) if training(n) <= limit)
-        most_able = next(able, None)
-        said = f"at most {most_able} experts per layer" if most_able else "not even one expert per layer"
-        out.print(f"A device of {human(limit)} can train {said}", highlight=False)
+    setup, limit, rank = _parse(parameters, args, "consilium inspect")
+    print_model(setup, limit, rank, out)
 
 
 def data_command(args: list[str]) -> None:

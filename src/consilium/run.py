@@ -310,7 +310,7 @@ def _summary(prepared: _Prepared, folder: Path, store: ClientStore, writing: flo
             "test": last["test"].get(info.id),
             "memory_bytes": info.memory_bytes,
             "experts": [len(ids) for ids in held[info.id].values()] if info.id in held else None,
-            "peak_bytes_model": peaks.get(info.id) or None,  # of a family without a memory model: none
+            "peak_bytes_model": peaks.get(info.id) or None,
             "reason": f"cannot hold the model: {lack}" if lack else None,
             "state": checksum(store.load(info.id).params) if info.id in store.versions else None,
         }

@@ -29,9 +29,9 @@ from consilium.core import (
 from consilium.data.causal import Packed, Rows, encode_language
 from consilium.data.encode import Encoded, encode
 from consilium.data.task import Split, Task, score
-from consilium.errors import ConfigError, DataError
+from consilium.errors import BudgetError, ConfigError, DataError
 from consilium.moe.addressing import flatten, load_flat, parameters, travels
-from consilium.moe.budget import PARTS, Footprint, MemoryModel, human
+from consilium.moe.budget import Footprint, MemoryModel, Mode, human
 from consilium.moe.build import ModelSource
 from consilium.moe.experts import Active, Experts
 from consilium.moe.lora import Lora, ProductMean, add_lora, initial_adapters
@@ -154,17 +154,21 @@ class Setup:
     def footprint(
         self,
         counts: Mapping[str, int],
-        mode: Literal["full", "lora", "forward"] = "full",
+        mode: Mode = "full",
         references: int = 0,
         rank: int = 8,
+        trained: int | None = None,
     ) -> Footprint:
         """Bytes a client needs for `counts` experts per block, by the memory model: for training or for the evaluation
         that follows it, whichever needs more.
 
         Args:
-            mode: "forward" is evaluation alone; "full" is "lora" with `fit.lora`, at its rank.
+            mode: "forward" is evaluation alone; "full" is "lora" with `fit.lora`, at its rank; "peft" is stage one of
+                FedMoE.
             references: extra copies of the weights the method keeps while training (FedProx 1, SCAFFOLD 3).
             rank: of the adapters ("lora").
+            trained: experts of all blocks together that `fit(choose=...)` trains in any one batch; None: all, without
+                `choose`.
         """
         fit = self.fit
         if mode == "full" and fit.lora.rank:
@@ -180,6 +184,7 @@ class Setup:
             gradient_checkpointing=fit.gradient_checkpointing,
             references=references,
             rank=rank,
+            trained=trained,
             **shape,
         )
         return max(training, evaluation, key=lambda footprint: footprint.total)
@@ -187,22 +192,26 @@ class Setup:
     def reported(
         self,
         counts: Mapping[str, int],
-        mode: Literal["full", "lora", "forward"] = "full",
+        mode: Mode = "full",
         references: int = 0,
         rank: int = 8,
     ) -> dict[str, int]:
-        """The footprint in bytes as a scalar of a reply; {} for a family without a memory model."""
-        if self.model.family.model_type not in PARTS:
-            return {}
+        """The footprint in bytes as a scalar of a reply."""
         return {"footprint": self.footprint(counts, mode, references, rank).total}
 
     def lacks(
-        self, client: ClientInfo, counts: Mapping[str, int], mode: str = "full", references: int = 0, rank: int = 8
+        self,
+        client: ClientInfo,
+        counts: Mapping[str, int],
+        mode: Mode = "full",
+        references: int = 0,
+        rank: int = 8,
+        trained: int | None = None,
     ) -> str | None:
         """Why the client's device cannot train `counts` experts per block; None if it can."""
         if client.memory_bytes is None:
             return None
-        need = self.footprint(counts, mode, references, rank).total
+        need = self.footprint(counts, mode, references, rank, trained).total
         if need <= client.memory_bytes:
             return None
         return f"needs {human(need)}, has {human(client.memory_bytes)}, lacks {human(need - client.memory_bytes)}"
@@ -211,12 +220,62 @@ class Setup:
     def _memory(self) -> MemoryModel:
         return MemoryModel.of(self.model)
 
+    def spread(self, experts: int) -> dict[str, int]:
+        """So many experts in all, as evenly over the blocks as their sizes allow: experts per block.
+
+        Raises:
+            BudgetError: for fewer than every block needs, see `least`.
+        """
+        counts = self.least
+        if experts < sum(counts.values()):
+            raise BudgetError(f"{experts} experts are too few: the layers need {sum(counts.values())} between them")
+        while (left := experts - sum(counts.values())) > 0:
+            open_blocks = [block for block, n in counts.items() if n < self.model.counts[block]]
+            if not open_blocks:
+                break
+            for block in open_blocks[:left]:
+                counts[block] += 1
+        return counts
+
+    @property
+    def least(self) -> dict[str, int]:
+        """The fewest experts per block that the family's routers work with."""
+        return {block: min(self.model.family.least, total) for block, total in self.model.counts.items()}
+
+    def budgets(
+        self, client: ClientInfo, references: int = 0, mode: Literal["full", "lora"] = "full", rank: int = 8
+    ) -> tuple[int, int]:
+        """How many experts, of all blocks together, a client's device can hold, and how many of them train in a batch.
+
+        The most that it can hold while one per block is trained, spread over the blocks by `spread`; of these then the
+        most that it can train. A device without a limit holds and trains all.
+
+        Returns:
+            (forward, backward): resident experts, and experts trained in any one batch (`fit(choose=...)`), <= forward.
+
+        Raises:
+            BudgetError: with the bytes missing, if the smallest configuration does not fit.
+        """
+        total, blocks = sum(self.model.counts.values()), len(self.model.counts)
+        if client.memory_bytes is None:
+            return total, total
+
+        def fits(forward: int, backward: int) -> bool:
+            return self.lacks(client, self.spread(forward), mode, references, rank, backward) is None
+
+        least = sum(self.least.values())
+        if lack := self.lacks(client, self.least, mode, references, rank, blocks):
+            raise BudgetError(f"{client.id} cannot train even {least} experts in {blocks} layers: {lack}")
+        forward = _most(least, total, lambda n: fits(n, blocks))
+        return forward, _most(blocks, forward, lambda n: fits(forward, n))
+
     def largest_uniform(self, memory_bytes: int | None, share: float = 1.0, references: int = 0) -> int:
-        """The most experts per block, the same in every block, that fit into `share` of the memory; 0 if none does."""
-        most = max(self.model.counts.values())
+        """The most experts per block, the same in every block, that fit into `share` of the memory; 0 if none does, or
+        only fewer than the family's routers work with."""
+        most, least = max(self.model.counts.values()), max(self.least.values())
         if memory_bytes is None:
             return most
-        for n in range(most, 0, -1):
+        for n in range(most, least - 1, -1):
             counts = {block: min(n, total) for block, total in self.model.counts.items()}
             if self.footprint(counts, references=references).total <= share * memory_bytes:
                 return n
@@ -271,6 +330,14 @@ class Setup:
     def mean(self) -> WeightedMean:
         """A new mean for a server's parameters: of adapters as `fit.lora.mean` says."""
         return ProductMean() if self.fit.lora.rank and self.fit.lora.mean == "products" else WeightedMean()
+
+
+def _most(low: int, high: int, holds: Callable[[int], bool]) -> int:
+    """The largest number in low .. high for which `holds`, which does for `low` and for none above the first not."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
 
 
 @dataclass(frozen=True)
@@ -470,8 +537,8 @@ def local_round(
 
     Returns:
         The trained model, and the reply: group "params", and scalars num_examples, validation (the task's metric),
-        train_loss, steps, experts, footprint (bytes by the memory model, if the family has one), seconds_evaluate,
-        cut (training examples longer than max_length or target_length), perplexity (if the metric is of tokens).
+        train_loss, steps, experts, footprint (bytes by the memory model), seconds_evaluate, cut (training examples
+        longer than max_length or target_length), perplexity (if the metric is of tokens).
     """
     held, outside = experts_from_scalars(payload.scalars), payload.group("router")
     model = setup.build(payload.group("params"), context, held)

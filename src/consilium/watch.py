@@ -46,13 +46,11 @@ class Terminal:
         )
         say(f"  {len(sizes)} clients, tasks {', '.join(tasks)}, {min(sizes)} to {max(sizes)} training examples each")
         counts = setup.model.counts
-        told = setup.reported(counts)
-        needs = f"training all needs {human(told['footprint'])}" if told else "no memory model"
         memories = sorted({info.memory_bytes for info in setup.clients if info.memory_bytes})
         devices = ", ".join(human(m) for m in memories) or "not limited"
         say(
             f"  model {escape(experiment.model.path)}: {sum(counts.values())} experts in {len(counts)} layers; "
-            f"{needs}; devices: {devices}"
+            f"training all needs {human(setup.footprint(counts).total)}; devices: {devices}"
         )
         for client, reason in federation.skipped.items():
             say(f"  skipped {client}: {escape(reason)}")

@@ -242,7 +242,7 @@ def test_a_client_that_drops_out_of_stage_one_is_estimated():
 
 def test_who_can_profile_is_measured_by_lora_of_that_rank():
     """k has one byte less than LoRA of rank 8 on all experts takes, a just as much; full training would take more."""
-    need = tiny.setup().footprint(dict.fromkeys(tiny.setup().model.counts, 8), "lora", rank=8).total
+    need = tiny.setup().footprint(dict.fromkeys(tiny.setup().model.counts, 8), "peft", rank=8).total
     assert need < tiny.bytes_for(8)
     setup = tiny.setup(memory={k: need - 1, a: need})
     able = [c.id for c in setup.clients if FedMoE().server(setup).unable(c) is None]

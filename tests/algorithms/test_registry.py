@@ -111,14 +111,14 @@ def test_it_builds_two_halves(name):
     assert not hasattr(client, "server") and not hasattr(server, "client")
 
 
-# --- families without a memory model ----------------------------------------------------------------------------------
+# --- other families, without a limit on memory ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "model_type"),
     [*((name, "deepseek_v3") for name in METHODS), ("SCAFFOLD", "ernie4_5_moe"), ("FedMoE", "phimoe")],
 )
-def test_a_family_without_a_memory_model_runs_without_device_memory(name, model_type, tmp_path):
+def test_other_families_run(name, model_type, tmp_path):
     """Correction biases, kept in a buffer or a frozen parameter, go out and come home as they were."""
     made = tiny.setup(tiny.source(model_type), clients_per_round=3)
     server, client = halves(name, made)
@@ -127,7 +127,7 @@ def test_a_family_without_a_memory_model_runs_without_device_memory(name, model_
     records = [engine.round(number, test=number == 2) for number in (1, 2, 3)]
     for record in records:
         assert record["selected"] and not record["unable"]
-        assert all(told["peak_bytes_model"] is None for told in record["clients"].values())
+        assert all(told["peak_bytes_model"] > 0 for told in record["clients"].values() if told["train_loss"])
         assert all(math.isfinite(told["train_loss"] or 0) for told in record["clients"].values())
     assert checksum(server.params) != checksum(before) or name == "Standalone"
     for key, tensor in before.items():

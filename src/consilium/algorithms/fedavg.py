@@ -133,11 +133,12 @@ def common_experts(
         fitting = [n for c in setup.clients if (n := setup.largest_uniform(c.memory_bytes, references=references))]
         if not fitting:
             largest = max(setup.clients, key=lambda c: c.memory_bytes or 0)
-            lack = setup.lacks(largest, dict.fromkeys(totals, 1), references=references)
+            lack = setup.lacks(largest, setup.least, references=references)
             raise BudgetError(f"no device can hold one expert per layer, not even {largest.id}: {lack}")
         experts = min(fitting)
-    if not 1 <= experts <= max(totals.values()):
-        raise ConfigError(f"experts is {experts}; allowed are 1..{max(totals.values())}, 'all' and 'fit'")
+    least, most = setup.model.family.least, max(totals.values())
+    if not least <= experts <= most:
+        raise ConfigError(f"experts is {experts}; allowed are {least}..{most}, 'all' and 'fit'")
     return {
         block: tuple(sorted(usage_E.argsort(descending=True, stable=True)[:experts].tolist()))
         for block, usage_E in setup.public_usage("common experts").items()

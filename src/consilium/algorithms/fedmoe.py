@@ -21,8 +21,8 @@ Departures, each where the paper is silent or contradicts itself:
 - p is the demand of the router over all its rows: clients also receive the rows of experts they do not hold (group
   "router", for measuring only). `usage="served"` uses what the held experts served.
 - n in "top n" of the shrinking branch is <= 0 in the paper: |n| experts are removed, and n = 0 changes nothing.
-  n is rounded half away from zero. No layer loses its last expert, nor in one change more than 1 - `floor` of the
-  demand it serves.
+  n is rounded half away from zero. No layer loses its last expert (its last two where the family's router ranks
+  two), nor in one change more than 1 - `floor` of the demand it serves.
 - Growth stops at the first expert for which M_k (not alpha * M_k) is too small; both limits are the memory model's
   bytes: weights, gradients, optimiser and activations.
 - "Has not improved" means no better than ever before for `patience` participations. A change is accepted with the
@@ -62,6 +62,7 @@ from consilium.core import (
 )
 from consilium.errors import BudgetError, ConfigError
 from consilium.moe.addressing import expert_of, router_row_of, select
+from consilium.moe.budget import Mode
 from consilium.moe.lora import add_expert_lora
 from consilium.moe.routing import Tap
 from consilium.training import Setup, evaluate, fit, local_round, local_test, seeded
@@ -122,6 +123,12 @@ class FedMoE(Algorithm):
         """Of the adapters in stage one."""
         return setup.fit.lora.rank or self.lora_rank
 
+    def mode_for(self, setup: Setup) -> Mode:
+        """What stage one does, for the memory model."""
+        if self.stage1 != "lora":
+            return "forward"
+        return "lora" if setup.fit.lora.rank else "peft"
+
     def server(self, setup: Setup) -> Server:
         return FedMoEServer(setup, self)
 
@@ -132,8 +139,8 @@ class FedMoE(Algorithm):
 # --- the equations ------------------------------------------------------------------------------------------------
 
 
-def structure_at(p: Usage, theta: float) -> Held:
-    """The smallest structure whose experts cover theta of the usage in every layer, at least one expert each.
+def structure_at(p: Usage, theta: float, least: int = 1) -> Held:
+    """The smallest structure whose experts cover theta of the usage in every layer, at least `least` experts each.
 
     Per layer the experts by descending p (ties: lower id first) until their sum reaches theta (Eq 3).
     """
@@ -141,28 +148,29 @@ def structure_at(p: Usage, theta: float) -> Held:
     for block, p_E in p.items():
         order = p_E.argsort(descending=True, stable=True)
         reached = int((p_E[order].cumsum(0) < theta - 1e-9).sum())
-        held[block] = tuple(sorted(order[: min(reached + 1, len(order))].tolist()))
+        held[block] = tuple(sorted(order[: max(reached + 1, least)].tolist()))
     return held
 
 
-def largest_structure(p: Usage, fits: Callable[[Mapping[str, int]], bool]) -> Held:
+def largest_structure(p: Usage, fits: Callable[[Mapping[str, int]], bool], least: int = 1) -> Held:
     """The structure at the largest theta in [0, 1] that fits, by bisection (the heuristic for Eq 3).
 
     Args:
         fits: whether so many experts per block fit the memory; must be monotone.
+        least: experts that every layer has.
 
     Raises:
-        BudgetError: if not even one expert per layer fits.
+        BudgetError: if not even `least` experts per layer fit.
     """
     low, high = 0.0, 1.0
-    best = structure_at(p, low)
+    best = structure_at(p, low, least)
     if not fits(counts_of(best)):
-        raise BudgetError("one expert per layer does not fit")
-    if fits(counts_of(full := structure_at(p, high))):
+        raise BudgetError(f"{_per_layer(least)} does not fit")
+    if fits(counts_of(full := structure_at(p, high, least))):
         return full
     for _ in range(40):
         theta = (low + high) / 2
-        if fits(counts_of(candidate := structure_at(p, theta))):
+        if fits(counts_of(candidate := structure_at(p, theta, least))):
             low, best = theta, candidate
         else:
             high = theta
@@ -193,6 +201,10 @@ def p_hat(sims: Mapping[ClientId, float], p: Mapping[ClientId, Usage]) -> dict[s
 def z_scores(p: Usage) -> dict[str, Tensor]:
     """p in standard deviations from its layer's mean; zeros in a layer where all experts are alike."""
     return {block: (p_E - p_E.mean()) / max(float(p_E.std(correction=0)), 1e-12) for block, p_E in p.items()}
+
+
+def _per_layer(least: int) -> str:
+    return "one expert per layer" if least == 1 else f"a choice of {least} experts per layer"
 
 
 def _round_half_away(x: float) -> int:
@@ -228,13 +240,18 @@ class FedMoEServer(Server):
         self.params = self.setup.initial_params()
         self.progress = {c.id: _Progress() for c in self.setup.clients}
         for client in self.setup.clients:
-            if lack := self.setup.lacks(client, dict.fromkeys(self.setup.model.counts, 1)):
+            if lack := self.setup.lacks(client, self.setup.least):
                 raise BudgetError(
-                    f"client {client.id} cannot hold the smallest sub-MoE, one expert per layer: {lack}; "
+                    f"client {client.id} cannot hold the smallest sub-MoE, {_per_layer(self._least)}: {lack}; "
                     "give it more memory, or lower fit.batch_size or fit.max_length"
                 )
         if self.algorithm.stage1 == "none":
             self._random_structures()
+
+    @property
+    def _least(self) -> int:
+        """Experts that every layer of a sub-MoE has."""
+        return self.setup.model.family.least
 
     @property
     def stage(self) -> str:
@@ -277,7 +294,7 @@ class FedMoEServer(Server):
         """In stage one: why the client cannot profile the full MoE. Later everybody has a sub-MoE that fits."""
         if client.id in self.map:
             return None
-        mode = "lora" if self.algorithm.stage1 == "lora" else "forward"
+        mode = self.algorithm.mode_for(self.setup)
         return self.setup.lacks(client, self.setup.model.counts, mode, rank=self.algorithm.rank_for(self.setup))
 
     def _sub_moe(self, client: ClientInfo) -> Payload:
@@ -319,9 +336,9 @@ class FedMoEServer(Server):
                 )
 
             try:
-                held = largest_structure(self.p[client.id], fits)
-            except BudgetError:  # one expert per layer fits M_k (checked at the start) but not alpha * M_k
-                held = structure_at(self.p[client.id], 0.0)
+                held = largest_structure(self.p[client.id], fits, self._least)
+            except BudgetError:  # the fewest experts fit M_k (checked at the start) but not alpha * M_k
+                held = structure_at(self.p[client.id], 0.0, self._least)
             self.map[client.id] = held
             self._note("structure", client.id, experts=sum(counts_of(held).values()),
                        source="measured" if client.id in self.measured else "estimated")  # fmt: skip
@@ -342,7 +359,7 @@ class FedMoEServer(Server):
         """Without stage one: as many random experts per layer as alpha * M_k holds."""
         for client in self.setup.clients:
             n = self.setup.largest_uniform(client.memory_bytes, share=self.algorithm.alpha)
-            self.map[client.id] = random_experts(self.setup, client.id, max(n, 1))
+            self.map[client.id] = random_experts(self.setup, client.id, n)
             self._note("structure", client.id, experts=sum(counts_of(self.map[client.id]).values()), source="random")
 
     # stage two
@@ -410,7 +427,7 @@ class FedMoEServer(Server):
             rest = held[block] - {j}
             if removed == m:
                 break
-            if rest and float(own[block][list(rest)].sum()) >= floors[block]:
+            if len(rest) >= self._least and float(own[block][list(rest)].sum()) >= floors[block]:
                 held[block] = rest
                 removed += 1
         return {block: tuple(sorted(ids)) for block, ids in held.items()}
@@ -499,5 +516,5 @@ class FedMoEClient(Client):
         scalars["seconds_evaluate"] = time.perf_counter() - start
         counts = setup.model.counts
         scalars["experts"] = sum(counts.values())
-        scalars |= setup.reported(counts, "lora" if lora else "forward", rank=self.algorithm.rank_for(setup))
+        scalars |= setup.reported(counts, self.algorithm.mode_for(setup), rank=self.algorithm.rank_for(setup))
         return Payload({"demand": tap.usage.demand, "served": tap.usage.served}, scalars)

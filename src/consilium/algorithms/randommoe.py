@@ -28,7 +28,8 @@ class RandomMoE(Algorithm):
 
     Args:
         experts: experts per layer for every client; None: as many as the client's memory allows.
-        share: share of a client's memory that its sub-MoE may use, in (0, 1]; one expert per layer it always has.
+        share: share of a client's memory that its sub-MoE may use, in (0, 1]; the fewest experts that
+            its router works with it always has.
     """
 
     experts: int | None = None
@@ -39,9 +40,9 @@ class RandomMoE(Algorithm):
             raise ConfigError(f"share is {self.share}; it must be within (0, 1]")
 
     def server(self, setup: Setup) -> Server:
-        most = max(setup.model.counts.values())
-        if self.experts is not None and not 1 <= self.experts <= most:
-            raise ConfigError(f"experts is {self.experts}; allowed are 1..{most}")
+        least, most = setup.model.family.least, max(setup.model.counts.values())
+        if self.experts is not None and not least <= self.experts <= most:
+            raise ConfigError(f"experts is {self.experts}; allowed are {least}..{most}")
         return RandomMoEServer(setup, self)
 
     def client(self, setup: Setup) -> Client:
@@ -56,7 +57,7 @@ class RandomMoEServer(FedAvgServer):
         self.map: ExpertMap = {}
         for client in setup.clients:
             n = algorithm.experts or setup.largest_uniform(client.memory_bytes, algorithm.share)
-            self.map[client.id] = random_experts(setup, client.id, max(n, 1))
+            self.map[client.id] = random_experts(setup, client.id, n)
 
     def held_by(self, client: ClientInfo) -> ExpertSet:
         return self.map[client.id]
@@ -66,9 +67,10 @@ class RandomMoEServer(FedAvgServer):
 
 
 def random_experts(setup: Setup, client: ClientId, n: int) -> dict[str, tuple[int, ...]]:
-    """n random experts of every block (all where there are fewer), from the run's seed and the client's id."""
+    """n random experts of every block (all where there are fewer), from the run's seed and the client's id; never
+    fewer than the family's router works with."""
     rng = torch.Generator().manual_seed(derive_seed(setup.seed, "random experts", client))
     return {
-        block: tuple(sorted(torch.randperm(total, generator=rng)[:n].tolist()))
+        block: tuple(sorted(torch.randperm(total, generator=rng)[: max(n, setup.model.family.least)].tolist()))
         for block, total in setup.model.counts.items()
     }

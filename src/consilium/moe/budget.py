@@ -12,12 +12,15 @@ them during training (one reference more; `training.local_round` lets go of them
 process, as the local engine does, still has them); the cache of text generation; and oneDNN's kernels for bfloat16 on
 a CPU, one per shape met, which took 100 to 200 MB.
 
-Symbols: B examples, n tokens per sequence (S source, T target, S + T causal), D width, I heads * head size, F
-feed-forward width, H heads, K experts per token, E experts held, V vocabulary.
+Two budgets. `counts` experts are resident. Without `trained`, all of them get gradients and optimiser state. With it,
+only so many do in any one batch, as `training.fit(choose=...)` makes it: the experts are then computed by
+`moe.experts`, which saves none of their tokens, so that the others cost no more than their weights.
+
+Symbols: B examples, n tokens per sequence (S source, T target, S + T causal), D width, V vocabulary; see `parts`.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
@@ -26,10 +29,9 @@ from typing import Any, Literal
 from consilium.errors import ConfigError, ModelError
 from consilium.moe.addressing import all_experts, expert_of, parameters, router_row_of, table
 from consilium.moe.build import ModelSource
+from consilium.moe.parts import PARTS, Mode, Parts
 
-__all__ = ["PARTS", "Footprint", "MemoryModel", "bytes_of", "human"]
-
-Mode = Literal["full", "lora", "forward"]
+__all__ = ["PARTS", "Footprint", "MemoryModel", "Mode", "bytes_of", "human"]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMG]i?B|B|)\s*", re.IGNORECASE)
@@ -89,118 +91,6 @@ class Footprint:
         """
         training = self.optimizer + self.references + max(self.gradients, self.activations)
         return self.weights + max(training, self.weights) + self.overhead
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Elements that a part of a model holds, for B sequences of n tokens, beside a source of S tokens.
-
-    B * (n * (token + slot * K + choice * E + n * pair + S * cross) + S * source)  +  n * n * bias
-    """
-
-    token: int = 0
-    slot: int = 0
-    choice: int = 0
-    pair: int = 0
-    source: int = 0
-    cross: int = 0
-    bias: int = 0
-
-    def __call__(self, B: int, n: int, S: int, K: int = 0, E: int = 0) -> int:
-        per_token = self.token + self.slot * K + self.choice * E + n * self.pair + S * self.cross
-        return B * n * per_token + B * S * self.source + n * n * self.bias
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What each part of a stack of layers holds: saved for backward ("full", "lora"), or alive at once ("forward").
-
-    Args:
-        attention: norm, self-attention, residual. cross: the same over the encoder's output, decoder layers only.
-        dense, sparse: norm, feed-forward (or router and experts), residual.
-        ends: embedding, final norm, and what all layers share.
-        last: temporaries of the last layer, on top of all that is saved.
-    """
-
-    attention: Cost
-    sparse: Cost
-    dense: Cost = Cost()
-    cross: Cost = Cost()
-    ends: Cost = Cost()
-    last: Cost = Cost()
-
-
-def _switch(c: Any, w: int) -> dict[Mode, Parts]:
-    """Switch: T5 layers, eager attention, top-1. d: 1 with dropout, whose masks are saved as floats; j: with jitter.
-
-    w: 1 for weights below 32 bits, where norms and routers keep float32 copies of their inputs (2 elements each).
-    """
-    D, F, H, inner = c.d_model, c.d_ff, c.num_heads, c.num_heads * c.d_kv
-    d, j = int(c.dropout_rate > 0), int(c.router_jitter_noise > 0)
-    trained = (3 + d + 2 * w) * D  # norm: input, scaled input, output (the input of the next matrices); dropout mask
-    frozen = (1 + d + 2 * w) * D  # input of the norm and mask: frozen weights need no input saved
-    noise = (j + 3 * w) * D  # of the router
-    scores = (1 + 2 * d) * H  # softmax, and with dropout its mask and product
-    hidden = (1 + 2 * d) * F  # activation, likewise
-    slot = 3 * D + hidden  # tokens gathered for the expert, its output before the gate and behind it
-    return {
-        "full": Parts(
-            attention=Cost(token=trained + 4 * inner, pair=scores),  # queries, keys, values, what was attended
-            cross=Cost(token=trained + 2 * inner, source=2 * inner, cross=scores),
-            dense=Cost(token=trained + hidden),
-            sparse=Cost(token=trained + noise, slot=slot, choice=3),  # router softmax twice, logits for the tap
-            ends=Cost(token=(3 + 2 * d + 2 * w) * D, bias=H + 2),  # norm, output, masks; position bias and buckets
-            last=Cost(token=2 * D),
-        ),
-        "lora": Parts(
-            attention=Cost(token=frozen + 3 * inner, pair=scores),
-            cross=Cost(token=frozen + inner, source=2 * inner, cross=scores),
-            dense=Cost(token=frozen + (1 + d) * F),
-            sparse=Cost(token=frozen + noise, slot=slot, choice=3),
-            ends=Cost(token=(2 + d + 2 * w) * D, bias=H + 2),
-            last=Cost(token=4 * D + F),
-        ),
-        "forward": Parts(  # two sets of scores: one operation's input and output
-            attention=Cost(token=2 * D + 6 * inner, pair=2 * H),
-            cross=Cost(token=2 * D + 2 * inner, source=4 * inner, cross=2 * H),
-            dense=Cost(token=3 * D + 2 * F),
-            sparse=Cost(token=3 * D, slot=2 * D + 2 * F, choice=6),  # three int64 dispatch masks
-            ends=Cost(token=D, bias=H + 2),
-        ),
-    }
-
-
-def _olmoe(c: Any, w: int) -> dict[Mode, Parts]:
-    """OLMoE: fused attention that saves no scores (unless dropped out or eager), norms on queries and keys, top-k."""
-    D, F, H = c.hidden_size, c.intermediate_size, c.num_attention_heads
-    size = getattr(c, "head_dim", None) or D // H
-    heads = (H + (c.num_key_value_heads or H)) * size  # queries and keys; also results and values
-    d = int(c.attention_dropout > 0)
-    scores = 0 if c._attn_implementation == "sdpa" and not d else (1 + 2 * d) * H
-    slot = 2 * D + 4 * F + 10  # gathered, output; gate and up, activated gate, product; five int64 indices
-    return {
-        "full": Parts(  # 4: normalised twice, rotated, attended (queries) or the values (keys)
-            attention=Cost(token=(3 + w) * D + (4 + w) * heads + H, pair=scores),
-            sparse=Cost(token=(3 + w) * D, slot=slot, choice=3),
-            ends=Cost(token=(3 + w) * D),
-            last=Cost(token=-(3 + w) * D, slot=2 * D),  # weighted, reordered; gone before the ends come
-        ),
-        "lora": Parts(
-            attention=Cost(token=(1 + w) * D + (3 + w) * heads + H, pair=scores),
-            sparse=Cost(token=(1 + w) * D, slot=slot, choice=3),
-            ends=Cost(token=(2 + w) * D),
-            last=Cost(token=-(2 + w) * D, slot=2 * D),
-        ),
-        "forward": Parts(
-            attention=Cost(token=3 * D + 4 * heads, pair=2 * scores),
-            sparse=Cost(token=2 * D, slot=3 * D + 3 * F + 10, choice=3),
-            ends=Cost(token=D),
-        ),
-    }
-
-
-PARTS: dict[str, Callable[[Any, int], dict[Mode, Parts]]] = {"switch_transformers": _switch, "olmoe": _olmoe}
-"""Model type -> what its layers hold. Families of `families.FAMILIES` without a row here have no footprint."""
 
 
 @dataclass(frozen=True)
@@ -273,33 +163,50 @@ class MemoryModel:
         gradient_checkpointing: bool = False,
         references: int = 0,
         rank: int = 8,
+        trained: int | None = None,
     ) -> Footprint:
         """Peak memory of a client with `counts` experts per block, every position of every batch filled.
 
         Args:
-            mode: "full" training; "lora": the weights frozen, adapters on the experts; "forward": no training.
+            mode: "full" training; "lora": only adapters on the experts and routers; "peft": only PEFT's adapters;
+                "forward": no training.
             batch_size, max_length, target_length: B, S, T of a batch (T for text-to-text only).
-            references: extra copies of what is trained ("lora": of the adapters) that a method keeps.
+            references: extra copies of what is trained (with adapters: of these) that a method keeps.
             rank: of the adapters.
+            trained: experts of all blocks together that one batch trains, and `moe.experts` computes them; None: all
+                of `counts`, computed by transformers.
         """
         weights = self.bytes(counts)
-        trained = weights if mode == "full" else 0
-        if mode == "lora":
-            trained = self.itemsize * rank * sum(n * self.adapter_params[b] for b, n in counts.items())
-            weights += trained
+        sizes = self.expert_params
+        learning = weights if mode == "full" else 0
+        if mode in ("lora", "peft"):
+            sizes = {block: rank * size for block, size in self.adapter_params.items()}
+            adapters = self.itemsize * sum(n * sizes[b] for b, n in counts.items())
+            routers = self.itemsize * sum(n * self.row_params[b] for b, n in counts.items())
+            weights += adapters
+            learning = adapters + (routers if mode == "lora" else 0)
+        copies = references * (learning or weights)
+        if trained is not None and learning:
+            idle = max(sum(counts.values()) - trained, 0)
+            learning -= self.itemsize * idle * min(sizes.values())
         batch = (batch_size, max_length, target_length)
-        active = self._activations(counts, mode, batch, gradient_checkpointing, trained)
-        moments = 2 * trained if optimizer == "adamw" else 0
-        copies = references * (trained or weights)
-        live = weights + moments + copies + max(trained, active)
-        return Footprint(weights, trained, moments, copies, active, OVERHEAD + live // SLACK)
+        active = self._activations(counts, mode, batch, gradient_checkpointing, learning, trained is not None)
+        moments = 2 * learning if optimizer == "adamw" else 0
+        live = weights + moments + copies + max(learning, active)
+        return Footprint(weights, learning, moments, copies, active, OVERHEAD + live // SLACK)
 
     def _activations(
-        self, counts: Mapping[str, int], mode: Mode, batch: tuple[int, int, int], checkpointing: bool, gradients: int
+        self,
+        counts: Mapping[str, int],
+        mode: Mode,
+        batch: tuple[int, int, int],
+        checkpointing: bool,
+        gradients: int,
+        chosen: bool,
     ) -> int:
         """Bytes of what is saved, of temporaries and of gradients beside them, when they are most."""
         forward, backward = self._logits(mode, *batch)
-        saved, last, layers, largest = self._layers(counts, mode, batch)
+        saved, last, layers, largest = self._layers(counts, mode, batch, chosen)
         if mode == "forward":
             return saved + max(largest, forward)
         if checkpointing:  # the inputs of all layers; one layer at a time again, the gradients of the others there
@@ -314,22 +221,28 @@ class MemoryModel:
             return [(self.stacks[0], S), (self.stacks[1], T)]
         return [(self.stacks[0], S + T if self.vocabulary else S)]
 
-    def _layers(self, counts: Mapping[str, int], mode: Mode, batch: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    def _layers(
+        self, counts: Mapping[str, int], mode: Mode, batch: tuple[int, int, int], chosen: bool
+    ) -> tuple[int, int, int, int]:
         """Bytes of the ends, of the last layer's temporaries, of all layers, and of the largest layer or part."""
         parts = self.parts[mode]
+        block = parts.chosen if chosen else parts.sparse
         B, S, _ = batch
         ends = last = layers = largest = 0
         for stack, n in self._lengths(batch):
             decoder = stack is not self.stacks[0]
             attention, dense = parts.attention(B, n, S), parts.dense(B, n, S)
             cross = parts.cross(B, n, S) if decoder else 0
-            sparse = [parts.sparse(B, n, S, min(self.top_k, counts[b]), counts[b]) for b in stack.blocks]
-            if mode == "lora":
+            sparse = [block(B, n, S, min(self.top_k, counts[b]), counts[b]) for b in stack.blocks]
+            if mode == "peft":
                 sparse = [size + self._merged(b, counts[b]) for size, b in zip(sparse, stack.blocks, strict=True)]
             ends += parts.ends(B, n, S)
-            last = parts.last(B, n, S, min(self.top_k, counts[stack.blocks[-1]]) if stack.blocks else 0)
+            if chosen or mode == "lora":
+                last = max(last, parts.expert(B, n, S))
+            else:
+                last = parts.last(B, n, S, min(self.top_k, counts[stack.blocks[-1]]) if stack.blocks else 0)
             layers += stack.layers * (attention + cross) + (stack.layers - len(sparse)) * dense + sum(sparse)
-            if mode == "lora" and not decoder:  # nothing requires a gradient before the first adapter
+            if mode in ("lora", "peft") and not decoder:  # nothing requires a gradient before the first adapter
                 layers -= stack.before * (attention + dense) + attention * (stack.before < stack.layers)
             forwards = max(sparse, default=0) if len(sparse) == stack.layers else max(dense, *sparse, 0)
             together = max(attention, cross, forwards) if mode == "forward" else attention + cross + forwards

@@ -1,0 +1,87 @@
+"""A sub-MoE in a directory of its own: safetensors and a keep-map, exact to the bit.
+
+    config.json, tokenizer files   of the full model, as transformers writes them
+    sub-moe.safetensors            the sub-model's parameters under flat names, which say the ids of the full model
+    sub-moe.json                   the keep-map (block -> ids), the form, the dtype, the task and its labels
+
+No configuration can say that layers have different numbers of experts, so transformers cannot read such a model back.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from consilium.core import ExpertSet
+from consilium.errors import ConfigError, ModelError
+from consilium.moe.addressing import expert_of, flatten
+from consilium.moe.build import ModelSource
+from consilium.moe.model import TaskModel
+from consilium.moe.surgery import checked
+
+__all__ = ["load_sub_moe", "save_sub_moe"]
+
+WEIGHTS, MAP = "sub-moe.safetensors", "sub-moe.json"
+
+
+def save_sub_moe(folder: Path, source: ModelSource, model: TaskModel, held: ExpertSet) -> None:
+    """Write a model that holds the experts `held` of `source` into a directory, which is made.
+
+    Raises:
+        ModelError: if `held` does not name as many experts as the model has, or `source` has no tokenizer.
+    """
+    params = flatten(model, held)
+    folder.mkdir(parents=True, exist_ok=True)
+    source.config.save_pretrained(folder)
+    source.tokenizer().save_pretrained(folder)
+    save_file(params, folder / WEIGHTS)
+    told = {
+        "form": source.form,
+        "dtype": source.dtype,
+        "task": model.task,
+        "labels": list(model.labels),
+        "experts": {block: list(ids) for block, ids in held.items()},
+    }
+    (folder / MAP).write_text(json.dumps(told, indent=1) + "\n")
+
+
+def load_sub_moe(folder: Path) -> tuple[ModelSource, TaskModel, dict[str, tuple[int, ...]]]:
+    """Read it back: the source (for its tokenizer and sizes; it has no full weights), the model, the experts it holds.
+
+    Raises:
+        ModelError: if a file is missing or broken, the map does not fit the configuration, or the weights hold other
+            experts than the map names.
+    """
+    told = _map(folder)
+    try:
+        source = ModelSource(str(folder.resolve()), told["form"], told["dtype"])
+        keep = {block: tuple(ids) for block, ids in told["experts"].items()}
+        task, labels = told["task"], tuple(told["labels"])
+    except (KeyError, TypeError, AttributeError, ConfigError) as error:
+        raise ModelError(
+            f"{folder / MAP} is no keep-map ({type(error).__name__}: {error}); save the model anew"
+        ) from error
+    held = checked(keep, source.counts, source.family)
+    try:
+        params = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder / WEIGHTS} cannot be read: {str(error).splitlines()[0]}") from error
+    stored = {place for key in params if (place := expert_of(key))}
+    named = {(block, i) for block, ids in held.items() for i in ids}
+    if odd := sorted(stored ^ named):
+        block, i = odd[0]
+        where = "the weights but not in the map" if (block, i) in stored else "the map but not in the weights"
+        raise ModelError(f"expert {i} of {block} is in {where} of {folder}; they are not of the same model")
+    return source, source.build(params, task, labels, held), held
+
+
+def _map(folder: Path) -> dict[str, Any]:
+    try:
+        told = json.loads((folder / MAP).read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} holds no sub-MoE: {MAP} cannot be read ({type(error).__name__})") from error
+    if not isinstance(told, dict):
+        raise ModelError(f"{folder / MAP} is no keep-map: it holds a {type(told).__name__}; save the model anew")
+    return told

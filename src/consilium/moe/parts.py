@@ -1,0 +1,214 @@
+"""What the layers of each family hold in memory, counted off the shapes: one row for all decoders, one for Switch.
+
+The counts are what autograd saves in the families' own code (`tests/moe/test_parts.py` compares them with that), in
+elements of the weights' dtype. Symbols: B examples, n tokens per sequence (S of the source), D width, F width inside an
+expert, H heads, K experts per token, E experts held.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+__all__ = ["PARTS", "Cost", "Mode", "Parts"]
+
+Mode = Literal["full", "lora", "peft", "forward"]
+"""Training all; adapters and routers, by `moe.lora.add_lora`; PEFT's adapters, by `add_expert_lora`; no training."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Elements that a part of a model holds, for B sequences of n tokens, beside a source of S tokens.
+
+    B * (n * (token + slot * K + choice * E + n * pair + S * cross) + S * source)  +  n * n * bias
+    """
+
+    token: int = 0
+    slot: int = 0
+    choice: int = 0
+    pair: int = 0
+    source: int = 0
+    cross: int = 0
+    bias: int = 0
+
+    def __call__(self, B: int, n: int, S: int, K: int = 0, E: int = 0) -> int:
+        per_token = self.token + self.slot * K + self.choice * E + n * self.pair + S * self.cross
+        return B * n * per_token + B * S * self.source + n * n * self.bias
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What each part of a stack of layers holds: saved for backward, or alive at once ("forward").
+
+    Args:
+        attention: norm, self-attention, residual. cross: the same over the encoder's output, decoder layers only.
+        dense, sparse: norm, feed-forward (or router and experts), residual.
+        ends: embedding, final norm, and what all layers share.
+        last: temporaries of the last layer, on top of all that is saved.
+        chosen: `sparse` where `moe.experts` computes the experts and saves no slots. ("lora": there `sparse` is its
+            too, and saves what lies between the matrices.)
+        expert: temporaries of its backward pass, through one expert after the other; if all tokens want the same one.
+    """
+
+    attention: Cost
+    sparse: Cost
+    dense: Cost = Cost()
+    cross: Cost = Cost()
+    ends: Cost = Cost()
+    last: Cost = Cost()
+    chosen: Cost = Cost()
+    expert: Cost = Cost()
+
+
+def _switch(c: Any, w: int) -> dict[Mode, Parts]:
+    """Switch: T5 layers, eager attention, top-1. d: 1 with dropout, whose masks are saved as floats; j: with jitter.
+
+    w: 1 for weights below 32 bits, where norms and routers keep float32 copies of their inputs (2 elements each).
+    """
+    D, F, H, inner = c.d_model, c.d_ff, c.num_heads, c.num_heads * c.d_kv
+    d, j = int(c.dropout_rate > 0), int(c.router_jitter_noise > 0)
+    trained = (3 + d + 2 * w) * D  # norm: input, scaled input, output (the input of the next matrices); dropout mask
+    frozen = (1 + d + 2 * w) * D  # input of the norm and mask: frozen weights need no input saved
+    noise = (j + 3 * w) * D  # of the router
+    scores = (1 + 2 * d) * H  # softmax, and with dropout its mask and product
+    hidden = (1 + 2 * d) * F  # activation, likewise
+    slot = 3 * D + hidden  # tokens gathered for the expert, its output before the gate and behind it
+    expert = Cost(token=6 * D + 2 * hidden + F)  # gathered, gradients of input and output; twice what lies between
+    return {
+        "full": Parts(
+            attention=Cost(token=trained + 4 * inner, pair=scores),  # queries, keys, values, what was attended
+            cross=Cost(token=trained + 2 * inner, source=2 * inner, cross=scores),
+            dense=Cost(token=trained + hidden),
+            sparse=Cost(token=trained + noise, slot=slot, choice=3),  # router softmax twice, logits for the tap
+            ends=Cost(token=(3 + 2 * d + 2 * w) * D, bias=H + 2),  # norm, output, masks; position bias and buckets
+            last=Cost(token=2 * D),
+            chosen=Cost(token=trained + noise, slot=4, choice=3),
+            expert=expert,
+        ),
+        "lora": Parts(
+            attention=Cost(token=frozen + 3 * inner, pair=scores),
+            cross=Cost(token=frozen + inner, source=2 * inner, cross=scores),
+            dense=Cost(token=frozen + (1 + d) * F),
+            sparse=Cost(token=frozen + D + noise, slot=F + 4, choice=3),
+            ends=Cost(token=(2 + d + 2 * w) * D, bias=H + 2),
+            chosen=Cost(token=frozen + D + noise, slot=4, choice=3),
+            expert=expert,
+        ),
+        "peft": Parts(
+            attention=Cost(token=frozen + 3 * inner, pair=scores),
+            cross=Cost(token=frozen + inner, source=2 * inner, cross=scores),
+            dense=Cost(token=frozen + (1 + d) * F),
+            sparse=Cost(token=frozen + noise, slot=slot, choice=3),
+            ends=Cost(token=(2 + d + 2 * w) * D, bias=H + 2),
+            last=Cost(token=4 * D + F),
+        ),
+        "forward": Parts(  # two sets of scores: one operation's input and output
+            attention=Cost(token=2 * D + 6 * inner, pair=2 * H),
+            cross=Cost(token=2 * D + 2 * inner, source=4 * inner, cross=2 * H),
+            dense=Cost(token=3 * D + 2 * F),
+            sparse=Cost(token=3 * D, slot=2 * D + 2 * F, choice=6),  # three int64 dispatch masks
+            ends=Cost(token=D, bias=H + 2),
+        ),
+    }
+
+
+def _decoder(
+    c: Any, w: int, *, norm: int = 3, query_norm: bool = False, dropout: bool = True, copied: int = 0, gate: int = 4
+) -> dict[Mode, Parts]:
+    """A decoder with gated experts: fused or latent attention, any number of shared experts and dense layers.
+
+    Attention saves no scores where it is fused, which it is not with dropout, with sinks (gpt-oss), or with values of
+    another width than keys (DeepSeek). Keys and values are counted repeated for every query head, as padding makes it.
+
+    Args:
+        w: 1 for weights below 32 bits, see `_switch`.
+        norm: elements per channel a norm saves: input, scaled input, output (LayerNorm: input, output).
+        query_norm: norms on queries and keys, always; else where `use_qk_norm` says so.
+        dropout: whether attention has the dropout that the configuration names.
+        copied: 1 if what was attended is copied before the output projection.
+        gate: elements per channel between the two matrices of an expert: gate and up, activated gate, product.
+    """
+    D, H = c.hidden_size, c.num_attention_heads
+    F = getattr(c, "moe_intermediate_size", None) or c.intermediate_size
+    shared, d = _shared(c, F), int(dropout and c.attention_dropout > 0)
+    plain = H if c._attn_implementation != "sdpa" or hasattr(c, "kv_lora_rank") else 0
+    scores = (1 + 2 * d) * H if plain or d else 1  # 1: the padding mask, as numbers
+    full, frozen, moved = _attention(c, w, query_norm or getattr(c, "use_qk_norm", False), copied, bool(scores > 1))
+    slot, choice = 2 * D + gate * F + 12, 5  # gathered, output; indices; logits, softmax, masks of groups
+    trained, still = (norm + w) * D, (1 + w) * D
+    expert = Cost(token=6 * D + (gate + 3) * F)  # gathered, gradients of input and output; twice what lies between
+    gated = D * hasattr(c, "shared_expert_intermediate_size")  # its output, before its own gate
+    return {
+        "full": Parts(
+            attention=Cost(token=trained + full, pair=scores),
+            sparse=Cost(token=trained + 4 * shared + gated, slot=slot, choice=choice),
+            dense=Cost(token=trained + 4 * c.intermediate_size),
+            ends=Cost(token=trained),
+            last=Cost(token=-trained, slot=2 * D, pair=2 * plain),  # weighted, reordered; gone before the ends come
+            chosen=Cost(token=trained + 4 * shared + gated, slot=4, choice=choice),
+            expert=expert,
+        ),
+        "lora": Parts(
+            attention=Cost(token=still + frozen, pair=scores),
+            sparse=Cost(token=still + D + 3 * shared + gated, slot=2 * F + 4, choice=choice),
+            dense=Cost(token=still + 3 * c.intermediate_size),
+            ends=Cost(token=still + D),
+            chosen=Cost(token=still + D + 3 * shared + gated, slot=4, choice=choice),
+            expert=expert,
+        ),
+        "peft": Parts(
+            attention=Cost(token=still + frozen, pair=scores),
+            sparse=Cost(token=still + 3 * shared + gated, slot=slot, choice=choice),
+            dense=Cost(token=still + 3 * c.intermediate_size),
+            ends=Cost(token=still + D),
+            last=Cost(token=-still - D, slot=2 * D, pair=2 * plain),
+        ),
+        "forward": Parts(
+            attention=Cost(token=3 * D + moved, pair=3 * plain or 1),
+            sparse=Cost(token=2 * D + 3 * shared + gated, slot=3 * D + (gate - 1) * F + 12, choice=choice),
+            dense=Cost(token=3 * D + 3 * c.intermediate_size),
+            ends=Cost(token=D),
+        ),
+    }
+
+
+def _attention(c: Any, w: int, query_norm: bool, copied: int, scored: bool) -> tuple[int, int, int]:
+    """Elements per token between the norm and the output projection: saved when trained, when frozen; alive at once.
+
+    scored: attention saves its scores, and not what was attended, which only a trained output projection needs.
+    """
+    H = c.num_attention_heads
+    if hasattr(c, "kv_lora_rank"):  # latents with their norms; queries and keys put together, values, attended
+        query, value = H * (c.qk_nope_head_dim + c.qk_rope_head_dim), H * c.v_head_dim
+        latent = c.kv_lora_rank + (c.q_lora_rank or 0)
+        saved = 2 * query + value + c.qk_rope_head_dim
+        return saved + value + (3 + w) * latent, saved + (1 + w) * latent, 4 * (query + value)
+    size = getattr(c, "head_dim", None) or c.hidden_size // H
+    query, key = H * size, (c.num_key_value_heads or H) * size
+    rotated = (3 + copied + w) * query + w * key + H  # queries, keys and values; sums of the softmax
+    normed = query + key if query_norm else 0  # before and after the norm; frozen, its input alone
+    full = rotated + query + 2 * normed
+    return full, rotated + normed + (0 if scored else query), 4 * (query + max(query, key))
+
+
+def _shared(c: Any, F: int) -> int:
+    """Width of the shared experts, together."""
+    count = getattr(c, "n_shared_experts", None) or getattr(c, "moe_num_shared_experts", None) or 0
+    return getattr(c, "shared_expert_intermediate_size", count * F)
+
+
+PARTS: dict[str, Callable[[Any, int], dict[Mode, Parts]]] = {
+    "switch_transformers": _switch,
+    "olmoe": partial(_decoder, query_norm=True),
+    "mixtral": _decoder,
+    "qwen2_moe": _decoder,
+    "qwen3_moe": partial(_decoder, query_norm=True),
+    "granitemoe": _decoder,
+    "phimoe": partial(_decoder, norm=2),
+    "deepseek_v2": _decoder,
+    "deepseek_v3": _decoder,
+    "gpt_oss": partial(_decoder, gate=7),
+    "ernie4_5_moe": partial(_decoder, dropout=False),
+    "glm4_moe": partial(_decoder, copied=1),
+}
+"""Model type -> what its layers hold, of a configuration and whether weights have fewer than 32 bits (0, 1)."""
