@@ -63,6 +63,7 @@ class Tap:
         self.counts = dict(counts or {block: max(ids) + 1 for block, ids in self.held.items()})
         self.usage = Usage()
         self.logits: dict[str, Tensor] = {}
+        self._routed: dict[str, Tensor] = {}
         self._masks: dict[str, Tensor] = {}
         self._counting = False
         self._active = False
@@ -88,11 +89,30 @@ class Tap:
     def batch(self, batch: Batch, count: bool = False) -> Iterator[None]:
         """Around one forward call: captures this batch's router logits, and counts usage if asked."""
         self._masks = self.model.masks(batch)
-        self.logits, self._counting, self._active = {}, count, True
+        self.logits, self._routed, self._counting, self._active = {}, {}, count, True
         try:
             yield
         finally:
             self._active = False
+
+    def gates(self) -> dict[str, Tensor]:
+        """Block -> G_e(x_i), float32 [T, E]: the last batch's router probabilities of the experts in the model.
+
+        T: real tokens. Each row sums to one: the softmax of the logits, or each sigmoid divided by their sum
+        (DeepSeek-V3, Eq 19); a correction bias has no part in it. They carry the gradient of the logits.
+        """
+        gates = {}
+        for block, logits_TE in self.logits.items():
+            logits_TE = logits_TE[self._mask(block)].float()
+            if self.model.family.choice == "sigmoid":
+                gates[block] = nn.functional.normalize(logits_TE.sigmoid(), p=1, dim=-1)
+            else:
+                gates[block] = logits_TE.softmax(-1)
+        return gates
+
+    def served(self) -> dict[str, Tensor]:
+        """Block -> slots of the last batch's real tokens that each expert in the model computed, int64 [E]."""
+        return {block: self._served(block) for block in self._routed}
 
     def balance_loss(self) -> Tensor:
         """Load-balance loss of the last batch: the mean over layers of E * sum_e f_e * P_e (Switch, Eq 4).
@@ -102,17 +122,13 @@ class Tap:
         take all. Each layer has its own E, as sub-models need.
         """
         losses = []
-        for block, logits_TE in self.logits.items():
-            logits_TE = logits_TE[self._mask(block)].float()
+        for block, gates_TE in self.gates().items():
+            logits_TE = self.logits[block][self._mask(block)].float()
             k = self._top_k(block)
             chosen_TK = self._choose(logits_TE, self._correction(block), k, self._groups(block))
             n_experts = logits_TE.shape[-1]
             share_E = torch.bincount(chosen_TK.flatten(), minlength=n_experts) / max(chosen_TK.numel(), 1)
-            if self.model.family.choice == "sigmoid":
-                probability_TE = nn.functional.normalize(logits_TE.sigmoid(), p=1, dim=-1)
-            else:
-                probability_TE = logits_TE.softmax(-1)
-            losses.append(n_experts * (share_E * probability_TE.mean(0)).sum())
+            losses.append(n_experts * (share_E * gates_TE.mean(0)).sum())
         return torch.stack(losses).mean()
 
     def _hook(self, block: str):
@@ -122,22 +138,24 @@ class Tap:
             if not self._active:
                 return
             logits_TE = output[family.logits].reshape(-1, output[family.logits].shape[-1])
-            self.logits[block] = logits_TE
+            self.logits[block], self._routed[block] = logits_TE, output[family.routed].detach()
             if self._counting:
                 with torch.no_grad():
-                    self._count(block, args[0].reshape(-1, args[0].shape[-1]), logits_TE, output[family.routed])
+                    self._count(block, args[0].reshape(-1, args[0].shape[-1]), logits_TE)
 
         return record
 
-    def _count(self, block: str, hidden_TD: Tensor, logits_TE: Tensor, routed: Tensor) -> None:
+    def _served(self, block: str) -> Tensor:
+        mask_T, routed, places = self._mask(block), self._routed[block], len(self.held[block])
+        if self.model.family.dispatch:
+            return routed.reshape(-1, places)[mask_T].sum(0).to(torch.int64)
+        return torch.bincount(routed.reshape(mask_T.shape[0], -1)[mask_T].flatten(), minlength=places)
+
+    def _count(self, block: str, hidden_TD: Tensor, logits_TE: Tensor) -> None:
         mask_T = self._mask(block)
         held = torch.tensor(self.held[block], device=logits_TE.device)
         served = torch.zeros(self.counts[block], dtype=torch.int64)
-        if self.model.family.dispatch:
-            local_E = routed.reshape(-1, len(held))[mask_T].sum(0)
-        else:
-            local_E = torch.bincount(routed.reshape(mask_T.shape[0], -1)[mask_T].flatten(), minlength=len(held))
-        served[held.cpu()] = local_E.cpu().to(torch.int64)
+        served[held.cpu()] = self._served(block).cpu()
 
         ids, rows_XD, bias_X, correction_X = self._outside[block]
         all_ids = torch.cat([held, ids.to(held.device)])
