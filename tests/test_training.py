@@ -8,10 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from consilium import training
 from consilium.core import Payload, experts_to_scalars
 from consilium.data.task import Split
-from consilium.errors import ConfigError
-from consilium.moe.addressing import flatten, parameters, select
+from consilium.errors import ConfigError, ModelError
+from consilium.moe.addressing import expert_of, flatten, parameters, select
 from consilium.moe.budget import MemoryModel
 from consilium.moe.routing import Tap
 from consilium.params import checksum
@@ -362,3 +363,89 @@ def test_a_round_without_usage_sends_parameters_alone():
         "head.animal.fish.weight",
         "head.animal.fish.bias",
     }
+
+
+# --- the experts that learn -------------------------------------------------------------------------------------------
+
+
+def chosen_by(places):
+    """A choice that is the same in every batch."""
+    return lambda tap: None if places is None else {block: places for block in tap.held}
+
+
+@pytest.mark.parametrize("model_type", ["switch_transformers", "olmoe"])
+def test_choosing_all_is_training_all(model_type):
+    """By SGD, which a gradient of zeros does not move; dropout is off, since its masks are drawn elsewhere."""
+    off = {"dropout_rate": 0.0} if model_type == "switch_transformers" else {"attention_dropout": 0.0}
+    setup = tiny.setup(tiny.source(model_type, **off), optimizer="sgd", lr=0.1)
+    plain, choosing = trained(setup), trained(setup, choose=chosen_by(None))
+    assert choosing[0].loss == pytest.approx(plain[0].loss, abs=1e-5)
+    for key, tensor in plain[1].items():
+        torch.testing.assert_close(choosing[1][key], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["switch_transformers", "olmoe", "gpt_oss"])
+def test_only_the_chosen_experts_move(model_type):
+    """Every bit of the others stays, weight decay or not; participation says who was trained."""
+    setup = tiny.setup(tiny.source(model_type), epochs=2, weight_decay=0.1)
+    before = select(setup.initial_params(), "animal")
+    fitted, after = trained(setup, choose=chosen_by((1, 4, 6)))
+    for block, batches in fitted.trained.items():
+        assert batches.dtype == torch.int64 and batches.shape == (8,)
+        assert {i for i in range(8) if batches[i]} <= {1, 4, 6} and batches.max() <= fitted.steps == 4
+        for place in range(8):
+            keys = [key for key in before if expert_of(key) == (block, place)]
+            assert keys and all(torch.equal(before[k], after[k]) == (batches[place] == 0) for k in keys)
+    assert any(batches.any() for batches in fitted.trained.values())
+
+
+def test_an_expert_with_only_padding_is_not_trained():
+    """Participation is counted by real tokens: in every batch, exactly of the experts that computed one."""
+    setup = tiny.setup(tiny.source("olmoe"), batch_size=8)
+    model, data, context = started(setup)
+    seen = {}
+
+    def choose(tap):
+        for block in tap.held:
+            seen[block] = seen.get(block, 0) + (tap.served(block) > 0).long()
+
+    fitted = fit(model, data, setup.fit, context, choose=choose)
+    assert all(torch.equal(fitted.trained[block], n) for block, n in seen.items())
+
+
+def test_moments_are_kept_for_as_many_experts_as_are_chosen(monkeypatch):
+    """Two experts a batch, other ones each time: never do more than two per block have moments."""
+    setup = tiny.setup(tiny.source("olmoe"), epochs=4, batch_size=4)
+    optimizers, kept, calls = [], [], []
+    made = training._optimizer
+    monkeypatch.setattr(training, "_optimizer", lambda *a: optimizers.append(made(*a)) or optimizers[-1])
+
+    def choose(tap):
+        calls.append(2 * len(calls) % 8)
+        return {block: (calls[-1], calls[-1] + 1) for block in tap.held}
+
+    def count(trainable):
+        state = optimizers[0].state
+        kept.append({expert_of(name) for name, leaf in trainable.items() if leaf in state and expert_of(name)})
+        having = {expert_of(name) for name, leaf in trainable.items() if leaf.grad is not None and expert_of(name)}
+        assert {place for _, place in having} <= {calls[-1], calls[-1] + 1}
+
+    trained(setup, correct=count, choose=choose)
+    assert len(calls) == 8 and max(len(experts) for experts in kept) <= 2 * 2
+    assert any(len(experts) > 0 for experts in kept[1:])
+
+
+def test_a_choice_of_experts_that_are_not_there_is_refused():
+    setup = tiny.setup()
+    for choice, what in (({"nowhere": (0,)}, "not a sparse block"), (None, "no expert in place 8")):
+        with pytest.raises(ModelError, match=what):
+            trained(setup, choose=lambda tap, c=choice: c or {next(iter(tap.held)): (8,)})
+
+
+def test_a_round_reports_who_was_trained():
+    setup = tiny.setup(tiny.source("mixtral"))
+    held = {block: (1, 3, 5) for block in setup.model.counts}
+    payload = Payload({"params": select(setup.initial_params(), "animal", held)}, experts_to_scalars(held))
+    _, reply = local_round(setup, payload, tiny.context(), choose=chosen_by((0, 2)))
+    assert all(t.shape == (3,) and t[1] == 0 for t in reply.group("trained").values())
+    assert reply.group("trained").keys() == held.keys()

@@ -1,7 +1,8 @@
 """THE local loop: `fit` trains a model on one client's data, `evaluate` scores it. Every method comes through here.
 
-A method bends the loop in one place only: `correct`, called on the gradients of each step before clipping. FedProx's
-penalty and SCAFFOLD's control variates are such corrections.
+A method bends the loop in two places: `choose`, called between the forward and the backward pass of each step, says
+which experts learn from this batch (HFedMoE's selection); `correct`, called on the gradients before clipping, changes
+them. FedProx's penalty and SCAFFOLD's control variates are such corrections.
 """
 
 import time
@@ -30,13 +31,15 @@ from consilium.errors import ConfigError
 from consilium.moe.addressing import flatten, parameters
 from consilium.moe.budget import PARTS, Footprint, MemoryModel, human
 from consilium.moe.build import ModelSource
+from consilium.moe.experts import Active, Experts
 from consilium.moe.model import TaskModel
 from consilium.moe.routing import Tap
 from consilium.params import Params
 
-__all__ = ["Fit", "Fitted", "Setup", "evaluate", "fit", "local_round", "local_test", "seeded"]
+__all__ = ["Choose", "Fit", "Fitted", "Setup", "evaluate", "fit", "local_round", "local_test", "seeded"]
 
-Correct = Callable[[Mapping[str, nn.Parameter]], None]
+Correct = Callable[[Mapping[str, Tensor]], None]
+Choose = Callable[[Tap], Active | None]
 
 EVALUATION = 4
 """Evaluation takes so many times `Fit.batch_size` examples at once: nothing is saved for a backward pass."""
@@ -216,11 +219,18 @@ class Setup:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What `fit` did: mean training loss, optimiser steps, wall seconds."""
+    """What `fit` did.
+
+    Args:
+        loss: mean over the steps. steps: of the optimiser. seconds: of the wall clock.
+        trained: with `choose`: block -> by local place, the batches in which the expert was among the chosen and
+            computed a real token, int64 [E]. An expert with 0 has not moved by one bit.
+    """
 
     loss: float
     steps: int
     seconds: float
+    trained: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @contextmanager
@@ -238,6 +248,7 @@ def fit(
     context: ClientContext,
     correct: Correct | None = None,
     epochs: int | None = None,
+    choose: Choose | None = None,
 ) -> Fitted:
     """Train in place on every parameter that requires a gradient.
 
@@ -245,11 +256,20 @@ def fit(
 
     Args:
         correct: called after each backward pass with path -> parameter of all trainable parameters, to change
-            their gradients; a parameter the batch did not reach has `grad` None.
+            their gradients; a parameter the batch did not reach has `grad` None. With `choose`, experts are in it
+            one by one, as `Experts.leaves` calls them.
         epochs: instead of `config.epochs`.
+        choose: called after each forward pass with the tap of this batch; returns block -> local places of the
+            experts that may learn from it (None: all). The others are computed, and count as constants: no gradient
+            reaches them nor, through them, their router or the layers below. No more experts have moments in the
+            optimiser than the last choice has; who was trained least recently loses them.
     """
     start = time.perf_counter()
-    trainable = {path: p for path, p in parameters(model).items() if p.requires_grad}
+    experts = None if choose is None else Experts(model)
+    if experts is None:
+        trainable = {path: p for path, p in parameters(model).items() if p.requires_grad}
+    else:
+        trainable = experts.trainable(model)
     optimizer = _optimizer(trainable, config)
     epochs = config.epochs if epochs is None else epochs
     total = epochs * -(-len(data) // config.batch_size)
@@ -258,7 +278,8 @@ def fit(
         model.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     losses: list[Tensor] = []
-    with seeded(derive_seed(context.seed, "fit")), Tap(model) as tap:
+    trained: dict[tuple[str, int], int] = {}  # (block, place) -> in how many batches; the most recent are the last
+    with seeded(derive_seed(context.seed, "fit")), Tap(model) as tap, experts or nullcontext():
         for rows in data.epochs(epochs, config.batch_size, generator):
             optimizer.zero_grad(set_to_none=True)  # before the forward pass: gradients never lie beside activations
             batch = data.batch(rows, context.device)
@@ -268,6 +289,8 @@ def fit(
             del logits  # the graph keeps what it needs of them
             if config.balance:
                 loss = loss + config.balance * tap.balance_loss()
+            if choose is not None:
+                _admit(choose(tap), experts, tap, trained, optimizer)
             loss.backward()
             if correct is not None:
                 correct(trainable)
@@ -279,7 +302,33 @@ def fit(
             context.progress(len(losses), total)
     optimizer.zero_grad(set_to_none=True)  # what comes next needs none
     mean = torch.stack(losses).mean().item() if losses else float("nan")
-    return Fitted(mean, len(losses), time.perf_counter() - start)
+    shares = {} if experts is None else {block: torch.zeros(len(ids)).long() for block, ids in experts.places.items()}
+    for (block, place), batches in trained.items():
+        shares[block][place] = batches
+    return Fitted(mean, len(losses), time.perf_counter() - start, shares)
+
+
+def _admit(
+    chosen: Active | None,
+    experts: Experts,
+    tap: Tap,
+    trained: dict[tuple[str, int], int],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Let the chosen experts learn from this batch, those that have a real token in it; forget the moments of others.
+
+    An expert that has only padding would get a gradient of zeros, and by its momentum move.
+    """
+    experts.active = experts.places if chosen is None else chosen
+    limit = sum(len(places) for places in experts.active.values())
+    served = {block: tap.served(block).tolist() for block in experts.active}
+    experts.active = {block: [p for p in places if served[block][p]] for block, places in experts.active.items()}
+    for block, places in experts.active.items():
+        for place in sorted(places):
+            trained[block, place] = trained.pop((block, place), 0) + 1
+    for expert in list(trained)[: max(len(trained) - limit, 0)]:
+        for leaf in experts.of(*expert):
+            optimizer.state.pop(leaf, None)
 
 
 def evaluate(model: TaskModel, data: Encoded, context: ClientContext, setup: Setup, tap: Tap | None = None) -> float:
@@ -317,6 +366,7 @@ def local_round(
     correct: Callable[[TaskModel], Correct] | None = None,
     usage: bool = False,
     references: int = 0,
+    choose: Choose | None = None,
 ) -> tuple[TaskModel, Payload]:
     """One client's round on what it was sent: build, fit, validate, flatten.
 
@@ -326,6 +376,8 @@ def local_round(
         correct: given the live model, returns the correction for `fit`.
         references: copies of the weights that `correct` keeps, for the footprint reported.
         usage: also report the usage of experts over the validation data, groups "demand" and "served", int64 [E].
+        choose: see `fit`; the reply then has the group "trained": block -> batches in which each held expert was
+            trained, int64 [E_held].
 
     Returns:
         The trained model, and the reply: group "params", and scalars num_examples, validation (the task's metric),
@@ -340,6 +392,7 @@ def local_round(
         setup.fit,
         context,
         correct(model) if correct is not None else None,
+        choose=choose,
     )
     start = time.perf_counter()
     validation = setup.encode(context, context.data.validation)
@@ -349,6 +402,8 @@ def local_round(
     groups: dict[str, Params] = {"params": flatten(model, held)}  # after evaluation, which needs room itself
     if usage:
         groups |= {"demand": tap.usage.demand, "served": tap.usage.served}
+    if choose is not None:
+        groups["trained"] = dict(fitted.trained)
     counts = counts_of(held) if held else setup.model.counts
     scalars = {
         "num_examples": context.info.num_examples,
@@ -376,7 +431,7 @@ def local_test(setup: Setup, payload: Payload, context: ClientContext) -> Payloa
     )
 
 
-def _optimizer(trainable: Mapping[str, nn.Parameter], config: Fit) -> torch.optim.Optimizer:
+def _optimizer(trainable: Mapping[str, Tensor], config: Fit) -> torch.optim.Optimizer:
     groups = [
         {"params": [p for path, p in trainable.items() if path.startswith("head.")], "lr": config.head_lr},
         {"params": [p for path, p in trainable.items() if not path.startswith("head.")], "lr": config.lr},

@@ -391,7 +391,7 @@ def test_gates_and_what_a_batch_was_served(model_type, form):
     with Tap(model) as tap, torch.no_grad():
         with tap.batch(batch, count=True):
             model(batch)
-        gates, served = tap.gates(), tap.served()
+        gates, served = tap.gates(), {block: tap.served(block) for block in tap.logits}
         logits, masks = tap.logits, model.masks(batch)
     assert {block: n.tolist() for block, n in served.items()} == lists(tap.usage.served)
     for block, gates_TE in gates.items():

@@ -95,6 +95,14 @@ class Tap:
         finally:
             self._active = False
 
+    def served(self, block: str) -> Tensor:
+        """Real tokens of the last batch that each expert in the model computed, int64 [E] by local place."""
+        mask_T, routed = self._mask(block), self._routed[block]
+        places = len(self.held[block])
+        if self.model.family.dispatch:
+            return routed.reshape(-1, places)[mask_T].sum(0)
+        return torch.bincount(routed.reshape(mask_T.shape[0], -1)[mask_T].flatten(), minlength=places)
+
     def gates(self) -> dict[str, Tensor]:
         """Block -> G_e(x_i), float32 [T, E]: the last batch's router probabilities of the experts in the model.
 
@@ -109,10 +117,6 @@ class Tap:
             else:
                 gates[block] = logits_TE.softmax(-1)
         return gates
-
-    def served(self) -> dict[str, Tensor]:
-        """Block -> slots of the last batch's real tokens that each expert in the model computed, int64 [E]."""
-        return {block: self._served(block) for block in self._routed}
 
     def balance_loss(self) -> Tensor:
         """Load-balance loss of the last batch: the mean over layers of E * sum_e f_e * P_e (Switch, Eq 4).
@@ -145,17 +149,11 @@ class Tap:
 
         return record
 
-    def _served(self, block: str) -> Tensor:
-        mask_T, routed, places = self._mask(block), self._routed[block], len(self.held[block])
-        if self.model.family.dispatch:
-            return routed.reshape(-1, places)[mask_T].sum(0).to(torch.int64)
-        return torch.bincount(routed.reshape(mask_T.shape[0], -1)[mask_T].flatten(), minlength=places)
-
     def _count(self, block: str, hidden_TD: Tensor, logits_TE: Tensor) -> None:
         mask_T = self._mask(block)
         held = torch.tensor(self.held[block], device=logits_TE.device)
         served = torch.zeros(self.counts[block], dtype=torch.int64)
-        served[held.cpu()] = self._served(block).cpu()
+        served[held.cpu()] = self.served(block).cpu().to(torch.int64)
 
         ids, rows_XD, bias_X, correction_X = self._outside[block]
         all_ids = torch.cat([held, ids.to(held.device)])
