@@ -22,7 +22,9 @@ from consilium.algorithms.hfedmoe import (
     information,
     router_weights,
 )
+from consilium.core import Payload, derive_seed, experts_from_scalars
 from consilium.errors import ConfigError
+from consilium.moe.addressing import expert_of
 
 GATES = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.5, 0.5], [0.1, 0.9]], dtype=torch.float64)
 
@@ -258,3 +260,222 @@ def test_shares_and_device_memory_exclude_each_other():
 
 def test_without_limits_everybody_holds_and_trains_all():
     assert set(HFedMoE().server(tiny.setup()).budgets.values()) == {(16, 16)}
+
+
+# --- the server: merging ----------------------------------------------------------------------------------------------
+
+k, a, b = "animal-00", "animal-01", "colour-00"
+
+
+def blocks_of(setup):
+    return dict(zip("AB", setup.model.counts, strict=True))
+
+
+def merged(algorithm, replies):
+    """Server parameters -1 before the replies, each (client, n, params, u, s, n_c of block A); A's experts by number.
+
+    What is told of block B is the same for all: usage of expert 0 alone, nothing trained.
+    """
+    setup = tiny.setup()
+    server = HFedMoE(**algorithm).server(setup)
+    A, B = blocks_of(setup).values()
+    keys = ["trunk", *(f"{A}.{part}.{i}.weight" for part in ("experts", "router") for i in range(4))]
+    server.params = {key: torch.tensor([-1.0]) for key in keys}
+    alone = [1.0, *[0.0] * 7]
+
+    def answer(n, params, u, s, trained):
+        groups = {"params": {key.replace("A.", f"{A}."): torch.tensor([x]) for key, x in params.items()}}
+        for name, row, other in (("usage", u, alone), ("importance", s, alone), ("trained", trained, [0] * 8)):
+            kind = torch.int64 if name == "trained" else torch.float64
+            groups[name] = {A: torch.tensor(row + [0] * (8 - len(row)), dtype=kind)}
+            groups[name][B] = torch.tensor(other, dtype=kind)
+        groups["demand"] = {block: torch.ones(8, dtype=torch.int64) for block in (A, B)}
+        return Payload(groups, {"num_examples": n})
+
+    server.before = dict(server.params)
+    server.told = server.aggregate(1, iter([(client, answer(*rest)) for client, *rest in replies]))
+    return server, {key.replace(f"{A}.", "A."): t.item() for key, t in server.params.items()}
+
+
+EXPERTS = {f"A.experts.{i}.weight": float(10 + i) for i in range(4)}
+OTHERS = {f"A.experts.{i}.weight": float(20 + i) for i in range(4)}
+
+
+def test_expert_aggregation_by_hand():
+    """tau = .8 / 8 = .1; n = 1 and 3.
+
+    Expert 0: both trained it and use it: (1 * 10 + 3 * 20) / 4 = 17.5. Expert 1: the second uses it less than tau: 11.
+    Expert 2: the first uses it, but never trained it: 22. Expert 3: trained by both, used by none: as it was.
+    """
+    one = (k, 1, {"trunk": 4.0, **EXPERTS}, [0.5, 0.3, 0.15, 0.05], [1.0] * 4, [2, 5, 0, 3])
+    two = (a, 3, {"trunk": 8.0, **OTHERS}, [0.7, 0.05, 0.2, 0.05], [1.0] * 4, [6, 7, 1, 8])
+    server, result = merged({"tau": 0.8}, [one, two])
+    assert [result[f"A.experts.{i}.weight"] for i in range(4)] == [17.5, 11, 22, -1] and result["trunk"] == 7
+    key = f"{blocks_of(server.setup)['A']}.experts.3.weight"
+    assert server.params[key] is server.before[key], "an expert that nobody merges keeps its bits"
+    assert server.told == {"trained": (3 + 4) / 2, "merged": 3.0}
+    by_batches = merged({"tau": 0.8, "weight": "batches"}, [one, two])[1]  # (2 * 10 + 6 * 20) / 8
+    assert [by_batches[f"A.experts.{i}.weight"] for i in range(4)] == [17.5, 11, 22, -1]
+    plain = merged({"tau": 0.8, "experts": "plain"}, [one, two])[1]
+    assert [plain[f"A.experts.{i}.weight"] for i in range(4)] == [17.5, 18.5, 19.5, 20.5]
+
+
+ROUTER = {f"A.router.{i}.weight": 2.0 for i in range(4)}
+
+
+def test_router_aggregation_by_hand():
+    """tau = .8 / 8: S_1 = {0, 1}, S_2 = {0, 2}, |S_global| = 3. alpha_1 = (.5 * .6 + .4 * .5) / 3 = .5 / 3,
+    alpha_2 = (.8 * .5 + .2 * .5) / 3 = .5 / 3: equal weights whatever |D_c|, (2 + 6) / 2 = 4.
+
+    Row 3 is held by the first alone. By rows, row 0 is (.3 * 2 + .4 * 6) / .7, row 1 the first's, row 2 the second's,
+    and row 3, that nobody dominates, as it was. As printed rows shrink: (2 + 6) * .5 / 3. Plain: (1 * 2 + 3 * 6) / 4.
+    """
+    one = (k, 1, ROUTER, [0.5, 0.4, 0.05, 0.05], [0.6, 0.5, 0.9, 0.9], [0] * 4)
+    rows = {key: 6.0 for key in ROUTER if ".3." not in key}
+    two = (a, 3, rows, [0.8, 0.0, 0.2], [0.5, 0.9, 0.5], [0] * 3)
+
+    def routers(**algorithm):
+        result = merged({"tau": 0.8} | algorithm, [one, two])[1]
+        return [result[f"A.router.{i}.weight"] for i in range(4)]
+
+    assert routers() == pytest.approx([4, 4, 4, 2])
+    assert routers(router="row") == pytest.approx([3 / 0.7, 2, 6, -1])
+    assert routers(router="literal") == pytest.approx([4 / 3, 4 / 3, 4 / 3, 1 / 3])
+    assert routers(router="plain") == pytest.approx([5, 5, 5, 2])
+
+
+@pytest.mark.parametrize("router", ["importance", "row"])
+def test_a_router_that_nobody_changed_stays(router):
+    """Bit for bit, whatever the weights. As printed it shrinks: both dominate 0 and 1, alpha is (.3 * .7 + .7 * .3) / 2
+    and (.9 * .7 + .1 * .3) / 2, together .54."""
+    same = {key: -1.0 for key in ROUTER}
+    told = [(c, n, same, u, [0.7, 0.3, 0.2, 0.1], [0] * 4) for c, n, u in ((k, 1, [0.3, 0.7]), (a, 7, [0.9, 0.1]))]
+    server, _ = merged({"router": router}, told)
+    assert tiny.same(server.params, server.before)
+    _, literal = merged({"router": "literal"}, told)
+    assert [literal[key] for key in ROUTER] == pytest.approx([-0.54] * 4)
+
+
+@pytest.mark.parametrize("router", ["importance", "row", "literal", "plain"])
+def test_nobody_answered(router):
+    server, _ = merged({"router": router}, [])
+    assert server.told == {} and tiny.same(server.params, server.before)
+
+
+def test_residents_follow_the_demand_of_the_client_that_sent_it():
+    """Four resident experts: of A what is asked for 5, 3 and 2 times in 10, of B the one that takes all ten."""
+    setup = tiny.setup()
+    A, B = blocks_of(setup).values()
+    server = HFedMoE(budget=(0.125,), resident=(0.25,)).server(setup)
+    before = server.structure()
+    assert {sum(map(len, held.values())) for held in before.values()} == {4}
+    demand = {A: torch.tensor([0, 5, 0, 3, 2, 0, 0, 0]), B: torch.tensor([0] * 7 + [10])}
+    groups = {"params": {}, "demand": demand}
+    for name in ("usage", "importance", "trained"):
+        groups[name] = {block: torch.zeros(8, dtype=torch.float64) for block in (A, B)}
+    server.aggregate(1, iter([(k, Payload(groups, {"num_examples": 1}))]))
+    held = server.structure()
+    assert held[k] == {A: (1, 3, 4), B: (7,)}
+    assert all(held[client] == before[client] for client in tiny.IDS if client != k)
+    payload = next(iter(server.configure(1, tuple(c for c in setup.clients if c.id == k)).values()))
+    assert experts_from_scalars(payload.scalars) == held[k] and payload.scalars["budget"] == 2
+    rows = {key for key in server.params if ".router." in key}
+    assert set(payload.groups["router"]) == rows - set(payload.groups["params"])
+
+
+# --- the client -------------------------------------------------------------------------------------------------------
+
+
+def trained_by(algorithm, source, form="classification", client=k, **fit):
+    """(payload, reply) of one client's first round."""
+    setup = tiny.setup(source, clients_per_round=6, **fit)
+    server = algorithm.server(setup)
+    payload = server.configure(1, setup.clients)[client]
+    return payload, algorithm.client(tiny.setup(source, clients=(), **fit)).train(payload, tiny.context(client, form))
+
+
+@pytest.mark.parametrize(("model_type", "form"), tiny.CASES)
+def test_every_family_trains_within_both_budgets(model_type, form, monkeypatch):
+    """Half of the experts held, an eighth or a quarter (what the fewest layers allow) trained in each batch.
+
+    What was trained comes home changed, of the other experts nothing; routers and the rest come home whole.
+    """
+    from consilium.algorithms import hfedmoe
+
+    choices = []
+
+    class Spy(hfedmoe.Selection):
+        def __call__(self, tap):
+            choices.append((super().__call__(tap), {block: tap.served(block) for block in tap.logits}))
+            return choices[-1][0]
+
+    monkeypatch.setattr(hfedmoe, "Selection", Spy)
+    source = tiny.source(model_type, form)
+    total, layers = 8 * len(source.counts), len(source.counts)
+    share = 2 * layers / total
+    payload, reply = trained_by(HFedMoE(budget=(share,), resident=(0.5,)), source, form)
+    held = experts_from_scalars(payload.scalars)
+    assert sum(map(len, held.values())) == total // 2
+    trained = {block: [0] * 8 for block in held}
+    assert len(choices) == reply.scalars["steps"] == 2
+    for chosen, served in choices:
+        assert sum(map(len, chosen.values())) <= 2 * layers and all(chosen.values())
+        assert all(served[block][place] > 0 for block, ids in chosen.items() for place in ids)
+        for block, ids in chosen.items():
+            for place in ids:
+                trained[block][held[block][place]] += 1
+    assert {block: n.tolist() for block, n in reply.groups["trained"].items()} == trained
+    back, sent = reply.groups["params"], payload.groups["params"]
+    missing = sent.keys() - back.keys()
+    assert back.keys() <= sent.keys() and all(expert_of(key) for key in missing)
+    for key in sent:
+        if place := expert_of(key):
+            assert (key in back) == (trained[place[0]][place[1]] > 0)
+            assert key in missing or key.endswith("_bias") or not torch.equal(back[key], sent[key])
+    for block, u_E in reply.groups["usage"].items():
+        assert u_E.sum() == pytest.approx(1) and set(u_E.nonzero().flatten().tolist()) <= set(held[block])
+
+
+def test_usage_and_importance_of_a_round_by_hand():
+    """Two batches of four and one more row with the rate so small that the model stays: Eq 16 over all tokens, Eq 5
+    for each batch, from the router's rows and what each router was given."""
+    source = tiny.source("olmoe", attention_dropout=0.0)
+    payload, reply = trained_by(HFedMoE(lam=0.25), source, client="animal-01", lr=1e-12, head_lr=1e-12)
+    setup, context = tiny.setup(source), tiny.context("animal-01")
+    data = setup.encode(context, context.data.train)
+    generator = torch.Generator().manual_seed(derive_seed(context.seed, "batches"))
+    model = setup.build(payload.groups["params"], context).eval()
+    tokens, means = [], []
+    for rows in data.epochs(1, 4, generator):
+        batch = data.batch(rows, torch.device("cpu"))
+        block, moe = next(iter(model.blocks().items()))
+        caught = []
+        hook = moe.gate.register_forward_pre_hook(lambda _, args, caught=caught: caught.append(args[0]))
+        with torch.no_grad():
+            model(batch)
+        hook.remove()
+        hidden = caught[0].reshape(-1, 32)[batch["attention_mask"].reshape(-1).bool()]
+        gates = (hidden @ moe.gate.weight.T).softmax(-1).detach()
+        tokens.append(gates)
+        means.append(0.25 * gates.mean(0) + 0.75 * gates.max(0).values)
+    assert [len(data), len(means)] == [5, 2]
+    assert reply.groups["usage"][block].tolist() == pytest.approx(torch.cat(tokens).mean(0).tolist(), rel=1e-4)
+    assert reply.groups["importance"][block].tolist() == pytest.approx(torch.stack(means).mean(0).tolist(), rel=1e-4)
+
+
+def test_the_forward_pass_is_everybodys_and_the_backward_pass_is_not():
+    """The loss of a first and only batch does not depend on the budget; what is trained does, and random choice
+    trains others."""
+    source = tiny.source("olmoe", attention_dropout=0.0)
+    replies = [
+        trained_by(HFedMoE(budget=(share,), select=how), source, batch_size=8)[1]
+        for share, how in ((1.0, "information"), (0.125, "information"), (0.125, "random"))
+    ]
+    losses = [reply.scalars["train_loss"] for reply in replies]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+    chosen = [
+        {(block, e) for block, n_E in r.groups["trained"].items() for e in n_E.nonzero().flatten().tolist()}
+        for r in replies
+    ]
+    assert [len(experts) for experts in chosen[1:]] == [2, 2] and chosen[1] < chosen[0] and chosen[2] < chosen[0]
+    assert chosen[1] != chosen[2]
