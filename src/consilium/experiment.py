@@ -16,6 +16,7 @@ from consilium.data.textfile import TextFileData
 from consilium.errors import ConfigError
 from consilium.moe.budget import bytes_of
 from consilium.moe.build import ModelSource
+from consilium.moe.lora import Lora
 from consilium.training import Fit
 
 __all__ = ["Experiment", "from_json", "to_json"]
@@ -88,7 +89,7 @@ def from_json(saved: Mapping[str, Any]) -> Experiment:
     Raises:
         ConfigError: for an unknown type or field, or a value of the wrong type.
     """
-    classes = {c.__name__: c for c in (Experiment, ModelSource, Fit, Sampling)} | DATA | Algorithm.registry
+    classes = {c.__name__: c for c in (Experiment, ModelSource, Fit, Lora, Sampling)} | DATA | Algorithm.registry
 
     def load(value: Any, hint: Any) -> Any:
         if isinstance(value, list):

@@ -28,13 +28,14 @@ from consilium.core import (
 from consilium.data.encode import Encoded, encode
 from consilium.data.task import Split, score
 from consilium.errors import ConfigError
-from consilium.moe.addressing import flatten, parameters
+from consilium.moe.addressing import flatten, load_flat, parameters, travels
 from consilium.moe.budget import PARTS, Footprint, MemoryModel, human
 from consilium.moe.build import ModelSource
 from consilium.moe.experts import Active, Experts
+from consilium.moe.lora import Lora, ProductMean, add_lora, initial_adapters
 from consilium.moe.model import TaskModel
 from consilium.moe.routing import Tap
-from consilium.params import Params
+from consilium.params import Params, WeightedMean
 
 __all__ = ["Choose", "Fit", "Fitted", "Setup", "evaluate", "fit", "local_round", "local_test", "seeded"]
 
@@ -62,6 +63,8 @@ class Fit:
         label_smoothing: of the cross-entropy, 0..1 (FedMoE, Eq 1).
         balance: weight of the per-layer load-balance loss (alpha in FedMoE's Eq 1).
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
+        lora: train adapters on the experts instead of all parameters. Then only adapters, router rows and head rows
+            travel, and every client has the rest from the model's own place.
     """
 
     lr: float = 1e-3
@@ -76,6 +79,7 @@ class Fit:
     label_smoothing: float = 0.1
     balance: float = 0.01
     gradient_checkpointing: bool = False
+    lora: Lora = field(default_factory=Lora)
 
     def __post_init__(self) -> None:
         for name in ("lr", "head_lr"):
@@ -117,8 +121,14 @@ class Setup:
     clients: tuple[ClientInfo, ...] = ()
 
     def initial_params(self) -> Params:
-        """The pretrained backbone, and a zero head row for every label of every task: where all methods start."""
+        """The pretrained backbone, and a zero head row for every label of every task: where all methods start.
+
+        With `fit.lora`, of the backbone only the router rows, and new adapters, the same for all clients.
+        """
         params = self.model.load()
+        if self.fit.lora.rank:
+            adapters = initial_adapters(self.model.skeleton("", ()), self.fit.lora, derive_seed(self.seed, "lora"))
+            params = {key: tensor for key, tensor in params.items() if travels(key)} | adapters
         width, dtype = self.model.config.hidden_size, self.model.torch_dtype
         for task, labels in self.heads.items():
             for label in labels:
@@ -137,11 +147,13 @@ class Setup:
         that follows it, whichever needs more.
 
         Args:
-            mode: "forward" is evaluation alone.
+            mode: "forward" is evaluation alone; "full" is "lora" with `fit.lora`, at its rank.
             references: extra copies of the weights the method keeps while training (FedProx 1, SCAFFOLD 3).
             rank: of the adapters ("lora").
         """
         fit = self.fit
+        if mode == "full" and fit.lora.rank:
+            mode, rank = "lora", fit.lora.rank
         shape = {"max_length": fit.max_length, "target_length": fit.target_length, "optimizer": fit.optimizer}
         evaluation = self._memory.footprint(counts, mode="forward", batch_size=EVALUATION * fit.batch_size, **shape)
         if mode == "forward":
@@ -212,9 +224,19 @@ class Setup:
         return encode(split, data.task, self.model.tokenizer(), way, self.fit.max_length, self.fit.target_length)
 
     def build(self, params: Params, context: ClientContext, held: ExpertSet | None = None) -> TaskModel:
-        """The client's live model on its device, holding only `held` experts."""
-        task = context.data.task
-        return self.model.build(params, task.name, task.labels, held).to(context.device)
+        """The client's live model on its device, holding only `held` experts.
+
+        With `fit.lora` the base is read from the model's own place, and `params` are what travels.
+        """
+        task, lora = context.data.task, self.fit.lora
+        if not lora.rank:
+            return self.model.build(params, task.name, task.labels, held).to(context.device)
+        model = self.model.build(self.model.load() | params, task.name, task.labels, held).to(context.device)
+        return load_flat(add_lora(model, lora), params, held)
+
+    def mean(self) -> WeightedMean:
+        """A new mean for a server's parameters: of adapters as `fit.lora.mean` says."""
+        return ProductMean() if self.fit.lora.rank and self.fit.lora.mean == "products" else WeightedMean()
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,26 @@ import pytest
 import tiny
 import torch
 
-from consilium.moe.lora import add_expert_lora
+from consilium.algorithms.fedavg import FedAvg
+from consilium.algorithms.fedmoe import FedMoE
+from consilium.algorithms.fedprox import FedProx
+from consilium.core import Payload
+from consilium.errors import ConfigError, PayloadError
+from consilium.moe.addressing import (
+    expert_of,
+    flatten,
+    is_adapter,
+    parameters,
+    router_row_of,
+    select,
+    table,
+    travels,
+    unpack,
+)
+from consilium.moe.lora import Lora, ProductMean, add_expert_lora, add_lora, initial_adapters
 from consilium.moe.routing import Tap
+from consilium.params import WeightedMean
+from consilium.training import local_round
 
 
 @pytest.fixture(params=tiny.CASES, ids="-".join)
@@ -60,3 +78,223 @@ def test_hooks_still_see_the_routers(case):
         model(batch)
     assert all(torch.equal(before.demand[b], n) for b, n in tap.usage.demand.items())
     assert tap.usage.slots == before.slots
+
+
+# --- our own adapters -------------------------------------------------------------------------------------------------
+
+LORA = Lora(rank=2, alpha=3.0)
+
+
+def adapted(case, lora=LORA):
+    """A model with adapters of random values, and its batch."""
+    model, batch = case
+    add_lora(model, lora, seed=1)
+    rng = torch.Generator().manual_seed(2)
+    for parameter in model.adapters.parameters():
+        parameter.data.normal_(std=0.2, generator=rng)
+    return model, batch
+
+
+def merged(model, source):
+    """The same model without adapters: W + scale B A for every expert."""
+    flat = source.load() | {k: t for k, t in flatten(model).items() if k.startswith("head.")}
+    adapters = model.adapters.named()
+    for name in (n.removesuffix(".lora_A") for n in adapters if n.endswith(".lora_A")):
+        update = model.adapters.scale * (adapters[f"{name}.lora_B"] @ adapters[f"{name}.lora_A"]).detach()
+        key = name if name in flat else f"{name}.weight"
+        flat[key] = flat[key] + (update.t() if model.family.model_type == "gpt_oss" else update)
+    return source.build(flat, model.task, model.labels).eval()
+
+
+@pytest.fixture(params=tiny.FAMILIES)
+def family(request):
+    source = tiny.source(request.param)
+    labels = tiny.TASKS["animal"]
+    model = source.build(source.load() | tiny.heads("animal", labels), "animal", labels).eval()
+    return source, (model, tiny.batch(source))
+
+
+def gradients(model, batch):
+    logits, labels = model(batch)
+    torch.nn.functional.cross_entropy(logits, labels).backward()
+    return logits.detach(), {path: p.grad for path, p in parameters(model).items() if p.grad is not None}
+
+
+def test_new_adapters_change_nothing_and_a_is_the_same_for_all(case):
+    model, batch = case
+    with torch.no_grad():
+        before = model(batch)[0]
+        add_lora(model, LORA, seed=5)
+        torch.testing.assert_close(model(batch)[0], before, rtol=0, atol=1e-6)
+    assert tiny.same(initial_adapters(model, LORA, 5), {k: t.detach() for k, t in model.adapters.named().items()})
+
+
+def test_outputs_and_gradients_are_those_of_the_merged_weights(family):
+    """d loss / d A = scale B^T dW and d loss / d B = scale dW A^T, with dW the gradient of the merged weight."""
+    source, case = family
+    model, batch = adapted(case)
+    plain = merged(model, source)
+    logits, grads = gradients(model, batch)
+    expected, full = gradients(plain, batch)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    full = unpack({k: n for k, n in table(plain).items() if k in full}, full)
+    adapters = model.adapters.named()
+    learning = 0
+    for name in (n.removesuffix(".lora_A") for n in adapters if n.endswith(".lora_A")):
+        weight = full.get(name, full.get(f"{name}.weight"))
+        a, b = adapters[f"{name}.lora_A"].detach(), adapters[f"{name}.lora_B"].detach()
+        if f"{name}.lora_A" not in grads:
+            assert weight is None or not weight.any()
+            continue
+        weight = weight.t() if model.family.model_type == "gpt_oss" else weight
+        learning += 1
+        torch.testing.assert_close(grads[f"{name}.lora_A"], LORA.scale * b.t() @ weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(grads[f"{name}.lora_B"], LORA.scale * weight @ a.t(), rtol=1e-4, atol=1e-5)
+    assert learning > 8
+    routers = [path for path in grads if f".{model.family.router}." in path]
+    assert routers and {path for path in grads if not path.startswith("head.")} == {
+        *routers,
+        *(adapters & grads.keys()),
+    }
+
+
+def test_targets_and_a_frozen_router():
+    source = tiny.source("olmoe")
+    model = source.build(source.load() | tiny.heads("animal", ("cat",)), "animal", ("cat",))
+    add_lora(model, Lora(rank=1, targets=("down_proj",), router=False))
+    trainable = {path for path, p in parameters(model).items() if p.requires_grad}
+    assert len(trainable) == 2 * 8 * 2 + 2 and all(".down_proj.lora_" in p or p.startswith("head.") for p in trainable)
+
+
+@pytest.mark.parametrize(
+    ("lora", "what"),
+    [(dict(rank=17), "at most 16"), (dict(rank=1, targets=("up",)), "has gate_up_proj, down_proj")],
+)
+def test_what_does_not_fit_the_family_is_refused(lora, what):
+    with pytest.raises(ConfigError, match=what):
+        initial_adapters(tiny.source("olmoe").skeleton("", ()), Lora(**lora), 0)
+
+
+@pytest.mark.parametrize("bad", [dict(rank=-1), dict(alpha=-1.0), dict(alpha=float("nan")), dict(base="int8"),
+                                 dict(mean="median")], ids=str)  # fmt: skip
+def test_refused_settings(bad):
+    with pytest.raises(ConfigError, match=rf"lora\.{next(iter(bad))} is "):
+        Lora(**bad)
+
+
+def test_adapters_travel_by_the_ids_of_the_full_model():
+    """A slice takes its experts' adapters; only they, router rows and head rows are in `flatten`, and come back."""
+    setup = tiny.setup(tiny.source("deepseek_v3"), lora=LORA)
+    sent = setup.initial_params()
+    kinds = {"adapter" if is_adapter(k) else "row" if router_row_of(k) else k.split(".")[0] for k in sent}
+    assert kinds == {"adapter", "row", "head"}
+    held = {block: (1, 4) for block in setup.model.counts}
+    chosen = select(sent, "animal", held)
+    rng = torch.Generator().manual_seed(0)
+    chosen = {k: torch.randn(t.shape, generator=rng).to(t.dtype) for k, t in chosen.items()}
+    model = setup.build(chosen, tiny.context(), held)
+    assert tiny.same(flatten(model, held), chosen)
+    assert {expert_of(k)[1] for k in chosen if is_adapter(k)} == {1, 4}
+    base = setup.model.load()
+    name = next(iter(held)) + ".experts.{}.down_proj"
+    fused = model.backbone.get_parameter(name.replace(".{}", ""))
+    assert torch.equal(fused[1], base[name.format(4)])
+
+
+# --- averaging --------------------------------------------------------------------------------------------------------
+
+E = "block.experts.0.w"
+
+
+def pair(b, a):
+    return {f"{E}.lora_B": torch.tensor(b), f"{E}.lora_A": torch.tensor(a)}
+
+
+def product(params):
+    return params[f"{E}.lora_B"] @ params[f"{E}.lora_A"]
+
+
+CLIENTS = [(pair([[1.0], [0.0]], [[1.0, 0.0]]), 3), (pair([[0.0], [1.0]], [[0.0, 1.0]]), 1)]
+"""Updates diag(1, 0) and diag(0, 1) with weights 3 and 1: the mean update is diag(3/4, 1/4)."""
+
+
+def test_the_mean_of_factors_by_hand():
+    """A = (3/4, 1/4) and B = A^T: their product [[9, 3], [3, 1]] / 16 is not the mean update."""
+    mean = WeightedMean()
+    for params, weight in CLIENTS:
+        mean.add(params, weight)
+    found = product(mean.mean(CLIENTS[0][0]))
+    torch.testing.assert_close(found, torch.tensor([[9.0, 3.0], [3.0, 1.0]]) / 16)
+
+
+def test_the_mean_of_products_by_hand():
+    """Of diag(3/4, 1/4) the nearest matrix of rank 1 is diag(3/4, 0): B = (3/4, 0), A = (1, 0), up to one sign."""
+    mean = ProductMean()
+    for params, weight in CLIENTS:
+        mean.add(params | {"block.router.0.weight": torch.tensor([float(weight)])}, weight)
+    found = mean.mean(CLIENTS[0][0] | {"block.router.0.weight": torch.zeros(1), "other": torch.ones(1)})
+    torch.testing.assert_close(product(found), torch.diag(torch.tensor([0.75, 0.0])))
+    torch.testing.assert_close(found[f"{E}.lora_A"].abs(), torch.tensor([[1.0, 0.0]]))
+    assert found["block.router.0.weight"] == 2.5 and found["other"] == 1  # (3 * 3 + 1 * 1) / 4
+
+
+def test_with_full_rank_the_mean_of_products_is_exact():
+    mean = ProductMean()
+    rng = torch.Generator().manual_seed(0)
+    clients = [
+        pair(torch.randn(2, 2, generator=rng).tolist(), torch.randn(2, 3, generator=rng).tolist()) for _ in "abc"
+    ]
+    for params in clients:
+        mean.add(params, 2.0)
+    expected = sum(product(params) for params in clients) / 3
+    torch.testing.assert_close(product(mean.mean(clients[0])), expected)
+
+
+def test_where_nothing_was_learnt_something_still_can_be():
+    """B zero everywhere: the product is zero, and A keeps rows of length one."""
+    mean = ProductMean()
+    mean.add(pair([[0.0], [0.0]], [[3.0, 4.0]]), 1)
+    found = mean.mean(pair([[0.0], [0.0]], [[3.0, 4.0]]))
+    assert not found[f"{E}.lora_B"].any() and found[f"{E}.lora_A"].norm() == pytest.approx(1)
+
+
+def test_an_adapter_without_its_other_half_is_refused():
+    alone = {f"{E}.lora_A": torch.ones(1, 2)}
+    with pytest.raises(PayloadError, match="without"):
+        ProductMean().add(alone, 1)
+    mean = ProductMean()
+    mean.add(pair([[1.0], [1.0]], [[1.0, 0.0]]), 1)
+    with pytest.raises(PayloadError, match="no parameter of the server's model"):
+        mean.mean({})
+
+
+# --- rounds -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mean", ["factors", "products"])
+@pytest.mark.parametrize("method", [FedAvg(), FedMoE(stage1_epochs=1), FedProx(mu=0.1)], ids=lambda m: type(m).__name__)
+def test_methods_run_on_adapters(method, mean, tmp_path):
+    """Nothing but adapters, router rows and head rows travels, and they change."""
+    setup = tiny.setup(tiny.source("mixtral"), clients_per_round=2, lora=Lora(rank=2, mean=mean))
+    server, client = method.server(setup), method.client(setup)
+    before, sent = dict(server.params), []
+    train = client.train
+    client.train = lambda payload, context: sent.append(payload) or sent.append(train(payload, context)) or sent[-1]
+    engine = tiny.engine(server, client, setup, tmp_path, strict=True)
+    for round in (1, 2):
+        engine.round(round, test=round == 2)
+    assert sent and all(travels(key) for payload in sent for key in payload.group("params"))
+    moved = {key for key, t in server.params.items() if not torch.equal(t, before[key])}
+    assert {"lora_A", "lora_B"} <= {key.rsplit(".", 1)[1] for key in moved} and any(router_row_of(k) for k in moved)
+
+
+def test_choice_and_adapters_together():
+    """HFedMoE's selection with adapters: those of experts that were not chosen stay, bit for bit."""
+    setup = tiny.setup(tiny.source("olmoe"), lora=LORA)
+    sent = select(setup.initial_params(), "animal")
+    reply = local_round(
+        setup, Payload({"params": sent}), tiny.context(), choose=lambda tap: {b: (0, 3) for b in tap.held}
+    )[1]
+    after = reply.group("params")
+    moved = {expert_of(key)[1] for key in sent if is_adapter(key) and not torch.equal(sent[key], after[key])}
+    assert moved and moved <= {0, 3}

@@ -84,7 +84,7 @@ class FedAvgServer(Server):
         return {client.id: self.deliver(client) for client in chosen}
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
-        self.params = averaged(self.params, replies)
+        self.params = averaged(self.params, replies, self.setup.mean())
         return {}
 
     def deliver(self, client: ClientInfo) -> Payload:
@@ -105,9 +105,9 @@ class FedAvgClient(Client):
         return local_test(self.setup, payload, context)
 
 
-def averaged(params: Params, replies: Iterable[tuple[ClientId, Payload]]) -> Params:
+def averaged(params: Params, replies: Iterable[tuple[ClientId, Payload]], mean: WeightedMean | None = None) -> Params:
     """sum_k n_k w_k / sum_k n_k, key by key over whoever returned the key; other keys keep their value."""
-    mean = WeightedMean()
+    mean = mean or WeightedMean()
     for _, reply in replies:
         mean.add(reply.group("params"), reply.scalars["num_examples"])
     return mean.mean(params)

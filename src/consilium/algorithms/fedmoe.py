@@ -64,7 +64,6 @@ from consilium.errors import BudgetError, ConfigError
 from consilium.moe.addressing import expert_of, router_row_of, select
 from consilium.moe.lora import add_expert_lora
 from consilium.moe.routing import Tap
-from consilium.params import WeightedMean
 from consilium.training import Setup, evaluate, fit, local_round, local_test, seeded
 
 __all__ = ["FedMoE", "largest_structure", "p_hat", "similar", "similarity", "structure_at", "z_scores"]
@@ -84,7 +83,7 @@ class FedMoE(Algorithm):
         patience: participations without improvement before a change, and to judge one, >= 1.
         stage1: how p is first measured: "lora" (the paper), "forward" (no training), "none" (random structure).
         stage1_epochs: local epochs of LoRA training in stage one.
-        lora_rank: rank of the adapters in stage one.
+        lora_rank: rank of the adapters in stage one; with `fit.lora` its adapters are trained there too.
         stage2: whether structures change after stage one.
         freeze: whether a client whose change was rolled back keeps its structure for good.
         usage: "demand" (all router rows) or "served" (held experts only) for Eq 4 to 6.
@@ -118,6 +117,10 @@ class FedMoE(Algorithm):
         for name, hint in get_type_hints(type(self)).items():
             if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(hint))}")
+
+    def rank_for(self, setup: Setup) -> int:
+        """Of the adapters in stage one."""
+        return setup.fit.lora.rank or self.lora_rank
 
     def server(self, setup: Setup) -> Server:
         return FedMoEServer(setup, self)
@@ -253,7 +256,7 @@ class FedMoEServer(Server):
                 self.measured.append(client)
             self._set_structures()
             return {"profiled": float(len(self.measured))}
-        mean, scores = WeightedMean(), {}
+        mean, scores = self.setup.mean(), {}
         for client, reply in replies:
             mean.add(reply.group("params"), self._weight(reply))
             self.p[client] = self._usage(reply)
@@ -275,7 +278,7 @@ class FedMoEServer(Server):
         if client.id in self.map:
             return None
         mode = "lora" if self.algorithm.stage1 == "lora" else "forward"
-        return self.setup.lacks(client, self.setup.model.counts, mode, rank=self.algorithm.lora_rank)
+        return self.setup.lacks(client, self.setup.model.counts, mode, rank=self.algorithm.rank_for(self.setup))
 
     def _sub_moe(self, client: ClientInfo) -> Payload:
         sent = self.deliver(client)
@@ -483,8 +486,9 @@ class FedMoEClient(Client):
         del payload  # see local_round
         scalars: dict[str, Any] = {"num_examples": context.info.num_examples}
         if lora:
-            with seeded(derive_seed(context.seed, "lora")):
-                add_expert_lora(model, self.algorithm.lora_rank)
+            if not setup.fit.lora.rank:
+                with seeded(derive_seed(context.seed, "lora")):
+                    add_expert_lora(model, self.algorithm.lora_rank)
             train = setup.encode(context, context.data.train)
             fitted = fit(model, train, setup.fit, context, epochs=self.algorithm.stage1_epochs)
             scalars |= {"train_loss": fitted.loss, "steps": fitted.steps}
@@ -495,5 +499,5 @@ class FedMoEClient(Client):
         scalars["seconds_evaluate"] = time.perf_counter() - start
         counts = setup.model.counts
         scalars["experts"] = sum(counts.values())
-        scalars |= setup.reported(counts, "lora" if lora else "forward", rank=self.algorithm.lora_rank)
+        scalars |= setup.reported(counts, "lora" if lora else "forward", rank=self.algorithm.rank_for(setup))
         return Payload({"demand": tap.usage.demand, "served": tap.usage.served}, scalars)

@@ -69,7 +69,7 @@ class FedProxClient(Client):
 
 def proximal(model: TaskModel, mu: float) -> Correct:
     """Adds mu * (w - w^t) to every gradient, w^t being the model's weights now."""
-    received = {path: p.detach().clone() for path, p in parameters(model).items()}
+    received = {path: p.detach().clone() for path, p in parameters(model).items() if p.requires_grad}
 
     def correct(trainable: dict[str, torch.nn.Parameter]) -> None:
         for path, p in trainable.items():

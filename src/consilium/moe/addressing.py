@@ -2,6 +2,7 @@
 
     trunk        the parameter's own path            encoder.block.0.layer.0.SelfAttention.q.weight
     expert       <block>.experts.<id>.<tensor>       model.layers.3.mlp.experts.17.down_proj
+    adapter      <block>.experts.<id>.<tensor>.lora_A   of a LoRA on the tensor (or module); and .lora_B
     router row   <block>.router.<id>.<tensor>        model.layers.3.mlp.router.17.weight (also where it is a buffer)
     head row     head.<task>.<label>.<tensor>        head.topic.numpy.weight
 
@@ -19,7 +20,19 @@ from consilium.errors import ModelError
 from consilium.moe.model import TaskModel
 from consilium.params import Params
 
-__all__ = ["all_experts", "expert_of", "flatten", "load_flat", "pack", "router_row_of", "select", "tensors", "unpack"]
+__all__ = [
+    "all_experts",
+    "expert_of",
+    "flatten",
+    "is_adapter",
+    "load_flat",
+    "pack",
+    "router_row_of",
+    "select",
+    "tensors",
+    "travels",
+    "unpack",
+]
 
 Table = dict[str, str | tuple[str, ...]]
 """Path of a tensor -> its flat name, or the flat names of its slices, one per expert or label."""
@@ -37,9 +50,24 @@ def expert_of(key: str) -> tuple[str, int] | None:
     return _split(key, ".experts.")
 
 
+def is_adapter(key: str) -> bool:
+    """Whether a flat name is that of an adapter."""
+    return key.endswith((".lora_A", ".lora_B")) and expert_of(key) is not None
+
+
+def travels(key: str) -> bool:
+    """Whether a flat name is one of those that travel when experts are trained by adapters: theirs, router rows and
+    head rows."""
+    return is_adapter(key) or router_row_of(key) is not None or key.startswith("head.")
+
+
 def router_row_of(key: str) -> tuple[str, int] | None:
     """(block, id) of a flat router-row name, None for any other name."""
     return _split(key, ".router.")
+
+
+def _first(name: str | tuple[str, ...]) -> str:
+    return name if isinstance(name, str) else name[0]
 
 
 def _split(key: str, infix: str) -> tuple[str, int] | None:
@@ -81,6 +109,9 @@ def table(model: TaskModel, held: ExpertSet | None = None) -> Table:
     names: Table = {}
     for path in tensors(model):
         names[path] = _flat_name(path, model, held)
+    for path in model.adapters.named() if model.adapters is not None else ():
+        block, place = expert_of(path)
+        names[path] = path.replace(f".experts.{place}.", f".experts.{held[block][place]}.", 1)
     if model.head is not None:
         for leaf in ("weight", "bias"):
             names[f"head.{leaf}"] = tuple(f"head.{model.task}.{label}.{leaf}" for label in model.labels)
@@ -136,10 +167,13 @@ def pack(names: Table, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def parameters(model: TaskModel) -> dict[str, nn.Parameter]:
-    """Path -> parameter, tied parameters once; the head's as `head.weight` and `head.bias`."""
+    """Path -> parameter, tied parameters once; the head's as `head.weight` and `head.bias`, adapters by their flat
+    names with local places."""
     found = dict(model.backbone.named_parameters())
     if model.head is not None:
         found |= {f"head.{leaf}": p for leaf, p in model.head.named_parameters()}
+    if model.adapters is not None:
+        found |= model.adapters.named()
     return found
 
 
@@ -152,7 +186,8 @@ def tensors(model: TaskModel) -> dict[str, Tensor]:
 
 
 def flatten(model: TaskModel, held: ExpertSet | None = None) -> Params:
-    """All parameters under flat names, detached copies on the CPU that share no memory with the model.
+    """All parameters, or of a model with adapters those that travel, under flat names: detached copies on the CPU that
+    share no memory with the model.
 
     They have the model's dtype, also where a family keeps a part in float32 once it has run (Switch its routers). Only
     a correction bias, which no training makes good again, has its own.
@@ -161,28 +196,31 @@ def flatten(model: TaskModel, held: ExpertSet | None = None) -> Params:
         held: the full-model ids of the experts in the model's places; None: all, in order.
     """
     family = model.family
-    own = f".{family.rows[-1]}" if family.choice else None
+    own, names = f".{family.rows[-1]}" if family.choice else None, table(model, held)
     found = {
         path: t.detach() if own and path.endswith(own) else t.detach().to(model.dtype)
         for path, t in tensors(model).items()
+        if model.adapters is None or travels(_first(names[path]))
     }
     form = torch.contiguous_format  # also of a row of one element, whose stride is then 1
-    return {key: t.to("cpu", copy=True, memory_format=form) for key, t in unpack(table(model, held), found).items()}
+    return {key: t.to("cpu", copy=True, memory_format=form) for key, t in unpack(names, found).items()}
 
 
 def load_flat(model: TaskModel, flat: Mapping[str, Tensor], held: ExpertSet | None = None) -> TaskModel:
     """Write flat parameters into the model, bit for bit; a model built on the meta device comes to life here.
 
     Parameters that exist take the values in their own dtype; meta parameters and buffers take the dtype of the values.
-    Tied parameters stay tied. `flat` may hold more than the model needs.
+    Of a model with adapters only what travels is written. Tied parameters stay tied. `flat` may hold more.
 
     Raises:
         ModelError: for a missing name or another shape.
     """
     names = table(model, held)
+    if model.adapters is not None:
+        names = {path: name for path, name in names.items() if travels(_first(name))}
     packed = pack(names, flat)
     fresh: dict[int, nn.Parameter] = {}
-    for path, parameter in tensors(model).items():
+    for path, parameter in ((path, t) for path, t in tensors(model).items() if path in packed):
         tensor = packed[path]
         if parameter.shape == tensor.shape[::-1] and tensor.shape[1:] == (1,):  # rows of a [1, E]
             tensor = tensor.view(parameter.shape)

@@ -7,8 +7,10 @@ model's, and one autograd function per block runs over the experts one by one on
     h = x W1^T + b1,   a = act(h),   y = a W2^T + b2,   out[token] += w * y
 
 for every family of the table: gated or not, transposed, interleaved and clamped (gpt-oss), with dropout inside and
-tokens beyond the capacity left out (Switch). Only the `forward` of the live experts modules is replaced, and only while
-the context manager is entered; parameters, names, routers and hooks stay what and where they are.
+tokens beyond the capacity left out (Switch). Adapters of the model (moe/lora.py) add two narrow matmuls to each
+projection, and where the base is frozen its gradients are not computed; a base in 4 bits is turned back into matrices
+expert by expert. Only the `forward` of the live experts modules is replaced, and only while the context manager is
+entered; parameters, names, routers and hooks stay what and where they are.
 
 Shapes: T tokens, D model width, E experts, K experts per token, N tokens of one expert, F width inside an expert.
 """
@@ -24,9 +26,11 @@ from torch import Tensor, nn
 from consilium.errors import ModelError
 from consilium.moe.addressing import all_experts, expert_of, parameters, table, unpack
 from consilium.moe.model import TaskModel
+from consilium.moe.quantise import dequantise
 
 __all__ = ["Active", "Experts"]
 
+Tensors = tuple[Tensor, ...]
 Active = Mapping[str, Collection[int]]
 """Block -> local places of the experts that a backward pass reaches; a block that is not named: none of it."""
 
@@ -37,7 +41,8 @@ class Experts:
     The forward pass equals transformers' own up to the order of summation; so does the backward pass through all.
 
     Args:
-        model: of any family of the table, sliced or not; parameters that require no gradient are constants.
+        model: of any family of the table, sliced or not, with adapters or without, on its device for good; parameters
+            that require no gradient are constants.
         keep: save the pre-activations h of all tokens for the backward pass. It is then faster by one matmul per
             expert, but its memory is bounded by the tokens of all experts; without, by the tokens of the active ones.
 
@@ -58,7 +63,8 @@ class Experts:
         self._of: dict[tuple[str, int], list[Tensor]] = {}
         for name, leaf in self.leaves.items():
             self._of.setdefault(expert_of(name), []).append(leaf)
-        self._layers = [_layer(self, model, block, own | views) for block in self.places]
+        tensors = own | views | {name: packed for name, (packed, _) in model.quantised.items()}
+        self._layers = [_layer(self, model, block, tensors) for block in self.places]
 
     @property
     def active(self) -> Active | None:
@@ -117,7 +123,7 @@ class Experts:
 def _expert_tensors(model: TaskModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Flat local name -> tensor of every expert: the parameters of modules, and leaves cut out of fused tensors."""
     names = table(model)
-    own, fused = {}, {}
+    own, fused = {}, {}  # parameters of modules and adapters; fused tensors
     for path, parameter in parameters(model).items():
         name = names[path]
         if isinstance(name, str):
@@ -137,30 +143,60 @@ def _expert_tensors(model: TaskModel) -> tuple[dict[str, Tensor], dict[str, Tens
 
 @dataclass(frozen=True)
 class _Linear:
-    """One projection of one expert: x W^T + b, or x W + b where the family stores W transposed."""
+    """One projection of one expert, from tensors of its block by index: x W^T + b + scale (x A^T) B^T.
+
+    Args:
+        weight: [Y, X], or [X, Y] if the family stores it transposed. bias: [Y].
+        lora: A [R, X] and B [Y, R].
+        state: how to turn a 4-bit weight back into a matrix; None: it is one.
+    """
 
     weight: int
     bias: int | None
     transposed: bool
+    lora: tuple[int, int] | None
+    scale: float
+    state: Any = None
 
-    def __call__(self, x_NX: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
-        weight = tensors[self.weight] if self.transposed else tensors[self.weight].t()
+    def matrix(self, tensors: Tensors) -> Tensor:
+        """The weight [Y, X] in the dtype in which the expert computes."""
+        weight = tensors[self.weight]
+        if self.state is not None:
+            weight = dequantise(weight, self.state)
+        return weight.t() if self.transposed else weight
+
+    def __call__(self, x_NX: Tensor, tensors: Tensors) -> Tensor:
+        weight = self.matrix(tensors)
         x_NX = x_NX.to(weight.dtype)
-        return x_NX @ weight if self.bias is None else torch.addmm(tensors[self.bias], x_NX, weight)
+        y_NY = x_NX @ weight.t() if self.bias is None else torch.addmm(tensors[self.bias], x_NX, weight.t())
+        if self.lora is not None:
+            a_RX, b_YR = (tensors[i] for i in self.lora)
+            y_NY.addmm_(x_NX @ a_RX.t(), b_YR.t(), alpha=self.scale)
+        return y_NY
 
-    def to_input(self, g_NY: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
-        """The gradient of the input, from that of the output."""
-        weight = tensors[self.weight]
-        return g_NY.to(weight.dtype) @ (weight.t() if self.transposed else weight)
-
-    def to_tensors(self, g_NY: Tensor, x_NX: Tensor, tensors: tuple[Tensor, ...], grads: list[Tensor | None]) -> None:
-        """Write the gradients of those tensors that require one into `grads`."""
-        weight = tensors[self.weight]
-        if weight.requires_grad:
-            g, x = g_NY.to(weight.dtype), x_NX.to(weight.dtype)
-            grads[self.weight] = x.t() @ g if self.transposed else g.t() @ x
-        if self.bias is not None and tensors[self.bias].requires_grad:
-            grads[self.bias] = g_NY.sum(0).to(tensors[self.bias].dtype)
+    def back(
+        self, g_NY: Tensor, x_NX: Tensor, w_N1: Tensor | None, tensors: Tensors, grads: dict[int, Tensor | None]
+    ) -> Tensor:
+        """Through y: the gradient of x [N, X] where that of y is g; with the gradient w g (w None: g) those tensors
+        that have a place in `grads` get theirs."""
+        weight = self.matrix(tensors)
+        g_NY, x_NX = g_NY.to(weight.dtype), x_NX.to(weight.dtype)
+        if w_N1 is not None:
+            x_NX = (x_NX * w_N1).to(weight.dtype)
+        if self.weight in grads:
+            grads[self.weight] = x_NX.t() @ g_NY if self.transposed else g_NY.t() @ x_NX
+        if self.bias in grads:
+            grads[self.bias] = (g_NY if w_N1 is None else g_NY * w_N1).sum(0).to(tensors[self.bias].dtype)
+        to_x = g_NY @ weight
+        if self.lora is not None:
+            a_RX, b_YR = (tensors[i] for i in self.lora)
+            v_NR = g_NY @ b_YR
+            to_x.addmm_(v_NR, a_RX, alpha=self.scale)
+            if self.lora[0] in grads:
+                grads[self.lora[0]] = (v_NR.t() @ x_NX).mul_(self.scale)
+            if self.lora[1] in grads:
+                grads[self.lora[1]] = (g_NY.t() @ (x_NX @ a_RX.t())).mul_(self.scale)
+        return to_x
 
 
 @dataclass(frozen=True)
@@ -194,16 +230,26 @@ def _layer(owner: Experts, model: TaskModel, block: str, tensors: Mapping[str, T
     inner = module.get_submodule(family.module.format(0)) if modules else module
     flat: list[Tensor] = []
 
-    def linear(place: int, name: str) -> _Linear:
-        weight, bias = (f"{name}.weight", f"{name}.bias") if modules else (name, f"{name}_bias")
-        prefix = f"{block}.experts.{place}."
-        flat.append(tensors[prefix + weight])
-        index = len(flat) - 1
-        if prefix + bias in tensors:
-            flat.append(tensors[prefix + bias])
-        return _Linear(index, index + 1 if prefix + bias in tensors else None, not modules and module.is_transposed)
+    def index(name: str) -> int | None:
+        if name not in tensors:
+            return None
+        flat.append(tensors[name])
+        return len(flat) - 1
 
-    pairs = [tuple(linear(place, name) for name in family.lora_targets) for place in owner.places[block]]
+    def linear(place: int, target: str) -> _Linear:
+        name = f"{block}.experts.{place}.{target}"
+        weight, bias = (f"{name}.weight", f"{name}.bias") if modules else (name, f"{name}_bias")
+        a, b = index(f"{name}.lora_A"), index(f"{name}.lora_B")
+        return _Linear(
+            weight=index(weight),
+            bias=index(bias),
+            transposed=not modules and module.is_transposed,
+            lora=None if a is None or b is None else (a, b),
+            scale=model.adapters.scale if model.adapters is not None else 1.0,
+            state=model.quantised[weight][1] if weight in model.quantised else None,
+        )
+
+    pairs = [tuple(linear(place, target) for target in family.lora_targets) for place in owner.places[block]]
     first, second = zip(*pairs, strict=True)
     return _Layer(
         owner=owner,
@@ -272,7 +318,8 @@ class _Compute(torch.autograd.Function):
         hidden_TD, weights_TK, order_S, *rest = ctx.saved_tensors
         tensors, kept = tuple(rest[: len(layer.tensors)]), iter(rest[len(layer.tensors) :])
         keep, k = len(rest) > len(tensors), weights_TK.shape[-1]
-        grads: list[Tensor | None] = [None] * len(tensors)
+        needs = ctx.needs_input_grad[-len(tensors) :]
+        grads: dict[int, Tensor | None] = {i: None for i, needed in enumerate(needs) if needed}
         to_hidden = torch.zeros_like(hidden_TD) if ctx.needs_input_grad[0] else None
         weights_S = weights_TK.flatten()
         to_weights = torch.zeros_like(weights_S)
@@ -285,15 +332,14 @@ class _Compute(torch.autograd.Function):
             h_NH = (first(x_ND, tensors) if h_NH is None else h_NH.detach()).requires_grad_()
             with torch.enable_grad():
                 a_NF = layer.act(h_NH, place, ctx.seed)
-            out = a_NF.detach()
-            to_a = second.to_input(g_ND, tensors)  # of y, before its weight
-            to_y = (to_a * out).sum(-1)
+            to_a = second.back(g_ND, a_NF.detach(), w_N1, tensors, grads)  # of y, before its weight
+            to_y = (to_a * a_NF.detach()).sum(-1)
             if second.bias is not None:
                 to_y += g_ND @ tensors[second.bias]
             to_weights[slots] = to_y.to(to_weights.dtype)
-            second.to_tensors((g_ND * w_N1).to(g_ND.dtype), out, tensors, grads)
             (to_h,) = torch.autograd.grad(a_NF, h_NH, (to_a * w_N1).to(a_NF.dtype))
-            first.to_tensors(to_h, x_ND, tensors, grads)
+            to_x = first.back(to_h, x_ND, None, tensors, grads)
             if to_hidden is not None:
-                to_hidden.index_add_(0, tokens, first.to_input(to_h, tensors).to(to_hidden.dtype))
-        return to_hidden, to_weights.view_as(weights_TK), None, None, None, None, *grads
+                to_hidden.index_add_(0, tokens, to_x.to(to_hidden.dtype))
+        own = (grads.get(i) for i in range(len(tensors)))
+        return to_hidden, to_weights.view_as(weights_TK), None, None, None, None, *own

@@ -1,17 +1,240 @@
-"""LoRA on the experts alone, by PEFT, injected in place: module paths and hooks stay where they are."""
+"""LoRA on the experts alone: our own for training in rounds, and PEFT's, injected in place, for profiling.
+
+Ours: a pair A [R, X], B [Y, R] per expert and projection, under flat names (`<block>.experts.17.down_proj.lora_A`), so
+that adapters travel and are averaged expert by expert. `moe/experts.py` computes y = x W^T + scale (x A^T) B^T with the
+base frozen; PEFT instead builds the merged weights of all experts in every step. Parameters and files are the same:
+see `moe/adapter_files.py`.
+
+On averaging. The mean of A and the mean of B, each apart, is not the mean of the updates B A: with two clients,
+mean(B) mean(A) holds the cross terms B1 A2 and B2 A1 too. The bias is zero when all clients share A, as they do before
+the first step, and grows as they part. `ProductMean` averages the products and cuts the result back to rank R.
+"""
 
 import re
 import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from consilium.errors import ConfigError, PayloadError
+from consilium.moe.addressing import all_experts, is_adapter
+from consilium.moe.experts import Experts
 from consilium.moe.model import TaskModel
+from consilium.moe.quantise import quantise
+from consilium.params import Params, WeightedMean
 
-__all__ = ["add_expert_lora"]
+__all__ = [
+    "Adapters",
+    "Lora",
+    "ProductMean",
+    "add_expert_lora",
+    "add_lora",
+    "initial_adapters",
+    "peft_targets",
+]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Training the experts by adapters.
+
+    Args:
+        rank: R, at most the narrower side of a projection; 0: no adapters, all parameters are trained.
+        alpha: the scale is alpha / rank; 0: alpha = rank, a scale of 1.
+        targets: which expert tensors, by the names of the family ("gate_up_proj", "down_proj"; Switch "wi", "wo");
+            (): all of them.
+        router: whether routers are trained, in full; heads are, the rest of the model never is.
+        base: "full", the frozen weights as they are, or "nf4": experts in 4 bits (bitsandbytes).
+        mean: how a server averages adapters: "factors" averages A and B apart (biased, see the module), "products"
+            the updates B A, cut back to rank R by a singular value decomposition.
+    """
+
+    rank: int = 0
+    alpha: float = 0.0
+    targets: tuple[str, ...] = ()
+    router: bool = True
+    base: Literal["full", "nf4"] = "full"
+    mean: Literal["factors", "products"] = "factors"
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ConfigError(f"lora.rank is {self.rank}; it must be at least 1, or 0 for no adapters")
+        if not 0 <= self.alpha < float("inf"):
+            raise ConfigError(f"lora.alpha is {self.alpha}; it must be greater than 0, or 0 for the rank")
+        for name, allowed in (("base", ("full", "nf4")), ("mean", ("factors", "products"))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"lora.{name} is {getattr(self, name)!r}; it must be {' or '.join(allowed)}")
+
+    @property
+    def scale(self) -> float:
+        """Of B A: alpha / rank."""
+        return (self.alpha or self.rank) / self.rank
+
+
+class Adapters(nn.Module):
+    """The adapters of a model, by flat names with local places."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], scale: float):
+        super().__init__()
+        self.names = tuple(tensors)
+        self.tensors = nn.ParameterList(nn.Parameter(tensor) for tensor in tensors.values())
+        self.scale = scale
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """Flat name with local place -> A or B."""
+        return dict(zip(self.names, self.tensors, strict=True))
+
+
+def _sides(model: TaskModel, targets: tuple[str, ...]) -> Iterator[tuple[str, int, int]]:
+    """(flat name of an adapted expert tensor, X, Y) in the order of blocks, places and targets."""
+    family = model.family
+    odd = sorted(set(targets) - set(family.lora_targets))
+    if odd:
+        raise ConfigError(f"lora.targets has {odd[0]!r}; {family.name} has {', '.join(family.lora_targets)}")
+    for block, places in all_experts(model).items():
+        module = model.blocks()[block].get_submodule(family.experts)
+        for place in places:
+            for target in (t for t in family.lora_targets if not targets or t in targets):
+                if family.layout == "modules":
+                    y, x = module.get_submodule(f"{family.module.format(place)}.{target}").weight.shape
+                else:
+                    x, y = module.get_parameter(target).shape[1:][:: 1 if module.is_transposed else -1]
+                yield f"{block}.experts.{place}.{target}", x, y
+
+
+def initial_adapters(model: TaskModel, lora: Lora, seed: int) -> Params:
+    """A uniform in +-1/sqrt(X), as PEFT has it, and B zero, so that nothing changes at first; in the model's dtype.
+
+    The model may be on the meta device. Experts of one block do not share A; who starts from these shares them all.
+
+    Raises:
+        ConfigError: for a target the family does not have, or a rank above the narrower side of a projection.
+    """
+    rng, tensors = torch.Generator().manual_seed(seed), {}
+    for name, x, y in _sides(model, lora.targets):
+        if lora.rank > min(x, y):
+            raise ConfigError(f"lora.rank is {lora.rank}; {name} is {y} x {x}, so it must be at most {min(x, y)}")
+        a_RX = (2 * torch.rand(lora.rank, x, generator=rng) - 1) / x**0.5
+        tensors[f"{name}.lora_A"] = a_RX.to(model.dtype)
+        tensors[f"{name}.lora_B"] = torch.zeros(y, lora.rank, dtype=model.dtype)
+    return tensors
+
+
+def add_lora(model: TaskModel, lora: Lora, seed: int = 0) -> TaskModel:
+    """Freeze a live model but for its head (and routers), and give every expert adapters; from now on its experts are
+    computed by ours, in evaluation and generation too. Call it on the device where the model stays.
+
+    `addressing.flatten` and `load_flat` then speak of adapters, router rows and head rows alone.
+
+    Raises:
+        ConfigError: see `initial_adapters`.
+        ModelError: for a base in 4 bits that bitsandbytes cannot make.
+    """
+    tensors = initial_adapters(model, lora, seed)
+    device = next(model.backbone.parameters()).device
+    routers = [f"{block}.{model.family.router}." for block in model.blocks()]
+    for path, parameter in model.backbone.named_parameters():
+        parameter.requires_grad_(lora.router and any(path.startswith(router) for router in routers))
+    if lora.base == "nf4":
+        _quantise(model)
+    model.adapters = Adapters({name: tensor.to(device) for name, tensor in tensors.items()}, lora.scale)
+    Experts(model, keep=True).__enter__()
+    return model
+
+
+def _quantise(model: TaskModel) -> None:
+    """Every expert's matrices in 4 bits; the parameters they came from become shapes without memory."""
+    family = model.family
+    for block, places in all_experts(model).items():
+        module = model.blocks()[block].get_submodule(family.experts)
+        for target in family.lora_targets:
+            if family.layout == "modules":
+                for place in places:
+                    owner = module.get_submodule(f"{family.module.format(place)}.{target}")
+                    model.quantised[f"{block}.experts.{place}.{target}.weight"] = quantise(owner.weight)
+                    owner.weight = nn.Parameter(owner.weight.to("meta"), requires_grad=False)
+            else:
+                fused = module.get_parameter(target)
+                for place, matrix in enumerate(fused.detach()):
+                    model.quantised[f"{block}.experts.{place}.{target}"] = quantise(matrix)
+                setattr(module, target, nn.Parameter(fused.to("meta"), requires_grad=False))
+
+
+# --- on the server ----------------------------------------------------------------------------------------------------
+
+
+class ProductMean(WeightedMean):
+    """A weighted mean that takes A and B of an adapter together: the best factors of rank R of the mean of w_k B_k A_k.
+
+    With U S V^T the singular value decomposition of that mean, B = U_R S_R and A = V_R^T (Eckart-Young: no product of
+    that rank is nearer). A has orthonormal rows, so also where nothing was learnt a direction can still be. The
+    product is never formed: the clients' factors side by side are, of rank K R. All other keys: see `WeightedMean`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._factors: dict[str, list[tuple[float, Tensor, Tensor]]] = {}
+
+    def add(self, params: Mapping[str, Tensor], weight: float | Callable[[str], float]) -> None:
+        """See `WeightedMean.add`; the weight of a pair is that of its A.
+
+        Raises:
+            PayloadError: also for an A without its B.
+        """
+        super().add({key: tensor for key, tensor in params.items() if not is_adapter(key)}, weight)
+        for key, a_RX in ((k, t) for k, t in params.items() if is_adapter(k) and k.endswith(".lora_A")):
+            name = key.removesuffix(".lora_A")
+            if f"{name}.lora_B" not in params:
+                raise PayloadError(f"{key!r} arrived without {name + '.lora_B'!r}")
+            w = weight(key) if callable(weight) else weight
+            if not 0 <= w < float("inf"):
+                raise PayloadError(f"weight {w!r} of {key!r} is not a finite number >= 0")
+            if w:
+                b_YR = params[f"{name}.lora_B"]
+                self._factors.setdefault(name, []).append((w, a_RX.double(), b_YR.double()))
+
+    def mean(self, previous: Mapping[str, Tensor]) -> Params:
+        """See `WeightedMean.mean`."""
+        merged = super().mean(previous)
+        for name, terms in self._factors.items():
+            for leaf, i in (("lora_A", 1), ("lora_B", 2)):
+                old = previous.get(f"{name}.{leaf}")
+                if old is None or any(term[i].shape != old.shape for term in terms):
+                    raise PayloadError(f"'{name}.{leaf}' is no parameter of the server's model, or has another shape")
+            old = merged[f"{name}.lora_A"]
+            a_RX, b_YR = _truncated(terms, len(old))
+            merged |= {f"{name}.lora_A": a_RX.to(old.dtype), f"{name}.lora_B": b_YR.to(old.dtype)}
+        return merged
+
+
+def _truncated(terms: list[tuple[float, Tensor, Tensor]], rank: int) -> tuple[Tensor, Tensor]:
+    """A [R, X] and B [Y, R], float64, of the weighted mean of products B A, through the QR of both stacks."""
+    total = sum(w for w, _, _ in terms)
+    left, r_left = torch.linalg.qr(torch.cat([b_YR * (w / total) for w, _, b_YR in terms], dim=1))
+    right, r_right = torch.linalg.qr(torch.cat([a_RX for _, a_RX, _ in terms]).t())
+    u, s, vh = torch.linalg.svd(r_left @ r_right.t(), full_matrices=False)
+    return vh[:rank] @ right.t(), left @ (u[:, :rank] * s[:rank])
+
+
+# --- PEFT ------------------------------------------------------------------------------------------------------------
+
+
+def peft_targets(model: TaskModel, targets: tuple[str, ...]) -> dict[str, object]:
+    """What a `LoraConfig` must say for these expert tensors in every block."""
+    family = model.family
+    paths = [f"{block}.{family.experts}" for block in model.blocks()]
+    if family.layout == "modules":
+        joined = "|".join(re.escape(path) for path in paths)
+        return {"target_modules": rf"({joined})\..*\.({'|'.join(targets)})"}
+    parameters = [f"{path}.{target}" for path in paths for target in targets]
+    return {"target_modules": [], "target_parameters": parameters}
 
 
 def add_expert_lora(model: TaskModel, rank: int) -> list[nn.Parameter]:
-    """Freeze the model, attach LoRA adapters of this rank to every expert, leave the head trainable.
+    """PEFT's LoRA: freeze the model, attach adapters of this rank to every expert, leave the head trainable.
 
     The scale is 1 (alpha = rank). Adapters start as the identity: B is zero, so outputs do not change.
 
@@ -20,17 +243,9 @@ def add_expert_lora(model: TaskModel, rank: int) -> list[nn.Parameter]:
     """
     from peft import LoraConfig, inject_adapter_in_model  # takes seconds to import, and only stage one needs it
 
-    family = model.family
     for parameter in model.backbone.parameters():
         parameter.requires_grad_(False)
-    paths = [f"{block}.{family.experts}" for block in model.blocks()]
-    if family.layout == "modules":
-        leaves = "|".join(family.lora_targets)
-        joined = "|".join(re.escape(path) for path in paths)
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=rf"({joined})\..*\.({leaves})")
-    else:
-        targets = [f"{path}.{tensor}" for path in paths for tensor in family.lora_targets]
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[], target_parameters=targets)
+    config = LoraConfig(r=rank, lora_alpha=rank, **peft_targets(model, model.family.lora_targets))
     model_type = model.config.model_type
     model.config.model_type = "custom"  # keeps PEFT from rewriting expert paths for families it knows
     try:

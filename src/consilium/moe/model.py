@@ -29,6 +29,11 @@ class TaskModel(nn.Module):
         family: the row of the table.
         task: name of the task; labels: its label names, () for text-to-text.
         dtype: of the head, and of the parameters that `addressing.flatten` gives out.
+
+    Attributes:
+        adapters: `lora.Adapters` on the experts, or None.
+        quantised: flat local name of an expert tensor in 4 bits -> what `quantise` made of it; its parameter is a
+            shape on the meta device.
     """
 
     def __init__(self, backbone: nn.Module, family: Family, task: str, labels: tuple[str, ...], dtype: torch.dtype):
@@ -39,6 +44,8 @@ class TaskModel(nn.Module):
         self.labels = labels
         self.dtype = dtype
         self.config: Any = backbone.config
+        self.adapters: Any = None
+        self.quantised: dict[str, tuple[Tensor, Any]] = {}
         self.head = nn.Linear(backbone.config.hidden_size, len(labels), dtype=dtype) if labels else None
 
     @property

@@ -1,0 +1,91 @@
+"""Adapters on experts as PEFT's files: `adapter_config.json` and `adapter_model.safetensors`.
+
+Fused tensors: lora_A.weight [E R, X] is expert-major and lora_B.weight [Y, R E] rank-major. PEFT nests one wrapper per
+fused tensor, the first target innermost, so the paths of all but the last have `base_layer` in them. Modules (Switch):
+one pair per expert. Experts are in their local places; routers and heads, which are trained in full, are not in it.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from consilium.errors import ModelError
+from consilium.moe.addressing import all_experts
+from consilium.moe.lora import Lora, add_lora, peft_targets
+from consilium.moe.model import TaskModel
+
+__all__ = ["load_adapters", "save_adapters"]
+
+
+def _peft_keys(model: TaskModel) -> Iterator[tuple[str, list[str]]]:
+    """Key in the file -> the flat names of its adapters, both without `lora_A` and what follows."""
+    family = model.family
+    names = {name.rsplit(".", 1)[0] for name in model.adapters.names}
+    for block, places in all_experts(model).items():
+        path = f"base_model.model.{block}.{family.experts}"
+        targets = [t for t in family.lora_targets if f"{block}.experts.0.{t}" in names]
+        for depth, target in enumerate(reversed(targets)):
+            flat = [f"{block}.experts.{place}.{target}" for place in places]
+            if family.layout == "modules":
+                for place in places:
+                    yield f"{path}.{family.module.format(place)}.{target}", [flat[place]]
+            else:
+                yield path + ".base_layer" * depth, flat
+
+
+def save_adapters(model: TaskModel, folder: Path, base: str = "") -> None:
+    """Write the adapters of a model into a directory, as PEFT would.
+
+    Args:
+        base: name or directory of the base model, for the configuration.
+    """
+    from peft import LoraConfig
+
+    adapters, tensors = model.adapters.named(), {}
+    for key, flat in _peft_keys(model):
+        a_ERX = torch.stack([adapters[f"{name}.lora_A"].detach() for name in flat])
+        b_EYR = torch.stack([adapters[f"{name}.lora_B"].detach() for name in flat])
+        tensors[f"{key}.lora_A.weight"] = a_ERX.flatten(0, 1).cpu().contiguous()
+        tensors[f"{key}.lora_B.weight"] = b_EYR.permute(1, 2, 0).flatten(1).cpu().contiguous()
+    rank = next(iter(adapters.values())).shape[0]
+    targets = tuple(t for t in model.family.lora_targets if any(f".{t}.lora_A" in name for name in adapters))
+    config = LoraConfig(
+        r=rank, lora_alpha=model.adapters.scale * rank, base_model_name_or_path=base, **peft_targets(model, targets)
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def load_adapters(model: TaskModel, folder: Path, router: bool = True) -> TaskModel:
+    """Give a live model the adapters that PEFT or `save_adapters` wrote for it.
+
+    Raises:
+        ModelError: for another method than plain LoRA on the experts, or tensors that do not fit the model.
+    """
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    odd = [key for key in ("use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern") if config.get(key)]
+    if config.get("peft_type") != "LORA" or odd:
+        raise ModelError(f"{str(folder)!r} is not plain LoRA ({', '.join(odd) or config.get('peft_type')})")
+    named = config.get("target_parameters") or [re.sub(r".*\\\.", "", str(config.get("target_modules")))]
+    targets = tuple(t for t in model.family.lora_targets if any(re.search(rf"\b{t}\b", name) for name in named))
+    add_lora(model, Lora(config["r"], config["lora_alpha"], targets, router))
+    adapters, used = model.adapters.named(), set()
+    for key, flat in _peft_keys(model):
+        try:
+            a, b = tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"]
+            a_ERX, b_EYR = a.view(len(flat), config["r"], -1), b.view(len(b), config["r"], -1).permute(2, 0, 1)
+            for i, name in enumerate(flat):
+                adapters[f"{name}.lora_A"].data.copy_(a_ERX[i])
+                adapters[f"{name}.lora_B"].data.copy_(b_EYR[i])
+        except (KeyError, RuntimeError, IndexError) as error:
+            raise ModelError(f"{str(folder)!r} does not fit the model at {key!r}: {error}") from error
+        used |= {f"{key}.lora_A.weight", f"{key}.lora_B.weight"}
+    if odd := sorted(set(tensors) - used):
+        raise ModelError(f"{str(folder)!r} adapts more than experts, e.g. {odd[0]!r}")
+    return model
