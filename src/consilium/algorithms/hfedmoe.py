@@ -64,7 +64,7 @@ from consilium.core import (
 from consilium.errors import BudgetError, ConfigError
 from consilium.moe.addressing import expert_of, router_row_of, select
 from consilium.moe.routing import Tap
-from consilium.params import Params, WeightedMean
+from consilium.params import Params
 from consilium.training import Setup, local_round, local_test
 
 __all__ = ["HFedMoE", "best_experts", "divergence", "dominant", "importance", "information", "router_weights"]
@@ -330,7 +330,7 @@ class HFedMoEServer(Server):
         return {client.id: self._task(client) for client in chosen}
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
-        mean, told, trained, merged = WeightedMean(), [], [], set()
+        mean, told, trained, merged = self.setup.mean(), [], [], set()
         for client, reply in replies:
             params, weights = reply.group("params"), self._expert_weights(reply)
             examples = float(reply.scalars["num_examples"])
