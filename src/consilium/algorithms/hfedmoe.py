@@ -313,12 +313,13 @@ def merged_rows(params: Params, told: Sequence[_Told], algorithm: HFedMoE) -> Pa
 
 @dataclass
 class HFedMoEServer(Server):
-    """Holds the full MoE, each client's two budgets and what its data last asked for."""
+    """Holds the full MoE, each client's two budgets, and what its data asked for and its batches trained last time."""
 
     setup: Setup
     algorithm: HFedMoE
     budgets: dict[ClientId, tuple[int, int]] = field(default_factory=dict)
     demand: dict[ClientId, dict[str, Tensor]] = field(default_factory=dict)
+    chosen: dict[ClientId, dict[str, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.params = self.setup.initial_params()
@@ -344,7 +345,9 @@ class HFedMoEServer(Server):
             told.append(_Told(rows, reply.group("usage"), reply.group("importance"), examples))
             demand = reply.group("demand")  # in the order of the layers, which decides between equals
             self.demand[client] = _shares({block: demand[block] for block in self.setup.model.counts})
-            trained.append(sum(int((n_E > 0).sum()) for n_E in reply.group("trained").values()))
+            batches, steps = reply.group("trained"), max(int(reply.scalars["steps"]), 1)
+            self.chosen[client] = {block: batches[block].double() / steps for block in self.setup.model.counts}
+            trained.append(sum(int((n_E > 0).sum()) for n_E in batches.values()))
             merged |= {(block, e) for block, w_E in weights.items() for e in w_E.nonzero().flatten().tolist()}
         self.params = mean.mean(self.params) | merged_rows(self.params, told, self.algorithm)
         return {"trained": sum(trained) / len(trained), "merged": float(len(merged))} if trained else {}
@@ -390,19 +393,28 @@ class HFedMoEServer(Server):
         return {client.id: self.resident(client) for client in self.setup.clients}
 
     def usage(self) -> dict[ClientId, dict[str, list[float]]]:
-        return {client: {block: p_E.tolist() for block, p_E in p.items()} for client, p in self.demand.items()}
+        return _lists(self.demand)
+
+    def trained(self) -> dict[ClientId, dict[str, list[float]]]:
+        return _lists(self.chosen)
 
     def state(self) -> Payload:
-        demand = {f"{client}/{block}": p_E for client, p in self.demand.items() for block, p_E in p.items()}
-        return Payload({"params": self.params, "demand": demand})
+        groups = {
+            name: {f"{client}/{block}": x_E for client, blocks in told.items() for block, x_E in blocks.items()}
+            for name, told in (("demand", self.demand), ("chosen", self.chosen))
+        }
+        return Payload({"params": self.params, **groups})
 
     def restore(self, state: Payload) -> None:
         self.params = state.group("params")
-        demand = state.group("demand")
-        self.demand = {
-            client: {block: demand[f"{client}/{block}"] for block in self.setup.model.counts}
-            for client in sorted({key.split("/")[0] for key in demand})
-        }
+        for name in ("demand", "chosen"):
+            told, blocks = state.group(name), self.setup.model.counts
+            clients = sorted({key.split("/")[0] for key in told})
+            setattr(self, name, {client: {b: told[f"{client}/{b}"] for b in blocks} for client in clients})
+
+
+def _lists(told: Mapping[ClientId, Mapping[str, Tensor]]) -> dict[ClientId, dict[str, list[float]]]:
+    return {client: {block: x_E.tolist() for block, x_E in blocks.items()} for client, blocks in told.items()}
 
 
 def budgets(setup: Setup, algorithm: HFedMoE, client: ClientInfo, place: int) -> tuple[int, int]:
