@@ -208,6 +208,11 @@ class Server(ABC):
         """Latest demand probabilities, client -> block -> expert, for the record."""
         return {}
 
+    def trained(self) -> dict[ClientId, dict[str, list[float]]]:
+        """Share of a client's batches that trained each expert when it last took part, client -> block -> expert, for
+        the record; {} where a batch trains every expert that its tokens reach."""
+        return {}
+
     def events(self) -> list[dict[str, Any]]:
         """What happened since the last call (growing, shrinking, ...), for the record."""
         return []

@@ -255,7 +255,7 @@ def _record(folder: Path, number: int, record, events, server: Server, structure
     latest = next(reversed(structure["rounds"].values()), None)
     if held != latest:
         structure["rounds"][str(number)] = held
-    structure["usage"] = server.usage()
+    structure["usage"], structure["trained"] = server.usage(), server.trained()
     structure["blocks"] = dict(server.setup.model.counts)
     _write_json(folder / "structure.json", structure)
 
@@ -268,7 +268,7 @@ def _truncate(folder: Path, first: int) -> dict[str, Any]:
             kept = [line for line in path.read_text().splitlines(keepends=True) if _before(line, first)]
             write_atomic(path, "".join(kept).encode())
     path = folder / "structure.json"
-    structure = {"blocks": {}, "rounds": {}, "usage": {}}
+    structure = {"blocks": {}, "rounds": {}, "usage": {}, "trained": {}}
     if path.exists():
         structure = json.loads(path.read_text())
         structure["rounds"] = {r: held for r, held in structure["rounds"].items() if int(r) < first}

@@ -90,7 +90,7 @@ plain = cache(run)
 
 
 def test_the_suite_knows_the_methods():
-    assert {"FedAvg", "FedProx", "SCAFFOLD", "Standalone", "RandomMoE", "FedMoE"} <= DEFAULTS.keys()
+    assert {"FedAvg", "FedProx", "SCAFFOLD", "Standalone", "RandomMoE", "FedMoE", "HFedMoE"} <= DEFAULTS.keys()
 
 
 @pytest.mark.parametrize("name", DEFAULTS)

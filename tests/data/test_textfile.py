@@ -193,6 +193,8 @@ def test_client_names_that_would_collide_are_refused(tmp_path):
         ({"clients": 0}, "clients is 0; it must be at least 1"),
         ({"alpha": -1.0}, "alpha is -1.0"),
         ({"task": "a task"}, "use 1 to 58 of letters"),
+        ({"where": "site"}, "where .site.: write COLUMN=VALUE"),
+        ({"rows": -1}, "rows is -1; it must be at least 0"),
     ],
 )
 def test_settings_are_checked(changes, message):
@@ -209,3 +211,36 @@ def test_equal_texts_stay_in_one_split_and_no_row_is_lost(texts, seed):
     assert sorted(row for part in parts for row in part) == list(range(len(texts)))
     where = [{texts[row].strip().lower() for row in part} for part in parts]
     assert not (where[0] & where[1] or where[0] & where[2] or where[1] & where[2])
+
+
+def test_some_rows_of_a_value(tmp_path):
+    """Of the 20 rows of one site 12 are drawn: others with another seed, the same again with the same."""
+    path = write(tmp_path / "rows.parquet", ROWS)
+    data = TextFileData(path, where="site=site 1", rows=12, clients=1)
+    drawn = [
+        {row for client in data.load(seed).clients.values() for _, split in client.splits() for row in split.rows}
+        for seed in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2] and len(drawn[0]) == 12
+    assert all(int(row) % 3 == 1 for row in drawn[0])
+    assert data.load(0).source["used"] == 12
+    with pytest.raises(DataError, match=r"rows\.parquet has no row with site=nowhere"):
+        TextFileData(path, where="site=nowhere").load(0)
+
+
+def test_one_test_set_for_all(tmp_path):
+    """A quarter of the 60 rows is tested, 5 by each of three clients, whatever these hold; all labels are everybody's.
+
+    No row is in two splits, and none that a client could be given is left out.
+    """
+    rows = [{**row, "label": "good" if row["site"] == "site 1" else row["label"]} for row in ROWS]
+    path = write(tmp_path / "rows.csv", rows)
+    federation = TextFileData(path, client="site", common=True).load(0)
+    splits = [split for client in federation.clients.values() for _, split in client.splits()]
+    used = [row for split in splits for row in split.rows]
+    assert len(used) == len(set(used)) == 60 and not federation.source["left_out"]
+    assert [len(client.test) for client in federation.clients.values()] == [5, 5, 5]
+    assert {client.task.labels for client in federation.clients.values()} == {("bad", "good")}
+    assert set(federation.clients["site-1"].train.targets) == {"good"}
+    alone = TextFileData(path, client="site").load(0)
+    assert "site-1" in alone.skipped

@@ -382,3 +382,22 @@ def test_a_tap_survives_loading():
         with tap.batch(batch, count=True):
             model(batch)
     assert set(tap.usage.demand) == set(source.counts)
+
+
+@pytest.mark.parametrize(("model_type", "form"), tiny.CASES)
+def test_gates_and_what_a_batch_was_served(model_type, form):
+    """Gates of each real token by hand from its logits; slots served as the counting pass has them."""
+    model, (_, _, batch) = whole(model_type, form), full(model_type, form)
+    with Tap(model) as tap, torch.no_grad():
+        with tap.batch(batch, count=True):
+            model(batch)
+        gates, served = tap.gates(), {block: tap.served(block) for block in tap.logits}
+        logits, masks = tap.logits, model.masks(batch)
+    assert {block: n.tolist() for block, n in served.items()} == lists(tap.usage.served)
+    for block, gates_TE in gates.items():
+        mask = masks["decoder" if block.startswith("decoder") else "encoder"].reshape(-1)
+        assert gates_TE.dtype == torch.float32
+        for token, gate in zip(logits[block][mask].tolist(), gates_TE.tolist(), strict=True):
+            weigh = (lambda x: 1 / (1 + exp(-x))) if model.family.choice == "sigmoid" else exp
+            total = sum(map(weigh, token))
+            assert gate == pytest.approx([weigh(x) / total for x in token], rel=1e-4, abs=1e-6)

@@ -122,7 +122,11 @@ def _structure(names, task_of, blocks, experts, rounds, rng, algorithm):
                 events.append({"round": r + 1, "event": "freeze", "client": n})
             maps[str(r)] = json.loads(json.dumps(now))
             counts[r] = {n: sum(map(len, now[n].values())) for n in names}
-    return {"blocks": dict.fromkeys(block_names, experts), "rounds": maps, "usage": usage}, events, counts
+    return (
+        {"blocks": dict.fromkeys(block_names, experts), "rounds": maps, "usage": usage, "trained": usage},
+        events,
+        counts,
+    )
 
 
 def _rounds(able, unable, task_of, algorithm, rounds, rng, counts, memory, tasks):

@@ -53,7 +53,7 @@ def test_three_runs_draw_every_figure_or_say_why(three_page):
     for kind in FIGURES:
         if not kind.each_run:
             assert found[kind.name] == [(None, "yes")]
-        elif kind.name in ("usage_heat_map", "expert_map"):
+        elif kind.name in ("usage_heat_map", "training_heat_map", "expert_map"):
             assert found[kind.name] == [("FedMoE", "yes"), ("RandomMoE", "yes"), ("FedAvg", "no")]
         else:
             assert [drawn for _, drawn in found[kind.name]] == ["yes"] * 3

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from consilium.data.task import ClientData, Federation, Form, Split, Task
-from consilium.data.textfile import client_id, cut, read_rows, strings
+from consilium.data.textfile import by_client, cut, read_rows, strings
 from consilium.errors import ConfigError, DataError
 
 __all__ = ["LanguageData"]
@@ -148,14 +148,10 @@ class LanguageData:
         return [c for c in (self.prompt, self.response, self.context, self.system, self.messages, self.text) if c]
 
     def _divide(self, rows: Any, seed: int) -> dict[str, list[int]]:
-        from consilium.data.partition import divide, divide_by_client
+        from consilium.data.partition import divide
 
         if self.client:
-            owners = strings(self.path, self.client, rows[self.client][:])
-            held = {client_id(name): mine for name, mine in divide_by_client(owners).items()}
-            if len(held) < len(set(owners)):
-                raise DataError(f"column {self.client!r} has client names that differ only in characters not allowed")
-            return held
+            return by_client(strings(self.path, self.client, rows[self.client][:]), self.client)
         kinds = strings(self.path, self.kind, rows[self.kind][:]) if self.kind else [""] * len(rows)
         parts = divide(kinds, self.clients, self.partition, self.alpha, self.kinds_per_client, seed)
         digits = max(2, len(str(self.clients - 1)))

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from consilium.data.task import ClientData, Federation, Form, Metric, Split, Task
 from consilium.errors import ConfigError, DataError
 
-__all__ = ["TextFileData", "client_id", "cut", "read_columns", "read_rows", "strings"]
+__all__ = ["TextFileData", "by_client", "cut", "read_columns", "read_rows", "strings"]
 
 _READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 
@@ -43,6 +43,10 @@ class TextFileData:
             used when `client` is "". Text-to-text has no labels, so only "iid".
         clients: number of clients when `client` is "".
         validation, test: shares of a client's rows; the rest trains. Each split gets at least one row.
+        where: "COLUMN=VALUE" uses the rows with that value alone; "" all.
+        rows: so many of the rows at most, drawn by the seed; 0: all.
+        common: every client answers in all labels of the rows used, and is tested on an equal part of `test` of them,
+            drawn evenly before the rest is dealt: the mean score is then that of one test set for all.
         smallest: a client with fewer rows, or a label with fewer training rows at a client, is skipped or dropped.
     """
 
@@ -60,6 +64,9 @@ class TextFileData:
     labels_per_client: int = 2
     validation: float = 0.15
     test: float = 0.25
+    where: str = ""
+    rows: int = 0
+    common: bool = False
     smallest: int = 2
 
     def __post_init__(self) -> None:
@@ -82,11 +89,13 @@ class TextFileData:
             raise ConfigError(
                 f"validation {self.validation} and test {self.test} must be above 0 and together below 1, as shares"
             )
-        for name, least in (("clients", 1), ("labels_per_client", 2), ("smallest", 1)):
+        for name, least in (("clients", 1), ("labels_per_client", 2), ("rows", 0), ("smallest", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if not self.alpha > 0 or math.isinf(self.alpha):
             raise ConfigError(f"alpha is {self.alpha}; it must be a positive number")
+        if self.where and not re.fullmatch("[^=]+=.*", self.where):
+            raise ConfigError(f"where {self.where!r}: write COLUMN=VALUE")
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,58}", self.task):
             raise ConfigError(f"task {self.task!r}: use 1 to 58 of letters, digits, '_', '-'")
 
@@ -95,38 +104,48 @@ class TextFileData:
 
         Raises DataError when the file, a column, a value or a label cannot be used, or no client has enough rows.
         """
-        columns = read_columns(Path(self.path), [c for c in (self.text, self.target, self.client) if c])
+        column, _, value = self.where.partition("=")
+        columns = read_columns(self.path, [c for c in (self.text, self.target, self.client, column) if c])
         texts, targets = columns[self.text], columns[self.target]
         self._check_labels(targets)
-        if self.client:
-            from consilium.data.partition import divide_by_client
-
-            held = {client_id(name): rows for name, rows in divide_by_client(columns[self.client]).items()}
-            if len(held) < len(set(columns[self.client])):
-                raise DataError(f"column {self.client!r} has client names that differ only in characters not allowed")
-        else:
-            held = self._divide(targets, seed)
+        used = [row for row in range(len(texts)) if not column or columns[column][row] == value]
+        if not used:
+            raise DataError(f"{self.path.name} has no row with {self.where}")
+        if 0 < self.rows < len(used):
+            used = sorted(random.Random(f"{seed}:rows").sample(used, self.rows))
+        labels = tuple(sorted({targets[row] for row in used})) if self.common else ()
+        common: list[int] = []
+        if self.common:
+            used, _, common = cut(used, texts, 0, self.test, random.Random(f"{seed}:common"))
+            random.Random(f"{seed}:deal").shuffle(common)
+        owners = [columns[self.client][row] for row in used] if self.client else []
+        parts = by_client(owners, self.client) if self.client else self._divide(used, targets, seed)
+        held = {name: [used[i] for i in part] for name, part in parts.items()}
         clients, skipped, left_out = {}, {}, {}
-        for name, rows in held.items():
-            data = self._client(rows, texts, targets, random.Random(f"{seed}:{name}"))
+        for place, (name, rows) in enumerate(held.items()):
+            rng = random.Random(f"{seed}:{name}")
+            data = self._client(rows, texts, targets, rng, labels, sorted(common[place :: len(held)]))
             if isinstance(data, ClientData):
                 clients[name] = data
-                used = sum(len(split) for _, split in data.splits())
-                left_out |= {name: len(rows) - used} if used < len(rows) else {}
+                kept = sum(len(split) for key, split in data.splits() if key != "test" or not self.common)
+                left_out |= {name: len(rows) - kept} if kept < len(rows) else {}
             else:
                 skipped[name] = data
         if not clients:
             reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
             raise DataError(f"{self.path} has {len(texts)} rows, but no client has enough of them ({reasons})")
-        return Federation(clients, skipped, self.source(len(texts)) | {"left_out": left_out})
+        return Federation(
+            clients, skipped, self.source(len(texts)) | {"used": len(used) + len(common), "left_out": left_out}
+        )
 
     def source(self, rows: int) -> dict[str, Any]:
         """What a run was read from: the file with its sha256, the columns, and the number of rows.
 
-        `load` adds "left_out": client -> rows of labels too rare there to be trained and tested.
+        `load` adds "used", the rows that `where` and `rows` leave, and "left_out": client -> rows of labels too rare
+        there to be trained and tested.
         """
         digest = hashlib.sha256(Path(self.path).read_bytes()).hexdigest()
-        chosen = {k: getattr(self, k) for k in ("text", "target", "client", "form", "partition")}
+        chosen = {k: getattr(self, k) for k in ("text", "target", "client", "form", "partition", "where")}
         return {"type": "TextFileData", "path": str(self.path), "sha256": digest, "rows": rows, **chosen}
 
     def _check_labels(self, targets: Sequence[str]) -> None:
@@ -141,28 +160,40 @@ class TextFileData:
         if self.form == "classification" and len(set(targets)) < 2:
             raise DataError(f"column {self.target!r} has only the label {targets[0]!r}; classification needs two")
 
-    def _divide(self, targets: Sequence[str], seed: int) -> dict[str, list[int]]:
+    def _divide(self, used: Sequence[int], targets: Sequence[str], seed: int) -> dict[str, list[int]]:
         from consilium.data.partition import divide
 
-        labels = targets if self.form == "classification" else [""] * len(targets)
+        labels = [targets[row] if self.form == "classification" else "" for row in used]
         parts = divide(labels, self.clients, self.partition, self.alpha, self.labels_per_client, seed)
         digits = max(2, len(str(self.clients - 1)))
         return {f"{self.task}-{i:0{digits}d}": part for i, part in enumerate(parts)}
 
     def _client(
-        self, rows: list[int], texts: Sequence[str], targets: Sequence[str], rng: random.Random
+        self,
+        rows: list[int],
+        texts: Sequence[str],
+        targets: Sequence[str],
+        rng: random.Random,
+        labels: tuple[str, ...],
+        common: list[int],
     ) -> ClientData | str:
-        """One client's splits; a string says why it has none. Equal texts go to one split."""
+        """One client's splits; a string says why it has none. Equal texts go to one split.
+
+        Args:
+            labels: of all clients, common: this one's test rows, if these are set for all; else empty.
+        """
         if not rows:
             return "no rows"
-        if self.form == "classification":  # a label too rare to train on is not this client's
+        if self.form == "classification" and not labels:  # a label too rare to train on is not this client's
             counts = Counter(targets[row] for row in rows)
             rows = [row for row in rows if counts[targets[row]] >= self.smallest]
-        parts = cut(rows, texts, self.validation, self.test, rng)
+        if self.common:
+            parts = [*cut(rows, texts, self.validation, 0, rng)[:2], common]
+        else:
+            parts = cut(rows, texts, self.validation, self.test, rng)
         if any(not part for part in parts):
             return f"{len(rows)} usable row(s), too few for training, validation and test"
-        labels: tuple[str, ...] = ()
-        if self.form == "classification":
+        if self.form == "classification" and not labels:
             counts = Counter(targets[row] for row in parts[0])
             labels = tuple(
                 sorted(label for label, n in counts.items() if n >= min(self.smallest, max(counts.values())))
@@ -266,18 +297,32 @@ def strings(path: Path, column: str, values: Sequence[Any]) -> list[str]:
     return [v.strip() if isinstance(v, str) else json.dumps(v) for v in values]
 
 
+def by_client(owners: Sequence[str], column: str) -> dict[str, list[int]]:
+    """Client id -> places of its rows, by the values of a client column.
+
+    Raises DataError when two values become one id.
+    """
+    from consilium.data.partition import divide_by_client
+
+    parts = divide_by_client(owners)
+    held = {client_id(name): part for name, part in parts.items()}
+    if len(held) < len(parts):
+        raise DataError(f"column {column!r} has client names that differ only in characters not allowed")
+    return held
+
+
 def client_id(name: str) -> str:
     """A client column's value as an id: other characters become "-", and long names are cut."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip(".")[:64] or "client"
 
 
 def cut(rows: list[int], texts: Sequence[str], validation: float, test: float, rng: random.Random) -> list[list[int]]:
-    """Rows for training, validation and test; rows of equal text stay together."""
+    """Rows for training, validation and test; rows of equal text stay together. A share of 0 is no row."""
     groups = defaultdict(list)
     for row in rows:
         groups[" ".join(texts[row].lower().split())].append(row)
     order = sorted(groups)
     rng.shuffle(order)
-    held = [max(1, round(len(order) * share)) for share in (test, validation)]
+    held = [max(1, round(len(order) * share)) if share else 0 for share in (test, validation)]
     cuts = [order[sum(held) :], order[held[0] : sum(held)], order[: held[0]]]
     return [sorted(row for key in cut for row in groups[key]) for cut in cuts]

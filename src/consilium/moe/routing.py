@@ -103,6 +103,21 @@ class Tap:
             return routed.reshape(-1, places)[mask_T].sum(0)
         return torch.bincount(routed.reshape(mask_T.shape[0], -1)[mask_T].flatten(), minlength=places)
 
+    def gates(self) -> dict[str, Tensor]:
+        """Block -> G_e(x_i), float32 [T, E]: the last batch's router probabilities of the experts in the model.
+
+        T: real tokens. Each row sums to one: the softmax of the logits, or each sigmoid divided by their sum
+        (DeepSeek-V3, Eq 19); a correction bias has no part in it. They carry the gradient of the logits.
+        """
+        gates = {}
+        for block, logits_TE in self.logits.items():
+            logits_TE = logits_TE[self._mask(block)].float()
+            if self.model.family.choice == "sigmoid":
+                gates[block] = nn.functional.normalize(logits_TE.sigmoid(), p=1, dim=-1)
+            else:
+                gates[block] = logits_TE.softmax(-1)
+        return gates
+
     def balance_loss(self) -> Tensor:
         """Load-balance loss of the last batch: the mean over layers of E * sum_e f_e * P_e (Switch, Eq 4).
 
@@ -111,17 +126,13 @@ class Tap:
         take all. Each layer has its own E, as sub-models need.
         """
         losses = []
-        for block, logits_TE in self.logits.items():
-            logits_TE = logits_TE[self._mask(block)].float()
+        for block, gates_TE in self.gates().items():
+            logits_TE = self.logits[block][self._mask(block)].float()
             k = self._top_k(block)
             chosen_TK = self._choose(logits_TE, self._correction(block), k, self._groups(block))
             n_experts = logits_TE.shape[-1]
             share_E = torch.bincount(chosen_TK.flatten(), minlength=n_experts) / max(chosen_TK.numel(), 1)
-            if self.model.family.choice == "sigmoid":
-                probability_TE = nn.functional.normalize(logits_TE.sigmoid(), p=1, dim=-1)
-            else:
-                probability_TE = logits_TE.softmax(-1)
-            losses.append(n_experts * (share_E * probability_TE.mean(0)).sum())
+            losses.append(n_experts * (share_E * gates_TE.mean(0)).sum())
         return torch.stack(losses).mean()
 
     def _hook(self, block: str):

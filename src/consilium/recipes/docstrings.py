@@ -1,8 +1,11 @@
 """The default: teams that own Python packages fine-tune the shipped Switch Transformer on their documentation."""
 
+from dataclasses import replace
+
 from consilium.algorithms.fedavg import FedAvg
 from consilium.algorithms.fedmoe import FedMoE
 from consilium.algorithms.fedprox import FedProx
+from consilium.algorithms.hfedmoe import HFedMoE
 from consilium.algorithms.scaffold import SCAFFOLD
 from consilium.algorithms.standalone import Standalone
 from consilium.core import Sampling
@@ -11,7 +14,7 @@ from consilium.experiment import Experiment
 from consilium.recipes import recipe
 from consilium.training import Fit
 
-__all__ = ["EQUAL_MEMORY", "fedmoe_docstrings"]
+__all__ = ["EQUAL_MEMORY", "fedmoe_docstrings", "hfedmoe_docstrings"]
 
 EQUAL_MEMORY = {
     "FedAvg": FedAvg(experts="fit"),
@@ -40,3 +43,19 @@ def fedmoe_docstrings() -> Experiment:
         memory=("92MB", "102MB", "122MB", "155MB"),
         evaluate_every=3,
     )
+
+
+@recipe(
+    "hfedmoe-docstrings",
+    rivals=EQUAL_MEMORY
+    | {
+        "FedMoE": FedMoE(stage1_epochs=2),
+        "RandomChoice": HFedMoE(select="random", experts="plain", router="plain"),
+        "HFedMoE-no-selection": HFedMoE(select="random"),
+        "HFedMoE-plain-experts": HFedMoE(experts="plain"),
+        "HFedMoE-plain-router": HFedMoE(router="plain"),
+    },
+)
+def hfedmoe_docstrings() -> Experiment:
+    """HFedMoE on the same tasks, teams and devices as fedmoe-docstrings."""
+    return replace(fedmoe_docstrings(), name="hfedmoe-docstrings", algorithm=HFedMoE())

@@ -31,7 +31,7 @@ from consilium.report.style import (
     shorten_all,
 )
 
-__all__ = ["RAMP", "block_names", "expert_map", "usage_heat_map"]
+__all__ = ["RAMP", "block_names", "expert_map", "training_heat_map", "usage_heat_map"]
 
 _WIDTH, _RIGHT, _TOP, _BOTTOM = 340, 18, 4, 34
 RAMP = {  # low to high; each starts at the page's own background so that "hardly used" recedes in both themes
@@ -42,24 +42,41 @@ RAMP = {  # low to high; each starts at the page's own background so that "hardl
 
 def usage_heat_map(run: RunRecord) -> Drawing:
     """Share of a client's tokens that each expert is asked for (FedMoE's Figure 1), one panel per layer."""
-    usage = _known((run.structure or {}).get("usage"), run)
-    if not usage:
-        raise NothingToDraw(_no_structure(run, "how often each client's tokens ask for each expert"))
-    rows = [c for c in run.order if c in usage]
-    blocks = _blocks(run, usage.values())
+    missing = _no_structure(run, "how often each client's tokens ask for each expert")
+    panels, keys, widths = _heat_map(run, "usage", missing, "is asked for most, on average by {:.0f} % of tokens")
+    share = " or ".join(f"{100 / n:.1f} %" for n in widths)
+    return Drawing(panels, keys, f"If every expert were asked for equally often, each would get {share}.")
+
+
+def training_heat_map(run: RunRecord) -> Drawing:
+    """Share of a client's batches that trained each expert (HFedMoE's choice), one panel per layer."""
+    missing = f"{run.label} does not choose per batch: every expert that a client's tokens reach learns."
+    panels, keys, _ = _heat_map(run, "trained", missing, "is trained most, on average in {:.0f} % of batches")
+    return Drawing(panels, keys)
+
+
+def _heat_map(run: RunRecord, key: str, missing: str, lead: str) -> tuple[list[Panel], list[Key], list[int]]:
+    """Panels, the key to the colours, and how many experts the layers have, of one entry of structure.json.
+
+    Raises:
+        NothingToDraw: with `missing`.
+    """
+    shares = _known((run.structure or {}).get(key), run)
+    rows = [c for c in run.order if c in shares]
+    blocks = _blocks(run, shares.values())
     names = block_names(blocks)
     tables = {}
     for block in blocks:
-        width = max([_experts(run, block), *(len(usage[c].get(block) or ()) for c in rows)])
+        width = max([_experts(run, block), *(len(shares[c].get(block) or ()) for c in rows)])
         table = np.full((len(rows), width), np.nan)
         for i, client in enumerate(rows):
-            for j, value in enumerate(usage[client].get(block) or ()):
+            for j, value in enumerate(shares[client].get(block) or ()):
                 if (share := number(value)) is not None:
                     table[i, j] = share
         if np.isfinite(table).any():
             tables[block] = table
     if not tables:
-        raise NothingToDraw(_no_structure(run, "how often each client's tokens ask for each expert"))
+        raise NothingToDraw(missing)
     top = max(float(np.nanmax(table)) for table in tables.values()) or 1.0
     norm = PowerNorm(0.5, 0, top)  # square root: rarely used experts stay apart from unused ones
     panels = []
@@ -71,13 +88,11 @@ def usage_heat_map(run: RunRecord) -> Drawing:
                 _image(figure.axes[0], ramp(norm(np.ma.masked_invalid(table))), theme, i)
             _separate(figure.axes[0], run, rows, table.shape[1])
         often = np.nanmean(np.nan_to_num(table), axis=0)
-        lead = int(np.argmax(often))
-        alt = f"{names[block]}: expert {lead} is asked for most, on average by {100 * often[lead]:.0f} % of tokens."
+        most = int(np.argmax(often))
+        alt = f"{names[block]}: expert {most} {lead.format(100 * often[most])}."
         panels.append(Panel(names[block], figure, alt))
-    even = sorted({table.shape[1] for table in tables.values()})
-    share = " or ".join(f"{100 / n:.1f} %" for n in even)
     keys = [Key(f"0|{100 * top / 4:.0f} %|{100 * top:.0f} %", "ink", "ramp")]
-    return Drawing(panels, keys, f"If every expert were asked for equally often, each would get {share}.")
+    return panels, keys, sorted({table.shape[1] for table in tables.values()})
 
 
 def expert_map(run: RunRecord) -> Drawing:

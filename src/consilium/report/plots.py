@@ -13,7 +13,7 @@ from typing import Any
 from consilium.report import costs, curves, maps
 from consilium.report.costs import memory, time_split, traffic, traffic_per_client
 from consilium.report.curves import expert_counts, scores_over_bytes, scores_over_rounds
-from consilium.report.maps import expert_map, usage_heat_map
+from consilium.report.maps import expert_map, training_heat_map, usage_heat_map
 from consilium.report.style import Drawing, NothingToDraw
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "time_split",
     "traffic",
     "traffic_per_client",
+    "training_heat_map",
     "usage_heat_map",
 ]
 
@@ -85,6 +86,17 @@ FIGURES: tuple[FigureKind, ...] = (
         "little. Rows with an even colour mean that experts have not specialised, and that choosing among them is "
         "close to chance.",
         maps.usage_heat_map,
+        each_run=True,
+    ),
+    FigureKind(
+        "training_heat_map",
+        "Experts",
+        "Which experts each client's batches trained",
+        "As above, but the stronger the colour, the larger the share of the client's batches in which this expert "
+        "learned, when the client last took part. A client whose device is small trains few experts in each batch.",
+        "Rows that are pale all over: little is learned there. A column dark in a single row: only this client's "
+        "data shapes that expert. Columns without colour keep the value that the run began with.",
+        maps.training_heat_map,
         each_run=True,
     ),
     FigureKind(

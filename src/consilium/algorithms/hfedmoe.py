@@ -1,0 +1,505 @@
+"""HFedMoE: resource-aware heterogeneous federated learning with mixture-of-experts.
+
+City University of Hong Kong, University of Hong Kong. 2026. https://arxiv.org/abs/2601.00583
+
+Three modules. Selection: in every batch a client scores the experts that its tokens are routed to (importance, Eq 3-5,
+less beta times an information-bottleneck term, Eq 10-14) and trains the best within its budget (Eq 15); the forward
+pass keeps every token's own top-k, the backward pass reaches the chosen experts alone. Expert aggregation: an expert is
+averaged over the clients whose router gives it at least tau of its mass (Eq 16-17). Router aggregation: a client's
+router counts by how much it uses, and how important to it are, the experts it dominates (Eq 18-21).
+
+    G_e(x_i)    Tap.gates()                         s_b(e), KL_e, I_b(e)   importance, divergence, information
+    E_union     Tap.served(b) > 0                   E_active(c)            best_experts(...)
+    u_c(e)      reply group "usage"                 s_b^c(e)               reply group "importance"
+    n_c(e)      reply group "trained"               S_c, alpha(c)          dominant, router_weights
+    C_budget    payload scalar "budget"             tau                    HFedMoE.tau / E
+
+Our reading, where the paper is silent or contradicts itself:
+- x_i are tokens, padding left out. G is the softmax over all rows of the model's own router, before any top-k, so that
+  its logarithm exists; 0 log 0 = 0. Sigmoid routers (DeepSeek-V3, GLM4): each sigmoid divided by their sum, without the
+  correction bias, so that u_c sums to one in each layer as for all others.
+- Experts are ranked by I_b (Eq 14); `beta=0` ranks by importance alone. Eq 15 is taken at its word: an expert with
+  I_b < 0 is not chosen, except as the only one of its layer. Eq 11 is printed without the (1-G) term of a Bernoulli
+  variable's divergence: `kl="bernoulli"` adds it.
+- C_budget counts experts over all layers jointly, at least one in each; `per_layer` divides it among them.
+- u_c and s_b^c are measured on the forward passes of the round's training: u_c over all its tokens, s_b^c as the mean
+  of s_b over its batches. tau is given in units of 1/E, E being the layer's experts, because u_c sums to one over them.
+- An expert can reach tau without ever having been chosen: it is merged only from clients that trained it (n_c(e) > 0,
+  counted in batches) and only those send it. `weight="batches"` weighs it by n_c(e) instead of |D_c|. If nobody
+  qualifies, it stays as it was, bit for bit.
+- alpha(c) is computed for the router of each layer and divided by its sum over the clients: as printed, Eq 20-21 do not
+  sum to one and shrink the router from round to round, which `router="literal"` shows. `router="row"` weighs each row
+  by its own p_c(e) over the clients that dominate it. If no client dominates any expert of a layer, its router is
+  averaged by |D_c|; in "row", a row that nobody dominates stays. r(c) (Eq 18) is never used in the paper: `coverage`
+  multiplies alpha(c) by it.
+- The paper's forward pass needs every routed expert in memory, whatever the budget. Here a client is sent only as many
+  experts as it can hold (`resident`), those its validation data asked for most when it last took part, at first the
+  public ones; a token goes to the best of them. It also receives the router rows of the others, to measure demand.
+- Both budgets come from the device's memory, or are given as shares of the experts.
+
+`select="random"`, `experts="plain"` and `router="plain"` each switch one module off: a random choice under the same
+budget, and averages by |D_c| over all that hold an expert, trained or not, and over all routers.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+from consilium.core import (
+    Algorithm,
+    Client,
+    ClientContext,
+    ClientId,
+    ClientInfo,
+    ExpertMap,
+    Payload,
+    Server,
+    derive_seed,
+    experts_from_scalars,
+    experts_to_scalars,
+)
+from consilium.errors import BudgetError, ConfigError
+from consilium.moe.addressing import expert_of, router_row_of, select
+from consilium.moe.routing import Tap
+from consilium.params import Params
+from consilium.training import Setup, local_round, local_test
+
+__all__ = ["HFedMoE", "best_experts", "divergence", "dominant", "importance", "information", "router_weights"]
+
+Held = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class HFedMoE(Algorithm):
+    """Experts chosen per batch under a budget, merged by usage.
+
+    Args:
+        lam: lambda, weight of an expert's mean gate against its largest in its importance, in [0, 1] (Eq 5).
+        beta: weight of the information-bottleneck term, >= 0 (Eq 14).
+        tau: least usage of an expert to be merged, in units of 1/E, >= 0 (Eq 17).
+        budget: shares of all experts that a batch trains, in (0, 1], cycled over the clients in the order of their
+            ids; (): what a client's memory allows.
+        resident: shares of all experts that a client holds, likewise, never less than it trains; (): with `budget`
+            all (the paper), else what its memory allows.
+        per_layer: divide both budgets among the layers, instead of ranking all layers' experts together.
+        kl: "paper" (Eq 11 as printed) or "bernoulli" (the whole divergence of a 0/1 variable).
+        select: "information" (Eq 14-15) or "random" choice among the routed experts under the same budget.
+        experts: "usage" (Eq 17) or "plain" average.
+        router: "importance" (Eq 20-21, normalised), "row" (a weight per row), "literal" (as printed) or "plain".
+        coverage: multiply alpha(c) by r(c) (Eq 18).
+        weight: of a client in Eq 17: "examples" (|D_c|) or "batches" in which it trained the expert.
+    """
+
+    lam: float = 0.5
+    beta: float = 0.1
+    tau: float = 0.5
+    budget: tuple[float, ...] = ()
+    resident: tuple[float, ...] = ()
+    per_layer: bool = False
+    kl: Literal["paper", "bernoulli"] = "paper"
+    select: Literal["information", "random"] = "information"
+    experts: Literal["usage", "plain"] = "usage"
+    router: Literal["importance", "row", "literal", "plain"] = "importance"
+    coverage: bool = False
+    weight: Literal["examples", "batches"] = "examples"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lam <= 1:
+            raise ConfigError(f"lam is {self.lam}; it must be within [0, 1]")
+        for name in ("beta", "tau"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be a finite number >= 0")
+        for name in ("budget", "resident"):
+            if not all(0 < share <= 1 for share in getattr(self, name)):
+                raise ConfigError(f"{name} is {getattr(self, name)}; every share must be within (0, 1]")
+        if self.resident and not self.budget:
+            raise ConfigError("resident is given without budget; give both, or neither for budgets by memory")
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(hint))}")
+
+    def server(self, setup: Setup) -> Server:
+        return HFedMoEServer(setup, self)
+
+    def client(self, setup: Setup) -> Client:
+        return HFedMoEClient(setup, self)
+
+
+# --- selection ----------------------------------------------------------------------------------------------------
+
+
+def importance(gates_TE: Tensor, lam: float) -> Tensor:
+    """s_b(e) [E] = lambda * mean_i G_e(x_i) + (1 - lambda) * max_i G_e(x_i) (Eq 3-5)."""
+    return lam * gates_TE.mean(0) + (1 - lam) * gates_TE.amax(0)
+
+
+def divergence(gates_TE: Tensor, kl: Literal["paper", "bernoulli"] = "paper") -> Tensor:
+    """KL_e [E] = mean_i G_e(x_i) log(G_e(x_i) / p_e), p_e = mean_i G_e(x_i) (Eq 10-11), in nats, >= 0.
+
+    "bernoulli" adds mean_i (1 - G_e(x_i)) log((1 - G_e(x_i)) / (1 - p_e)), without which it is no divergence of a 0/1
+    variable.
+    """
+
+    def gain(q_TE: Tensor) -> Tensor:
+        mean_E = q_TE.mean(0)
+        return (torch.xlogy(q_TE, q_TE).mean(0) - torch.xlogy(mean_E, mean_E)).clamp(min=0)  # Jensen; but for rounding
+
+    return gain(gates_TE) + (gain(1 - gates_TE) if kl == "bernoulli" else 0)
+
+
+def information(gates_TE: Tensor, lam: float, beta: float, kl: Literal["paper", "bernoulli"] = "paper") -> Tensor:
+    """I_b(e) [E] = s_b(e) - beta * KL_e (Eq 14)."""
+    return importance(gates_TE, lam) - beta * divergence(gates_TE, kl)
+
+
+def best_experts(
+    scores: Mapping[str, Tensor],
+    among: Mapping[str, Collection[int]],
+    budget: int,
+    least: int = 1,
+    per_layer: bool = False,
+) -> Held:
+    """The experts within the budget whose scores sum to the most (Eq 15), ascending; ties: first layer, lower id.
+
+    Args:
+        scores: block -> [E], finite.
+        among: block -> those that may be chosen (E_union).
+        budget: how many over all blocks, >= blocks * least.
+        least: how many of a block there are in any case, if it has so many; beyond them none with a score < 0.
+        per_layer: each block gets `least` and a share of the rest in proportion to its E, rounded down.
+    """
+    if budget < least * len(scores):
+        raise ConfigError(f"a budget of {budget} experts is too small for {len(scores)} layers with {least} each")
+    ranked = {
+        block: [e for e in score_E.argsort(descending=True, stable=True).tolist() if e in among[block]]
+        for block, score_E in scores.items()
+    }
+    held = {block: ids[:least] for block, ids in ranked.items()}
+    rest = [(block, e) for block, ids in ranked.items() for e in ids[least:] if scores[block][e] >= 0]
+    if per_layer:
+        total = sum(len(score_E) for score_E in scores.values())
+        spare = budget - least * len(scores)
+        rooms = {block: spare * len(score_E) // total for block, score_E in scores.items()}
+        for block, e in rest:
+            if len(held[block]) < least + rooms[block]:
+                held[block].append(e)
+    else:
+        room = budget - sum(map(len, held.values()))
+        for block, e in sorted(rest, key=lambda place: -float(scores[place[0]][place[1]]))[:room]:
+            held[block].append(e)
+    return {block: tuple(sorted(ids)) for block, ids in held.items()}
+
+
+class Selection:
+    """The choice of each batch (`choose` of `training.fit`), and what it measures on the way.
+
+    Args:
+        budget: C_budget, experts over all layers.
+        generator: for the random choice.
+    """
+
+    def __init__(self, algorithm: HFedMoE, budget: int, generator: torch.Generator):
+        self.algorithm = algorithm
+        self.budget = budget
+        self.generator = generator
+        self.tokens: dict[str, int] = {}
+        self.batches = 0
+        self.mass: dict[str, Tensor] = {}
+        self.important: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, tap: Tap) -> Held:
+        algorithm, scores, among = self.algorithm, {}, {}
+        for block, gates_TE in tap.gates().items():
+            gates_TE = gates_TE.cpu().double()
+            self.tokens[block] = self.tokens.get(block, 0) + len(gates_TE)
+            self.mass[block] = self.mass.get(block, 0) + gates_TE.sum(0)
+            self.important[block] = self.important.get(block, 0) + importance(gates_TE, algorithm.lam)
+            among[block] = tap.served(block).nonzero().flatten().tolist()
+            if algorithm.select == "random":
+                scores[block] = torch.rand(gates_TE.shape[1], generator=self.generator)
+            else:
+                scores[block] = information(gates_TE, algorithm.lam, algorithm.beta, algorithm.kl)
+        self.batches += 1
+        return best_experts(scores, among, self.budget, per_layer=algorithm.per_layer)
+
+    def usage(self) -> dict[str, Tensor]:
+        """u_c(e) (Eq 16): block -> float64 [E], the mean gate over all tokens; sums to one."""
+        return {block: mass_E / self.tokens[block] for block, mass_E in self.mass.items()}
+
+    def importance(self) -> dict[str, Tensor]:
+        """s_b^c(e): block -> float64 [E], the mean of s_b over the batches."""
+        return {block: total_E / self.batches for block, total_E in self.important.items()}
+
+
+# --- aggregation --------------------------------------------------------------------------------------------------
+
+
+def dominant(usage_E: Tensor, tau: float) -> Tensor:
+    """S_c: whether u_c(e) >= tau / E, bool like `usage_E` [.., E]."""
+    return usage_E >= tau / usage_E.shape[-1]
+
+
+def router_weights(
+    usage_CE: Tensor,
+    importance_CE: Tensor,
+    held_CE: Tensor,
+    examples_C: Tensor,
+    tau: float,
+    how: Literal["importance", "row", "literal"] = "importance",
+    coverage: bool = False,
+) -> Tensor:
+    """The weight [C, E] of each client's router rows in one layer (Eq 18-21).
+
+    p_c(e) = u_c(e) s_c(e);  alpha(c) = sum_{e in S_c} p_c(e) / |S_global|, S_global the union of the S_c of the round.
+    Over the clients that hold a row, weights sum to one ("importance": always; "row": where somebody dominates the
+    row, else zero), or to whatever they sum to ("literal").
+
+    Args:
+        usage_CE, importance_CE: zero where a client does not hold the expert; held_CE: bool; examples_C: |D_c|.
+    """
+    dominant_CE = dominant(usage_CE, tau) & held_CE
+    most = dominant_CE.any(0).sum().clamp(min=1)  # |S_global|
+    p_CE = usage_CE * importance_CE * dominant_CE
+    alpha_CE = p_CE if how == "row" else (p_CE.sum(1, keepdim=True) / most) * held_CE
+    if coverage:
+        alpha_CE = alpha_CE * dominant_CE.sum(1, keepdim=True) / most  # r(c)
+    if how == "literal":
+        return alpha_CE
+    if how == "importance":
+        nobody_E = alpha_CE.sum(0) == 0
+        alpha_CE = torch.where(nobody_E, examples_C.unsqueeze(1) * held_CE, alpha_CE)
+    return torch.nan_to_num(alpha_CE / alpha_CE.sum(0))  # a row that nobody holds or dominates: 0 / 0
+
+
+@dataclass
+class _Told:
+    """What a reply says about routers: rows by flat name, and per block u, s [E] and |D_c|."""
+
+    rows: Params
+    usage: Params
+    importance: Params
+    examples: float
+
+
+def merged_rows(params: Params, told: Sequence[_Told], algorithm: HFedMoE) -> Params:
+    """The new router rows (Eq 21); a row without any weight keeps its value, except in "literal"."""
+    weights, places = {}, [{router_row_of(key) for key in t.rows} for t in told]
+    for block in told[0].usage if told and places[0] else ():
+        usage_CE = torch.stack([t.usage[block] for t in told])
+        weights[block] = router_weights(
+            usage_CE,
+            torch.stack([t.importance[block] for t in told]),
+            torch.tensor([[(block, e) in held for e in range(usage_CE.shape[1])] for held in places]),
+            torch.tensor([t.examples for t in told], dtype=torch.float64),
+            algorithm.tau,
+            algorithm.router,
+            algorithm.coverage,
+        )
+    rows = {}
+    for key in sorted({key for t in told for key in t.rows}):
+        block, e = router_row_of(key)
+        held = [(float(weights[block][c, e]), t.rows[key]) for c, t in enumerate(told) if key in t.rows]
+        if any(weight for weight, _ in held) or algorithm.router == "literal":
+            rows[key] = sum(weight * row.double() for weight, row in held).to(params[key].dtype)
+    return rows
+
+
+# --- the server half ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class HFedMoEServer(Server):
+    """Holds the full MoE, each client's two budgets, and what its data asked for and its batches trained last time."""
+
+    setup: Setup
+    algorithm: HFedMoE
+    budgets: dict[ClientId, tuple[int, int]] = field(default_factory=dict)
+    demand: dict[ClientId, dict[str, Tensor]] = field(default_factory=dict)
+    chosen: dict[ClientId, dict[str, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.params = self.setup.initial_params()
+        for place, client in enumerate(sorted(self.setup.clients, key=lambda c: c.id)):
+            self.budgets[client.id] = budgets(self.setup, self.algorithm, client, place)
+
+    def configure(self, round: int, clients: Sequence[ClientInfo]) -> dict[ClientId, Payload]:
+        chosen = self.setup.sampling.choose(clients, round, self.setup.seed)
+        return {client.id: self._task(client) for client in chosen}
+
+    def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
+        mean, told, trained, merged = self.setup.mean(), [], [], set()
+        for client, reply in replies:
+            params, weights = reply.group("params"), self._expert_weights(reply)
+            examples = float(reply.scalars["num_examples"])
+            rows = {} if self.algorithm.router == "plain" else {k: t for k, t in params.items() if self._learnt_row(k)}
+
+            def weight(key: str, weights: Params = weights, examples: float = examples) -> float:
+                place = expert_of(key)
+                return examples if place is None else float(weights[place[0]][place[1]])
+
+            mean.add({key: t for key, t in params.items() if key not in rows}, weight)
+            told.append(_Told(rows, reply.group("usage"), reply.group("importance"), examples))
+            demand = reply.group("demand")  # in the order of the layers, which decides between equals
+            self.demand[client] = _shares({block: demand[block] for block in self.setup.model.counts})
+            batches, steps = reply.group("trained"), max(int(reply.scalars["steps"]), 1)
+            self.chosen[client] = {block: batches[block].double() / steps for block in self.setup.model.counts}
+            trained.append(sum(int((n_E > 0).sum()) for n_E in batches.values()))
+            merged |= {(block, e) for block, w_E in weights.items() for e in w_E.nonzero().flatten().tolist()}
+        self.params = mean.mean(self.params) | merged_rows(self.params, told, self.algorithm)
+        return {"trained": sum(trained) / len(trained), "merged": float(len(merged))} if trained else {}
+
+    def deliver(self, client: ClientInfo) -> Payload:
+        held = self.resident(client)
+        return Payload({"params": select(self.params, client.task, held)}, experts_to_scalars(held))
+
+    def resident(self, client: ClientInfo) -> Held:
+        """The experts this client holds now: those its data asks for most, as many as its forward budget."""
+        demand = self.demand.get(client.id) or _shares(self.setup.public_usage("no usage", client.id))
+        everything = {block: range(total) for block, total in self.setup.model.counts.items()}
+        forward, least = self.budgets[client.id][0], self._least()
+        return best_experts(demand, everything, forward, least, self.algorithm.per_layer)
+
+    def _task(self, client: ClientInfo) -> Payload:
+        sent = self.deliver(client)
+        outside = {k: t for k, t in self.params.items() if router_row_of(k) and k not in sent.groups["params"]}
+        return Payload({**sent.groups, "router": outside}, {**sent.scalars, "budget": self.budgets[client.id][1]})
+
+    def _expert_weights(self, reply: Payload) -> Params:
+        """Block -> weight of this client in the mean of each expert, float64 [E] (Eq 17)."""
+        examples, weights = float(reply.scalars["num_examples"]), {}
+        for block, n_E in reply.group("trained").items():
+            full_E = torch.full(n_E.shape, examples, dtype=torch.float64)
+            if self.algorithm.experts == "plain":
+                weights[block] = full_E
+                continue
+            size_E = n_E.double() if self.algorithm.weight == "batches" else full_E
+            weights[block] = size_E * (n_E > 0) * dominant(reply.group("usage")[block], self.algorithm.tau)
+        return weights
+
+    def _learnt_row(self, key: str) -> bool:
+        """Whether a name is of a router row that is trained: a correction bias is averaged like the trunk."""
+        return router_row_of(key) is not None and not key.endswith(".e_score_correction_bias")
+
+    def _least(self) -> int:
+        return min(self.setup.model.family.least, *self.setup.model.counts.values())
+
+    # the record
+
+    def structure(self) -> ExpertMap | None:
+        return {client.id: self.resident(client) for client in self.setup.clients}
+
+    def usage(self) -> dict[ClientId, dict[str, list[float]]]:
+        return _lists(self.demand)
+
+    def trained(self) -> dict[ClientId, dict[str, list[float]]]:
+        return _lists(self.chosen)
+
+    def state(self) -> Payload:
+        groups = {
+            name: {f"{client}/{block}": x_E for client, blocks in told.items() for block, x_E in blocks.items()}
+            for name, told in (("demand", self.demand), ("chosen", self.chosen))
+        }
+        return Payload({"params": self.params, **groups})
+
+    def restore(self, state: Payload) -> None:
+        self.params = state.group("params")
+        for name in ("demand", "chosen"):
+            told, blocks = state.group(name), self.setup.model.counts
+            clients = sorted({key.split("/")[0] for key in told})
+            setattr(self, name, {client: {b: told[f"{client}/{b}"] for b in blocks} for client in clients})
+
+
+def _lists(told: Mapping[ClientId, Mapping[str, Tensor]]) -> dict[ClientId, dict[str, list[float]]]:
+    return {client: {block: x_E.tolist() for block, x_E in blocks.items()} for client, blocks in told.items()}
+
+
+def budgets(setup: Setup, algorithm: HFedMoE, client: ClientInfo, place: int) -> tuple[int, int]:
+    """(experts that a client holds, experts that a batch trains), over all layers.
+
+    Args:
+        place: of the client among all, for the shares.
+
+    Raises:
+        ConfigError: for shares beside device memory, or so small that a layer would have no expert.
+        BudgetError: if the device cannot hold one expert per layer.
+    """
+    totals = setup.model.counts
+    total, layers = sum(totals.values()), len(totals)
+    if not algorithm.budget:
+        return _by_memory(setup, client)
+    if client.memory_bytes is not None:
+        raise ConfigError(f"client {client.id} has device memory, which budget would ignore; leave one of them out")
+    share = algorithm.budget[place % len(algorithm.budget)]
+    backward = round(share * total)
+    if backward < layers:
+        raise ConfigError(
+            f"budget {share:g} of {total} experts is {backward}; with {layers} layers it must be at least "
+            f"{layers / total:g}, one expert in each"
+        )
+    hold = algorithm.resident[place % len(algorithm.resident)] if algorithm.resident else 1.0
+    least = sum(min(setup.model.family.least, n) for n in totals.values())
+    return max(round(hold * total), backward, least), backward
+
+
+def _by_memory(setup: Setup, client: ClientInfo) -> tuple[int, int]:
+    """The budgets of a device: `Setup.budgets` where there is one, else as many as can all be trained."""
+    if hasattr(setup, "budgets"):
+        forward, backward = setup.budgets(client)
+        return forward, backward
+    counts = setup.model.counts
+    n = setup.largest_uniform(client.memory_bytes)
+    if n == 0:
+        lack = setup.lacks(client, dict.fromkeys(counts, 1))
+        raise BudgetError(
+            f"client {client.id} cannot hold one expert per layer: {lack}; "
+            "give it more memory, or lower fit.batch_size or fit.max_length"
+        )
+    every = sum(min(n, total) for total in counts.values())
+    return every, every
+
+
+def _shares(counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Block -> float64 [E] summing to one (zeros if nothing was counted)."""
+    return {block: n_E.double() / max(float(n_E.sum()), 1e-12) for block, n_E in counts.items()}
+
+
+# --- the client half ----------------------------------------------------------------------------------------------
+
+
+class HFedMoEClient(Client):
+    """Trains, in every batch, the best of its experts within its budget."""
+
+    def __init__(self, setup: Setup, algorithm: HFedMoE):
+        self.setup = setup
+        self.algorithm = algorithm
+
+    def train(self, payload: Payload, context: ClientContext) -> Payload:
+        held, budget = experts_from_scalars(payload.scalars), int(payload.scalars["budget"])
+        generator = torch.Generator().manual_seed(derive_seed(context.seed, "selection"))
+        selection = Selection(self.algorithm, budget, generator)
+        _, reply = local_round(self.setup, payload, context, usage=True, choose=selection)
+        groups = dict(reply.groups)
+        measured = {"usage": selection.usage(), "importance": selection.importance(), "trained": groups["trained"]}
+        for name, blocks in measured.items():
+            groups[name] = {block: self._spread(x_E, held[block], block) for block, x_E in blocks.items()}
+        if self.algorithm.experts == "usage":  # what was not trained is what the server has
+            groups["params"] = {k: t for k, t in groups["params"].items() if _moved(k, groups["trained"])}
+        return Payload(groups, reply.scalars)
+
+    def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
+        return local_test(self.setup, payload, context)
+
+    def _spread(self, values: Tensor, ids: Sequence[int], block: str) -> Tensor:
+        """Values of the held experts in their places among all, the others zero."""
+        full = torch.zeros(self.setup.model.counts[block], dtype=values.dtype)
+        full[list(ids)] = values
+        return full
+
+
+def _moved(key: str, trained: Mapping[str, Tensor]) -> bool:
+    place = expert_of(key)
+    return place is None or bool(trained[place[0]][place[1]])
