@@ -14,18 +14,17 @@ The settings (data, learning rates, batch, length) are those of benchmarks/fedmo
 
 import statistics
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import tyro
-from fedmoe import SETTINGS, TASKS, experiment, spread
+from cells import RESULTS, spread
+from fedmoe import SETTINGS, TASKS, experiment
 
 from consilium.core import ClientContext, ClientInfo, ClientState, derive_seed
 from consilium.data.task import ClientData, Federation, Split, pooled
 from consilium.moe.routing import Tap
 from consilium.training import Setup, evaluate, fit
 
-RESULTS = Path(__file__).parent / "results"
 CHOICES = ("most used", "random", "least used")
 Usage = dict[str, torch.Tensor]
 

@@ -16,17 +16,14 @@ experiment and the same model is not run again.
 """
 
 import dataclasses
-import hashlib
 import json
-import math
 import os
 import statistics
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import tyro
+from cells import RESULTS, Result, finish, read_run, rounds_to, spread
 from rich.console import Console
 
 from consilium.algorithms.fedmoe import FedMoE
@@ -40,7 +37,6 @@ from consilium.run import records
 from consilium.training import Fit
 from consilium.watch import Comparison
 
-RESULTS = Path(__file__).parent / "results"
 SETTINGS = {
     "std-T": ("iid", Sampling(5)),
     "std-TD": ("dirichlet", Sampling(5)),
@@ -109,55 +105,17 @@ def experiment(setting: str, method: str, seed: int, rounds: int, rate: float = 
     )
 
 
-@cache
-def weights(location: str) -> bytes:
-    """Digest of a model's weights; the same for all cells, so read once."""
-    return hashlib.sha256((Path(location) / "model.safetensors").read_bytes()).digest()
-
-
-def essence(value: Any) -> Any:
-    """A dataclass as JSON without the fields at their defaults: one that is added later changes no digest."""
-    if not dataclasses.is_dataclass(value):
-        return [essence(item) for item in value] if isinstance(value, tuple) else value
-    fields = {"type": type(value).__name__}
-    for field in dataclasses.fields(value):
-        own = getattr(value, field.name)
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        if own != default:
-            fields[field.name] = essence(own)
-    return fields
-
-
-def digest(cell: Experiment) -> str:
-    """What a result belongs to: the experiment and the weights it started from."""
-    return hashlib.sha256(json.dumps(essence(cell)).encode() + weights(cell.model.location)).hexdigest()[:16]
-
-
 def main(benchmark: Benchmark) -> None:
     """Run what is missing, then write the table."""
     if benchmark.search:
         return search(benchmark)
-    file = RESULTS / "fedmoe.json"
-    cells = json.loads(file.read_text()) if file.is_file() else {}
     planned = {}
     for seed in range(benchmark.seeds):  # seed by seed: an early stop leaves whole tables with fewer seeds
         for setting in benchmark.settings:
             for method in benchmark.methods or METHODS:
                 cell = experiment(setting, method, seed, benchmark.rounds)
                 planned[benchmark.out / cell.name] = cell
-    key = {folder: digest(cell) for folder, cell in planned.items()}
-    missing = {f: cell for f, cell in planned.items() if cells.get(cell.name, {}).get("digest") != key[f]}
-    try:
-        if not benchmark.table_only:
-            Comparison(Console(), missing, benchmark.jobs).run()
-    finally:  # an interrupted benchmark keeps what is finished
-        for folder, cell in missing.items():
-            if (result := read(folder)) is not None:
-                cells[cell.name] = {"digest": key[folder], **result}
-        RESULTS.mkdir(exist_ok=True)
-        file.write_text(json.dumps(cells, indent=1))
-        fresh = {cell.name for f, cell in planned.items() if cells.get(cell.name, {}).get("digest") == key[f]}
-        write({name: cells[name] for name in fresh}, benchmark)
+    write(finish("fedmoe", planned, read, benchmark.jobs, benchmark.table_only), benchmark)
 
 
 def search(benchmark: Benchmark) -> None:
@@ -181,45 +139,10 @@ def search(benchmark: Benchmark) -> None:
         print(f"{folder.name:40} validation {100 * statistics.mean(scores):.1f}")
 
 
-def read(folder: Path) -> dict | None:
-    """What the table needs of one run; None if it is not finished."""
-    if not (folder / "summary.json").exists():
-        return None
+def read(folder: Path) -> Result:
+    """What the table needs of one run."""
     summary = json.loads((folder / "summary.json").read_text())
-    curve, spent = [], 0
-    for record in records(folder):
-        spent += record["bytes_down"] + record["bytes_up"]
-        if record["scores"]:
-            curve.append((record["round"], spent, record["scores"]["mean"]))
-    peaks = [c["peak_bytes_model"] for c in summary["clients"].values() if c["peak_bytes_model"]]
-    return {
-        **{task: 100 * summary["tasks"][task]["score"] for task in TASKS},
-        "mean": 100 * summary["mean"],
-        "tested": curve,
-        "gigabytes": spent / 1e9,
-        "peak_megabytes": max(peaks) / 1e6,
-        "mean_megabytes": statistics.mean(peaks) / 1e6,
-        "experts": summary["experts"],
-        "coverage": summary["coverage"],
-        "seconds": summary["seconds"]["total"],
-    }
-
-
-def spread(values: list[float], digits: int = 1) -> str:
-    """Mean and standard deviation over seeds."""
-    if not values:
-        return "-"
-    sd = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):.{digits}f}" + ("" if math.isnan(sd) else f" ± {sd:.{digits}f}")
-
-
-def rounds_to(runs: list[dict], target: float) -> str:
-    """Mean round in which the target (a score in [0, 1]) was first reached; how many seeds if not all did."""
-    first = [next((r for r, _, score in run["tested"] if score >= target), None) for run in runs]
-    reached = [r for r in first if r is not None]
-    if not reached:
-        return "never"
-    return f"{statistics.mean(reached):.0f}" + ("" if len(reached) == len(runs) else f" ({len(reached)}/{len(runs)})")
+    return {**{task: 100 * summary["tasks"][task]["score"] for task in TASKS}, **read_run(folder)}
 
 
 def at_bytes(run: dict, budget: float) -> float | None:
@@ -266,6 +189,36 @@ def table(setting: str, methods: dict[str, list[dict]]) -> list[str]:
     return [*lines, ""]
 
 
+def pairs(names: dict[tuple[str, str], list[str]], cells: dict[str, Result]) -> list[str]:
+    """FedMoE minus each other method on the same setting and seed, in points of the mean, as Markdown lines."""
+    lines = [
+        "## FedMoE against each, pair by pair",
+        "",
+        "FedMoE's mean minus the other's on the same setting and seed, in points: mean ± standard deviation over",
+        "seeds; all: mean ± standard error over all pairs; ahead: pairs in which FedMoE is.",
+        "",
+        f"| FedMoE minus | {' | '.join(SETTINGS)} | all | ahead |",
+        "|---|" + "---|" * (len(SETTINGS) + 2),
+    ]
+    for method in [method for method in METHODS if method != "FedMoE"]:
+        gaps = {
+            setting: [
+                cells[own]["mean"] - cells[other]["mean"]
+                for own, other in zip(names[setting, "FedMoE"], names[setting, method], strict=True)
+                if own in cells and other in cells
+            ]
+            for setting in SETTINGS
+        }
+        every = [gap for values in gaps.values() for gap in values]
+        if len(every) > 1:
+            error = statistics.stdev(every) / len(every) ** 0.5
+            lines.append(
+                f"| {method} | {' | '.join(spread(values) for values in gaps.values())} "
+                f"| {statistics.mean(every):+.2f} ± {error:.2f} | {sum(gap > 0 for gap in every)}/{len(every)} |"
+            )
+    return [*lines, ""]
+
+
 def write(cells: dict[str, dict], benchmark: Benchmark) -> None:
     """The table of the finished cells as Markdown."""
     lines = [
@@ -288,6 +241,7 @@ def write(cells: dict[str, dict], benchmark: Benchmark) -> None:
         methods = {method: [cells[n] for n in names[setting, method] if n in cells] for method in METHODS}
         if any(methods.values()):
             lines += table(setting, methods)
+    lines += pairs(names, cells)
     (RESULTS / "fedmoe.md").write_text("\n".join(lines))
     print("\n".join(lines))
 

@@ -1,0 +1,117 @@
+"""What the benchmarks of methods share: cells (one run each) that are kept under a digest, and the words of a table."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from consilium.experiment import Experiment
+from consilium.run import records
+from consilium.watch import Comparison
+
+RESULTS = Path(__file__).parent / "results"
+Result = dict[str, Any]
+
+
+@cache
+def contents(path: Path) -> str:
+    """SHA-256 of a file; the same for many cells, so read once."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def essence(value: Any) -> Any:
+    """A dataclass as JSON without the fields at their defaults, so that one which is added later changes no digest;
+    a file is its contents, wherever it lies. Whoever changes a default runs the tables anew."""
+    if isinstance(value, Path):
+        return contents(value)
+    if not dataclasses.is_dataclass(value):
+        return [essence(item) for item in value] if isinstance(value, tuple) else value
+    fields = {"type": type(value).__name__}
+    for field in dataclasses.fields(value):
+        own = getattr(value, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if own != default:
+            fields[field.name] = essence(own)
+    return fields
+
+
+def digest(cell: Experiment) -> str:
+    """What a result belongs to: the experiment, the data files it names and the weights it started from."""
+    weights = contents(Path(cell.model.location) / "model.safetensors")
+    return hashlib.sha256((json.dumps(essence(cell)) + weights).encode()).hexdigest()[:16]
+
+
+def finish(
+    name: str,
+    planned: Mapping[Path, Experiment],
+    read: Callable[[Path], Result],
+    jobs: int,
+    table_only: bool = False,
+) -> dict[str, Result]:
+    """Run the planned cells that results/<name>.json lacks, keep them there, and return all that are up to date.
+
+    An interrupted benchmark keeps what is finished.
+    """
+    file = RESULTS / f"{name}.json"
+    cells = json.loads(file.read_text()) if file.is_file() else {}
+    key = {folder: digest(cell) for folder, cell in planned.items()}
+    missing = {f: cell for f, cell in planned.items() if cells.get(cell.name, {}).get("digest") != key[f]}
+    try:
+        if not table_only:
+            Comparison(Console(), missing, jobs).run()
+    finally:
+        for folder, cell in missing.items():
+            if (folder / "summary.json").exists():
+                cells[cell.name] = {"digest": key[folder], **read(folder)}
+        RESULTS.mkdir(exist_ok=True)
+        file.write_text(json.dumps(cells, indent=1))
+    fresh = {cell.name for f, cell in planned.items() if cells.get(cell.name, {}).get("digest") == key[f]}
+    return {name: cells[name] for name in fresh}
+
+
+def read_run(folder: Path) -> Result:
+    """What every table needs of a finished run: scores in percent, bytes, memory, experts, seconds.
+
+    tested: (round, bytes spent until then, mean score in [0, 1]) for every round with a test.
+    """
+    summary = json.loads((folder / "summary.json").read_text())
+    curve, spent = [], 0
+    for record in records(folder):
+        spent += record["bytes_down"] + record["bytes_up"]
+        if record["scores"]:
+            curve.append((record["round"], spent, record["scores"]["mean"]))
+    peaks = [c["peak_bytes_model"] for c in summary["clients"].values() if c["peak_bytes_model"]]
+    return {
+        "mean": 100 * summary["mean"],
+        "tested": curve,
+        "gigabytes": spent / 1e9,
+        "peak_megabytes": max(peaks) / 1e6,
+        "mean_megabytes": statistics.mean(peaks) / 1e6,
+        "experts": summary["experts"],
+        "coverage": summary["coverage"],
+        "seconds": summary["seconds"]["total"],
+    }
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    """Mean and standard deviation over seeds."""
+    if not values:
+        return "-"
+    sd = statistics.stdev(values) if len(values) > 1 else float("nan")
+    return f"{statistics.mean(values):.{digits}f}" + ("" if math.isnan(sd) else f" ± {sd:.{digits}f}")
+
+
+def rounds_to(runs: list[Result], target: float) -> str:
+    """Mean round in which the target (a score in [0, 1]) was first reached; how many seeds if not all did."""
+    first = [next((r for r, _, score in run["tested"] if score >= target), None) for run in runs]
+    reached = [r for r in first if r is not None]
+    if not reached:
+        return "never"
+    return f"{statistics.mean(reached):.0f}" + ("" if len(reached) == len(runs) else f" ({len(reached)}/{len(runs)})")
