@@ -19,7 +19,7 @@ from consilium.core import Algorithm
 from consilium.data.task import Federation
 from consilium.engine.checkpoint import write_atomic
 from consilium.errors import ConfigError, ConsiliumError
-from consilium.experiment import Experiment, to_json
+from consilium.experiment import Experiment, from_json, to_json
 from consilium.moe.budget import human
 from consilium.run import check, read_config, records
 from consilium.training import Setup
@@ -173,7 +173,7 @@ class Comparison:
         if not (folder / "config.json").exists():
             return False
         saved = read_config(folder)
-        if saved["experiment"] != json.loads(json.dumps(to_json(experiment))):
+        if from_json(saved["experiment"]) != experiment:
             raise ConfigError(f"{folder} holds another experiment; choose another --name or --out, or delete it")
         return saved["status"] == "finished"
 
