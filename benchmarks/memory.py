@@ -332,9 +332,9 @@ def _choice(keep: Mapping[str, tuple[int, ...]], experts: int | None):
 
     def choose(tap) -> dict[str, list[int]]:
         order = [places[i] for i in torch.randperm(len(places), generator=rng).tolist()]
-        order.sort(key=lambda place: [block for block, _ in order].index(place[0]) != order.index(place))
-        chosen = {block: [] for block in keep}
-        for block, place in order[:experts]:
+        first = {block: (block, place) for block, place in order}.values()
+        chosen = {block: [place] for block, place in first}
+        for block, place in [pair for pair in order if pair not in first][: experts - len(chosen)]:
             chosen[block].append(place)
         return chosen
 

@@ -125,7 +125,7 @@ def _decoder(
         norm: elements per channel a norm saves: input, scaled input, output (LayerNorm: input, output).
         query_norm: norms on queries and keys, always; else where `use_qk_norm` says so.
         dropout: whether attention has the dropout that the configuration names.
-        copied: 1 if what was attended is copied before the output projection.
+        copied: 1 if fused attention leaves what was attended in an order that the output projection must copy.
         gate: elements per channel between the two matrices of an expert: gate and up, activated gate, product.
     """
     D, H = c.hidden_size, c.num_attention_heads
@@ -185,9 +185,9 @@ def _attention(c: Any, w: int, query_norm: bool, copied: int, scored: bool) -> t
         return saved + value + (3 + w) * latent, saved + (1 + w) * latent, 4 * (query + value)
     size = getattr(c, "head_dim", None) or c.hidden_size // H
     query, key = H * size, (c.num_key_value_heads or H) * size
-    rotated = (3 + copied + w) * query + w * key + H  # queries, keys and values; sums of the softmax
+    rotated = (3 + w) * query + w * key + H  # queries, keys and values; sums of the softmax
     normed = query + key if query_norm else 0  # before and after the norm; frozen, its input alone
-    full = rotated + query + 2 * normed
+    full = rotated + query * (1 if scored else 1 + copied) + 2 * normed
     return full, rotated + normed + (0 if scored else query), 4 * (query + max(query, key))
 
 
