@@ -25,6 +25,7 @@ from consilium.algorithms.hfedmoe import (
 from consilium.core import Payload, derive_seed, experts_from_scalars
 from consilium.errors import ConfigError
 from consilium.moe.addressing import expert_of
+from consilium.moe.lora import Lora
 
 GATES = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.5, 0.5], [0.1, 0.9]], dtype=torch.float64)
 
@@ -483,3 +484,29 @@ def test_the_forward_pass_is_everybodys_and_the_backward_pass_is_not():
     ]
     assert [len(experts) for experts in chosen[1:]] == [2, 2] and chosen[1] < chosen[0] and chosen[2] < chosen[0]
     assert chosen[1] != chosen[2]
+
+
+@pytest.mark.parametrize("mean", ["factors", "products"])
+@pytest.mark.parametrize("model_type", ["olmoe", "switch_transformers", "deepseek_v3"])
+def test_adapters_are_chosen_sent_and_merged_expert_by_expert(model_type, mean):
+    """Of the experts only adapters travel, and home come those of the trained; an expert that nobody trained keeps
+    its adapter bit for bit, one that was trained does not."""
+    made = tiny.setup(tiny.source(model_type), clients_per_round=2, lora=Lora(rank=2, mean=mean), epochs=2)
+    share = 2 / 8
+    algorithm = HFedMoE(budget=(share,), resident=(0.5,), tau=0.0)
+    server, client = algorithm.server(made), algorithm.client(made)
+    sent = server.configure(1, made.clients)
+    replies = [(c, client.train(payload, tiny.context(c))) for c, payload in sent.items()]
+    trained = set()
+    for c, reply in replies:
+        mine = {(b, e) for b, n_E in reply.groups["trained"].items() for e in n_E.nonzero().flatten().tolist()}
+        home = {expert_of(key) for key in reply.groups["params"]} - {None}
+        assert home == mine and len(mine) < sum(map(len, experts_from_scalars(sent[c].scalars).values()))
+        assert all("lora_" in key for key in reply.groups["params"] if expert_of(key))
+        trained |= mine
+    before = dict(server.params)
+    server.aggregate(1, iter(replies))
+    experts = {key for key in before if expert_of(key)}
+    assert all(server.params[key] is before[key] for key in experts if expert_of(key) not in trained)
+    moved = {expert_of(key) for key in experts if not torch.equal(server.params[key], before[key])}
+    assert moved and moved <= trained

@@ -57,6 +57,7 @@ from consilium.core import (
     ExpertMap,
     Payload,
     Server,
+    counts_of,
     derive_seed,
     experts_from_scalars,
     experts_to_scalars,
@@ -462,6 +463,12 @@ def _by_memory(setup: Setup, client: ClientInfo) -> tuple[int, int]:
     return every, every
 
 
+def _footprint(setup: Setup, counts: Mapping[str, int], backward: int) -> dict[str, int]:
+    """The scalar that says what a client needs to hold `counts` and to train `backward` of them in a batch; {} where
+    the memory model knows no second budget, and what `local_round` reports is for training all of them."""
+    return {"footprint": setup.footprint(counts, trained=backward).total} if hasattr(setup, "budgets") else {}
+
+
 def _shares(counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Block -> float64 [E] summing to one (zeros if nothing was counted)."""
     return {block: n_E.double() / max(float(n_E.sum()), 1e-12) for block, n_E in counts.items()}
@@ -488,7 +495,7 @@ class HFedMoEClient(Client):
             groups[name] = {block: self._spread(x_E, held[block], block) for block, x_E in blocks.items()}
         if self.algorithm.experts == "usage":  # what was not trained is what the server has
             groups["params"] = {k: t for k, t in groups["params"].items() if _moved(k, groups["trained"])}
-        return Payload(groups, reply.scalars)
+        return Payload(groups, {**reply.scalars, **_footprint(self.setup, counts_of(held), budget)})
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         return local_test(self.setup, payload, context)

@@ -91,7 +91,8 @@ def _heat_map(run: RunRecord, key: str, missing: str, lead: str) -> tuple[list[P
         most = int(np.argmax(often))
         alt = f"{names[block]}: expert {most} {lead.format(100 * often[most])}."
         panels.append(Panel(names[block], figure, alt))
-    keys = [Key(f"0|{100 * top / 4:.0f} %|{100 * top:.0f} %", "ink", "ramp")]
+    what = f"share of the client’s {'tokens' if key == 'usage' else 'batches'}"
+    keys = [Key(f"{what}|0|{100 * top / 4:.0f} %|{100 * top:.0f} %", "ink", "ramp")]
     return panels, keys, sorted({table.shape[1] for table in tables.values()})
 
 
