@@ -18,11 +18,33 @@ from consilium.moe.budget import bytes_of
 from consilium.moe.build import ModelSource
 from consilium.training import Fit
 
-__all__ = ["Experiment", "from_json", "to_json"]
+__all__ = ["Experiment", "Wire", "from_json", "to_json"]
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 algorithms.register_all()
 DATA = {cls.__name__: cls for cls in (DocstringData, TextFileData)}
+
+
+@dataclass(frozen=True)
+class Wire:
+    """How payloads travel between processes and machines: what the engine "flower" goes by.
+
+    Args:
+        deadline: seconds a round's training, and its scoring, may take; who has not answered by then is left out, > 0.
+        quorum: answers without which a round is tried again, thrice in all, >= 1.
+        cap: largest payload that is sent or returned, e.g. "512MB".
+    """
+
+    deadline: float = 3600.0
+    quorum: int = 1
+    cap: str = "512MB"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.deadline < float("inf"):
+            raise ConfigError(f"wire.deadline is {self.deadline}; it must be a number of seconds greater than 0")
+        if self.quorum < 1:
+            raise ConfigError(f"wire.quorum is {self.quorum}; it must be at least 1")
+        bytes_of(self.cap)
 
 
 @dataclass(frozen=True)
@@ -43,6 +65,9 @@ class Experiment:
         strict: turn every payload into bytes and back, as between machines.
         threads: torch threads.
         device: "cpu", "cuda", "cuda:0".
+        engine: "local" runs the clients one after the other in this process, "flower" side by side in processes of
+            Flower's simulation (needs the extra "simulation"); the weights are the same to the bit.
+        wire: how the engine "flower" sends payloads.
     """
 
     name: str
@@ -58,6 +83,8 @@ class Experiment:
     strict: bool = False
     threads: int = 1
     device: str = "cpu"
+    engine: Literal["local", "flower"] = "local"
+    wire: Wire = field(default_factory=Wire)
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -65,6 +92,8 @@ class Experiment:
         for name in ("rounds", "evaluate_every", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.engine not in ("local", "flower"):
+            raise ConfigError(f"engine is {self.engine!r}; it must be local or flower")
         for text in self.memory:
             bytes_of(text)
         form = getattr(self.data, "form", self.model.form)
@@ -88,7 +117,7 @@ def from_json(saved: Mapping[str, Any]) -> Experiment:
     Raises:
         ConfigError: for an unknown type or field, or a value of the wrong type.
     """
-    classes = {c.__name__: c for c in (Experiment, ModelSource, Fit, Sampling)} | DATA | Algorithm.registry
+    classes = {c.__name__: c for c in (Experiment, ModelSource, Fit, Sampling, Wire)} | DATA | Algorithm.registry
 
     def load(value: Any, hint: Any) -> Any:
         if isinstance(value, list):

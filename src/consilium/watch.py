@@ -19,7 +19,7 @@ from consilium.core import Algorithm
 from consilium.data.task import Federation
 from consilium.engine.checkpoint import write_atomic
 from consilium.errors import ConfigError, ConsiliumError
-from consilium.experiment import Experiment, to_json
+from consilium.experiment import Experiment, from_json, to_json
 from consilium.moe.budget import human
 from consilium.run import check, read_config, records
 from consilium.training import Setup
@@ -35,7 +35,7 @@ class Terminal:
     _bars: Progress | None = None
     _tasks: dict[str, Any] = field(default_factory=dict)
 
-    def started(self, experiment: Experiment, setup: Setup, federation: Federation, first: int) -> None:
+    def started(self, experiment: Experiment, setup: Setup, federation: Federation | None, first: int) -> None:
         sizes = [info.num_examples for info in setup.clients]
         tasks = sorted({info.task for info in setup.clients})
         say = self._say
@@ -53,9 +53,9 @@ class Terminal:
             f"  model {escape(experiment.model.path)}: {sum(counts.values())} experts in {len(counts)} layers; "
             f"{needs}; devices: {devices}"
         )
-        for client, reason in federation.skipped.items():
+        for client, reason in federation.skipped.items() if federation else ():
             say(f"  skipped {client}: {escape(reason)}")
-        for client, rows in federation.source.get("left_out", {}).items():
+        for client, rows in federation.source.get("left_out", {}).items() if federation else ():
             say(f"  {client}: {rows} rows of labels too rare there are left out")
         self._bars = Progress(
             TextColumn("{task.description}"),
@@ -88,6 +88,8 @@ class Terminal:
             )
             if c["rejected"]:
                 say(f"  {client:12} left out of this round: {escape(c['rejected'])}", style="red")
+        for client, reason in {**record.get("missing", {}), **record.get("untested", {})}.items():
+            say(f"  {client:12} missing: {escape(reason)}", style="red")
         for event in events:
             if event["event"] != "structure":
                 more = f" to {event['experts']} experts" if "experts" in event else ""
@@ -169,7 +171,7 @@ class Comparison:
         if not (folder / "config.json").exists():
             return False
         saved = read_config(folder)
-        if saved["experiment"] != json.loads(json.dumps(to_json(experiment))):
+        if from_json(saved["experiment"]) != from_json(to_json(experiment)):  # fields that are new have their defaults
             raise ConfigError(f"{folder} holds another experiment; choose another --name or --out, or delete it")
         return saved["status"] == "finished"
 
