@@ -1,27 +1,22 @@
 """The engine over Flower's messages, in this process: the same bits as the local engine, and who was missing."""
 
 import dataclasses
-import json
 import math
-from types import SimpleNamespace
 
 import loopback
 import pytest
 import runs
 import tiny
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ConfigRecord, Message
 from hypothesis import given
 from hypothesis import strategies as st
 
 import consilium.engine.flower as flower
-from consilium.algorithms.fedmoe import FedMoE
 from consilium.core import Algorithm, Payload
-from consilium.engine.flower.grid import ATTEMPTS
 from consilium.engine.flower.records import STYPE, from_record, to_record
-from consilium.errors import PayloadError, RoundError
-from consilium.experiment import Wire, from_json, to_json
-from consilium.run import resume, run
+from consilium.errors import PayloadError
+from consilium.run import run
 
 METHODS = {name: cls for name, cls in Algorithm.registry.items() if cls.__module__.startswith("consilium.")}
 

@@ -3,31 +3,32 @@
 Every message brings the server's experiment as JSON, of which the algorithm, the training and the seed count here;
 classes are looked up among the known ones, no code travels. What is the site's own comes from its own settings: a
 simulated client takes its partition of the experiment's data; a site's node names a file, `site=".../site.json"`,
-with its name, its own data and model, its memory, and the folder in which its state survives rounds and restarts.
+with its name, its own data and model and its memory. In the same folder its states survive rounds and restarts.
 """
 
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from consilium.core import Client, ClientContext, ClientInfo, Payload, Scalar, derive_seed
-from consilium.data.task import ClientData
-from consilium.engine.checkpoint import KEEP, ClientStore
+from consilium.data.task import ClientData, Federation, Split, Task
+from consilium.engine.checkpoint import KEEP, ClientStore, write_atomic
 from consilium.engine.flower.grid import within
 from consilium.engine.flower.records import from_record, to_record
 from consilium.engine.rounds import diverged, tested, trained
 from consilium.errors import ConfigError, ConsiliumError, DataError, PayloadError
-from consilium.experiment import Experiment, from_json
+from consilium.experiment import Experiment, from_json, to_json
 from consilium.moe.budget import bytes_of
 from consilium.training import Setup
 
-__all__ = ["Site", "client_app"]
+__all__ = ["Site", "client_app", "read_site", "save_site"]
 
 
 @dataclass(frozen=True)
@@ -68,32 +69,59 @@ def _federation(experiment: Experiment):
 
 
 @functools.lru_cache(maxsize=4)
-def deployed(experiment: str, heads: str, settings: str, run: str) -> Site:
+def deployed(experiment: str, heads: str, settings: Path, run: str) -> Site:
     """A site of a deployment: algorithm, training and seed are the server's; data, model and memory its own.
 
     Args:
         experiment: the server's, as JSON. heads: task -> labels of all sites, as JSON.
-        settings: the site's, as JSON: name, state, and an experiment of which data, model, memory, device and threads
-            count.
-        run: the run's token, a folder below the site's state.
+        settings: what `save_site` wrote. run: the run's token, a folder beside it.
     """
-    given = json.loads(settings)
+    given, data = read_site(settings)
     own, name = from_json(given["experiment"]), str(given["name"])
     made = replace(from_json(json.loads(experiment)), data=own.data, model=own.model)
     torch.set_num_threads(own.threads)
-    federation = own.data.load(own.seed)
+    memory = bytes_of(own.memory[0]) if own.memory else None
+    if not run.isalnum():
+        raise PayloadError(f"the run's token is {run!r}; it must be letters and digits")
+    site = _site(made, heads, name, data, memory, str(given["fingerprint"]), settings.parent / run)
+    return replace(site, device=torch.device(own.device))
+
+
+def save_site(path: Path, name: str, experiment: Experiment) -> None:
+    """Write a site's settings, and beside them its data, which every message would otherwise have to read anew.
+
+    Args:
+        experiment: of which data, model, the first memory, device and threads are the site's own.
+
+    Raises:
+        DataError: if the data is of several clients and none has the site's name.
+    """
+    federation = experiment.data.load(experiment.seed)
     if name not in federation.clients and len(federation.clients) != 1:
         raise DataError(
             f"the data of site {name} has the clients {', '.join(federation.clients)}: name the site like one of them, "
             "or give data with one client (data.clients 1)"
         )
     data = federation.clients.get(name) or next(iter(federation.clients.values()))
-    memory = bytes_of(own.memory[0]) if own.memory else None
-    if not run.isalnum():
-        raise PayloadError(f"the run's token is {run!r}; it must be letters and digits")
-    folder = Path(given["state"]) / run
-    site = _site(made, heads, name, data, memory, federation.fingerprint, folder)
-    return replace(site, device=torch.device(own.device))
+    own = {"name": name, "fingerprint": Federation({name: data}).fingerprint, "experiment": to_json(experiment)}
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for file, content in ((path, own), (path.with_name("data.json"), asdict(data))):
+        write_atomic(file, json.dumps(content).encode())
+        file.chmod(0o600)
+
+
+def read_site(path: Path) -> tuple[dict[str, Any], ClientData]:
+    """The settings and the data that `save_site` wrote.
+
+    Raises:
+        ConfigError: if they cannot be read.
+    """
+    try:
+        given, data = json.loads(path.read_text()), json.loads(path.with_name("data.json").read_text())
+        task = Task(**{**data["task"], "labels": tuple(data["task"]["labels"])})
+        return given, ClientData(task, *(Split(**data[key]) for key in ("train", "validation", "test")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"the site's settings in {path.parent} cannot be read: {type(error).__name__}") from error
 
 
 def _site(
@@ -122,16 +150,8 @@ def _site(
 def _site_of(told: dict[str, Scalar], context: Context) -> Site:
     experiment, heads = str(told["experiment"]), str(told["heads"])
     if "site" in context.node_config:
-        return deployed(experiment, heads, _settings(context), str(told["run"]))
+        return deployed(experiment, heads, Path(str(context.node_config["site"])), str(told["run"]))
     return simulated(experiment, heads, str(told["client"]))
-
-
-def _settings(context: Context) -> str:
-    path = Path(str(context.node_config["site"]))
-    try:
-        return path.read_text()
-    except OSError as error:
-        raise ConfigError(f"the site's settings {path} cannot be read: {error.strerror}") from error
 
 
 # --- the three kinds of message -------------------------------------------------------------------------------------
@@ -163,7 +183,7 @@ def evaluate(message: Message, context: Context) -> RecordDict:
 def name(message: Message, context: Context) -> RecordDict:
     """Who this node is: a partition's number, or the site's name."""
     if "site" in context.node_config:
-        own = {"name": str(json.loads(_settings(context))["name"])}
+        own = {"name": str(read_site(Path(str(context.node_config["site"])))[0]["name"])}
     else:
         own = {"partition": int(context.node_config["partition-id"])}
     return RecordDict({"engine": ConfigRecord(own)})

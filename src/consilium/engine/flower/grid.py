@@ -46,7 +46,12 @@ class Roster:
     grid: Grid
     names: Sequence[ClientId] = ()
     poll: float = 0.05
-    _known: dict[tuple[int, str], ClientId] = field(default_factory=dict)
+    known: dict[tuple[int, str], ClientId] = field(default_factory=dict)
+    """(Node, when it was last activated) -> client: a node that was restarted is asked again."""
+
+    def strangers(self) -> dict[int, tuple[int, str]]:
+        """Nodes that are connected and have not said who they are, with their keys in `known`."""
+        return {node: key for node, key in self._online().items() if key not in self.known}
 
     def nodes(self) -> dict[ClientId, int]:
         """Client id -> node, of the nodes that are connected now.
@@ -54,20 +59,22 @@ class Roster:
         Raises:
             RoundError: if two nodes say the same name.
         """
-        online = {node.node_id: (node.node_id, node.last_activated_at) for node in self.grid.get_nodes()}
-        strangers = [node for node, key in online.items() if key not in self._known]
-        for node, reply in ask(self.grid, strangers, "name", {}, QUERY, self.poll):
+        strangers = self.strangers()
+        for node, reply in ask(self.grid, list(strangers), "name", {}, QUERY, self.poll):
             name = self._name(reply)
             if name is not None:
-                self._known[online[node]] = name
+                self.known[strangers[node]] = name
         found: dict[ClientId, int] = {}
-        for node, key in online.items():
-            if (name := self._known.get(key)) is None:
+        for node, key in self._online().items():
+            if (name := self.known.get(key)) is None:
                 continue
             if name in found:
                 raise RoundError(f"two nodes say that they are {name}; give every site a name of its own")
             found[name] = node
         return found
+
+    def _online(self) -> dict[int, tuple[int, str]]:
+        return {node.node_id: (node.node_id, node.last_activated_at) for node in self.grid.get_nodes()}
 
     def _name(self, reply: Message) -> ClientId | None:
         if reply.has_error() or "engine" not in reply.content:
@@ -209,7 +216,7 @@ class FlowerEngine(Engine):
         """Send every client its payload and gather the answers until the deadline.
 
         Returns:
-            Client -> its reply in files, and client -> bytes sent. `missing` is filled with who did not answer, and why.
+            Client -> its reply in files, and client -> bytes sent. `missing` is filled: who did not answer, and why.
         """
         end = time.monotonic() + self.wire.deadline
         sent, down = self._send(kind, number, tasks, missing)

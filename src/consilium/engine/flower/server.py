@@ -105,20 +105,23 @@ def describe(
     end = time.monotonic() + seconds
     found: dict[ClientId, dict[str, Any]] = {}
     while True:
-        nodes = {site: node for site, node in roster.nodes().items() if site in sites and site not in found}
-        names = {node: site for site, node in nodes.items()}
-        left = max(end - time.monotonic(), 1.0)
-        for node, reply in ask(roster.grid, list(names), "describe", told, left, roster.poll):
+        strangers = roster.strangers()
+        for node, reply in ask(roster.grid, list(strangers), "describe", told, seconds, roster.poll):
             if reply.has_error():
                 continue
             if "failed" in reply.content:
-                raise RoundError(f"site {names[node]} cannot take part: {reply.content['failed']['reason']}")
-            found[names[node]] = dict(reply.content["engine"])
+                raise RoundError(f"a site cannot take part: {reply.content['failed']['reason']}")
+            described = dict(reply.content["engine"])
+            name = str(described["name"])
+            roster.known[strangers[node]] = name
+            if name in sites:
+                found[name] = described
         absent = [site for site in sites if site not in found]
         if not absent:
+            roster.nodes()  # no two of one name
             return {site: found[site] for site in sorted(sites)}
         if time.monotonic() > end:
             raise RoundError(
-                f"not connected within {seconds:g} s: {', '.join(absent)}; start their clients, then start the server again"
+                f"not connected within {seconds:g} s: {', '.join(absent)}; start their clients, then the server again"
             )
         time.sleep(roster.poll)
