@@ -37,10 +37,8 @@ class Deployment(contextlib.ExitStack):
 
     def server(self, *arguments, sites, keys=True):
         secure = ["--certificates", "keys"] if keys else ["--insecure"]
-        return self.start(
-            ["server", *arguments, "--sites", ",".join(sites), "--address", f"127.0.0.1:{self.port}", "--wait", "3000"]
-            + secure
-        )
+        where = ["--sites", ",".join(sites), "--address", f"127.0.0.1:{self.port}", "--wait", "3000"]
+        return self.start(["server", *arguments, *where, *secure])
 
     def client(self, *arguments, name, keys=True):
         secure = ["--certificates", f"keys/{name}"] if keys else ["--insecure"]

@@ -34,6 +34,7 @@ class Loopback(Grid):
     configs: list[dict]
     silent: set = field(default_factory=set)
     crashing: set = field(default_factory=set)
+    lost: set = field(default_factory=set)
     away: set = field(default_factory=set)
     restarts: dict = field(default_factory=dict)
     queue: dict = field(default_factory=dict)
@@ -72,7 +73,12 @@ class Loopback(Grid):
                 )
                 continue
             context = Context(7, node, self.configs[node - 100], RecordDict(), {})
-            replies.append(carried(self.app(message, context)))
+            reply = carried(self.app(message, context))
+            if (kind, node) in self.lost:
+                self.silent.add((kind, node))
+                self.queue[identifier] = message
+                continue
+            replies.append(reply)
         return replies
 
     set_run = run = create_message = send_and_receive = None

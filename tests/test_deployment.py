@@ -22,7 +22,7 @@ from consilium.errors import ConfigError
 
 PAGE = Path(__file__).parent.parent / "docs/deployment.md"
 COMMANDS = re.findall(r"^```bash\nconsilium (.*?)\n```", PAGE.read_text(), re.M | re.S)
-SMALL = "--data.train 24 --data.validation 8 --data.test 8 --fit.max-length 16"
+SMALL = "--data.train 24 --data.validation 8 --data.test 8"
 MINUTES = 60 * float(os.environ.get("CONSILIUM_TEST_PATIENCE", "1"))
 
 
@@ -34,7 +34,7 @@ def test_three_sites_as_the_page_has_it(tmp_path):
     """FedMoE on the documentation, three tasks, three memories, three sub-MoEs, TLS, keys; a stranger is refused."""
     with Deployment(tmp_path) as there:
         keys, server, *clients = (command.replace("localhost:8000", f"localhost:{there.port}") for command in COMMANDS)
-        process, log = there.start(keys)
+        process, _ = there.start(keys)
         there.finished(process, 3 * MINUTES)
         serving, _ = there.start(f"{server.replace('0.0.0.0:8000', f'127.0.0.1:{there.port}')} --wait 3000 {SMALL}")
         for command in clients:

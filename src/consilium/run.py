@@ -313,7 +313,8 @@ class _Prepared:
         from consilium.engine.flower import FlowerEngine, Roster, simulation
 
         with nullcontext() if self.roster is not None else simulation(experiment, len(self.infos)) as grid:
-            roster = self.roster or Roster(grid, [info.id for info in self.infos])
+            names = [info.id for info in self.infos]
+            roster = self.roster or Roster(grid, names, patience=experiment.wire.deadline)
             told = {
                 "experiment": json.dumps(to_json(experiment)),
                 "heads": json.dumps(self.setup.heads),

@@ -37,7 +37,7 @@ run(from_json(json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]), Wat
 """
 
 
-def simulated(experiment, folder, *more, seconds=600):
+def simulated(experiment, folder, *more, seconds=1800):
     folder.mkdir()
     (folder / "script.py").write_text(SCRIPT)
     (folder / "experiment.json").write_text(json.dumps(to_json(dataclasses.replace(experiment, engine="flower"))))

@@ -30,8 +30,6 @@ from consilium.moe.budget import bytes_of, human
 __all__ = ["ATTEMPTS", "FlowerEngine", "Roster", "ask", "within"]
 
 ATTEMPTS = 3
-QUERY = 180.0
-"""Seconds that a node has to say who it is."""
 
 
 @dataclass
@@ -40,12 +38,13 @@ class Roster:
 
     Args:
         names: partition number -> client id, of a simulation; (): a node says its site's name.
-        poll: seconds between looks for answers.
+        poll: seconds between looks for answers. patience: seconds that a node has to say who it is.
     """
 
     grid: Grid
     names: Sequence[ClientId] = ()
     poll: float = 0.05
+    patience: float = 180.0
     known: dict[tuple[int, str], ClientId] = field(default_factory=dict)
     """(Node, when it was last activated) -> client: a node that was restarted is asked again."""
 
@@ -60,7 +59,7 @@ class Roster:
             RoundError: if two nodes say the same name.
         """
         strangers = self.strangers()
-        for node, reply in ask(self.grid, list(strangers), "name", {}, QUERY, self.poll):
+        for node, reply in ask(self.grid, list(strangers), "name", {}, self.patience, self.poll):
             name = self._name(reply)
             if name is not None:
                 self.known[strangers[node]] = name

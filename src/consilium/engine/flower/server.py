@@ -27,8 +27,9 @@ def simulation(experiment: Experiment, clients: int) -> Iterator[Grid]:
     """A Grid whose nodes are `clients` client ends in Ray's worker processes, as many at a time as there are cores
     for `experiment.threads` each, or GPUs for one each.
 
-    A worker that dies is started again: its client is missing in that round and back in the next. Ray listens on this
-    machine alone, unless RAY_ADDRESS names a cluster; then the run directory must be on a disk that all of it shares.
+    A worker that dies is started again: its client is missing in that round and back in the next. Ray is started for
+    this run alone, unless RAY_ADDRESS names a cluster; then the run directory must be on a disk that all of it shares.
+    Ray's ports have no authentication by default: behind a firewall, or RAY_AUTH_MODE=token.
 
     Raises:
         ConfigError: if Ray is not installed.
@@ -46,7 +47,7 @@ def simulation(experiment: Experiment, clients: int) -> Iterator[Grid]:
         grids.put(grid)
         done.wait()
 
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     resources = {
         "num_cpus": min(experiment.threads, cores),
         "num_gpus": float(experiment.device.startswith("cuda")),
@@ -54,7 +55,8 @@ def simulation(experiment: Experiment, clients: int) -> Iterator[Grid]:
     }
 
     def work(folder: str) -> None:
-        init = {} if "RAY_ADDRESS" in os.environ else _alone(folder, cores)
+        own = {"num_cpus": cores, "include_dashboard": False, "_temp_dir": folder}  # the folder goes afterwards
+        init = {} if "RAY_ADDRESS" in os.environ else own
         try:
             run_simulation(
                 server, client_app, clients, backend_config={"client_resources": resources, "init_args": init}
@@ -76,11 +78,6 @@ def simulation(experiment: Experiment, clients: int) -> Iterator[Grid]:
         finally:
             done.set()
             thread.join()
-
-
-def _alone(folder: str, cores: int) -> dict[str, Any]:
-    """Ray on this machine only, its files in a folder that goes afterwards."""
-    return {"num_cpus": cores, "include_dashboard": False, "_temp_dir": folder, "_node_ip_address": "127.0.0.1"}
 
 
 def server_app(serve: Callable[[Grid, dict[str, Any]], None]) -> ServerApp:
