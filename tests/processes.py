@@ -1,6 +1,7 @@
 """Processes of a test that never outlive it: each in a group of its own, ended with all its children."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -32,13 +33,19 @@ def started(command, log, **environment):
             stdin=subprocess.DEVNULL,
             env={**os.environ, **ENVIRONMENT, **environment},
             start_new_session=True,
+            preexec_fn=_with_parent,
         )
-    family = Family(process.pid)
+    process.family = Family(process.pid)
     try:
         yield process
     finally:
-        family.end()
+        process.family.end()
         process.wait()
+
+
+def _with_parent():
+    """Even if the test itself is killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 class Family:
@@ -58,11 +65,11 @@ class Family:
                     found[p.pid] = p
         return found
 
-    def kill(self):
-        """SIGKILL to all at once, as when a machine goes down."""
+    def signal(self, number):
+        """The same signal to all at once: SIGKILL as when a machine goes down, SIGSTOP as when it stalls."""
         for p in self.members().values():
             with contextlib.suppress(psutil.NoSuchProcess):
-                p.send_signal(signal.SIGKILL)
+                p.send_signal(number)
 
     def end(self):
         """Ask once, then kill whoever is left."""

@@ -17,7 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from consilium.deployment import certificates
+from consilium.certificates import certificates
 from consilium.errors import ConfigError
 
 PAGE = Path(__file__).parent.parent / "docs/deployment.md"

@@ -17,7 +17,7 @@ FLOORS = {
     "algorithms": 3,
     "experiment": 4,
     "engine": 5,
-    "run": 6,
+    "certificates": 6, "run": 6,
     "deployment": 7, "report": 7, "recipes": 7, "watch": 7,
     "__main__": 8,
 }  # fmt: skip

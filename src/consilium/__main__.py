@@ -266,15 +266,18 @@ def inspect_command(args: list[str]) -> None:
 
 def certificates_command(args: list[str]) -> None:
     """consilium certificates DIR --sites A,B [--hosts NAME,ADDRESS]"""
-    deployment = _deployment()
     if not args or args[0].startswith("-"):
         out.print(certificates_command.__doc__, markup=False, highlight=False)
         raise SystemExit(0) if args[:1] in (["-h"], ["--help"]) else ConfigError("name a folder for the keys")
     options, rest = _split(args[1:], {"--sites": "", "--hosts": ""})
     if rest:
         raise ConfigError(f"unknown argument {rest[0]!r}; allowed are --sites and --hosts")
+    try:
+        from consilium.certificates import certificates
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is missing: pip install 'consilium[flower]'") from error
     folder, hosts = Path(args[0]), [host for host in options["--hosts"].split(",") if host]
-    for made in deployment.certificates(folder, hosts, deployment.names_of(options["--sites"], "--sites")):
+    for made in certificates(folder, hosts, _names(options["--sites"])):
         out.print(f"{made} is for that site alone: hand it over on a safe way", highlight=False, soft_wrap=True)
     out.print(f"{folder / 'server'} is for the server", highlight=False, soft_wrap=True)
 
@@ -288,7 +291,7 @@ def server_command(args: list[str]) -> None:
     insecure, rest = _insecure(rest)
     experiment = _parse(type(default), rest, f"consilium server {args[0]}", default, options)
     deployment = _deployment()
-    sites, wait = deployment.names_of(options["--sites"], "--sites"), _whole(options, "--wait", 1)
+    sites, wait = _names(options["--sites"]), _whole(options, "--wait", 1)
     if not sites:
         raise ConfigError("--sites is empty; name the sites, e.g. --sites north,south")
     keys = _keys(options, insecure, deployment.address_of(options["--address"])[0], "server")
@@ -313,6 +316,19 @@ def client_command(args: list[str]) -> None:
     keys = _keys(options, insecure, deployment.address_of(options["--server"])[0], None)
     state = Path(options["--state"] or f"site-{options['--name']}")
     deployment.client(experiment, options["--name"], options["--server"], keys, state, _whole(options, "--port", 1))
+
+
+def _names(text: str) -> list[str]:
+    """The sites of --sites."""
+    from consilium.core import CLIENT_ID
+
+    names = text.split(",") if text else []
+    for name in names:
+        if not CLIENT_ID.fullmatch(name):
+            raise ConfigError(f"--sites names {name!r}; give names of A-Z a-z 0-9 . _ - separated by commas")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--sites names a site twice: {text}")
+    return names
 
 
 def _deployment() -> Any:

@@ -1,6 +1,5 @@
-"""Sites on machines of their own: keys and certificates, the server's commands, a site's command.
+"""Sites on machines of their own: the server's command, a site's command. Their keys: `consilium.certificates`.
 
-    certificates   a folder for the server, and one for each site: a TLS certificate, a key per site
     server         Flower's SuperLink, which only knows the sites' keys, with one run in it: ours
     client         Flower's SuperNode at a site, pointing at the site's settings
     server_app     what the SuperLink starts: the rounds, in a run directory that a later start goes on with
@@ -11,11 +10,9 @@ folder beside the run (FLWR_HOME), install nothing, and end with the command tha
 
 import contextlib
 import ctypes
-import datetime
 import ipaddress
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -25,10 +22,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from rich.console import Console
 
 from consilium.core import CLIENT_ID
@@ -39,112 +32,7 @@ from consilium.errors import ConfigError, ConsiliumError, RoundError
 from consilium.experiment import Experiment, from_json, to_json
 from consilium.run import read_config, serve
 
-__all__ = ["certificates", "client", "server", "server_app"]
-
-YEARS = 2
-"""How long a server's certificate is good for."""
-
-
-# --- keys and certificates ------------------------------------------------------------------------------------------
-
-
-def certificates(folder: Path, hosts: Sequence[str], sites: Sequence[str]) -> list[Path]:
-    """Make what is missing in a folder: the server's certificate for `hosts`, and a key for each new site.
-
-        server/     server.crt, server.key, ca.crt, and <site>.pub of every site: for the server alone
-        <site>/     ca.crt and key: to be handed to that site
-
-    The authority that signs the server's certificate forgets its key at once, so nobody can sign another one. A site's
-    secret key could also be made at the site (`ssh-keygen -t ecdsa -b 384`); only its .pub must reach the server.
-
-    Args:
-        hosts: names and addresses under which sites reach the server; localhost and 127.0.0.1 are always among them.
-
-    Returns:
-        The site folders that were made.
-    """
-    for site in sites:
-        if not CLIENT_ID.fullmatch(site) or site == "server":
-            raise ConfigError(f"site {site!r} must match [A-Za-z0-9._-]{{1,64}}, without a leading dot, not 'server'")
-    if not (folder / "server/server.key").exists():
-        _server_certificate(folder / "server", hosts)
-    made = []
-    for site in sites:
-        if (folder / site).exists():
-            continue
-        key = ec.generate_private_key(ec.SECP384R1())
-        public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-        _write_secret(folder / site / "key", _private(key, serialization.PrivateFormat.OpenSSH))
-        write_atomic(folder / site / "ca.crt", (folder / "server/ca.crt").read_bytes())
-        write_atomic(folder / "server" / f"{site}.pub", public + b"\n")
-        made.append(folder / site)
-    return made
-
-
-def _server_certificate(folder: Path, hosts: Sequence[str]) -> None:
-    authority, key = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
-    issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Consilium federation")])
-    ca = (
-        _certificate(issuer, issuer, authority)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_usage(key_cert_sign=True, crl_sign=True), critical=True)
-        .sign(authority, hashes.SHA384())
-    )
-    names = [_general_name(host) for host in dict.fromkeys((*hosts, "localhost", "127.0.0.1"))]
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, (*hosts, "localhost")[0][:64])])
-    identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key())
-    server = (
-        _certificate(subject, issuer, key)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_usage(digital_signature=True), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([x509.oid.ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(identifier, critical=False)
-        .sign(authority, hashes.SHA384())
-    )
-    write_atomic(folder / "ca.crt", ca.public_bytes(serialization.Encoding.PEM))
-    write_atomic(folder / "server.crt", server.public_bytes(serialization.Encoding.PEM))
-    _write_secret(folder / "server.key", _private(key, serialization.PrivateFormat.PKCS8))
-
-
-def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=365 * YEARS))
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-    )
-
-
-def _usage(**allowed: bool) -> x509.KeyUsage:
-    names = (
-        "digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
-        "key_cert_sign", "crl_sign", "encipher_only", "decipher_only",
-    )  # fmt: skip
-    return x509.KeyUsage(**dict.fromkeys(names, False) | allowed)
-
-
-def _general_name(host: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(host))
-    except ValueError:
-        return x509.DNSName(host)
-
-
-def _private(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat) -> bytes:
-    return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
-
-
-def _write_secret(path: Path, blob: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch(mode=0o600)
-    path.write_bytes(blob)
-
+__all__ = ["client", "server", "server_app"]
 
 # --- the server -----------------------------------------------------------------------------------------------------
 
@@ -171,7 +59,7 @@ def server(
         RoundError: if the run did not come to its end.
     """
     host, port = address_of(address)
-    home = folder.parent / f"{folder.name}.flower"
+    home, keys = (folder.parent / f"{folder.name}.flower").absolute(), keys and keys.absolute()
     for site in sites if keys else ():
         if not (keys / f"{site}.pub").exists():
             raise ConfigError(f"{keys / site}.pub is missing: make it with `consilium certificates`")
@@ -368,14 +256,3 @@ def _child(command: Sequence[str], environment: Mapping[str, str], log: Path) ->
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def names_of(text: str, flag: str) -> list[str]:
-    """Site names separated by commas."""
-    names = text.split(",") if text else []
-    for name in names:
-        if not re.fullmatch(CLIENT_ID, name):
-            raise ConfigError(f"{flag} names {name!r}; give names of A-Z a-z 0-9 . _ - separated by commas")
-    if len(set(names)) < len(names):
-        raise ConfigError(f"{flag} names a site twice: {text}")
-    return names

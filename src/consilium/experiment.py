@@ -32,18 +32,25 @@ class Wire:
     Args:
         deadline: seconds a round's training, and its scoring, may take; who has not answered by then is left out, > 0.
         quorum: answers without which a round is tried again, thrice in all, >= 1.
-        cap: largest payload that is sent or returned, e.g. "512MB".
+        cap: largest payload that is sent or returned, before compression, e.g. "512MB".
+        reply: how trained weights return: "exact", or the change since they were sent, as "bf16" or "int8", with what
+            rounding lost added to the client's next reply.
+        zstd: compress payloads; pays for "int8", hardly for weights.
     """
 
     deadline: float = 3600.0
     quorum: int = 1
     cap: str = "512MB"
+    reply: Literal["exact", "bf16", "int8"] = "exact"
+    zstd: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.deadline < float("inf"):
             raise ConfigError(f"wire.deadline is {self.deadline}; it must be a number of seconds greater than 0")
         if self.quorum < 1:
             raise ConfigError(f"wire.quorum is {self.quorum}; it must be at least 1")
+        if self.reply not in ("exact", "bf16", "int8"):
+            raise ConfigError(f"wire.reply is {self.reply!r}; it must be exact, bf16 or int8")
         bytes_of(self.cap)
 
 

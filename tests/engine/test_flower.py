@@ -17,8 +17,9 @@ import consilium.engine.flower as flower
 from consilium.algorithms.fedmoe import FedMoE
 from consilium.algorithms.scaffold import SCAFFOLD
 from consilium.core import Algorithm, Payload, Sampling, derive_seed
+from consilium.engine.checkpoint import ClientStore, load_checkpoint
 from consilium.engine.flower.grid import ATTEMPTS
-from consilium.engine.flower.records import STYPE, from_record, to_record
+from consilium.engine.flower.records import STYPE, blobs_of, from_record, payload_of, to_record
 from consilium.errors import CheckpointError, ConfigError, PayloadError, RoundError
 from consilium.experiment import Wire
 from consilium.run import resume, run, serve
@@ -301,6 +302,46 @@ def test_the_meter_counts_the_blobs(toys, grid, tmp_path, monkeypatch):
         if message.metadata.message_type == "train"
     ]
     assert [c["bytes_down"] for c in record["clients"].values()] == sizes and sum(sizes) == record["bytes_down"] > 600
+
+
+@pytest.mark.parametrize(("form", "most"), [("bf16", 0.65), ("int8", 0.5)])
+def test_rounded_replies_are_smaller_and_lose_nothing_for_good(form, most, data, grid, tmp_path):
+    """Bytes of replies against exact ones, with headers and scales of tiny tensors; the method's own state is what it was; FedAvg keeps only what was lost."""
+    made = runs.experiment(
+        data, "FedAvg", model=tiny.source(num_experts=4), sampling=Sampling(3), engine="flower", rounds=2
+    )
+    run(made, tmp_path / "exact")
+    run(dataclasses.replace(made, wire=Wire(reply=form)), tmp_path / "rounded")
+    exact, less = runs.outcome(tmp_path / "exact"), runs.outcome(tmp_path / "rounded")
+    up = [record["bytes_up"] for record in exact["metrics"]], [record["bytes_up"] for record in less["metrics"]]
+    assert all(b < most * a for a, b in zip(*up, strict=True))
+    weights = [load_checkpoint(tmp_path / name / "checkpoints")[1].group("params") for name in ("exact", "rounded")]
+    start = made.model.load()
+    moved = sum(float((weights[0][key] - start[key]).square().sum()) for key in start)
+    off = sum(float((weights[0][key] - weights[1][key]).square().sum()) for key in start)
+    assert 0 < off < 0.05 * moved
+    state = ClientStore(tmp_path / "rounded/clients", {"site-0": 2}).load("site-0")
+    assert state.params and all(key.startswith("engine/lost/") for key in state.params)
+    assert less["summary"]["clients"]["site-0"]["state"] and not exact["summary"]["clients"]["site-0"]["state"]
+
+
+def test_compressed_payloads_are_the_same(data, grid, tmp_path):
+    made = runs.experiment(data, SCAFFOLD(), model=tiny.source(num_experts=4), engine="flower", rounds=1)
+    run(made, tmp_path / "plain")
+    run(dataclasses.replace(made, wire=Wire(zstd=True)), tmp_path / "packed")
+    plain, packed = runs.outcome(tmp_path / "plain"), runs.outcome(tmp_path / "packed")
+    assert plain["summary"]["weights"] == packed["summary"]["weights"]
+    assert packed["metrics"][0]["bytes_down"] < plain["metrics"][0]["bytes_down"]
+
+
+def test_a_blob_that_would_unfold_beyond_the_cap_is_refused():
+    record = to_record(Payload({"params": {"w": torch.zeros(100_000)}}), {}, compress=True)
+    blobs, scalars, _ = blobs_of(record)
+    assert len(blobs["params"]) < 1000 and payload_of(blobs.items(), scalars, 401_000).nbytes == 400_000
+    with pytest.raises(PayloadError, match="would unfold to 400"):
+        payload_of(blobs.items(), scalars, 400_000)
+    with pytest.raises(PayloadError, match="compressed blob"):
+        payload_of([("params", blobs["params"][:-3])], scalars)
 
 
 # --- sites: their own data, their own disk --------------------------------------------------------------------------

@@ -21,12 +21,16 @@ from consilium.core import Client, ClientContext, ClientInfo, Payload, Scalar, d
 from consilium.data.task import ClientData, Federation, Split, Task
 from consilium.engine.checkpoint import KEEP, ClientStore, write_atomic
 from consilium.engine.flower.grid import within
-from consilium.engine.flower.records import from_record, to_record
+from consilium.engine.flower.records import blobs_of, payload_of, to_record
+from consilium.engine.rounding import rounded
 from consilium.engine.rounds import diverged, tested, trained
 from consilium.errors import ConfigError, ConsiliumError, DataError, PayloadError
 from consilium.experiment import Experiment, from_json, to_json
 from consilium.moe.budget import bytes_of
 from consilium.training import Setup
+
+LOST = "engine/lost/"
+"""In a client's state: what rounding has taken from its replies; the method does not see it."""
 
 __all__ = ["Site", "client_app", "read_site", "save_site"]
 
@@ -159,24 +163,31 @@ def _site_of(told: dict[str, Scalar], context: Context) -> Site:
 
 def train(message: Message, context: Context) -> RecordDict:
     """One round: the client half trains; its state is kept under the round's number."""
-    payload, told = from_record(message.content)
+    payload, told = _opened(message)
     site, store, work = _begin(told, context)
+    state = work.state
+    lost = {key[len(LOST) :]: state.params.pop(key) for key in list(state.params) if key.startswith(LOST)}
+    sent = payload.group("params") if told["reply"] != "exact" else {}
     reply, seconds = trained(site.client, payload, work)
     del payload
     rejected = diverged(reply)
     if rejected is None:
-        store.save(site.info.id, work.state, int(told["round"]))
+        reply, lost = rounded(reply, sent, str(told["reply"]), lost)
+        state.params |= {f"{LOST}{key}": tensor for key, tensor in lost.items()}
+        store.save(site.info.id, state, int(told["round"]))
     kept = rejected is None and site.info.id in store.versions
     answer = {"rejected": rejected or "", "kept": kept, "seconds": seconds}
-    content = to_record(reply if rejected is None else Payload(scalars=reply.scalars), answer)
+    content = to_record(reply if rejected is None else Payload(scalars=reply.scalars), answer, bool(told["zstd"]))
     within(str(told["cap"]), content, site.info.id)
     return content
 
 
 def evaluate(message: Message, context: Context) -> RecordDict:
     """Score the delivered model on the client's test data."""
-    payload, told = from_record(message.content)
+    payload, told = _opened(message)
     site, _, work = _begin(told, context)
+    for key in [key for key in work.state.params if key.startswith(LOST)]:
+        del work.state.params[key]
     return to_record(tested(site.client, payload, work), {"rejected": ""})
 
 
@@ -209,6 +220,11 @@ def describe(message: Message, context: Context) -> RecordDict:
             )
         }
     )
+
+
+def _opened(message: Message) -> tuple[Payload, dict[str, Scalar]]:
+    blobs, scalars, told = blobs_of(message.content)
+    return payload_of(blobs.items(), scalars, bytes_of(str(told["cap"]))), told
 
 
 def _begin(told: dict[str, Scalar], context: Context) -> tuple[Site, ClientStore, ClientContext]:

@@ -10,6 +10,7 @@ error, is recorded with the reason; a round with fewer answers than the quorum i
 
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from flwr.serverapp import Grid
 from consilium.core import ClientId, ClientInfo, Payload, Scalar, Server
 from consilium.engine.checkpoint import ClientStore
 from consilium.engine.flower.records import blobs_of, payload_of, to_record
+from consilium.engine.rounding import restored
 from consilium.engine.rounds import Engine, Progress, diverged, release, told_of
 from consilium.errors import PayloadError, RoundError
 from consilium.experiment import Wire
@@ -60,9 +62,10 @@ class Roster:
         """
         strangers = self.strangers()
         for node, reply in ask(self.grid, list(strangers), "name", {}, self.patience, self.poll):
-            name = self._name(reply)
-            if name is not None:
-                self.known[strangers[node]] = name
+            try:
+                self.known[strangers[node]] = self._name(reply)
+            except PayloadError as error:
+                warnings.warn(f"a node does not say who it is: {error}", stacklevel=2)
         found: dict[ClientId, int] = {}
         for node, key in self._online().items():
             if (name := self.known.get(key)) is None:
@@ -75,13 +78,13 @@ class Roster:
     def _online(self) -> dict[int, tuple[int, str]]:
         return {node.node_id: (node.node_id, node.last_activated_at) for node in self.grid.get_nodes()}
 
-    def _name(self, reply: Message) -> ClientId | None:
-        if reply.has_error() or "engine" not in reply.content:
-            return None
-        told = reply.content["engine"]
-        if "partition" in told:
-            return self.names[int(told["partition"])] if int(told["partition"]) < len(self.names) else None
-        return str(told["name"]) if "name" in told else None
+    def _name(self, reply: Message) -> ClientId:
+        told = _checked(reply)["engine"]
+        if "partition" in told and int(told["partition"]) < len(self.names):
+            return self.names[int(told["partition"])]
+        if "name" in told:
+            return str(told["name"])
+        raise PayloadError(f"it answers {dict(told)}")
 
 
 def ask(
@@ -123,15 +126,16 @@ def within(cap: str, record: RecordDict, client: ClientId) -> int:
     """Bytes of a message's blobs: what crosses the wire, apart from some hundred bytes of Flower's own.
 
     Raises:
-        PayloadError: if they are more than may be sent.
+        PayloadError: if they are more, before compression, than may be sent.
     """
-    size = sum(len(array.data) for array in record.array_records["payload"].values())
+    arrays = record.array_records["payload"].values()
+    size = sum(array.shape[0] for array in arrays)
     if size > bytes_of(cap):
         raise PayloadError(
             f"the payload of client {client} is {human(size)}, more than wire.cap {cap}: raise wire.cap, or send less "
-            "(fewer experts, a smaller model, model.dtype bfloat16)"
+            "(fewer experts, a smaller model, model.dtype bfloat16, wire.reply int8)"
         )
-    return size
+    return sum(len(array.data) for array in arrays)
 
 
 @dataclass
@@ -143,8 +147,8 @@ class _Parked:
     told: dict[str, Scalar]
     size: int
 
-    def payload(self) -> Payload:
-        return payload_of(((group, path.read_bytes()) for group, path in self.files.items()), self.scalars)
+    def payload(self, cap: int) -> Payload:
+        return payload_of(((group, path.read_bytes()) for group, path in self.files.items()), self.scalars, cap)
 
 
 @dataclass
@@ -183,17 +187,19 @@ class FlowerEngine(Engine):
                     raise RoundError(_too_few(number, len(arrived), self.wire.quorum, missing))
             record["missing"] |= missing
             for client in sorted(arrived):
-                reply, told = self._take(client, number, arrived.pop(client), down[client])
+                reply, told = self._take(client, number, arrived.pop(client), tasks[client], down[client])
                 record["clients"][client] = told
                 if told["rejected"] is None:
                     yield client, reply
                 release(reply)
 
-    def _take(self, client: ClientId, number: int, parked: _Parked, down: int) -> tuple[Payload, dict[str, Any]]:
+    def _take(
+        self, client: ClientId, number: int, parked: _Parked, sent: Payload, down: int
+    ) -> tuple[Payload, dict[str, Any]]:
         """A reply out of its files, and what to record; notes which state of the client counts from now on."""
         told, info = parked.told, next(c for c in self.infos if c.id == client)
         try:
-            reply = parked.payload()
+            reply = restored(parked.payload(bytes_of(self.wire.cap)), sent.group("params"))
             rejected = str(told.get("rejected") or "") or diverged(reply)
         except PayloadError as error:
             reply, rejected = Payload(), str(error)
@@ -247,8 +253,10 @@ class FlowerEngine(Engine):
                 "version": self.store.versions.get(client, 0),
                 "deadline": self.wire.deadline,
                 "cap": self.wire.cap,
+                "reply": self.wire.reply,
+                "zstd": self.wire.zstd,
             }
-            content = to_record(tasks[client], told)
+            content = to_record(tasks[client], told, self.wire.zstd)
             down[client] = within(self.wire.cap, content, client)
             message = Message(
                 content, dst_node_id=nodes[client], message_type=kind, ttl=self.wire.deadline, group_id=str(number)
@@ -284,17 +292,26 @@ def _park(reply: Message, folder: Path) -> _Parked:
     Raises:
         PayloadError: saying why the reply is none.
     """
-    if reply.has_error():
-        raise PayloadError(f"error {reply.error.code}: {_last_line(reply.error.reason)}")
-    if "failed" in reply.content:
-        raise PayloadError(str(reply.content["failed"]["reason"]))
-    blobs, scalars, told = blobs_of(reply.content)
+    blobs, scalars, told = blobs_of(_checked(reply))
     folder.mkdir(exist_ok=True)
     files = {}
     for i, (group, blob) in enumerate(blobs.items()):
         files[group] = folder / str(i)
         files[group].write_bytes(blob)
     return _Parked(files, scalars, told, sum(map(len, blobs.values())))
+
+
+def _checked(reply: Message) -> RecordDict:
+    """A reply's content.
+
+    Raises:
+        PayloadError: if it is an error, with its reason in one line.
+    """
+    if reply.has_error():
+        raise PayloadError(f"error {reply.error.code}: {_last_line(reply.error.reason)}")
+    if "failed" in reply.content:
+        raise PayloadError(str(reply.content["failed"]["reason"]))
+    return reply.content
 
 
 def _last_line(text: str) -> str:

@@ -9,6 +9,7 @@ One blob and not one array per tensor: Flower stores and fetches every array on 
 
 from collections.abc import Iterable, Mapping
 
+import zstandard
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from consilium.core import Payload, Scalar
@@ -17,12 +18,14 @@ from consilium.errors import PayloadError
 
 __all__ = ["STYPE", "blobs_of", "from_record", "payload_of", "to_record"]
 
-STYPE = "consilium.safetensors"
+STYPE, PACKED = "consilium.safetensors", "consilium.safetensors.zstd"
+MAGIC = zstandard.MAGIC_NUMBER.to_bytes(4, "little")
+"""A zstd frame begins so; a safetensors blob, which begins with the length of its header, would need one of 4 GB."""
 _LEAST, _MOST = -(2**63), 2**64 - 1
 
 
-def to_record(payload: Payload, told: Mapping[str, Scalar]) -> RecordDict:
-    """The payload and the engine's own words as one message's content.
+def to_record(payload: Payload, told: Mapping[str, Scalar], compress: bool = False) -> RecordDict:
+    """The payload and the engine's own words as one message's content. `compress`: blobs by zstd.
 
     Raises:
         PayloadError: for an integer beyond 64 bits, which Flower's records cannot hold, or a text that is not Unicode.
@@ -30,7 +33,10 @@ def to_record(payload: Payload, told: Mapping[str, Scalar]) -> RecordDict:
     arrays = {}
     for group, params in payload.groups.items():
         blob = encode(Payload({group: params}))
-        arrays[group] = Array("uint8", (len(blob),), STYPE, blob)
+        shape = (len(blob),)
+        if compress:
+            blob = zstandard.compress(blob, 1)
+        arrays[group] = Array("uint8", shape, PACKED if compress else STYPE, blob)
     return RecordDict(
         {
             "payload": ArrayRecord(array_dict=arrays, keep_input=True),
@@ -53,24 +59,34 @@ def blobs_of(record: RecordDict) -> tuple[dict[str, bytes], dict[str, Scalar], d
     if not (isinstance(arrays, ArrayRecord) and isinstance(scalars, ConfigRecord) and isinstance(told, ConfigRecord)):
         raise PayloadError("a message with records of other types: the other side does not speak this protocol")
     for group, array in arrays.items():
-        if array.stype != STYPE:
+        if array.stype not in (STYPE, PACKED):
             raise PayloadError(f"group {group!r} arrived as {array.stype!r}; it must be {STYPE}")
     return {group: array.data for group, array in arrays.items()}, dict(scalars), dict(told)
 
 
-def payload_of(blobs: Iterable[tuple[str, bytes]], scalars: Mapping[str, Scalar]) -> Payload:
-    """The payload of these blobs and scalars.
+def payload_of(blobs: Iterable[tuple[str, bytes]], scalars: Mapping[str, Scalar], cap: int = 2**40) -> Payload:
+    """The payload of these blobs and scalars; `cap`: bytes that a compressed blob may unfold to.
 
     Raises:
         PayloadError: if a blob is not one that `to_record` could have made.
     """
     groups = {}
     for group, blob in blobs:
-        held = decode(blob).groups
+        held = decode(_unfolded(blob, cap) if blob.startswith(MAGIC) else blob).groups
         if set(held) != {group}:
             raise PayloadError(f"the blob of group {group!r} holds {sorted(held)}")
         groups[group] = held[group]
     return Payload(groups, dict(scalars))
+
+
+def _unfolded(blob: bytes, cap: int) -> bytes:
+    try:
+        size = zstandard.frame_content_size(blob)
+        if not 0 <= size <= cap:
+            raise PayloadError(f"a compressed blob would unfold to {size} bytes, allowed are {cap}")
+        return zstandard.decompress(blob, max_output_size=size)
+    except zstandard.ZstdError as error:
+        raise PayloadError(f"a compressed blob is broken: {error}") from error
 
 
 def from_record(record: RecordDict) -> tuple[Payload, dict[str, Scalar]]:

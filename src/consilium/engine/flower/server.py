@@ -72,6 +72,10 @@ def simulation(experiment: Experiment, clients: int) -> Iterator[Grid]:
         thread.start()
         try:
             grid = grids.get()
+            while not isinstance(grid, BaseException) and len(list(grid.get_node_ids())) < clients:
+                if not thread.is_alive():
+                    grid = grids.get()
+                time.sleep(0.05)  # Flower starts the ServerApp first, its nodes after that
             if isinstance(grid, BaseException):
                 raise grid
             yield grid
