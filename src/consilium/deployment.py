@@ -32,7 +32,7 @@ from consilium.errors import ConfigError, ConsiliumError, RoundError
 from consilium.experiment import Experiment, from_json, to_json
 from consilium.run import read_config, serve
 
-__all__ = ["client", "server", "server_app"]
+__all__ = ["child", "client", "flower_environment", "listening", "program", "server", "server_app"]
 
 # --- the server -----------------------------------------------------------------------------------------------------
 
@@ -77,14 +77,14 @@ def server(
         command += ["--enable-supernode-auth"]
     else:
         command += ["--insecure"]
-    environment = _environment(home)
-    with _child(command, environment, home / "superlink.log") as link:
-        _listening(link, port, home / "superlink.log")
+    environment = flower_environment(home)
+    with child(command, environment, home / "superlink.log") as link:
+        listening(link, port, home / "superlink.log")
         for site in sites if keys else ():
             _register(keys / f"{site}.pub", site, environment)
         out.print(f"listening on {address}; waiting for {', '.join(sites)}", highlight=False, soft_wrap=True)
         asked = subprocess.Popen(
-            [_program("flwr"), "run", str(home / "app"), "run", "--stream"], env=environment, preexec_fn=_with_parent
+            [program("flwr"), "run", str(home / "app"), "run", "--stream"], env=environment, preexec_fn=_with_parent
         )
         try:
             while asked.poll() is None:
@@ -143,7 +143,7 @@ server_app = flower_app(_serve)
 
 
 def _register(key: Path, site: str, environment: Mapping[str, str]) -> None:
-    command = [_program("flwr"), "supernode", "register", str(key), "run", "--name", site]
+    command = [program("flwr"), "supernode", "register", str(key), "run", "--name", site]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, preexec_fn=_with_parent
     )
@@ -152,7 +152,12 @@ def _register(key: Path, site: str, environment: Mapping[str, str]) -> None:
         raise RoundError(f"site {site} could not be registered: {' '.join(said.split())[-300:]}")
 
 
-def _listening(link: subprocess.Popen, port: int, log: Path) -> None:
+def listening(link: subprocess.Popen, port: int, log: Path) -> None:
+    """Wait until a SuperLink takes connections.
+
+    Raises:
+        ConfigError: if it ends before that.
+    """
     for _ in range(3600):
         if link.poll() is not None:
             last = (log.read_text().strip().splitlines() or ["no output"])[-1]
@@ -184,7 +189,7 @@ def client(experiment: Experiment, name: str, address: str, keys: Path | None, s
         raise ConfigError(f"--name is {name!r}; use 1 to 64 of A-Z a-z 0-9 . _ - and no leading dot")
     settings = state.absolute() / "site.json"
     save_site(settings, name, experiment)
-    command = [_program("flower-supernode"), "--superlink", address, "--node-config", f'site="{settings}"']
+    command = [program("flower-supernode"), "--superlink", address, "--node-config", f'site="{settings}"']
     command += ["--host", "127.0.0.1", "--port", str(port)]
     if keys:
         for file in (keys / "ca.crt", keys / "key"):
@@ -193,7 +198,7 @@ def client(experiment: Experiment, name: str, address: str, keys: Path | None, s
         command += ["--root-certificates", str(keys / "ca.crt"), "--auth-supernode-private-key", str(keys / "key")]
     else:
         command += ["--insecure"]
-    os.execve(command[0], command, _environment(state.absolute() / "flower"))
+    os.execve(command[0], command, flower_environment(state.absolute() / "flower"))
 
 
 # --- processes ------------------------------------------------------------------------------------------------------
@@ -218,7 +223,7 @@ def is_loopback(host: str) -> bool:
     return host == "localhost"
 
 
-def _program(name: str) -> str:
+def program(name: str) -> str:
     """One of Flower's programs, beside this Python."""
     path = Path(sys.executable).parent / name
     if not path.exists():
@@ -226,7 +231,8 @@ def _program(name: str) -> str:
     return str(path)
 
 
-def _environment(home: Path) -> dict[str, str]:
+def flower_environment(home: Path) -> dict[str, str]:
+    """For one of Flower's programs: its files in `home`, nothing installed, nothing reported, this Python first."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     off = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "TOKENIZERS_PARALLELISM": "false"}
     off["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
@@ -240,11 +246,11 @@ def _with_parent() -> None:
 
 
 @contextlib.contextmanager
-def _child(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen]:
+def child(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen]:
     """One of Flower's programs with its output in a file; on leaving, it is asked to end, then killed."""
     with log.open("ab") as file:
         process = subprocess.Popen(
-            [_program(command[0]), *command[1:]],
+            [program(command[0]), *command[1:]],
             env=environment, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, preexec_fn=_with_parent,
         )  # fmt: skip
     try:

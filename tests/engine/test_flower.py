@@ -306,7 +306,7 @@ def test_the_meter_counts_the_blobs(toys, grid, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("form", "most"), [("bf16", 0.65), ("int8", 0.5)])
 def test_rounded_replies_are_smaller_and_lose_nothing_for_good(form, most, data, grid, tmp_path):
-    """Bytes of replies against exact ones, with headers and scales of tiny tensors; the method's own state is what it was; FedAvg keeps only what was lost."""
+    """Bytes against exact replies, headers and scales of tiny tensors included; FedAvg keeps only what was lost."""
     made = runs.experiment(
         data, "FedAvg", model=tiny.source(num_experts=4), sampling=Sampling(3), engine="flower", rounds=2
     )

@@ -8,6 +8,7 @@ and is asked after only in its own round: what comes later enters no round. Who 
 error, is recorded with the reason; a round with fewer answers than the quorum is tried again, `ATTEMPTS` in all.
 """
 
+import math
 import tempfile
 import time
 import warnings
@@ -213,7 +214,9 @@ class FlowerEngine(Engine):
         able = _Deliveries(self.server, [info for info in self.infos if self.server.unable(info) is None])
         with tempfile.TemporaryDirectory(prefix=".replies-", dir=self.folder) as inbox:
             arrived, _ = self._exchange("evaluate", number, able, record["untested"], Path(inbox))
-        return {client: float(arrived[client].scalars["score"]) for client in sorted(arrived)}
+        scores = {client: arrived[client].scalars.get("score") for client in sorted(arrived)}
+        record["untested"] |= {client: "its answer has no score" for client, s in scores.items() if not _is_score(s)}
+        return {client: float(score) for client, score in scores.items() if _is_score(score)}
 
     def _exchange(
         self, kind: str, number: int, tasks: Mapping[ClientId, Payload], missing: dict[ClientId, str], inbox: Path
@@ -284,6 +287,10 @@ class _Deliveries(Mapping[ClientId, Payload]):
 
     def __len__(self) -> int:
         return len(self.infos)
+
+
+def _is_score(value: Any) -> bool:
+    return isinstance(value, float | int) and math.isfinite(value)
 
 
 def _park(reply: Message, folder: Path) -> _Parked:
