@@ -1,4 +1,5 @@
-"""The command line: `consilium run | compare | resume | report | list | inspect | data`.
+"""The command line: `consilium run | compare | resume | report | list | inspect | data`, and for sites on machines of
+their own `certificates | server | client`.
 
 Flags and their help come from the dataclasses themselves, through tyro. Errors are one line, and exit with 2.
 A command imports what it needs when it is called: torch and transformers take seconds, help and mistypes should not.
@@ -41,6 +42,9 @@ HELP = """[bold]consilium[/bold]: federated fine-tuning of mixture-of-experts mo
   consilium inspect MODEL \\[--memory 12GiB]  layers, experts and bytes of a model, and what fits a device
 
   consilium data FILE                        columns, lengths and split of a file, and the command that runs on it
+  consilium certificates DIR --sites A,B     keys for a server and its sites, on machines of their own
+  consilium server RECIPE --sites A,B        run an experiment over sites, or go on with it
+  consilium client RECIPE --name A           take part as a site, with its own data
 
   consilium COMMAND --help                   the flags of a command; with a recipe, those of its experiment
 """
@@ -63,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "list": list_command,
         "inspect": inspect_command,
         "data": data_command,
+        "certificates": certificates_command,
+        "server": server_command,
+        "client": client_command,
     }
     if not args or args[0] in ("-h", "--help", "help"):
         out.print(HELP, highlight=False, soft_wrap=True)
@@ -92,6 +99,15 @@ OWN = {
     "--algorithms": "methods to compare, separated by commas",
     "--seeds": "runs per method, with seeds from --seed on",
     "--jobs": "runs at a time, each a process; 0: as many as cores",
+    "--sites": "names of the sites, separated by commas",
+    "--hosts": "names or addresses under which sites reach the server, separated by commas",
+    "--address": "host:port to listen on",
+    "--certificates": "folder of `consilium certificates`: its part for the server, or for this site",
+    "--wait": "seconds until all sites must be connected",
+    "--name": "of this site",
+    "--server": "host:port of the server",
+    "--state": "folder for what is kept at this site",
+    "--port": "for Flower's processes on this machine, on 127.0.0.1 alone",
 }
 """What the commands' own flags mean; all others are fields of the experiment."""
 
@@ -294,6 +310,100 @@ def data_command(args: list[str]) -> None:
         out.print(f"picture: {save_picture(found, told['out'])}", markup=False, highlight=False, soft_wrap=True)
 
 
+def certificates_command(args: list[str]) -> None:
+    """consilium certificates DIR --sites A,B [--hosts NAME,ADDRESS]"""
+    if not args or args[0].startswith("-"):
+        out.print(certificates_command.__doc__, markup=False, highlight=False)
+        raise SystemExit(0) if args[:1] in (["-h"], ["--help"]) else ConfigError("name a folder for the keys")
+    options, rest = _split(args[1:], {"--sites": "", "--hosts": ""})
+    if rest:
+        raise ConfigError(f"unknown argument {rest[0]!r}; allowed are --sites and --hosts")
+    try:
+        from consilium.certificates import certificates
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is missing: pip install 'consilium[flower]'") from error
+    folder, hosts = Path(args[0]), [host for host in options["--hosts"].split(",") if host]
+    for made in certificates(folder, hosts, _names(options["--sites"])):
+        out.print(f"{made} is for that site alone: hand it over on a safe way", highlight=False, soft_wrap=True)
+    out.print(f"{folder / 'server'} is for the server", highlight=False, soft_wrap=True)
+
+
+def server_command(args: list[str]) -> None:
+    """consilium server RECIPE|FILE.json --sites A,B --certificates DIR [--address HOST:PORT] [--wait S] [--out DIR]
+    [--insecure] [flags of the experiment]"""
+    default, rest = _experiment(args, "server")
+    own = {"--sites": "", "--certificates": "", "--address": "0.0.0.0:8000", "--wait": "600", "--out": "runs"}
+    options, rest = _split(rest, own)
+    insecure, rest = _insecure(rest)
+    experiment = _parse(type(default), rest, f"consilium server {args[0]}", default, options)
+    deployment = _deployment()
+    sites, wait = _names(options["--sites"]), _whole(options, "--wait", 1)
+    if not sites:
+        raise ConfigError("--sites is empty; name the sites, e.g. --sites north,south")
+    keys = _keys(options, insecure, deployment.address_of(options["--address"])[0], "server")
+    folder = Path(options["--out"]) / experiment.name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        deployment.server(experiment, folder, sites, options["--address"], keys, wait, out)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("; the same command goes on with the run") from None
+    _finish([folder])
+
+
+def client_command(args: list[str]) -> None:
+    """consilium client RECIPE|FILE.json --name A --server HOST:PORT --certificates DIR [--state DIR] [--port N]
+    [--insecure] [flags of the experiment: --data.*, --model.*, --memory, --device]"""
+    default, rest = _experiment(args, "client")
+    own = {"--name": "", "--server": "", "--certificates": "", "--state": "", "--port": "9094"}
+    options, rest = _split(rest, own)
+    insecure, rest = _insecure(rest)
+    experiment = _parse(type(default), rest, f"consilium client {args[0]}", default, options)
+    deployment = _deployment()
+    keys = _keys(options, insecure, deployment.address_of(options["--server"])[0], None)
+    state = Path(options["--state"] or f"site-{options['--name']}")
+    deployment.client(experiment, options["--name"], options["--server"], keys, state, _whole(options, "--port", 1))
+
+
+def _names(text: str) -> list[str]:
+    """The sites of --sites."""
+    from consilium.core import CLIENT_ID
+
+    names = text.split(",") if text else []
+    for name in names:
+        if not CLIENT_ID.fullmatch(name):
+            raise ConfigError(f"--sites names {name!r}; give names of A-Z a-z 0-9 . _ - separated by commas")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--sites names a site twice: {text}")
+    return names
+
+
+def _deployment() -> Any:
+    try:
+        from consilium import deployment
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is missing: pip install 'consilium[flower]'") from error
+    return deployment
+
+
+def _insecure(args: list[str]) -> tuple[int, list[str]]:
+    """How often --insecure was said, and the other arguments."""
+    return args.count("--insecure"), [arg for arg in args if arg != "--insecure"]
+
+
+def _keys(options: dict[str, str], insecure: int, host: str, part: str | None) -> Path | None:
+    """The folder of keys; None where plain text was asked for, on loopback once, elsewhere twice."""
+    if not insecure:
+        if not options["--certificates"]:
+            raise ConfigError("--certificates is missing: name the folder that `consilium certificates` made")
+        return Path(options["--certificates"]) / part if part else Path(options["--certificates"])
+    if insecure < 2 and not _deployment().is_loopback(host):
+        raise ConfigError(
+            f"{host} is not this machine: --insecure would send models in plain text and let anybody take part; "
+            "use --certificates, or say --insecure twice"
+        )
+    return None
+
+
 # --- parsing ------------------------------------------------------------------------------------------------------
 
 
@@ -307,7 +417,8 @@ def _experiment(args: list[str], command: str) -> "tuple[Experiment, list[str]]"
         raise ConfigError(f"consilium {command} needs a recipe; {find_all}")
     if args[0] in ("-h", "--help"):
         find("fedmoe-docstrings")
-        doc = {"run": run_command, "compare": compare_command}[command].__doc__
+        commands = {"run": run_command, "compare": compare_command, "server": server_command, "client": client_command}
+        doc = commands[command].__doc__
         out.print(f"{doc}\n\nRecipes: {', '.join(sorted(RECIPES))}", markup=False, highlight=False)
         out.print(f"Flags of an experiment: consilium {command} RECIPE --help", markup=False, highlight=False)
         raise SystemExit(0)
@@ -374,7 +485,7 @@ def _parse(kind: Any, args: list[str], prog: str, default: Any = None, own: Mapp
         name = unknown[0].split("=")[0]
         near = difflib.get_close_matches(name, flags, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"see `{prog} --help`"
-        if difflib.get_close_matches(name, set(OWN) - set(flags), n=1, cutoff=0.9):
+        if difflib.get_close_matches(name, {"--algorithms", "--seeds", "--jobs"} - set(flags), n=1, cutoff=0.9):
             hint = "that is for `consilium compare`"
         raise ConfigError(f"unknown argument {unknown[0]!r}; {hint}")
     return value

@@ -6,6 +6,7 @@
     ├── ModelError         a model or family that cannot be loaded, sliced or addressed
     ├── BudgetError        a device whose memory cannot hold what it is asked to hold
     ├── PayloadError       something that may not travel, or arrived broken
+    ├── RoundError         a round that too few clients answered, or a site that cannot be reached
     └── CheckpointError    a run directory or checkpoint that cannot be continued
 
 A message is one line: what was given, what is allowed, what to do. The command line prints it and exits with 2.
@@ -19,6 +20,7 @@ __all__ = [
     "DataError",
     "ModelError",
     "PayloadError",
+    "RoundError",
 ]
 
 
@@ -44,6 +46,10 @@ class BudgetError(ConsiliumError):
 
 class PayloadError(ConsiliumError):
     """Something that may not travel between server and client, or that arrived broken."""
+
+
+class RoundError(ConsiliumError):
+    """A round that too few clients answered, or a site that cannot be reached."""
 
 
 class CheckpointError(ConsiliumError):

@@ -21,11 +21,40 @@ from consilium.moe.build import ModelSource
 from consilium.moe.lora import Lora
 from consilium.training import Fit
 
-__all__ = ["Experiment", "from_json", "to_json"]
+__all__ = ["Experiment", "Wire", "from_json", "to_json"]
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 algorithms.register_all()
 DATA = {cls.__name__: cls for cls in (DocstringData, TextFileData, LanguageData)}
+
+
+@dataclass(frozen=True)
+class Wire:
+    """How payloads travel between processes and machines: what the engine "flower" goes by.
+
+    Args:
+        deadline: seconds a round's training, and its scoring, may take; who has not answered by then is left out, > 0.
+        quorum: answers without which a round is tried again, thrice in all, >= 1.
+        cap: largest payload that is sent or returned, before compression, e.g. "512MB".
+        reply: how trained weights return: "exact", or the change since they were sent, as "bf16" or "int8", with what
+            rounding lost added to the client's next reply.
+        zstd: compress payloads; pays for "int8", hardly for weights.
+    """
+
+    deadline: float = 3600.0
+    quorum: int = 1
+    cap: str = "512MB"
+    reply: Literal["exact", "bf16", "int8"] = "exact"
+    zstd: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.deadline < float("inf"):
+            raise ConfigError(f"wire.deadline is {self.deadline}; it must be a number of seconds greater than 0")
+        if self.quorum < 1:
+            raise ConfigError(f"wire.quorum is {self.quorum}; it must be at least 1")
+        if self.reply not in ("exact", "bf16", "int8"):
+            raise ConfigError(f"wire.reply is {self.reply!r}; it must be exact, bf16 or int8")
+        bytes_of(self.cap)
 
 
 @dataclass(frozen=True)
@@ -46,6 +75,9 @@ class Experiment:
         strict: turn every payload into bytes and back, as between machines.
         threads: torch threads.
         device: "cpu", "cuda", "cuda:0".
+        engine: "local" runs the clients one after the other in this process, "flower" side by side in processes of
+            Flower's simulation (needs the extra "simulation"); the weights are the same to the bit.
+        wire: how the engine "flower" sends payloads.
     """
 
     name: str
@@ -61,6 +93,8 @@ class Experiment:
     strict: bool = False
     threads: int = 1
     device: str = "cpu"
+    engine: Literal["local", "flower"] = "local"
+    wire: Wire = field(default_factory=Wire)
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -68,6 +102,8 @@ class Experiment:
         for name in ("rounds", "evaluate_every", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.engine not in ("local", "flower"):
+            raise ConfigError(f"engine is {self.engine!r}; it must be local or flower")
         for text in self.memory:
             bytes_of(text)
         form = getattr(self.data, "form", self.model.form)
@@ -93,7 +129,8 @@ def from_json(saved: Mapping[str, Any]) -> Experiment:
     Raises:
         ConfigError: for an unknown type or field, or a value of the wrong type.
     """
-    classes = {c.__name__: c for c in (Experiment, ModelSource, Fit, Lora, Sampling)} | DATA | Algorithm.registry
+    own = (Experiment, ModelSource, Fit, Lora, Sampling, Wire)
+    classes = {c.__name__: c for c in own} | DATA | Algorithm.registry
 
     def load(value: Any, hint: Any) -> Any:
         if isinstance(value, list):

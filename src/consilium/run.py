@@ -9,12 +9,15 @@ runs/<name>/
 """
 
 import fcntl
+import hashlib
+import importlib.util
 import json
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +26,7 @@ from typing import Any, Protocol
 import torch
 
 from consilium.core import ClientInfo, Server
-from consilium.data.task import Federation
+from consilium.data.task import Federation, Task
 from consilium.engine.checkpoint import (
     ClientStore,
     append_json,
@@ -31,14 +34,18 @@ from consilium.engine.checkpoint import (
     save_checkpoint,
     write_atomic,
 )
-from consilium.engine.local import LocalEngine, nobody
+from consilium.engine.local import LocalEngine
+from consilium.engine.rounds import Engine, nobody
 from consilium.errors import BudgetError, CheckpointError, ConfigError, DataError
 from consilium.experiment import Experiment, from_json, to_json
 from consilium.moe.budget import bytes_of
 from consilium.params import checksum
 from consilium.training import Setup
 
-__all__ = ["Watch", "check", "read_config", "records", "resume", "run"]
+__all__ = ["Watch", "check", "read_config", "records", "resume", "run", "serve"]
+
+SITES = {"type": "sites"}
+"""What a deployment's run says of its data."""
 
 VERSIONED = (
     "consilium",
@@ -46,6 +53,7 @@ VERSIONED = (
     "transformers",
     "peft",
     "datasets",
+    "flwr",
     "flwr-datasets",
     "safetensors",
     "numpy",
@@ -55,7 +63,7 @@ VERSIONED = (
 class Watch(Protocol):
     """What a caller may follow a run with; see `consilium.__main__` for the one with progress bars."""
 
-    def started(self, experiment: Experiment, setup: Setup, federation: Federation, first: int) -> None: ...
+    def started(self, experiment: Experiment, setup: Setup, federation: Federation | None, first: int) -> None: ...
 
     def step(self, client: str, phase: str, done: int, total: int) -> None: ...
 
@@ -97,16 +105,7 @@ def run(experiment: Experiment, folder: Path, watch: Watch | None = None) -> dic
         ConfigError: if the folder already holds a run, or the experiment cannot be run.
     """
     _refuse_run(folder)
-    prepared = _Prepared.of(experiment)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be made: {error.strerror}; choose another --out") from error
-    with _locked(folder):
-        _refuse_run(folder)  # another process may have been quicker
-        _write_json(folder / "partition.json", prepared.partition())
-        _write_config(folder, experiment, "running", prepared)
-        return _rounds(prepared, folder, watch)
+    return _new(_Prepared.of(experiment), folder, watch)
 
 
 def resume(folder: Path, watch: Watch | None = None) -> dict[str, Any]:
@@ -117,16 +116,59 @@ def resume(folder: Path, watch: Watch | None = None) -> dict[str, Any]:
     Raises:
         CheckpointError: if the folder is not a run, is in use, or its data has changed.
     """
+    if read_config(folder).get("data") == SITES:
+        raise CheckpointError(f"{folder} is the run of a deployment: start `consilium server` again to continue it")
+    return _continue(folder, watch, _Prepared.of)
+
+
+def serve(
+    experiment: Experiment, folder: Path, grid: Any, sites: Sequence[str], wait: float, watch: Watch | None = None
+) -> dict[str, Any]:
+    """Run an experiment over a deployment's Grid, or go on with it where `folder` holds its run.
+
+    Args:
+        grid: Flower's. sites: the clients' names; all must be connected within `wait` seconds to begin or go on.
+
+    Raises:
+        ConfigError: if the folder holds another experiment.
+        RoundError: if a site is not there, or too few answer.
+    """
+    from consilium.engine.flower import Roster
+
+    roster = Roster(grid, poll=1.0)
+    if not (folder / "config.json").exists():
+        prepared = _Prepared.across(experiment, roster, sites, wait, uuid.uuid4().hex)
+        return _new(prepared, folder, watch)
+    if from_json(read_config(folder)["experiment"]) != experiment:
+        raise ConfigError(f"{folder} holds another experiment; choose another --name or --out")
+    token = str(_read_json(folder / "partition.json").get("run"))
+    return _continue(folder, watch, lambda saved: _Prepared.across(saved, roster, sites, wait, token))
+
+
+def _new(prepared: "_Prepared", folder: Path, watch: Watch | None) -> dict[str, Any]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be made: {error.strerror}; choose another --out") from error
+    with _locked(folder):
+        _refuse_run(folder)  # another process may have been quicker
+        _write_json(folder / "partition.json", prepared.partition)
+        _write_config(folder, prepared.experiment, "running", prepared)
+        return _rounds(prepared, folder, watch)
+
+
+def _continue(folder: Path, watch: Watch | None, prepare: Callable[[Experiment], "_Prepared"]) -> dict[str, Any]:
     read_config(folder)
     with _locked(folder):
         config = read_config(folder)
         if config["status"] == "finished":
             return _read_json(folder / "summary.json")
         fingerprint = _read_json(folder / "partition.json").get("fingerprint")
-        prepared = _Prepared.of(from_json(config["experiment"]))
-        if fingerprint != prepared.federation.fingerprint:
+        prepared = prepare(from_json(config["experiment"]))
+        now = prepared.partition["fingerprint"]
+        if fingerprint != now:
             raise CheckpointError(
-                f"the data has changed since the run began (fingerprint {prepared.federation.fingerprint[:12]}, "
+                f"the data has changed since the run began (fingerprint {now[:12]}, "
                 f"was {str(fingerprint)[:12]}): other packages or another file; start a new run"
             )
         _write_config(folder, prepared.experiment, "running", prepared)
@@ -142,18 +184,29 @@ def _refuse_run(folder: Path) -> None:
 
 @dataclass
 class _Prepared:
-    """An experiment with its data read, its budgets worked out and both halves built: ready to run."""
+    """An experiment with its clients known, its budgets worked out and its server half built: ready to run.
+
+    Args:
+        partition: who holds what, as partition.json says it. metrics: task -> metric.
+        federation: the clients' data, where it is here. roster: who is behind Flower's nodes, where it is not.
+    """
 
     experiment: Experiment
-    federation: Federation
     infos: tuple[ClientInfo, ...]
     setup: Setup
     server: Server
+    partition: dict[str, Any]
+    metrics: dict[str, str]
+    federation: Federation | None = None
+    roster: Any = None
 
     @classmethod
     def of(cls, experiment: Experiment) -> "_Prepared":
+        """Of data that is read here."""
         torch.set_num_threads(experiment.threads)
         _check_device(experiment.device)
+        if experiment.engine == "flower" and importlib.util.find_spec("flwr") is None:
+            raise ConfigError("engine flower needs the package flwr: pip install 'consilium[simulation]'")
         federation = experiment.data.load(experiment.seed)
         if not federation.clients:
             raise DataError("no client has any data")
@@ -170,6 +223,59 @@ class _Prepared:
         for data in federation.clients.values():
             if data.task.labels:
                 heads.setdefault(data.task.name, set()).update(data.task.labels)
+        partition = federation.partition()
+        for info in infos:
+            partition["clients"][info.id]["memory_bytes"] = info.memory_bytes
+        metrics = {data.task.name: str(data.task.metric) for data in federation.clients.values()}
+        tasks = [data.task for data in federation.clients.values()]
+        return cls._built(experiment, infos, heads, partition, metrics, tasks, federation=federation)
+
+    @classmethod
+    def across(cls, experiment: Experiment, roster: Any, sites: Sequence[str], wait: float, token: str) -> "_Prepared":
+        """Of what the sites tell; their data stays where it is. `token`: names the run to the sites' states."""
+        from consilium.engine.flower import describe
+
+        torch.set_num_threads(experiment.threads)
+        told = {"experiment": json.dumps(to_json(experiment)), "heads": "{}", "run": token}
+        found = describe(roster, sites, told, wait)
+        infos = tuple(
+            ClientInfo(site, int(d["sizes"][0]), str(d["task"]), int(d["memory_bytes"]) or None)
+            for site, d in found.items()
+        )
+        heads: dict[str, set[str]] = {}
+        for described in found.values():
+            if described["labels"]:
+                heads.setdefault(str(described["task"]), set()).update(described["labels"])
+        clients = {
+            site: {
+                "task": d["task"],
+                "labels": list(d["labels"]),
+                "sizes": dict(zip(("train", "validation", "test"), d["sizes"], strict=True)),
+                "memory_bytes": int(d["memory_bytes"]) or None,
+            }
+            for site, d in found.items()
+        }
+        prints = json.dumps({site: d["fingerprint"] for site, d in found.items()})
+        partition = {
+            "clients": clients,
+            "skipped": {},
+            "fingerprint": hashlib.sha256(prints.encode()).hexdigest(),
+            "run": token,
+        }
+        metrics = {str(d["task"]): str(d["metric"]) for d in found.values()}
+        return cls._built(experiment, infos, heads, partition, metrics, roster=roster)
+
+    @classmethod
+    def _built(
+        cls,
+        experiment: Experiment,
+        infos: tuple[ClientInfo, ...],
+        heads: Mapping[str, set[str]],
+        partition: dict[str, Any],
+        metrics: dict[str, str],
+        tasks: Iterable[Task] = (),
+        **where: Any,
+    ) -> "_Prepared":
         setup = Setup(
             model=experiment.model,
             fit=experiment.fit,
@@ -178,20 +284,45 @@ class _Prepared:
             heads={task: tuple(sorted(labels)) for task, labels in sorted(heads.items())},
             clients=infos,
         )
-        for data in federation.clients.values():
-            setup.check(data.task)
+        for task in tasks:
+            setup.check(task)
         server = experiment.algorithm.server(setup)
         unable = {c.id: lack for c in infos if (lack := server.unable(c))}
         # A method that fits its models to the clients may find work even where nobody can hold the full one.
         if len(unable) == len(infos) and not server.configure(1, infos):
             raise BudgetError(nobody(unable))
-        return cls(experiment, federation, infos, setup, server)
+        return cls(experiment, infos, setup, server, partition, metrics, **where)
 
-    def partition(self) -> dict[str, Any]:
-        partition = self.federation.partition()
-        for info in self.infos:
-            partition["clients"][info.id]["memory_bytes"] = info.memory_bytes
-        return partition
+    @contextmanager
+    def engine(self, folder: Path, store: ClientStore, progress: Callable[..., None]) -> Iterator[Engine]:
+        """What carries the payloads, as long as the rounds go on."""
+        experiment = self.experiment
+        if self.roster is None and experiment.engine == "local":
+            yield LocalEngine(
+                server=self.server,
+                client=experiment.algorithm.client(self.setup),
+                infos=self.infos,
+                federation=self.federation,
+                store=store,
+                seed=experiment.seed,
+                device=torch.device(experiment.device),
+                strict=experiment.strict,
+                progress=progress,
+            )
+            return
+        from consilium.engine.flower import FlowerEngine, Roster, simulation
+
+        with nullcontext() if self.roster is not None else simulation(experiment, len(self.infos)) as grid:
+            names = [info.id for info in self.infos]
+            roster = self.roster or Roster(grid, names, patience=experiment.wire.deadline)
+            told = {
+                "experiment": json.dumps(to_json(experiment)),
+                "heads": json.dumps(self.setup.heads),
+                "run": str(self.partition.get("run", "")),
+                "folder": str(store.folder.absolute()),
+                "seed": experiment.seed,
+            }
+            yield FlowerEngine(self.server, self.infos, roster, store, experiment.wire, told, folder, progress)
 
 
 def _rounds(prepared: _Prepared, folder: Path, watch: Watch | None) -> dict[str, Any]:
@@ -215,31 +346,21 @@ def _all_rounds(prepared: _Prepared, folder: Path, watch: Watch | None) -> dict[
         server.restore(state)
         first = last + 1
     structure = _truncate(folder, first)
-    engine = LocalEngine(
-        server=server,
-        client=experiment.algorithm.client(prepared.setup),
-        infos=prepared.infos,
-        federation=prepared.federation,
-        store=store,
-        seed=experiment.seed,
-        device=torch.device(experiment.device),
-        strict=experiment.strict,
-        progress=watch.step if watch else lambda *_: None,
-    )
     if watch:
         watch.started(experiment, prepared.setup, prepared.federation, first)
-    for number in range(first, experiment.rounds + 1):
-        test = number % experiment.evaluate_every == 0 or number == experiment.rounds
-        record = engine.round(number, test)
-        for key in ("engine", "round"):  # a record cannot hold the time it takes to write it: the next one does
-            record["seconds"][key] += writing
-        start = time.perf_counter()
-        events = [{"round": number, **event} for event in server.events()]
-        _record(folder, number, record, events, server, structure)
-        save_checkpoint(folder / "checkpoints", number, server.state(), store)
-        writing = time.perf_counter() - start
-        if watch:
-            watch.rounded(record, events)
+    with prepared.engine(folder, store, watch.step if watch else lambda *_: None) as engine:
+        for number in range(first, experiment.rounds + 1):
+            test = number % experiment.evaluate_every == 0 or number == experiment.rounds
+            record = engine.round(number, test)
+            for key in ("engine", "round"):  # a record cannot hold the time it takes to write it: the next one does
+                record["seconds"][key] += writing
+            start = time.perf_counter()
+            events = [{"round": number, **event} for event in server.events()]
+            _record(folder, number, record, events, server, structure)
+            save_checkpoint(folder / "checkpoints", number, server.state(), store)
+            writing = time.perf_counter() - start
+            if watch:
+                watch.rounded(record, events)
     return _summary(prepared, folder, store, writing)
 
 
@@ -296,8 +417,8 @@ def _summary(prepared: _Prepared, folder: Path, store: ClientStore, writing: flo
     tasks = {}
     for task in sorted({info.task for info in infos}):
         members = [info.id for info in infos if info.task == task and info.id in last["test"]]
-        metric = next(d.task.metric for d in prepared.federation.clients.values() if d.task.name == task)
-        tasks[task] = {"metric": metric, "score": last["scores"].get(task), "clients": len(members)}
+        tasks[task] = {"metric": prepared.metrics[task], "score": last["scores"].get(task), "clients": len(members)}
+    away = prepared.roster is not None  # states stay at the sites
     peaks: dict[str, int] = {}
     for record in rounds:
         for client, values in record["clients"].items():
@@ -312,7 +433,7 @@ def _summary(prepared: _Prepared, folder: Path, store: ClientStore, writing: flo
             "experts": [len(ids) for ids in held[info.id].values()] if info.id in held else None,
             "peak_bytes_model": peaks.get(info.id) or None,
             "reason": f"cannot hold the model: {lack}" if lack else None,
-            "state": checksum(store.load(info.id).params) if info.id in store.versions else None,
+            "state": checksum(store.load(info.id).params) if info.id in store.versions and not away else None,
         }
     counts = [r["experts_mean"] for r in rounds if r["experts_mean"] is not None]
     seconds = {key: sum(r["seconds"][key] for r in rounds) for key in ("round", "train", "evaluate", "engine")}
@@ -325,7 +446,7 @@ def _summary(prepared: _Prepared, folder: Path, store: ClientStore, writing: flo
         "mean": last["scores"].get("mean"),
         "clients": clients,
         "coverage": f"{len(last['test'])}/{len(infos)}",
-        "skipped": dict(prepared.federation.skipped),
+        "skipped": dict(prepared.partition["skipped"]),
         "bytes_down": sum(r["bytes_down"] for r in rounds),
         "bytes_up": sum(r["bytes_up"] for r in rounds),
         "seconds": {
@@ -349,7 +470,7 @@ def _write_config(folder: Path, experiment: Experiment, status: str, prepared: _
             "experiment": to_json(experiment),
             "versions": {name: _version(name) for name in VERSIONED} | {"python": platform.python_version()},
             "git": _git(),
-            "data": prepared.federation.source,
+            "data": prepared.federation.source if prepared.federation else SITES,
         },
     )
 

@@ -36,7 +36,7 @@ class Terminal:
     _tasks: dict[str, Any] = field(default_factory=dict)
     _cut: set[str] = field(default_factory=set)
 
-    def started(self, experiment: Experiment, setup: Setup, federation: Federation, first: int) -> None:
+    def started(self, experiment: Experiment, setup: Setup, federation: Federation | None, first: int) -> None:
         sizes = [info.num_examples for info in setup.clients]
         tasks = sorted({info.task for info in setup.clients})
         say = self._say
@@ -52,9 +52,9 @@ class Terminal:
             f"  model {escape(experiment.model.path)}: {sum(counts.values())} experts in {len(counts)} layers; "
             f"training all needs {human(setup.footprint(counts).total)}; devices: {devices}"
         )
-        for client, reason in federation.skipped.items():
+        for client, reason in federation.skipped.items() if federation else ():
             say(f"  skipped {client}: {escape(reason)}")
-        for client, rows in federation.source.get("left_out", {}).items():
+        for client, rows in federation.source.get("left_out", {}).items() if federation else ():
             say(f"  {client}: {rows} rows of labels too rare there are left out")
         self._bars = Progress(
             TextColumn("{task.description}"),
@@ -90,6 +90,8 @@ class Terminal:
                 say(f"  {client:12} {c['cut']} of {c['examples']} examples cut to fit.max_length, fit.target_length")
             if c["rejected"]:
                 say(f"  {client:12} left out of this round: {escape(c['rejected'])}", style="red")
+        for client, reason in {**record.get("missing", {}), **record.get("untested", {})}.items():
+            say(f"  {client:12} missing: {escape(reason)}", style="red")
         for event in events:
             if event["event"] != "structure":
                 more = f" to {event['experts']} experts" if "experts" in event else ""

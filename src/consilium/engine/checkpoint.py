@@ -94,6 +94,12 @@ class ClientStore:
             for path, _ in [item for item in _numbered(folder) if item[1] <= oldest][:-1]:
                 path.unlink()
 
+    def drop(self, client: ClientId, after: int, before: int) -> None:
+        """Remove a client's versions of rounds between the two, which were saved and never counted."""
+        for path, round in _numbered(self.folder / client):
+            if after < round < before:
+                path.unlink()
+
     def _path(self, client: ClientId, round: int) -> Path:
         return self.folder / client / f"round-{round:05d}.safetensors"
 

@@ -1,0 +1,182 @@
+"""Seconds and bytes of a round over Flower, and the server's memory: our engine against stock Flower FedAvg.
+
+    python benchmarks/flower.py [--sizes 1,10,100] [--clients 2] [--rounds 2] [--out benchmarks/results/flower.json]
+
+A SuperLink and SuperNodes as processes on loopback, without TLS for both. Per size (MB per client and direction) and
+round, the server sends the model and every client answers with random numbers of its own, so nothing can be stored
+once for two. Ours: one blob per payload group, replies merged one at a time. Stock: `FedAvg` with one array per
+tensor of 64 KB. Both in one run, size by size, ours first. Peak memory is the ServerApp's (VmHWM, reset before).
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+
+from consilium.core import ClientInfo, Payload, Server
+from consilium.deployment import child, flower_environment, listening, program
+from consilium.engine.checkpoint import ClientStore
+from consilium.engine.flower import FlowerEngine, Roster
+from consilium.engine.flower.records import from_record, to_record
+from consilium.experiment import Wire
+from consilium.params import WeightedMean
+
+TENSOR = 16_384  # float32 numbers: 64 KB
+client_app = ClientApp()
+server_app = ServerApp()
+
+
+def weights(megabytes, generator):
+    return {
+        f"t{i:05d}": torch.randn(TENSOR, generator=generator) for i in range(max(1, megabytes * 10**6 // 4 // TENSOR))
+    }
+
+
+def own(context, number):
+    """A generator that no other client and round has."""
+    return torch.Generator().manual_seed(1000 * int(context.node_config["partition-id"]) + number)
+
+
+@client_app.query("name")
+def name(message: Message, context: Context) -> Message:
+    return Message(
+        RecordDict({"engine": ConfigRecord({"partition": int(context.node_config["partition-id"])})}), reply_to=message
+    )
+
+
+@client_app.train()
+def train(message: Message, context: Context) -> Message:
+    if "engine" in message.content:
+        payload, told = from_record(message.content)
+        generator = own(context, int(told["round"]))
+        new = {key: torch.randn(t.shape, generator=generator) for key, t in payload.group("params").items()}
+        reply = to_record(
+            Payload({"params": new}, {"num_examples": 1}), {"rejected": "", "kept": False, "seconds": 0.0}
+        )
+        return Message(reply, reply_to=message)
+    generator = own(context, 500 + int(message.content["config"]["server-round"]))
+    held = message.content["arrays"].to_torch_state_dict()
+    new = {key: torch.randn(t.shape, generator=generator) for key, t in held.items()}
+    return Message(
+        RecordDict({"arrays": ArrayRecord(new), "metrics": MetricRecord({"num-examples": 1})}), reply_to=message
+    )
+
+
+class Model(Server):
+    def __init__(self, params):
+        self.params = params
+
+    def configure(self, round, clients):
+        return {client.id: Payload({"params": self.params}) for client in clients}
+
+    def aggregate(self, round, replies):
+        mean = WeightedMean()
+        for _, reply in replies:
+            mean.add(reply.group("params"), 1)
+        self.params = mean.mean(self.params)
+        return {}
+
+    def deliver(self, client):
+        return Payload({"params": self.params})
+
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def measured(work):
+    Path("/proc/self/clear_refs").write_text("5")
+    start = time.perf_counter()
+    result = work()
+    return {"seconds": time.perf_counter() - start, "peak_rss_bytes": peak()}, result
+
+
+@server_app.main()
+def main(grid: Grid, context: Context) -> None:
+    config = context.run_config
+    clients, rounds = int(config["clients"]), int(config["rounds"])
+    infos = [ClientInfo(f"c{i}", 1, "none") for i in range(clients)]
+    roster = Roster(grid, [info.id for info in infos], poll=0.5)
+    while len(roster.nodes()) < clients:
+        time.sleep(0.5)
+    results = []
+    for size in (int(text) for text in str(config["sizes"]).split(",")):
+        params = weights(size, torch.Generator().manual_seed(size))
+        server = Model(params)
+        with tempfile.TemporaryDirectory() as folder:
+            engine = FlowerEngine(
+                server, infos, roster, ClientStore(Path(folder)), Wire(cap="4GB"), {"seed": 0}, Path(folder)
+            )
+            for number in range(1, rounds + 1):
+                told, record = measured(functools.partial(engine.round, number, test=False))
+                crossed = record["bytes_down"] + record["bytes_up"]
+                results.append({"engine": "ours", "megabytes": size, "round": number, **told, "bytes": crossed,
+                                "missing": record["missing"]})  # fmt: skip
+                Path(str(config["out"])).write_text(json.dumps(results, indent=1))
+        server.params = {}
+        if size > int(config["stock"]):
+            continue
+        for number in range(1, rounds + 1):
+            strategy = FedAvg(1.0, 0.0, min_train_nodes=clients, min_available_nodes=clients)
+            once = functools.partial(strategy.start, grid, num_rounds=1, timeout=3600)
+            told, _ = measured(lambda s=once, p=params: s(initial_arrays=ArrayRecord(p)))
+            results.append({"engine": "stock", "megabytes": size, "round": number, "tensors": len(params), **told,
+                            "bytes": 2 * clients * 4 * TENSOR * len(params)})  # fmt: skip
+            Path(str(config["out"])).write_text(json.dumps(results, indent=1))
+
+
+def run(options) -> None:
+    home = Path(tempfile.mkdtemp(prefix="flower-benchmark-"))
+    app, port = home / "app", options.port
+    app.mkdir()
+    shutil.copy(__file__, app / "bench_app.py")
+    config = {"clients": options.clients, "rounds": options.rounds, "sizes": options.sizes, "stock": options.stock,
+              "out": str(options.out.absolute())}  # fmt: skip
+    (app / "pyproject.toml").write_text(
+        '[project]\nname = "bench"\nversion = "1.0.0"\nlicense = "Apache-2.0"\ndependencies = []\n'
+        '[tool.flwr.app]\npublisher = "consilium"\n'
+        '[tool.flwr.app.components]\nserverapp = "bench_app:server_app"\nclientapp = "bench_app:client_app"\n'
+        "[tool.flwr.app.config]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in config.items())
+    )
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "run"\n[superlink.run]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    environment = flower_environment(home)
+    with contextlib.ExitStack() as stack:
+        link = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port),
+                "--database", str(home / "state.db"), "--disable-runtime-dependency-installation"]  # fmt: skip
+        process = stack.enter_context(child(link, environment, home / "superlink.log"))
+        listening(process, port, home / "superlink.log")
+        for i in range(options.clients):
+            node = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}", "--host", "127.0.0.1",
+                    "--port", str(port + 1 + i), "--node-config", f"partition-id={i}"]  # fmt: skip
+            stack.enter_context(child(node, flower_environment(home / f"node-{i}"), home / f"node-{i}.log"))
+        subprocess.run([program("flwr"), "run", str(app), "run", "--stream"], env=environment, check=True)
+    shutil.rmtree(home)
+    for row in json.loads(options.out.read_text()):
+        print(f"{row['engine']:6} {row['megabytes']:4d} MB  round {row['round']}  {row['seconds']:7.1f} s  "
+              f"{row['bytes'] / 1e6:8.1f} MB  server {row['peak_rss_bytes'] / 1e6:6.0f} MB")  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="1,10,100", help="MB per client and direction, ascending")
+    parser.add_argument("--stock", type=int, default=10, help="largest size that stock FedAvg is measured at")
+    parser.add_argument("--clients", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--port", type=int, default=18000)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/flower.json")
+    run(parser.parse_args())

@@ -1,0 +1,121 @@
+"""Keys and certificates of a deployment, made with the package `cryptography`, which Flower brings along.
+
+A server shows a certificate that its sites trust; each site has a key, of which the server knows the public half.
+"""
+
+import datetime
+import ipaddress
+from collections.abc import Sequence
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from consilium.core import CLIENT_ID
+from consilium.engine.checkpoint import write_atomic
+from consilium.errors import ConfigError
+
+__all__ = ["certificates"]
+
+YEARS = 2
+"""How long a server's certificate is good for."""
+
+
+def certificates(folder: Path, hosts: Sequence[str], sites: Sequence[str]) -> list[Path]:
+    """Make what is missing in a folder: the server's certificate for `hosts`, and a key for each new site.
+
+        server/     server.crt, server.key, ca.crt, and <site>.pub of every site: for the server alone
+        <site>/     ca.crt and key: to be handed to that site
+
+    The authority that signs the server's certificate forgets its key at once, so nobody can sign another one. A site's
+    secret key could also be made at the site (`ssh-keygen -t ecdsa -b 384`); only its .pub must reach the server.
+
+    Args:
+        hosts: names and addresses under which sites reach the server; localhost and 127.0.0.1 are always among them.
+
+    Returns:
+        The site folders that were made.
+    """
+    for site in sites:
+        if not CLIENT_ID.fullmatch(site) or site == "server":
+            raise ConfigError(f"site {site!r} must match [A-Za-z0-9._-]{{1,64}}, without a leading dot, not 'server'")
+    if not (folder / "server/server.key").exists():
+        _server_certificate(folder / "server", hosts)
+    made = []
+    for site in sites:
+        if (folder / site).exists():
+            continue
+        key = ec.generate_private_key(ec.SECP384R1())
+        public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+        _write_secret(folder / site / "key", _private(key, serialization.PrivateFormat.OpenSSH))
+        write_atomic(folder / site / "ca.crt", (folder / "server/ca.crt").read_bytes())
+        write_atomic(folder / "server" / f"{site}.pub", public + b"\n")
+        made.append(folder / site)
+    return made
+
+
+def _server_certificate(folder: Path, hosts: Sequence[str]) -> None:
+    authority, key = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
+    issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Consilium federation")])
+    ca = (
+        _certificate(issuer, issuer, authority)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(key_cert_sign=True, crl_sign=True), critical=True)
+        .sign(authority, hashes.SHA384())
+    )
+    names = [_general_name(host) for host in dict.fromkeys((*hosts, "localhost", "127.0.0.1"))]
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, (*hosts, "localhost")[0][:64])])
+    identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key())
+    server = (
+        _certificate(subject, issuer, key)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(digital_signature=True), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([x509.oid.ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(identifier, critical=False)
+        .sign(authority, hashes.SHA384())
+    )
+    write_atomic(folder / "ca.crt", ca.public_bytes(serialization.Encoding.PEM))
+    write_atomic(folder / "server.crt", server.public_bytes(serialization.Encoding.PEM))
+    _write_secret(folder / "server.key", _private(key, serialization.PrivateFormat.PKCS8))
+
+
+def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+    now = datetime.datetime.now(datetime.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(days=365 * YEARS))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    )
+
+
+def _usage(**allowed: bool) -> x509.KeyUsage:
+    names = (
+        "digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
+        "key_cert_sign", "crl_sign", "encipher_only", "decipher_only",
+    )  # fmt: skip
+    return x509.KeyUsage(**dict.fromkeys(names, False) | allowed)
+
+
+def _general_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _private(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat) -> bytes:
+    return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+
+
+def _write_secret(path: Path, blob: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600)
+    path.write_bytes(blob)

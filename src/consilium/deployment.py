@@ -1,0 +1,264 @@
+"""Sites on machines of their own: the server's command, a site's command. Their keys: `consilium.certificates`.
+
+    server         Flower's SuperLink, which only knows the sites' keys, with one run in it: ours
+    client         Flower's SuperNode at a site, pointing at the site's settings
+    server_app     what the SuperLink starts: the rounds, in a run directory that a later start goes on with
+
+What Flower does well it does: transport, TLS, authentication, heartbeats. Its programs run with its own settings in a
+folder beside the run (FLWR_HOME), install nothing, and end with the command that started them.
+"""
+
+import contextlib
+import ctypes
+import ipaddress
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+from consilium.core import CLIENT_ID
+from consilium.engine.checkpoint import write_atomic
+from consilium.engine.flower import save_site
+from consilium.engine.flower import server_app as flower_app
+from consilium.errors import ConfigError, ConsiliumError, RoundError
+from consilium.experiment import Experiment, from_json, to_json
+from consilium.run import read_config, serve
+
+__all__ = ["child", "client", "flower_environment", "listening", "program", "server", "server_app"]
+
+# --- the server -----------------------------------------------------------------------------------------------------
+
+
+def server(
+    experiment: Experiment,
+    folder: Path,
+    sites: Sequence[str],
+    address: str,
+    keys: Path | None,
+    wait: float,
+    out: Console,
+) -> None:
+    """Run an experiment over sites, or go on with it: a SuperLink, the sites' keys, one run; all gone afterwards.
+
+    Args:
+        folder: the run directory; Flower's own files lie beside it, in `<name>.flower`.
+        sites: who takes part. address: host:port to listen on.
+        keys: the folder "server" of `certificates`; None: without TLS and without authentication.
+        wait: seconds until all sites must be connected.
+
+    Raises:
+        ConfigError: for a site without a key, or a port in use.
+        RoundError: if the run did not come to its end.
+    """
+    host, port = address_of(address)
+    home, keys = (folder.parent / f"{folder.name}.flower").absolute(), keys and keys.absolute()
+    for site in sites if keys else ():
+        if not (keys / f"{site}.pub").exists():
+            raise ConfigError(f"{keys / site}.pub is missing: make it with `consilium certificates`")
+    _write_app(home / "app", experiment, folder, sites, wait)
+    reached = f"127.0.0.1:{port}"
+    connection = {"address": reached, **({"root-certificates": str(keys / "ca.crt")} if keys else {"insecure": True})}
+    lines = ["[superlink]", 'default = "run"', "[superlink.run]"]
+    lines += [f"{key} = {json.dumps(value)}" for key, value in connection.items()]
+    write_atomic(home / "config.toml", ("\n".join(lines) + "\n").encode())
+    command = ["flower-superlink", "--host", host, "--port", str(port), "--database", str(home / "state.db")]
+    command += ["--disable-runtime-dependency-installation"]
+    if keys:
+        tls = {"ca-certfile": "ca.crt", "certfile": "server.crt", "keyfile": "server.key"}
+        command += [part for flag, name in tls.items() for part in (f"--ssl-{flag}", str(keys / name))]
+        command += ["--enable-supernode-auth"]
+    else:
+        command += ["--insecure"]
+    environment = flower_environment(home)
+    with child(command, environment, home / "superlink.log") as link:
+        listening(link, port, home / "superlink.log")
+        for site in sites if keys else ():
+            _register(keys / f"{site}.pub", site, environment)
+        out.print(f"listening on {address}; waiting for {', '.join(sites)}", highlight=False, soft_wrap=True)
+        asked = subprocess.Popen(
+            [program("flwr"), "run", str(home / "app"), "run", "--stream"], env=environment, preexec_fn=_with_parent
+        )
+        try:
+            while asked.poll() is None:
+                if link.poll() is not None:
+                    raise RoundError(
+                        f"Flower's SuperLink has ended, see {home / 'superlink.log'}; start again to go on"
+                    )
+                time.sleep(0.5)
+        finally:
+            asked.kill()
+            asked.wait()
+    if not (folder / "config.json").exists() or read_config(folder)["status"] != "finished":
+        raise RoundError(f"the run has not finished, see above; the same command goes on with {folder}")
+
+
+def _write_app(folder: Path, experiment: Experiment, run: Path, sites: Sequence[str], wait: float) -> None:
+    """A Flower app without any code: it names two objects of the installed package."""
+    config = {
+        "experiment": json.dumps(to_json(experiment)),
+        "folder": str(run.absolute()),
+        "sites": ",".join(sites),
+        "wait": wait,
+    }
+    lines = [
+        "[project]",
+        'name = "consilium-run"',
+        'version = "1.0.0"',
+        'license = "Apache-2.0"',
+        "dependencies = []",
+        "[tool.flwr.app]",
+        'publisher = "consilium"',
+        "[tool.flwr.app.components]",
+        'serverapp = "consilium.deployment:server_app"',
+        'clientapp = "consilium.engine.flower:client_app"',
+        "[tool.flwr.app.config]",
+        *(f"{key} = {json.dumps(value)}" for key, value in config.items()),
+    ]
+    write_atomic(folder / "pyproject.toml", ("\n".join(lines) + "\n").encode())
+
+
+def _serve(grid: Any, config: Mapping[str, Any]) -> None:
+    """In the process that the SuperLink starts: the rounds."""
+    from consilium.watch import Terminal
+
+    experiment = from_json(json.loads(config["experiment"]))
+    out = Console()
+    with Terminal(out) as watch:
+        try:
+            serve(experiment, Path(config["folder"]), grid, config["sites"].split(","), float(config["wait"]), watch)
+        except ConsiliumError as error:
+            out.print(f"consilium: {error}", markup=False, highlight=False, soft_wrap=True)
+            raise
+
+
+server_app = flower_app(_serve)
+
+
+def _register(key: Path, site: str, environment: Mapping[str, str]) -> None:
+    command = [program("flwr"), "supernode", "register", str(key), "run", "--name", site]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, preexec_fn=_with_parent
+    )
+    said = done.stdout + done.stderr
+    if done.returncode and "already in use" not in said:
+        raise RoundError(f"site {site} could not be registered: {' '.join(said.split())[-300:]}")
+
+
+def listening(link: subprocess.Popen, port: int, log: Path) -> None:
+    """Wait until a SuperLink takes connections.
+
+    Raises:
+        ConfigError: if it ends before that.
+    """
+    for _ in range(3600):
+        if link.poll() is not None:
+            last = (log.read_text().strip().splitlines() or ["no output"])[-1]
+            raise ConfigError(f"Flower's SuperLink did not start ({last}), see {log}; is the port {port} in use?")
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.1)
+    raise RoundError(f"Flower's SuperLink does not listen on port {port}, see {log}")
+
+
+# --- a site ---------------------------------------------------------------------------------------------------------
+
+
+def client(experiment: Experiment, name: str, address: str, keys: Path | None, state: Path, port: int) -> NoReturn:
+    """Become a SuperNode for this site: this process is replaced by Flower's, until it is ended.
+
+    Args:
+        experiment: of which the data, the model, the first memory, the device and the threads are the site's own.
+        name: as the server knows it. address: the server's host:port.
+        keys: the site's folder of `certificates`; None: without TLS and without authentication.
+        state: folder for what the methods keep at the site, and for Flower's own files.
+        port: on which Flower's processes on this machine talk to each other, on 127.0.0.1 alone.
+
+    Raises:
+        ConsiliumError: if the data cannot be used, before anything is started.
+    """
+    address_of(address)
+    if not CLIENT_ID.fullmatch(name):
+        raise ConfigError(f"--name is {name!r}; use 1 to 64 of A-Z a-z 0-9 . _ - and no leading dot")
+    settings = state.absolute() / "site.json"
+    save_site(settings, name, experiment)
+    command = [program("flower-supernode"), "--superlink", address, "--node-config", f'site="{settings}"']
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    if keys:
+        for file in (keys / "ca.crt", keys / "key"):
+            if not file.exists():
+                raise ConfigError(f"{file} is missing; --certificates is the folder that the server's side handed out")
+        command += ["--root-certificates", str(keys / "ca.crt"), "--auth-supernode-private-key", str(keys / "key")]
+    else:
+        command += ["--insecure"]
+    os.execve(command[0], command, flower_environment(state.absolute() / "flower"))
+
+
+# --- processes ------------------------------------------------------------------------------------------------------
+
+
+def address_of(text: str) -> tuple[str, int]:
+    """host:port, apart.
+
+    Raises:
+        ConfigError: if it is not of that form.
+    """
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError(f"address is {text!r}; it must be HOST:PORT, e.g. 0.0.0.0:8000")
+    return host, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is of this machine alone."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def program(name: str) -> str:
+    """One of Flower's programs, beside this Python."""
+    path = Path(sys.executable).parent / name
+    if not path.exists():
+        raise ConfigError(f"{path} is missing: pip install 'consilium[flower]'")
+    return str(path)
+
+
+def flower_environment(home: Path) -> dict[str, str]:
+    """For one of Flower's programs: its files in `home`, nothing installed, nothing reported, this Python first."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    off = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "TOKENIZERS_PARALLELISM": "false"}
+    off["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
+    home.mkdir(parents=True, exist_ok=True)
+    return {**os.environ, **off, "PATH": path, "FLWR_HOME": str(home.absolute())}
+
+
+def _with_parent() -> None:
+    """In a new process: end with SIGTERM when the parent does, however it ends."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def child(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen]:
+    """One of Flower's programs with its output in a file; on leaving, it is asked to end, then killed."""
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            [program(command[0]), *command[1:]],
+            env=environment, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, preexec_fn=_with_parent,
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

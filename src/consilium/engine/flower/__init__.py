@@ -1,0 +1,20 @@
+"""The same methods on Flower: payloads as its messages, its simulation runtime, its deployments.
+
+    records   a payload as a message's content, to the bit
+    grid      the engine: rounds over a Grid, deadlines, who was missing
+    client    the client's end, a ClientApp
+    server    the server's end: a Grid from the simulation runtime or a deployment
+
+Nothing outside this package imports flwr.
+"""
+
+import os
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when flwr is imported
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+
+from consilium.engine.flower.client import client_app, save_site
+from consilium.engine.flower.grid import FlowerEngine, Roster
+from consilium.engine.flower.server import describe, server_app, simulation
+
+__all__ = ["FlowerEngine", "Roster", "client_app", "describe", "save_site", "server_app", "simulation"]

@@ -1,0 +1,116 @@
+"""A payload as a Flower RecordDict and back, to the bit: one blob per payload group, one record of scalars.
+
+    "payload"   ArrayRecord: group -> one Array of raw bytes, the codec's safetensors, whatever dtypes are inside
+    "scalars"   ConfigRecord: the payload's scalars
+    "engine"    ConfigRecord: what the two ends of the engine tell each other
+
+One blob and not one array per tensor: Flower stores and fetches every array on its own, at some 25 ms each.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import zstandard
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from consilium.core import Payload, Scalar
+from consilium.engine.codec import decode, encode
+from consilium.errors import PayloadError
+
+__all__ = ["STYPE", "blobs_of", "from_record", "payload_of", "to_record"]
+
+STYPE, PACKED = "consilium.safetensors", "consilium.safetensors.zstd"
+MAGIC = zstandard.MAGIC_NUMBER.to_bytes(4, "little")
+"""A zstd frame begins so; a safetensors blob, which begins with the length of its header, would need one of 4 GB."""
+_LEAST, _MOST = -(2**63), 2**64 - 1
+
+
+def to_record(payload: Payload, told: Mapping[str, Scalar], compress: bool = False) -> RecordDict:
+    """The payload and the engine's own words as one message's content. `compress`: blobs by zstd.
+
+    Raises:
+        PayloadError: for an integer beyond 64 bits, which Flower's records cannot hold, or a text that is not Unicode.
+    """
+    arrays = {}
+    for group, params in payload.groups.items():
+        blob = encode(Payload({group: params}))
+        shape = (len(blob),)
+        if compress:
+            blob = zstandard.compress(blob, 1)
+        arrays[group] = Array("uint8", shape, PACKED if compress else STYPE, blob)
+    return RecordDict(
+        {
+            "payload": ArrayRecord(array_dict=arrays, keep_input=True),
+            "scalars": _config(payload.scalars),
+            "engine": _config(told),
+        }
+    )
+
+
+def blobs_of(record: RecordDict) -> tuple[dict[str, bytes], dict[str, Scalar], dict[str, Scalar]]:
+    """A message's content, not yet decoded: group -> blob, the payload's scalars, the engine's words.
+
+    Raises:
+        PayloadError: if the content is not one that `to_record` could have made.
+    """
+    try:
+        arrays, scalars, told = record["payload"], record["scalars"], record["engine"]
+    except KeyError as error:
+        raise PayloadError(f"a message without {error}: the other side does not speak this protocol") from error
+    if not (isinstance(arrays, ArrayRecord) and isinstance(scalars, ConfigRecord) and isinstance(told, ConfigRecord)):
+        raise PayloadError("a message with records of other types: the other side does not speak this protocol")
+    for group, array in arrays.items():
+        if array.stype not in (STYPE, PACKED):
+            raise PayloadError(f"group {group!r} arrived as {array.stype!r}; it must be {STYPE}")
+    return {group: array.data for group, array in arrays.items()}, dict(scalars), dict(told)
+
+
+def payload_of(blobs: Iterable[tuple[str, bytes]], scalars: Mapping[str, Scalar], cap: int = 2**40) -> Payload:
+    """The payload of these blobs and scalars; `cap`: bytes that a compressed blob may unfold to.
+
+    Raises:
+        PayloadError: if a blob is not one that `to_record` could have made.
+    """
+    groups = {}
+    for group, blob in blobs:
+        held = decode(_unfolded(blob, cap) if blob.startswith(MAGIC) else blob).groups
+        if set(held) != {group}:
+            raise PayloadError(f"the blob of group {group!r} holds {sorted(held)}")
+        groups[group] = held[group]
+    return Payload(groups, dict(scalars))
+
+
+def _unfolded(blob: bytes, cap: int) -> bytes:
+    try:
+        size = zstandard.frame_content_size(blob)
+        if not 0 <= size <= cap:
+            raise PayloadError(f"a compressed blob would unfold to {size} bytes, allowed are {cap}")
+        return zstandard.decompress(blob, max_output_size=size)
+    except zstandard.ZstdError as error:
+        raise PayloadError(f"a compressed blob is broken: {error}") from error
+
+
+def from_record(record: RecordDict) -> tuple[Payload, dict[str, Scalar]]:
+    """The payload and the engine's words that `to_record` was given.
+
+    Raises:
+        PayloadError: if the content is not one that `to_record` could have made.
+    """
+    blobs, scalars, told = blobs_of(record)
+    return payload_of(blobs.items(), scalars), told
+
+
+def _config(scalars: Mapping[str, Scalar]) -> ConfigRecord:
+    for key, value in scalars.items():
+        items = value if isinstance(value, list) else [value]
+        wide = [item for item in items if type(item) is int and not _LEAST <= item <= _MOST]
+        # One integer above 2^63 makes Flower send the whole list unsigned.
+        if wide or (max(map(_int, items), default=0) >= 2**63 and min(map(_int, items)) < 0):
+            raise PayloadError(f"scalar {key!r} = {value!r} does not fit 64 bits; send it as a float or a text")
+        texts = [key, *(item for item in items if isinstance(item, str))]
+        if any("\ud800" <= char <= "\udfff" for text in texts for char in text):
+            raise PayloadError(f"scalar {key!r} holds half a surrogate pair, which is not Unicode text")
+    return ConfigRecord(dict(scalars))
+
+
+def _int(item: object) -> int:
+    return item if type(item) is int else 0

@@ -1,0 +1,128 @@
+"""The server's end: a Grid to drive, from Flower's simulation runtime or from a deployment, and its sites' words."""
+
+import importlib.util
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from queue import Queue
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from consilium.core import ClientId
+from consilium.engine.flower.client import client_app
+from consilium.engine.flower.grid import Roster, ask
+from consilium.errors import ConfigError, RoundError
+from consilium.experiment import Experiment
+
+__all__ = ["describe", "server_app", "simulation"]
+
+
+@contextmanager
+def simulation(experiment: Experiment, clients: int) -> Iterator[Grid]:
+    """A Grid whose nodes are `clients` client ends in Ray's worker processes, as many at a time as there are cores
+    for `experiment.threads` each, or GPUs for one each.
+
+    A worker that dies is started again: its client is missing in that round and back in the next. Ray is started for
+    this run alone, unless RAY_ADDRESS names a cluster; then the run directory must be on a disk that all of it shares.
+    Ray's ports have no authentication by default: behind a firewall, or RAY_AUTH_MODE=token.
+
+    Raises:
+        ConfigError: if Ray is not installed.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("engine flower needs Ray for a simulation: pip install 'consilium[simulation]'")
+    from flwr.simulation import run_simulation
+
+    grids: Queue[Grid | BaseException] = Queue()
+    done = threading.Event()
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        grids.put(grid)
+        done.wait()
+
+    cores = len(os.sched_getaffinity(0))
+    resources = {
+        "num_cpus": min(experiment.threads, cores),
+        "num_gpus": float(experiment.device.startswith("cuda")),
+        "max_restarts": -1,  # Flower hands these to the workers' options: Ray restarts one that dies
+    }
+
+    def work(folder: str) -> None:
+        own = {"num_cpus": cores, "include_dashboard": False, "_temp_dir": folder}  # the folder goes afterwards
+        init = {} if "RAY_ADDRESS" in os.environ else own
+        try:
+            run_simulation(
+                server, client_app, clients, backend_config={"client_resources": resources, "init_args": init}
+            )
+        except BaseException as error:
+            grids.put(error)
+        else:
+            grids.put(RoundError("Flower's simulation ended before the run did; see its messages above"))
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        thread = threading.Thread(target=work, args=(folder,), daemon=True)
+        thread.start()
+        try:
+            grid = grids.get()
+            while not isinstance(grid, BaseException) and len(list(grid.get_node_ids())) < clients:
+                if not thread.is_alive():
+                    grid = grids.get()
+                time.sleep(0.05)  # Flower starts the ServerApp first, its nodes after that
+            if isinstance(grid, BaseException):
+                raise grid
+            yield grid
+        finally:
+            done.set()
+            thread.join()
+
+
+def server_app(serve: Callable[[Grid, dict[str, Any]], None]) -> ServerApp:
+    """A ServerApp that hands its Grid and the run's settings to `serve`."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        serve(grid, dict(context.run_config))
+
+    return app
+
+
+def describe(
+    roster: Roster, sites: Sequence[ClientId], told: dict[str, Any], seconds: float
+) -> dict[ClientId, dict[str, Any]]:
+    """Wait until all sites are connected, and ask them for what the server may know: see `client.describe`.
+
+    Raises:
+        RoundError: if one is not connected, or has not answered, within so many seconds, or cannot take part.
+    """
+    end = time.monotonic() + seconds
+    found: dict[ClientId, dict[str, Any]] = {}
+    while True:
+        strangers = roster.strangers()
+        for node, reply in ask(roster.grid, list(strangers), "describe", told, seconds, roster.poll):
+            if reply.has_error():
+                continue
+            if "failed" in reply.content:
+                raise RoundError(f"a site cannot take part: {reply.content['failed']['reason']}")
+            described = dict(reply.content["engine"])
+            name = str(described["name"])
+            roster.known[strangers[node]] = name
+            if name in sites:
+                found[name] = described
+        absent = [site for site in sites if site not in found]
+        if not absent:
+            roster.nodes()  # no two of one name
+            return {site: found[site] for site in sorted(sites)}
+        if time.monotonic() > end:
+            raise RoundError(
+                f"not connected within {seconds:g} s: {', '.join(absent)}; start their clients, then the server again"
+            )
+        time.sleep(roster.poll)

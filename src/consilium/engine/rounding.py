@@ -1,0 +1,87 @@
+"""Replies in fewer bytes: what changed since the client was sent its weights, in bfloat16 or int8, with error feedback.
+
+Group "params" of a reply becomes the difference d = w_k - w + e_k of the trained weights w_k to the weights w that the
+client was sent, plus e_k, what rounding lost in the client's earlier replies (Seide et al. 2014, Karimireddy et al.
+2019, https://arxiv.org/abs/1901.09847):
+
+    bf16    q = d as bfloat16                                 half the bytes of float32
+    int8    q = round(127 d / s) with s the largest |d| of each row, float32    a quarter of them
+
+and e_k <- d - q stays with the client until it takes part again. The server adds q to what it sent. Other groups, and
+weights that were not sent to the client, travel as they are.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from consilium.core import Payload
+from consilium.errors import PayloadError
+from consilium.params import Params
+
+__all__ = ["restored", "rounded"]
+
+CHANGE, SCALE = "params.change", "params.scale"
+
+
+def rounded(
+    reply: Payload, sent: Mapping[str, Tensor], form: str, lost: Mapping[str, Tensor]
+) -> tuple[Payload, Params]:
+    """The reply to send, and what rounding has lost of it.
+
+    Args:
+        sent: the weights that the client was sent. form: "exact", "bf16" or "int8".
+        lost: flat name -> float32, of earlier replies; what this reply does not hold stays in it.
+    """
+    if form == "exact":
+        return reply, dict(lost)
+    left: Params = dict(lost)
+    groups = {**reply.groups, "params": {}, CHANGE: {}, SCALE: {}}
+    for key, tensor in reply.group("params").items():
+        if key not in sent or sent[key].shape != tensor.shape or not tensor.is_floating_point():
+            groups["params"][key] = tensor
+            continue
+        change = tensor.float() - sent[key].float()
+        if key in lost and lost[key].shape == change.shape:
+            change += lost[key]
+        if form == "bf16":
+            groups[CHANGE][key] = change.bfloat16()
+        else:
+            scale = _rows(change).abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+            groups[CHANGE][key] = (_rows(change) / scale[:, None]).round().to(torch.int8).reshape(change.shape)
+            groups[SCALE][key] = scale
+        left[key] = change - _back(groups[CHANGE][key], groups[SCALE].get(key))
+    return Payload(groups, reply.scalars), left
+
+
+def restored(reply: Payload, sent: Mapping[str, Tensor]) -> Payload:
+    """The reply as the server half is given it: weights again, of the dtypes that were sent.
+
+    Raises:
+        PayloadError: for a change of a weight that was not sent, or of another shape.
+    """
+    if CHANGE not in reply.groups:
+        return reply
+    params = reply.group("params")
+    for key, change in reply.group(CHANGE).items():
+        if key not in sent or sent[key].shape != change.shape:
+            raise PayloadError(f"a change of {key!r} {tuple(change.shape)}, which the client was not sent")
+        scale = reply.group(SCALE).get(key)
+        fits = scale is None if change.dtype != torch.int8 else scale is not None and len(scale) == len(_rows(change))
+        if not fits:
+            raise PayloadError(f"the scale of {key!r} does not fit its change")
+        params[key] = (sent[key].float() + _back(change, scale)).to(sent[key].dtype)
+    groups = {group: tensors for group, tensors in reply.groups.items() if group not in (CHANGE, SCALE)}
+    return Payload({**groups, "params": params}, reply.scalars)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """[R, C]: a vector is one row, a matrix its rows, more dimensions the first against all others."""
+    return tensor.reshape(len(tensor), -1) if tensor.dim() > 1 and tensor.numel() else tensor.reshape(1, -1)
+
+
+def _back(change: Tensor, scale: Tensor | None) -> Tensor:
+    if scale is None:
+        return change.float()
+    return (_rows(change).float() * scale[:, None]).reshape(change.shape)

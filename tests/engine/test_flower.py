@@ -1,0 +1,431 @@
+"""The engine over Flower's messages, in this process: the same bits as the local engine, and who was missing."""
+
+import dataclasses
+import math
+
+import loopback
+import pytest
+import runs
+import tiny
+import torch
+import toy
+from flwr.app import Array, ConfigRecord, Message, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+
+import consilium.engine.flower as flower
+from consilium.algorithms.fedmoe import FedMoE
+from consilium.algorithms.scaffold import SCAFFOLD
+from consilium.core import Algorithm, Payload, Sampling, derive_seed
+from consilium.engine.checkpoint import ClientStore, load_checkpoint
+from consilium.engine.flower.grid import ATTEMPTS
+from consilium.engine.flower.records import STYPE, blobs_of, from_record, payload_of, to_record
+from consilium.errors import CheckpointError, ConfigError, PayloadError, RoundError
+from consilium.experiment import Wire
+from consilium.run import resume, run, serve
+
+Algorithm.registry.pop("Toy")  # the tests over the registry are not to find it
+METHODS = {name: cls for name, cls in Algorithm.registry.items() if cls.__module__.startswith("consilium.")}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return runs.table(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def grid(monkeypatch):
+    """Runs with engine "flower" go over this Grid; three nodes, the partitions in no order."""
+    made = loopback.Loopback([{"partition-id": i, "num-partitions": 3} for i in (2, 0, 1)])
+
+    class Simulated:
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return made
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(flower, "simulation", Simulated)
+    return made
+
+
+# --- payloads as messages ---------------------------------------------------------------------------------------------
+
+TENSORS = {
+    "bf16": torch.tensor([1.0, -0.0, float("nan"), 3.0e38], dtype=torch.bfloat16),
+    "fp16": torch.tensor([[1.5], [6e-8]], dtype=torch.float16),
+    "fp32": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).t(),
+    "fp64": torch.tensor(math.pi, dtype=torch.float64),
+    "none": torch.empty(0, 3),
+    "int64": torch.tensor([-(2**63), 2**63 - 1]),
+    "int8": torch.tensor([-128], dtype=torch.int8),
+    "uint8": torch.tensor([255], dtype=torch.uint8),
+    "bool": torch.tensor([True, False]),
+}
+
+
+def there_and_back(payload, told=None):
+    message = Message(to_record(payload, told or {}), dst_node_id=1, message_type="train")
+    return from_record(loopback.carried(message).content)
+
+
+def bits(tensor):
+    return tensor.dtype, tuple(tensor.shape), tensor.contiguous().reshape(-1).view(torch.uint8).tolist()
+
+
+def test_every_dtype_comes_back_to_the_bit(grid):
+    sent = Payload({"params": TENSORS, "usage": {}, "ein Süd.name": {"x": TENSORS["bf16"]}}, {"n": 3})
+    got, told = there_and_back(sent, {"client": "a"})
+    assert list(got.groups) == list(sent.groups) and got.scalars == sent.scalars and told == {"client": "a"}
+    for group, tensors in sent.groups.items():
+        assert {k: bits(t) for k, t in got.group(group).items()} == {k: bits(t) for k, t in tensors.items()}
+
+
+number = st.integers(-(2**63), 2**63 - 1)
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+scalar = st.one_of(number, st.integers(0, 2**64 - 1), st.floats(), st.booleans(), text)
+lists = st.one_of(st.lists(number), st.lists(st.floats()), st.lists(st.booleans()), st.lists(text))
+
+
+@given(st.dictionaries(text, st.one_of(scalar, lists), max_size=5))
+def test_scalars_come_back_with_their_types(scalars):
+    got, _ = there_and_back(Payload(scalars=scalars))
+    assert repr(got.scalars) == repr(scalars)
+
+
+@pytest.mark.parametrize(
+    "value", [2**64, -(2**63) - 1, [2**63, -1], "\ud800"], ids=["too large", "too small", "both signs", "surrogate"]
+)
+def test_scalars_that_no_message_holds_are_refused(value):
+    with pytest.raises(PayloadError, match="scalar 'x'"):
+        to_record(Payload(scalars={"x": value}), {})
+
+
+def test_one_object_per_group_and_not_one_per_tensor():
+    many = {f"k{i}": torch.randn(10) for i in range(100)}
+    record = to_record(Payload({"params": many, "control": many}), {})
+    assert list(record["payload"]) == ["params", "control"]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda r: r.pop("scalars"),
+        lambda r: r.update(payload=ConfigRecord({})),
+        lambda r: r["payload"].update(params=Array(torch.zeros(3).numpy())),
+        lambda r: r["payload"].update(params=Array("uint8", (3,), STYPE, b"abc")),
+        lambda r: r["payload"].update(params=r["payload"]["control"]),
+    ],
+    ids=["record gone", "another type", "numpy's own", "no payload", "another group"],
+)
+def test_anything_else_is_refused(spoil):
+    record = to_record(Payload({"params": {"w": torch.ones(3)}, "control": {"w": torch.ones(3)}}), {})
+    spoil(record)
+    with pytest.raises(PayloadError):
+        from_record(record)
+
+
+# --- parity -----------------------------------------------------------------------------------------------------------
+
+
+def bits_of(folder, experiment):
+    """Everything a run leaves but seconds, process memory and the engine's own: bytes are of the blobs there."""
+    run(experiment, folder)
+    outcome = runs.outcome(folder)
+
+    def without(value):
+        if isinstance(value, dict):
+            return {k: without(v) for k, v in value.items() if not k.startswith("bytes_")}
+        return [without(v) for v in value] if isinstance(value, list) else value
+
+    return without(outcome)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_gives_the_same_bits_and_records(name, dtype, data, grid, tmp_path):
+    """In process (for the others `test_registry` shows that strict changes nothing), and through Flower's messages;
+    one client in two is short of memory."""
+    model = tiny.source(num_experts=4, dtype=dtype)
+    made = runs.experiment(data, METHODS[name](), model=model, memory=runs.memory(8, 2), rounds=2)
+    local = bits_of(tmp_path / "local", dataclasses.replace(made, strict=True))
+    over = bits_of(tmp_path / "flower", dataclasses.replace(made, engine="flower"))
+    assert local == over
+    assert len([kind for kind, *_ in grid.log if kind == "train"]) == sum(len(m["selected"]) for m in over["metrics"])
+
+
+# --- who was missing --------------------------------------------------------------------------------------------------
+
+
+class Between:
+    """A watch that does something after a round."""
+
+    def __init__(self, **steps):
+        self.steps = {int(key[1:]): step for key, step in steps.items()}
+
+    def started(self, *_):
+        pass
+
+    def step(self, *_):
+        pass
+
+    def rounded(self, record, events):
+        self.steps.get(record["round"], lambda: None)()
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def toys(data, monkeypatch):
+    """Four rounds of all three clients, in milliseconds."""
+    monkeypatch.setitem(Algorithm.registry, "Toy", toy.Toy)
+    wire = Wire(deadline=0.2)
+    return runs.experiment(data, toy.Toy(), sampling=Sampling(3), rounds=4, engine="flower", wire=wire)
+
+
+def metrics(folder):
+    return runs.outcome(folder)["metrics"]
+
+
+ONE = 101  # the node of partition 0, site-0
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("silent", "no answer within 0.2 s"),
+        ("lost", "no answer within 0.2 s"),
+        ("crashing", "error 8: The process was killed."),
+        ("away", "not connected"),
+    ],
+)
+def test_the_round_goes_on_without_who_is_missing(toys, grid, tmp_path, fault, reason):
+    """In round 2 one client does not answer; in round 3 it is back, with the state that it had before."""
+    where = getattr(grid, fault)
+    sick, well = (ONE if fault == "away" else ("train", ONE)), Between()
+    well.steps = {1: lambda: where.add(sick), 2: lambda: (where.discard(sick), grid.silent.clear())}
+    run(toys, tmp_path / "run", well)
+    records = metrics(tmp_path / "run")
+    assert [m["missing"] for m in records] == [{}, {"site-0": reason}, {}, {}]
+    for record in records:
+        assert sorted([*record["clients"], *record["missing"]]) == record["selected"]
+    states = [record["clients"].get("site-0", {}).get("train_loss") for record in records]
+    draws = [
+        torch.rand(50, generator=torch.Generator().manual_seed(derive_seed(0, "client", n, "site-0")))
+        for n in (1, 3, 4)
+    ]
+    sums = torch.stack(draws).cumsum(0).sum(1).tolist()
+    assert states == pytest.approx([sums[0], None, sums[1], sums[2]])
+    assert len({row.data_ptr() for row in draws}) == 3
+
+
+def test_a_message_lives_as_long_as_its_round(toys, grid, tmp_path):
+    run(toys, tmp_path / "run")
+    assert {ttl for kind, _, ttl in grid.log if kind != "query.name"} == {0.2}
+
+
+def test_a_round_without_a_quorum_is_tried_again_then_the_run_stops_and_can_go_on(toys, grid, tmp_path):
+    run(dataclasses.replace(toys, name="whole"), tmp_path / "whole")
+    grid.log.clear()
+    sick = Between(_2=lambda: grid.silent.update(("train", node) for node in (100, 101, 102)))
+    with pytest.raises(RoundError, match=r"round 3 had 0 answers in 3 attempts, wire\.quorum is 1 \(site-0: no answer"):
+        run(toys, tmp_path / "run", sick)
+    assert len([1 for kind, *_ in grid.log if kind == "train"]) == 3 * 2 + 3 * ATTEMPTS
+    grid.silent.clear()
+    resume(tmp_path / "run")
+    assert (
+        runs.outcome(tmp_path / "run")["summary"]["weights"] == runs.outcome(tmp_path / "whole")["summary"]["weights"]
+    )
+    assert not list(tmp_path.rglob(".replies-*"))
+
+
+def test_one_answer_in_a_second_attempt_is_enough(toys, grid, tmp_path):
+    grid.crashing |= {("train", node) for node in (100, 101, 102)}
+    real = grid.push_messages
+
+    def push(messages):
+        if len([1 for kind, *_ in grid.log if kind == "train"]) == 3:
+            grid.crashing.clear()
+        return real(messages)
+
+    grid.push_messages = push
+    run(dataclasses.replace(toys, rounds=1), tmp_path / "run")
+    assert metrics(tmp_path / "run")[0]["missing"] == {}
+
+
+def test_who_a_node_is_is_asked_when_it_is_new_or_was_restarted(toys, grid, tmp_path):
+    """The node of site-0 comes back as site-1, and the other way round: only ids count."""
+
+    def swap():
+        grid.configs[1], grid.configs[2] = grid.configs[2], grid.configs[1]
+        grid.restarts.update({101: 1, 102: 1})
+
+    run(toys, tmp_path / "run", Between(_2=swap))
+    assert [node for kind, node, _ in grid.log if kind == "query.name"] == [100, 101, 102, 101, 102]
+    local = dataclasses.replace(toys, engine="local")
+    run(local, tmp_path / "local")
+    assert (
+        runs.outcome(tmp_path / "run")["summary"]["weights"] == runs.outcome(tmp_path / "local")["summary"]["weights"]
+    )
+
+
+def test_two_nodes_of_one_name(toys, grid, tmp_path):
+    grid.configs[0] = grid.configs[1]
+    with pytest.raises(RoundError, match="two nodes say that they are site-0"):
+        run(toys, tmp_path / "run")
+
+
+def test_a_payload_beyond_the_cap_is_not_sent(toys, grid, tmp_path):
+    """200 bytes of tensor and their header; the reply is as large, and the far end checks it too."""
+    small = dataclasses.replace(toys, wire=Wire(cap="300B"))
+    with pytest.raises(
+        PayloadError, match=r"the payload of client site-0 is .*more than wire\.cap 300B: raise wire\.cap"
+    ):
+        run(small, tmp_path / "run")
+    assert not any(kind == "train" for kind, *_ in grid.log)
+
+
+def test_the_meter_counts_the_blobs(toys, grid, tmp_path, monkeypatch):
+    seen = []
+    real = grid.push_messages
+    monkeypatch.setattr(grid, "push_messages", lambda messages: (seen.extend(messages), real(messages))[1])
+    run(dataclasses.replace(toys, rounds=1), tmp_path / "run")
+    record = metrics(tmp_path / "run")[0]
+    sizes = [
+        sum(len(array.data) for array in message.content.array_records["payload"].values())
+        for message in seen
+        if message.metadata.message_type == "train"
+    ]
+    assert [c["bytes_down"] for c in record["clients"].values()] == sizes and sum(sizes) == record["bytes_down"] > 600
+
+
+@pytest.mark.parametrize(("form", "most"), [("bf16", 0.65), ("int8", 0.5)])
+def test_rounded_replies_are_smaller_and_lose_nothing_for_good(form, most, data, grid, tmp_path):
+    """Bytes against exact replies, headers and scales of tiny tensors included; FedAvg keeps only what was lost."""
+    made = runs.experiment(
+        data, "FedAvg", model=tiny.source(num_experts=4), sampling=Sampling(3), engine="flower", rounds=2
+    )
+    run(made, tmp_path / "exact")
+    run(dataclasses.replace(made, wire=Wire(reply=form)), tmp_path / "rounded")
+    exact, less = runs.outcome(tmp_path / "exact"), runs.outcome(tmp_path / "rounded")
+    up = [record["bytes_up"] for record in exact["metrics"]], [record["bytes_up"] for record in less["metrics"]]
+    assert all(b < most * a for a, b in zip(*up, strict=True))
+    weights = [load_checkpoint(tmp_path / name / "checkpoints")[1].group("params") for name in ("exact", "rounded")]
+    start = made.model.load()
+    moved = sum(float((weights[0][key] - start[key]).square().sum()) for key in start)
+    off = sum(float((weights[0][key] - weights[1][key]).square().sum()) for key in start)
+    assert 0 < off < 0.05 * moved
+    state = ClientStore(tmp_path / "rounded/clients", {"site-0": 2}).load("site-0")
+    assert state.params and all(key.startswith("engine/lost/") for key in state.params)
+    assert less["summary"]["clients"]["site-0"]["state"] and not exact["summary"]["clients"]["site-0"]["state"]
+
+
+def test_compressed_payloads_are_the_same(data, grid, tmp_path):
+    made = runs.experiment(data, SCAFFOLD(), model=tiny.source(num_experts=4), engine="flower", rounds=1)
+    run(made, tmp_path / "plain")
+    run(dataclasses.replace(made, wire=Wire(zstd=True)), tmp_path / "packed")
+    plain, packed = runs.outcome(tmp_path / "plain"), runs.outcome(tmp_path / "packed")
+    assert plain["summary"]["weights"] == packed["summary"]["weights"]
+    assert packed["metrics"][0]["bytes_down"] < plain["metrics"][0]["bytes_down"]
+
+
+def test_a_blob_that_would_unfold_beyond_the_cap_is_refused():
+    record = to_record(Payload({"params": {"w": torch.zeros(100_000)}}), {}, compress=True)
+    blobs, scalars, _ = blobs_of(record)
+    assert len(blobs["params"]) < 1000 and payload_of(blobs.items(), scalars, 401_000).nbytes == 400_000
+    with pytest.raises(PayloadError, match="would unfold to 400"):
+        payload_of(blobs.items(), scalars, 400_000)
+    with pytest.raises(PayloadError, match="compressed blob"):
+        payload_of([("params", blobs["params"][:-3])], scalars)
+
+
+# --- sites: their own data, their own disk --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sites(data, tmp_path):
+    """Three sites, each with a file of its own rows; nodes in no order."""
+    lines = data.read_text().splitlines(keepends=True)
+    grid = loopback.Loopback([])
+    for i in (2, 0, 1):
+        folder = tmp_path / f"at-{i}"
+        folder.mkdir()
+        (folder / "own.jsonl").write_text("".join(line for line in lines if f'"site-{i}"' in line))
+        own = runs.experiment(folder / "own.jsonl", memory=runs.memory(8 if i else 2))
+        flower.save_site(folder / "site.json", f"site-{i}", own)
+        grid.configs.append({"site": str(folder / "site.json")})
+    return grid
+
+
+NAMES = ["site-0", "site-1", "site-2"]
+
+
+@pytest.mark.parametrize("method", [FedMoE(stage1_epochs=1), SCAFFOLD()], ids=["FedMoE", "SCAFFOLD"])
+def test_sites_with_their_own_data_give_the_bits_of_one_machine(method, data, sites, tmp_path):
+    model = tiny.source(num_experts=4)
+    memory = runs.memory(2, 8, 8)
+    made = runs.experiment(data, method, model=model, memory=memory, rounds=2)
+    run(made, tmp_path / "local")
+    serve(made, tmp_path / "run", sites, NAMES, 1.0)
+    local, over = runs.outcome(tmp_path / "local"), runs.outcome(tmp_path / "run")
+    assert over["summary"]["weights"] == local["summary"]["weights"]
+    assert over["structure"] == local["structure"] and over["summary"]["tasks"] == local["summary"]["tasks"]
+    for site, told in over["partition"]["clients"].items():
+        assert told == {
+            key: local["partition"]["clients"][site][key] for key in ("task", "labels", "sizes", "memory_bytes")
+        }
+    for i, site in enumerate(NAMES):  # states stay at the sites
+        kept = list((tmp_path / f"at-{i}").glob("*/*/round-*"))
+        assert bool(kept) == (site in local["summary"]["clients"] and bool(local["summary"]["clients"][site]["state"]))
+    assert not (tmp_path / "run/clients").exists()
+
+
+def test_a_server_that_starts_again_goes_on_to_the_same_bits(toys, sites, tmp_path):
+    """Interrupted after two of four rounds, with one uncommitted state of round 3 at a site; then changed data."""
+    serve(toys, tmp_path / "whole", sites, NAMES, 1.0)
+    with pytest.raises(KeyboardInterrupt):
+        serve(toys, tmp_path / "run", sites, NAMES, 1.0, Between(_2=interrupt))
+    with pytest.raises(CheckpointError, match="start `consilium server` again"):
+        resume(tmp_path / "run")
+    with pytest.raises(ConfigError, match="holds another experiment"):
+        serve(dataclasses.replace(toys, rounds=9), tmp_path / "run", sites, NAMES, 1.0)
+    serve(toys, tmp_path / "run", sites, NAMES, 1.0)
+    assert (
+        runs.outcome(tmp_path / "run")["summary"]["weights"] == runs.outcome(tmp_path / "whole")["summary"]["weights"]
+    )
+    assert [m["round"] for m in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_states_at_a_site_are_pruned_and_what_never_counted_is_dropped(toys, sites, tmp_path):
+    """Round 2's answer of site-0 is lost: its state of round 2 goes when round 3 says that round 1's counts."""
+    (node,) = [100 + i for i, config in enumerate(sites.configs) if "at-0" in config["site"]]
+    steps = Between(_1=lambda: sites.lost.add(("train", node)), _2=lambda: (sites.lost.clear(), sites.silent.clear()))
+    serve(dataclasses.replace(toys, rounds=6), tmp_path / "run", sites, NAMES, 1.0, steps)
+    assert metrics(tmp_path / "run")[1]["missing"] == {"site-0": "no answer within 0.2 s"}
+    for i in range(3):
+        kept = sorted(path.name for path in (tmp_path / f"at-{i}").glob("*/*/round-*"))
+        assert kept == [f"round-0000{n}.safetensors" for n in (4, 5, 6)]
+
+
+def test_a_site_that_is_not_there_or_cannot_take_part(toys, sites, tmp_path):
+    sites.away.add(100)
+    with pytest.raises(RoundError, match=r"not connected within 0\.1 s: site-2; start their clients"):
+        serve(toys, tmp_path / "run", sites, NAMES, 0.1)
+    (tmp_path / "at-2/data.json").unlink()
+    sites.away.clear()
+    with pytest.raises(RoundError, match=r"a site cannot take part: ConfigError: the site's settings in .*at-2"):
+        serve(toys, tmp_path / "run", sites, NAMES, 1.0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_server_says_can_neither_leave_the_sites_folder_nor_name_unknown_classes(sites, tmp_path):
+    content = RecordDict({"engine": ConfigRecord({"experiment": "{}", "heads": "{}", "run": "../../x"})})
+    message = Message(content, dst_node_id=100, message_type="query.describe")
+    (sent,) = sites.push_messages([message])
+    (reply,) = sites.pull_messages([sent])
+    assert "saved is dict" in reply.content["failed"]["reason"] or "unknown type" in reply.content["failed"]["reason"]

@@ -1,0 +1,117 @@
+"""What docs/deployment.md says, executed: keys, a server and three sites as processes on loopback."""
+
+import json
+import os
+import re
+import stat
+from pathlib import Path
+
+import pytest
+import runs
+from deployments import Deployment, free_port
+
+from consilium.__main__ import main
+
+pytest.importorskip("flwr")
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from consilium.certificates import certificates
+from consilium.errors import ConfigError
+
+PAGE = Path(__file__).parent.parent / "docs/deployment.md"
+COMMANDS = re.findall(r"^```bash\nconsilium (.*?)\n```", PAGE.read_text(), re.M | re.S)
+SMALL = "--data.train 24 --data.validation 8 --data.test 8"
+MINUTES = 60 * float(os.environ.get("CONSILIUM_TEST_PATIENCE", "1"))
+
+
+def test_the_page_has_the_commands_that_are_executed():
+    assert [command.split()[0] for command in COMMANDS] == ["certificates", "server", "client", "client", "client"]
+
+
+def test_three_sites_as_the_page_has_it(tmp_path):
+    """FedMoE on the documentation, three tasks, three memories, three sub-MoEs, TLS, keys; a stranger is refused."""
+    with Deployment(tmp_path) as there:
+        keys, server, *clients = (command.replace("localhost:8000", f"localhost:{there.port}") for command in COMMANDS)
+        process, _ = there.start(keys)
+        there.finished(process, 3 * MINUTES)
+        serving, _ = there.start(f"{server.replace('0.0.0.0:8000', f'127.0.0.1:{there.port}')} --wait 3000 {SMALL}")
+        for command in clients:
+            there.start(f"{command} --port {free_port()} {SMALL}")
+        certificates(tmp_path / "others", [], ["east"])  # a key that the server does not know
+        (tmp_path / "others/east/ca.crt").write_bytes((tmp_path / "keys/north/ca.crt").read_bytes())
+        stranger, refused = there.start(
+            f"{clients[0].replace('north', 'east').replace('keys/', 'others/')} --port {free_port()} {SMALL}"
+        )
+        there.finished(serving, 5 * MINUTES)
+        assert stranger.poll() not in (None, 0), refused.read_text()[-2000:]
+    folder = tmp_path / "runs/fedmoe-docstrings"
+    outcome = runs.outcome(folder)
+    assert outcome["status"] == "finished" and len(outcome["metrics"]) == 2
+    assert [m["missing"] for m in outcome["metrics"]] == [{}, {}] == [m["untested"] for m in outcome["metrics"]]
+    assert outcome["metrics"][1]["selected"] == ["north", "south", "west"] == list(outcome["metrics"][1]["test"])
+    held = list(outcome["structure"]["rounds"].values())[-1]
+    assert len({json.dumps(blocks) for blocks in held.values()}) == 3
+    assert {c: told["memory_bytes"] for c, told in outcome["partition"]["clients"].items()} == {
+        "north": 155 * 10**6, "south": 122 * 10**6, "west": 92 * 10**6
+    }  # fmt: skip
+    assert not re.search(r"rows|label_counts", json.dumps(outcome["partition"]))
+    assert (folder / "report.html").exists()
+    assert stat.S_IMODE((tmp_path / "north/data.json").stat().st_mode) == 0o600
+
+
+# --- keys ---------------------------------------------------------------------------------------------------------
+
+
+def test_keys_are_what_flower_reads_and_secret(tmp_path):
+    assert certificates(tmp_path, ["10.0.0.7", "fed.example.org"], ["north"]) == [tmp_path / "north"]
+    key = serialization.load_ssh_private_key((tmp_path / "north/key").read_bytes(), None)
+    public = serialization.load_ssh_public_key((tmp_path / "server/north.pub").read_bytes())
+    assert isinstance(key.curve, ec.SECP384R1) and key.public_key() == public
+    for secret in ("north/key", "server/server.key"):
+        assert stat.S_IMODE((tmp_path / secret).stat().st_mode) == 0o600
+    crt = x509.load_pem_x509_certificate((tmp_path / "server/server.crt").read_bytes())
+    authority = x509.load_pem_x509_certificate((tmp_path / "north/ca.crt").read_bytes())
+    crt.verify_directly_issued_by(authority)
+    names = crt.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["fed.example.org", "localhost"]
+    assert [str(ip) for ip in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.7", "127.0.0.1"]
+    assert not list(tmp_path.rglob("ca.key"))
+
+
+def test_more_sites_leave_what_is_there(tmp_path):
+    certificates(tmp_path, [], ["north"])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert certificates(tmp_path, [], ["north", "south"]) == [tmp_path / "south"]
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("name", ["server", "../x", "", ".hidden"])
+def test_names_that_are_no_sites(tmp_path, name):
+    with pytest.raises(ConfigError, match="site"):
+        certificates(tmp_path, [], [name])
+    assert not list(tmp_path.iterdir())
+
+
+# --- what is refused before anything starts ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("server fedmoe-docstrings --sites a,b", "--certificates is missing"),
+        ("server fedmoe-docstrings --certificates keys", "--sites is empty"),
+        ("server fedmoe-docstrings --sites a,a --certificates k", "names a site twice"),
+        ("server fedmoe-docstrings --sites a --insecure", "0.0.0.0 is not this machine"),
+        ("server fedmoe-docstrings --sites a --certificates nowhere", "a.pub is missing"),
+        ("client fedmoe-docstrings --name a --server 10.0.0.7:8000 --insecure", "10.0.0.7 is not this machine"),
+        ("client fedmoe-docstrings --name a --server 10.0.0.7", "it must be HOST:PORT"),
+        ("certificates keys --sites a/b", "--sites names 'a/b'"),
+    ],
+)
+def test_refused_in_one_line(arguments, said, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments.split()) == 2
+    error = capfd.readouterr().err
+    assert said in error and len(error.strip().splitlines()) == 1
