@@ -163,6 +163,7 @@ class _Prepared:
                 num_examples=len(data.train),
                 task=data.task.name,
                 memory_bytes=bytes_of(experiment.memory[i % len(experiment.memory)]) if experiment.memory else None,
+                architecture=experiment.model.architecture(i),
             )
             for i, (client, data) in enumerate(federation.clients.items())
         )
@@ -181,6 +182,7 @@ class _Prepared:
             seed=experiment.seed,
             heads={task: tuple(sorted(labels)) for task, labels in sorted(heads.items())},
             clients=infos,
+            shape=federation.shape,
         )
         server = experiment.algorithm.server(setup)
         unable = {c.id: lack for c in infos if (lack := server.unable(c))}
@@ -193,6 +195,8 @@ class _Prepared:
         partition = self.federation.partition()
         for info in self.infos:
             partition["clients"][info.id]["memory_bytes"] = info.memory_bytes
+            if info.architecture:
+                partition["clients"][info.id]["architecture"] = info.architecture
         return partition
 
 
@@ -325,6 +329,7 @@ def _summary(prepared: _Prepared, folder: Path, store: ClientStore, writing: flo
         "rounds": len(rounds),
         "tasks": tasks,
         "mean": last["scores"].get("mean"),
+        **_papers_metric(rounds),
         "clients": clients,
         "coverage": f"{len(last['test'])}/{len(infos)}",
         "skipped": dict(prepared.federation.skipped),
@@ -340,6 +345,18 @@ def _summary(prepared: _Prepared, folder: Path, store: ClientStore, writing: flo
         "experts": {"start": counts[0], "end": counts[-1]} if counts else None,
         "weights": checksum(server.params),
     }
+
+
+def _papers_metric(rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What the pFedMoE family reports, for runs of a cohort: in each round the mean over the clients that took part of
+    their test accuracy before aggregation; of all rounds the best. It is optimistic: chosen by the test data."""
+    key = "test before aggregation"
+    means = [
+        sum(told) / len(told)
+        for record in rounds
+        if (told := [c["report"][key] for c in record["clients"].values() if key in c.get("report", {})])
+    ]
+    return {"best_round_before_aggregation": max(means)} if means else {}
 
 
 def _write_config(folder: Path, experiment: Experiment, status: str, prepared: _Prepared) -> None:

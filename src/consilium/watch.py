@@ -49,10 +49,8 @@ class Terminal:
         needs = f"training all needs {human(told['footprint'])}" if told else "no memory model"
         memories = sorted({info.memory_bytes for info in setup.clients if info.memory_bytes})
         devices = ", ".join(human(m) for m in memories) or "not limited"
-        say(
-            f"  model {escape(experiment.model.path)}: {sum(counts.values())} experts in {len(counts)} layers; "
-            f"{needs}; devices: {devices}"
-        )
+        experts = f"{sum(counts.values())} experts in {len(counts)} layers; " if counts else ""
+        say(f"  model {escape(experiment.model.path)}: {experts}{needs}; devices: {devices}")
         for client, reason in federation.skipped.items():
             say(f"  skipped {client}: {escape(reason)}")
         for client, rows in federation.source.get("left_out", {}).items():

@@ -11,6 +11,7 @@ randomMoE that budget instead.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -31,6 +32,7 @@ class RandomMoE(Algorithm):
         share: share of a client's memory that its sub-MoE may use, in (0, 1]; one expert per layer it always has.
     """
 
+    worlds: ClassVar[tuple[str, ...]] = ("moe",)
     experts: int | None = None
     share: float = 1.0
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from consilium.data.task import ClientData, Federation, Form, Metric, Split, Task
 from consilium.errors import ConfigError, DataError
 
-__all__ = ["TextFileData"]
+__all__ = ["TextFileData", "client_id", "open_table"]
 
 _READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 
@@ -101,7 +101,7 @@ class TextFileData:
         if self.client:
             from consilium.data.partition import divide_by_client
 
-            held = {_client_id(name): rows for name, rows in divide_by_client(columns[self.client]).items()}
+            held = {client_id(name): rows for name, rows in divide_by_client(columns[self.client]).items()}
             if len(held) < len(set(columns[self.client])):
                 raise DataError(f"column {self.client!r} has client names that differ only in characters not allowed")
         else:
@@ -183,6 +183,12 @@ def read_columns(path: Path, wanted: Sequence[str]) -> dict[str, list[str]]:
     Raises DataError for a missing or unreadable file, an unknown ending, no rows, a missing column (with what there
     is), a column whose values are not text, numbers or booleans, and for empty values (with count and first row).
     """
+    rows = open_table(path, wanted)
+    return {column: _strings(path, column, rows[column][:]) for column in wanted}
+
+
+def open_table(path: Path, wanted: Sequence[str]) -> Any:
+    """The file as a `datasets.Dataset`; raises what `read_columns` does for files and columns, not for values."""
     if not path.is_file():
         raise DataError(f"{path} is not a file; give a {', '.join(_READERS)} file")
     if path.suffix.lower() not in _READERS:
@@ -195,7 +201,7 @@ def read_columns(path: Path, wanted: Sequence[str]) -> dict[str, list[str]]:
             raise DataError(f"{path.name} has no column {column!r}{hint}; it has {' | '.join(rows.column_names)}")
     if not len(rows):
         raise DataError(f"{path.name} has no rows")
-    return {column: _strings(path, column, rows[column][:]) for column in wanted}
+    return rows
 
 
 def _open(path: Path) -> Any:
@@ -255,7 +261,7 @@ def _strings(path: Path, column: str, values: Sequence[Any]) -> list[str]:
     return [v.strip() if isinstance(v, str) else json.dumps(v) for v in values]
 
 
-def _client_id(name: str) -> str:
+def client_id(name: str) -> str:
     """A client column's value as an id: other characters become "-", and long names are cut."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip(".")[:64] or "client"
 

@@ -124,6 +124,7 @@ class LocalEngine:
         reply = self._carry(reply)
         told = {key: _plain(reply.scalars.get(key)) for key in REPORTED}
         evaluate = float(reply.scalars.get("seconds_evaluate", 0.0))
+        report = {key[7:]: _plain(v) for key, v in reply.scalars.items() if key.startswith("report/")}
         return Payload(reply.groups, reply.scalars), {
             "rejected": rejected,
             "train_loss": told["train_loss"],
@@ -135,6 +136,7 @@ class LocalEngine:
             "bytes_down": sent.nbytes,
             "bytes_up": reply.nbytes,
             "seconds": {"train": seconds - evaluate, "evaluate": evaluate},
+            **({"report": report} if report else {}),
         }
 
     def _test(self, number: int) -> dict[ClientId, float]:
