@@ -98,7 +98,8 @@ def _swatch(key: Key) -> str:
     if key.mark == "ramp":
         low, middle, high = (text(part) for part in key.text.split("|"))
         scale = f'<span class="scale"><span>{low}</span><span>{middle}</span><span>{high}</span></span>'
-        return f'<span>share of the client’s tokens<br><span class="ramp"></span>{scale}</span>'
+        what = "share of the client’s tokens" if key.role == "ink" else text(key.role)
+        return f'<span>{what}<br><span class="ramp"></span>{scale}</span>'
     ink = f"var(--{key.role})"
     wide = key.mark.startswith("run ") or key.mark in ("line", "thin", "faint", "dots")
     drawn = _line(key.mark, ink) if wide else _mark(key.mark, ink)

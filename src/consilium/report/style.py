@@ -92,7 +92,8 @@ class Key:
     """One entry of a legend.
 
     mark: "run 2" (line and marker of the run with index 2), "line", "thin", "faint", "dots", "square", "hatch",
-    "plus", "minus", "bar", "right", "up", "down", "cross", "hollow", or "ramp", whose text is "low|middle|high".
+    "plus", "minus", "bar", "right", "up", "down", "cross", "hollow", or "ramp", whose text is "low|middle|high"
+    and whose role is "ink" for shares of tokens, else what the colours mean.
     """
 
     text: str
