@@ -117,9 +117,7 @@ def compare_command(args: list[str]) -> None:
 
     default, rest = _experiment(args, "compare")
     recipe = find(args[0])
-    options, rest = _split(
-        rest, {"--out": "runs", "--algorithms": "FedMoE,FedAvg,RandomMoE", "--seeds": "1", "--jobs": "0"}
-    )
+    options, rest = _split(rest, {"--out": "runs", "--algorithms": recipe.compared, "--seeds": "1", "--jobs": "0"})
     experiment = _parse(type(default), rest, f"consilium compare {args[0]}", default, options)
     seeds, jobs = _whole(options, "--seeds", 1), _whole(options, "--jobs", 0)
     names = options["--algorithms"].split(",")

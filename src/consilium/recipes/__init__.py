@@ -23,6 +23,8 @@ class Recipe:
     name: str
     make: Callable[[], Experiment]
     rivals: dict[str, Algorithm] = field(default_factory=dict)
+    compared: str = "FedMoE,FedAvg,RandomMoE"
+    """What `consilium compare` runs if it is not told otherwise."""
 
     @property
     def summary(self) -> str:
@@ -46,12 +48,12 @@ RECIPES: dict[str, Recipe] = {}
 
 
 def recipe(
-    name: str, rivals: dict[str, Algorithm] | None = None
+    name: str, rivals: dict[str, Algorithm] | None = None, compared: str = Recipe.compared
 ) -> Callable[[Callable[[], Experiment]], Callable[[], Experiment]]:
     """Register the decorated function under a name for the command line."""
 
     def register(make: Callable[[], Experiment]) -> Callable[[], Experiment]:
-        RECIPES[name] = Recipe(name, make, rivals or {})
+        RECIPES[name] = Recipe(name, make, rivals or {}, compared)
         return make
 
     return register
