@@ -16,13 +16,17 @@ from hypothesis import strategies as st
 
 from consilium.algorithms.fedavg import FedAvg
 from consilium.algorithms.fedmoe import FedMoE
+from consilium.algorithms.fedproto import FedProto
+from consilium.algorithms.pfedmoe import pFedMoE
 from consilium.algorithms.randommoe import RandomMoE
 from consilium.core import Algorithm, Sampling
+from consilium.data.arrays import ImageData
 from consilium.data.task import ClientData, Federation, Split, Task
 from consilium.data.textfile import TextFileData
 from consilium.engine.checkpoint import load_checkpoint
 from consilium.errors import BudgetError, ConfigError, ConsiliumError, DataError, ModelError
 from consilium.experiment import DATA, Experiment, from_json, to_json
+from consilium.models.cohort import Cohort
 from consilium.moe.build import ModelSource
 from consilium.params import checksum
 from consilium.run import _git, _Prepared, read_config, run
@@ -70,22 +74,37 @@ def round_trip(experiment):
     return from_json(json.loads(json.dumps(to_json(experiment), allow_nan=False)))
 
 
-@pytest.mark.parametrize("data", DATA)
-@pytest.mark.parametrize("algorithm", sorted(Algorithm.registry))
+TENSORS = ("ImageData", "TableData")
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "data"),
+    [
+        (name, data)
+        for name, cls in sorted(Algorithm.registry.items())
+        for data in DATA
+        if set(cls.worlds) & ({"cohort", "mixed"} if data in TENSORS else {"moe"})
+    ],
+)
 @settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow])
 @given(draw=st.data())
 def test_every_experiment_comes_back_from_json(algorithm, data, draw):
     source = draw.draw(made(DATA[data]))
     form = getattr(source, "form", draw.draw(st.sampled_from(["classification", "text-to-text"])))
+    model = dataclasses.replace(draw.draw(made(ModelSource)), form=form)
+    if data in TENSORS:
+        many = "mixed" in Algorithm.registry[algorithm].worlds
+        model = Cohort(("cnn-1", "mlp-1") if many else ("mnist-2",), width=draw.draw(st.integers(1, 99)))
+    memories = st.lists(st.sampled_from(["60MB", "12GiB", "1.5 GB", "7B"]), max_size=0 if data in TENSORS else 3)
     experiment = Experiment(
         name=draw.draw(st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", fullmatch=True)),
         algorithm=draw.draw(made(Algorithm.registry[algorithm])),
         data=source,
-        model=dataclasses.replace(draw.draw(made(ModelSource)), form=form),
+        model=model,
         fit=dataclasses.replace(draw.draw(made(Fit)), rows="packed"),  # fits all that language models read
         sampling=draw.draw(made(Sampling)),
         rounds=draw.draw(st.integers(1, 10**6)),
-        memory=draw.draw(st.lists(st.sampled_from(["60MB", "12GiB", "1.5 GB", "7B"]), max_size=3).map(tuple)),
+        memory=draw.draw(memories.map(tuple)),
         seed=draw.draw(st.integers(-(2**70), 2**70)),
         strict=draw.draw(st.booleans()),
     )
@@ -424,3 +443,61 @@ def test_the_revision_is_of_this_source_or_none(tmp_path, monkeypatch):
         subprocess.run(["git", "-C", tmp_path, *command], check=True)
     monkeypatch.setattr(module, "__file__", str(outside))
     assert _git() is None  # an installation inside somebody else's repository
+
+
+# --- small models -----------------------------------------------------------------------------------------------------
+
+
+def small(**changes):
+    """Two rounds of three clients with digits and three architectures."""
+    settings = dict(
+        name="small",
+        algorithm=pFedMoE(m=4),
+        data=ImageData(clients=3),
+        model=Cohort(("mnist-5", "mlp-3"), "mlp-3", width=8, kernel=3, padding=1),
+        fit=Fit(lr=0.05, head_lr=0.05, optimizer="sgd", balance=0.0),
+        sampling=Sampling(2),
+        rounds=2,
+    )
+    return Experiment(**settings | changes)
+
+
+def test_a_run_of_small_models(tmp_path):
+    summary = run(small(), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    clients = json.loads((tmp_path / "run" / "partition.json").read_text())["clients"]
+    assert [c["architecture"] for c in clients.values()] == ["mnist-5", "mlp-3", "mnist-5"]
+    assert (
+        summary["coverage"] == "3/3" and summary["experts"] is None and summary["mean"] == lines[-1]["scores"]["mean"]
+    )
+    reports = [[c["report"] for c in line["clients"].values()] for line in lines]
+    means = [sum(r["test before aggregation"] for r in told) / 2 for told in reports]
+    assert summary["best_round_before_aggregation"] == max(means)
+    for line in lines:
+        for client, entry in line["clients"].items():
+            held = {label for label, n in clients[client]["label_counts"].items() if n}
+            assert {key[5:] for key in entry["report"] if key.startswith("gate ")} == held
+    assert all(entry["bytes_down"] == entry["bytes_up"] > 0 for line in lines for entry in line["clients"].values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"algorithm": FedAvg()}, r"FedAvg cannot train mnist-5, mlp-3: it is for .* one small model for all"),
+        ({"algorithm": FedMoE()}, "it is for one mixture-of-experts model for all"),
+        ({"model": ModelSource()}, "ImageData cannot feed a ModelSource"),
+        ({"memory": ("1GB",)}, "there is no memory model of small models"),
+    ],
+)
+def test_worlds_that_do_not_fit(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        small(**changes)
+
+
+def test_small_models_need_their_kind_of_data(tmp_path):
+    with pytest.raises(ConfigError, match="FedProto cannot train docstring-switch"):
+        runs.experiment(tmp_path / "a.csv", FedProto(), model=ModelSource())
+    with pytest.raises(ConfigError, match="TextFileData cannot feed a Cohort"):
+        runs.experiment(tmp_path / "a.csv", model=Cohort(("cnn-1",)))
+    with pytest.raises(ConfigError, match="has no experts; leave it at 'all'"):
+        run(small(algorithm=FedAvg(experts=2), model=Cohort(("mlp-1",))), tmp_path / "run")

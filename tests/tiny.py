@@ -2,6 +2,7 @@
 
 Models      random weights from a configuration, 8 experts, D = 32, two sparse layers, a BPE tokenizer; made once
 Federation  six clients, three tasks of hand-made sentences, label sets that differ inside a task
+Cohort      the same six clients with images of 4 x 4 and small models, of one architecture or of two
 """
 
 import dataclasses
@@ -16,8 +17,10 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast, 
 
 from consilium.core import Client, ClientContext, ClientInfo, ClientState, Payload, Sampling, Server, derive_seed
 from consilium.data.task import ClientData, Federation, Split, Task
+from consilium.data.tensor import TensorSplit
 from consilium.engine.checkpoint import ClientStore
 from consilium.engine.local import LocalEngine
+from consilium.models.cohort import Cohort
 from consilium.moe.build import ModelSource
 from consilium.moe.families import FAMILIES
 from consilium.training import Fit, Setup
@@ -198,6 +201,55 @@ def setup(
     return Setup(model, config, Sampling(clients_per_round), seed, heads, infos(memory) if clients is None else clients)
 
 
+COHORTS = {
+    "cohort": Cohort(("mnist-5",), "mlp-3", width=6, kernel=3, padding=1),
+    "mixed": Cohort(("mnist-5", "mlp-3"), "mlp-3", width=6, kernel=3, padding=1),
+}
+"""A tiny cohort for each of the worlds without experts."""
+
+
+@cache
+def images() -> Federation:
+    """Six clients of one task; an image is bright in the quarter that its label names, the fourth one is anybody's."""
+    rng = torch.Generator().manual_seed(0)
+    task = Task("corner", "classification", ("a", "b", "c"), "accuracy")
+    y = torch.arange(200) % 3
+    x = 0.5 * torch.randn(200, 1, 4, 4, generator=rng)
+    for row, kind in enumerate(y.tolist()):
+        x[row, 0, 2 * (kind // 2) : 2 * (kind // 2) + 2, 2 * (kind % 2) : 2 * (kind % 2) + 2] += 1
+    clients, start = {}, 0
+    for client, size in SIZES.items():
+        ends = [start + size, start + size + 4, start + size + 8]
+        parts = zip([start, *ends[:2]], ends, strict=True)
+        clients[client] = ClientData(task, *(TensorSplit(x, y, torch.arange(*part), task.labels) for part in parts))
+        start = ends[-1]
+    return Federation(clients)
+
+
+def small_setup(world: str = "mixed", clients_per_round: int = 3, seed: int = 0, **fit) -> Setup:
+    """A Setup of a tiny cohort; `fit`: fields of `Fit` other than the tiny ones."""
+    model = dataclasses.replace(COHORTS[world])
+    plain = dict(batch_size=4, lr=0.1, head_lr=0.1, optimizer="sgd", clip=0.0, label_smoothing=0.0, balance=0.0)
+    clients = tuple(
+        ClientInfo(c, SIZES[c], "corner", architecture=model.architecture(i)) for i, c in enumerate(sorted(IDS))
+    )
+    heads = {"corner": ("a", "b", "c")}
+    return Setup(model, Fit(**plain | fit), Sampling(clients_per_round), seed, heads, clients, images().shape)
+
+
+def small_context(
+    client: str = "animal-00", world: str = "mixed", round: int = 1, state: ClientState | None = None
+) -> ClientContext:
+    """What a client of a tiny cohort owns in that round."""
+    return ClientContext(
+        info=next(i for i in small_setup(world).clients if i.id == client),
+        data=images().clients[client],
+        device=torch.device("cpu"),
+        seed=derive_seed(0, "client", round, client),
+        state=state or ClientState(),
+    )
+
+
 def bytes_for(experts: int, model: ModelSource | None = None, references: int = 0) -> int:
     """Memory with which a client can train exactly so many experts per layer (of the tiny Switch, if not told)."""
     made = setup(model)
@@ -245,7 +297,7 @@ def engine(server: Server, client: Client, setup: Setup, folder: Path, strict: b
         server=server,
         client=client,
         infos=setup.clients,
-        federation=federation(setup.model.form),
+        federation=images() if isinstance(setup.model, Cohort) else federation(setup.model.form),
         store=ClientStore(folder),
         seed=setup.seed,
         strict=strict,

@@ -136,10 +136,8 @@ def compare_command(args: list[str]) -> None:
 
     default, rest = _experiment(args, "compare")
     recipe = find(args[0])
-    own = type(default.algorithm).__name__
-    options, rest = _split(
-        rest, {"--out": "runs", "--algorithms": f"{own},FedAvg,RandomMoE", "--seeds": "1", "--jobs": "0"}
-    )
+    compared = recipe.compared or f"{type(default.algorithm).__name__},FedAvg,RandomMoE"
+    options, rest = _split(rest, {"--out": "runs", "--algorithms": compared, "--seeds": "1", "--jobs": "0"})
     experiment = _parse(type(default), rest, f"consilium compare {args[0]}", default, options)
     seeds, jobs = _whole(options, "--seeds", 1), _whole(options, "--jobs", 0)
     names = options["--algorithms"].split(",")

@@ -109,12 +109,14 @@ class ClientInfo:
         num_examples: training examples, >= 1.
         task: name of the client's task.
         memory_bytes: what the client's device can hold during training; None: no limit.
+        architecture: name of the small model that the client runs, in a cohort; "": the model that all have.
     """
 
     id: ClientId
     num_examples: int
     task: str
     memory_bytes: int | None = None
+    architecture: str = ""
 
     def __post_init__(self) -> None:
         if not CLIENT_ID.fullmatch(self.id):
@@ -237,6 +239,9 @@ class Algorithm(ABC):
     """
 
     registry: ClassVar[dict[str, type["Algorithm"]]] = {}
+    worlds: ClassVar[tuple[str, ...]] = ("moe", "cohort")
+    """What it can train: "moe", one mixture-of-experts model for all; "cohort", one small model for all; "mixed",
+    small models of which every client has its own architecture."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

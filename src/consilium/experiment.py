@@ -11,11 +11,13 @@ from typing import Any, Literal
 
 from consilium import algorithms
 from consilium.core import Algorithm, Sampling
+from consilium.data.arrays import ImageData, TableData
 from consilium.data.causal import check_rows
 from consilium.data.docstrings import DocstringData
 from consilium.data.language import LanguageData
 from consilium.data.textfile import TextFileData
 from consilium.errors import ConfigError
+from consilium.models.cohort import Cohort
 from consilium.moe.budget import bytes_of
 from consilium.moe.build import ModelSource
 from consilium.moe.lora import Lora
@@ -25,7 +27,12 @@ __all__ = ["Experiment", "Wire", "from_json", "to_json"]
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 algorithms.register_all()
-DATA = {cls.__name__: cls for cls in (DocstringData, TextFileData, LanguageData)}
+DATA = {cls.__name__: cls for cls in (DocstringData, TextFileData, LanguageData, ImageData, TableData)}
+WORLDS = {
+    "moe": "one mixture-of-experts model for all",
+    "cohort": "one small model for all (--model.architectures with one name)",
+    "mixed": "small models that differ",
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ class Experiment:
         name: of the run directory, `[A-Za-z0-9._-]{1,64}` without a leading dot.
         algorithm: the method and its hyper-parameters.
         data: where clients' data comes from.
-        model: the mixture-of-experts model.
+        model: the mixture-of-experts model; for images and tables, a cohort of small models.
         fit: local training.
         sampling: who takes part in a round.
         rounds: communication rounds, >= 1; a first stage counts.
@@ -82,8 +89,8 @@ class Experiment:
 
     name: str
     algorithm: Algorithm
-    data: DocstringData | TextFileData | LanguageData
-    model: ModelSource = field(default_factory=ModelSource)
+    data: DocstringData | TextFileData | LanguageData | ImageData | TableData
+    model: ModelSource | Cohort = field(default_factory=ModelSource)
     fit: Fit = field(default_factory=Fit)
     sampling: Sampling = field(default_factory=Sampling)
     rounds: int = 20
@@ -106,6 +113,18 @@ class Experiment:
             raise ConfigError(f"engine is {self.engine!r}; it must be local or flower")
         for text in self.memory:
             bytes_of(text)
+        if isinstance(self.model, Cohort) != isinstance(self.data, ImageData | TableData):
+            raise ConfigError(
+                f"{type(self.data).__name__} cannot feed a {type(self.model).__name__}: texts go to a ModelSource, "
+                "images and tables to a Cohort"
+            )
+        if self.memory and isinstance(self.model, Cohort):
+            raise ConfigError("memory is given, but there is no memory model of small models; leave it at ()")
+        if self.model.world not in self.algorithm.worlds:
+            raise ConfigError(
+                f"{type(self.algorithm).__name__} cannot train {self.model.path}: it is for "
+                f"{' and '.join(WORLDS[world] for world in self.algorithm.worlds)}"
+            )
         form = getattr(self.data, "form", self.model.form)
         if form != self.model.form:
             raise ConfigError(f"the data asks for {form}, the model is set up for {self.model.form}")
@@ -129,7 +148,7 @@ def from_json(saved: Mapping[str, Any]) -> Experiment:
     Raises:
         ConfigError: for an unknown type or field, or a value of the wrong type.
     """
-    own = (Experiment, ModelSource, Fit, Lora, Sampling, Wire)
+    own = (Experiment, ModelSource, Cohort, Fit, Lora, Sampling, Wire)
     classes = {c.__name__: c for c in own} | DATA | Algorithm.registry
 
     def load(value: Any, hint: Any) -> Any:

@@ -16,7 +16,7 @@ import platform
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import torch
 
 from consilium.core import ClientInfo, Server
-from consilium.data.task import Federation, Task
+from consilium.data.task import Federation
 from consilium.engine.checkpoint import (
     ClientStore,
     append_json,
@@ -216,6 +216,7 @@ class _Prepared:
                 num_examples=len(data.train),
                 task=data.task.name,
                 memory_bytes=bytes_of(experiment.memory[i % len(experiment.memory)]) if experiment.memory else None,
+                architecture=experiment.model.architecture(i),
             )
             for i, (client, data) in enumerate(federation.clients.items())
         )
@@ -226,15 +227,20 @@ class _Prepared:
         partition = federation.partition()
         for info in infos:
             partition["clients"][info.id]["memory_bytes"] = info.memory_bytes
+            if info.architecture:
+                partition["clients"][info.id]["architecture"] = info.architecture
         metrics = {data.task.name: str(data.task.metric) for data in federation.clients.values()}
-        tasks = [data.task for data in federation.clients.values()]
-        return cls._built(experiment, infos, heads, partition, metrics, tasks, federation=federation)
+        return cls._built(experiment, infos, heads, partition, metrics, federation=federation)
 
     @classmethod
     def across(cls, experiment: Experiment, roster: Any, sites: Sequence[str], wait: float, token: str) -> "_Prepared":
         """Of what the sites tell; their data stays where it is. `token`: names the run to the sites' states."""
         from consilium.engine.flower import describe
 
+        if experiment.model.world != "moe":
+            raise ConfigError(
+                "sites on machines of their own share a mixture of experts; small models run on one machine"
+            )
         torch.set_num_threads(experiment.threads)
         told = {"experiment": json.dumps(to_json(experiment)), "heads": "{}", "run": token}
         found = describe(roster, sites, told, wait)
@@ -273,8 +279,8 @@ class _Prepared:
         heads: Mapping[str, set[str]],
         partition: dict[str, Any],
         metrics: dict[str, str],
-        tasks: Iterable[Task] = (),
-        **where: Any,
+        federation: Federation | None = None,
+        roster: Any = None,
     ) -> "_Prepared":
         setup = Setup(
             model=experiment.model,
@@ -283,15 +289,16 @@ class _Prepared:
             seed=experiment.seed,
             heads={task: tuple(sorted(labels)) for task, labels in sorted(heads.items())},
             clients=infos,
+            shape=federation.shape if federation else (),
         )
-        for task in tasks:
-            setup.check(task)
+        for data in federation.clients.values() if federation else ():
+            setup.check(data.task)
         server = experiment.algorithm.server(setup)
         unable = {c.id: lack for c in infos if (lack := server.unable(c))}
         # A method that fits its models to the clients may find work even where nobody can hold the full one.
         if len(unable) == len(infos) and not server.configure(1, infos):
             raise BudgetError(nobody(unable))
-        return cls(experiment, infos, setup, server, partition, metrics, **where)
+        return cls(experiment, infos, setup, server, partition, metrics, federation, roster)
 
     @contextmanager
     def engine(self, folder: Path, store: ClientStore, progress: Callable[..., None]) -> Iterator[Engine]:
@@ -444,6 +451,7 @@ def _summary(prepared: _Prepared, folder: Path, store: ClientStore, writing: flo
         "rounds": len(rounds),
         "tasks": tasks,
         "mean": last["scores"].get("mean"),
+        **_papers_metric(rounds),
         "clients": clients,
         "coverage": f"{len(last['test'])}/{len(infos)}",
         "skipped": dict(prepared.partition["skipped"]),
@@ -459,6 +467,18 @@ def _summary(prepared: _Prepared, folder: Path, store: ClientStore, writing: flo
         "experts": {"start": counts[0], "end": counts[-1]} if counts else None,
         "weights": checksum(server.params),
     }
+
+
+def _papers_metric(rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What the pFedMoE family reports, for runs of a cohort: in each round the mean over the clients that took part of
+    their test accuracy before aggregation; of all rounds the best. It is optimistic: chosen by the test data."""
+    key = "test before aggregation"
+    means = [
+        sum(told) / len(told)
+        for record in rounds
+        if (told := [c["report"][key] for c in record["clients"].values() if key in c.get("report", {})])
+    ]
+    return {"best_round_before_aggregation": max(means)} if means else {}
 
 
 def _write_config(folder: Path, experiment: Experiment, status: str, prepared: _Prepared) -> None:

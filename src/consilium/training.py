@@ -1,8 +1,9 @@
 """THE local loop: `fit` trains a model on one client's data, `evaluate` scores it. Every method comes through here.
 
-A method bends the loop in two places: `choose`, called between the forward and the backward pass of each step, says
+A method bends the loop in three places: `objective`, the loss of a batch, where that is more than the cross-entropy of
+one model (prototypes, distillation); `choose`, called between the forward and the backward pass of each step, says
 which experts learn from this batch (HFedMoE's selection); `correct`, called on the gradients before clipping, changes
-them. FedProx's penalty and SCAFFOLD's control variates are such corrections.
+them: FedProx's penalty and SCAFFOLD's control variates are such corrections.
 """
 
 import math
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,6 +24,7 @@ from consilium.core import (
     ExpertSet,
     Payload,
     Sampling,
+    Scalar,
     counts_of,
     derive_seed,
     experts_from_scalars,
@@ -29,8 +32,10 @@ from consilium.core import (
 from consilium.data.causal import Packed, Rows, encode_language
 from consilium.data.encode import Encoded, encode
 from consilium.data.task import Split, Task, score
+from consilium.data.tensor import TensorSplit
 from consilium.errors import BudgetError, ConfigError, DataError
-from consilium.moe.addressing import flatten, load_flat, parameters, travels
+from consilium.models.cohort import Cohort, SplitModel, initial
+from consilium.moe.addressing import flatten, load_flat, parameters, select, travels
 from consilium.moe.budget import Footprint, MemoryModel, Mode, human
 from consilium.moe.build import ModelSource
 from consilium.moe.experts import Active, Experts
@@ -39,10 +44,26 @@ from consilium.moe.model import TaskModel
 from consilium.moe.routing import Tap
 from consilium.params import Params, WeightedMean
 
-__all__ = ["Choose", "Fit", "Fitted", "Setup", "assess", "evaluate", "fit", "local_round", "local_test", "seeded"]
+__all__ = [
+    "Choose",
+    "Fit",
+    "Fitted",
+    "Objective",
+    "Setup",
+    "assess",
+    "evaluate",
+    "fit",
+    "local_round",
+    "local_test",
+    "seeded",
+    "tested",
+    "trained",
+]
 
 Correct = Callable[[Mapping[str, Tensor]], None]
 Choose = Callable[[Tap], Active | None]
+Objective = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
+"""(model, batch) -> the loss to descend, a scalar."""
 
 EVALUATION = 4
 """Evaluation takes so many times `Fit.batch_size` examples at once: nothing is saved for a backward pass."""
@@ -120,26 +141,37 @@ class Setup:
     """What both halves of every method are built from; holds no weights.
 
     Args:
-        model: where the model comes from.
+        model: where the model comes from: one mixture of experts, or a cohort of small models.
         fit: how clients train.
         sampling: who takes part in a round.
         seed: of the run.
         heads: task -> every label any client has, for the server's table of heads; {} for text-to-text.
         clients: all clients of the federation, as the server knows them.
+        shape: of one example, for a cohort; () for texts.
     """
 
-    model: ModelSource
+    model: ModelSource | Cohort
     fit: Fit
     sampling: Sampling
     seed: int
     heads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     clients: tuple[ClientInfo, ...] = ()
+    shape: tuple[int, ...] = ()
 
-    def initial_params(self) -> Params:
-        """The pretrained backbone, and a zero head row for every label of every task: where all methods start.
+    def initial_params(self, client: ClientInfo | None = None) -> Params:
+        """Where all methods start. The pretrained backbone, and a zero head row for every label of every task; in a
+        cohort: an extractor and head rows by their own initialisation, the same for all of one architecture.
 
         With `fit.lora`, of the backbone only the router rows, and new adapters, the same for all clients.
+
+        Args:
+            client: whose model; None: the one that all clients have.
+
+        Raises:
+            ConfigError: for None in a cohort of several architectures.
         """
+        if isinstance(self.model, Cohort):
+            return self._one_model(client)
         params = self.model.load()
         if self.fit.lora.rank:
             adapters = initial_adapters(self.model.skeleton("", ()), self.fit.lora, derive_seed(self.seed, "lora"))
@@ -150,6 +182,60 @@ class Setup:
                 params[f"head.{task}.{label}.weight"] = torch.zeros(width, dtype=dtype)
                 params[f"head.{task}.{label}.bias"] = torch.zeros((), dtype=dtype)
         return params
+
+    def _one_model(self, client: ClientInfo | None) -> Params:
+        if client is None and self.model.world != "cohort":
+            raise ConfigError(
+                f"the clients have the architectures {self.model.path}, and there is no model that all could share; "
+                "give --model.architectures one name, or use a method that lets models differ"
+            )
+        name = self.model.architectures[0] if client is None else client.architecture
+        return {**self.extractor_params(name), **self.head_params(self.model.width_of(name, self.shape))}
+
+    def head_params(self, width: int) -> Params:
+        """The head rows with which models of a cohort begin, whose representations have that width."""
+        params: Params = {}
+        for task, labels in self.heads.items():
+            head = initial(lambda labels=labels: nn.Linear(width, len(labels)), self.seed, "head", task, width)
+            for place, label in enumerate(labels):
+                params |= {f"head.{task}.{label}.{leaf}": head[leaf][place].clone() for leaf in ("weight", "bias")}
+        return params
+
+    @property
+    def common_width(self) -> int:
+        """d, the width of the representation of every model of a cohort.
+
+        Raises:
+            ConfigError: if it differs between architectures.
+        """
+        widths = {name: self.model.width_of(name, self.shape) for name in self.model.architectures}
+        if len(set(widths.values())) > 1:
+            raise ConfigError(f"the method exchanges what depends on the width of representations, but it is {widths}")
+        return next(iter(widths.values()))
+
+    @property
+    def classes(self) -> int:
+        """C, the number of labels, for methods whose messages have a place for each.
+
+        Raises:
+            ConfigError: if clients have different tasks.
+        """
+        if len(self.heads) != 1:
+            raise ConfigError(f"the method is for clients of one task, these have {', '.join(self.heads)}")
+        return len(next(iter(self.heads.values())))
+
+    def own_params(self, context: ClientContext) -> Params:
+        """A client's own model: as it left it in its state, or as it begins."""
+        return context.state.params or select(self.initial_params(context.info), context.data.task.name)
+
+    def extractor_params(self, name: str) -> Params:
+        """The weights with which a client's own extractor begins: of the run's seed and its architecture's name."""
+        return initial(lambda: self.model.extractor(name, self.shape), self.seed, "extractor", name)
+
+    def small_params(self) -> Params:
+        """The weights with which the extractor that all share beside their own begins: never those of a client's own,
+        also where the architecture is the same (two equal extractors would learn the same, and a gate nothing)."""
+        return initial(lambda: self.model.extractor(self.model.small, self.shape), self.seed, "small extractor")
 
     def footprint(
         self,
@@ -196,7 +282,9 @@ class Setup:
         references: int = 0,
         rank: int = 8,
     ) -> dict[str, int]:
-        """The footprint in bytes as a scalar of a reply."""
+        """The footprint in bytes as a scalar of a reply; {} for small models, which have no memory model."""
+        if isinstance(self.model, Cohort):
+            return {}
         return {"footprint": self.footprint(counts, mode, references, rank).total}
 
     def lacks(
@@ -289,12 +377,14 @@ class Setup:
             for block, total in self.model.counts.items()
         }
 
-    def encode(self, context: ClientContext, split: Split) -> Encoded:
-        """A split of the client's data as token ids for this model.
+    def encode(self, context: ClientContext, split: Split | TensorSplit) -> Encoded | TensorSplit:
+        """A split of the client's data as token ids for this model; tensors are what they are.
 
         Raises:
             ConfigError, DataError: see `check` and `data.causal`.
         """
+        if isinstance(split, TensorSplit):
+            return split
         task, fit, tokenizer = context.data.task, self.fit, self.model.tokenizer()
         self.check(task)
         if task.form == "language":
@@ -316,12 +406,16 @@ class Setup:
         if self.fit.rows == "packed" and not family.packs:
             raise ConfigError(f"fit.rows is 'packed': in {family.name} examples in one row would see each other")
 
-    def build(self, params: Params, context: ClientContext, held: ExpertSet | None = None) -> TaskModel:
+    def build(self, params: Params, context: ClientContext, held: ExpertSet | None = None) -> TaskModel | SplitModel:
         """The client's live model on its device, holding only `held` experts.
 
         With `fit.lora` the base is read from the model's own place, and `params` are what travels.
         """
         task, lora = context.data.task, self.fit.lora
+        if isinstance(self.model, Cohort):
+            return self.split_model(
+                lambda: self.model.extractor(context.info.architecture, self.shape), params, context
+            )
         if not lora.rank:
             return self.model.build(params, task.name, task.labels, held).to(context.device)
         model = self.model.build(self.model.load() | params, task.name, task.labels, held).to(context.device)
@@ -330,6 +424,19 @@ class Setup:
     def mean(self) -> WeightedMean:
         """A new mean for a server's parameters: of adapters as `fit.lora.mean` says."""
         return ProductMean() if self.fit.lora.rank and self.fit.lora.mean == "products" else WeightedMean()
+
+    def split_model(
+        self,
+        make: Callable[[], nn.Module],
+        params: Params,
+        context: ClientContext,
+        kind: type[SplitModel] = SplitModel,
+    ) -> SplitModel:
+        """A live model on the client's device with weights `params`: `make`'s extractor and the client's head."""
+        task = context.data.task
+        with init_empty_weights(include_buffers=False):
+            model = kind(make(), task.name, task.labels)
+        return load_flat(model, params).to(context.device)
 
 
 def _most(low: int, high: int, holds: Callable[[int], bool]) -> int:
@@ -372,6 +479,8 @@ def fit(
     correct: Correct | None = None,
     epochs: int | None = None,
     choose: Choose | None = None,
+    objective: Objective | None = None,
+    rates: Mapping[str, float] | None = None,
 ) -> Fitted:
     """Train in place on every parameter that requires a gradient.
 
@@ -386,6 +495,8 @@ def fit(
             experts that may learn from it (None: all). The others are computed, and count as constants: no gradient
             reaches them nor, through them, their router or the layers below. No more experts have moments in the
             optimiser than the last choice has; who was trained least recently loses them.
+        objective: the loss of a batch instead of the above.
+        rates: beginning of a parameter's path -> learning rate, the first that fits; None: `config`'s.
     """
     start = time.perf_counter()
     experts = None if choose is None else Experts(model)
@@ -393,7 +504,7 @@ def fit(
         trainable = {path: p for path, p in parameters(model).items() if p.requires_grad}
     else:
         trainable = experts.trainable(model)
-    optimizer = _optimizer(trainable, config)
+    optimizer = _optimizer(trainable, config, rates or {"head.": config.head_lr, "": config.lr})
     epochs = config.epochs if epochs is None else epochs
     if config.rows == "packed":
         data = Packed.of(data, config.max_length + config.target_length)
@@ -408,14 +519,17 @@ def fit(
         for rows in data.epochs(epochs, config.batch_size, generator):
             optimizer.zero_grad(set_to_none=True)  # before the forward pass: gradients never lie beside activations
             batch = data.batch(rows, context.device)
-            with tap.batch(batch):
-                logits, labels = model(batch)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
-            del logits  # the graph keeps what it needs of them
-            if config.balance:
-                loss = loss + config.balance * tap.balance_loss()
-            if choose is not None:
-                _admit(choose(tap), experts, tap, trained, optimizer)
+            if objective is not None:
+                loss = objective(model, batch)
+            else:
+                with tap.batch(batch):
+                    logits, labels = model(batch)
+                loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+                del logits  # the graph keeps what it needs of them
+                if config.balance:
+                    loss = loss + config.balance * tap.balance_loss()
+                if choose is not None:
+                    _admit(choose(tap), experts, tap, trained, optimizer)
             loss.backward()
             if correct is not None:
                 correct(trainable)
@@ -472,10 +586,9 @@ def assess(
     if context.data.task.metric == "token_accuracy":
         return _teacher_forced(model, data, context, EVALUATION * setup.fit.batch_size, tap)
     predictions: list[str] = []
-    tokenizer = setup.model.tokenizer()
     model.eval()
     size = EVALUATION * setup.fit.batch_size
-    order = sorted(range(len(data)), key=lambda i: len(data.sources[i]))
+    order = data.order()
     with torch.inference_mode():
         for rows in (order[i : i + size] for i in range(0, len(order), size)):
             batch = data.batch(rows, context.device)
@@ -489,7 +602,7 @@ def assess(
             if not classify:
                 prompt = data.batch(rows, context.device, prompt=True)
                 ids = model.generate(prompt, setup.fit.target_length)
-                predictions += tokenizer.batch_decode(ids, skip_special_tokens=True)
+                predictions += setup.model.tokenizer().batch_decode(ids, skip_special_tokens=True)
     return {"score": score(context.data.task.metric, predictions, [data.texts[i] for i in order])}
 
 
@@ -573,14 +686,57 @@ def local_round(
         "experts": sum(counts.values()),
         **setup.reported(counts, references=references),
         "seconds_evaluate": seconds_evaluate,
+        **_before_aggregation(setup, model, context),
     }
     return model, Payload(groups, scalars)
+
+
+def trained(
+    setup: Setup,
+    model: SplitModel,
+    context: ClientContext,
+    objective: Objective | None = None,
+    rates: Mapping[str, float] | None = None,
+) -> dict[str, Scalar]:
+    """`fit` and validate the model of a method that builds it itself; returns the scalars of `local_round`'s reply."""
+    data = context.data
+    fitted = fit(model, setup.encode(context, data.train), setup.fit, context, objective=objective, rates=rates)
+    start = time.perf_counter()
+    accuracy = evaluate(model, setup.encode(context, data.validation), context, setup)
+    told = _before_aggregation(setup, model, context)
+    return {
+        "num_examples": context.info.num_examples,
+        "validation": accuracy,
+        "train_loss": fitted.loss,
+        "steps": fitted.steps,
+        "seconds_evaluate": time.perf_counter() - start,
+        **told,
+    }
+
+
+def _before_aggregation(setup: Setup, model: nn.Module, context: ClientContext) -> dict[str, Scalar]:
+    """The metric of the pFedMoE family's own code, in a cohort: after local training and before aggregation, the mean
+    over the test batches of the accuracy of each (so the short last one weighs as much as the others), in [0, 1]."""
+    if not isinstance(setup.model, Cohort):
+        return {}
+    test, size = setup.encode(context, context.data.test), setup.fit.batch_size
+    model.eval()
+    with torch.inference_mode():
+        batches = (test.batch(range(i, min(i + size, len(test))), context.device) for i in range(0, len(test), size))
+        right = [(logits.argmax(-1) == labels).float().mean() for logits, labels in map(model, batches)]
+    return {"report/test before aggregation": torch.stack(right).mean().item()}
 
 
 def local_test(setup: Setup, payload: Payload, context: ClientContext) -> Payload:
     """Score a delivered model on the client's test split: scalars score, (perplexity,) examples, seconds_evaluate."""
     start = time.perf_counter()
     model = setup.build(payload.group("params"), context, experts_from_scalars(payload.scalars))
+    return tested(setup, model, context, start)
+
+
+def tested(setup: Setup, model: nn.Module, context: ClientContext, start: float | None = None) -> Payload:
+    """Score a live model on the client's test split; start: `perf_counter` when the work for it began."""
+    start = time.perf_counter() if start is None else start
     scores = assess(model, setup.encode(context, context.data.test), context, setup)
     return Payload(
         scalars={
@@ -591,12 +747,11 @@ def local_test(setup: Setup, payload: Payload, context: ClientContext) -> Payloa
     )
 
 
-def _optimizer(trainable: Mapping[str, Tensor], config: Fit) -> torch.optim.Optimizer:
-    groups = [
-        {"params": [p for path, p in trainable.items() if path.startswith("head.")], "lr": config.head_lr},
-        {"params": [p for path, p in trainable.items() if not path.startswith("head.")], "lr": config.lr},
-    ]
-    groups = [group for group in groups if group["params"]]
+def _optimizer(trainable: Mapping[str, Tensor], config: Fit, rates: Mapping[str, float]) -> torch.optim.Optimizer:
+    members: dict[str, list[Tensor]] = {prefix: [] for prefix in rates}
+    for path, p in trainable.items():
+        members[next(prefix for prefix in rates if path.startswith(prefix))].append(p)
+    groups = [{"params": members[prefix], "lr": lr} for prefix, lr in rates.items() if members[prefix]]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, weight_decay=config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)

@@ -48,10 +48,9 @@ class Terminal:
         counts = setup.model.counts
         memories = sorted({info.memory_bytes for info in setup.clients if info.memory_bytes})
         devices = ", ".join(human(m) for m in memories) or "not limited"
-        say(
-            f"  model {escape(experiment.model.path)}: {sum(counts.values())} experts in {len(counts)} layers; "
-            f"training all needs {human(setup.footprint(counts).total)}; devices: {devices}"
-        )
+        experts = f"{sum(counts.values())} experts in {len(counts)} layers; " if counts else ""
+        needs = f"training all needs {human(setup.footprint(counts).total)}; " if counts else ""
+        say(f"  model {escape(experiment.model.path)}: {experts}{needs}devices: {devices}")
         for client, reason in federation.skipped.items() if federation else ():
             say(f"  skipped {client}: {escape(reason)}")
         for client, rows in federation.source.get("left_out", {}).items() if federation else ():

@@ -1,5 +1,8 @@
 """The suite every method must pass; a new file in algorithms/ is in it at once, with its default settings.
 
+A method runs in every world it is for: on a mixture of experts under its own name, as "FedAvg:cohort" with one small
+model for all, as "FedProto:mixed" with small models that differ.
+
 The server and the client half are always built from separate Setup objects, and the client's does not say who else is
 in the federation: all that a client half may use is its payload and its context.
 """
@@ -15,6 +18,7 @@ import torch
 
 from consilium.algorithms.fedavg import FedAvg
 from consilium.algorithms.fedmoe import FedMoE
+from consilium.algorithms.pfedmoe import pFedMoE
 from consilium.core import Algorithm, Client, Server
 from consilium.engine.codec import decode, encode
 from consilium.params import checksum
@@ -24,17 +28,27 @@ VARIANTS = {
     "FedAvg-fit": lambda: FedAvg("fit"),
     "FedMoE-restless": lambda: FedMoE(stage1="none", patience=1, K=2, freeze=False, floor=0.0),
     "FedMoE-tokens": lambda: FedMoE(stage1="forward", patience=1, usage="served", rank="layer", weight="tokens"),
+    "pFedMoE-local": lambda: pFedMoE(mixing="local"),
 }
 """Settings besides the defaults that are worth the whole suite."""
-METHODS = {**DEFAULTS, **VARIANTS}
+METHODS = {
+    name if world == "moe" else f"{name}:{world}": make
+    for name, make in {**DEFAULTS, **VARIANTS}.items()
+    for world in make().worlds
+}
+MOE = [name for name in METHODS if ":" not in name]
+SMALL = [name for name in METHODS if ":" in name]
 every_method = pytest.mark.parametrize("name", METHODS)
 
 ROUNDS = 3
 _number = itertools.count()
 
 
-def setup(model_type="olmoe", backwards=False):
-    """Two clients are short of memory: not all can hold everything."""
+def setup(name, model_type="olmoe", backwards=False):
+    """The world that a method's name says. Two clients are short of memory: not all can hold all experts."""
+    if name in SMALL:
+        made = tiny.small_setup(name.partition(":")[2], clients_per_round=4)
+        return dataclasses.replace(made, clients=made.clients[::-1]) if backwards else made
     source = tiny.source(model_type)
     memory = {"animal-00": tiny.bytes_for(3, source), "colour-01": tiny.bytes_for(5, source)}
     made = tiny.setup(source, memory=memory, clients_per_round=4)
@@ -46,6 +60,10 @@ def halves(name, made):
     algorithm = METHODS[name]()
     alone = dataclasses.replace(made, model=dataclasses.replace(made.model), clients=())
     return algorithm.server(made), algorithm.client(alone)
+
+
+def context(name, client):
+    return tiny.small_context(client, name.partition(":")[2]) if name in SMALL else tiny.context(client)
 
 
 def outcome(server, records, events):
@@ -65,7 +83,7 @@ def outcome(server, records, events):
 
 def run(name, model_type="olmoe", strict=False, backwards=False, resume_after=None):
     """The outcome of a short run, and the states it leaves on the clients."""
-    made = setup(model_type, backwards)
+    made = setup(name, model_type, backwards)
     server, client = halves(name, made)
     engine = tiny.engine(server, client, made, tiny.root / f"run-{next(_number)}", strict)
     records, events = [], []
@@ -74,7 +92,7 @@ def run(name, model_type="olmoe", strict=False, backwards=False, resume_after=No
         events += [{"round": number, **event} for event in server.events()]
         if number == resume_after:
             state, store = decode(encode(server.state())), engine.store
-            made = setup(model_type, backwards)
+            made = setup(name, model_type, backwards)
             server, client = halves(name, made)
             server.restore(state)
             engine = tiny.engine(server, client, made, store.folder, strict)
@@ -90,7 +108,8 @@ plain = cache(run)
 
 
 def test_the_suite_knows_the_methods():
-    assert {"FedAvg", "FedProx", "SCAFFOLD", "Standalone", "RandomMoE", "FedMoE", "HFedMoE"} <= DEFAULTS.keys()
+    known = {"FedAvg", "FedProx", "SCAFFOLD", "Standalone", "RandomMoE", "FedMoE", "HFedMoE", "pFedMoE"}
+    assert known <= DEFAULTS.keys()
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
@@ -106,7 +125,7 @@ def test_it_is_a_frozen_dataclass_with_defaults_and_words_for_every_field(name):
 
 @every_method
 def test_it_builds_two_halves(name):
-    server, client = halves(name, setup())
+    server, client = halves(name, setup(name))
     assert isinstance(server, Server) and isinstance(client, Client)
     assert not hasattr(client, "server") and not hasattr(server, "client")
 
@@ -116,7 +135,7 @@ def test_it_builds_two_halves(name):
 
 @pytest.mark.parametrize(
     ("name", "model_type"),
-    [*((name, "deepseek_v3") for name in METHODS), ("SCAFFOLD", "ernie4_5_moe"), ("FedMoE", "phimoe")],
+    [*((name, "deepseek_v3") for name in MOE), ("SCAFFOLD", "ernie4_5_moe"), ("FedMoE", "phimoe")],
 )
 def test_other_families_run(name, model_type, tmp_path):
     """Correction biases, kept in a buffer or a frozen parameter, go out and come home as they were."""
@@ -138,8 +157,10 @@ def test_other_families_run(name, model_type, tmp_path):
 # --- what it computes -------------------------------------------------------------------------------------------------
 
 
-@every_method
-@pytest.mark.parametrize("model_type", ["olmoe", "switch_transformers"])
+@pytest.mark.parametrize(
+    ("name", "model_type"),
+    [(name, kind) for name in MOE for kind in ("olmoe", "switch_transformers")] + [(name, "olmoe") for name in SMALL],
+)
 def test_bytes_on_the_way_change_no_bit(name, model_type):
     """Every payload through the codec: the same parameters, scores, structures, events and client states."""
     assert plain(name, model_type) == run(name, model_type, strict=True)
@@ -164,7 +185,7 @@ def test_a_restored_server_goes_on_to_the_same_bits(name):
 @every_method
 def test_it_trains_somebody_and_scores_whoever_is_able(name):
     (_, records, structure, _, _), _ = plain(name)
-    made = setup()
+    made = setup(name)
     for record in records:
         assert record["selected"] and set(record["clients"]) == set(record["selected"])
         assert not set(record["selected"]) & set(record["unable"])
@@ -175,10 +196,10 @@ def test_it_trains_somebody_and_scores_whoever_is_able(name):
         assert all(ids and list(ids) == sorted(set(ids)) and ids[-1] < 8 for ids in held.values())
 
 
-@every_method
+@pytest.mark.parametrize("name", MOE)
 def test_nobody_trains_more_than_its_memory_holds(name):
     """By the memory model's own figure in every record."""
-    limits = {c.id: c.memory_bytes for c in setup().clients if c.memory_bytes}
+    limits = {c.id: c.memory_bytes for c in setup(name).clients if c.memory_bytes}
     for record in plain(name)[0][1]:
         for client, told in record["clients"].items():
             assert told["peak_bytes_model"] <= limits.get(client, float("inf"))
@@ -187,7 +208,7 @@ def test_nobody_trains_more_than_its_memory_holds(name):
 @every_method
 def test_dropouts(name, tmp_path):
     """A round from which some or all replies are missing ends well; without any reply no parameter changes."""
-    made = setup()
+    made = setup(name)
     server, client = halves(name, made)
     engine = tiny.engine(server, client, made, tmp_path)
     before = checksum(server.params)
@@ -211,11 +232,11 @@ def test_dropouts(name, tmp_path):
 @every_method
 def test_what_was_sent_is_not_changed_afterwards(name):
     """Neither training nor merging writes into a payload: a client may be slow, and a server's model is its own."""
-    made = setup()
+    made = setup(name)
     server, client = halves(name, made)
     sent = server.configure(1, made.clients)
     before = {c: decode(encode(payload)) for c, payload in sent.items()}
-    replies = [(c, client.train(sent[c], tiny.context(c))) for c in sorted(sent)]
+    replies = [(c, client.train(sent[c], context(name, c))) for c in sorted(sent)]
     replied = [decode(encode(reply)) for _, reply in replies]
     server.aggregate(1, iter(replies))
     assert all(tiny.payloads_equal(before[c], payload) for c, payload in sent.items())
@@ -224,12 +245,12 @@ def test_what_was_sent_is_not_changed_afterwards(name):
 
 @every_method
 def test_evaluating_changes_nothing(name):
-    made = setup()
+    made = setup(name)
     server, client = halves(name, made)
     info = next(c for c in made.clients if server.unable(c) is None)
     before = checksum(server.params)
-    context = tiny.context(info.id)
-    first, second = (client.evaluate(server.deliver(info), context) for _ in range(2))
+    owned = context(name, info.id)
+    first, second = (client.evaluate(server.deliver(info), owned) for _ in range(2))
     assert tiny.payloads_equal(first, second) and not first.groups
     assert first.scalars["examples"] == 4 and 0 <= first.scalars["score"] <= 1
-    assert not context.state.params and not context.state.scalars and checksum(server.params) == before
+    assert not owned.state.params and not owned.state.scalars and checksum(server.params) == before

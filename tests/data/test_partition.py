@@ -2,11 +2,12 @@
 
 from collections import Counter
 
+import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consilium.data.partition import divide, divide_by_client
+from consilium.data.partition import class_shares, deal, divide, divide_by_client
 from consilium.errors import DataError
 
 LABELS = ["a", "b", "c", "d"] * 30
@@ -63,3 +64,35 @@ def test_what_cannot_be_dealt_is_refused():
 def test_a_client_column_is_the_partition():
     assert divide_by_client(["b", "a", "b", "c"]) == {"a": [1], "b": [0, 2], "c": [3]}
     assert divide_by_client([]) == {}
+
+
+# --- shares, dealt the same way to a training and a test set ----------------------------------------------------------
+
+
+def test_the_pathological_shares():
+    """10 clients with 2 of 10 classes: each class has 2 clients, which share it 0.4 : 0.6 at the extreme."""
+    shares = class_shares(10, 10, "pathological", each=2, seed=3)
+    assert ((shares > 0).sum(1) == 2).all() and ((shares > 0).sum(0) == 2).all()
+    assert shares[shares > 0].min() >= 0.4 and shares.max() <= 0.6
+    numpy.testing.assert_allclose(shares.sum(0), 1)
+    assert (class_shares(10, 3, "pathological", each=2).sum(0) > 0).sum() == 6
+
+
+@given(st.integers(1, 8), st.integers(1, 5), st.sampled_from(["iid", "dirichlet", "pathological"]), st.integers(0, 99))
+def test_every_row_of_a_dealt_class_goes_to_one_client(classes, clients, how, seed):
+    shares = class_shares(classes, clients, how, alpha=0.3, each=1, seed=seed)
+    labels = [i % classes for i in range(50)]
+    held = deal(labels, shares, seed)
+    rows = sorted(row for mine in held for row in mine)
+    assert rows == [i for i in range(50) if shares[:, labels[i]].sum() > 0]
+    for mine, share in zip(held, shares, strict=True):
+        for kind in range(classes):
+            n = labels.count(kind)
+            assert abs(sum(labels[row] == kind for row in mine) - share[kind] * n) <= 1
+
+
+def test_shares_refused():
+    with pytest.raises(DataError, match="at most 3"):
+        class_shares(3, 2, "pathological", each=4)
+    with pytest.raises(DataError, match="unknown"):
+        class_shares(3, 2, "other")

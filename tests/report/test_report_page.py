@@ -45,13 +45,15 @@ def figures(page):
 
 
 def test_one_run_draws_every_figure(one_page):
-    assert figures(one_page) == {kind.name: [(None, "yes")] for kind in FIGURES}
+    assert figures(one_page) == {kind.name: [(None, "yes")] for kind in FIGURES if not kind.only_if_drawn}
 
 
 def test_three_runs_draw_every_figure_or_say_why(three_page):
     found = figures(three_page)
     for kind in FIGURES:
-        if not kind.each_run:
+        if kind.only_if_drawn:
+            assert kind.name not in found
+        elif not kind.each_run:
             assert found[kind.name] == [(None, "yes")]
         elif kind.name in ("usage_heat_map", "training_heat_map", "expert_map"):
             assert found[kind.name] == [("FedMoE", "yes"), ("RandomMoE", "yes"), ("FedAvg", "no")]
@@ -261,3 +263,18 @@ def test_names():
     assert len(set(shorten_all(long, 13))) == 6 and max(map(len, shorten_all(long, 13))) <= 13
     assert shorten_all(["a", "b"], 13) == ["a", "b"]
     assert shorten("hospital-of-the-north-07", 13) == "hospit…rth-07" and shorten("short", 13) == "short"
+
+
+def test_a_run_with_a_gate_draws_it(tmp_path):
+    """Weights of the last round in which a client took part; a run beside it without one says so."""
+    folder = make_run(tmp_path / "gated", "FedAvg", clients=6)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        for entry in line["clients"].values():
+            entry["report"] = {"gate cat": 0.25, "gate dog": 0.75, "test before aggregation": 0.5}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plain = make_run(tmp_path / "plain", "Standalone", clients=6)
+    page = render(read_runs([folder, plain]))
+    assert sorted(figures(page)["gate_weights"]) == [("FedAvg", "yes"), ("Standalone", "no")]
+    assert "Standalone has no gate" in page and "25 to 75 %" in page
+    assert figures(render(read_runs([folder])))["gate_weights"] == [(None, "yes")]

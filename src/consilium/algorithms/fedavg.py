@@ -61,13 +61,14 @@ class FedAvgServer(Server):
     Args:
         held: the experts of the common model; None: all.
         references: copies of the weights a client keeps beside the one it trains, for the memory test.
+        params: what is averaged, where that is not the whole model; sent are, of head rows, those of the client's task.
     """
 
-    def __init__(self, setup: Setup, held: ExpertSet | None, references: int = 0):
+    def __init__(self, setup: Setup, held: ExpertSet | None = None, references: int = 0, params: Params | None = None):
         self.setup = setup
         self.held = held
         self.references = references
-        self.params = setup.initial_params()
+        self.params = setup.initial_params() if params is None else params
 
     def held_by(self, client: ClientInfo) -> ExpertSet | None:
         """The experts this client trains; None: all."""
@@ -136,6 +137,8 @@ def common_experts(
             lack = setup.lacks(largest, setup.least, references=references)
             raise BudgetError(f"no device can hold one expert per layer, not even {largest.id}: {lack}")
         experts = min(fitting)
+    if not totals:
+        raise ConfigError(f"experts is {experts!r}, but {setup.model.path} has no experts; leave it at 'all'")
     least, most = setup.model.family.least, max(totals.values())
     if not least <= experts <= most:
         raise ConfigError(f"experts is {experts}; allowed are {least}..{most}, 'all' and 'fit'")

@@ -41,7 +41,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -94,6 +94,7 @@ class FedMoE(Algorithm):
         floor: share of the demand it serves that a layer keeps in one shrinking, in [0, 1).
     """
 
+    worlds: ClassVar[tuple[str, ...]] = ("moe",)
     alpha: float = 0.9
     K: int = 3
     patience: int = 2

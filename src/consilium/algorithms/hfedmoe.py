@@ -43,7 +43,7 @@ budget, and averages by |D_c| over all that hold an expert, trained or not, and 
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -93,6 +93,8 @@ class HFedMoE(Algorithm):
         coverage: multiply alpha(c) by r(c) (Eq 18).
         weight: of a client in Eq 17: "examples" (|D_c|) or "batches" in which it trained the expert.
     """
+
+    worlds: ClassVar[tuple[str, ...]] = ("moe",)
 
     lam: float = 0.5
     beta: float = 0.1

@@ -11,6 +11,7 @@ randomMoE that budget instead.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -32,6 +33,7 @@ class RandomMoE(Algorithm):
             its router works with it always has.
     """
 
+    worlds: ClassVar[tuple[str, ...]] = ("moe",)
     experts: int | None = None
     share: float = 1.0
 

@@ -1,12 +1,13 @@
 """Standalone: every client trains on its own data and nothing travels.
 
-The floor that any federation has to beat. A client starts from the pretrained model, which is public, and continues
-in each round it is chosen for from where it was; the model lives in the client's state.
+The floor that any federation has to beat. A client starts from the pretrained model, which is public (in a cohort:
+from its architecture's initial weights), and continues in each round it is chosen for from where it was; the model
+lives in the client's state.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from consilium.algorithms.fedavg import FedAvgServer, common_experts
 from consilium.core import (
@@ -36,6 +37,7 @@ class Standalone(Algorithm):
     """
 
     experts: int | Literal["all", "fit"] = "all"
+    worlds: ClassVar[tuple[str, ...]] = ("moe", "cohort", "mixed")
 
     def server(self, setup: Setup) -> Server:
         return StandaloneServer(setup, common_experts(setup, self.experts))
@@ -48,8 +50,7 @@ class StandaloneServer(FedAvgServer):
     """Chooses who trains; sends no tensor, only which experts the common model has."""
 
     def __init__(self, setup: Setup, held: ExpertSet | None):
-        super().__init__(setup, held)
-        self.params = {}
+        super().__init__(setup, held, params={})
         self.sent = Payload(scalars=experts_to_scalars(held) if held else {})
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
@@ -79,5 +80,5 @@ class StandaloneClient(Client):
         params = context.state.params
         if not params:
             held = experts_from_scalars(payload.scalars)
-            params = select(self.setup.initial_params(), context.data.task.name, held)
+            params = select(self.setup.initial_params(context.info), context.data.task.name, held)
         return Payload({"params": params}, payload.scalars)

@@ -39,6 +39,10 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.sources)
 
+    def order(self) -> list[int]:
+        """All rows, short sources first: what is padded together is of like length."""
+        return sorted(range(len(self)), key=lambda i: len(self.sources[i]))
+
     def batch(self, rows: Sequence[int], device: torch.device, prompt: bool = False) -> dict[str, Tensor]:
         """A batch of these rows; `prompt`: for generation, sources alone (left-padded for causal models)."""
         sources = [self.sources[i] for i in rows]

@@ -1,9 +1,14 @@
-"""Rows dealt to clients by flwr_datasets' partitioners: the only module that imports it."""
+"""Rows dealt to clients by flwr_datasets' partitioners: the only module that imports it.
+
+Where an official test set must be dealt in the same proportions as the training set (`deal`), the proportions are
+drawn first, as a table of shares; flwr_datasets has no partitioner for that.
+"""
 
 import warnings
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 from datasets import Dataset
 from flwr_datasets.partitioner import (
     DirichletPartitioner,
@@ -13,7 +18,7 @@ from flwr_datasets.partitioner import (
 
 from consilium.errors import DataError
 
-__all__ = ["divide", "divide_by_client"]
+__all__ = ["class_shares", "deal", "divide", "divide_by_client"]
 
 
 def divide(
@@ -58,6 +63,57 @@ def divide(
         # Few pathological clients leave labels out, as asked for; the partition written with a run says which.
         warnings.filterwarnings("ignore", message="Classes: ", category=UserWarning)
         return [_rows(partitioner, i) for i in range(clients)]
+
+
+def class_shares(
+    classes: int,
+    clients: int,
+    how: Literal["iid", "dirichlet", "pathological"],
+    alpha: float = 0.3,
+    each: int = 2,
+    seed: int = 0,
+) -> np.ndarray:
+    """Which share of each class's rows each client gets: float64 [clients, classes], columns sum to 1 (or to 0).
+
+    pathological: `each` classes per client, chosen so that all classes have about as many clients; the clients of a
+    class share it in proportion to draws from U(0.4, 0.6) (Shamsian et al., pFedHN, as the pFedMoE family uses it; a
+    class is never given to a client twice, which their code may do). With few clients some classes belong to nobody.
+    dirichlet: each class's shares are drawn from Dirichlet(alpha). iid: equal shares.
+
+    Raises DataError when a client shall have more classes than there are, or for an unknown `how`.
+    """
+    rng = np.random.default_rng(seed)
+    if how == "iid":
+        return np.full((clients, classes), 1 / clients)
+    if how == "dirichlet":
+        return rng.dirichlet([alpha] * clients, size=classes).T
+    if how != "pathological":
+        raise DataError(f"partition {how!r} is unknown; use iid, dirichlet or pathological")
+    if each > classes:
+        raise DataError(f"{each} classes per client asked for, but the data has {classes}; ask for at most {classes}")
+    shares, holders = np.zeros((clients, classes)), np.zeros(classes, dtype=int)
+    for client in range(clients):
+        for _ in range(each):
+            free = np.flatnonzero(shares[client] == 0)
+            chosen = rng.choice(free[holders[free] == holders[free].min()])
+            holders[chosen] += 1
+            shares[client, chosen] = rng.uniform(0.4, 0.6)
+    return shares / np.maximum(shares.sum(0), np.finfo(float).tiny)
+
+
+def deal(labels: Sequence[int], shares: np.ndarray, seed: int = 0) -> list[list[int]]:
+    """Rows of each client: those of a class, shuffled, are cut at the rounded cumulative shares.
+
+    Args:
+        labels: class of each row, 0..classes-1. shares: [clients, classes], see `class_shares`.
+    """
+    rng, held = np.random.default_rng(seed), [[] for _ in shares]
+    for kind in range(shares.shape[1]):
+        rows = rng.permutation(np.flatnonzero(np.asarray(labels) == kind))
+        ends = np.rint(np.cumsum(shares[:, kind]) * len(rows)).astype(int)
+        for mine, start, end in zip(held, [0, *ends[:-1]], ends, strict=True):
+            mine += rows[start:end].tolist()
+    return [sorted(mine) for mine in held]
 
 
 def divide_by_client(owners: Sequence[str]) -> dict[str, list[int]]:

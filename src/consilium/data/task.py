@@ -1,7 +1,7 @@
 """The types every data source returns, and how predictions are scored.
 
     Task         what is asked: its form, its labels, its metric
-    Split        examples: texts, targets, and the row each of them came from
+    Split        examples: texts, targets, and the row each of them came from (`tensor.TensorSplit`: of tensors)
     ClientData   one client's task and its three splits
     Federation   all clients, those that had to be skipped, and where the data came from
 
@@ -12,12 +12,15 @@ import hashlib
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from consilium.core import CLIENT_ID
 from consilium.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from consilium.data.tensor import TensorSplit
 
 __all__ = ["ClientData", "Federation", "Form", "Metric", "Split", "Task", "pooled", "score", "token_f1"]
 
@@ -68,15 +71,24 @@ class Split:
     def __len__(self) -> int:
         return len(self.texts)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one example; a text has none."""
+        return ()
+
+    def examples(self) -> Iterable[tuple[str, str]]:
+        """Source and target of every example, for the fingerprint."""
+        return zip(self.texts, self.targets, strict=True)
+
 
 @dataclass(frozen=True)
 class ClientData:
     """One client's data: the three splits share no text, and classification targets are all in `task.labels`."""
 
     task: Task
-    train: Split
-    validation: Split
-    test: Split
+    train: "Split | TensorSplit"
+    validation: "Split | TensorSplit"
+    test: "Split | TensorSplit"
 
     def __post_init__(self) -> None:
         empty = [name for name, split in self.splits() if not len(split)]
@@ -87,7 +99,7 @@ class ClientData:
             if strangers:
                 raise DataError(f"labels {sorted(strangers)} are not among {list(self.task.labels)}")
 
-    def splits(self) -> list[tuple[str, Split]]:
+    def splits(self) -> "list[tuple[str, Split | TensorSplit]]":
         """The three splits with their names, in the order train, validation, test."""
         return [("train", self.train), ("validation", self.validation), ("test", self.test)]
 
@@ -124,6 +136,11 @@ class Federation:
         return {"clients": clients, "skipped": dict(self.skipped), "fingerprint": self.fingerprint}
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one example, the same for all clients; () for texts."""
+        return next(iter(self.clients.values())).train.shape
+
+    @property
     def fingerprint(self) -> str:
         """sha256 (hex) over every client's task, texts and targets: equal if and only if the data is."""
         digest = hashlib.sha256()
@@ -132,7 +149,7 @@ class Federation:
                 _feed(digest, part)
             for key, split in data.splits():
                 _feed(digest, f"{key}:{len(split)}")
-                for text, target in zip(split.texts, split.targets, strict=True):
+                for text, target in split.examples():
                     _feed(digest, text)
                     _feed(digest, target)
         return digest.hexdigest()

@@ -305,13 +305,13 @@ def by_client(owners: Sequence[str], column: str) -> dict[str, list[int]]:
     from consilium.data.partition import divide_by_client
 
     parts = divide_by_client(owners)
-    held = {client_id(name): part for name, part in parts.items()}
+    held = {_client_id(name): part for name, part in parts.items()}
     if len(held) < len(parts):
         raise DataError(f"column {column!r} has client names that differ only in characters not allowed")
     return held
 
 
-def client_id(name: str) -> str:
+def _client_id(name: str) -> str:
     """A client column's value as an id: other characters become "-", and long names are cut."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip(".")[:64] or "client"
 

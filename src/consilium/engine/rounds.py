@@ -133,6 +133,7 @@ def told_of(
     """What is recorded of one client's round. `seconds`: of its training, validation included."""
     told = {key: _plain(reply.scalars.get(key)) for key in REPORTED}
     evaluate = float(reply.scalars.get("seconds_evaluate", 0.0))
+    report = {key[7:]: _plain(value) for key, value in reply.scalars.items() if key.startswith("report/")}
     return {
         "rejected": rejected,
         "train_loss": told["train_loss"],
@@ -146,6 +147,7 @@ def told_of(
         "bytes_down": bytes_down,
         "bytes_up": bytes_up,
         "seconds": {"train": seconds - evaluate, "evaluate": evaluate},
+        **({"report": report} if report else {}),
     }
 
 

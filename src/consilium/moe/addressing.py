@@ -40,6 +40,8 @@ Table = dict[str, str | tuple[str, ...]]
 
 def all_experts(model: TaskModel) -> dict[str, tuple[int, ...]]:
     """Every expert place of the model as it stands: block -> (0, .., E-1)."""
+    if not model.blocks():  # a small dense model, which has no family either
+        return {}
     counts = {name: block.get_submodule(model.family.router) for name, block in model.blocks().items()}
     row = model.family.rows[0]
     return {name: tuple(range(router.get_parameter(row).shape[0])) for name, router in counts.items()}
@@ -178,9 +180,11 @@ def parameters(model: TaskModel) -> dict[str, nn.Parameter]:
 
 
 def tensors(model: TaskModel) -> dict[str, Tensor]:
-    """`parameters`, and the router rows that a family keeps in buffers."""
+    """`parameters`, and the router rows that a family keeps in buffers; of a dense model, what its norms keep there."""
     family = model.family
     buffers = dict(model.backbone.named_buffers())
+    if family is None:
+        return parameters(model) | {path: t for path, t in buffers.items() if t.is_floating_point()}
     rows = [f"{block}.{family.router}.{row}" for block in model.blocks() for row in family.rows]
     return parameters(model) | {path: buffers[path] for path in rows if path in buffers}
 
@@ -196,7 +200,8 @@ def flatten(model: TaskModel, held: ExpertSet | None = None) -> Params:
         held: the full-model ids of the experts in the model's places; None: all, in order.
     """
     family = model.family
-    own, names = f".{family.rows[-1]}" if family.choice else None, table(model, held)
+    own = f".{family.rows[-1]}" if family is not None and family.choice else None
+    names = table(model, held)
     found = {
         path: t.detach() if own and path.endswith(own) else t.detach().to(model.dtype)
         for path, t in tensors(model).items()
@@ -228,7 +233,7 @@ def load_flat(model: TaskModel, flat: Mapping[str, Tensor], held: ExpertSet | No
             raise ModelError(f"{path!r} has shape {tuple(parameter.shape)}, the parameters {tuple(tensor.shape)}")
         if not isinstance(parameter, nn.Parameter):
             owner, _, name = path.rpartition(".")
-            tensor = tensor if parameter.is_meta else tensor.to(parameter.device)
+            tensor = tensor if parameter.is_meta else tensor.to(parameter.device, copy=True)
             setattr(model.backbone.get_submodule(owner), name, tensor)
         elif parameter.is_meta:
             owned = tensor if isinstance(names[path], tuple) else tensor.clone()

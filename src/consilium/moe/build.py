@@ -60,6 +60,15 @@ class ModelSource:
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"model.{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}")
 
+    @property
+    def world(self) -> str:
+        """What methods must be able to train, see `core.Algorithm.worlds`."""
+        return "moe"
+
+    def architecture(self, client: int) -> str:
+        """Of a client: the one model that all have."""
+        return ""
+
     @cached_property
     def location(self) -> str:
         """The directory, or the hub name as it is.

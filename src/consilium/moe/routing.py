@@ -123,7 +123,7 @@ class Tap:
 
         f_e: the share of real tokens' slots whose top-k choice is e; P_e: the mean router probability of e (of
         sigmoids: each divided by their sum, DeepSeek-V3, Eq 19). One when perfectly even, E/K when the same K experts
-        take all. Each layer has its own E, as sub-models need.
+        take all. Each layer has its own E, as sub-models need. A model without sparse layers has none to balance: 0.
         """
         losses = []
         for block, gates_TE in self.gates().items():
@@ -133,7 +133,7 @@ class Tap:
             n_experts = logits_TE.shape[-1]
             share_E = torch.bincount(chosen_TK.flatten(), minlength=n_experts) / max(chosen_TK.numel(), 1)
             losses.append(n_experts * (share_E * gates_TE.mean(0)).sum())
-        return torch.stack(losses).mean()
+        return torch.stack(losses).mean() if losses else torch.zeros(())
 
     def _hook(self, block: str):
         family = self.model.family

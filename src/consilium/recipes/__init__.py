@@ -18,11 +18,17 @@ __all__ = ["RECIPES", "Recipe", "find", "recipe"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named experiment, and how other methods are set up when they are compared with it on equal terms."""
+    """A named experiment, and how other methods are set up when they are compared with it on equal terms.
+
+    Args:
+        compared: the methods of `consilium compare`, separated by commas; "": its own, FedAvg and RandomMoE.
+    """
 
     name: str
     make: Callable[[], Experiment]
     rivals: dict[str, Algorithm] = field(default_factory=dict)
+    compared: str = ""
+    """What `consilium compare` runs if it is not told otherwise."""
 
     @property
     def summary(self) -> str:
@@ -46,12 +52,12 @@ RECIPES: dict[str, Recipe] = {}
 
 
 def recipe(
-    name: str, rivals: dict[str, Algorithm] | None = None
+    name: str, rivals: dict[str, Algorithm] | None = None, compared: str = Recipe.compared
 ) -> Callable[[Callable[[], Experiment]], Callable[[], Experiment]]:
     """Register the decorated function under a name for the command line."""
 
     def register(make: Callable[[], Experiment]) -> Callable[[], Experiment]:
-        RECIPES[name] = Recipe(name, make, rivals or {})
+        RECIPES[name] = Recipe(name, make, rivals or {}, compared)
         return make
 
     return register

@@ -11,7 +11,7 @@ from pathlib import Path
 from consilium.errors import ConfigError
 from consilium.report.page import STYLE
 from consilium.report.parts import caption, card, fold, one_figure, text
-from consilium.report.plots import FIGURES, FigureKind
+from consilium.report.plots import FIGURES, FigureKind, NothingToDraw
 from consilium.report.read import RunRecord, read_runs
 from consilium.report.results import (
     METRICS,
@@ -205,8 +205,17 @@ def _winner(what, pool, value, show, high=False) -> str:  # type: ignore[no-unty
     return card(what, f"{len(ties)} runs", f"{names}{top}{then}")
 
 
+def _draws(kind: FigureKind, run: RunRecord) -> bool:
+    try:
+        return bool(kind.draw(run))
+    except NothingToDraw:
+        return False
+
+
 def _figure(kind: FigureKind, runs: Sequence[RunRecord]) -> str:
     """One figure for all runs, or, for those that are about one run, a box with a figure for each."""
+    if kind.only_if_drawn and not any(_draws(kind, run) for run in runs):
+        return ""
     if not kind.each_run or len(runs) == 1:
         return one_figure(kind, runs[0] if kind.each_run else runs, "all")[0]
     made = [(run, *one_figure(kind, run, f"run {i}", of=run.label)) for i, run in enumerate(runs)]

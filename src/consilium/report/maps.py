@@ -31,7 +31,7 @@ from consilium.report.style import (
     shorten_all,
 )
 
-__all__ = ["RAMP", "block_names", "expert_map", "training_heat_map", "usage_heat_map"]
+__all__ = ["RAMP", "block_names", "expert_map", "gate_weights", "training_heat_map", "usage_heat_map"]
 
 _WIDTH, _RIGHT, _TOP, _BOTTOM = 340, 18, 4, 34
 RAMP = {  # low to high; each starts at the page's own background so that "hardly used" recedes in both themes
@@ -122,6 +122,43 @@ def expert_map(run: RunRecord) -> Drawing:
     rounds = f"Start: round {order[0]}. End: round {order[-1]}."
     same = all((_same(first, last, c)) for c in rows)
     return Drawing(panels, keys, f"{rounds} Nothing changed in between." if same else rounds)
+
+
+def gate_weights(run: RunRecord) -> Drawing:
+    """Mean weight of the shared extractor per class and client (pFedMoE), a panel per task."""
+    told: dict[str, dict[str, float]] = {}
+    for line in run.rounds:
+        for client, entry in (line.get("clients") or {}).items():
+            report = entry.get("report") if isinstance(entry, Mapping) else None
+            known = {k[5:]: number(v) for k, v in (report or {}).items() if k.startswith("gate ")}
+            if client in run.clients and any(v is not None for v in known.values()):
+                told[client] = {label: v for label, v in known.items() if v is not None}
+    if not told:
+        raise NothingToDraw(f"{run.label} has no gate between a shared and an own extractor.")
+    panels = []
+    for task in run.tasks:
+        rows = [c for c in run.order if c in told and run.clients[c].task == task]
+        if not rows:
+            continue
+        labels = list(dict.fromkeys(label for c in rows for label in run.clients[c].label_counts))
+        labels += [label for c in rows for label in told[c] if label not in labels]
+        table = np.array([[told[c].get(label, np.nan) for label in labels] for c in rows])
+        with drawing_style():
+            figure = _grid_figure(run, rows, len(labels))
+            axes = figure.axes[0]
+            axes.set_xlabel("class", labelpad=3)
+            places = axes.get_xticks()
+            places = sorted({int(p) for p in places if 0 <= p < len(labels)})
+            axes.set_xticks(places, shorten_all([labels[p] for p in places], 8) if places else [])
+            for i, (theme, colors) in enumerate(RAMP.items()):
+                ramp = LinearSegmentedColormap.from_list(theme, colors).with_extremes(bad=(0, 0, 0, 0))
+                _image(axes, ramp(np.ma.masked_invalid(table)), theme, i)
+            _separate(axes, run, rows, len(labels))
+        low, high = float(np.nanmin(table)), float(np.nanmax(table))
+        mean = float(np.nanmean(table))
+        alt = f"{task}: on average {100 * mean:.0f} %, from {100 * low:.0f} % to {100 * high:.0f} %."
+        panels.append(Panel(f"{task}: {100 * low:.0f} to {100 * high:.0f} %", figure, alt))
+    return Drawing(panels, [Key("weight of the shared extractor|0|50 %|100 %", "ink", "ramp")])
 
 
 def block_names(blocks: Sequence[str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Any
 from consilium.report import costs, curves, maps
 from consilium.report.costs import memory, time_split, traffic, traffic_per_client
 from consilium.report.curves import expert_counts, scores_over_bytes, scores_over_rounds
-from consilium.report.maps import expert_map, training_heat_map, usage_heat_map
+from consilium.report.maps import expert_map, gate_weights, training_heat_map, usage_heat_map
 from consilium.report.style import Drawing, NothingToDraw
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "NothingToDraw",
     "expert_counts",
     "expert_map",
+    "gate_weights",
     "memory",
     "scores_over_bytes",
     "scores_over_rounds",
@@ -39,6 +40,7 @@ class FigureKind:
 
     section: where on the page it stands. read: what is drawn and how to read it. look: what to look for.
     each_run: `draw` takes one run and is called for each; otherwise it takes all runs and compares them.
+    only_if_drawn: left out of the page, without a word, where no run has anything to draw.
     """
 
     name: str
@@ -48,6 +50,7 @@ class FigureKind:
     look: str
     draw: Callable[[Any], Drawing]
     each_run: bool = False
+    only_if_drawn: bool = False
 
 
 FIGURES: tuple[FigureKind, ...] = (
@@ -121,6 +124,20 @@ FIGURES: tuple[FigureKind, ...] = (
         "that did not help and was taken back.",
         curves.expert_counts,
         each_run=True,
+    ),
+    FigureKind(
+        "gate_weights",
+        "Experts",
+        "What the gate gives to the shared extractor",
+        "A row is a client, a column is a class. The stronger the colour, the larger the mean weight that the "
+        "client's gate gives to the shared extractor on its validation examples of the class; the rest, up to 100 %, "
+        "goes to the client's own. Taken from the last round in which the client took part. Empty: the client has no "
+        "such examples.",
+        "Columns that differ within a row: the gate decides by the data, and mixing by a fixed share would lose that. "
+        "A row near 0 % makes no use of what is shared, one near 100 % none of its own model.",
+        maps.gate_weights,
+        each_run=True,
+        only_if_drawn=True,
     ),
     FigureKind(
         "traffic",

@@ -64,7 +64,7 @@ def simulated(experiment: str, heads: str, name: str) -> Site:
         raise DataError(f"no client {name!r} in the data; there are {', '.join(list(federation.clients)[:5])}, ...")
     place = list(federation.clients).index(name)
     memory = bytes_of(made.memory[place % len(made.memory)]) if made.memory else None
-    return _site(made, heads, name, federation.clients[name], memory, federation.fingerprint, None)
+    return _site(made, heads, name, federation.clients[name], memory, federation.fingerprint, None, place)
 
 
 @functools.lru_cache(maxsize=1)
@@ -136,12 +136,14 @@ def _site(
     memory: int | None,
     fingerprint: str,
     folder: Path | None,
+    place: int = 0,
 ) -> Site:
     labels = {task: tuple(labels) for task, labels in json.loads(heads).items()}
-    setup = Setup(experiment.model, experiment.fit, experiment.sampling, experiment.seed, labels)
+    shape = data.train.shape
+    setup = Setup(experiment.model, experiment.fit, experiment.sampling, experiment.seed, labels, shape=shape)
     setup.check(data.task)
     return Site(
-        info=ClientInfo(name, len(data.train), data.task.name, memory),
+        info=ClientInfo(name, len(data.train), data.task.name, memory, experiment.model.architecture(place)),
         data=data,
         client=experiment.algorithm.client(setup),
         fingerprint=fingerprint,

@@ -1,0 +1,125 @@
+"""FedGH: Heterogeneous Federated Learning with Generalized Global Header.
+
+Yi, Wang, Liu, Shi, Yu. ACM MM 2023. https://arxiv.org/abs/2303.13137
+
+Clients send the mean representation of each class, the server trains one header on them, and the clients take it:
+
+    R_k^s  = mean of F_k(x) over client k's examples of class s, after local training
+    theta  <- theta - eta_s * gradient of CE(H(R_k^s; theta), s), over all (k, s) of the round
+    client: its header becomes theta
+
+    theta    head rows, group "params" down        R_k^s    group "prototypes" up, label -> [d]       eta_s   eta_s
+
+Departures: none in the rule; batches of prototypes have the clients' batch size. The authors' released code steps the
+client's optimiser and never the header's, so that the header stays at its random initial value: that is the option
+`eta_s=0`, a frozen common header.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from consilium.algorithms.fedavg import FedAvgServer
+from consilium.algorithms.fedproto import class_means
+from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInfo, Payload, Server, derive_seed
+from consilium.errors import ConfigError
+from consilium.models.cohort import SplitModel
+from consilium.moe.addressing import flatten
+from consilium.training import Setup, tested, trained
+
+__all__ = ["FedGH"]
+
+
+@dataclass(frozen=True)
+class FedGH(Algorithm):
+    """One header for all, trained at the server on class prototypes.
+
+    Args:
+        eta_s: learning rate of the header, >= 0; 0 leaves it as it begins.
+        epochs: passes over the round's prototypes, >= 1.
+    """
+
+    worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
+    eta_s: float = 0.01
+    epochs: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta_s < float("inf"):
+            raise ConfigError(f"eta_s is {self.eta_s}; it must be a finite number >= 0")
+        if self.epochs < 1:
+            raise ConfigError(f"epochs is {self.epochs}; it must be at least 1")
+
+    def server(self, setup: Setup) -> Server:
+        return FedGHServer(setup, self)
+
+    def client(self, setup: Setup) -> Client:
+        return FedGHClient(setup)
+
+
+class FedGHServer(Server):
+    """Trains the header rows of the one task."""
+
+    def __init__(self, setup: Setup, algorithm: FedGH):
+        self.averaging = FedAvgServer(setup, params=setup.head_params(setup.common_width))
+        self.setup = setup
+        self.algorithm = algorithm
+        setup.classes  # noqa: B018 - refuses clients of several tasks
+        ((self.task, self.labels),) = setup.heads.items()
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        return self.averaging.params
+
+    def configure(self, round: int, clients: list[ClientInfo]) -> dict[ClientId, Payload]:
+        return self.averaging.configure(round, clients)
+
+    def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
+        pairs = [(label, t) for _, reply in replies for label, t in sorted(reply.group("prototypes").items())]
+        if pairs and self.algorithm.eta_s:
+            prototypes = torch.stack([t for _, t in pairs])
+            y = torch.tensor([self.labels.index(label) for label, _ in pairs])
+            self._train(prototypes, y, derive_seed(self.setup.seed, "FedGH", round))
+        return {}
+
+    def _train(self, prototypes_ND: Tensor, y_N: Tensor, seed: int) -> None:
+        keys = [[f"head.{self.task}.{label}.{leaf}" for label in self.labels] for leaf in ("weight", "bias")]
+        header = [torch.stack([self.params[key] for key in group]).requires_grad_() for group in keys]
+        optimizer = torch.optim.SGD(header, lr=self.algorithm.eta_s)
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(self.algorithm.epochs):
+            for rows in torch.randperm(len(y_N), generator=generator).split(self.setup.fit.batch_size):
+                optimizer.zero_grad()
+                F.cross_entropy(F.linear(prototypes_ND[rows], *header), y_N[rows]).backward()
+                optimizer.step()
+        for group, tensor in zip(keys, header, strict=True):
+            self.averaging.params |= {key: t.clone() for key, t in zip(group, tensor.detach(), strict=True)}
+
+    def deliver(self, client: ClientInfo) -> Payload:
+        return self.averaging.deliver(client)
+
+    def restore(self, state: Payload) -> None:
+        self.averaging.restore(state)
+
+
+class FedGHClient(Client):
+    """Takes the common header, trains, and sends class prototypes."""
+
+    def __init__(self, setup: Setup):
+        self.setup = setup
+
+    def train(self, payload: Payload, context: ClientContext) -> Payload:
+        model = self._model(payload, context)
+        told = trained(self.setup, model, context)
+        context.state.params = flatten(model)
+        prototypes, scalars = class_means(model, self.setup, context)
+        return Payload({"prototypes": prototypes}, {**told, **scalars})
+
+    def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
+        return tested(self.setup, self._model(payload, context), context)
+
+    def _model(self, payload: Payload, context: ClientContext) -> SplitModel:
+        return self.setup.build({**self.setup.own_params(context), **payload.group("params")}, context)

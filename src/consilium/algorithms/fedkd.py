@@ -1,0 +1,184 @@
+"""FedKD: Communication-Efficient Federated Learning via Knowledge Distillation.
+
+Wu, Wu, Lyu, Huang, Xie. Nature Communications 2022. https://arxiv.org/abs/2108.13323
+
+Each client trains its own model (the mentor) and a copy of a small shared one (the mentee) together; how much they
+learn from each other adapts to how well both do, and the shared one travels compressed:
+
+    L_d     = KL(p_other || p_self) / (CE_own + CE_small)                   adaptive mutual distillation
+    L_h     = MSE(H_own, W H_small) / (CE_own + CE_small)                   adaptive hidden loss, of the representations
+    L_own   = CE_own + L_d,own + L_h          L_small = CE_small + L_d,small + L_h
+    a matrix P [m, n] goes as U [m, K], S [K], V [K, n], with the smallest K that keeps the energy
+    T = T_s + (T_e - T_s) t:  sum_{k <= K} S_k^2 > T sum_k S_k^2             t: share of the rounds that is over
+
+    small    params["small.*"]: "params" what goes whole, "factors" what goes as U, S, V      own, W   context.state
+
+Departures: what is sent are weights and not gradients, so the server needs no step size of its own; a matrix whose
+factors would be larger goes whole. The denominators are weights: no gradient goes through them, nor through the other's
+probabilities. Attentions, which these models lack, are left out of the hidden loss.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from consilium.algorithms.fedavg import FedAvgServer
+from consilium.algorithms.fml import SMALL, Pair, kl, pair_model, small_params
+from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInfo, Payload, Scalar, Server
+from consilium.errors import ConfigError
+from consilium.models.cohort import SplitModel, initial
+from consilium.moe.addressing import flatten
+from consilium.params import Params, WeightedMean
+from consilium.training import Setup, tested, trained
+
+__all__ = ["FedKD", "compressed", "restored"]
+
+
+@dataclass(frozen=True)
+class FedKD(Algorithm):
+    """Adaptive mutual distillation, with a shared model that travels as truncated singular values.
+
+    Args:
+        T_s: share of the energy that is kept at the start, in (0, 1].
+        T_e: share that is kept at the end, in (0, 1].
+        rounds: over which the one becomes the other, >= 1.
+    """
+
+    worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
+    T_s: float = 0.95
+    T_e: float = 0.98
+    rounds: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("T_s", "T_e"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be within (0, 1]")
+        if self.rounds < 1:
+            raise ConfigError(f"rounds is {self.rounds}; it must be at least 1")
+
+    def energy(self, round: int) -> float:
+        """T in that round, from 1."""
+        return self.T_s + (self.T_e - self.T_s) * min((round - 1) / self.rounds, 1.0)
+
+    def server(self, setup: Setup) -> Server:
+        return FedKDServer(setup, self)
+
+    def client(self, setup: Setup) -> Client:
+        return FedKDClient(setup)
+
+
+class FedKDServer(Server):
+    """Averages the small models it can restore."""
+
+    def __init__(self, setup: Setup, algorithm: FedKD):
+        self.averaging = FedAvgServer(setup, params=small_params(setup))
+        self.setup = setup
+        self.algorithm = algorithm
+        self.round = 1
+
+    @property
+    def params(self) -> Params:
+        return self.averaging.params
+
+    def configure(self, round: int, clients: Sequence[ClientInfo]) -> dict[ClientId, Payload]:
+        self.round = round
+        sent = self.deliver(clients[0])
+        return {c.id: sent for c in self.setup.sampling.choose(clients, round, self.setup.seed)}
+
+    def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
+        mean = WeightedMean()
+        for _, reply in replies:
+            mean.add(restored(reply), reply.scalars["num_examples"])
+        self.averaging.params = mean.mean(self.params)
+        return {}
+
+    def deliver(self, client: ClientInfo) -> Payload:
+        energy = self.algorithm.energy(self.round)
+        groups, shapes = compressed(self.params, energy)
+        return Payload(groups, {"energy": energy, **shapes})
+
+    def state(self) -> Payload:
+        return Payload({"params": self.params}, {"round": self.round})
+
+    def restore(self, state: Payload) -> None:
+        self.averaging.restore(state)
+        self.round = int(state.scalars["round"])
+
+
+class FedKDClient(Client):
+    """Trains both models; keeps its own, sends the shared one compressed."""
+
+    def __init__(self, setup: Setup):
+        self.setup = setup
+
+    def train(self, payload: Payload, context: ClientContext) -> Payload:
+        model = self._model(payload, context)
+        told = trained(self.setup, model, context, adaptive)
+        params = flatten(model)
+        context.state.params = {key: t for key, t in params.items() if not key.startswith(SMALL)}
+        small = {key: t for key, t in params.items() if key.startswith(SMALL)}
+        groups, shapes = compressed(small, float(payload.scalars["energy"]))
+        return Payload(groups, {**told, **shapes})
+
+    def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
+        return tested(self.setup, self._model(payload, context), context)
+
+    def _model(self, payload: Payload, context: ClientContext) -> SplitModel:
+        small = restored(payload)
+        if not context.state.params:  # W begins on the client, by the run's seed
+            cohort, shape = self.setup.model, self.setup.shape
+            widths = (cohort.width_of(name, shape) for name in (cohort.small, context.info.architecture))
+            w = initial(lambda: nn.Linear(*widths, bias=False), self.setup.seed, "FedKD", context.info.architecture)
+            small |= {"hidden.weight": w["weight"]}
+        return pair_model(self.setup, small, context, Mentored)
+
+
+class Mentored(Pair):
+    """A pair, and W from the small representation to the own one."""
+
+    def __init__(self, private: nn.Module, small: nn.Module, classes: int):
+        super().__init__(private, small, classes)
+        self.hidden = nn.Linear(small.width, private.width, bias=False)
+
+
+def adaptive(model: SplitModel, batch: dict[str, Tensor]) -> Tensor:
+    """L_own + L_small; the hidden loss, which is a part of both, counts once for the weights it reaches."""
+    pair, y = model.backbone, batch["labels"]
+    h_own, h_small = pair.private(batch["x"]), pair.small.extractor(batch["x"])
+    own, small = model.head(h_own), pair.small.head(h_small)
+    ce_own, ce_small = F.cross_entropy(own, y), F.cross_entropy(small, y)
+    mutual = kl(small.detach(), own) + kl(own.detach(), small) + F.mse_loss(pair.hidden(h_small), h_own)
+    return ce_own + ce_small + mutual / (ce_own + ce_small).detach()
+
+
+def compressed(params: Params, energy: float) -> tuple[dict[str, Params], dict[str, Scalar]]:
+    """Groups "params" (whole) and "factors" (`<key>/u` [m, K], `/s` [K], `/v` [K, n]), and the shapes of the latter.
+
+    A tensor [m, ...] of two or more dimensions is a matrix [m, n]; K is the smallest rank that keeps the energy.
+    """
+    whole, factors, shapes = {}, {}, {}
+    for key, tensor in params.items():
+        if tensor.ndim >= 2:
+            u, s, v = torch.linalg.svd(tensor.flatten(1), full_matrices=False)
+            kept = s.double().square().cumsum(0)
+            k = min(int((kept < energy * kept[-1]).sum()) + 1, len(s))
+            if k * (len(u) + v.shape[1] + 1) < tensor.numel():
+                factors |= {f"{key}/u": u[:, :k].contiguous(), f"{key}/s": s[:k].clone(), f"{key}/v": v[:k].clone()}
+                shapes[f"shape {key}"] = list(tensor.shape)
+                continue
+        whole[key] = tensor
+    return {"params": whole, "factors": factors}, shapes
+
+
+def restored(payload: Payload) -> Params:
+    """The parameters of a payload that `compressed` made."""
+    params, factors = payload.group("params"), payload.group("factors")
+    for name, shape in payload.scalars.items():
+        if name.startswith("shape "):
+            key = name.removeprefix("shape ")
+            params[key] = (factors[f"{key}/u"] * factors[f"{key}/s"] @ factors[f"{key}/v"]).reshape(shape)
+    return params

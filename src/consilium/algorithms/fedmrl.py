@@ -1,0 +1,114 @@
+"""FedMRL: Federated Model Heterogeneous Matryoshka Representation Learning.
+
+Yi, Yu, Ren, Wang, Liu, Li. NeurIPS 2024. https://arxiv.org/abs/2406.00488
+
+A small shared model G (its representation has d1 < d2 numbers, the client's own F_k has d2) and a private projector:
+
+    R   = P_k [G_ex(x), F_ex(x)]  in R^d2                     R_c = the first d1 numbers of R
+    loss = CE(G_head(R_c), y) + CE(F_head(R), y)              one backward pass for all
+    G <- sum_{k in S} n_k / n G_k, extractor and header       all that travels; F_head(R) predicts
+
+    G        params["small.*"]          F_k, P_k    context.state: private.*, projector.*, head.*        d1   d1
+
+Departures: none in the rule; momentum, weight decay and clipping are `fit`'s.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from consilium.algorithms.fedavg import FedAvgServer
+from consilium.algorithms.fml import SMALL, small_params
+from consilium.core import Algorithm, Client, ClientContext, Payload, Server
+from consilium.errors import ConfigError
+from consilium.models.cohort import SplitModel, initial
+from consilium.moe.addressing import flatten
+from consilium.params import Params
+from consilium.training import Setup, tested, trained
+
+__all__ = ["FedMRL", "Nested"]
+
+
+@dataclass(frozen=True)
+class FedMRL(Algorithm):
+    """Nested representations of a small shared model and an own one.
+
+    Args:
+        d1: width of the small model's representation, >= 1, at most the own model's; None: a fifth of it.
+    """
+
+    worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
+    d1: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.d1 is not None and self.d1 < 1:
+            raise ConfigError(f"d1 is {self.d1}; it must be at least 1, or None for a fifth of the width")
+
+    def server(self, setup: Setup) -> Server:
+        return FedAvgServer(setup, params=small_params(self.narrow(setup)))
+
+    def client(self, setup: Setup) -> Client:
+        return FedMRLClient(setup, self.narrow(setup))
+
+    def narrow(self, setup: Setup) -> Setup:
+        """The set-up in which extractors end in d1, as the small one does."""
+        d1 = self.d1 or max(1, setup.model.width // 5)
+        if d1 > setup.model.width:
+            raise ConfigError(f"d1 is {d1}; it must be at most {setup.model.width}, the width of representations")
+        return replace(setup, model=replace(setup.model, width=d1))
+
+
+class FedMRLClient(Client):
+    """Trains its own model, the projector and the small model together."""
+
+    def __init__(self, setup: Setup, narrow: Setup):
+        self.setup = setup
+        self.narrow = narrow
+
+    def train(self, payload: Payload, context: ClientContext) -> Payload:
+        model = self._model(payload, context)
+        told = trained(self.setup, model, context, coarse_and_fine)
+        params = flatten(model)
+        context.state.params = {key: t for key, t in params.items() if not key.startswith(SMALL)}
+        return Payload({"params": {key: t for key, t in params.items() if key.startswith(SMALL)}}, told)
+
+    def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
+        return tested(self.setup, self._model(payload, context), context)
+
+    def _model(self, payload: Payload, context: ClientContext) -> SplitModel:
+        own = context.state.params or self._initial(context)
+        return self.setup.split_model(lambda: self._nested(context), {**own, **payload.group("params")}, context)
+
+    def _nested(self, context: ClientContext) -> "Nested":
+        small = self.narrow.model.extractor(self.narrow.model.small, self.setup.shape)
+        private = self.setup.model.extractor(context.info.architecture, self.setup.shape)
+        return Nested(private, small, len(context.data.task.labels))
+
+    def _initial(self, context: ClientContext) -> Params:
+        begun = initial(lambda: self._nested(context), self.setup.seed, "FedMRL", context.info.architecture)
+        own = {k if k.startswith("head.") else f"private.{k}": t for k, t in self.setup.own_params(context).items()}
+        return {**{k: t for k, t in begun.items() if k.startswith("projector.")}, **own}
+
+
+class Nested(nn.Module):
+    """R [B, d2] of the concatenated representations; beside it the small header, which reads its first d1 numbers."""
+
+    def __init__(self, private: nn.Module, small: nn.Module, classes: int):
+        super().__init__()
+        self.private = private
+        self.small = nn.ModuleDict({"extractor": small, "head": nn.Linear(small.width, classes)})
+        self.projector = nn.Linear(small.width + private.width, private.width)
+        self.width = private.width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projector(torch.cat([self.small["extractor"](x), self.private(x)], dim=1))
+
+
+def coarse_and_fine(model: SplitModel, batch: dict[str, Tensor]) -> Tensor:
+    """CE of the small header on R_c + CE of the own one on R."""
+    r, y, small = model.backbone(batch["x"]), batch["labels"], model.backbone.small
+    coarse = small["head"](r[:, : small["extractor"].width])
+    return F.cross_entropy(coarse, y) + F.cross_entropy(model.head(r), y)

@@ -1,0 +1,123 @@
+"""FedSSA: Semantic Similarity-based Aggregation for Efficient Model-Heterogeneous Personalized Federated Learning.
+
+Yi, Yu, Shi, Wang, Liu, Cui, Li. IJCAI 2024. https://arxiv.org/abs/2312.09006
+
+Clients share, of their headers, the rows of the classes they have; a share of their own rows fades:
+
+    theta_s <- mean of theta_k,s over the clients of the round that have class s
+    client: row s <- mu_t * own row + (1 - mu_t) * theta_s   for its classes; other rows stay its own
+    mu_t = mu0 * cos(pi t / (2 T_stable)) for t < T_stable, else 0                 t = 0 in the first round
+
+    theta_s  head rows, group "params"      mu0, T_stable   fields       t   scalars "t"
+
+Departures: none from the paper. The authors' code uses mu * own + theta (weights that do not sum to 1), mu for two
+rounds only, and averages the last headers of all clients; that is not done here.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from consilium.algorithms.fedavg import FedAvgServer
+from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInfo, Payload, Server
+from consilium.errors import ConfigError
+from consilium.models.cohort import SplitModel
+from consilium.moe.addressing import flatten
+from consilium.params import Params, WeightedMean
+from consilium.training import Setup, tested, trained
+
+__all__ = ["FedSSA"]
+
+
+@dataclass(frozen=True)
+class FedSSA(Algorithm):
+    """Class rows of the headers, averaged over who has the class.
+
+    Args:
+        mu0: share of the own row at the start, in [0, 1].
+        T_stable: rounds until it has faded to 0, >= 1.
+    """
+
+    worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
+    mu0: float = 0.5
+    T_stable: int = 10
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mu0 <= 1 or self.T_stable < 1:
+            raise ConfigError(f"mu0 is {self.mu0} and T_stable {self.T_stable}; they must be in 0..1 and at least 1")
+
+    def mu(self, t: int) -> float:
+        """mu_t of round t, from 0."""
+        return self.mu0 * math.cos(math.pi * t / (2 * self.T_stable)) if t < self.T_stable else 0.0
+
+    def server(self, setup: Setup) -> Server:
+        return FedSSAServer(setup)
+
+    def client(self, setup: Setup) -> Client:
+        return FedSSAClient(setup, self)
+
+
+class FedSSAServer(Server):
+    """FedAvg's choice of clients, class rows by the plain mean over whoever sent them."""
+
+    def __init__(self, setup: Setup):
+        self.averaging = FedAvgServer(setup, params=setup.head_params(setup.common_width))
+        self.rounds = 0
+
+    @property
+    def params(self) -> Params:
+        return self.averaging.params
+
+    def configure(self, round: int, clients: list[ClientInfo]) -> dict[ClientId, Payload]:
+        self.rounds = round - 1
+        return {
+            c: Payload(sent.groups, {"t": round - 1}) for c, sent in self.averaging.configure(round, clients).items()
+        }
+
+    def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
+        mean = WeightedMean()
+        for _, reply in replies:
+            mean.add(reply.group("params"), 1.0)
+        self.averaging.params = mean.mean(self.params)
+        return {}
+
+    def deliver(self, client: ClientInfo) -> Payload:
+        return Payload(self.averaging.deliver(client).groups, {"t": self.rounds + 1})
+
+    def state(self) -> Payload:
+        return Payload({"params": self.params}, {"rounds": self.rounds})
+
+    def restore(self, state: Payload) -> None:
+        self.averaging.restore(state)
+        self.rounds = int(state.scalars["rounds"])
+
+
+class FedSSAClient(Client):
+    """Mixes the received rows of its own classes into its header."""
+
+    def __init__(self, setup: Setup, algorithm: FedSSA):
+        self.setup = setup
+        self.algorithm = algorithm
+
+    def train(self, payload: Payload, context: ClientContext) -> Payload:
+        model = self._model(payload, context)
+        told = trained(self.setup, model, context)
+        context.state.params = flatten(model)
+        rows = {key: context.state.params[key] for key in own_rows(context)}
+        return Payload({"params": rows}, told)
+
+    def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
+        return tested(self.setup, self._model(payload, context), context)
+
+    def _model(self, payload: Payload, context: ClientContext) -> SplitModel:
+        own, received = self.setup.own_params(context), payload.group("params")
+        mu = self.algorithm.mu(int(payload.scalars["t"]))
+        mixed = {key: mu * own[key] + (1 - mu) * received[key] for key in own_rows(context)}
+        return self.setup.build({**own, **mixed}, context)
+
+
+def own_rows(context: ClientContext) -> list[str]:
+    """Names of the head rows of the classes in the client's training data."""
+    task, classes = context.data.task.name, sorted(set(context.data.train.targets))
+    return [f"head.{task}.{label}.{leaf}" for label in classes for leaf in ("weight", "bias")]

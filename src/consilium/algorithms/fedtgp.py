@@ -1,0 +1,140 @@
+"""FedTGP: Trainable Global Prototypes with Adaptive-Margin-Enhanced Contrastive Learning.
+
+Zhang, Liu, Hua, Cao. AAAI 2024. https://arxiv.org/abs/2401.03230
+
+Clients as in FedProto; the server does not average the prototypes P_k^c but trains one of each class to lie near the
+clients' and far from other classes:
+
+    P^c    = phi(v^c; theta)                                   v^c a trained vector, phi two linear layers and a ReLU
+    delta  = min(max over c != c' of ||Q^c - Q^c'||, tau)      Q^c: the mean of the round's P_k^c
+    loss   = -log e^-(d(P_k^c, P^c) + delta) / (e^-(d(P_k^c, P^c) + delta) + sum_{c' != c} e^-d(P_k^c, P^c'))
+    client: CE + lambda * ||f_k(x) - P^y||^2                   d the Euclidean distance
+
+    v, phi   server.params       P^c    group "prototypes" down        P_k^c   group "prototypes" up      lambda  lam
+    S        server_epochs       tau    tau                            eta     eta_s
+
+Departures: classes that no client has sent yet are neither trained nor sent.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from consilium.algorithms.fedproto import FedProtoClient
+from consilium.core import Algorithm, Client, ClientId, ClientInfo, Payload, Server, derive_seed
+from consilium.errors import ConfigError
+from consilium.models.cohort import initial
+from consilium.training import Setup
+
+__all__ = ["FedTGP", "contrast", "margin"]
+
+
+@dataclass(frozen=True)
+class FedTGP(Algorithm):
+    """Prototypes that the server trains to keep classes apart.
+
+    Args:
+        lam: weight of the clients' distance to the prototypes (lambda), >= 0.
+        tau: largest margin, >= 0.
+        server_epochs: passes over the round's prototypes (S), >= 1.
+        eta_s: learning rate of the server, > 0.
+    """
+
+    worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
+    lam: float = 1.0
+    tau: float = 100.0
+    server_epochs: int = 100
+    eta_s: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name in ("lam", "tau"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be a finite number >= 0")
+        if self.server_epochs < 1 or not 0 < self.eta_s < float("inf"):
+            raise ConfigError(
+                f"server_epochs is {self.server_epochs} and eta_s {self.eta_s}; they must be at least 1 and above 0"
+            )
+
+    def server(self, setup: Setup) -> Server:
+        return FedTGPServer(setup, self)
+
+    def client(self, setup: Setup) -> Client:
+        return FedProtoClient(setup, self.lam)
+
+
+class FedTGPServer(Server):
+    """Keeps a vector per class and the network phi."""
+
+    def __init__(self, setup: Setup, algorithm: FedTGP):
+        self.setup = setup
+        self.algorithm = algorithm
+        d = setup.common_width
+        self.labels = [label for labels in setup.heads.values() for label in labels]
+        self.params = initial(lambda: _trainable(len(self.labels), d), setup.seed, "FedTGP")
+        self.known: set[str] = set()
+
+    def configure(self, round: int, clients: list[ClientInfo]) -> dict[ClientId, Payload]:
+        return {c.id: self.deliver(c) for c in self.setup.sampling.choose(clients, round, self.setup.seed)}
+
+    def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
+        pairs = [(label, t) for _, reply in replies for label, t in sorted(reply.group("prototypes").items())]
+        if not pairs:
+            return {}
+        self.known |= {label for label, _ in pairs}
+        places = {label: i for i, label in enumerate(sorted(self.known))}
+        sent_ND = torch.stack([t for _, t in pairs])
+        y_N = torch.tensor([places[label] for label, _ in pairs])
+        delta = margin(sent_ND, y_N, self.algorithm.tau)
+        module = self._module()
+        optimizer = torch.optim.SGD(module.parameters(), lr=self.algorithm.eta_s)
+        generator = torch.Generator().manual_seed(derive_seed(self.setup.seed, "FedTGP", round))
+        for _ in range(self.algorithm.server_epochs):
+            for rows in torch.randperm(len(y_N), generator=generator).split(self.setup.fit.batch_size):
+                optimizer.zero_grad()
+                contrast(sent_ND[rows], y_N[rows], self._prototypes(module), delta).backward()
+                optimizer.step()
+        self.params = {key: t.detach().clone() for key, t in module.named_parameters()}
+        return {"margin": delta}
+
+    def deliver(self, client: ClientInfo) -> Payload:
+        with torch.no_grad():
+            prototypes = self._prototypes(self._module()) if self.known else ()
+        return Payload({"prototypes": {c: t.clone() for c, t in zip(sorted(self.known), prototypes, strict=True)}})
+
+    def state(self) -> Payload:
+        return Payload({"params": self.params}, {"known": sorted(self.known)})
+
+    def restore(self, state: Payload) -> None:
+        self.params = state.group("params")
+        self.known = set(state.scalars["known"])
+
+    def _module(self) -> nn.Module:
+        module = _trainable(*self.params["vectors.weight"].shape)
+        module.load_state_dict(self.params)
+        return module
+
+    def _prototypes(self, module: nn.Module) -> Tensor:
+        """P^c of the known classes in sorted order, [C, d]."""
+        rows = torch.tensor([self.labels.index(label) for label in sorted(self.known)])
+        return module["phi"](module["vectors"](rows))
+
+
+def _trainable(classes: int, d: int) -> nn.ModuleDict:
+    phi = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, d))
+    return nn.ModuleDict({"vectors": nn.Embedding(classes, d), "phi": phi})
+
+
+def margin(sent_ND: Tensor, y_N: Tensor, tau: float) -> float:
+    """The largest distance between the mean prototypes of two classes, at most tau; 0 with one class."""
+    means = torch.stack([sent_ND[y_N == c].mean(0) for c in y_N.unique().tolist()])
+    return min(torch.cdist(means, means).max().item(), tau)
+
+
+def contrast(sent_BD: Tensor, y_B: Tensor, prototypes_CD: Tensor, delta: float) -> Tensor:
+    """The loss above, mean over the batch: cross-entropy of minus the distances, plus delta that of the own class."""
+    apart_BC = torch.cdist(sent_BD, prototypes_CD)
+    return F.cross_entropy(-(apart_BC + delta * F.one_hot(y_B, len(prototypes_CD))), y_B)

@@ -1,0 +1,133 @@
+"""FML: Federated Mutual Learning.
+
+Shen, Zhang, Jia, Zhang, Huang, Zhou, Kuang, Wu, Wu. https://arxiv.org/abs/2006.16765
+
+Each client trains its own model and a copy of a small shared one (the meme model) together; each learns from the data
+and from what the other says:
+
+    L_own  = alpha * CE(p_own)  + (1 - alpha) * KL(p_meme || p_own)      p of the other as it is: no gradient through it
+    L_meme = beta  * CE(p_meme) + (1 - beta)  * KL(p_own  || p_meme)
+    meme <- sum_{k in S} n_k / n meme_k
+
+    meme     params["small.*"], extractor and head: all that travels       own      context.state: private.*, head.*
+
+Departures: none in the rule. That this baseline "fails to converge" in the tables of the pFedMoE family is not a
+property of the method.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from consilium.algorithms.fedavg import FedAvgServer
+from consilium.core import Algorithm, Client, ClientContext, Payload, Server
+from consilium.errors import ConfigError
+from consilium.models.cohort import SplitModel, initial
+from consilium.moe.addressing import flatten
+from consilium.params import Params
+from consilium.training import Setup, tested, trained
+
+__all__ = ["FML", "Pair", "kl", "pair_model", "small_params"]
+
+SMALL = "small."
+
+
+@dataclass(frozen=True)
+class FML(Algorithm):
+    """Mutual distillation between a private model and a small shared one.
+
+    Args:
+        alpha: weight of the data in the private model's loss, in [0, 1].
+        beta: weight of the data in the shared model's loss, in [0, 1].
+    """
+
+    worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
+    alpha: float = 0.5
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be within 0..1")
+
+    def server(self, setup: Setup) -> Server:
+        return FedAvgServer(setup, params=small_params(setup))
+
+    def client(self, setup: Setup) -> Client:
+        return FMLClient(setup, self)
+
+
+class FMLClient(Client):
+    """Trains both models; keeps its own, sends the shared one."""
+
+    def __init__(self, setup: Setup, algorithm: FML):
+        self.setup = setup
+        self.alpha, self.beta = algorithm.alpha, algorithm.beta
+
+    def train(self, payload: Payload, context: ClientContext) -> Payload:
+        model = pair_model(self.setup, payload.group("params"), context)
+        told = trained(self.setup, model, context, self.objective)
+        params = flatten(model)
+        context.state.params = {key: t for key, t in params.items() if not key.startswith(SMALL)}
+        return Payload({"params": {key: t for key, t in params.items() if key.startswith(SMALL)}}, told)
+
+    def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
+        return tested(self.setup, pair_model(self.setup, payload.group("params"), context), context)
+
+    def objective(self, model: SplitModel, batch: dict[str, Tensor]) -> Tensor:
+        """L_own + L_meme: neither reaches the other's weights."""
+        own, meme, y = model(batch)[0], model.backbone.small(batch["x"]), batch["labels"]
+        loss_own = self.alpha * F.cross_entropy(own, y) + (1 - self.alpha) * kl(meme.detach(), own)
+        loss_meme = self.beta * F.cross_entropy(meme, y) + (1 - self.beta) * kl(own.detach(), meme)
+        return loss_own + loss_meme
+
+
+class Pair(nn.Module):
+    """A private extractor, which is what the model's own head reads, beside a small classifier [B, *S] -> [B, C]."""
+
+    def __init__(self, private: nn.Module, small: nn.Module, classes: int):
+        super().__init__()
+        self.private = private
+        self.small = nn.Sequential()
+        self.small.add_module("extractor", small)
+        self.small.add_module("head", nn.Linear(small.width, classes))
+        self.width = private.width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.private(x)
+
+
+def kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(softmax(teacher) || softmax(student)) of logits [B, C], mean over the batch."""
+    return F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
+
+
+def small_params(setup: Setup) -> Params:
+    """The shared small classifier as it begins: `small.extractor.*`, `small.head.weight` [C, d] and `.bias` [C]."""
+    width = setup.model.width_of(setup.model.small, setup.shape)
+    head = initial(lambda: nn.Linear(width, setup.classes), setup.seed, "small head")
+    return {f"{SMALL}extractor.{key}": t for key, t in setup.small_params().items()} | {
+        f"{SMALL}head.{key}": t for key, t in head.items()
+    }
+
+
+def pair_model(
+    setup: Setup,
+    small: Params,
+    context: ClientContext,
+    make: Callable[..., nn.Module] = Pair,
+    kind: type[SplitModel] = SplitModel,
+) -> SplitModel:
+    """The client's own extractor and head with the shared model beside them: `make(private, small, C)`."""
+    cohort, name = setup.model, context.info.architecture
+
+    def backbone() -> nn.Module:
+        small_extractor = cohort.extractor(cohort.small, setup.shape)
+        return make(cohort.extractor(name, setup.shape), small_extractor, len(context.data.task.labels))
+
+    if not (own := context.state.params):
+        own = {k if k.startswith("head.") else f"private.{k}": t for k, t in setup.own_params(context).items()}
+    return setup.split_model(backbone, {**own, **small}, context, kind)

@@ -1,0 +1,263 @@
+"""pFedMoE: Data-Level Personalization with Mixture of Experts for Model-Heterogeneous Personalized Federated Learning.
+
+Yi, Yu, Ren, Zhang, Wang, Liu, Li. https://arxiv.org/abs/2402.01350
+
+Client k has its own model, extractor F_k and header; a small extractor G of one architecture for all is shared. A gate
+of its own mixes the two representations, sample by sample; header, both extractors and gate learn in one backward pass.
+
+    [a_G, a_F] = H(x; phi_k)              a_G + a_F = 1, H reads the flattened raw input
+    R = a_G G(x; theta) + a_F F_k(x; omega_k),   y = head_k(R)
+    theta <- sum_{k in S} n_k / n theta_k        all that ever travels
+
+    theta    params["shared.*"]       omega_k  context.state: private.*, head.*     phi_k  context.state: gate.*
+    eta_theta, eta_omega, eta_phi     learning rates of the three                   m      hidden units of the gate
+
+The gate: switchable norm of the input -> Linear(S, m) -> batch norm -> sigmoid -> Linear(m, 2) -> batch norm ->
+softmax. The paper describes the order of norm and activation in two ways; a norm after the softmax would break the sum
+of 1, so here every norm comes before its activation. m is not stated: 64 keeps the gate smaller than the extractors.
+
+Departures: a batch of one example, of which there are no batch statistics, is normalised by the running ones.
+Extractors of unequal width are joined by a private linear projection of G(x) (`join.*`); the paper has equal widths.
+With "layer" or "group" norms the gate's last norm is left out: over two numbers it would leave their sign alone.
+Options switch off what the paper adds (static mixing; the shared extractor alone; all parts private, which is a local
+model with as many parameters), or let the gate read the two representations instead of the input.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from consilium.algorithms.fedavg import FedAvgServer
+from consilium.core import Algorithm, Client, ClientContext, Payload, Scalar, Server
+from consilium.errors import ConfigError
+from consilium.models.cohort import SplitModel, initial
+from consilium.moe.addressing import flatten, select
+from consilium.params import Params
+from consilium.training import Setup, tested, trained
+
+__all__ = ["Gate", "Mixture", "pFedMoE"]
+
+SHARED = "shared."
+
+
+@dataclass(frozen=True)
+class pFedMoE(Algorithm):
+    """A private model, one small shared extractor, and a gate that mixes them per sample.
+
+    Args:
+        eta_theta: learning rate of the shared extractor, > 0; None: fit.lr.
+        eta_omega: learning rate of the client's own extractor and header, > 0; None: fit.lr.
+        eta_phi: learning rate of the gate, > 0; None: fit.lr.
+        m: hidden units of the gate, >= 1.
+        mixing: "gate"; "static", 0.5 and 0.5; "shared", the shared extractor alone; "local", the gate with all parts
+            private and nothing sent: a local model with as many parameters.
+        norm: of the gate: "batch", as in the paper; "layer" or "group" (4 groups), which know no other example.
+        gate_input: what the gate reads: "raw", the flattened input; "features", both representations.
+        deploy: with which theta a client predicts: "aggregated", the server's newest; "trained", its own as it last
+            left it, which the paper's code scores and which costs no delivery.
+    """
+
+    worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
+    eta_theta: float | None = None
+    eta_omega: float | None = None
+    eta_phi: float | None = None
+    m: int = 64
+    mixing: Literal["gate", "static", "shared", "local"] = "gate"
+    norm: Literal["batch", "layer", "group"] = "batch"
+    gate_input: Literal["raw", "features"] = "raw"
+    deploy: Literal["aggregated", "trained"] = "aggregated"
+
+    def __post_init__(self) -> None:
+        for name in ("eta_theta", "eta_omega", "eta_phi"):
+            if (rate := getattr(self, name)) is not None and not 0 < rate < float("inf"):
+                raise ConfigError(f"{name} is {rate}; it must be greater than 0, or None for fit.lr")
+        if self.m < 1 or (self.norm == "group" and self.m % GROUPS):
+            raise ConfigError(f"m is {self.m}; it must be at least 1, and with group norms a multiple of {GROUPS}")
+        for name, allowed in (
+            ("mixing", ("gate", "static", "shared", "local")),
+            ("norm", ("batch", "layer", "group")),
+            ("gate_input", ("raw", "features")),
+            ("deploy", ("aggregated", "trained")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}")
+
+    def server(self, setup: Setup) -> Server:
+        theta = {} if self.mixing == "local" else _prefixed(SHARED, setup.small_params())
+        return FedAvgServer(setup, params=theta)
+
+    def client(self, setup: Setup) -> Client:
+        return PFedMoEClient(setup, self)
+
+    def rates(self, lr: float) -> dict[str, float]:
+        """Beginning of a parameter's path -> learning rate."""
+        eta_theta, eta_omega, eta_phi = (rate or lr for rate in (self.eta_theta, self.eta_omega, self.eta_phi))
+        return {SHARED: eta_theta, "gate.": eta_phi, "": eta_omega}
+
+
+class PFedMoEClient(Client):
+    """Keeps its own model and gate in its state, and sends back the shared extractor alone."""
+
+    def __init__(self, setup: Setup, algorithm: pFedMoE):
+        self.setup = setup
+        self.algorithm = algorithm
+
+    def train(self, payload: Payload, context: ClientContext) -> Payload:
+        model = self._model(payload, context)
+        told = trained(self.setup, model, context, rates=self.algorithm.rates(self.setup.fit.lr))
+        if self.algorithm.mixing in ("gate", "local"):
+            told |= gate_by_class(model, self.setup, context)
+        sent, kept = {}, {}
+        for key, tensor in flatten(model).items():
+            travels = key.startswith(SHARED) and self.algorithm.mixing != "local"
+            (sent if travels else kept)[key] = tensor
+        context.state.params = {**kept, **sent} if self.algorithm.deploy == "trained" else kept
+        return Payload({"params": sent} if sent else {}, told)
+
+    def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
+        own = context.state.params if self.algorithm.deploy == "trained" else {}
+        return tested(self.setup, self._model(Payload({"params": payload.group("params") | own}), context), context)
+
+    def _model(self, payload: Payload, context: ClientContext) -> SplitModel:
+        """G as received, and what is the client's own: as it left it, or as it begins."""
+        own = context.state.params or self._initial(context)
+        return self.setup.split_model(lambda: self._mixture(context), {**own, **payload.group("params")}, context)
+
+    def _mixture(self, context: ClientContext) -> "Mixture":
+        cohort, shape = self.setup.model, self.setup.shape
+        shared = cohort.extractor(cohort.small, shape)
+        private = cohort.extractor(context.info.architecture, shape)
+        return Mixture(shared, private, math.prod(shape), self.algorithm)
+
+    def _initial(self, context: ClientContext) -> Params:
+        """F_k and header as every method begins with them, G as the server does; gate and projection of their own."""
+        setup = self.setup
+        own = select(setup.initial_params(context.info), context.data.task.name)
+        heads = {key: t for key, t in own.items() if key.startswith("head.")}
+        begun = initial(lambda: self._mixture(context), setup.seed, "pFedMoE", context.info.architecture)
+        begun |= _prefixed("private.", {key: t for key, t in own.items() if key not in heads})
+        begun |= _prefixed(SHARED, setup.small_params())
+        return {**begun, **heads}
+
+
+class Mixture(nn.Module):
+    """R = a_G G(x) + a_F F(x), an extractor made of two: [B, *S] -> [B, d], d the width of F.
+
+    Args:
+        shared: G. private: F. inputs: numbers in one example, S.
+    """
+
+    def __init__(self, shared: nn.Module, private: nn.Module, inputs: int, algorithm: pFedMoE):
+        super().__init__()
+        self.shared = shared
+        self.private = private
+        self.width = private.width
+        self.mixing = algorithm.mixing
+        self.features = algorithm.gate_input == "features"
+        if shared.width != private.width:
+            self.join = nn.Linear(shared.width, private.width)
+        if self.mixing in ("gate", "local"):
+            self.gate = Gate(2 * self.width if self.features else inputs, algorithm.m, algorithm.norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(x)[0]
+
+    def mix(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """R [B, d], and the gate's weights [a_G, a_F] [B, 2]; None without a gate."""
+        g = self.shared(x)
+        if self.shared.width != self.width:
+            g = self.join(g)
+        if self.mixing == "shared":
+            return g, None
+        f = self.private(x)
+        if self.mixing == "static":
+            return 0.5 * g + 0.5 * f, None
+        a = self.gate(torch.cat([g, f], dim=1) if self.features else x.flatten(1))
+        return a[:, :1] * g + a[:, 1:] * f, a
+
+
+class Gate(nn.Module):
+    """H: [B, S] -> weights [B, 2] that sum to 1 in every row; a norm before each activation.
+
+    Args:
+        inputs: S. m: hidden units. norm: see `pFedMoE`.
+    """
+
+    def __init__(self, inputs: int, m: int, norm: str):
+        super().__init__()
+        self.norm0 = SwitchableNorm(inputs) if norm == "batch" else nn.LayerNorm(inputs)
+        self.linear1 = nn.Linear(inputs, m)
+        self.norm1 = {
+            "batch": lambda: BatchNorm(m),
+            "layer": lambda: nn.LayerNorm(m),
+            "group": lambda: nn.GroupNorm(GROUPS, m),
+        }[norm]()
+        self.linear2 = nn.Linear(m, 2)
+        self.norm2 = BatchNorm(2) if norm == "batch" else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.norm1(self.linear1(self.norm0(x))).sigmoid()
+        return self.norm2(self.linear2(hidden)).softmax(dim=1)
+
+
+GROUPS = 4
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalisation that takes a single example by its running statistics; in evaluation, everything."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 1 or not self.training:
+            return super().forward(x)
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
+class SwitchableNorm(nn.Module):
+    """Luo et al., https://arxiv.org/abs/1806.10779, for vectors [B, S]: mean and variance are learned convex mixtures
+    of those over the example and those over the batch (of a single example, and in evaluation: the running ones)."""
+
+    def __init__(self, inputs: int, eps: float = 1e-5, momentum: float = 0.1):
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight = nn.Parameter(torch.ones(inputs))
+        self.bias = nn.Parameter(torch.zeros(inputs))
+        self.mean_weight = nn.Parameter(torch.ones(2))
+        self.var_weight = nn.Parameter(torch.ones(2))
+        self.register_buffer("running_mean", torch.zeros(inputs))
+        self.register_buffer("running_var", torch.ones(inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and len(x) > 1:
+            mean, var = x.mean(0), x.var(0, correction=0)
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var, self.momentum)
+        else:
+            mean, var = self.running_mean, self.running_var
+        (mean_own, mean_batch), (var_own, var_batch) = self.mean_weight.softmax(0), self.var_weight.softmax(0)
+        mean = mean_own * x.mean(1, keepdim=True) + mean_batch * mean
+        var = var_own * x.var(1, correction=0, keepdim=True) + var_batch * var
+        return (x - mean) / (var + self.eps).sqrt() * self.weight + self.bias
+
+
+def gate_by_class(model: SplitModel, setup: Setup, context: ClientContext) -> Mapping[str, Scalar]:
+    """For the record: class -> mean weight a_G of the shared extractor over the client's validation examples of it."""
+    data = setup.encode(context, context.data.validation)
+    model.eval()
+    with torch.inference_mode():
+        a_B = torch.cat(
+            [
+                model.backbone.mix(data.batch(rows, context.device)["x"])[1][:, 0]
+                for rows in torch.arange(len(data)).split(4 * setup.fit.batch_size)
+            ]
+        )
+    y_B = data.batch(range(len(data)), context.device)["labels"]
+    return {f"report/gate {model.labels[c]}": a_B[y_B == c].mean().item() for c in y_B.unique().tolist()}
+
+
+def _prefixed(prefix: str, params: Mapping[str, Tensor]) -> Params:
+    return {prefix + key: tensor for key, tensor in params.items()}

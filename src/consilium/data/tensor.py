@@ -1,0 +1,139 @@
+"""Images and tables: one tensor for the data set, and for every client and split the rows that it holds of it.
+
+Shapes: N rows of the data set, n of a split, B of a batch, *S the shape of one example ((C, H, W) or (columns,)).
+"""
+
+import hashlib
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from consilium.data.task import ClientData, Federation, Task
+from consilium.errors import DataError
+
+__all__ = ["TensorSplit", "cut", "federation"]
+
+
+@dataclass(frozen=True, eq=False)
+class TensorSplit:
+    """Rows of a data set that all splits share; nothing is copied until a batch is asked for.
+
+    Args:
+        x: [N, *S] float32, or uint8 pixels, which a batch turns into float32 in [-1, 1].
+        y: [N] int64, places in `labels`.
+        index: [n] int64, the rows of this split.
+        labels: names of the classes.
+    """
+
+    x: Tensor
+    y: Tensor
+    index: Tensor
+    labels: tuple[str, ...]
+
+    way = "classification"
+
+    def __post_init__(self) -> None:
+        if len(self.x) != len(self.y):
+            raise DataError(f"{len(self.x)} examples but {len(self.y)} labels: give one label per example")
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """*S."""
+        return tuple(self.x.shape[1:])
+
+    @cached_property
+    def targets(self) -> list[str]:
+        """Label name per example."""
+        return [self.labels[i] for i in self.y[self.index].tolist()]
+
+    @property
+    def texts(self) -> list[str]:
+        """What `evaluate` compares predictions with, as in `encode.Encoded`: the label names."""
+        return self.targets
+
+    @property
+    def rows(self) -> list[str]:
+        """Row of the data set per example."""
+        return [str(i) for i in self.index.tolist()]
+
+    def examples(self) -> Iterable[tuple[str, str]]:
+        """SHA-256 of an example's bits, and its label, for the fingerprint."""
+        for row, target in zip(self.index.tolist(), self.targets, strict=True):
+            yield hashlib.sha256(self.x[row].contiguous().view(torch.uint8).numpy().tobytes()).hexdigest(), target
+
+    def order(self) -> list[int]:
+        """All rows; tensors need no sorting by length."""
+        return list(range(len(self)))
+
+    def batch(self, rows: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+        """`x` [B, *S] float32 and `labels` [B] int64 of these places in the split."""
+        chosen = self.index[torch.as_tensor(rows)]
+        x = self.x[chosen].to(device)
+        x = x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x
+        return {"x": x, "labels": self.y[chosen].to(device)}
+
+    def epochs(self, epochs: int, batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
+        """Rows of each batch: `epochs` shuffled passes, the last batch of a pass may be short."""
+        for _ in range(epochs):
+            for part in torch.randperm(len(self), generator=generator).split(batch_size):
+                yield part.tolist()
+
+
+def federation(
+    x: Tensor,
+    y: Tensor,
+    task: Task,
+    train: Mapping[str, Sequence[int]],
+    test: Mapping[str, Sequence[int]] | None,
+    shares: tuple[float, float],
+    seed: int,
+    source: Mapping[str, Any],
+) -> Federation:
+    """Clients over one tensor; who has too few rows for three splits is skipped, with the reason.
+
+    Args:
+        train: client -> rows to learn from. test: client -> rows of an official test set; None: cut from `train`.
+        shares: of a client's rows, per class, for validation and (without an official test set) for test.
+        seed: of the cut, with the client's name.
+    """
+    clients, skipped = {}, {}
+    for name, rows in train.items():
+        rng = random.Random(f"{seed}:{name}")
+        held = [shares[0]] if test is not None else [*shares]
+        parts = cut(rows, y, held, rng)
+        parts = [*parts, sorted(test[name])] if test is not None else parts
+        if all(parts):
+            splits = [TensorSplit(x, y, torch.tensor(part), task.labels) for part in parts]
+            clients[name] = ClientData(task, *splits)
+        else:
+            skipped[name] = f"{len(rows)} row(s), too few for training, validation and test"
+    return Federation(clients, skipped, dict(source))
+
+
+def cut(rows: Sequence[int], y: Tensor, shares: Sequence[float], rng: random.Random) -> list[list[int]]:
+    """Rows for training and for each of `shares`, class by class, so that all parts have the same mixture.
+
+    A class gives a part at least one row as long as one is left to train on; of a single row, it trains.
+    """
+    classes = defaultdict(list)
+    for row in sorted(rows):
+        classes[int(y[row])].append(row)
+    parts: list[list[int]] = [[] for _ in range(len(shares) + 1)]
+    for _, members in sorted(classes.items()):
+        rng.shuffle(members)
+        left = len(members) - 1
+        for part, share in enumerate(shares, 1):
+            n = min(left, max(1, round(len(members) * share)))
+            parts[part] += [members.pop() for _ in range(n)]
+            left -= n
+        parts[0] += members
+    return [sorted(part) for part in parts]

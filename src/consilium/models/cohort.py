@@ -1,0 +1,186 @@
+"""A cohort: small models of which every client may have its own architecture, each split into extractor and head.
+
+    cnn-1 .. cnn-5      the five CNNs of the pFedMoE family (arXiv 2402.01350 for CIFAR); conv, conv, FC1, FC2
+    mnist-1 .. mnist-5  the same for MNIST
+    mlp-1 .. mlp-3      for tables: one hidden layer and FC2
+
+An extractor maps one batch [B, *S] to representations [B, d]; `SplitModel` puts a linear head on it. To use a module
+of your own, put a function that makes it into `ARCHITECTURES`; its attribute `width` says d. Convolutions, norms (what
+they keep in buffers travels like parameters) and anything else torch has are allowed.
+
+Shapes: B examples, *S the shape of one ((C, H, W) or (columns,)), d width of a representation, C labels.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from consilium.core import derive_seed
+from consilium.errors import ConfigError
+from consilium.params import Params
+
+__all__ = ["ARCHITECTURES", "Cohort", "SplitModel", "initial"]
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Small models, one architecture per client.
+
+    Args:
+        architectures: names, see `consilium.models.cohort`; client k (in id order, from 0) has the (k mod n)-th of n.
+            One name: all clients have the same model, as methods that average whole models need.
+        small: the architecture that all clients share beside their own, in methods that have one (pFedMoE's proxy).
+        width: d, the width of every representation (FC2): 500 in the paper for CIFAR, 50 for MNIST.
+        kernel: of the convolutions, odd; padding: around their input. 5 and 0 in the paper.
+    """
+
+    architectures: tuple[str, ...] = ("cnn-1", "cnn-2", "cnn-3", "cnn-4", "cnn-5")
+    small: str = "cnn-5"
+    width: int = 500
+    kernel: int = 5
+    padding: int = 0
+
+    form: ClassVar[str] = "classification"
+    counts: ClassVar[Mapping[str, int]] = {}
+    torch_dtype: ClassVar[torch.dtype] = torch.float32
+
+    def __post_init__(self) -> None:
+        if not self.architectures:
+            raise ConfigError("model.architectures is empty; name at least one")
+        for name in (*self.architectures, self.small):
+            if name not in ARCHITECTURES:
+                raise ConfigError(f"architecture {name!r} is unknown; allowed are {', '.join(ARCHITECTURES)}")
+        for name, least in (("width", 1), ("kernel", 1), ("padding", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"model.{name} is {getattr(self, name)}; it must be at least {least}")
+
+    @property
+    def world(self) -> str:
+        """What methods must be able to train, see `core.Algorithm.worlds`."""
+        return "cohort" if len(set(self.architectures)) == 1 else "mixed"
+
+    @property
+    def path(self) -> str:
+        """What the cohort is called in messages."""
+        return ", ".join(dict.fromkeys(self.architectures))
+
+    def architecture(self, client: int) -> str:
+        """The architecture of the client with that place in the order of ids."""
+        return self.architectures[client % len(self.architectures)]
+
+    def extractor(self, name: str, shape: tuple[int, ...]) -> nn.Module:
+        """A new extractor [B, *shape] -> [B, d], with its attribute `width`."""
+        return ARCHITECTURES[name](shape, self)
+
+    def width_of(self, name: str, shape: tuple[int, ...]) -> int:
+        """d of that architecture; no weights are made for it."""
+        with torch.device("meta"):
+            return self.extractor(name, shape).width
+
+
+class SplitModel(nn.Module):
+    """Extractor and head: logits [B, C] = head(backbone(x)).
+
+    Args:
+        backbone: the extractor [B, *S] -> [B, d], with attribute `width` = d.
+        task: name of the task; labels: its label names.
+    """
+
+    family = None  # no sparse block, so nothing that `moe.families` could tell
+    dtype = torch.float32
+
+    def __init__(self, backbone: nn.Module, task: str, labels: tuple[str, ...]):
+        super().__init__()
+        self.backbone = backbone
+        self.task = task
+        self.labels = labels
+        self.head = nn.Linear(backbone.width, len(labels))
+
+    def blocks(self) -> dict[str, nn.Module]:
+        """Sparse blocks: none."""
+        return {}
+
+    def masks(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Which positions are real: of tensors, all."""
+        return {}
+
+    def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits [B, C] and their targets [B]."""
+        return self.head(self.backbone(batch["x"])), batch["labels"]
+
+
+def initial(make: Callable[[], nn.Module], *seed: Any) -> Params:
+    """The weights with which `make`'s module begins, by its own initialisation; the same for the same seed parts."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(*seed))
+        module = make()
+    found = dict(module.named_parameters()) | {k: t for k, t in module.named_buffers() if t.is_floating_point()}
+    return {key: tensor.detach().clone() for key, tensor in found.items()}
+
+
+class CNN(nn.Sequential):
+    """conv, pool, ReLU, twice; FC1, ReLU, FC2, ReLU. (Max-pooling before ReLU gives what ReLU before it does.)
+
+    Args:
+        shape: (C, H, W) of the images. conv1, conv2: filters. fc1: units; FC2 has cohort.width.
+
+    Raises:
+        ConfigError: if the images are too small for the kernel.
+    """
+
+    def __init__(self, shape: tuple[int, ...], cohort: Cohort, conv1: int, conv2: int, fc1: int):
+        if len(shape) != 3:
+            raise ConfigError(f"examples have shape {shape}; a CNN needs (channels, height, width): use mlp-1 .. mlp-3")
+        sides = [_side(_side(side, cohort), cohort) for side in shape[1:]]
+        if min(sides) < 1:
+            raise ConfigError(
+                f"images of {shape[1]} x {shape[2]} are too small for two convolutions of kernel {cohort.kernel} and "
+                f"padding {cohort.padding}; use --model.kernel 3 --model.padding 1"
+            )
+        kernel, padding = cohort.kernel, cohort.padding
+        super().__init__(
+            nn.Conv2d(shape[0], conv1, kernel, padding=padding), nn.MaxPool2d(2), nn.ReLU(),
+            nn.Conv2d(conv1, conv2, kernel, padding=padding), nn.MaxPool2d(2), nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(conv2 * math.prod(sides), fc1), nn.ReLU(),
+            nn.Linear(fc1, cohort.width), nn.ReLU(),
+        )  # fmt: skip
+        self.width = cohort.width
+
+
+class MLP(nn.Sequential):
+    """FC1, ReLU, FC2, ReLU on the flattened example."""
+
+    def __init__(self, shape: tuple[int, ...], cohort: Cohort, fc1: int):
+        layers = nn.Linear(math.prod(shape), fc1), nn.ReLU(), nn.Linear(fc1, cohort.width), nn.ReLU()
+        super().__init__(nn.Flatten(), *layers)
+        self.width = cohort.width
+
+
+def _side(pixels: int, cohort: Cohort) -> int:
+    """Of what is left of a side after a convolution and a 2 x 2 pool."""
+    return (pixels + 2 * cohort.padding - cohort.kernel + 1) // 2
+
+
+def _cnn(*sizes: int) -> Callable[[tuple[int, ...], Cohort], nn.Module]:
+    return lambda shape, cohort: CNN(shape, cohort, *sizes)
+
+
+def _mlp(fc1: int) -> Callable[[tuple[int, ...], Cohort], nn.Module]:
+    return lambda shape, cohort: MLP(shape, cohort, fc1)
+
+
+ARCHITECTURES: dict[str, Callable[[tuple[int, ...], Cohort], nn.Module]] = {
+    "cnn-1": _cnn(16, 32, 2000),
+    "cnn-2": _cnn(16, 16, 2000),
+    "cnn-3": _cnn(16, 32, 1000),
+    "cnn-4": _cnn(16, 32, 800),
+    "cnn-5": _cnn(16, 32, 500),
+    **{f"mnist-{i}": _cnn(20, 20, fc1) for i, fc1 in enumerate((300, 200, 150, 100, 50), 1)},
+    **{f"mlp-{i}": _mlp(fc1) for i, fc1 in enumerate((128, 64, 32), 1)},
+}
+"""Name -> function (shape of one example, cohort) -> extractor."""
