@@ -239,7 +239,7 @@ class _Prepared:
 
         if experiment.model.world != "moe":
             raise ConfigError(
-                "sites on machines of their own share a mixture of experts; small models run on one machine"
+                "sites on machines of their own share one mixture of experts; small models run on one machine"
             )
         torch.set_num_threads(experiment.threads)
         told = {"experiment": json.dumps(to_json(experiment)), "heads": "{}", "run": token}
