@@ -15,6 +15,7 @@ import torch
 
 from consilium.algorithms.fedavg import FedAvg
 from consilium.algorithms.fedmoe import FedMoE
+from consilium.algorithms.hfedmoe import HFedMoE
 from consilium.core import Algorithm, Client, Server
 from consilium.engine.codec import decode, encode
 from consilium.params import checksum
@@ -24,6 +25,7 @@ VARIANTS = {
     "FedAvg-fit": lambda: FedAvg("fit"),
     "FedMoE-restless": lambda: FedMoE(stage1="none", patience=1, K=2, freeze=False, floor=0.0),
     "FedMoE-tokens": lambda: FedMoE(stage1="forward", patience=1, usage="served", rank="layer", weight="tokens"),
+    "HFedMoE-random": lambda: HFedMoE(select="random", experts="plain", router="row", weight="batches", per_layer=True),
 }
 """Settings besides the defaults that are worth the whole suite."""
 METHODS = {**DEFAULTS, **VARIANTS}
