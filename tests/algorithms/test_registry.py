@@ -18,6 +18,7 @@ import torch
 
 from consilium.algorithms.fedavg import FedAvg
 from consilium.algorithms.fedmoe import FedMoE
+from consilium.algorithms.hfedmoe import HFedMoE
 from consilium.algorithms.pfedmoe import pFedMoE
 from consilium.core import Algorithm, Client, Server
 from consilium.engine.codec import decode, encode
@@ -28,6 +29,7 @@ VARIANTS = {
     "FedAvg-fit": lambda: FedAvg("fit"),
     "FedMoE-restless": lambda: FedMoE(stage1="none", patience=1, K=2, freeze=False, floor=0.0),
     "FedMoE-tokens": lambda: FedMoE(stage1="forward", patience=1, usage="served", rank="layer", weight="tokens"),
+    "HFedMoE-random": lambda: HFedMoE(select="random", experts="plain", router="row", weight="batches", per_layer=True),
     "pFedMoE-local": lambda: pFedMoE(mixing="local"),
 }
 """Settings besides the defaults that are worth the whole suite."""

@@ -29,8 +29,8 @@ Our reading, where the paper is silent or contradicts itself:
   qualifies, it stays as it was, bit for bit.
 - alpha(c) is computed for the router of each layer and divided by its sum over the clients: as printed, Eq 20-21 do not
   sum to one and shrink the router from round to round, which `router="literal"` shows. `router="row"` weighs each row
-  by its own p_c(e) over the clients that dominate it. If no client dominates any expert of a layer, its router is
-  averaged by |D_c|; in "row", a row that nobody dominates stays. r(c) (Eq 18) is never used in the paper: `coverage`
+  by its own p_c(e) over the clients that dominate it. A row of which no holder dominates any expert of its layer is
+  averaged by |D_c|; in "row", one that nobody dominates stays. r(c) (Eq 18) is never used in the paper: `coverage`
   multiplies alpha(c) by it.
 - The paper's forward pass needs every routed expert in memory, whatever the budget. Here a client is sent only as many
   experts as it can hold (`resident`), those its validation data asked for most when it last took part, at first the
@@ -170,27 +170,29 @@ def best_experts(
     Args:
         scores: block -> [E], finite.
         among: block -> those that may be chosen (E_union).
-        budget: how many over all blocks, >= blocks * least.
+        budget: how many over all blocks.
         least: how many of a block there are in any case, if it has so many; beyond them none with a score < 0.
         per_layer: each block gets `least` and a share of the rest in proportion to its E, rounded down.
+
+    Raises:
+        ConfigError: if the budget is too small for `least` in every block.
     """
-    if budget < least * len(scores):
-        raise ConfigError(f"a budget of {budget} experts is too small for {len(scores)} layers with {least} each")
     ranked = {
         block: [e for e in score_E.argsort(descending=True, stable=True).tolist() if e in among[block]]
         for block, score_E in scores.items()
     }
     held = {block: ids[:least] for block, ids in ranked.items()}
+    room = budget - sum(map(len, held.values()))
+    if room < 0:
+        raise ConfigError(f"a budget of {budget} experts is too small for {len(scores)} layers with {least} each")
     rest = [(block, e) for block, ids in ranked.items() for e in ids[least:] if scores[block][e] >= 0]
     if per_layer:
         total = sum(len(score_E) for score_E in scores.values())
-        spare = budget - least * len(scores)
-        rooms = {block: spare * len(score_E) // total for block, score_E in scores.items()}
+        rooms = {block: room * len(score_E) // total for block, score_E in scores.items()}
         for block, e in rest:
             if len(held[block]) < least + rooms[block]:
                 held[block].append(e)
     else:
-        room = budget - sum(map(len, held.values()))
         for block, e in sorted(rest, key=lambda place: -float(scores[place[0]][place[1]]))[:room]:
             held[block].append(e)
     return {block: tuple(sorted(ids)) for block, ids in held.items()}
@@ -363,7 +365,7 @@ class HFedMoEServer(Server):
         """The experts this client holds now: those its data asks for most, as many as its forward budget."""
         demand = self.demand.get(client.id) or _shares(self.setup.public_usage("no usage", client.id))
         everything = {block: range(total) for block, total in self.setup.model.counts.items()}
-        forward, least = self.budgets[client.id][0], self._least()
+        forward, least = self.budgets[client.id][0], self.setup.model.family.least
         return best_experts(demand, everything, forward, least, self.algorithm.per_layer)
 
     def _task(self, client: ClientInfo) -> Payload:
@@ -386,9 +388,6 @@ class HFedMoEServer(Server):
     def _learnt_row(self, key: str) -> bool:
         """Whether a name is of a router row that is trained: a correction bias is averaged like the trunk."""
         return router_row_of(key) is not None and not key.endswith(".e_score_correction_bias")
-
-    def _least(self) -> int:
-        return min(self.setup.model.family.least, *self.setup.model.counts.values())
 
     # the record
 
