@@ -189,4 +189,6 @@ def _is(value: Any, hint: Any) -> bool:
 
 
 def _said(hint: Any) -> str:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_said(arg) for arg in typing.get_args(hint))
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

@@ -398,6 +398,8 @@ class Setup:
         """Raise ConfigError if this model and `fit` cannot do the task."""
         if task.model_form != self.model.form:
             raise ConfigError(f"task {task.name} is {task.form}, the model is set up for {self.model.form}")
+        if isinstance(self.model, Cohort):
+            return
         family = self.model.family
         if task.form == "language" and self.model.config.is_encoder_decoder:
             raise ConfigError(f"{family.name} is an encoder-decoder; instruction data and plain text need a decoder")

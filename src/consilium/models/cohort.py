@@ -91,6 +91,7 @@ class SplitModel(nn.Module):
     """
 
     family = None  # no sparse block, so nothing that `moe.families` could tell
+    adapters = None
     dtype = torch.float32
 
     def __init__(self, backbone: nn.Module, task: str, labels: tuple[str, ...]):
