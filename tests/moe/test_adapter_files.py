@@ -101,11 +101,10 @@ def test_what_is_not_ours_to_read_is_refused(tmp_path):
     model, _ = live("olmoe")
     add_lora(model, LORA)
     save_adapters(model, tmp_path)
-    config, tensors = (tmp_path / "adapter_config.json").read_text(), load_file(tmp_path / "adapter_model.safetensors")
-    save_file(
-        tensors | {"base_model.model.lm_head.lora_A.weight": torch.ones(1)}, tmp_path / "adapter_model.safetensors"
-    )
-    with pytest.raises(ModelError, match="more than experts, e.g. 'base_model.model.lm_head"):
+    config, file = (tmp_path / "adapter_config.json").read_text(), tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"base_model.model.lm_head.lora_A.weight": torch.ones(1)}, file)
+    with pytest.raises(ModelError, match="more than experts"):
         load_adapters(live("olmoe")[0], tmp_path)
     key = next(iter(tensors))
     save_file({k: t for k, t in tensors.items() if k != key}, file)

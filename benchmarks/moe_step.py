@@ -1,0 +1,195 @@
+"""What a training step costs: stock experts, ours, adapters and a restricted backward pass, as ratios in one process.
+
+    python benchmarks/moe_step.py            5 to 10 minutes on 2 busy cores; writes results/moe_step.md
+    python benchmarks/moe_step.py --device cuda
+
+A step is forward, backward, clipping and AdamW, all of it. Every variant of a shape has a model of its own; they take
+turns, one step each, so that what else the machine does falls on all alike. Measured is the CPU time of the process on
+one thread (on CUDA the time of the device between events); a ratio is of minima, and the spread is the median of a
+variant over its minimum. Nothing here has been run on CUDA yet.
+
+    dense     Mistral, whose one feed-forward is as wide as the experts that a token uses: equal active FLOPs
+    eager     Mixtral, transformers' own loop over experts      grouped   the same with grouped_mm, its default
+    ours      moe/experts.py: `keep` saves what the backward pass needs, `again` computes it again
+    25 %      `training.fit`'s restriction: each step other experts learn, a quarter of them in every block
+    floor     everything but routers and head frozen, no adapters: what no LoRA can be faster than (the better of
+              grouped and ours)                                 LoRA, PEFT   rank 8 on all experts
+"""
+
+import argparse
+import contextlib
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import MistralConfig, MistralModel, MixtralConfig, MixtralModel
+
+from consilium.moe.addressing import parameters
+from consilium.moe.experts import Experts
+from consilium.moe.families import family_of
+from consilium.moe.lora import Lora, add_expert_lora, add_lora
+from consilium.moe.model import TaskModel
+
+WIDTH, LAYERS, HEADS, VOCABULARY, BATCH, LENGTH, TOP_K, RANK = 256, 2, 8, 1000, 8, 128, 2, 8
+SHAPES = ((16, 256), (32, 512))
+"""(experts, width inside an expert)."""
+NAMES = (
+    "dense", "eager", "grouped", "ours (keep)", "ours (again)", "ours, 25 %", "ours, 25 % (keep)",
+    "floor, grouped", "floor, ours", "LoRA", "PEFT",
+)  # fmt: skip
+RESULT = Path(__file__).with_name("results") / "moe_step.md"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A ratio we want: `of` to `to` at most (or, `least`, at least) so much."""
+
+    of: str
+    to: str
+    limit: float
+    least: bool = False
+
+
+BARS = (
+    Bar("ours (keep)", "dense", 1.3),
+    Bar("LoRA", "floor", 1.2),
+    Bar("PEFT", "LoRA", 1.5, least=True),
+    Bar("ours, 25 %", "ours (keep)", 0.6),
+    Bar("ours, 25 %", "grouped", 0.6),
+)
+
+
+def model_of(experts: int, hidden: int, device: str) -> TaskModel:
+    """Mixtral with a head, random weights; experts 0: Mistral of equal active FLOPs."""
+    common = dict(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        num_key_value_heads=HEADS, max_position_embeddings=LENGTH,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    if experts:
+        config = MixtralConfig(
+            intermediate_size=hidden, num_local_experts=experts, num_experts_per_tok=TOP_K, **common
+        )  # fmt: skip
+        backbone = MixtralModel(config)
+    else:
+        backbone = MistralModel(MistralConfig(intermediate_size=TOP_K * hidden, sliding_window=None, **common))
+    return TaskModel(backbone, family_of("mixtral"), "t", tuple("abcdefgh"), torch.float32).to(device).train()
+
+
+def variant(name: str, experts: int, hidden: int, device: str) -> Callable[[], None]:
+    """One step of that variant, to be called again and again."""
+    model = model_of(0 if name == "dense" else experts, hidden, device)
+    own, stack, rng = None, contextlib.ExitStack(), random.Random(0)
+    if name in ("eager", "PEFT, eager"):
+        model.backbone.set_experts_implementation("eager")
+    if name.startswith("PEFT"):
+        add_expert_lora(model, RANK)
+    if name.startswith("floor"):
+        for path, parameter in model.backbone.named_parameters():
+            parameter.requires_grad_(".gate." in path)
+    if name == "LoRA":
+        add_lora(model, Lora(rank=RANK))
+    if name.startswith("ours") or name == "floor, ours":
+        own = stack.enter_context(Experts(model, keep="keep" in name or "floor" in name))
+    trainable = {path: p for path, p in parameters(model).items() if p.requires_grad}
+    if own is not None:
+        trainable = own.trainable(model)
+    optimizer = torch.optim.AdamW(trainable.values(), lr=1e-3, fused=True)
+    generator = torch.Generator().manual_seed(0)
+    batch = {
+        "input_ids": torch.randint(VOCABULARY, (BATCH, LENGTH), generator=generator).to(device),
+        "attention_mask": torch.ones(BATCH, LENGTH, dtype=torch.int64, device=device),
+        "labels": torch.randint(8, (BATCH,), generator=generator).to(device),
+    }
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        logits, labels = model(batch)
+        loss = nn.functional.cross_entropy(logits, labels)
+        if "25 %" in name:
+            own.active = {block: rng.sample(places, len(places) // 4) for block, places in own.places.items()}
+        loss.backward()
+        nn.utils.clip_grad_norm_(trainable.values(), 1.0)
+        optimizer.step()
+        if "25 %" in name:  # as `fit` does: no moments for who was not chosen
+            for block, places in own.places.items():
+                for place in set(places) - set(own.active[block]):
+                    for leaf in own.of(block, place):
+                        optimizer.state.pop(leaf, None)
+
+    return step
+
+
+def seconds(step: Callable[[], None], device: str) -> float:
+    """Of one call, on the CPU (of this process) or on the device."""
+    if device == "cpu":
+        start = time.process_time()
+        step()
+        return time.process_time() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
+    start.record()
+    step()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def measure(experts: int, hidden: int, steps: int, device: str) -> dict[str, list[float]]:
+    """Seconds of every step of every variant, in turns, after one step that is not counted."""
+    variants = {name: variant(name, experts, hidden, device) for name in NAMES}
+    times: dict[str, list[float]] = {name: [] for name in NAMES}
+    for turn in range(steps + 1):
+        for name, step in variants.items():
+            if name == "eager" and turn > 2:
+                continue  # many times as slow as the others
+            taken = seconds(step, device)
+            if turn:
+                times[name].append(taken)
+    return times
+
+
+def rows(experts: int, hidden: int, times: dict[str, list[float]]) -> list[str]:
+    """The table of one shape, and which bars hold."""
+    least = {name: min(t) for name, t in times.items()}
+    least["floor"] = min(least["floor, grouped"], least["floor, ours"])
+    lines = [f"\n## {experts} experts of width {hidden}\n", "| variant | ms | spread | x dense | x grouped | x floor |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name, t in times.items():
+        ratios = " | ".join(f"{least[name] / least[to]:.2f}" for to in ("dense", "grouped", "floor"))
+        lines.append(f"| {name} | {1000 * least[name]:.0f} | {statistics.median(t) / least[name]:.2f} | {ratios} |")
+    lines.append("")
+    for bar in BARS:
+        ratio = least[bar.of] / least[bar.to]
+        holds = ratio >= bar.limit if bar.least else ratio <= bar.limit
+        lines.append(
+            f"- {bar.of} / {bar.to}: {ratio:.2f}, wanted at {'least' if bar.least else 'most'} {bar.limit}: "
+            f"{'holds' if holds else 'does not hold'}"
+        )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--steps", type=int, default=4, help="counted steps of every variant, >= 1")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    lines = [
+        "# A training step of a mixture of experts\n",
+        f"`benchmarks/moe_step.py`: {LAYERS} layers, width {WIDTH}, {BATCH} x {LENGTH} tokens, top-{TOP_K}, float32, "
+        f"LoRA of rank {RANK}; {args.device}, torch {torch.__version__}, least of {args.steps} steps; spread: "
+        "median over least. What each variant is stands at the top of the script.",
+    ]
+    for experts, hidden in SHAPES:
+        lines += rows(experts, hidden, measure(experts, hidden, args.steps, args.device))
+        print("\n".join(lines), flush=True)
+        RESULT.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

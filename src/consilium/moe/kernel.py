@@ -1,0 +1,244 @@
+"""The arithmetic behind `Experts`: one block's experts forward and backward, by hand.
+
+Shapes: T tokens, D model width, E experts, K experts per token; S slots of the block, N of a group of experts; X and Y
+the input and output of a projection, H and F the width before and after the activation, R the rank of adapters.
+
+On CUDA a token's experts are summed in no fixed order, so with more than two of them the last bit may differ from run
+to run; on the CPU nothing does.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from consilium.moe.quantise import dequantise
+
+__all__ = ["Layer", "Linear", "compute"]
+
+Tensors = tuple[Tensor, ...]
+Grads = dict[int, Tensor | None]
+Members = list[tuple[int, int, int]]
+Spans = list[tuple[int, int]]
+
+SLOTS = 1024
+"""Slots that are gathered, activated and weighted together: fewer cost more small operations, more cost memory."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One projection of one expert, from tensors of its block by index: y = x W^T + b + scale (x A^T) B^T.
+
+    Args:
+        weight: [Y, X], or [X, Y] if the family stores it transposed. bias: [Y].
+        width, dtype: Y, and the dtype of the weight.
+        lora: A [R, X] and B [Y, R].
+        state: how to turn a 4-bit weight back into a matrix; None: it is one.
+    """
+
+    weight: int
+    bias: int | None
+    width: int
+    dtype: torch.dtype
+    transposed: bool
+    lora: tuple[int, int] | None
+    scale: float
+    state: Any = None
+
+    def matrix(self, tensors: Tensors) -> Tensor:
+        """The weight [Y, X] in the dtype in which the expert computes."""
+        weight = tensors[self.weight]
+        if self.state is not None:
+            weight = dequantise(weight, self.state)
+        return weight.t() if self.transposed else weight
+
+    def forward(self, x_NX: Tensor, tensors: Tensors, out: Tensor) -> None:
+        """Write y [N, Y] into `out`."""
+        weight = self.matrix(tensors).t()
+        if self.bias is None:
+            torch.mm(x_NX, weight, out=out)
+        else:
+            torch.addmm(tensors[self.bias], x_NX, weight, out=out)
+        if self.lora is not None:
+            a_RX, b_YR = (tensors[i] for i in self.lora)
+            out.addmm_(x_NX @ a_RX.t(), b_YR.t(), alpha=self.scale)
+
+    def backward(self, g_NY: Tensor, x_NX: Tensor, tensors: Tensors, grads: Grads, out: Tensor) -> None:
+        """Write the gradient of the input [N, X] into `out`, and those of the tensors that have a place in `grads`."""
+        weight = self.matrix(tensors)
+        torch.mm(g_NY, weight, out=out)
+        if self.weight in grads:
+            grads[self.weight] = x_NX.t() @ g_NY if self.transposed else g_NY.t() @ x_NX
+        if self.lora is not None:
+            a_RX, b_YR = (tensors[i] for i in self.lora)
+            v_NR = g_NY @ b_YR
+            out.addmm_(v_NR, a_RX, alpha=self.scale)
+            if self.lora[0] in grads:
+                grads[self.lora[0]] = torch.addmm(a_RX, v_NR.t(), x_NX, beta=0, alpha=self.scale)
+            if self.lora[1] in grads:
+                grads[self.lora[1]] = torch.addmm(b_YR, g_NY.t(), x_NX @ a_RX.t(), beta=0, alpha=self.scale)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block: its experts module and, per place, the two projections, which index into `tensors`.
+
+    Args:
+        keep: save h of all slots for the backward pass. reached: whether that pass reaches the expert of a place.
+        dispatch: the router gives a mask instead of indices. dropout: rate behind the activation.
+    """
+
+    module: Any
+    keep: bool
+    reached: Callable[[int], bool]
+    dispatch: bool
+    dropout: float
+    tensors: tuple[Tensor, ...]
+    first: tuple[Linear, ...]
+    second: tuple[Linear, ...]
+    activation: Callable[[Tensor], Tensor]
+
+    def act(self, h_NH: Tensor, members: Members, seed: int | None) -> Tensor:
+        """What lies between the projections, [N, F]; the mask of dropout follows from the seed, also the next time."""
+        a_NF = self.activation(h_NH)
+        if seed is None:
+            return a_NF
+        mask_NF = torch.empty_like(a_NF, requires_grad=False)
+        for place, start, end in members:
+            generator = torch.Generator(h_NH.device).manual_seed(seed + place)
+            mask_NF[start:end].bernoulli_(1 - self.dropout, generator=generator)
+        return a_NF * mask_NF / (1 - self.dropout)
+
+
+def _through(
+    linears: tuple[Linear, ...], x_NX: Tensor, members: Members, tensors: Tensors, out: Tensor | None = None
+) -> Tensor:
+    """Each expert's projection of its own tokens, [N, Y]."""
+    like = linears[0]
+    x_NX = x_NX.to(like.dtype)
+    y_NY = x_NX.new_empty(len(x_NX), like.width) if out is None else out
+    for place, start, end in members:
+        linears[place].forward(x_NX[start:end], tensors, y_NY[start:end])
+    return y_NY
+
+
+def _back(
+    linears: tuple[Linear, ...],
+    g_NY: Tensor,
+    x_NX: Tensor,
+    w_N1: Tensor | None,
+    members: Members,
+    tensors: Tensors,
+    grads: Grads,
+) -> Tensor:
+    """Where the gradient of y is g: that of x, [N, X]. The experts' own gradients are those of w y (w None: of y)."""
+    dtype = linears[0].dtype
+    g_NY = g_NY.to(dtype)
+    x_NX = (x_NX if w_N1 is None else x_NX * w_N1).to(dtype)
+    to_x = torch.empty_like(x_NX)
+    for place, start, end in members:
+        linear, g, x = linears[place], g_NY[start:end], x_NX[start:end]
+        linear.backward(g, x, tensors, grads, to_x[start:end])
+        if linear.bias in grads:
+            grads[linear.bias] = (g if w_N1 is None else g * w_N1[start:end]).sum(0).to(dtype)
+    return to_x
+
+
+def compute(layer: Layer, hidden_TD: Tensor, routed: Tensor, weights_TK: Tensor) -> Tensor:
+    """What replaces the forward of an experts module. `routed`: indices [T, K], or a 0/1 dispatch mask [T, 1, E]."""
+    if layer.dispatch:
+        served_T1, place_T1 = routed.max(-1)
+        routed = place_T1.masked_fill(served_T1 == 0, len(layer.first))
+    seed = int(torch.randint(2**62, ())) if layer.module.training and layer.dropout else None
+    keep = layer.keep and torch.is_grad_enabled()
+    return _Compute.apply(hidden_TD, weights_TK, routed, layer, keep, seed, *layer.tensors)
+
+
+def _groups(counts: list[int], reached: Callable[[int], bool]) -> Iterator[tuple[Members, Spans]]:
+    """Experts in groups of about `SLOTS` slots: each one's place and part of the group, and where in the order of all
+    slots the group lies. `counts`: slots per expert; who is not reached, or has none, is left out."""
+    members: Members = []
+    spans: Spans = []
+    position = size = 0
+    for place, count in enumerate(counts):
+        if count and reached(place):
+            members.append((place, size, size + count))
+            if spans and spans[-1][1] == position:
+                spans[-1] = (spans[-1][0], position + count)
+            else:
+                spans.append((position, position + count))
+            size += count
+        position += count
+        if members and (size >= SLOTS or place == len(counts) - 1):
+            yield members, spans
+            members, spans, size = [], [], 0
+
+
+def _take(spans: Spans, tensor: Tensor) -> Tensor:
+    """Those rows; a view if they lie together."""
+    parts = [tensor[start:end] for start, end in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class _Compute(torch.autograd.Function):
+    """The experts of one block. A slot is a token's k-th choice, number token * K + k; sentinels (>= E) are skipped."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weights_TK: Tensor,
+        routed_TK: Tensor,
+        layer: Layer,
+        keep: bool,
+        seed: int | None,
+        *tensors: Tensor,
+    ) -> Tensor:
+        experts, k = len(layer.first), routed_TK.shape[-1]
+        order_S = routed_TK.flatten().argsort(stable=True)
+        counts = torch.bincount(routed_TK.flatten(), minlength=experts)[:experts].tolist()
+        out_TD, weights_S = torch.zeros_like(hidden_TD), weights_TK.flatten()
+        like = layer.first[0]
+        kept = [hidden_TD.new_empty(sum(counts), like.width, dtype=like.dtype)] if keep else []
+        for members, spans in _groups(counts, lambda place: True):
+            slots = _take(spans, order_S)
+            tokens = slots // k
+            out = _take(spans, kept[0]) if keep else None  # neighbours all, so a view
+            h_NH = _through(layer.first, hidden_TD[tokens], members, tensors, out)
+            y_ND = _through(layer.second, layer.act(h_NH, members, seed), members, tensors)
+            out_TD.index_add_(0, tokens, (y_ND * weights_S[slots, None]).to(out_TD.dtype))
+        ctx.layer, ctx.counts, ctx.seed = layer, counts, seed
+        ctx.save_for_backward(hidden_TD, weights_TK, order_S, *tensors, *kept)  # saved so that checkpointing sees it
+        return out_TD
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        layer = ctx.layer
+        hidden_TD, weights_TK, order_S, *rest = ctx.saved_tensors
+        tensors, kept = tuple(rest[: len(layer.tensors)]), rest[len(layer.tensors) :]
+        needs, k = ctx.needs_input_grad[-len(tensors) :], weights_TK.shape[-1]
+        grads: Grads = {i: None for i, needed in enumerate(needs) if needed}
+        to_hidden = torch.zeros_like(hidden_TD) if ctx.needs_input_grad[0] else None
+        weights_S = weights_TK.flatten()
+        to_weights = torch.zeros_like(weights_S)
+        for members, spans in _groups(ctx.counts, layer.reached):
+            slots = _take(spans, order_S)
+            tokens = slots // k
+            x_ND, g_ND, w_N1 = hidden_TD[tokens], grad_TD[tokens], weights_S[slots, None]
+            h_NH = _take(spans, kept[0]) if kept else _through(layer.first, x_ND, members, tensors)
+            h_NH = h_NH.detach().requires_grad_()
+            with torch.enable_grad():
+                a_NF = layer.act(h_NH, members, ctx.seed)
+            to_a = _back(layer.second, g_ND, a_NF.detach(), w_N1, members, tensors, grads)  # of y, before its weight
+            to_y = (to_a * a_NF.detach()).sum(-1)
+            for place, start, end in members if layer.second[0].bias is not None else ():
+                to_y[start:end] += g_ND[start:end] @ tensors[layer.second[place].bias]
+            to_weights[slots] = to_y.to(to_weights.dtype)
+            (to_h,) = torch.autograd.grad(a_NF, h_NH, (to_a * w_N1).to(a_NF.dtype))
+            to_x = _back(layer.first, to_h, x_ND, None, members, tensors, grads)
+            if to_hidden is not None:
+                to_hidden.index_add_(0, tokens, to_x.to(to_hidden.dtype))
+        own = (grads.get(i) for i in range(len(tensors)))
+        return to_hidden, to_weights.view_as(weights_TK), None, None, None, None, *own
