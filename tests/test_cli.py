@@ -67,7 +67,7 @@ def refused(capsys, *args):
 
 # --- help -------------------------------------------------------------------------------------------------------------
 
-COMMANDS = ("run", "compare", "resume", "report", "list", "inspect")
+COMMANDS = ("run", "compare", "resume", "report", "list", "inspect", "certificates", "server", "client")
 
 
 @pytest.mark.parametrize("args", [[], ["--help"], ["-h"], ["help"]])
@@ -81,7 +81,8 @@ def test_help_names_every_command(capsys, args):
     ("args", "expected"),
     [(["run"], "--out"), (["compare"], "--seeds"), (["resume"], "run directory"), (["report"], "--out"),
      (["list"], "consilium list"), (["inspect"], "--memory"), (["run", "fedmoe-text"], "--data.path"),
-     (["run", "fedmoe-text"], "--out runs"),
+     (["run", "fedmoe-text"], "--out runs"), (["certificates"], "--hosts"), (["server"], "--sites"),
+     (["client"], "--name"), (["client", "fedmoe-text"], "--server X: host:port of the server"),
      (["compare", "fedmoe-docstrings"], "--algorithm.alpha"),
      (["compare", "fedmoe-text"], "--seeds 1")],
 )  # fmt: skip
