@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shlex
 import socket
 import sys
@@ -32,8 +33,9 @@ class Deployment(contextlib.ExitStack):
             f"import os, sys; os.chdir({str(self.folder)!r}); from consilium.__main__ import main; sys.exit(main())"
         )
         command = [sys.executable, "-c", script, *words]
-        home = {"HOME": str(self.folder), "FLWR_HOME": str(self.folder / "flwr"), **environment}
-        return self.enter_context(processes.started(command, log, **home)), log
+        cache = os.environ.get("CONSILIUM_CACHE") or str(Path.home() / ".cache/consilium")  # of documentation, a minute
+        home = {"HOME": str(self.folder), "FLWR_HOME": str(self.folder / "flwr"), "CONSILIUM_CACHE": cache}
+        return self.enter_context(processes.started(command, log, **home | environment)), log
 
     def server(self, *arguments, sites, keys=True):
         secure = ["--certificates", "keys"] if keys else ["--insecure"]

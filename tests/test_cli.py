@@ -68,7 +68,7 @@ def refused(capsys, *args):
 
 # --- help -------------------------------------------------------------------------------------------------------------
 
-COMMANDS = ("run", "compare", "resume", "report", "list", "inspect", "data")
+COMMANDS = ("run", "compare", "resume", "report", "list", "inspect", "data", "certificates", "server", "client")
 
 
 @pytest.mark.parametrize("args", [[], ["--help"], ["-h"], ["help"]])
@@ -82,7 +82,8 @@ def test_help_names_every_command(capsys, args):
     ("args", "expected"),
     [(["run"], "--out"), (["compare"], "--seeds"), (["resume"], "run directory"), (["report"], "--out"),
      (["list"], "consilium list"), (["inspect"], "--memory"), (["run", "fedmoe-text"], "--data.path"),
-     (["run", "fedmoe-text"], "--out runs"),
+     (["run", "fedmoe-text"], "--out runs"), (["certificates"], "--hosts"), (["server"], "--sites"),
+     (["client"], "--name"), (["client", "fedmoe-text"], "--server X: host:port of the server"),
      (["compare", "fedmoe-docstrings"], "--algorithm.alpha"),
      (["run", "fedmoe-instructions"], "--data.prompt"), (["run", "fedmoe-instructions"], "--data.messages"),
      (["run", "fedmoe-plaintext"], "{examples,documents,blocks,packed}"),

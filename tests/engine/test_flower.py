@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import queue
+import threading
 
 import loopback
 import pytest
@@ -20,6 +22,7 @@ from consilium.core import Algorithm, Payload, Sampling, derive_seed
 from consilium.engine.checkpoint import ClientStore, load_checkpoint
 from consilium.engine.flower.grid import ATTEMPTS
 from consilium.engine.flower.records import STYPE, blobs_of, from_record, payload_of, to_record
+from consilium.engine.flower.server import _watched
 from consilium.errors import CheckpointError, ConfigError, PayloadError, RoundError
 from consilium.experiment import Wire
 from consilium.run import resume, run, serve
@@ -278,6 +281,15 @@ def test_two_nodes_of_one_name(toys, grid, tmp_path):
     grid.configs[0] = grid.configs[1]
     with pytest.raises(RoundError, match="two nodes say that they are site-0"):
         run(toys, tmp_path / "run")
+
+
+def test_a_simulation_that_has_ended_is_not_waited_for(toys, grid, tmp_path):
+    """Ray may fail to start after the nodes are there: the run ends with the reason, not after its deadline."""
+    ended, reasons = threading.Thread(target=lambda: None), queue.Queue()
+    reasons.put(RoundError("Flower's simulation has failed (no memory)"))
+    _watched(grid, ended, reasons)
+    with pytest.raises(RoundError, match="no memory"):
+        run(dataclasses.replace(toys, wire=Wire()), tmp_path / "run")
 
 
 def test_a_payload_beyond_the_cap_is_not_sent(toys, grid, tmp_path):

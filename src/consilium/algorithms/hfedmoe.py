@@ -432,7 +432,7 @@ def budgets(setup: Setup, algorithm: HFedMoE, client: ClientInfo, place: int) ->
     totals = setup.model.counts
     total, layers = sum(totals.values()), len(totals)
     if not algorithm.budget:
-        return _by_memory(setup, client)
+        return setup.budgets(client)
     if client.memory_bytes is not None:
         raise ConfigError(f"client {client.id} has device memory, which budget would ignore; leave one of them out")
     share = algorithm.budget[place % len(algorithm.budget)]
@@ -445,29 +445,6 @@ def budgets(setup: Setup, algorithm: HFedMoE, client: ClientInfo, place: int) ->
     hold = algorithm.resident[place % len(algorithm.resident)] if algorithm.resident else 1.0
     least = sum(min(setup.model.family.least, n) for n in totals.values())
     return max(round(hold * total), backward, least), backward
-
-
-def _by_memory(setup: Setup, client: ClientInfo) -> tuple[int, int]:
-    """The budgets of a device: `Setup.budgets` where there is one, else as many as can all be trained."""
-    if hasattr(setup, "budgets"):
-        forward, backward = setup.budgets(client)
-        return forward, backward
-    counts = setup.model.counts
-    n = setup.largest_uniform(client.memory_bytes)
-    if n == 0:
-        lack = setup.lacks(client, dict.fromkeys(counts, 1))
-        raise BudgetError(
-            f"client {client.id} cannot hold one expert per layer: {lack}; "
-            "give it more memory, or lower fit.batch_size or fit.max_length"
-        )
-    every = sum(min(n, total) for total in counts.values())
-    return every, every
-
-
-def _footprint(setup: Setup, counts: Mapping[str, int], backward: int) -> dict[str, int]:
-    """The scalar that says what a client needs to hold `counts` and to train `backward` of them in a batch; {} where
-    the memory model knows no second budget, and what `local_round` reports is for training all of them."""
-    return {"footprint": setup.footprint(counts, trained=backward).total} if hasattr(setup, "budgets") else {}
 
 
 def _shares(counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -496,7 +473,8 @@ class HFedMoEClient(Client):
             groups[name] = {block: self._spread(x_E, held[block], block) for block, x_E in blocks.items()}
         if self.algorithm.experts == "usage":  # what was not trained is what the server has
             groups["params"] = {k: t for k, t in groups["params"].items() if _moved(k, groups["trained"])}
-        return Payload(groups, {**reply.scalars, **_footprint(self.setup, counts_of(held), budget)})
+        footprint = self.setup.footprint(counts_of(held), trained=budget).total
+        return Payload(groups, {**reply.scalars, "footprint": footprint})
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         return local_test(self.setup, payload, context)

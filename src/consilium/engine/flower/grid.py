@@ -227,8 +227,9 @@ class FlowerEngine(Engine):
         Returns:
             Client -> its reply in files, and client -> bytes sent. `missing` is filled: who did not answer, and why.
         """
+        nodes = self.roster.nodes()
         end = time.monotonic() + self.wire.deadline
-        sent, down = self._send(kind, number, tasks, missing)
+        sent, down = self._send(kind, number, tasks, nodes, missing)
         arrived: dict[ClientId, _Parked] = {}
         for client, reply in _arrivals(self.roster.grid, sent, end, self.roster.poll):
             self.progress(client, "test" if kind == "evaluate" else "train", len(arrived) + 1, len(tasks))
@@ -240,10 +241,14 @@ class FlowerEngine(Engine):
         return arrived, down
 
     def _send(
-        self, kind: str, number: int, tasks: Mapping[ClientId, Payload], missing: dict[ClientId, str]
+        self,
+        kind: str,
+        number: int,
+        tasks: Mapping[ClientId, Payload],
+        nodes: Mapping[ClientId, int],
+        missing: dict[ClientId, str],
     ) -> tuple[dict[ClientId, str], dict[ClientId, int]]:
         """One message per client, built and handed over one after the other: client -> its id, client -> bytes."""
-        nodes = self.roster.nodes()
         sent: dict[ClientId, str] = {}
         down: dict[ClientId, int] = {}
         for client in sorted(tasks):

@@ -5,12 +5,12 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from queue import Queue
 from typing import Any
 
-from flwr.app import Context
+from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
 from consilium.core import ClientId
@@ -55,19 +55,20 @@ def simulation(experiment: Experiment, clients: int) -> Iterator[Grid]:
     }
 
     def work(folder: str) -> None:
-        own = {"num_cpus": cores, "include_dashboard": False, "_temp_dir": folder}  # the folder goes afterwards
+        # The folder goes afterwards; its path must be short, as the sockets in it allow.
+        own = {"num_cpus": cores, "include_dashboard": False, "_temp_dir": folder}
         init = {} if "RAY_ADDRESS" in os.environ else own
         try:
             run_simulation(
                 server, client_app, clients, backend_config={"client_resources": resources, "init_args": init}
             )
         except BaseException as error:
-            grids.put(error)
+            grids.put(RoundError(f"Flower's simulation has failed ({error}); see its messages above"))
         else:
             grids.put(RoundError("Flower's simulation ended before the run did; see its messages above"))
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         thread = threading.Thread(target=work, args=(folder,), daemon=True)
         thread.start()
         try:
@@ -78,10 +79,23 @@ def simulation(experiment: Experiment, clients: int) -> Iterator[Grid]:
                 time.sleep(0.05)  # Flower starts the ServerApp first, its nodes after that
             if isinstance(grid, BaseException):
                 raise grid
-            yield grid
+            yield _watched(grid, thread, grids)
         finally:
             done.set()
             thread.join()
+
+
+def _watched(grid: Grid, thread: threading.Thread, grids: "Queue[Grid | BaseException]") -> Grid:
+    """The Grid, which no longer waits for answers when the simulation has ended: Ray may fail to start."""
+    pull = grid.pull_messages
+
+    def checked(message_ids: Iterable[str]) -> Iterable[Message]:
+        if not thread.is_alive():
+            raise grids.get()
+        return pull(message_ids)
+
+    grid.pull_messages = checked
+    return grid
 
 
 def server_app(serve: Callable[[Grid, dict[str, Any]], None]) -> ServerApp:
