@@ -183,8 +183,8 @@ def table(setting: str, methods: dict[str, list[dict]]) -> list[str]:
     lines = [
         f"## {setting}",
         "",
-        "| method | accuracy | clients above Standalone | paper's metric | traffic MB | seconds | seeds |",
-        "|---|---|---|---|---|---|---|",
+        "| method | accuracy | clients above Standalone | paper's metric | traffic MB | seconds | rounds | seeds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     alone = methods.get("Standalone", [])
     for method, runs in methods.items():
@@ -193,7 +193,8 @@ def table(setting: str, methods: dict[str, list[dict]]) -> list[str]:
         above = f"{sum(a > b for a, b in pairs)} of {len(pairs)}" if pairs and method != "Standalone" else "-"
         lines.append(
             f"| {method} | {spread([r['mean'] for r in runs])} | {above} | {spread([r['paper'] for r in runs])} "
-            f"| {spread([r['megabytes'] for r in runs], 0)} | {spread([r['seconds'] for r in runs], 0)} | {len(runs)} |"
+            f"| {spread([r['megabytes'] for r in runs], 0)} | {spread([r['seconds'] for r in runs], 0)} "
+            f"| {runs[0]['rounds']} | {len(runs)} |"
         )
     return [*lines, ""]
 

@@ -20,7 +20,7 @@ from consilium.algorithms.fedproto import FedProto
 from consilium.algorithms.pfedmoe import pFedMoE
 from consilium.algorithms.randommoe import RandomMoE
 from consilium.core import Algorithm, Sampling
-from consilium.data.arrays import ImageData
+from consilium.data.arrays import ImageData, TableData
 from consilium.data.task import ClientData, Federation, Split, Task
 from consilium.data.textfile import TextFileData
 from consilium.engine.checkpoint import load_checkpoint
@@ -29,6 +29,7 @@ from consilium.experiment import DATA, Experiment, from_json, to_json
 from consilium.models.cohort import Cohort
 from consilium.moe.build import ModelSource
 from consilium.params import checksum
+from consilium.recipes.digits import pfedmoe_table
 from consilium.run import _git, _Prepared, read_config, run
 from consilium.training import Fit
 
@@ -501,3 +502,13 @@ def test_small_models_need_their_kind_of_data(tmp_path):
         runs.experiment(tmp_path / "a.csv", model=Cohort(("cnn-1",)))
     with pytest.raises(ConfigError, match="has no experts; leave it at 'all'"):
         run(small(algorithm=FedAvg(experts=2), model=Cohort(("mlp-1",))), tmp_path / "run")
+
+
+def test_a_run_on_a_table(tmp_path):
+    rows = [f"{'ab'[i % 2]},{i % 7},{i % 3},{i % 4}" for i in range(60)]
+    (tmp_path / "t.csv").write_text("\n".join(["site,age,dose,grade", *rows]) + "\n")
+    data = TableData(tmp_path / "t.csv", target="grade", client="site", positive=True)
+    for method in (pFedMoE(m=4), FedProto()):
+        folder = tmp_path / type(method).__name__
+        summary = run(dataclasses.replace(pfedmoe_table(), data=data, algorithm=method, rounds=1), folder)
+        assert summary["coverage"] == "2/2" and 0 <= summary["mean"] <= 1

@@ -671,6 +671,7 @@ def local_round(
     validation = setup.encode(context, context.data.validation)
     with Tap(model, held, outside, setup.model.counts) as tap:
         scores = assess(model, validation, context, setup, tap if usage else None)
+    told = _before_aggregation(setup, model, context)
     seconds_evaluate = time.perf_counter() - start
     groups: dict[str, Params] = {"params": flatten(model, held)}  # after evaluation, which needs room itself
     if usage:
@@ -688,7 +689,7 @@ def local_round(
         "experts": sum(counts.values()),
         **setup.reported(counts, references=references),
         "seconds_evaluate": seconds_evaluate,
-        **_before_aggregation(setup, model, context),
+        **told,
     }
     return model, Payload(groups, scalars)
 

@@ -62,7 +62,7 @@ from consilium.core import (
     experts_from_scalars,
     experts_to_scalars,
 )
-from consilium.errors import BudgetError, ConfigError
+from consilium.errors import ConfigError
 from consilium.moe.addressing import expert_of, router_row_of, select
 from consilium.moe.routing import Tap
 from consilium.params import Params

@@ -1,16 +1,21 @@
-"""pFedMoE on the digits that scikit-learn ships: no file, no network, ten clients of which no two models are alike."""
+"""pFedMoE: on the digits that scikit-learn ships (no file, no network), and on images and tables of one's own."""
+
+from dataclasses import replace
+from pathlib import Path
 
 from consilium.algorithms.fd import FD
 from consilium.algorithms.fedproto import FedProto
 from consilium.algorithms.pfedmoe import pFedMoE
 from consilium.core import Sampling
-from consilium.data.arrays import ImageData
+from consilium.data.arrays import ImageData, TableData
 from consilium.experiment import Experiment
 from consilium.models.cohort import Cohort
 from consilium.recipes import recipe
 from consilium.training import Fit
 
-__all__ = ["ABLATIONS", "SMALL_FIT", "pfedmoe_digits"]
+__all__ = ["ABLATIONS", "SMALL_FIT", "pfedmoe_digits", "pfedmoe_images", "pfedmoe_table"]
+
+COMPARED = "pFedMoE,pFedMoE-static,Standalone,LGFedAvg,FedProto,FML"
 
 ABLATIONS = {
     "pFedMoE-static": pFedMoE(mixing="static"),
@@ -28,7 +33,7 @@ SMALL_FIT = {"optimizer": "sgd", "clip": 0.0, "label_smoothing": 0.0, "balance":
 """The paper's training: plain SGD on the cross-entropy."""
 
 
-@recipe("pfedmoe-digits", rivals=ABLATIONS, compared="pFedMoE,pFedMoE-static,Standalone,LGFedAvg,FedProto,FML")
+@recipe("pfedmoe-digits", rivals=ABLATIONS, compared=COMPARED)
 def pfedmoe_digits() -> Experiment:
     """pFedMoE on scikit-learn's digits: 10 clients with 2 digits each, five architectures, all take part."""
     return Experiment(
@@ -36,8 +41,31 @@ def pfedmoe_digits() -> Experiment:
         algorithm=pFedMoE(),
         data=ImageData(partition="pathological", clients=10, classes=2),
         model=Cohort(tuple(f"mnist-{i}" for i in range(1, 6)), small="mnist-5", width=50, kernel=3, padding=1),
-        fit=Fit(lr=0.05, head_lr=0.05, batch_size=10, **SMALL_FIT),
+        fit=Fit(lr=0.1, head_lr=0.1, batch_size=32, **SMALL_FIT),
         sampling=Sampling(clients_per_round=10),
         rounds=20,
         evaluate_every=2,
+    )
+
+
+@recipe("pfedmoe-images", rivals=ABLATIONS, compared=COMPARED)
+def pfedmoe_images() -> Experiment:
+    """pFedMoE and the five CNNs on your own images: --data.path FILE.npz with x_train, y_train, x_test, y_test."""
+    return replace(
+        pfedmoe_digits(),
+        name="pfedmoe-images",
+        data=ImageData(path=Path("fashion_mnist.npz")),
+        model=Cohort(),
+        fit=Fit(lr=0.01, head_lr=0.01, batch_size=64, **SMALL_FIT),
+    )
+
+
+@recipe("pfedmoe-table", rivals=ABLATIONS, compared=COMPARED)
+def pfedmoe_table() -> Experiment:
+    """pFedMoE on your own table of numbers: --data.path FILE --data.target COLUMN --data.client COLUMN."""
+    return replace(
+        pfedmoe_digits(),
+        name="pfedmoe-table",
+        data=TableData(path=Path("heart_disease.parquet"), target="num", client="hospital", positive=True),
+        model=Cohort(("mlp-1", "mlp-2", "mlp-3"), small="mlp-3", width=16),
     )
