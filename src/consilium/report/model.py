@@ -40,6 +40,8 @@ def print_model(setup: Setup, limit: int | None, rank: int, out: Console) -> Non
         say(f"    {named}: {len(blocks)} x {count} experts")
         say(f"    of {each:,} parameters, {human(each * size)}")
     say(f"  router: {_router(setup)}")
+    if source.family.least > 1:
+        say(f"  every layer needs {source.family.least} experts")
     say("")
     fit = setup.fit
     tokens = f"{fit.batch_size} x {fit.max_length} tokens" + ("" if setup.heads else f", {fit.target_length} of target")
@@ -51,7 +53,7 @@ def print_model(setup: Setup, limit: int | None, rank: int, out: Console) -> Non
     if limit is not None:
         say(f"* fits a device of {human(limit)}.")
         for line in _verdict(setup, limit, rank):
-            say(line)
+            out.print(line, highlight=False)
 
 
 def _router(setup: Setup) -> str:
@@ -60,8 +62,6 @@ def _router(setup: Setup) -> str:
     said = f"top-{top_k}, by {family.choice or 'logits'}" + (" with a correction bias" if family.choice else "")
     if family.groups and config.n_group and config.n_group > 1:
         said += f", in {config.topk_group} of {config.n_group} groups"
-    if family.least > 1:
-        said += f"; every layer needs {family.least} experts"
     return said
 
 
