@@ -37,6 +37,7 @@ class TensorSplit:
     labels: tuple[str, ...]
 
     way = "classification"
+    cut = 0  # nothing of a tensor is ever cut off
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):
