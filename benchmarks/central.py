@@ -30,7 +30,8 @@ from consilium.data.docstrings import DocstringData, answer
 from consilium.data.task import ClientData, Split, pooled, score
 from consilium.moe.build import ModelSource
 from consilium.recipes.pretrain_model import sort_experts
-from consilium.training import Fit, Setup, evaluate, fit
+from consilium.setup import Fit, Setup
+from consilium.training import evaluate, fit
 
 WORDS = dict(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
 

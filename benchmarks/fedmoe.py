@@ -34,7 +34,7 @@ from consilium.data.docstrings import DocstringData
 from consilium.experiment import Experiment
 from consilium.recipes.docstrings import EQUAL_MEMORY
 from consilium.run import records
-from consilium.training import Fit
+from consilium.setup import Fit
 from consilium.watch import Comparison
 
 SETTINGS = {

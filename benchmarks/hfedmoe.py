@@ -39,7 +39,7 @@ from consilium.data.textfile import TextFileData
 from consilium.experiment import Experiment, to_json
 from consilium.moe.build import ModelSource
 from consilium.run import records
-from consilium.training import Fit, Setup
+from consilium.setup import Fit, Setup
 from consilium.watch import Comparison
 
 RESULTS = Path(__file__).parent / "results"

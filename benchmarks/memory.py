@@ -288,7 +288,8 @@ def _train(point: Point, folder: Path) -> None:
     from consilium.core import ClientContext, ClientInfo, ClientState
     from consilium.moe.lora import Lora, add_expert_lora, add_lora
     from consilium.moe.routing import Tap
-    from consilium.training import Fit, fit
+    from consilium.setup import Fit
+    from consilium.training import fit
 
     model_source = source(point, folder)
     keep = held(point, model_source.counts)

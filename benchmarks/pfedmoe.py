@@ -43,7 +43,7 @@ from consilium.experiment import Experiment, to_json
 from consilium.models.cohort import Cohort
 from consilium.recipes.digits import SMALL_FIT
 from consilium.run import records
-from consilium.training import Fit
+from consilium.setup import Fit
 from consilium.watch import Comparison
 
 RESULTS = Path(__file__).parent / "results"

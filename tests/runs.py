@@ -9,7 +9,7 @@ import tiny
 from consilium.core import Algorithm, Sampling
 from consilium.data.textfile import TextFileData
 from consilium.experiment import Experiment
-from consilium.training import Fit
+from consilium.setup import Fit
 
 WORDS = {"cat": "purrs at the old house", "dog": "barks near a tree", "fish": "swims in some water"}
 

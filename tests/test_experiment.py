@@ -31,7 +31,7 @@ from consilium.moe.build import ModelSource
 from consilium.params import checksum
 from consilium.recipes.digits import pfedmoe_table
 from consilium.run import _git, _Prepared, read_config, run
-from consilium.training import Fit
+from consilium.setup import Fit
 
 # --- as JSON and back -------------------------------------------------------------------------------------------------
 

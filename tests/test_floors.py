@@ -13,14 +13,15 @@ SRC = Path(consilium.__file__).parent
 FLOORS = {
     "errors": 0, "params": 0, "core": 0,
     "moe": 1, "models": 1, "data": 1,
-    "training": 2,
-    "algorithms": 3,
-    "experiment": 4,
-    "engine": 5,
-    "certificates": 6, "run": 6,
-    "report": 7, "recipes": 7, "watch": 7,
-    "deployment": 8,
-    "__main__": 9,
+    "setup": 2,
+    "training": 3,
+    "algorithms": 4,
+    "experiment": 5,
+    "engine": 6,
+    "certificates": 7, "run": 7,
+    "report": 8, "recipes": 8, "watch": 8,
+    "deployment": 9,
+    "__main__": 10,
 }  # fmt: skip
 FILES = sorted(SRC.rglob("*.py"))
 MODULES = {".".join(path.relative_to(SRC).with_suffix("").parts): path for path in FILES}

@@ -24,7 +24,8 @@ from consilium.moe.families import FAMILIES
 from consilium.moe.routing import Tap
 from consilium.params import checksum
 from consilium.run import check, run
-from consilium.training import Fit, assess, evaluate, fit
+from consilium.setup import Fit
+from consilium.training import assess, evaluate, fit
 
 CPU = torch.device("cpu")
 DECODERS = [family for family in FAMILIES if family != "switch_transformers"]

@@ -16,7 +16,8 @@ from consilium.moe.addressing import expert_of, flatten, parameters, select
 from consilium.moe.budget import MemoryModel
 from consilium.moe.routing import Tap
 from consilium.params import checksum
-from consilium.training import EVALUATION, Fit, evaluate, fit, local_round, local_test
+from consilium.setup import EVALUATION, Fit
+from consilium.training import evaluate, fit, local_round, local_test
 
 CLIENT = "animal-00"
 

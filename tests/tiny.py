@@ -23,7 +23,7 @@ from consilium.engine.local import LocalEngine
 from consilium.models.cohort import Cohort
 from consilium.moe.build import ModelSource
 from consilium.moe.families import FAMILIES
-from consilium.training import Fit, Setup
+from consilium.setup import Fit, Setup
 
 root = Path("conftest.py has not said where")
 """Where the models are written; set by conftest.py."""

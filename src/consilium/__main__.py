@@ -218,7 +218,7 @@ def inspect_command(args: list[str]) -> None:
     from consilium.moe.budget import bytes_of
     from consilium.moe.build import ModelSource
     from consilium.report.model import print_model
-    from consilium.training import Fit, Setup
+    from consilium.setup import Fit, Setup
 
     def parameters(
         model: Annotated[str, tyro.conf.Positional],

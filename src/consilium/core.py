@@ -233,7 +233,7 @@ class Client(ABC):
 
 
 class Algorithm(ABC):
-    """A method: hyper-parameters under the paper's symbols, and the two halves built from a `training.Setup`.
+    """A method: hyper-parameters under the paper's symbols, and the two halves built from a `setup.Setup`.
 
     Subclasses are frozen dataclasses and are registered under their class name as soon as they are defined.
     """

@@ -21,7 +21,7 @@ from consilium.models.cohort import Cohort
 from consilium.moe.budget import bytes_of
 from consilium.moe.build import ModelSource
 from consilium.moe.lora import Lora
-from consilium.training import Fit
+from consilium.setup import Fit
 
 __all__ = ["Experiment", "Wire", "from_json", "to_json"]
 

@@ -40,7 +40,7 @@ from consilium.errors import BudgetError, CheckpointError, ConfigError, DataErro
 from consilium.experiment import Experiment, from_json, to_json
 from consilium.moe.budget import bytes_of
 from consilium.params import checksum
-from consilium.training import Setup
+from consilium.setup import Setup
 
 __all__ = ["Watch", "check", "read_config", "records", "resume", "run", "serve"]
 

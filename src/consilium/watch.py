@@ -22,7 +22,7 @@ from consilium.errors import ConfigError, ConsiliumError
 from consilium.experiment import Experiment, from_json, to_json
 from consilium.moe.budget import human
 from consilium.run import check, read_config, records
-from consilium.training import Setup
+from consilium.setup import Setup
 
 __all__ = ["Comparison", "Terminal"]
 

@@ -31,7 +31,8 @@ from consilium.core import (
 from consilium.errors import BudgetError, ConfigError
 from consilium.moe.addressing import select
 from consilium.params import Params, WeightedMean
-from consilium.training import Setup, local_round, local_test
+from consilium.setup import Setup
+from consilium.training import local_round, local_test
 
 __all__ = ["FedAvg", "FedAvgClient", "FedAvgServer", "averaged", "common_experts"]
 

@@ -29,7 +29,8 @@ from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInf
 from consilium.errors import ConfigError
 from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
-from consilium.training import Setup, tested, trained
+from consilium.setup import Setup
+from consilium.training import tested, trained
 
 __all__ = ["FedGH"]
 

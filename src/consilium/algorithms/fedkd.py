@@ -33,7 +33,8 @@ from consilium.errors import ConfigError
 from consilium.models.cohort import SplitModel, initial
 from consilium.moe.addressing import flatten
 from consilium.params import Params, WeightedMean
-from consilium.training import Setup, tested, trained
+from consilium.setup import Setup
+from consilium.training import tested, trained
 
 __all__ = ["FedKD", "compressed", "restored"]
 

@@ -65,7 +65,8 @@ from consilium.moe.addressing import expert_of, router_row_of, select
 from consilium.moe.budget import Mode
 from consilium.moe.lora import add_expert_lora
 from consilium.moe.routing import Tap
-from consilium.training import Setup, evaluate, fit, local_round, local_test, seeded
+from consilium.setup import Setup
+from consilium.training import evaluate, fit, local_round, local_test, seeded
 
 __all__ = ["FedMoE", "largest_structure", "p_hat", "similar", "similarity", "structure_at", "z_scores"]
 

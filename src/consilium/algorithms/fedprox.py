@@ -21,7 +21,8 @@ from consilium.core import Algorithm, Client, ClientContext, Payload, Server
 from consilium.errors import ConfigError
 from consilium.moe.addressing import parameters
 from consilium.moe.model import TaskModel
-from consilium.training import Correct, Setup, local_round, local_test
+from consilium.setup import Setup
+from consilium.training import Correct, local_round, local_test
 
 __all__ = ["FedProx"]
 

@@ -28,7 +28,7 @@ from consilium.algorithms.fedproto import FedProtoClient
 from consilium.core import Algorithm, Client, ClientId, ClientInfo, Payload, Server, derive_seed
 from consilium.errors import ConfigError
 from consilium.models.cohort import initial
-from consilium.training import Setup
+from consilium.setup import Setup
 
 __all__ = ["FedTGP", "contrast", "margin"]
 

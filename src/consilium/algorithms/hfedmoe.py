@@ -66,7 +66,8 @@ from consilium.errors import ConfigError
 from consilium.moe.addressing import expert_of, router_row_of, select
 from consilium.moe.routing import Tap
 from consilium.params import Params
-from consilium.training import Setup, local_round, local_test
+from consilium.setup import Setup
+from consilium.training import local_round, local_test
 
 __all__ = ["HFedMoE", "best_experts", "divergence", "dominant", "importance", "information", "router_weights"]
 

@@ -17,7 +17,8 @@ from consilium.algorithms.fedavg import FedAvgServer
 from consilium.core import Algorithm, Client, ClientContext, Payload, Server
 from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
-from consilium.training import Setup, tested, trained
+from consilium.setup import Setup
+from consilium.training import tested, trained
 
 __all__ = ["LGFedAvg"]
 

@@ -18,7 +18,7 @@ import torch
 from consilium.algorithms.fedavg import FedAvgClient, FedAvgServer
 from consilium.core import Algorithm, Client, ClientId, ClientInfo, ExpertMap, ExpertSet, Server, derive_seed
 from consilium.errors import ConfigError
-from consilium.training import Setup
+from consilium.setup import Setup
 
 __all__ = ["RandomMoE", "random_experts"]
 

@@ -35,7 +35,8 @@ from consilium.errors import ConfigError
 from consilium.moe.addressing import pack, parameters, select, table, unpack
 from consilium.moe.model import TaskModel
 from consilium.params import Params, WeightedMean
-from consilium.training import Correct, Setup, local_round, local_test
+from consilium.setup import Setup
+from consilium.training import Correct, local_round, local_test
 
 __all__ = ["SCAFFOLD"]
 

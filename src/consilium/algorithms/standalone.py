@@ -23,7 +23,8 @@ from consilium.core import (
     experts_to_scalars,
 )
 from consilium.moe.addressing import select
-from consilium.training import Setup, local_round, local_test
+from consilium.setup import Setup
+from consilium.training import local_round, local_test
 
 __all__ = ["Standalone"]
 

@@ -11,7 +11,7 @@ from consilium.data.arrays import ImageData, TableData
 from consilium.experiment import Experiment
 from consilium.models.cohort import Cohort
 from consilium.recipes import recipe
-from consilium.training import Fit
+from consilium.setup import Fit
 
 __all__ = ["ABLATIONS", "SMALL_FIT", "pfedmoe_digits", "pfedmoe_images", "pfedmoe_table"]
 

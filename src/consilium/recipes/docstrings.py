@@ -12,7 +12,7 @@ from consilium.core import Sampling
 from consilium.data.docstrings import DocstringData
 from consilium.experiment import Experiment
 from consilium.recipes import recipe
-from consilium.training import Fit
+from consilium.setup import Fit
 
 __all__ = ["EQUAL_MEMORY", "fedmoe_docstrings", "hfedmoe_docstrings"]
 

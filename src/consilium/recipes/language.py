@@ -9,7 +9,7 @@ from consilium.experiment import Experiment
 from consilium.moe.build import ModelSource
 from consilium.recipes import recipe
 from consilium.recipes.docstrings import EQUAL_MEMORY
-from consilium.training import Fit
+from consilium.setup import Fit
 
 __all__ = ["fedmoe_instructions", "fedmoe_plaintext"]
 

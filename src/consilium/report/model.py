@@ -10,7 +10,7 @@ from rich.table import Table
 from consilium.core import ClientInfo
 from consilium.errors import BudgetError
 from consilium.moe.budget import MemoryModel, human
-from consilium.training import Setup
+from consilium.setup import Setup
 
 __all__ = ["print_model"]
 

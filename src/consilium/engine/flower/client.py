@@ -27,7 +27,7 @@ from consilium.engine.rounds import diverged, tested, trained
 from consilium.errors import ConfigError, ConsiliumError, DataError, PayloadError
 from consilium.experiment import Experiment, from_json, to_json
 from consilium.moe.budget import bytes_of
-from consilium.training import Setup
+from consilium.setup import Setup
 
 LOST = "engine/lost/"
 """In a client's state: what rounding has taken from its replies; the method does not see it."""

@@ -1,0 +1,412 @@
+"""What both halves of every method are built from: how clients train (`Fit`), and where models and data come from.
+
+`Setup` holds no weights. It gives a server its initial parameters and what devices can hold, and a client its live
+model and its data as tokens or tensors.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from consilium.core import ClientContext, ClientInfo, ExpertSet, Sampling, derive_seed
+from consilium.data.causal import Rows, encode_language
+from consilium.data.encode import Encoded, encode
+from consilium.data.task import Split, Task
+from consilium.data.tensor import TensorSplit
+from consilium.errors import BudgetError, ConfigError
+from consilium.models.cohort import Cohort, SplitModel, initial
+from consilium.moe.addressing import load_flat, select, travels
+from consilium.moe.budget import Footprint, MemoryModel, Mode, human
+from consilium.moe.build import ModelSource
+from consilium.moe.lora import Lora, ProductMean, add_lora, initial_adapters
+from consilium.moe.model import TaskModel
+from consilium.params import Params, WeightedMean
+
+__all__ = ["EVALUATION", "Fit", "Setup"]
+
+EVALUATION = 4
+"""Evaluation takes so many times `Fit.batch_size` examples at once: nothing is saved for a backward pass."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a client trains in one round.
+
+    Args:
+        lr: learning rate of the backbone, > 0.
+        head_lr: learning rate of classification heads, which start from zero, > 0.
+        epochs: passes over the client's training data per round, >= 1.
+        batch_size: examples per step, >= 1.
+        max_length: source tokens kept per example, >= 1; what is longer is cut, and counted in the record.
+        target_length: target tokens kept (text-to-text, answers), the end of the text included, >= 2.
+        rows: how causal language models read instruction data (examples, packed) and plain text (documents, blocks,
+            packed): rows of max_length + target_length tokens, see `data.causal`. Classification and text-to-text have
+            one example a row: examples.
+        optimizer: "adamw" or "sgd"; fresh in every round.
+        weight_decay: decoupled weight decay.
+        clip: largest norm of the gradient, 0: no clipping.
+        label_smoothing: of the cross-entropy, 0..1 (FedMoE, Eq 1).
+        balance: weight of the per-layer load-balance loss (alpha in FedMoE's Eq 1).
+        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
+        lora: train adapters on the experts instead of all parameters. Then only adapters, router rows and head rows
+            travel, and every client has the rest from the model's own place.
+    """
+
+    lr: float = 1e-3
+    head_lr: float = 1e-2
+    epochs: int = 1
+    batch_size: int = 16
+    max_length: int = 96
+    target_length: int = 16
+    rows: Rows = "examples"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    label_smoothing: float = 0.1
+    balance: float = 0.01
+    gradient_checkpointing: bool = False
+    lora: Lora = field(default_factory=Lora)
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "head_lr"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"fit.{name} is {getattr(self, name)}; it must be greater than 0")
+        for name, least in (("epochs", 1), ("batch_size", 1), ("max_length", 1), ("target_length", 2)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"fit.{name} is {getattr(self, name)}; it must be at least {least}")
+        for name, top in (
+            ("label_smoothing", 1.0),
+            ("balance", float("inf")),
+            ("weight_decay", float("inf")),
+            ("clip", float("inf")),
+        ):
+            if not 0 <= getattr(self, name) <= top:
+                raise ConfigError(f"fit.{name} is {getattr(self, name)}; it must be within 0..{top:g}")
+        if self.optimizer not in ("adamw", "sgd"):
+            raise ConfigError(f"fit.optimizer is {self.optimizer!r}; it must be adamw or sgd")
+        if self.rows not in get_args(Rows):
+            raise ConfigError(f"fit.rows is {self.rows!r}; it must be {', '.join(get_args(Rows))}")
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """S and T of the memory model: tokens of a row that are only read, and that are predicted at most."""
+        if self.rows == "examples":
+            return {"max_length": self.max_length, "target_length": self.target_length}
+        return {"max_length": 0, "target_length": self.max_length + self.target_length}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What both halves of every method are built from; holds no weights.
+
+    Args:
+        model: where the model comes from: one mixture of experts, or a cohort of small models.
+        fit: how clients train.
+        sampling: who takes part in a round.
+        seed: of the run.
+        heads: task -> every label any client has, for the server's table of heads; {} for text-to-text.
+        clients: all clients of the federation, as the server knows them.
+        shape: of one example, for a cohort; () for texts.
+    """
+
+    model: ModelSource | Cohort
+    fit: Fit
+    sampling: Sampling
+    seed: int
+    heads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    clients: tuple[ClientInfo, ...] = ()
+    shape: tuple[int, ...] = ()
+
+    def initial_params(self, client: ClientInfo | None = None) -> Params:
+        """Where all methods start. The pretrained backbone, and a zero head row for every label of every task; in a
+        cohort: an extractor and head rows by their own initialisation, the same for all of one architecture.
+
+        With `fit.lora`, of the backbone only the router rows, and new adapters, the same for all clients.
+
+        Args:
+            client: whose model; None: the one that all clients have.
+
+        Raises:
+            ConfigError: for None in a cohort of several architectures.
+        """
+        if isinstance(self.model, Cohort):
+            return self._one_model(client)
+        params = self.model.load()
+        if self.fit.lora.rank:
+            adapters = initial_adapters(self.model.skeleton("", ()), self.fit.lora, derive_seed(self.seed, "lora"))
+            params = {key: tensor for key, tensor in params.items() if travels(key)} | adapters
+        width, dtype = self.model.config.hidden_size, self.model.torch_dtype
+        for task, labels in self.heads.items():
+            for label in labels:
+                params[f"head.{task}.{label}.weight"] = torch.zeros(width, dtype=dtype)
+                params[f"head.{task}.{label}.bias"] = torch.zeros((), dtype=dtype)
+        return params
+
+    def _one_model(self, client: ClientInfo | None) -> Params:
+        if client is None and self.model.world != "cohort":
+            raise ConfigError(
+                f"the clients have the architectures {self.model.path}, and there is no model that all could share; "
+                "give --model.architectures one name, or use a method that lets models differ"
+            )
+        name = self.model.architectures[0] if client is None else client.architecture
+        return {**self.extractor_params(name), **self.head_params(self.model.width_of(name, self.shape))}
+
+    def head_params(self, width: int) -> Params:
+        """The head rows with which models of a cohort begin, whose representations have that width."""
+        params: Params = {}
+        for task, labels in self.heads.items():
+            head = initial(lambda labels=labels: nn.Linear(width, len(labels)), self.seed, "head", task, width)
+            for place, label in enumerate(labels):
+                params |= {f"head.{task}.{label}.{leaf}": head[leaf][place].clone() for leaf in ("weight", "bias")}
+        return params
+
+    @property
+    def common_width(self) -> int:
+        """d, the width of the representation of every model of a cohort.
+
+        Raises:
+            ConfigError: if it differs between architectures.
+        """
+        widths = {name: self.model.width_of(name, self.shape) for name in self.model.architectures}
+        if len(set(widths.values())) > 1:
+            raise ConfigError(f"the method exchanges what depends on the width of representations, but it is {widths}")
+        return next(iter(widths.values()))
+
+    @property
+    def classes(self) -> int:
+        """C, the number of labels, for methods whose messages have a place for each.
+
+        Raises:
+            ConfigError: if clients have different tasks.
+        """
+        if len(self.heads) != 1:
+            raise ConfigError(f"the method is for clients of one task, these have {', '.join(self.heads)}")
+        return len(next(iter(self.heads.values())))
+
+    def own_params(self, context: ClientContext) -> Params:
+        """A client's own model: as it left it in its state, or as it begins."""
+        return context.state.params or select(self.initial_params(context.info), context.data.task.name)
+
+    def extractor_params(self, name: str) -> Params:
+        """The weights with which a client's own extractor begins: of the run's seed and its architecture's name."""
+        return initial(lambda: self.model.extractor(name, self.shape), self.seed, "extractor", name)
+
+    def small_params(self) -> Params:
+        """The weights with which the extractor that all share beside their own begins: never those of a client's own,
+        also where the architecture is the same (two equal extractors would learn the same, and a gate nothing)."""
+        return initial(lambda: self.model.extractor(self.model.small, self.shape), self.seed, "small extractor")
+
+    def footprint(
+        self,
+        counts: Mapping[str, int],
+        mode: Mode = "full",
+        references: int = 0,
+        rank: int = 8,
+        trained: int | None = None,
+    ) -> Footprint:
+        """Bytes a client needs for `counts` experts per block, by the memory model: for training or for the evaluation
+        that follows it, whichever needs more.
+
+        Args:
+            mode: "forward" is evaluation alone; "full" is "lora" with `fit.lora`, at its rank; "peft" is stage one of
+                FedMoE.
+            references: extra copies of the weights the method keeps while training (FedProx 1, SCAFFOLD 3).
+            rank: of the adapters ("lora").
+            trained: experts of all blocks together that `fit(choose=...)` trains in any one batch; None: all, without
+                `choose`.
+        """
+        fit = self.fit
+        if mode == "full" and fit.lora.rank:
+            mode, rank = "lora", fit.lora.rank
+        shape = {**fit.lengths, "optimizer": fit.optimizer}
+        evaluation = self._memory.footprint(counts, mode="forward", batch_size=EVALUATION * fit.batch_size, **shape)
+        if mode == "forward":
+            return evaluation
+        training = self._memory.footprint(
+            counts,
+            mode=mode,
+            batch_size=fit.batch_size,
+            gradient_checkpointing=fit.gradient_checkpointing,
+            references=references,
+            rank=rank,
+            trained=trained,
+            **shape,
+        )
+        return max(training, evaluation, key=lambda footprint: footprint.total)
+
+    def reported(
+        self,
+        counts: Mapping[str, int],
+        mode: Mode = "full",
+        references: int = 0,
+        rank: int = 8,
+    ) -> dict[str, int]:
+        """The footprint in bytes as a scalar of a reply; {} for small models, which have no memory model."""
+        if isinstance(self.model, Cohort):
+            return {}
+        return {"footprint": self.footprint(counts, mode, references, rank).total}
+
+    def lacks(
+        self,
+        client: ClientInfo,
+        counts: Mapping[str, int],
+        mode: Mode = "full",
+        references: int = 0,
+        rank: int = 8,
+        trained: int | None = None,
+    ) -> str | None:
+        """Why the client's device cannot train `counts` experts per block; None if it can."""
+        if client.memory_bytes is None:
+            return None
+        need = self.footprint(counts, mode, references, rank, trained).total
+        if need <= client.memory_bytes:
+            return None
+        return f"needs {human(need)}, has {human(client.memory_bytes)}, lacks {human(need - client.memory_bytes)}"
+
+    @property
+    def _memory(self) -> MemoryModel:
+        return MemoryModel.of(self.model)
+
+    def spread(self, experts: int) -> dict[str, int]:
+        """So many experts in all, as evenly over the blocks as their sizes allow: experts per block.
+
+        Raises:
+            BudgetError: for fewer than every block needs, see `least`.
+        """
+        counts = self.least
+        if experts < sum(counts.values()):
+            raise BudgetError(f"{experts} experts are too few: the layers need {sum(counts.values())} between them")
+        while (left := experts - sum(counts.values())) > 0:
+            open_blocks = [block for block, n in counts.items() if n < self.model.counts[block]]
+            if not open_blocks:
+                break
+            for block in open_blocks[:left]:
+                counts[block] += 1
+        return counts
+
+    @property
+    def least(self) -> dict[str, int]:
+        """The fewest experts per block that the family's routers work with."""
+        return {block: min(self.model.family.least, total) for block, total in self.model.counts.items()}
+
+    def budgets(
+        self, client: ClientInfo, references: int = 0, mode: Literal["full", "lora"] = "full", rank: int = 8
+    ) -> tuple[int, int]:
+        """How many experts, of all blocks together, a client's device can hold, and how many of them train in a batch.
+
+        The most that it can hold while one per block is trained, spread over the blocks by `spread`; of these then the
+        most that it can train. A device without a limit holds and trains all.
+
+        Returns:
+            (forward, backward): resident experts, and experts trained in any one batch (`fit(choose=...)`), <= forward.
+
+        Raises:
+            BudgetError: with the bytes missing, if the smallest configuration does not fit.
+        """
+        total, blocks = sum(self.model.counts.values()), len(self.model.counts)
+        if client.memory_bytes is None:
+            return total, total
+
+        def fits(forward: int, backward: int) -> bool:
+            return self.lacks(client, self.spread(forward), mode, references, rank, backward) is None
+
+        least = sum(self.least.values())
+        if lack := self.lacks(client, self.least, mode, references, rank, blocks):
+            raise BudgetError(f"{client.id} cannot train even {least} experts in {blocks} layers: {lack}")
+        forward = _most(least, total, lambda n: fits(n, blocks))
+        return forward, _most(blocks, forward, lambda n: fits(forward, n))
+
+    def largest_uniform(self, memory_bytes: int | None, share: float = 1.0, references: int = 0) -> int:
+        """The most experts per block, the same in every block, that fit into `share` of the memory; 0 if none does, or
+        only fewer than the family's routers work with."""
+        most, least = max(self.model.counts.values()), max(self.least.values())
+        if memory_bytes is None:
+            return most
+        for n in range(most, least - 1, -1):
+            counts = {block: min(n, total) for block, total in self.model.counts.items()}
+            if self.footprint(counts, references=references).total <= share * memory_bytes:
+                return n
+        return 0
+
+    def public_usage(self, *seed: str) -> dict[str, Tensor]:
+        """Block -> share of public tokens per expert [E], from the model's card; random where it says nothing."""
+        known, rng = self.model.public_usage(), torch.Generator().manual_seed(derive_seed(self.seed, *seed))
+        return {
+            block: torch.tensor(known[block]) if block in known else torch.rand(total, generator=rng)
+            for block, total in self.model.counts.items()
+        }
+
+    def encode(self, context: ClientContext, split: Split | TensorSplit) -> Encoded | TensorSplit:
+        """A split of the client's data as token ids for this model; tensors are what they are.
+
+        Raises:
+            ConfigError, DataError: see `check` and `data.causal`.
+        """
+        if isinstance(split, TensorSplit):
+            return split
+        task, fit, tokenizer = context.data.task, self.fit, self.model.tokenizer()
+        self.check(task)
+        if task.form == "language":
+            return encode_language(split, tokenizer, fit.rows, fit.max_length, fit.target_length)
+        way = "classification"
+        if self.model.form == "text-to-text":
+            way = "seq2seq" if self.model.config.is_encoder_decoder else "causal"
+        return encode(split, task, tokenizer, way, fit.max_length, fit.target_length)
+
+    def check(self, task: Task) -> None:
+        """Raise ConfigError if this model and `fit` cannot do the task."""
+        if task.model_form != self.model.form:
+            raise ConfigError(f"task {task.name} is {task.form}, the model is set up for {self.model.form}")
+        if isinstance(self.model, Cohort):
+            return
+        family = self.model.family
+        if task.form == "language" and self.model.config.is_encoder_decoder:
+            raise ConfigError(f"{family.name} is an encoder-decoder; instruction data and plain text need a decoder")
+        if self.fit.rows != "examples" and task.form != "language":
+            raise ConfigError(f"fit.rows is {self.fit.rows!r}; task {task.name} is {task.form}, which takes examples")
+        if self.fit.rows == "packed" and not family.packs:
+            raise ConfigError(f"fit.rows is 'packed': in {family.name} examples in one row would see each other")
+
+    def build(self, params: Params, context: ClientContext, held: ExpertSet | None = None) -> TaskModel | SplitModel:
+        """The client's live model on its device, holding only `held` experts.
+
+        With `fit.lora` the base is read from the model's own place, and `params` are what travels.
+        """
+        task, lora = context.data.task, self.fit.lora
+        if isinstance(self.model, Cohort):
+            return self.split_model(
+                lambda: self.model.extractor(context.info.architecture, self.shape), params, context
+            )
+        if not lora.rank:
+            return self.model.build(params, task.name, task.labels, held).to(context.device)
+        model = self.model.build(self.model.load() | params, task.name, task.labels, held).to(context.device)
+        return load_flat(add_lora(model, lora), params, held)
+
+    def mean(self) -> WeightedMean:
+        """A new mean for a server's parameters: of adapters as `fit.lora.mean` says."""
+        return ProductMean() if self.fit.lora.rank and self.fit.lora.mean == "products" else WeightedMean()
+
+    def split_model(
+        self,
+        make: Callable[[], nn.Module],
+        params: Params,
+        context: ClientContext,
+        kind: type[SplitModel] = SplitModel,
+    ) -> SplitModel:
+        """A live model on the client's device with weights `params`: `make`'s extractor and the client's head."""
+        task = context.data.task
+        with init_empty_weights(include_buffers=False):
+            model = kind(make(), task.name, task.labels)
+        return load_flat(model, params).to(context.device)
+
+
+def _most(low: int, high: int, holds: Callable[[int], bool]) -> int:
+    """The largest number in low .. high for which `holds`, which does for `low` and for none above the first not."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
