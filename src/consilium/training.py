@@ -466,7 +466,7 @@ def local_round(
         "validation": accuracy,
         "train_loss": fitted.loss,
         "steps": fitted.steps,
-        "experts": sum(counts.values()),
+        **({"experts": sum(counts.values())} if counts else {}),
         **setup.reported(counts, references=references),
         "seconds_evaluate": seconds_evaluate,
         **told,
