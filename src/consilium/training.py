@@ -286,7 +286,7 @@ def local_round(
         "train_loss": fitted.loss,
         "steps": fitted.steps,
         "cut": train.cut,
-        "experts": sum(counts.values()),
+        **({"experts": sum(counts.values())} if counts else {}),
         **setup.reported(counts, references=references),
         "seconds_evaluate": seconds_evaluate,
         **told,

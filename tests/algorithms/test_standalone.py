@@ -62,3 +62,15 @@ def test_the_common_sub_moe_is_cut_on_the_client():
     Standalone("fit").client(setup).train(sent, context)
     kept = {key.split(".experts.")[1].split(".")[0] for key in context.state.params if ".experts." in key}
     assert kept == {str(i) for ids in held.values() for i in ids}
+
+
+def test_in_a_cohort_every_client_has_its_own_architecture():
+    """The MLP of animal-01 and the CNN of animal-00; nobody says anything about experts."""
+    setup = tiny.small_setup("mixed")
+    sent, kept = Standalone().server(setup).sent, {}
+    for name in ("animal-00", "animal-01"):
+        context = tiny.small_context(name)
+        reply = Standalone().client(setup).train(sent, context)
+        assert not reply.groups and "experts" not in reply.scalars
+        kept[name] = {key: tuple(t.shape) for key, t in context.state.params.items() if not key.startswith("head.")}
+    assert kept["animal-00"]["0.weight"] == (20, 1, 3, 3) and kept["animal-01"]["1.weight"] == (32, 16)
