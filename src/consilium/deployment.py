@@ -64,24 +64,10 @@ def server(
         if not (keys / f"{site}.pub").exists():
             raise ConfigError(f"{keys / site}.pub is missing: make it with `consilium certificates`")
     _write_app(home / "app", experiment, folder, sites, wait)
-    reached = f"127.0.0.1:{port}"
-    connection = {"address": reached, **({"root-certificates": str(keys / "ca.crt")} if keys else {"insecure": True})}
-    lines = ["[superlink]", 'default = "run"', "[superlink.run]"]
-    lines += [f"{key} = {json.dumps(value)}" for key, value in connection.items()]
-    write_atomic(home / "config.toml", ("\n".join(lines) + "\n").encode())
-    command = ["flower-superlink", "--host", host, "--port", str(port), "--database", str(home / "state.db")]
-    command += ["--disable-runtime-dependency-installation"]
-    if keys:
-        tls = {"ca-certfile": "ca.crt", "certfile": "server.crt", "keyfile": "server.key"}
-        command += [part for flag, name in tls.items() for part in (f"--ssl-{flag}", str(keys / name))]
-        command += ["--enable-supernode-auth"]
-    else:
-        command += ["--insecure"]
     environment = flower_environment(home)
-    with child(command, environment, home / "superlink.log") as link:
-        listening(link, port, home / "superlink.log")
-        for site in sites if keys else ():
-            _register(keys / f"{site}.pub", site, environment)
+    if keys:
+        _register(keys, sites, home, environment)
+    with _superlink(host, port, keys, home, environment) as link:
         out.print(f"listening on {address}; waiting for {', '.join(sites)}", highlight=False, soft_wrap=True)
         asked = subprocess.Popen(
             [program("flwr"), "run", str(home / "app"), "run", "--stream"], env=environment, preexec_fn=_with_parent
@@ -142,14 +128,47 @@ def _serve(grid: Any, config: Mapping[str, Any]) -> None:
 server_app = flower_app(_serve)
 
 
-def _register(key: Path, site: str, environment: Mapping[str, str]) -> None:
-    command = [program("flwr"), "supernode", "register", str(key), "run", "--name", site]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, preexec_fn=_with_parent
-    )
-    said = done.stdout + done.stderr
-    if done.returncode and "already in use" not in said:
-        raise RoundError(f"site {site} could not be registered: {' '.join(said.split())[-300:]}")
+@contextlib.contextmanager
+def _superlink(
+    host: str, port: int, keys: Path | None, home: Path, environment: Mapping[str, str]
+) -> Iterator[subprocess.Popen]:
+    """Flower's SuperLink, listening, and Flower's commands pointed at it."""
+    reach = {"root-certificates": str(keys / "ca.crt")} if keys else {"insecure": True}
+    lines = ["[superlink]", 'default = "run"', "[superlink.run]"]
+    lines += [f"{key} = {json.dumps(value)}" for key, value in {"address": f"127.0.0.1:{port}", **reach}.items()]
+    write_atomic(home / "config.toml", ("\n".join(lines) + "\n").encode())
+    command = ["flower-superlink", "--host", host, "--port", str(port), "--database", str(home / "state.db")]
+    command += ["--disable-runtime-dependency-installation"]
+    if keys:
+        files = {"ca-certfile": "ca.crt", "certfile": "server.crt", "keyfile": "server.key"}
+        command += [part for flag, name in files.items() for part in (f"--ssl-{flag}", str(keys / name))]
+        command += ["--enable-supernode-auth"]
+    else:
+        command += ["--insecure"]
+    with child(command, environment, home / "superlink.log") as link:
+        listening(link, port, home / "superlink.log")
+        yield link
+
+
+def _register(keys: Path, sites: Sequence[str], home: Path, environment: Mapping[str, str]) -> None:
+    """Enter the sites' keys into the SuperLink's database, before any site can reach it: an unknown one is turned away
+    for good. What is in it stays there from one start to the next."""
+    path = home / "registered.json"
+    done = json.loads(path.read_text()) if path.exists() else {}
+    new = {site: key for site in sites if done.get(site) != (key := (keys / f"{site}.pub").read_text())}
+    if not new:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with _superlink("127.0.0.1", port, keys, home, environment):
+        for site in new:
+            command = [program("flwr"), "supernode", "register", str(keys / f"{site}.pub"), "run", "--name", site]
+            asked = subprocess.run(command, env=environment, capture_output=True, text=True, preexec_fn=_with_parent)
+            said = asked.stdout + asked.stderr
+            if asked.returncode and "already in use" not in said:
+                raise RoundError(f"site {site} could not be registered: {' '.join(said.split())[-300:]}")
+    write_atomic(path, json.dumps({**done, **new}).encode())
 
 
 def listening(link: subprocess.Popen, port: int, log: Path) -> None:
