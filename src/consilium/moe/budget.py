@@ -212,7 +212,11 @@ class MemoryModel:
         if checkpointing:  # the inputs of all layers; one layer at a time again, the gradients of the others there
             layers = sum(stack.layers * n for stack, n in self._lengths(batch)) * batch[0] * self.width * self.itemsize
             last = max(last, largest + gradients - gradients // sum(stack.layers for stack in self.stacks))
-        return saved + layers + max(last, forward, backward)
+        active = saved + layers + max(last, forward, backward)
+        if chosen:  # in the first layer, where the gradients of the others are there
+            first = largest + last + gradients - gradients // sum(stack.layers for stack in self.stacks)
+            active = max(active, first)
+        return active
 
     def _lengths(self, batch: tuple[int, int, int]) -> list[tuple[Stack, int]]:
         """Every stack with the length n of its sequences."""
