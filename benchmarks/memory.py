@@ -431,7 +431,7 @@ is far too low.
 Switch and OLMoE: four batches, none padded; the few coefficients of Switch were fitted on these points, those of the
 demo's model left out. All later rows: two batches, half of the examples one token shorter; nothing was fitted on them,
 `moe/parts.py` counts what autograd saves. With a choice, and with adapters, the promise assumes that all tokens of a
-batch want the same expert, which these random routers do not: it is up to a fifth above what was measured.
+batch want the same expert, which these random routers do not: it is up to a quarter above what was measured.
 
 Slices against a leaf per expert: a slice also saves the weights of whom it leaves out, a leaf per expert only their
 gradients and moments, so a device holds a slice and chooses among it. With adapters a choice saves next to nothing:

@@ -37,8 +37,8 @@ def print_model(setup: Setup, limit: int | None, rank: int, out: Console) -> Non
     for (count, each), alike in itertools.groupby(counts, key=lambda b: (counts[b], memory.expert_params[b])):
         blocks = list(alike)
         named = blocks[0] if len(blocks) == 1 else f"{blocks[0]} to {blocks[-1]}"
-        say(f"    {named}: {len(blocks)} x {count} experts")
-        say(f"    of {each:,} parameters, {human(each * size)}")
+        say(f"    {named}:")
+        say(f"    {len(blocks)} x {count} experts of {each:,} parameters, {human(each * size)} each")
     say(f"  router: {_router(setup)}")
     if source.family.least > 1:
         say(f"  every layer needs {source.family.least} experts")
