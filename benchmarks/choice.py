@@ -7,7 +7,7 @@
    between clients of different tasks, between clients of one task, and, the floor that sampling alone gives, between
    two halves of one client's own examples; with and without label skew.
 
-    python benchmarks/choice.py            # about 10 minutes on one core; writes benchmarks/results/choice.md
+    python benchmarks/choice.py            # about 15 minutes on one core; writes benchmarks/results/choice.md
 
 The settings (data, learning rates, batch, length) are those of benchmarks/fedmoe.py.
 """
@@ -40,7 +40,7 @@ class Benchmark:
         kept: experts kept per layer.
     """
 
-    seeds: int = 3
+    seeds: int = 2
     epochs: int = 4
     kept: tuple[int, ...] = (1, 4)
 
