@@ -431,8 +431,9 @@ is far too low.
 Switch and OLMoE: four batches, none padded; the few coefficients of Switch were fitted on these points, those of the
 demo's model left out. All later rows: two batches, half of the examples one token shorter; nothing was fitted on them,
 `moe/parts.py` counts what autograd saves; one of its terms, the other layers' gradients beside the first layer's
-backward pass, was added when OLMoE with all experts trained by choice had come out at 0.98. With a choice, and with adapters, the promise assumes that all tokens of a
-batch want the same expert, which these random routers do not: it is up to a quarter above what was measured.
+backward pass, was added when OLMoE with all experts trained by choice had come out at 0.98. With a choice, and with
+adapters, the promise assumes that all tokens of a batch want the same expert, which these random routers do not: it is
+up to a quarter above what was measured.
 
 Slices against a leaf per expert: a slice also saves the weights of whom it leaves out, a leaf per expert only their
 gradients and moments, so a device holds a slice and chooses among it. With adapters a choice saves next to nothing:
