@@ -205,7 +205,7 @@ Written by hand, of the 120 runs above; nothing here is computed by the script.
   layer as with all 16 (66.8 and 67.1), so what is chosen hardly can matter: its embeddings and attention do the work.
   And clients of one task use the experts as alike as two halves of one client's data (total variation 0.187 and 0.187;
   0.222 and 0.193 under label skew), so there is little to personalise inside a task. Under label skew all methods lie
-  closer together, because a client has few labels: Standalone is 5 points behind FedMoE there, 16 without.
+  closer together, because a client has few labels: Standalone is 5 and 9 points behind FedMoE there, 16 and 21 without.
 - SCAFFOLD's rate is the one that is best on validation data in std-TD (0.01: 67.0; 0.003: 62.3; 0.03: 64.9; 0.1: 64.2;
   0.3: 63.6). At 0.3, of earlier runs, it reached 59.9 in std-T (2 seeds), 68.1 in std-TD, 54.0 in enf-T and 64.5 in
   enf-TD (1 seed each) on the test data: behind FedProx as well.
