@@ -27,7 +27,7 @@ def simulation(experiment: Experiment, clients: int) -> Iterator[Grid]:
     """A Grid whose nodes are `clients` client ends in Ray's worker processes, as many at a time as there are cores
     for `experiment.threads` each, or GPUs for one each.
 
-    A worker that dies is started again: its client is missing in that round and back in the next. Ray is started for
+    A worker that dies is started again: its client is missing until it is back. Ray is started for
     this run alone, unless RAY_ADDRESS names a cluster; then the run directory must be on a disk that all of it shares.
     Ray's ports have no authentication by default: behind a firewall, or RAY_AUTH_MODE=token.
 
