@@ -206,7 +206,7 @@ def list_command(args: list[str]) -> None:
         out.print(f"  {name:24} {RECIPES[name].summary}", highlight=False, soft_wrap=True)
     out.print("[bold]Algorithms[/bold]")
     for name, algorithm in sorted(Algorithm.registry.items()):
-        out.print(f"  {name:24} {(algorithm.__doc__ or '').splitlines()[0]}", highlight=False)
+        out.print(f"  {name:24} {(algorithm.__doc__ or '').splitlines()[0]}", highlight=False, soft_wrap=True)
     out.print("[bold]Shipped models[/bold]")
     for name, folder in shipped().items():
         out.print(f"  {name:24} {human((folder / 'model.safetensors').stat().st_size)}", highlight=False)
