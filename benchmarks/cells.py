@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from consilium.experiment import Experiment
+from consilium.moe.build import ModelSource
 from consilium.run import records
 from consilium.watch import Comparison
 
@@ -44,35 +45,36 @@ def essence(value: Any) -> Any:
 
 def digest(cell: Experiment) -> str:
     """What a result belongs to: the experiment, the data files it names and the weights it started from."""
-    weights = contents(Path(cell.model.location) / "model.safetensors")
+    weights = contents(Path(cell.model.location) / "model.safetensors") if isinstance(cell.model, ModelSource) else ""
     return hashlib.sha256((json.dumps(essence(cell)) + weights).encode()).hexdigest()[:16]
 
 
 def finish(
     name: str,
-    planned: Mapping[Path, Experiment],
+    table: Mapping[Path, Experiment],
+    wanted: Collection[Path],
     read: Callable[[Path], Result],
     jobs: int,
-    table_only: bool = False,
 ) -> dict[str, Result]:
-    """Run the planned cells that results/<name>.json lacks, keep them there, and return all that are up to date.
+    """Run the wanted cells of the table that results/<name>.json lacks, keep them there, and return by their names all
+    cells of the table that are up to date. An interrupted benchmark keeps what is finished.
 
-    An interrupted benchmark keeps what is finished.
+    Args:
+        table: run directory -> cell. wanted: directories of those to run, none to make the table alone.
     """
     file = RESULTS / f"{name}.json"
     cells = json.loads(file.read_text()) if file.is_file() else {}
-    key = {folder: digest(cell) for folder, cell in planned.items()}
-    missing = {f: cell for f, cell in planned.items() if cells.get(cell.name, {}).get("digest") != key[f]}
+    key = {folder: digest(cell) for folder, cell in table.items()}
+    missing = {f: table[f] for f in wanted if cells.get(table[f].name, {}).get("digest") != key[f]}
     try:
-        if not table_only:
-            Comparison(Console(), missing, jobs).run()
+        Comparison(Console(), missing, jobs).run()
     finally:
         for folder, cell in missing.items():
             if (folder / "summary.json").exists():
                 cells[cell.name] = {"digest": key[folder], **read(folder)}
         RESULTS.mkdir(exist_ok=True)
         file.write_text(json.dumps(cells, indent=1))
-    fresh = {cell.name for f, cell in planned.items() if cells.get(cell.name, {}).get("digest") == key[f]}
+    fresh = {cell.name for f, cell in table.items() if cells.get(cell.name, {}).get("digest") == key[f]}
     return {name: cells[name] for name in fresh}
 
 

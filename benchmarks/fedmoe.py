@@ -109,13 +109,16 @@ def main(benchmark: Benchmark) -> None:
     """Run what is missing, then write the table."""
     if benchmark.search:
         return search(benchmark)
-    planned = {}
+    whole, wanted = {}, []
     for seed in range(benchmark.seeds):  # seed by seed: an early stop leaves whole tables with fewer seeds
-        for setting in benchmark.settings:
-            for method in benchmark.methods or METHODS:
+        for setting in SETTINGS:
+            for method in METHODS:
                 cell = experiment(setting, method, seed, benchmark.rounds)
-                planned[benchmark.out / cell.name] = cell
-    write(finish("fedmoe", planned, read, benchmark.jobs, benchmark.table_only), benchmark)
+                whole[folder := benchmark.out / cell.name] = cell
+                if setting in benchmark.settings and method in (benchmark.methods or METHODS):
+                    wanted.append(folder)
+    wanted = [] if benchmark.table_only else wanted
+    write(finish("fedmoe", whole, wanted, read, benchmark.jobs), benchmark)
 
 
 def search(benchmark: Benchmark) -> None:

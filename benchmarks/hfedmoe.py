@@ -20,15 +20,13 @@ experiment, data and model is not run again.
 """
 
 import dataclasses
-import hashlib
-import json
 import statistics
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import tyro
-from fedmoe import rounds_to, spread, weights
+from cells import RESULTS, Result, finish, read_run, rounds_to, spread
 from rich.console import Console
 
 from consilium.algorithms.fedavg import FedAvg
@@ -36,13 +34,12 @@ from consilium.algorithms.fedmoe import FedMoE
 from consilium.algorithms.hfedmoe import HFedMoE
 from consilium.core import Algorithm, Sampling
 from consilium.data.textfile import TextFileData
-from consilium.experiment import Experiment, to_json
+from consilium.experiment import Experiment
 from consilium.moe.build import ModelSource
 from consilium.run import records
 from consilium.setup import Fit, Setup
 from consilium.watch import Comparison
 
-RESULTS = Path(__file__).parent / "results"
 BUDGET = (0.125, 0.25, 0.5, 1.0)
 METHODS: dict[str, Algorithm] = {
     "FedAvg": FedAvg(),
@@ -137,19 +134,6 @@ def devices(fit: Fit) -> tuple[str, ...]:
     return tuple(f"{setup.footprint({b: round(s * n) for b, n in counts.items()}).total}B" for s in BUDGET)
 
 
-@cache
-def contents(path: Path) -> str:
-    """Digest of a data file; the same for many cells, so read once."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def digest(cell: Experiment) -> str:
-    """What a result belongs to: the experiment wherever its data lies, the data and the weights it started from."""
-    saved = to_json(cell)
-    saved["data"]["path"] = contents(cell.data.path)
-    return hashlib.sha256(json.dumps(saved).encode() + weights(cell.model.location)).hexdigest()[:16]
-
-
 def main(benchmark: Benchmark) -> None:
     """Run what is missing, then write the table."""
     absent = [file for file in FILES.values() if not (benchmark.data / file).is_file()]
@@ -157,26 +141,16 @@ def main(benchmark: Benchmark) -> None:
         raise SystemExit(f"{benchmark.data} has no {' and no '.join(absent)}; name the data's folder with --data")
     if benchmark.search:
         return search(benchmark)
-    file = RESULTS / "hfedmoe.json"
-    cells = json.loads(file.read_text()) if file.is_file() else {}
-    planned = {}
+    whole, wanted = {}, []
     for seed in range(benchmark.seeds):  # seed by seed: an early stop leaves whole tables with fewer seeds
-        for setting in benchmark.settings:
-            for method in benchmark.methods or METHODS:
+        for setting in SETTINGS:
+            for method in {**METHODS, **MORE}:
                 cell = experiment(benchmark, setting, method, seed)
-                planned[benchmark.out / cell.name] = cell
-    key = {folder: digest(cell) for folder, cell in planned.items()}
-    missing = {f: cell for f, cell in planned.items() if cells.get(cell.name, {}).get("digest") != key[f]}
-    try:
-        if not benchmark.table_only:
-            Comparison(Console(), missing, benchmark.jobs).run()
-    finally:  # an interrupted benchmark keeps what is finished
-        for folder, cell in missing.items():
-            if (result := read(folder)) is not None:
-                cells[cell.name] = {"digest": key[folder], **result}
-        RESULTS.mkdir(exist_ok=True)
-        file.write_text(json.dumps(cells, indent=1))
-        write(cells, benchmark)
+                whole[folder := benchmark.out / cell.name] = cell
+                if setting in benchmark.settings and method in (benchmark.methods or METHODS):
+                    wanted.append(folder)
+    wanted = [] if benchmark.table_only else wanted
+    write(finish("hfedmoe", whole, wanted, read, benchmark.jobs), benchmark)
 
 
 def search(benchmark: Benchmark) -> None:
@@ -197,28 +171,10 @@ def search(benchmark: Benchmark) -> None:
         print(f"{folder.name:48} last {last:.1f}, mean of the last three {late:.1f}")
 
 
-def read(folder: Path) -> dict | None:
-    """What the table needs of one run; None if it is not finished."""
-    if not (folder / "summary.json").exists():
-        return None
-    summary = json.loads((folder / "summary.json").read_text())
-    curve, spent = [], 0
-    for record in records(folder):
-        spent += record["bytes_down"] + record["bytes_up"]
-        if record["scores"]:
-            curve.append((record["round"], spent, record["scores"]["mean"]))
-    peaks = [c["peak_bytes_model"] for c in summary["clients"].values() if c["peak_bytes_model"]]
-    return {
-        "mean": 100 * summary["mean"],
-        "tested": curve,
-        "gigabytes": spent / 1e9,
-        "peak_megabytes": max(peaks) / 1e6,
-        "mean_megabytes": statistics.mean(peaks) / 1e6,
-        "experts": summary["experts"],
-        "trained": [record["server"].get("trained") for record in records(folder)][-1],
-        "clients": len(summary["clients"]),
-        "seconds": summary["seconds"]["total"],
-    }
+def read(folder: Path) -> Result:
+    """What the table needs of one run."""
+    trained = [record["server"].get("trained") for record in records(folder)][-1]
+    return {**read_run(folder), "trained": trained}
 
 
 def table(setting: str, methods: dict[str, list[dict]]) -> list[str]:
@@ -252,7 +208,7 @@ def write(cells: dict[str, dict], benchmark: Benchmark) -> None:
     for setting in SETTINGS:
         for method in {**METHODS, **MORE}:
             mine = [experiment(benchmark, setting, method, seed) for seed in range(benchmark.seeds)]
-            runs = [cells[c.name] for c in mine if cells.get(c.name, {}).get("digest") == digest(c)]
+            runs = [cells[c.name] for c in mine if c.name in cells]
             done += len(runs) if method in METHODS else 0
             if runs:
                 finished.setdefault(setting, {})[method] = runs

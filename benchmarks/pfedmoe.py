@@ -14,16 +14,13 @@ Writes benchmarks/results/pfedmoe.md and pfedmoe.json; runs go to --out. A cell 
 experiment and the same file is not run again.
 """
 
-import hashlib
 import json
 import os
-import statistics
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import tyro
-from rich.console import Console
+from cells import RESULTS, Result, finish, spread
 
 from consilium.algorithms.fd import FD
 from consilium.algorithms.fedavg import FedAvg
@@ -39,14 +36,12 @@ from consilium.algorithms.pfedmoe import pFedMoE
 from consilium.algorithms.standalone import Standalone
 from consilium.core import Algorithm, Sampling
 from consilium.data.arrays import ImageData
-from consilium.experiment import Experiment, to_json
+from consilium.experiment import Experiment
 from consilium.models.cohort import Cohort
 from consilium.recipes.digits import SMALL_FIT
 from consilium.run import records
 from consilium.setup import Fit
-from consilium.watch import Comparison
 
-RESULTS = Path(__file__).parent / "results"
 SETTINGS = {f"N{n}-{how}": (n, how) for n in (10, 100) for how in ("pathological", "dirichlet")}
 SIZES = {10: (6000, 30), 100: (12000, 100)}
 """Clients -> examples dealt for training and validation (and as many at most for test), rounds."""
@@ -116,49 +111,23 @@ def experiment(benchmark: Benchmark, setting: str, method: str, seed: int) -> Ex
     )
 
 
-@cache
-def content(path: Path) -> str:
-    """Digest of the data; the same for all cells, so read once."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def digest(cell: Experiment) -> str:
-    """What a result belongs to: the experiment and the bytes of its data, wherever they lie."""
-    told = to_json(cell)
-    told["data"]["path"] = content(cell.data.path)
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
-
-
 def main(benchmark: Benchmark) -> None:
     """Run what is missing, then write the table."""
-    file = RESULTS / "pfedmoe.json"
-    cells = json.loads(file.read_text()) if file.is_file() else {}
-    methods = benchmark.methods or (*METHODS, *(HOMOGENEOUS if benchmark.homogeneous else ()))
-    planned = {}
+    methods = (*METHODS, *(HOMOGENEOUS if benchmark.homogeneous else ()))
+    whole, wanted = {}, []
     for seed in range(benchmark.seeds):  # seed by seed: an early stop leaves whole tables with fewer seeds
-        for setting in benchmark.settings:
+        for setting in SETTINGS:
             for method in methods:
                 cell = experiment(benchmark, setting, method, seed)
-                planned[benchmark.out / cell.name] = cell
-    key = {folder: digest(cell) for folder, cell in planned.items()}
-    missing = {f: cell for f, cell in planned.items() if cells.get(cell.name, {}).get("digest") != key[f]}
-    try:
-        if not benchmark.table_only:
-            Comparison(Console(), missing, benchmark.jobs).run()
-    finally:  # an interrupted benchmark keeps what is finished
-        for folder, cell in missing.items():
-            if (result := read(folder)) is not None:
-                cells[cell.name] = {"digest": key[folder], **result}
-        RESULTS.mkdir(exist_ok=True)
-        file.write_text(json.dumps(cells, indent=1))
-        fresh = {cell.name for f, cell in planned.items() if cells.get(cell.name, {}).get("digest") == key[f]}
-        write({name: cells[name] for name in fresh}, benchmark)
+                whole[folder := benchmark.out / cell.name] = cell
+                if setting in benchmark.settings and method in (benchmark.methods or methods):
+                    wanted.append(folder)
+    wanted = [] if benchmark.table_only else wanted
+    write(finish("pfedmoe", whole, wanted, read, benchmark.jobs), benchmark)
 
 
-def read(folder: Path) -> dict | None:
-    """What the table needs of one run; None if it is not finished."""
-    if not (folder / "summary.json").exists():
-        return None
+def read(folder: Path) -> Result:
+    """What the table needs of one run."""
     summary = json.loads((folder / "summary.json").read_text())
     scored = [record["scores"]["mean"] for record in records(folder) if record["scores"]]
     return {
@@ -170,12 +139,6 @@ def read(folder: Path) -> dict | None:
         "seconds": summary["seconds"]["total"],
         "rounds": summary["rounds"],
     }
-
-
-def spread(values: list[float], digits: int = 1) -> str:
-    """Mean and standard deviation over seeds."""
-    sd = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{sd}"
 
 
 def table(setting: str, methods: dict[str, list[dict]]) -> list[str]:
