@@ -428,8 +428,8 @@ def test_inspect_shows_every_family(capsys, model_type, form):
     router = {"sigmoid": "by sigmoid with a correction bias", "softmax": "by softmax with a correction bias"}
     assert f"top-{2 if family.top_k else 1}, {router.get(family.choice, 'by logits')}" in out
     assert ("in 2 of 4 groups" in out or "in 1 of 4 groups" in out) == (model_type.startswith("deepseek"))
-    rows = [words for line in out.splitlines() if (words := line.split())[:1] == ["4"]]
-    row = next(words for words in rows if words[1] != "x")  # as in "4 x 8 experts"
+    rows = [words for line in out.splitlines() if (words := line.split())[:1] == ["4"]]  # "4 layers" is one, too
+    row = next(words for words in rows if words[1].rstrip("*").endswith("B"))
     marked = [human(need).replace(" ", "") + "*" * (need <= limit) for need in needs]
     assert row[1:4] == marked and marked[2].endswith("*") and not marked[0].endswith("*")
     forward, backward = setup.budgets(ClientInfo("device", 1, "task", limit))
