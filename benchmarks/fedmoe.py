@@ -204,6 +204,8 @@ Written by hand, of the 120 runs above; nothing here is computed by the script.
 - Filling the devices is worth more than choosing: randomMoE on whole devices (33 experts to FedMoE's 26) is 0.6 ± 0.3
   ahead, and FedMoE at alpha 1 is 0.5 ± 0.3 ahead of FedMoE at 0.9. FedAvg with three experts a layer is as good as
   FedMoE with less traffic.
+- Within the bytes of the cheapest method FedMoE is behind all others that share a model (std-T: 58.6 to FedAvg's 63.9
+  and randomMoE's 59.8): stage one sends everybody the whole model once, 0.95 of its 5.1 GB.
 - Why the leads are small: `choice.md`. Fine-tuned on pooled data the shipped model is as good with one random expert a
   layer as with all 16 (66.8 and 67.1), so what is chosen hardly can matter: its embeddings and attention do the work.
   And clients of one task use the experts as alike as two halves of one client's data (total variation 0.187 and 0.187;
