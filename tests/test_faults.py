@@ -64,7 +64,7 @@ def replayed(made, missing, folder):
     """Weights of the same run in this process, with the same clients missing in the same rounds."""
     grid = loopback.Loopback([])
     for name in NAMES:
-        own = runs.experiment(folder / f"{name}.jsonl")
+        own = runs.experiment(folder / f"{name}.jsonl", model=made.model)
         flower.save_site(folder / f"again-{name}/site.json", name, own)
         grid.configs.append({"site": str(folder / f"again-{name}/site.json")})
 
