@@ -49,6 +49,32 @@ def digest(cell: Experiment) -> str:
     return hashlib.sha256((json.dumps(essence(cell)) + weights).encode()).hexdigest()[:16]
 
 
+def plan(
+    benchmark: Any,
+    settings: Collection[str],
+    methods: Collection[str],
+    by_default: Collection[str],
+    make: Callable[[str, str, int], Experiment],
+) -> tuple[dict[Path, Experiment], list[Path]]:
+    """The cells of a whole table by run directory, and the directories of those to run: what `finish` takes.
+
+    Seed by seed, so that an early stop leaves whole tables with fewer seeds.
+
+    Args:
+        benchmark: its `settings`, `methods` (empty: `by_default`), `seeds`, `out` and `table_only`.
+        make: (setting, method, seed) -> cell.
+    """
+    whole, wanted = {}, []
+    for seed in range(benchmark.seeds):
+        for setting in settings:
+            for method in methods:
+                cell = make(setting, method, seed)
+                whole[folder := benchmark.out / cell.name] = cell
+                if setting in benchmark.settings and method in (benchmark.methods or by_default):
+                    wanted.append(folder)
+    return whole, [] if benchmark.table_only else wanted
+
+
 def finish(
     name: str,
     table: Mapping[Path, Experiment],

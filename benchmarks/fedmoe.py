@@ -20,10 +20,11 @@ import json
 import os
 import statistics
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import tyro
-from cells import RESULTS, Result, finish, read_run, rounds_to, spread
+from cells import RESULTS, Result, finish, plan, read_run, rounds_to, spread
 from rich.console import Console
 
 from consilium.algorithms.fedmoe import FedMoE
@@ -109,15 +110,7 @@ def main(benchmark: Benchmark) -> None:
     """Run what is missing, then write the table."""
     if benchmark.search:
         return search(benchmark)
-    whole, wanted = {}, []
-    for seed in range(benchmark.seeds):  # seed by seed: an early stop leaves whole tables with fewer seeds
-        for setting in SETTINGS:
-            for method in METHODS:
-                cell = experiment(setting, method, seed, benchmark.rounds)
-                whole[folder := benchmark.out / cell.name] = cell
-                if setting in benchmark.settings and method in (benchmark.methods or METHODS):
-                    wanted.append(folder)
-    wanted = [] if benchmark.table_only else wanted
+    whole, wanted = plan(benchmark, SETTINGS, METHODS, METHODS, partial(experiment, rounds=benchmark.rounds))
     write(finish("fedmoe", whole, wanted, read, benchmark.jobs), benchmark)
 
 

@@ -22,11 +22,11 @@ experiment, data and model is not run again.
 import dataclasses
 import statistics
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import tyro
-from cells import RESULTS, Result, finish, read_run, rounds_to, spread
+from cells import RESULTS, Result, finish, plan, read_run, rounds_to, spread
 from rich.console import Console
 
 from consilium.algorithms.fedavg import FedAvg
@@ -141,15 +141,7 @@ def main(benchmark: Benchmark) -> None:
         raise SystemExit(f"{benchmark.data} has no {' and no '.join(absent)}; name the data's folder with --data")
     if benchmark.search:
         return search(benchmark)
-    whole, wanted = {}, []
-    for seed in range(benchmark.seeds):  # seed by seed: an early stop leaves whole tables with fewer seeds
-        for setting in SETTINGS:
-            for method in {**METHODS, **MORE}:
-                cell = experiment(benchmark, setting, method, seed)
-                whole[folder := benchmark.out / cell.name] = cell
-                if setting in benchmark.settings and method in (benchmark.methods or METHODS):
-                    wanted.append(folder)
-    wanted = [] if benchmark.table_only else wanted
+    whole, wanted = plan(benchmark, SETTINGS, {**METHODS, **MORE}, METHODS, partial(experiment, benchmark))
     write(finish("hfedmoe", whole, wanted, read, benchmark.jobs), benchmark)
 
 

@@ -17,10 +17,11 @@ experiment and the same file is not run again.
 import json
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import tyro
-from cells import RESULTS, Result, finish, spread
+from cells import RESULTS, Result, finish, plan, spread
 
 from consilium.algorithms.fd import FD
 from consilium.algorithms.fedavg import FedAvg
@@ -114,15 +115,7 @@ def experiment(benchmark: Benchmark, setting: str, method: str, seed: int) -> Ex
 def main(benchmark: Benchmark) -> None:
     """Run what is missing, then write the table."""
     methods = (*METHODS, *(HOMOGENEOUS if benchmark.homogeneous else ()))
-    whole, wanted = {}, []
-    for seed in range(benchmark.seeds):  # seed by seed: an early stop leaves whole tables with fewer seeds
-        for setting in SETTINGS:
-            for method in methods:
-                cell = experiment(benchmark, setting, method, seed)
-                whole[folder := benchmark.out / cell.name] = cell
-                if setting in benchmark.settings and method in (benchmark.methods or methods):
-                    wanted.append(folder)
-    wanted = [] if benchmark.table_only else wanted
+    whole, wanted = plan(benchmark, SETTINGS, methods, methods, partial(experiment, benchmark))
     write(finish("pfedmoe", whole, wanted, read, benchmark.jobs), benchmark)
 
 
