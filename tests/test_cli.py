@@ -456,7 +456,7 @@ def test_ctrl_c_ends_with_130_and_leaves_a_resumable_run(data, sent):
             assert process.poll() is None and time.monotonic() < deadline, Path("log").read_text()
             time.sleep(0.05)
         process.send_signal(sent)
-        assert process.wait(timeout=60) == 130
+        assert process.wait(timeout=60) == 130, Path("log").read_text()[-4000:]
     finally:
         process.kill()
         process.wait()

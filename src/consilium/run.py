@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 import torch
 
-from consilium.core import ClientInfo, Server
+from consilium.core import ClientId, ClientInfo, Server
 from consilium.data.task import Federation
 from consilium.engine.checkpoint import (
     ClientStore,
@@ -34,6 +34,7 @@ from consilium.engine.checkpoint import (
     save_checkpoint,
     write_atomic,
 )
+from consilium.engine.interrupt import interruptible
 from consilium.engine.local import LocalEngine
 from consilium.engine.rounds import Engine, nobody
 from consilium.errors import BudgetError, CheckpointError, ConfigError, DataError
@@ -335,7 +336,8 @@ class _Prepared:
 def _rounds(prepared: _Prepared, folder: Path, watch: Watch | None) -> dict[str, Any]:
     """The rounds that are left, then the summary; the status says how it ended."""
     try:
-        summary = _all_rounds(prepared, folder, watch)
+        with interruptible() as check:
+            summary = _all_rounds(prepared, folder, watch, check)
     except KeyboardInterrupt:
         _write_config(folder, prepared.experiment, "interrupted", prepared)
         raise
@@ -344,7 +346,9 @@ def _rounds(prepared: _Prepared, folder: Path, watch: Watch | None) -> dict[str,
     return summary
 
 
-def _all_rounds(prepared: _Prepared, folder: Path, watch: Watch | None) -> dict[str, Any]:
+def _all_rounds(
+    prepared: _Prepared, folder: Path, watch: Watch | None, check: Callable[[], None]
+) -> dict[str, Any]:
     experiment, server = prepared.experiment, prepared.server
     store = ClientStore(folder / "clients")
     first, writing = 1, 0.0
@@ -355,7 +359,13 @@ def _all_rounds(prepared: _Prepared, folder: Path, watch: Watch | None) -> dict[
     structure = _truncate(folder, first)
     if watch:
         watch.started(experiment, prepared.setup, prepared.federation, first)
-    with prepared.engine(folder, store, watch.step if watch else lambda *_: None) as engine:
+
+    def progress(client: ClientId, phase: str, done: int, total: int) -> None:
+        check()
+        if watch:
+            watch.step(client, phase, done, total)
+
+    with prepared.engine(folder, store, progress) as engine:
         for number in range(first, experiment.rounds + 1):
             test = number % experiment.evaluate_every == 0 or number == experiment.rounds
             record = engine.round(number, test)
