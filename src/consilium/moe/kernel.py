@@ -65,20 +65,29 @@ class Linear:
             a_RX, b_YR = (tensors[i] for i in self.lora)
             out.addmm_(x_NX @ a_RX.t(), b_YR.t(), alpha=self.scale)
 
-    def backward(self, g_NY: Tensor, x_NX: Tensor, tensors: Tensors, grads: Grads, out: Tensor) -> None:
-        """Write the gradient of the input [N, X] into `out`, and those of the tensors that have a place in `grads`."""
-        weight = self.matrix(tensors)
-        torch.mm(g_NY, weight, out=out)
+    def backward(
+        self, g_NY: Tensor, x_NX: Tensor, w_N1: Tensor | None, tensors: Tensors, grads: Grads, out: Tensor | None
+    ) -> None:
+        """Write the gradient of the input [N, X] into `out` (None: nobody asks), where that of y is g; and those of w y
+        (w None: of y) by the tensors that have a place in `grads`. Where the weight has one, x is already w x."""
+        if out is not None:
+            torch.mm(g_NY, self.matrix(tensors), out=out)
         if self.weight in grads:
             grads[self.weight] = x_NX.t() @ g_NY if self.transposed else g_NY.t() @ x_NX
+            w_N1 = None
         if self.lora is not None:
             a_RX, b_YR = (tensors[i] for i in self.lora)
             v_NR = g_NY @ b_YR
-            out.addmm_(v_NR, a_RX, alpha=self.scale)
+            if out is not None:
+                out.addmm_(v_NR, a_RX, alpha=self.scale)
             if self.lora[0] in grads:
+                v_NR = v_NR if w_N1 is None else v_NR.mul_(w_N1)
                 grads[self.lora[0]] = torch.addmm(a_RX, v_NR.t(), x_NX, beta=0, alpha=self.scale)
             if self.lora[1] in grads:
-                grads[self.lora[1]] = torch.addmm(b_YR, g_NY.t(), x_NX @ a_RX.t(), beta=0, alpha=self.scale)
+                u_NR = x_NX @ a_RX.t()
+                u_NR = u_NR if w_N1 is None else u_NR.mul_(w_N1)
+                u_NR = u_NR if self.scale == 1 else u_NR.mul_(self.scale)
+                grads[self.lora[1]] = (u_NR.t() @ g_NY).t()  # laid out as B is
 
 
 @dataclass(frozen=True)
@@ -132,17 +141,22 @@ def _back(
     members: Members,
     tensors: Tensors,
     grads: Grads,
-) -> Tensor:
-    """Where the gradient of y is g: that of x, [N, X]. The experts' own gradients are those of w y (w None: of y)."""
+    to_input: bool = True,
+) -> Tensor | None:
+    """Where the gradient of y is g: that of x, [N, X], if asked for. The experts' own gradients are those of w y (w
+    None: of y)."""
     dtype = linears[0].dtype
     g_NY = g_NY.to(dtype)
-    x_NX = (x_NX if w_N1 is None else x_NX * w_N1).to(dtype)
-    to_x = torch.empty_like(x_NX)
+    if w_N1 is not None and any(linears[place].weight in grads for place, _, _ in members):
+        x_NX = x_NX * w_N1
+    x_NX, w_N1 = x_NX.to(dtype), None if w_N1 is None else w_N1.to(dtype)
+    to_x = torch.empty_like(x_NX) if to_input else None
     for place, start, end in members:
-        linear, g, x = linears[place], g_NY[start:end], x_NX[start:end]
-        linear.backward(g, x, tensors, grads, to_x[start:end])
+        linear, g = linears[place], g_NY[start:end]
+        w = None if w_N1 is None else w_N1[start:end]
+        linear.backward(g, x_NX[start:end], w, tensors, grads, None if to_x is None else to_x[start:end])
         if linear.bias in grads:
-            grads[linear.bias] = (g if w_N1 is None else g * w_N1[start:end]).sum(0).to(dtype)
+            grads[linear.bias] = (g if w is None else g * w).sum(0).to(dtype)
     return to_x
 
 
@@ -237,7 +251,7 @@ class _Compute(torch.autograd.Function):
                 to_y[start:end] += g_ND[start:end] @ tensors[layer.second[place].bias]
             to_weights[slots] = to_y.to(to_weights.dtype)
             (to_h,) = torch.autograd.grad(a_NF, h_NH, (to_a * w_N1).to(a_NF.dtype))
-            to_x = _back(layer.first, to_h, x_ND, None, members, tensors, grads)
+            to_x = _back(layer.first, to_h, x_ND, None, members, tensors, grads, to_hidden is not None)
             if to_hidden is not None:
                 to_hidden.index_add_(0, tokens, to_x.to(to_hidden.dtype))
         own = (grads.get(i) for i in range(len(tensors)))
