@@ -129,7 +129,8 @@ def test_full_training_by_hand(tmp_path):
     dense, sparse = 40 * 12, 40 * (12 + 3 * 8 + 3 * 3)  # hidden; and gathered, output, gated, three of E
     ends, last = 40 * 3 * 8 + 10 * 10 * (2 + 2), 40 * 2 * 8
     assert footprint.activations == 4 * (2 * layer + dense + sparse + ends + last)
-    live = 3 * weights + footprint.activations  # the gradients come when these have gone
+    assert footprint.between == min(weights, footprint.activations) // 4  # half a layer of two
+    live = 3 * weights + footprint.activations + footprint.between  # the gradients come when the former have gone
     assert footprint.overhead == OVERHEAD + live // SLACK
     assert footprint.total == live + footprint.overhead
 
@@ -138,9 +139,9 @@ def test_gradients_or_activations_whichever_is_more(tmp_path):
     model = switch(tmp_path)
     few, many = (model.footprint(model.counts, mode="full", **BATCH | {"batch_size": n}) for n in (1, 64))
     huge = replace(few, gradients=few.activations + 1000)
-    assert huge.total == few.weights + few.optimizer + few.activations + 1000 + few.overhead
+    assert huge.total == few.weights + few.optimizer + few.activations + 1000 + few.between + few.overhead
     assert many.activations > many.gradients
-    assert many.total == many.weights + many.optimizer + many.activations + many.overhead
+    assert many.total == many.weights + many.optimizer + many.activations + many.between + many.overhead
 
 
 def test_sgd_has_no_state_and_references_are_copies(tmp_path):
@@ -175,7 +176,7 @@ def test_optimizer_step_can_be_the_peak(tmp_path):
     model = olmoe(tmp_path, intermediate_size=4000)
     footprint = model.footprint(model.counts, mode="full", **BATCH | {"batch_size": 1, "max_length": 1})
     assert footprint.activations < footprint.gradients
-    assert footprint.total == 4 * footprint.weights + footprint.overhead
+    assert footprint.total == 4 * footprint.weights + footprint.between + footprint.overhead
 
 
 def test_logits_by_hand(tmp_path):

@@ -36,7 +36,7 @@ __all__ = ["PARTS", "Footprint", "MemoryModel", "Mode", "bytes_of", "human"]
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMG]i?B|B|)\s*", re.IGNORECASE)
 
-OVERHEAD = 4_000_000
+OVERHEAD = 5_000_000
 """Bytes that come whatever the size: work space of the matrix kernels, the modules, the autograd graph."""
 SLACK = 64
 """One byte in so many of the live tensors is added for headers, rounding to pages and small freed blocks."""
@@ -73,6 +73,7 @@ class Footprint:
         gradients: of everything trained, all there when the optimiser steps.
         activations: what is saved for the backward pass, and what comes before any of that goes: temporaries, the
             gradient of the logits' matrix; with checkpointing, where little is saved, most gradients.
+        between: how much more there is in the middle of a layer of the backward pass than at its ends.
         overhead: allocator and libraries.
     """
 
@@ -81,15 +82,18 @@ class Footprint:
     optimizer: int
     references: int
     activations: int
+    between: int
     overhead: int
 
     @property
     def total(self) -> int:
-        """The peak: in the forward pass, at the optimiser's step, or with the model built beside what it is built from.
+        """The peak: on the way back, or with the model built beside what it is built from.
 
-        In between, gradients take the place of activations layer by layer: never more than the greater of the two.
+        Gradients take the place of activations layer by layer. At the ends of a layer that is never more than the
+        greater of the two; within the first or the last of L layers, half of its gradients lie beside half of what it
+        saved: at most the lesser of the two, by 2 L, on top.
         """
-        training = self.optimizer + self.references + max(self.gradients, self.activations)
+        training = self.optimizer + self.references + max(self.gradients, self.activations) + self.between
         return self.weights + max(training, self.weights) + self.overhead
 
 
@@ -192,8 +196,10 @@ class MemoryModel:
         batch = (batch_size, max_length, target_length)
         active = self._activations(counts, mode, batch, gradient_checkpointing, learning, trained is not None)
         moments = 2 * learning if optimizer == "adamw" else 0
-        live = weights + moments + copies + max(learning, active)
-        return Footprint(weights, learning, moments, copies, active, OVERHEAD + live // SLACK)
+        plain = trained is None and not gradient_checkpointing  # the others count the first layer, where they peak
+        between = min(learning, active) // (2 * sum(stack.layers for stack in self.stacks)) if plain else 0
+        live = weights + moments + copies + max(learning, active) + between
+        return Footprint(weights, learning, moments, copies, active, between, OVERHEAD + live // SLACK)
 
     def _activations(
         self,

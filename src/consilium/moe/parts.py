@@ -98,7 +98,7 @@ def _switch(c: Any, w: int) -> dict[Mode, Parts]:
             attention=Cost(token=frozen + 3 * inner, pair=scores),
             cross=Cost(token=frozen + inner, source=2 * inner, cross=scores),
             dense=Cost(token=frozen + (1 + d) * F),
-            sparse=Cost(token=frozen + noise, slot=slot, choice=3),
+            sparse=Cost(token=frozen + D + noise, slot=slot, choice=3),
             ends=Cost(token=(2 + d + 2 * w) * D, bias=H + 2),
             last=Cost(token=4 * D + F),
         ),

@@ -40,7 +40,7 @@ def fedmoe_docstrings() -> Experiment:
         fit=Fit(lr=3e-4, head_lr=3e-3, batch_size=16, max_length=64),
         sampling=Sampling(clients_per_round=5),
         rounds=12,
-        memory=("92MB", "102MB", "122MB", "155MB"),
+        memory=("95MB", "105MB", "126MB", "160MB"),
         evaluate_every=3,
     )
 
