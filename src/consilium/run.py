@@ -346,9 +346,7 @@ def _rounds(prepared: _Prepared, folder: Path, watch: Watch | None) -> dict[str,
     return summary
 
 
-def _all_rounds(
-    prepared: _Prepared, folder: Path, watch: Watch | None, check: Callable[[], None]
-) -> dict[str, Any]:
+def _all_rounds(prepared: _Prepared, folder: Path, watch: Watch | None, check: Callable[[], None]) -> dict[str, Any]:
     experiment, server = prepared.experiment, prepared.server
     store = ClientStore(folder / "clients")
     first, writing = 1, 0.0

@@ -383,7 +383,7 @@ class Setup:
             )
         if not lora.rank:
             return self.model.build(params, task.name, task.labels, held).to(context.device)
-        model = self.model.build(self.model.load() | params, task.name, task.labels, held).to(context.device)
+        model = self.model.build(self.model.load(held) | params, task.name, task.labels, held).to(context.device)
         return load_flat(add_lora(model, lora), params, held)
 
     def mean(self) -> WeightedMean:

@@ -1,5 +1,5 @@
-"""Ctrl-C that is not lost: Python swallows a KeyboardInterrupt raised in a destructor or a weak reference's callback, and
-a library that is interrupted half-way may end in an error of its own."""
+"""Ctrl-C that is not lost: Python swallows a KeyboardInterrupt in a destructor or in a weak reference's callback,
+and a library that is interrupted half-way may end in an error of its own."""
 
 import signal
 import threading

@@ -22,7 +22,8 @@ from consilium.errors import ConfigError, ModelError
 from consilium.moe.addressing import all_experts, flatten, load_flat
 from consilium.moe.families import Family, Form, family_of
 from consilium.moe.model import TaskModel
-from consilium.moe.surgery import slice_experts
+from consilium.moe.partial import held_weights, sliced
+from consilium.moe.surgery import checked, slice_experts
 from consilium.params import Params
 
 __all__ = ["ModelSource", "shipped"]
@@ -137,25 +138,34 @@ class ModelSource:
             slice_experts(model, held)
         return load_flat(model, params, held)
 
-    def load(self) -> Params:
+    def load(self, held: ExpertSet | None = None) -> Params:
         """The pretrained backbone as flat parameters (no heads).
+
+        Args:
+            held: read these experts alone, block -> ids; the others are never in memory. None: all.
 
         Raises:
             ModelError: if there are no safetensors, or the checkpoint lacks weights the form needs.
         """
-        cls = getattr(transformers, self.family.classes[self.form])
+        cls, where = getattr(transformers, self.family.classes[self.form]), self.location
+        part: dict[str, Any] = {}
         level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         try:
+            if held is not None and held != all_experts(whole := self.skeleton("", ())):
+                held = checked(held, self.counts, self.family)
+                part["state_dict"] = held_weights(where, self.revision, whole, held)
+                cls, where = sliced(cls, self.family, held), None
             backbone, info = cls.from_pretrained(
-                self.location,
+                where,
                 config=self.config,
                 revision=self.revision,
                 dtype=self.torch_dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **part,
             )
         except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(f"model {self.path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
@@ -168,7 +178,7 @@ class ModelSource:
             raise ModelError(
                 f"model {self.path!r} has no weights for {self.form}: {len(missing)} are missing, e.g. {missing[0]!r}"
             )
-        return flatten(TaskModel(backbone, self.family, "", (), self.torch_dtype))
+        return flatten(TaskModel(backbone, self.family, "", (), self.torch_dtype), held)
 
 
 @lru_cache(maxsize=4)

@@ -1,0 +1,94 @@
+"""Reading part of a model: the weights of some experts, so that a device never holds the others, not even for a moment.
+
+Checkpoints name tensors in many ways: an expert each, or all experts of a layer in one; transformers renames, stacks
+and joins them on loading. Here the tensors of experts that are not wanted are left out of what it is given, the others
+are counted anew, and it loads them into a model that has been sliced before.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils import cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from consilium.core import ExpertSet
+from consilium.errors import ModelError
+from consilium.moe.addressing import expert_of, router_row_of, table
+from consilium.moe.families import Family
+from consilium.moe.model import TaskModel
+from consilium.moe.surgery import slice_experts
+
+__all__ = ["held_weights", "sliced"]
+
+_NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+_NAMES = ("model.safetensors", "model.safetensors.index.json")
+
+
+def sliced(cls: type, family: Family, keep: ExpertSet) -> type:
+    """A transformers class whose models have these experts only, from the moment they are made; nothing in them is
+    drawn at random, so all weights must come from a checkpoint."""
+
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        cls.__init__(self, config, *args, **kwargs)
+        slice_experts(TaskModel(self, family, "", (), self.dtype), keep)
+
+    own = {"__init__": init, "__module__": cls.__module__, "initialize_weights": lambda self: None}
+    return type(cls.__name__, (cls,), own)
+
+
+def held_weights(location: str, revision: str | None, full: TaskModel, held: ExpertSet) -> dict[str, Tensor]:
+    """The checkpoint's tensors under its own names, as a model with these experts alone would have been saved.
+
+    Args:
+        location: a directory or a hub name. full: the whole model on the meta device.
+        held: block -> ids of the experts, ascending.
+    """
+    names, family = table(full), full.family
+    transforms = get_model_conversion_mapping(full.backbone)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    meta, prefix = full.backbone.state_dict(), full.backbone.base_model_prefix
+    state = {}
+    for file in _files(location, revision):
+        with safe_open(file, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (no dict)
+                path, _ = rename_source_key(key, renamings, converters, prefix, meta)
+                name = names.get(path)
+                first = name if isinstance(name, str) else (name or [""])[0]
+                block, number = expert_of(first) or router_row_of(first) or ("", 0)
+                if not block:
+                    state[key] = tensors.get_tensor(key)
+                elif isinstance(name, str):  # a module of its own
+                    if number in held[block]:
+                        one, place = family.module.format(number), family.module.format(held[block].index(number))
+                        state[key.replace(f".{one}.", f".{place}.")] = tensors.get_tensor(key)
+                elif found := _NUMBER.search(key):
+                    if int(found[0]) in held[block]:
+                        state[_NUMBER.sub(str(held[block].index(int(found[0]))), key)] = tensors.get_tensor(key)
+                else:
+                    state[key] = _rows(tensors.get_slice(key), len(name), held[block])
+    return state
+
+
+def _rows(part: Any, total: int, ids: tuple[int, ...]) -> Tensor:
+    """These rows of a tensor [E, ..] or [1, E]."""
+    if part.get_shape()[0] == total:
+        return torch.cat([part[i : i + 1] for i in ids])
+    return part[:][:, list(ids)]
+
+
+def _files(location: str, revision: str | None) -> Iterator[str]:
+    """The safetensors of a model, wherever it lies."""
+    for name in _NAMES:
+        found = cached_file(location, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if found:
+            shards = name.endswith(".json")
+            yield from get_checkpoint_shard_files(location, found, revision=revision)[0] if shards else [found]
+            return
+    raise ModelError(f"model {location!r} has no {' or '.join(_NAMES)}; weights are read from safetensors only")
