@@ -6,7 +6,8 @@
 Every point runs in a process of its own, forked off one that has imported the libraries: a warm-up step on a tiny
 model, then the resident set is noted, the model is built from parameters as a client builds it and trained with
 `training.fit` on batches of the greatest length; measured is the peak of the resident set (VmHWM, reset after the
-warm-up) above that note. Linux only.
+warm-up) above that note. A client with adapters reads its experts from a checkpoint, whose pages the kernel may take
+back at any time: there it is the peak of anonymous memory (RssAnon), looked at every millisecond. Linux only.
 
 MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ make glibc give freed tensors back at once; without them it keeps
 them for later, up to its own dynamic threshold, and the peak says as much about glibc as about the model.
@@ -264,6 +265,31 @@ def _params(model_source, keep) -> dict:
     return made
 
 
+def _head(model_source) -> dict:
+    """The head alone."""
+    import torch
+
+    width = model_source.config.hidden_size
+    shapes = {"weight": (width,), "bias": ()}
+    labels = LABELS if model_source.form == "classification" else ()
+    return {f"head.task.{label}.{leaf}": torch.zeros(shape) for label in labels for leaf, shape in shapes.items()}
+
+
+def _saved(point: Point, folder: Path) -> None:
+    """The whole model as a checkpoint, written by a process that is gone when the client begins."""
+    import transformers
+
+    child = os.fork()
+    if not child:
+        model_source = source(point, folder)
+        getattr(transformers, model_source.family.classes[model_source.form])(model_source.config).save_pretrained(
+            folder
+        )
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        raise SystemExit(1)
+
+
 LABELS = ("a", "b", "c", "d")
 
 
@@ -294,7 +320,8 @@ def _train(point: Point, folder: Path) -> None:
     model_source = source(point, folder)
     keep = held(point, model_source.counts)
     labels = LABELS if point.form == "classification" else ()
-    params = _params(model_source, keep)
+    # a client with adapters has the base on its own disk; any other is sent its parameters
+    params = _params(model_source, keep) if point.mode != "lora" else model_source.load(keep) | _head(model_source)
     model = model_source.build(params, "task", labels, keep)
     del params
     setting = Fit(
@@ -373,9 +400,15 @@ def _peak(point: Point) -> None:
     torch.manual_seed(0)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            _train(replace(point, **WARM_UP), Path(folder) / "warm")
+            warm = replace(point, **WARM_UP)
+            for each, name in ((warm, "warm"), (point, "model")) if point.mode == "lora" else ():
+                _saved(each, Path(folder) / name)
+            _train(warm, Path(folder) / "warm")
             gc.collect()
             ctypes.CDLL("libc.so.6").malloc_trim(0)
+            if point.mode == "lora":
+                print(_anonymous(lambda: _train(point, Path(folder) / "model")), flush=True)
+                return
             Path("/proc/self/clear_refs").write_text("5")
             before = _status("VmRSS")
             _train(point, Path(folder) / "model")
@@ -383,6 +416,25 @@ def _peak(point: Point) -> None:
     except BaseException:
         traceback.print_exc()
         os._exit(1)
+
+
+def _anonymous(work) -> int:
+    """The greatest growth of anonymous memory, looked at every millisecond."""
+    import threading
+
+    before, most, done = _status("RssAnon"), 0, threading.Event()
+
+    def look() -> None:
+        nonlocal most
+        while not done.wait(0.001):
+            most = max(most, _status("RssAnon") - before)
+
+    watch = threading.Thread(target=look)
+    watch.start()
+    work()
+    done.set()
+    watch.join()
+    return most
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -428,12 +480,14 @@ time (`fit(choose=...)`). lora: adapters of our own, rank 8; peft: PEFT's. ratio
 promise is on the safe side. bfloat16 on a CPU is not covered: there PyTorch works with float32 copies, and the promise
 is far too low.
 
-Switch and OLMoE: four batches, none padded; the few coefficients of Switch were fitted on these points, those of the
-demo's model left out. All later rows: two batches, half of the examples one token shorter; nothing was fitted on them,
-`moe/parts.py` counts what autograd saves; one of its terms, the other layers' gradients beside the first layer's
-backward pass, was added when OLMoE with all experts trained by choice had come out at 0.98. With a choice, and with
-adapters, the promise assumes that all tokens of a batch want the same expert, which these random routers do not: it is
-up to a quarter above what was measured.
+No float32 row is over its promise. Switch and OLMoE: four batches, none padded; the few coefficients of Switch were
+fitted on these points. All later rows: two batches, half of the examples one token shorter; `moe/parts.py` counts what
+autograd saves. Three terms were added when a row had come out below 1: the other layers' gradients beside the first
+layer's backward pass (a choice), half a layer of gradients beside half a layer of what was saved (all trained), and one
+input more per layer of the demo's model with PEFT. lora: the client reads the experts it holds from a checkpoint on its
+disk, which is measured too, as anonymous memory: pages mapped from that file are the kernel's to take back.
+With a choice, and with adapters, the promise assumes that all tokens of a batch want the same expert, which these
+random routers do not: it is up to a quarter above what was measured.
 
 Slices against a leaf per expert: a slice also saves the weights of whom it leaves out, a leaf per expert only their
 gradients and moments, so a device holds a slice and chooses among it. With adapters a choice saves next to nothing:

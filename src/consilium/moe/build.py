@@ -178,7 +178,8 @@ class ModelSource:
             raise ModelError(
                 f"model {self.path!r} has no weights for {self.form}: {len(missing)} are missing, e.g. {missing[0]!r}"
             )
-        return flatten(TaskModel(backbone, self.family, "", (), self.torch_dtype), held)
+        part.clear()
+        return flatten(TaskModel(backbone, self.family, "", (), self.torch_dtype), held, copy=held is None)
 
 
 @lru_cache(maxsize=4)
