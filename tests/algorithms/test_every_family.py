@@ -7,11 +7,27 @@ import tiny
 import torch
 
 from consilium.algorithms.fedmoe import FedMoE
+from consilium.algorithms.hfedmoe import HFedMoE
 from consilium.core import counts_of
+from consilium.moe.build import ModelSource
 from consilium.moe.families import FAMILIES
 
+
+
+def three_trained(source: ModelSource) -> int:
+    """A device that can train three experts per layer."""
+    return tiny.bytes_for(3, source)
+
+
+def three_held(source: ModelSource) -> int:
+    """A device that can hold three experts per layer, and train as few in a batch as the family's router needs."""
+    least = FAMILIES[source.config.model_type].least * len(source.counts)
+    return tiny.setup(source).footprint(dict.fromkeys(source.counts, 3), trained=least).total
+
+
 METHODS = {
-    "FedMoE": lambda: FedMoE(stage1="forward", alpha=1.0),
+    "FedMoE": (lambda: FedMoE(stage1="forward", alpha=1.0), three_trained),
+    "HFedMoE": (HFedMoE, three_held),
 }
 CLIENTS = ("animal-00", "animal-01")
 
@@ -19,11 +35,11 @@ CLIENTS = ("animal-00", "animal-01")
 @pytest.mark.parametrize(("model_type", "form"), tiny.CASES)
 @pytest.mark.parametrize("name", METHODS)
 def test_two_rounds_within_the_memory_of_devices(name, model_type, form, tmp_path):
-    """One device holds all, the other three experts per layer: both train, within their bytes, and are scored."""
-    source = tiny.source(model_type, form)
-    memory = {"animal-00": tiny.bytes_for(8, source, 1), "animal-01": tiny.bytes_for(3, source)}
+    """One device holds all, the other a part: both train, within their bytes, and are scored."""
+    source, (make, small) = tiny.source(model_type, form), METHODS[name]
+    memory = {"animal-00": tiny.bytes_for(8, source, 1), "animal-01": small(source)}
     infos = tuple(info for info in tiny.infos(memory) if info.id in CLIENTS)
-    made, algorithm = tiny.setup(source, clients=infos), METHODS[name]()
+    made, algorithm = tiny.setup(source, clients=infos), make()
     server, client = algorithm.server(made), algorithm.client(made)
     engine = tiny.engine(server, client, made, tmp_path, strict=True)
     before = {key: tensor.clone() for key, tensor in server.params.items()}

@@ -363,11 +363,20 @@ class HFedMoEServer(Server):
         return Payload({"params": select(self.params, client.task, held)}, experts_to_scalars(held))
 
     def resident(self, client: ClientInfo) -> Held:
-        """The experts this client holds now: those its data asks for most, as many as its forward budget."""
+        """The experts this client holds now: those its data asks for most, as many as its forward budget.
+
+        The budget is of experts spread evenly over the layers; where they crowd in one of them, a step takes more, and
+        the device holds fewer.
+        """
         demand = self.demand.get(client.id) or _shares(self.setup.public_usage("no usage", client.id))
         everything = {block: range(total) for block, total in self.setup.model.counts.items()}
-        forward, least = self.budgets[client.id][0], self.setup.model.family.least
-        return best_experts(demand, everything, forward, least, self.algorithm.per_layer)
+        (forward, backward), least = self.budgets[client.id], self.setup.model.family.least
+        while True:
+            held = best_experts(demand, everything, forward, least, self.algorithm.per_layer)
+            counts = counts_of(held)
+            if counts == self.setup.least or not self.setup.lacks(client, counts, trained=backward):
+                return held
+            forward -= 1
 
     def _task(self, client: ClientInfo) -> Payload:
         sent = self.deliver(client)
