@@ -1,6 +1,6 @@
 """What a training step costs: stock experts, ours, adapters and a restricted backward pass, as ratios in one process.
 
-    python benchmarks/moe_step.py            5 to 10 minutes on 2 busy cores; writes results/moe_step.md
+    python benchmarks/moe_step.py            10 to 20 minutes on 2 cores; writes results/moe_step.md
     python benchmarks/moe_step.py --device cuda
 
 A step is forward, backward, clipping and AdamW, all of it. Every variant of a shape has a model of its own; they take
@@ -13,7 +13,8 @@ variant over its minimum. Nothing here has been run on CUDA yet.
     ours      moe/experts.py: `keep` saves what the backward pass needs, `again` computes it again
     25 %      `training.fit`'s restriction: each step other experts learn, a quarter of them in every block
     floor     everything but routers and head frozen, no adapters: what no LoRA can be faster than (the better of
-              grouped and ours)                                 LoRA, PEFT   rank 8 on all experts
+              grouped and ours). It needs no backward pass through the first layer's experts, which any LoRA does
+    LoRA, PEFT   rank 8 on all experts
 """
 
 import argparse
@@ -35,9 +36,24 @@ from consilium.moe.families import family_of
 from consilium.moe.lora import Lora, add_expert_lora, add_lora
 from consilium.moe.model import TaskModel
 
-WIDTH, LAYERS, HEADS, VOCABULARY, BATCH, LENGTH, TOP_K, RANK = 256, 2, 8, 1000, 8, 128, 2, 8
-SHAPES = ((16, 256), (32, 512))
-"""(experts, width inside an expert)."""
+WIDTH, HEADS, VOCABULARY, BATCH, TOP_K, RANK = 256, 8, 1000, 8, 2, 8
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How many experts, their width inside, layers, and tokens per sequence."""
+
+    experts: int
+    hidden: int
+    layers: int = 2
+    length: int = 128
+
+    def __str__(self) -> str:
+        return f"{self.experts} experts of width {self.hidden}, {self.layers} layers, {BATCH} x {self.length} tokens"
+
+
+SHAPES = (Shape(16, 256), Shape(32, 512), Shape(16, 896, 4, 256), Shape(32, 512, 4, 256))
+"""Two small ones; one of Mixtral's proportions (experts 3.5 times as wide as the model), and one with many experts."""
 NAMES = (
     "dense", "eager", "grouped", "ours (keep)", "ours (again)", "ours, 25 %", "ours, 25 % (keep)",
     "floor, grouped", "floor, ours", "LoRA", "PEFT",
@@ -64,26 +80,26 @@ BARS = (
 )
 
 
-def model_of(experts: int, hidden: int, device: str) -> TaskModel:
-    """Mixtral with a head, random weights; experts 0: Mistral of equal active FLOPs."""
+def model_of(shape: Shape, dense: bool, device: str) -> TaskModel:
+    """Mixtral with a head, random weights; dense: Mistral of equal active FLOPs."""
     common = dict(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        num_key_value_heads=HEADS, max_position_embeddings=LENGTH,
+        vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=shape.layers, num_attention_heads=HEADS,
+        num_key_value_heads=HEADS, max_position_embeddings=shape.length,
     )  # fmt: skip
     torch.manual_seed(0)
-    if experts:
+    if dense:
+        backbone = MistralModel(MistralConfig(intermediate_size=TOP_K * shape.hidden, sliding_window=None, **common))
+    else:
         config = MixtralConfig(
-            intermediate_size=hidden, num_local_experts=experts, num_experts_per_tok=TOP_K, **common
+            intermediate_size=shape.hidden, num_local_experts=shape.experts, num_experts_per_tok=TOP_K, **common
         )  # fmt: skip
         backbone = MixtralModel(config)
-    else:
-        backbone = MistralModel(MistralConfig(intermediate_size=TOP_K * hidden, sliding_window=None, **common))
     return TaskModel(backbone, family_of("mixtral"), "t", tuple("abcdefgh"), torch.float32).to(device).train()
 
 
-def variant(name: str, experts: int, hidden: int, device: str) -> Callable[[], None]:
+def variant(name: str, shape: Shape, device: str) -> Callable[[], None]:
     """One step of that variant, to be called again and again."""
-    model = model_of(0 if name == "dense" else experts, hidden, device)
+    model = model_of(shape, name == "dense", device)
     own, stack, rng = None, contextlib.ExitStack(), random.Random(0)
     if name in ("eager", "PEFT, eager"):
         model.backbone.set_experts_implementation("eager")
@@ -102,8 +118,8 @@ def variant(name: str, experts: int, hidden: int, device: str) -> Callable[[], N
     optimizer = torch.optim.AdamW(trainable.values(), lr=1e-3, fused=True)
     generator = torch.Generator().manual_seed(0)
     batch = {
-        "input_ids": torch.randint(VOCABULARY, (BATCH, LENGTH), generator=generator).to(device),
-        "attention_mask": torch.ones(BATCH, LENGTH, dtype=torch.int64, device=device),
+        "input_ids": torch.randint(VOCABULARY, (BATCH, shape.length), generator=generator).to(device),
+        "attention_mask": torch.ones(BATCH, shape.length, dtype=torch.int64, device=device),
         "labels": torch.randint(8, (BATCH,), generator=generator).to(device),
     }
 
@@ -139,9 +155,9 @@ def seconds(step: Callable[[], None], device: str) -> float:
     return start.elapsed_time(end) / 1000
 
 
-def measure(experts: int, hidden: int, steps: int, device: str) -> dict[str, list[float]]:
+def measure(shape: Shape, steps: int, device: str) -> dict[str, list[float]]:
     """Seconds of every step of every variant, in turns, after one step that is not counted."""
-    variants = {name: variant(name, experts, hidden, device) for name in NAMES}
+    variants = {name: variant(name, shape, device) for name in NAMES}
     times: dict[str, list[float]] = {name: [] for name in NAMES}
     for turn in range(steps + 1):
         for name, step in variants.items():
@@ -153,11 +169,11 @@ def measure(experts: int, hidden: int, steps: int, device: str) -> dict[str, lis
     return times
 
 
-def rows(experts: int, hidden: int, times: dict[str, list[float]]) -> list[str]:
+def rows(shape: Shape, times: dict[str, list[float]]) -> list[str]:
     """The table of one shape, and which bars hold."""
     least = {name: min(t) for name, t in times.items()}
     least["floor"] = min(least["floor, grouped"], least["floor, ours"])
-    lines = [f"\n## {experts} experts of width {hidden}\n", "| variant | ms | spread | x dense | x grouped | x floor |"]
+    lines = [f"\n## {shape}\n", "| variant | ms | spread | x dense | x grouped | x floor |"]
     lines.append("|---|---|---|---|---|---|")
     for name, t in times.items():
         ratios = " | ".join(f"{least[name] / least[to]:.2f}" for to in ("dense", "grouped", "floor"))
@@ -181,12 +197,12 @@ def main() -> None:
     torch.set_num_threads(1)
     lines = [
         "# A training step of a mixture of experts\n",
-        f"`benchmarks/moe_step.py`: {LAYERS} layers, width {WIDTH}, {BATCH} x {LENGTH} tokens, top-{TOP_K}, float32, "
+        f"`benchmarks/moe_step.py`: Mixtral of width {WIDTH}, top-{TOP_K}, float32, "
         f"LoRA of rank {RANK}; {args.device}, torch {torch.__version__}, least of {args.steps} steps; spread: "
         "median over least. What each variant is stands at the top of the script.",
     ]
-    for experts, hidden in SHAPES:
-        lines += rows(experts, hidden, measure(experts, hidden, args.steps, args.device))
+    for shape in SHAPES:
+        lines += rows(shape, measure(shape, args.steps, args.device))
         print("\n".join(lines), flush=True)
         RESULT.write_text("\n".join(lines) + "\n")
 
