@@ -143,3 +143,43 @@ def rounds_to(runs: list[Result], target: float) -> str:
     if not reached:
         return "never"
     return f"{statistics.mean(reached):.0f}" + ("" if len(reached) == len(runs) else f" ({len(reached)}/{len(runs)})")
+
+
+def pairs(
+    one: str,
+    names: Mapping[tuple[str, str], list[str]],
+    cells: Mapping[str, Result],
+    settings: Collection[str],
+    methods: Collection[str],
+) -> list[str]:
+    """A method's mean minus each other's on the same setting and seed, in points, as Markdown lines.
+
+    Args:
+        names: (setting, method) -> names of its cells, seed by seed. cells: those there are.
+    """
+    lines = [
+        f"## {one} against each, pair by pair",
+        "",
+        f"{one}'s mean minus the other's on the same setting and seed, in points: mean ± standard deviation over",
+        f"seeds; all: mean ± standard error over all pairs; ahead: pairs in which {one} is.",
+        "",
+        f"| {one} minus | {' | '.join(settings)} | all | ahead |",
+        "|---|" + "---|" * (len(settings) + 2),
+    ]
+    for method in [method for method in methods if method != one]:
+        gaps = {
+            setting: [
+                cells[own]["mean"] - cells[other]["mean"]
+                for own, other in zip(names[setting, one], names[setting, method], strict=True)
+                if own in cells and other in cells
+            ]
+            for setting in settings
+        }
+        every = [gap for values in gaps.values() for gap in values]
+        if len(every) > 1:
+            error = statistics.stdev(every) / len(every) ** 0.5
+            lines.append(
+                f"| {method} | {' | '.join(spread(values) for values in gaps.values())} "
+                f"| {statistics.mean(every):+.2f} ± {error:.2f} | {sum(gap > 0 for gap in every)}/{len(every)} |"
+            )
+    return [*lines, ""]

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import tyro
-from cells import RESULTS, Result, finish, plan, read_run, rounds_to, spread
+from cells import RESULTS, Result, finish, pairs, plan, read_run, rounds_to, spread
 from rich.console import Console
 
 from consilium.algorithms.fedmoe import FedMoE
@@ -212,36 +212,6 @@ Written by hand, of the 120 runs above; nothing here is computed by the script.
 """
 
 
-def pairs(names: dict[tuple[str, str], list[str]], cells: dict[str, Result]) -> list[str]:
-    """FedMoE minus each other method on the same setting and seed, in points of the mean, as Markdown lines."""
-    lines = [
-        "## FedMoE against each, pair by pair",
-        "",
-        "FedMoE's mean minus the other's on the same setting and seed, in points: mean ± standard deviation over",
-        "seeds; all: mean ± standard error over all pairs; ahead: pairs in which FedMoE is.",
-        "",
-        f"| FedMoE minus | {' | '.join(SETTINGS)} | all | ahead |",
-        "|---|" + "---|" * (len(SETTINGS) + 2),
-    ]
-    for method in [method for method in METHODS if method != "FedMoE"]:
-        gaps = {
-            setting: [
-                cells[own]["mean"] - cells[other]["mean"]
-                for own, other in zip(names[setting, "FedMoE"], names[setting, method], strict=True)
-                if own in cells and other in cells
-            ]
-            for setting in SETTINGS
-        }
-        every = [gap for values in gaps.values() for gap in values]
-        if len(every) > 1:
-            error = statistics.stdev(every) / len(every) ** 0.5
-            lines.append(
-                f"| {method} | {' | '.join(spread(values) for values in gaps.values())} "
-                f"| {statistics.mean(every):+.2f} ± {error:.2f} | {sum(gap > 0 for gap in every)}/{len(every)} |"
-            )
-    return [*lines, ""]
-
-
 def write(cells: dict[str, dict], benchmark: Benchmark) -> None:
     """The table of the finished cells as Markdown."""
     lines = [
@@ -264,7 +234,7 @@ def write(cells: dict[str, dict], benchmark: Benchmark) -> None:
         methods = {method: [cells[n] for n in names[setting, method] if n in cells] for method in METHODS}
         if any(methods.values()):
             lines += table(setting, methods)
-    lines += [*pairs(names, cells), READING]
+    lines += [*pairs("FedMoE", names, cells, SETTINGS, METHODS), READING]
     (RESULTS / "fedmoe.md").write_text("\n".join(lines))
     print("\n".join(lines))
 

@@ -27,7 +27,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import tyro
-from cells import RESULTS, Result, finish, plan, read_run, rounds_to, spread
+from cells import RESULTS, Result, finish, pairs, plan, read_run, rounds_to, spread
 from rich.console import Console
 
 from consilium.algorithms.fedavg import FedAvg
@@ -171,6 +171,9 @@ def read(folder: Path) -> Result:
     return {**read_run(folder), "trained": trained}
 
 
+READING = ""
+
+
 def table(setting: str, methods: dict[str, list[dict]]) -> list[str]:
     """One setting as Markdown lines."""
     upper = methods.get("FedAvg") or next(iter(methods.values()))
@@ -197,15 +200,12 @@ def table(setting: str, methods: dict[str, list[dict]]) -> list[str]:
 
 def write(cells: dict[str, dict], benchmark: Benchmark) -> None:
     """The table of the finished cells as Markdown."""
-    finished: dict[str, dict[str, list[dict]]] = {}
-    done = 0
-    for setting in SETTINGS:
-        for method in {**METHODS, **MORE}:
-            mine = [experiment(benchmark, setting, method, seed) for seed in range(benchmark.seeds)]
-            runs = [cells[c.name] for c in mine if c.name in cells]
-            done += len(runs) if method in METHODS else 0
-            if runs:
-                finished.setdefault(setting, {})[method] = runs
+    names = {
+        (setting, method): [experiment(benchmark, setting, method, seed).name for seed in range(benchmark.seeds)]
+        for setting in SETTINGS
+        for method in {**METHODS, **MORE}
+    }
+    done = sum(name in cells for (_, method), mine in names.items() if method in METHODS for name in mine)
     lines = [
         "# HFedMoE on AG News and CLINC150",
         "",
@@ -218,8 +218,11 @@ def write(cells: dict[str, dict], benchmark: Benchmark) -> None:
         f"Finished: {done} of {len(SETTINGS) * len(METHODS) * benchmark.seeds} runs. Learning rate {RATE:g} for all.",
         "",
     ]
-    for setting, methods in finished.items():
-        lines += table(setting, methods)
+    for setting in SETTINGS:
+        methods = {m: [cells[n] for n in names[setting, m] if n in cells] for m in {**METHODS, **MORE}}
+        if any(methods.values()):
+            lines += table(setting, {method: runs for method, runs in methods.items() if runs})
+    lines += [*pairs("HFedMoE", names, cells, SETTINGS, METHODS), READING]
     (RESULTS / "hfedmoe.md").write_text("\n".join(lines))
     print("\n".join(lines))
 
