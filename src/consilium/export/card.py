@@ -83,7 +83,11 @@ def _facts(deployed: Deployed) -> list[str]:
     lora = f", LoRA of rank {fit.lora.rank} on the experts" if fit.lora.rank else ""
     rows["Training"] = f"{fit.optimizer}, learning rate {fit.lr:g}, {fit.epochs} epoch(s) a round{lora}"
     rows["Texts"] = f"cut to {fit.max_length} tokens in training"
-    return ["| | |", "|---|---|", *(f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in rows.items())]
+    return [
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in rows.items()),
+    ]
 
 
 def _use(deployed: Deployed, format: str, family: Family) -> str:
@@ -124,10 +128,11 @@ def _head(deployed: Deployed) -> list[str]:
     length = deployed.experiment.fit.max_length
     return [
         "",
-        "import json, torch",
+        "import json",
+        "from pathlib import Path",
         "from safetensors.torch import load_file",
         "",
-        'head, labels = load_file("DIR/head.safetensors"), json.load(open("DIR/labels.json"))',
+        'head, labels = load_file("DIR/head.safetensors"), json.loads(Path("DIR/labels.json").read_text())',
         f'inputs = tokenizer(["..."], padding=True, truncation=True, max_length={length}, return_tensors="pt")',
         'hidden, mask = model(**inputs).last_hidden_state, inputs["attention_mask"].unsqueeze(-1)',
         "pooled = (hidden * mask).sum(1) / mask.sum(1)",

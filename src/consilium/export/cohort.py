@@ -100,7 +100,7 @@ def _score(model: SplitModel, setup: Setup, context: ClientContext) -> float:
 
 
 def _card(told: dict[str, Any], method: str, client: str, rounds: int, score: float) -> str:
-    labels = told["labels"]
+    labels, shape = told["labels"], ", ".join(map(str, told["shape"]))
     return f"""---
 library_name: consilium
 pipeline_tag: {"image-classification" if len(told["shape"]) == 3 else "tabular-classification"}
@@ -123,6 +123,6 @@ from pathlib import Path
 from consilium.export.cohort import load
 
 model = load(Path("DIR"))
-print([model.labels[i] for i in model.head(model.backbone(x)).argmax(-1)])  # x: [B, {", ".join(map(str, told["shape"]))}]
+print([model.labels[i] for i in model.head(model.backbone(x)).argmax(-1)])  # x: [B, {shape}]
 ```
 """

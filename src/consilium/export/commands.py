@@ -118,7 +118,7 @@ class Chat:
         _positive(self.tokens)
         taken = Taken.of(self.folder)
         if taken.kind == "classification" or taken.source.config.is_encoder_decoder:
-            raise ConfigError(f'{self.folder} holds no causal language model: use `consilium predict {self.folder}`')
+            raise ConfigError(f"{self.folder} holds no causal language model: use `consilium predict {self.folder}`")
         said: list[dict[str, str]] = []
         while True:
             print("> ", end="", flush=True) if sys.stdin.isatty() else None

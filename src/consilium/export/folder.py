@@ -1,15 +1,15 @@
 """A deployed model as a directory that others can read.
 
-    config.json, model*.safetensors, generation_config.json   the backbone, for `from_pretrained` of its class
-    adapter_config.json, adapter_model.safetensors            instead of these, for PEFT on the base
-    sub-moe.json, sub-moe.safetensors                         or these: every layer as it is, with the ids of its experts
-    tokenizer files, chat template
-    head.safetensors, labels.json     of classification: [C, D] `<task>.weight` and [C] `<task>.bias`; task -> labels.
-                                      They go on the mean of the last hidden states over all tokens but padding, which
-                                      no *ForSequenceClassification of these families takes (the last token's, without
-                                      a bias), so there is no class to save them in
-    consilium.json                    how it was used: kind, lengths, tasks; for `consilium predict` and `chat`
-    README.md                         the card
+config.json, model*.safetensors, generation_config.json   the backbone, for `from_pretrained` of its class
+adapter_config.json, adapter_model.safetensors            instead of these, for PEFT on the base
+sub-moe.json, sub-moe.safetensors                         or these: every layer as it is, with the ids of its experts
+tokenizer files, chat template
+head.safetensors, labels.json     of classification: [C, D] `<task>.weight` and [C] `<task>.bias`; task -> labels.
+                                  They go on the mean of the last hidden states over all tokens but padding, which
+                                  no *ForSequenceClassification of these families takes (the last token's, without
+                                  a bias), so there is no class to save them in
+consilium.json                    how it was used: kind, lengths, tasks; for `consilium predict` and `chat`
+README.md                         the card
 """
 
 import json
@@ -23,6 +23,7 @@ from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
@@ -83,9 +84,8 @@ def write(out: Path, deployed: Deployed, format: Format) -> list[str]:
     with new_folder(out) as folder:
         notes = writers[format](folder, deployed)
         source, fit = deployed.experiment.model, deployed.experiment.fit
-        if format != "consilium":  # which brings both
+        if format != "consilium":  # which brings it
             source.tokenizer().save_pretrained(folder)
-            _heads(folder, deployed)
         use = {
             "format": format,
             "kind": deployed.kind,
@@ -118,19 +118,26 @@ def _plain(folder: Path, deployed: Deployed) -> list[str]:
         config, longest = uniform(model)
     except ModelError as error:
         raise ConfigError(f"{error}; use --format consilium, which keeps every layer as it is") from error
-    backbone = model.backbone
+    backbone = model.backbone  # perhaps a wider one
     backbone.config = config
     if backbone.can_generate():
         backbone.generation_config = _generation(source.location, source.revision, config)
     with _quiet():
         backbone.save_pretrained(folder)
-    notes = []
+    _heads(folder, deployed, config.hidden_size)
+    notes, rounded = [], source.dtype != "float32"
     if longest is not None:
         notes.append(
             f"the layers serve up to {longest} to {config.expert_capacity} tokens per expert, and the configuration "
             f"has the largest: the same model for texts of up to {longest} tokens"
         )
-    if deployed.experiment.fit.lora.rank and source.dtype != "float32":
+    if (wide := config.hidden_size) != source.config.hidden_size:
+        notes.append(
+            f"the hidden size is {wide} in place of {source.config.hidden_size}, so that layers with different numbers "
+            "of experts could be filled up to one number; the logits are the same"
+            + (f" but for the rounding of {source.dtype}" if rounded else "")
+        )
+    if deployed.experiment.fit.lora.rank and rounded:
         notes.append(f"the adapters were merged into weights of {source.dtype}, which rounds them")
     return notes
 
@@ -151,6 +158,7 @@ def _adapters(folder: Path, deployed: Deployed) -> list[str]:
     save_adapters(model, folder, source.path)
     if lora.router:
         _add_routers(folder, model)
+    _heads(folder, deployed, source.config.hidden_size)
     return [] if lora.base == "full" else ["the run had its base in 4 bits (NF4): load the base so, or scores differ"]
 
 
@@ -178,12 +186,15 @@ def _sub_moe(folder: Path, deployed: Deployed) -> list[str]:
     return ["plain transformers cannot read it: consilium.moe.files.load_sub_moe does"]
 
 
-def _heads(folder: Path, deployed: Deployed) -> None:
+def _heads(folder: Path, deployed: Deployed, width: int) -> None:
+    """Heads for a hidden state of that width, of which what the training did not know counts nothing."""
     tensors = {}
     for task, labels in deployed.labels.items():
         for leaf in ("weight", "bias"):
             rows = [deployed.params[f"head.{task}.{label}.{leaf}"] for label in labels]
             tensors[f"{task}.{leaf}"] = torch.stack(rows)
+        weight_CD = tensors[f"{task}.weight"]
+        tensors[f"{task}.weight"] = nn.functional.pad(weight_CD, (0, width - weight_CD.shape[1]))
     if tensors:
         save_file(tensors, folder / "head.safetensors", {"format": "pt"})
         told = {task: list(labels) for task, labels in deployed.labels.items()}

@@ -122,7 +122,15 @@ FAMILIES: dict[str, Family] = {
         # The shared expert and its gate are trunk, and so are the layers that `mlp_only_layers` keeps dense.
         _fused("Qwen2-MoE", "qwen2_moe", "Qwen2Moe", "SparseMoeBlock"),
         _fused("Qwen3-MoE", "qwen3_moe", "Qwen3Moe", "SparseMoeBlock", number="num_local_experts"),
-        _fused("GraniteMoE", "granitemoe", "GraniteMoe", "MoE", router="router", number="num_local_experts", divisor="logits_scaling"),
+        _fused(
+            "GraniteMoE",
+            "granitemoe",
+            "GraniteMoe",
+            "MoE",
+            router="router",
+            number="num_local_experts",
+            divisor="logits_scaling",
+        ),
         # Always takes the best two one after the other; with one expert the second is a softmax over nothing, NaN.
         # In training it samples them, so what is served then is not what its logits rank first.
         _fused("PhiMoE", "phimoe", "Phimoe", "SparseMoeBlock", router="router", number="num_local_experts", least=2),

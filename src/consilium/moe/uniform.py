@@ -8,11 +8,12 @@ the smaller layers are filled up to the largest with experts of zeros that no to
     sigmoid + correction   DeepSeek-V3, GLM4-MoE: the new experts' correction is LOW, so they rank last; the weights of
                            the chosen know nothing of them. Needs k experts in every layer: a filled-in expert that is
                            chosen for want of others would take a share of the weights
-    no bias                OLMoE, Mixtral, Qwen, Granite, PhiMoE, DeepSeek-V2: refused. A row w that loses for the
-                           hidden state h wins for -h, and copies of a held row either take its second place among the
-                           best k or, with a softmax over all, a share of its mass
-    softmax + correction   Ernie 4.5: refused. The choice is by softmax plus correction, and a new row's share of the
-                           softmax, though no weight shows it, changes which of the held ones is ahead
+    RMS norms              OLMoE, Mixtral, Qwen2- and Qwen3-MoE, GraniteMoE, DeepSeek-V2, Ernie 4.5: routers without a
+                           bias. A row w that loses for the hidden state h wins for -h; a copy of a held row takes a
+                           second place among the best k or a share of the softmax; and Ernie's correction does not
+                           keep a new row out of the softmax that it corrects. So the hidden state gets a coordinate
+                           that is the same sign for every token, see `widen`, and the new rows are far below there
+    layer norm             PhiMoE: refused. It subtracts the mean, which more coordinates would change
 
 Two more numbers are one for all layers. Groups: a sliced layer has one; together with a whole layer that restricts its
 choice to groups it is refused. Capacity (Switch): the largest; it is the same model as long as no sequence has more
@@ -30,6 +31,7 @@ from consilium.errors import ModelError
 from consilium.moe.addressing import all_experts
 from consilium.moe.families import Family
 from consilium.moe.model import TaskModel
+from consilium.moe.widen import widen, widens
 
 __all__ = ["uniform"]
 
@@ -40,8 +42,8 @@ LOW = -1e9
 def uniform(model: TaskModel) -> tuple[Any, int | None]:
     """Fill up the sparse layers, in place, and say what configuration the model then has.
 
-    The model itself no longer runs as it should (its routers' own counts are the old ones): save its weights with the
-    configuration and load both.
+    The model itself no longer runs as it should (its routers' own counts are the old ones): save its backbone, which
+    may be another one now, with the configuration, and load both.
 
     Args:
         model: as `slice_experts` left it, without adapters, not on the meta device.
@@ -66,22 +68,23 @@ def uniform(model: TaskModel) -> tuple[Any, int | None]:
         config.expert_capacity = max(served)
         longest = min(served) if len(served) > 1 else None
     if min(counts.values()) < most:
-        if why := _cannot_fill(family, config, min(counts.values())):
+        biased = family.choice == "sigmoid" or (family.choice is None and "bias" in family.rows[-1])
+        if why := _cannot_fill(model, config, min(counts.values()), biased):
             told = ", ".join(str(n) for n in counts.values())
             raise ModelError(f"the layers hold {told} experts, and a {family.name} configuration has one number: {why}")
         config.router_bias = True  # Switch; others do not read it
         for name, block in blocks.items():
             _fill(block, family, counts[name], most)
+        if not biased:
+            widen(model, config, counts)
     return config, longest
 
 
-def _cannot_fill(family: Family, config: Any, fewest: int) -> str | None:
-    if family.choice == "softmax":
-        return "an expert that fills up would change which of the others its router prefers"
-    if family.choice is None and "bias" not in family.rows[-1]:
+def _cannot_fill(model: TaskModel, config: Any, fewest: int, biased: bool) -> str | None:
+    if not biased and not widens(model):
         return "its routers have no bias, so an expert that fills up could be chosen"
     k = getattr(config, "num_experts_per_tok", 1)
-    if family.choice == "sigmoid" and fewest < k and config.norm_topk_prob:
+    if model.family.choice == "sigmoid" and fewest < k and config.norm_topk_prob:
         return f"a token takes {k} experts, and one that fills up would take a share of the weights"
     return None
 
@@ -109,10 +112,11 @@ def _fill(block: nn.Module, family: Family, count: int, most: int) -> None:
         tensor = getattr(module, name)
         if tensor is None:  # Switch, whose routers begin without a bias
             tensor = nn.Parameter(torch.zeros(count, dtype=module.weight.dtype))
-        grown = _grown(tensor, count, most, LOW if "bias" in name else 0.0)
+        # A bias is [E] or, in Ernie, [1, E]; a weight is [E, D].
+        grown = _grown(tensor, tensor.ndim - 1, most, LOW) if "bias" in name else _grown(tensor, 0, most, 0.0)
         setattr(module, name, nn.Parameter(grown, False) if isinstance(tensor, nn.Parameter) else grown)
     for name in family.tensors:
-        setattr(experts, name, nn.Parameter(_grown(getattr(experts, name), count, most, 0.0), False))
+        setattr(experts, name, nn.Parameter(_grown(getattr(experts, name), 0, most, 0.0), False))
     for place in range(count, most) if family.layout == "modules" else ():
         empty = copy.deepcopy(experts.get_submodule(family.module.format(0)))
         for parameter in empty.parameters():
@@ -120,11 +124,10 @@ def _fill(block: nn.Module, family: Family, count: int, most: int) -> None:
         experts.add_module(family.module.format(place), empty)
 
 
-def _grown(tensor: torch.Tensor, count: int, most: int, value: float) -> torch.Tensor:
-    """Its first dimension (of a row [1, E] the second) made `most` long with `value`."""
-    dim = int(tensor.shape[0] != count)
+def _grown(tensor: torch.Tensor, dim: int, most: int, value: float) -> torch.Tensor:
+    """That dimension made `most` long with `value`."""
     shape = list(tensor.shape)
-    shape[dim] = most - count
+    shape[dim] = most - shape[dim]
     return torch.cat([tensor.detach(), torch.full(shape, value, dtype=tensor.dtype)], dim)
 
 
