@@ -6,14 +6,13 @@ the smaller layers are filled up to the largest with experts of zeros that no to
     router with a bias     Switch (`router_bias` is switched on), gpt-oss: the new rows have the logit LOW whatever
                            the token, so their softmax is 0.0 and no choice falls on them unless there is no other
     sigmoid + correction   DeepSeek-V3, GLM4-MoE: the new experts' correction is LOW, so they rank last; the weights of
-                           the chosen know nothing of them. Needs k experts in every layer: a filled-in expert that is
-                           chosen for want of others would take a share of the weights
-    RMS norms              OLMoE, Mixtral, Qwen2- and Qwen3-MoE, GraniteMoE, DeepSeek-V2, Ernie 4.5: routers without a
-                           bias. A row w that loses for the hidden state h wins for -h; a copy of a held row takes a
-                           second place among the best k or a share of the softmax; and Ernie's correction does not
-                           keep a new row out of the softmax that it corrects. So the hidden state gets a coordinate
-                           that is the same sign for every token, see `widen`, and the new rows are far below there
-    layer norm             PhiMoE: refused. It subtracts the mean, which more coordinates would change
+                           the chosen know nothing of them, while there are k in every layer
+    no bias                OLMoE, Mixtral, Qwen2- and Qwen3-MoE, GraniteMoE, PhiMoE, DeepSeek-V2, Ernie 4.5, and
+                           sigmoids with fewer than k experts. A row w that loses for the hidden state h wins for -h; a
+                           copy of a held row takes a second place among the best k or a share of the softmax; and a
+                           correction keeps no new row out of the sum that the weights are divided by. So the hidden
+                           state gets a coordinate of which the sign is known, see `widen`, and the new rows are far
+                           below there
 
 Two more numbers are one for all layers. Groups: a sliced layer has one; together with a whole layer that restricts its
 choice to groups it is refused. Capacity (Switch): the largest; it is the same model as long as no sequence has more
@@ -68,10 +67,13 @@ def uniform(model: TaskModel) -> tuple[Any, int | None]:
         config.expert_capacity = max(served)
         longest = min(served) if len(served) > 1 else None
     if min(counts.values()) < most:
-        biased = family.choice == "sigmoid" or (family.choice is None and "bias" in family.rows[-1])
-        if why := _cannot_fill(model, config, min(counts.values()), biased):
+        biased = _biased(family, min(counts.values()) < getattr(config, "num_experts_per_tok", 1))
+        if not biased and not widens(model):
             told = ", ".join(str(n) for n in counts.values())
-            raise ModelError(f"the layers hold {told} experts, and a {family.name} configuration has one number: {why}")
+            raise ModelError(
+                f"the layers hold {told} experts, and a {family.name} configuration has one number: its routers have "
+                "no bias and its output is tied to its embeddings, so that an expert that fills up could be chosen"
+            )
         config.router_bias = True  # Switch; others do not read it
         for name, block in blocks.items():
             _fill(block, family, counts[name], most)
@@ -80,13 +82,9 @@ def uniform(model: TaskModel) -> tuple[Any, int | None]:
     return config, longest
 
 
-def _cannot_fill(model: TaskModel, config: Any, fewest: int, biased: bool) -> str | None:
-    if not biased and not widens(model):
-        return "its routers have no bias, so an expert that fills up could be chosen"
-    k = getattr(config, "num_experts_per_tok", 1)
-    if model.family.choice == "sigmoid" and fewest < k and config.norm_topk_prob:
-        return f"a token takes {k} experts, and one that fills up would take a share of the weights"
-    return None
+def _biased(family: Family, few: bool) -> bool:
+    """Whether a bias is enough to keep an expert out. `few`: some layers hold fewer than a token takes."""
+    return not few if family.choice == "sigmoid" else family.choice is None and "bias" in family.rows[-1]
 
 
 def _groups(model: TaskModel) -> tuple[int, int]:

@@ -11,6 +11,11 @@ epsilon, exactly. Every norm has weight 0 at the constant, but those before a sp
 is then positive for every token, and a row with -ROW there and 0 elsewhere has a logit below any other. All other new
 entries of the weights are zero.
 
+A layer norm (PhiMoE) has a bias, so the constant can be that: weight 0, bias GAIN. It also subtracts the mean, which
+would be another one over more coordinates; but what it gives does not depend on the mean of x, so whatever is written
+to the hidden state (embeddings, attention, experts) is made to have mean 0 over its D entries. Then with
+eps' = eps D / D' and weights g sqrt(D/D') it gives what it gave.
+
 Norms of queries and keys have the same epsilon and no constant: s q in place of q, s^2 = eps' n' / (eps n), leaves them
 what they were (n their width). Where they are as wide as the hidden state (OLMoE), whole attention heads of zeros are
 added, so that heads keep their size; elsewhere the configuration says `head_dim`.
@@ -37,8 +42,11 @@ BEFORE = "post_attention_layernorm"
 
 
 def widens(model: TaskModel) -> bool:
-    """Whether this can be done: norms before all sparse blocks that do not subtract a mean."""
-    return all(type(_before(model.backbone, block)).__name__.endswith("RMSNorm") for block in model.blocks())
+    """Whether this can be done: a norm before all sparse blocks, and where it subtracts the mean, embeddings that are
+    not those of the output too, which must not be changed."""
+    norms = [_before(model.backbone, block) for block in model.blocks()]
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    return all(_is_rms(norm) or (isinstance(norm, nn.LayerNorm) and not tied) for norm in norms)
 
 
 def widen(model: TaskModel, config: Any, counts: Mapping[str, int]) -> None:
@@ -50,20 +58,25 @@ def widen(model: TaskModel, config: Any, counts: Mapping[str, int]) -> None:
     """
     old, width, eps = model.backbone, config.hidden_size, config.rms_norm_eps
     _grow(config, old)
-    constant = math.sqrt(eps * width / 2)
-    config.rms_norm_eps = eps * width / (2 * config.hidden_size)
+    mean_free = any(isinstance(norm, nn.LayerNorm) for norm in old.modules())
+    config.rms_norm_eps = eps * width / config.hidden_size / (1 if mean_free else 2)
     with init_empty_weights(include_buffers=False), no_init_weights():
         new = type(old)._from_config(config, dtype=model.dtype)
     shapes = {name: tensor.shape for name, tensor in new.state_dict().items()}
-    state = {name: _padded(tensor.detach(), shapes[name]) for name, tensor in old.state_dict().items()}
+    embedding = next(name for name, module in new.named_modules() if module is new.get_input_embeddings())
+    before = {name: tensor.detach() for name, tensor in old.state_dict().items()}
+    if mean_free:
+        before |= _centred(before, f"{embedding}.weight")
+    state = {name: _padded(tensor, shapes[name]) for name, tensor in before.items()}
     norms = dict(old.named_modules())
     for path, norm in new.named_modules():
-        if type(norm).__name__.endswith("RMSNorm") and norm.variance_epsilon != norms[path].variance_epsilon:
+        if (_is_rms(norm) or isinstance(norm, nn.LayerNorm)) and _eps(norm) != _eps(norms[path]):
             _rescale(state, path, norms[path], norm)
-    embedding = next(name for name, module in new.named_modules() if module is new.get_input_embeddings())
-    state[f"{embedding}.weight"][:, width] = constant / getattr(config, "embedding_multiplier", 1.0)
+    if not mean_free:
+        constant = math.sqrt(eps * width / 2) / getattr(config, "embedding_multiplier", 1.0)
+        state[f"{embedding}.weight"][:, width] = constant
     for block, count in counts.items():
-        state[f"{_beside(block)}.weight"][width] = GAIN
+        state[f"{_beside(block)}.{'bias' if mean_free else 'weight'}"][width] = GAIN
         state[f"{block}.{model.family.router}.weight"][count:, width] = -ROW
     new.load_state_dict(state, assign=True)
     new.tie_weights()
@@ -91,11 +104,30 @@ def _rescale(state: dict[str, Tensor], path: str, old: nn.Module, new: nn.Module
     state[f"{path}.weight"] *= math.sqrt(n / wide)
     parent, _, name = path.rpartition(".")
     if name in ("q_norm", "k_norm"):
-        scale = math.sqrt(new.variance_epsilon * wide / (old.variance_epsilon * n))
+        scale = math.sqrt(_eps(new) * wide / (_eps(old) * n))
         for leaf in ("weight", "bias"):
             key = f"{parent}.{name[0]}_proj.{leaf}"
             if key in state:
                 state[key] *= scale
+
+
+def _centred(state: Mapping[str, Tensor], embedding: str) -> dict[str, Tensor]:
+    """What is written to the hidden state, with mean 0 over its coordinates."""
+    centred = {embedding: state[embedding] - state[embedding].mean(1, keepdim=True)}
+    for name, tensor in state.items():
+        if name.rpartition(".")[0].endswith("o_proj"):  # [D, in], or a bias [D]
+            centred[name] = tensor - tensor.mean(0, keepdim=True)
+        elif name.endswith("experts.down_proj"):  # [E, D, I]
+            centred[name] = tensor - tensor.mean(1, keepdim=True)
+    return centred
+
+
+def _is_rms(norm: nn.Module | None) -> bool:
+    return type(norm).__name__.endswith("RMSNorm")
+
+
+def _eps(norm: nn.Module) -> float:
+    return norm.variance_epsilon if _is_rms(norm) else norm.eps
 
 
 def _padded(tensor: Tensor, shape: torch.Size) -> Tensor:
