@@ -16,11 +16,13 @@ from consilium.algorithms.fedavg import FedAvg
 from consilium.algorithms.fedmoe import FedMoE
 from consilium.algorithms.pfedmoe import pFedMoE
 from consilium.algorithms.standalone import Standalone
-from consilium.core import Sampling
+from consilium.core import Payload, Sampling
 from consilium.data.arrays import ImageData
 from consilium.data.language import LanguageData
+from consilium.engine.codec import encode
+from consilium.experiment import from_json, to_json
 from consilium.export import cohort
-from consilium.export.deployed import of_run
+from consilium.export.deployed import Finished, of_run
 from consilium.models.cohort import Cohort
 from consilium.moe.lora import Lora
 from consilium.run import run
@@ -89,7 +91,7 @@ def as_the_card_says(folder, **names):
 def test_plain_transformers_gives_the_logits_of_the_run(client, root, tmp_path, capsys):
     out = taken(capsys, root, root / "fm", *(("--client", client) if client else ()), "--out", tmp_path / "m")
     assert out.startswith(f"{tmp_path / 'm'}: the {f'model of {client}' if client else 'global model'} after 3 rounds")
-    deployed = of_run(root / "fm", client)
+    deployed = of_run(Finished.of(root / "fm"), client)
     found = as_the_card_says(tmp_path / "m")
     assert type(found["model"]).__name__ == "SwitchTransformersEncoderModel"
     batch = {**found["inputs"], "labels": torch.zeros(1).long()}
@@ -116,7 +118,7 @@ def test_the_card_tells_what_the_model_is(root, tmp_path, capsys):
     text = (tmp_path / "m/README.md").read_text()
     data = ModelCard(text).data.to_dict()
     assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-classification"
-    held = of_run(root / "fm", "site-0").held
+    held = of_run(Finished.of(root / "fm"), "site-0").held
     counts = ", ".join(str(len(ids)) for ids in held.values())
     for part in ("FedMoE in 3 rounds of 3 clients", "cat, dog, fish", f"{counts} of 8, 8", "table.jsonl", "site-0"):
         assert part in text
@@ -125,15 +127,16 @@ def test_the_card_tells_what_the_model_is(root, tmp_path, capsys):
 
 def test_with_a_keep_map(root, tmp_path, capsys):
     taken(capsys, root, root / "fm", "--client", "site-0", "--out", tmp_path / "m", "--format", "consilium")
-    _, plain, _ = call(capsys, "predict", tmp_path / "m", "--text", *TEXTS)
+    code, plain, _ = call(capsys, "predict", tmp_path / "m", *(part for text in TEXTS for part in ("--text", text)))
+    assert code == 0 and len(plain.splitlines()) == len(TEXTS)
     taken(capsys, root, root / "fm", "--client", "site-0", "--out", tmp_path / "n")
-    assert call(capsys, "predict", tmp_path / "n", "--text", *TEXTS)[1] == plain != ""
+    assert call(capsys, "predict", tmp_path / "n", *(part for text in TEXTS for part in ("--text", text)))[1] == plain
 
 
 def test_a_model_that_stayed_with_its_client(root, tmp_path, capsys):
     """Standalone: what site-0 deploys is in its state; there is no global model."""
     taken(capsys, root, root / "alone", "--client", "site-0", "--out", tmp_path / "m")
-    deployed = of_run(root / "alone", "site-0")
+    deployed = of_run(Finished.of(root / "alone"), "site-0")
     assert deployed.params and as_the_card_says(tmp_path / "m")["logits"].abs().max() > 0
     assert "no global model; name a client" in call(capsys, "export", root / "alone", "--out", tmp_path / "x")[2]
 
@@ -143,7 +146,7 @@ def test_a_model_that_stayed_with_its_client(root, tmp_path, capsys):
 
 def test_adapters_merged_and_apart_are_the_model_of_the_run(root, tmp_path, capsys):
     """Merged into the base, and loaded by PEFT on it as the card says, routers too."""
-    deployed = of_run(root / "chat", "site-0")
+    deployed = of_run(Finished.of(root / "chat"), "site-0")
     source, fit = deployed.experiment.model, deployed.experiment.fit
     context = tiny.context(form="text-to-text")
     setup = tiny.setup(source, lora=fit.lora)
@@ -175,6 +178,30 @@ def test_chat_reads_to_the_end_of_its_input(root, tmp_path, capsys, monkeypatch)
     assert (code, err) == (0, "") and len(out.splitlines()) == 2
     code, said, _ = call(capsys, "predict", tmp_path / "m", "--text", "see fish?", "--tokens", 3)
     assert code == 0 and said.split() == out.splitlines()[0].split()
+
+
+# --- at a site --------------------------------------------------------------------------------------------------------
+
+
+def test_a_site_exports_what_it_was_delivered(root, tmp_path, capsys):
+    """The same weights as the server would export for it; before the first scoring there are none."""
+    flower = pytest.importorskip("consilium.engine.flower")
+    experiment = from_json(json.loads((root / "fm/config.json").read_text())["experiment"])
+    flower.save_site(tmp_path / "state/site.json", "site-2", experiment)
+    code, _, err = call(capsys, "export", tmp_path / "state", "--out", tmp_path / "m")
+    assert code == 2 and "has no model yet" in err
+    run = Finished.of(root / "fm")
+    payload = run.server().deliver(run.info("site-2"))
+    about = {"engine/experiment": json.dumps(to_json(experiment)), "engine/round": 3, "engine/score": 0.25}
+    blob = encode(Payload(payload.groups, {**payload.scalars, **about}))
+    (tmp_path / "state" / flower.DELIVERED).write_bytes(blob)
+    code, _, err = call(capsys, "export", tmp_path / "state", "--client", "site-1", "--out", tmp_path / "m")
+    assert code == 2 and "is the state of site site-2, not of 'site-1'" in err
+    taken(capsys, root, tmp_path / "state", "--out", tmp_path / "m")
+    taken(capsys, root, root / "fm", "--client", "site-2", "--out", tmp_path / "n")
+    for name in ("model.safetensors", "head.safetensors", "config.json", "labels.json"):
+        assert (tmp_path / "m" / name).read_bytes() == (tmp_path / "n" / name).read_bytes()
+    assert "accuracy 0.250 on its own test examples" in (tmp_path / "m/README.md").read_text()
 
 
 # --- small models -----------------------------------------------------------------------------------------------------

@@ -27,21 +27,28 @@ def card(deployed: Deployed, format: str, family: Family, notes: list[str]) -> s
         f"{_origin(deployed, family)}\n",
         "\n".join(_facts(deployed)) + "\n",
         *(["\n".join(f"Note: {note}." for note in notes) + "\n"] if notes else []),
-        f"## Use\n\n{_use(deployed, format, family)}",
+        f"## Use\n\n`DIR` is this directory.\n\n{_use(deployed, format, family)}",
     ]
     return "\n".join(sections)
 
 
 def _front(deployed: Deployed, format: str) -> str:
-    base = deployed.experiment.model.path
     lines = {
         "library_name": {"transformers": "transformers", "adapter": "peft", "consilium": "consilium"}[format],
         "pipeline_tag": "text2text-generation" if _encoder_decoder(deployed) else TAGS[deployed.kind],
         "tags": ["consilium", "federated-learning", "mixture-of-experts"],
     }
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():  # a name on the hub, not a place here
+    base = _base(deployed)
+    if "/" in base:
         lines = {"base_model": base, **lines}
     return "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in lines.items()) + "---\n"
+
+
+def _base(deployed: Deployed) -> str:
+    """The base's name on the hub, or that of its directory: where that lies is this machine's."""
+    path = deployed.experiment.model.path
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists()
+    return path if on_hub else Path(path).name
 
 
 def _encoder_decoder(deployed: Deployed) -> bool:
@@ -50,13 +57,12 @@ def _encoder_decoder(deployed: Deployed) -> bool:
 
 def _origin(deployed: Deployed, family: Family) -> str:
     experiment = deployed.experiment
-    base = Path(experiment.model.path).name
+    base = _base(deployed)
     method = type(experiment.algorithm).__name__
     many = f" of {deployed.clients} clients" if deployed.clients else ""
     return (
-        f"`{base}` ({family.name}), fine-tuned by {method} in {deployed.rounds} rounds{many} with "
-        "[Consilium](https://pypi.org/project/consilium/): the data stayed with the clients. No differential privacy "
-        "was used."
+        f"`{base}` ({family.name}), fine-tuned by {method} in {deployed.rounds} rounds{many} with Consilium: "
+        "the data stayed with the clients. No differential privacy was used."
     )
 
 
@@ -101,7 +107,7 @@ def _use(deployed: Deployed, format: str, family: Family) -> str:
     head = _head(deployed)
     if format == "adapter":
         lines = ["from peft import PeftModel", f"from transformers import AutoTokenizer, {cls}", ""]
-        lines += [f"base = {cls}.from_pretrained({Path(model.path).name!r})", 'base.config.model_type = "custom"']
+        lines += [f"base = {cls}.from_pretrained({_base(deployed)!r})", 'base.config.model_type = "custom"']
         lines += ['model = PeftModel.from_pretrained(base, "DIR").eval()']
         text = "\nThe third last line keeps PEFT 0.21 from taking the names of experts for those of other layers.\n"
         return _code([*lines, 'tokenizer = AutoTokenizer.from_pretrained("DIR")', *head]) + text

@@ -40,12 +40,15 @@ class Export:
         with new_folder(self.out, keep=False):  # before the weights are read, which takes its time
             pass
         if (self.run / "site.json").exists():
-            deployed = self._at_site(of_site)
-        elif isinstance(Finished.of(self.run).experiment.model, Cohort):
-            yield from cohort.write(self.out, Finished.of(self.run), self.client)
-            return
+            deployed = of_site(self.run)
+            if self.client not in (None, deployed.client):
+                raise ConfigError(f"{self.run} is the state of site {deployed.client}, not of {self.client!r}")
         else:
-            deployed = of_run(self.run, self.client)
+            run = Finished.of(self.run)
+            if isinstance(run.experiment.model, Cohort):
+                yield from cohort.write(self.out, run, self.client)
+                return
+            deployed = of_run(run, self.client)
         notes = write(self.out, deployed, self.format)
         whose = f"the model of {deployed.client}" if deployed.client else "the global model"
         scores = ", ".join(
@@ -56,16 +59,10 @@ class Export:
         for note in notes:
             yield f"note: {note}"
         if self.format != "adapter":
-            yield f"try it: consilium {tries(deployed.kind, self.out)}"
-
-    def _at_site(self, of_site):
-        deployed = of_site(self.run)
-        if self.client not in (None, deployed.client):
-            raise ConfigError(f"{self.run} is the state of site {deployed.client}, not of {self.client!r}")
-        return deployed
+            yield f"try it: consilium {_tries(deployed.kind, self.out)}"
 
 
-def tries(kind: str, folder: Path) -> str:
+def _tries(kind: str, folder: Path) -> str:
     """The command that tries a model."""
     return f"chat {folder}" if kind == "conversation" else f'predict {folder} --text "..."'
 
@@ -76,12 +73,12 @@ class Predict:
 
     Args:
         folder: what `consilium export` wrote.
-        text: texts, each in quotes; none: the lines of standard input.
+        text: a text in quotes, as often as you like; none: the lines of standard input.
         tokens: generated at most; default: as in training.
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
-    text: tuple[str, ...] = ()
+    text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     tokens: int | None = None
 
     def lines(self) -> Iterator[str]:

@@ -123,14 +123,12 @@ class Finished:
         return infos[client]
 
 
-def of_run(folder: Path, client: str | None) -> Deployed:
+def of_run(run: Finished, client: str | None) -> Deployed:
     """What `client` would deploy after the last round of a finished run; None: the global model.
 
     Raises:
         ConfigError: for an unknown client (naming all), or where there is no such model.
-        CheckpointError: for a run that has not finished.
     """
-    run = Finished.of(folder)
     server, summary, told = run.server(), run.summary, run.partition["clients"]
     metrics = {task: (values["metric"], values["score"]) for task, values in summary["tasks"].items()}
     name = type(run.experiment.algorithm).__name__
