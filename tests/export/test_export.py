@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 import runs
@@ -19,12 +20,15 @@ from consilium.algorithms.standalone import Standalone
 from consilium.core import Payload, Sampling
 from consilium.data.arrays import ImageData
 from consilium.data.language import LanguageData
+from consilium.data.textfile import TextFileData
 from consilium.engine.codec import encode
 from consilium.experiment import from_json, to_json
 from consilium.export import cohort
-from consilium.export.deployed import Finished, of_run
+from consilium.export.deployed import Deployed, Finished, of_run
+from consilium.export.folder import write
 from consilium.models.cohort import Cohort
-from consilium.moe.lora import Lora
+from consilium.moe.addressing import flatten
+from consilium.moe.lora import Lora, add_lora
 from consilium.run import run
 from consilium.setup import Fit
 
@@ -258,3 +262,33 @@ def test_refused_in_one_line(arguments, said, root, capsys, monkeypatch):
     code, out, err = call(capsys, *arguments.split())
     assert (code, out) == (2, "") and said in err and len(err.splitlines()) == 1
     assert not (root / "x").exists() and not list(root.glob(".x*"))
+
+
+# --- adapters of every kind of layout, for PEFT -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model_type", "form"),
+    [("switch_transformers", "classification"), ("qwen3_moe", "text-to-text"), ("gpt_oss", "text-to-text"),
+     ("deepseek_v3", "text-to-text")],
+)  # fmt: skip
+def test_peft_loads_adapters_with_trained_routers(model_type, form, root, tmp_path):
+    source, lora = tiny.source(model_type, form), Lora(rank=2, alpha=3.0)
+    labels = tiny.TASKS["animal"] if form == "classification" else ()
+    whole = source.load() | tiny.heads("animal", labels)
+    live = add_lora(source.build(whole, "animal", labels).eval(), lora)
+    rng = torch.Generator().manual_seed(0)
+    routers = [p for block in live.blocks().values() for p in block.get_submodule(source.family.router).parameters()]
+    for parameter in [*live.adapters.parameters(), *routers]:
+        parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=rng))
+    table = root / "table.jsonl" if form == "classification" else root / "qa.jsonl"
+    data = TextFileData(table) if form == "classification" else LanguageData(table, prompt="ask", response="say")
+    experiment = runs.experiment(table, data=data, model=source, fit=Fit(lora=lora))
+    heads = {"animal": labels} if labels else {}
+    write(tmp_path / "m", Deployed(experiment, "me", heads, flatten(live), None, {}, {}, 2, 1), "adapter")
+    readme = tmp_path / "m/README.md"
+    readme.write_text(readme.read_text().replace(repr(Path(source.path).name), repr(source.path)))
+    plain, batch = source.build(whole, "animal", labels).eval(), tiny.batch(source)
+    plain.backbone = as_the_card_says(tmp_path / "m")["model"].base_model.model
+    with torch.no_grad():
+        torch.testing.assert_close(plain(batch)[0], live(batch)[0], rtol=0, atol=1e-5)

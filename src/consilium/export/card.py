@@ -109,7 +109,8 @@ def _use(deployed: Deployed, format: str, family: Family) -> str:
         lines = ["from peft import PeftModel", f"from transformers import AutoTokenizer, {cls}", ""]
         lines += [f"base = {cls}.from_pretrained({_base(deployed)!r})", 'base.config.model_type = "custom"']
         lines += ['model = PeftModel.from_pretrained(base, "DIR").eval()']
-        text = "\nThe third last line keeps PEFT 0.21 from taking the names of experts for those of other layers.\n"
+        lines += [f"base.config.model_type = {model.config.model_type!r}"]
+        text = '\n`"custom"` keeps PEFT 0.21 from taking the names of experts for those of other layers.\n'
         return _code([*lines, 'tokenizer = AutoTokenizer.from_pretrained("DIR")', *head]) + text
     lines = [f"from transformers import AutoTokenizer, {cls}", ""]
     lines += [f'model = {cls}.from_pretrained("DIR").eval()', 'tokenizer = AutoTokenizer.from_pretrained("DIR")']
