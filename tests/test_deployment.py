@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import runs
+import tiny
 from deployments import Deployment, free_port
+from transformers import SwitchTransformersEncoderModel
 
 from consilium.__main__ import main
+from consilium.export.deployed import Finished, of_run, of_site
 
 pytest.importorskip("flwr")
 from cryptography import x509
@@ -27,13 +30,23 @@ MINUTES = 60 * float(os.environ.get("CONSILIUM_TEST_PATIENCE", "1"))
 
 
 def test_the_page_has_the_commands_that_are_executed():
-    assert [command.split()[0] for command in COMMANDS] == ["certificates", "server", "client", "client", "client"]
+    assert [command.split()[0] for command in COMMANDS] == [
+        "certificates",
+        "server",
+        "client",
+        "client",
+        "client",
+        "export",
+    ]
 
 
-def test_three_sites_as_the_page_has_it(tmp_path):
-    """FedMoE on the documentation, three tasks, three memories, three sub-MoEs, TLS, keys; a stranger is refused."""
+def test_three_sites_as_the_page_has_it(tmp_path, monkeypatch):
+    """FedMoE on the documentation, three tasks, three memories, three sub-MoEs, TLS, keys; a stranger is refused. Then
+    each site exports its own model, and plain transformers loads it."""
     with Deployment(tmp_path) as there:
-        keys, server, *clients = (command.replace("localhost:8000", f"localhost:{there.port}") for command in COMMANDS)
+        keys, server, *clients, export = (
+            command.replace("localhost:8000", f"localhost:{there.port}") for command in COMMANDS
+        )
         process, _ = there.start(keys)
         there.finished(process, 3 * MINUTES)
         serving, _ = there.start(f"{server.replace('0.0.0.0:8000', f'127.0.0.1:{there.port}')} --wait 3000 {SMALL}")
@@ -59,6 +72,16 @@ def test_three_sites_as_the_page_has_it(tmp_path):
     assert not re.search(r"rows|label_counts", json.dumps(outcome["partition"]))
     assert (folder / "report.html").exists()
     assert stat.S_IMODE((tmp_path / "north/data.json").stat().st_mode) == 0o600
+    monkeypatch.chdir(tmp_path)
+    for site in ("north", "south", "west"):
+        assert main(export.replace("north", site).split()) == 0
+        model, said = SwitchTransformersEncoderModel.from_pretrained(f"{site}-model", output_loading_info=True)
+        assert not any(said.values()) and model.config.num_experts == max(map(len, held[site].values()))
+        assert tiny.same(of_site(tmp_path / site).params, of_run(Finished.of(folder), site).params)
+        assert f"{outcome['metrics'][1]['test'][site]:.3f} on its own" in Path(f"{site}-model/README.md").read_text()
+        assert json.loads(Path(f"{site}-model/labels.json").read_text()).keys() == {
+            outcome["partition"]["clients"][site]["task"]
+        }
 
 
 # --- keys ---------------------------------------------------------------------------------------------------------

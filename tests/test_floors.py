@@ -19,7 +19,7 @@ FLOORS = {
     "experiment": 5,
     "engine": 6,
     "certificates": 7, "run": 7,
-    "report": 8, "recipes": 8, "watch": 8,
+    "export": 8, "report": 8, "recipes": 8, "watch": 8,
     "deployment": 9,
     "__main__": 10,
 }  # fmt: skip

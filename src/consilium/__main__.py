@@ -1,5 +1,5 @@
-"""The command line: `consilium run | compare | resume | report | list | inspect | data`, and for sites on machines of
-their own `certificates | server | client`.
+"""The command line: `consilium run | compare | resume | report | list | inspect | data`, to take a model away
+`export | predict | chat`, and for sites on machines of their own `certificates | server | client`.
 
 Flags and their help come from the dataclasses themselves, through tyro. Errors are one line, and exit with 2.
 A command imports what it needs when it is called: torch and transformers take seconds, help and mistypes should not.
@@ -42,6 +42,10 @@ HELP = """[bold]consilium[/bold]: federated fine-tuning of mixture-of-experts mo
   consilium inspect MODEL \\[--memory 12GiB]  layers, experts and bytes of a model, and what fits a device
 
   consilium data FILE                        columns, lengths and split of a file, and the command that runs on it
+  consilium export RUN --client A --out DIR  a client's model for plain transformers; at a site: of its --state folder
+  consilium predict DIR --text "..."         labels or texts from an exported model
+  consilium chat DIR                         talk to an exported language model
+
   consilium certificates DIR --sites A,B     keys for a server and its sites, on machines of their own
   consilium server RECIPE --sites A,B        run an experiment over sites, or go on with it
   consilium client RECIPE --name A           take part as a site, with its own data
@@ -67,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "list": list_command,
         "inspect": inspect_command,
         "data": data_command,
+        "export": lambda args: _taken("Export", args),
+        "predict": lambda args: _taken("Predict", args),
+        "chat": lambda args: _taken("Chat", args),
         "certificates": certificates_command,
         "server": server_command,
         "client": client_command,
@@ -306,6 +313,14 @@ def data_command(args: list[str]) -> None:
     show(found, out)
     if told["out"]:
         out.print(f"picture: {save_picture(found, told['out'])}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _taken(command: str, args: list[str]) -> None:
+    """consilium export | predict | chat"""
+    from consilium.export import commands
+
+    for line in _parse(getattr(commands, command), args, f"consilium {command.lower()}").lines():
+        print(line, flush=True)  # as it stands, tabs too
 
 
 def certificates_command(args: list[str]) -> None:

@@ -9,7 +9,7 @@ import torch
 from consilium.core import Payload
 from consilium.errors import ModelError
 from consilium.moe.addressing import all_experts, flatten, parameters, select
-from consilium.moe.lora import Lora, add_lora
+from consilium.moe.lora import Lora, add_lora, merged
 from consilium.moe.quantise import dequantise, quantise
 from consilium.training import fit, local_test
 
@@ -95,3 +95,23 @@ def test_a_round_on_four_bits(library):
     assert fitted.steps == 2 and after.keys() == sent.keys() and not tiny.same(after, sent)
     assert any(p.is_meta for p in parameters(model).values())
     assert 0 <= local_test(setup, Payload({"params": after}), context).scalars["score"] <= 1
+
+
+@pytest.mark.parametrize("base", ["full", "nf4"])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_merged_it_is_the_same_model_without_adapters(model_type, base, request):
+    """What `consilium export` writes: W + alpha / R B A for some experts of a sub-MoE, W rounded as in training."""
+    if base == "nf4":
+        request.getfixturevalue("library")
+    lora, labels = Lora(rank=2, alpha=3.0, base=base), tiny.TASKS["animal"]
+    source = tiny.source(model_type)
+    held = {block: ((1, 4), (0, 5, 7))[i % 2] for i, block in enumerate(source.counts)}
+    params = source.load() | tiny.heads("animal", labels)
+    live = add_lora(source.build(params, "animal", labels, held).eval(), lora)
+    rng = torch.Generator().manual_seed(0)
+    for tensor in live.adapters.parameters():
+        tensor.data.normal_(std=0.2, generator=rng)
+    whole = merged(source.skeleton("", ()), select(source.load(), "", held), flatten(live, held), lora)
+    plain, batch = source.build(whole, "animal", labels, held).eval(), tiny.batch(source)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(batch)[0], live(batch)[0], rtol=0, atol=1e-5)

@@ -32,6 +32,7 @@ class Family:
         layout: "modules", one submodule `module.format(i)` per expert; or "fused", tensors [E, ...].
         tensors: for "fused": names of the fused parameters below `experts`.
         counts: attributes (below the block) that hold the number of experts.
+        number: field of the configuration that holds it, one number for all blocks.
         top_k: attribute (below the block) with the experts per token; None: top-1.
         least: experts that a block must keep, because its router ranks so many whatever `top_k` says.
         choice: None: the router chooses by its logits; else by this function of them plus the last of `rows`, a
@@ -57,6 +58,7 @@ class Family:
     module: str = ""
     tensors: tuple[str, ...] = ()
     counts: tuple[str, ...] = ()
+    number: str = "num_experts"
     top_k: str | None = None
     least: int = 1
     choice: Literal["sigmoid", "softmax"] | None = None
@@ -116,24 +118,33 @@ FAMILIES: dict[str, Family] = {
             lora_targets=("wi", "wo"),
         ),
         _fused("OLMoE", "olmoe", "Olmoe", "SparseMoeBlock"),
-        _fused("Mixtral", "mixtral", "Mixtral", "SparseMoeBlock"),
+        _fused("Mixtral", "mixtral", "Mixtral", "SparseMoeBlock", number="num_local_experts"),
         # The shared expert and its gate are trunk, and so are the layers that `mlp_only_layers` keeps dense.
         _fused("Qwen2-MoE", "qwen2_moe", "Qwen2Moe", "SparseMoeBlock"),
-        _fused("Qwen3-MoE", "qwen3_moe", "Qwen3Moe", "SparseMoeBlock"),
-        _fused("GraniteMoE", "granitemoe", "GraniteMoe", "MoE", router="router", divisor="logits_scaling"),
+        _fused("Qwen3-MoE", "qwen3_moe", "Qwen3Moe", "SparseMoeBlock", number="num_local_experts"),
+        _fused(
+            "GraniteMoE",
+            "granitemoe",
+            "GraniteMoe",
+            "MoE",
+            router="router",
+            number="num_local_experts",
+            divisor="logits_scaling",
+        ),
         # Always takes the best two one after the other; with one expert the second is a softmax over nothing, NaN.
         # In training it samples them, so what is served then is not what its logits rank first.
-        _fused("PhiMoE", "phimoe", "Phimoe", "SparseMoeBlock", router="router", least=2),
+        _fused("PhiMoE", "phimoe", "Phimoe", "SparseMoeBlock", router="router", number="num_local_experts", least=2),
         # Of both DeepSeeks the first layers may be dense, and shared experts are trunk. A sliced block has one group:
         # it equals the full model with its router masked to the kept experts where groups do not restrict
         # (`topk_group` = `n_group`), and otherwise the full model masked so and with the groups of that block lifted.
-        _fused("DeepSeek-V2", "deepseek_v2", "DeepseekV2", "Moe", groups=1),
+        _fused("DeepSeek-V2", "deepseek_v2", "DeepseekV2", "Moe", number="n_routed_experts", groups=1),
         _fused(
             "DeepSeek-V3",
             "deepseek_v3",
             "DeepseekV3",
             "MoE",
             rows=("weight", "e_score_correction_bias"),
+            number="n_routed_experts",
             choice="sigmoid",
             groups=2,
             least=2,
@@ -145,6 +156,7 @@ FAMILIES: dict[str, Family] = {
             "MLP",
             router="router",
             rows=("weight", "bias"),
+            number="num_local_experts",
             tensors=("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"),
             packs=False,  # in transformers 5.23 its masks do not look at position ids: examples see each other
         ),
@@ -154,6 +166,7 @@ FAMILIES: dict[str, Family] = {
             "Ernie4_5_Moe",
             "SparseMoeBlock",
             rows=("weight", "moe_statics.e_score_correction_bias"),
+            number="moe_num_experts",
             choice="softmax",
         ),
         # Groups as in DeepSeek-V3; the published models have one.
@@ -163,6 +176,7 @@ FAMILIES: dict[str, Family] = {
             "Glm4Moe",
             "MoE",
             rows=("weight", "e_score_correction_bias"),
+            number="n_routed_experts",
             choice="sigmoid",
             groups=2,
             least=2,

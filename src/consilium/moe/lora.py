@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from consilium.errors import ConfigError, PayloadError
-from consilium.moe.addressing import all_experts, is_adapter
+from consilium.moe.addressing import all_experts, expert_of, is_adapter
 from consilium.moe.experts import Experts
 from consilium.moe.model import TaskModel
-from consilium.moe.quantise import quantise
+from consilium.moe.quantise import dequantise, quantise
 from consilium.params import Params, WeightedMean
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "add_expert_lora",
     "add_lora",
     "initial_adapters",
+    "merged",
     "peft_targets",
 ]
 
@@ -149,6 +150,29 @@ def add_lora(model: TaskModel, lora: Lora, seed: int = 0) -> TaskModel:
     model.adapters = Adapters({name: tensor.to(device) for name, tensor in tensors.items()}, lora.scale)
     Experts(model, keep=True).__enter__()
     return model
+
+
+def merged(model: TaskModel, base: Mapping[str, Tensor], params: Mapping[str, Tensor], lora: Lora) -> Params:
+    """The model that `params` (adapters, router rows, head rows) make of a base, without adapters: W + alpha/rank B A,
+    computed in float32, in the dtype of W. A base in 4 bits is first rounded as `add_lora` rounds it.
+
+    Args:
+        model: of the family, on the meta device or not. base: flat parameters, of all or of the held experts.
+    """
+    modules = model.family.layout == "modules"
+    transposed = not modules and next(iter(model.blocks().values())).get_submodule(model.family.experts).is_transposed
+    whole = dict(base) | {key: tensor for key, tensor in params.items() if not is_adapter(key)}
+    if lora.base == "nf4":
+        ends = tuple(f".{target}{'.weight' if modules else ''}" for target in model.family.lora_targets)
+        for key in [key for key in whole if expert_of(key) and key.endswith(ends)]:
+            whole[key] = dequantise(*quantise(whole[key]))
+    for key in (key for key in params if key.endswith(".lora_A") and is_adapter(key)):
+        name = key.removesuffix(".lora_A")
+        target = f"{name}.weight" if modules else name
+        change_YX = lora.scale * params[f"{name}.lora_B"].float() @ params[key].float()
+        old = whole[target]
+        whole[target] = (old.float() + (change_YX.t() if transposed else change_YX)).to(old.dtype)
+    return whole
 
 
 def _quantise(model: TaskModel) -> None:

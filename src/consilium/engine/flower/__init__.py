@@ -13,8 +13,18 @@ import os
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when flwr is imported
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
-from consilium.engine.flower.client import client_app, save_site
+from consilium.engine.flower.client import DELIVERED, client_app, read_site, save_site
 from consilium.engine.flower.grid import FlowerEngine, Roster
 from consilium.engine.flower.server import describe, server_app, simulation
 
-__all__ = ["FlowerEngine", "Roster", "client_app", "describe", "save_site", "server_app", "simulation"]
+__all__ = [
+    "DELIVERED",
+    "FlowerEngine",
+    "Roster",
+    "client_app",
+    "describe",
+    "read_site",
+    "save_site",
+    "server_app",
+    "simulation",
+]

@@ -3,7 +3,8 @@
 Every message brings the server's experiment as JSON, of which the algorithm, the training and the seed count here;
 classes are looked up among the known ones, no code travels. What is the site's own comes from its own settings: a
 simulated client takes its partition of the experiment's data; a site's node names a file, `site=".../site.json"`,
-with its name, its own data and model and its memory. In the same folder its states survive rounds and restarts.
+with its name, its own data and model and its memory. In the same folder its states survive rounds and restarts, and
+lies the model that it was last delivered, for `consilium export`.
 """
 
 import functools
@@ -19,6 +20,7 @@ from flwr.clientapp import ClientApp
 
 from consilium.core import Client, ClientContext, ClientInfo, Payload, Scalar, derive_seed
 from consilium.data.task import ClientData, Federation, Split, Task
+from consilium.engine import codec
 from consilium.engine.checkpoint import KEEP, ClientStore, write_atomic
 from consilium.engine.flower.grid import within
 from consilium.engine.flower.records import blobs_of, payload_of, to_record
@@ -32,7 +34,10 @@ from consilium.setup import Setup
 LOST = "engine/lost/"
 """In a client's state: what rounding has taken from its replies; the method does not see it."""
 
-__all__ = ["Site", "client_app", "read_site", "save_site"]
+DELIVERED = "delivered.safetensors"
+"""In a site's state folder: the payload that was last scored there, with what the server said of the run."""
+
+__all__ = ["DELIVERED", "Site", "client_app", "read_site", "save_site"]
 
 
 @dataclass(frozen=True)
@@ -189,7 +194,13 @@ def evaluate(message: Message, context: Context) -> RecordDict:
     site, _, work = _begin(told, context)
     for key in [key for key in work.state.params if key.startswith(LOST)]:
         del work.state.params[key]
-    return to_record(tested(site.client, payload, work), {"rejected": ""})
+    answer = tested(site.client, payload, work)
+    params = payload.group("params") or work.state.params
+    if site.folder is not None and params:
+        about = {key: told[key] for key in ("experiment", "round")} | {"score": answer.scalars["score"]}
+        scalars = {**payload.scalars, **{f"engine/{key}": value for key, value in about.items()}}
+        write_atomic(site.folder.parent / DELIVERED, codec.encode(Payload({"params": params}, scalars)))
+    return to_record(answer, {"rejected": ""})
 
 
 def name(message: Message, context: Context) -> RecordDict:

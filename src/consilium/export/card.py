@@ -1,0 +1,152 @@
+"""README.md of an exported model: what it is, how it was made, how good it is, how to load it."""
+
+import json
+import re
+from pathlib import Path
+
+from consilium.export.deployed import Deployed
+from consilium.moe.families import Family
+
+__all__ = ["card"]
+
+TAGS = {
+    "classification": "text-classification",
+    "text-to-text": "text-generation",
+    "conversation": "text-generation",
+    "document": "text-generation",
+}
+
+
+def card(deployed: Deployed, format: str, family: Family, notes: list[str]) -> str:
+    """The text of the card, with YAML before it as model hubs read it."""
+    experiment = deployed.experiment
+    who = f"client {deployed.client}" if deployed.client else "all clients together"
+    sections = [
+        _front(deployed, format),
+        f"# {experiment.name}: the model of {who}\n",
+        f"{_origin(deployed, family)}\n",
+        "\n".join(_facts(deployed)) + "\n",
+        *(["\n".join(f"Note: {note}." for note in notes) + "\n"] if notes else []),
+        f"## Use\n\n`DIR` is this directory.\n\n{_use(deployed, format, family)}",
+    ]
+    return "\n".join(sections)
+
+
+def _front(deployed: Deployed, format: str) -> str:
+    lines = {
+        "library_name": {"transformers": "transformers", "adapter": "peft", "consilium": "consilium"}[format],
+        "pipeline_tag": "text2text-generation" if _encoder_decoder(deployed) else TAGS[deployed.kind],
+        "tags": ["consilium", "federated-learning", "mixture-of-experts"],
+    }
+    base = _base(deployed)
+    if "/" in base:
+        lines = {"base_model": base, **lines}
+    return "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in lines.items()) + "---\n"
+
+
+def _base(deployed: Deployed) -> str:
+    """The base's name on the hub, or that of its directory: where that lies is this machine's."""
+    path = deployed.experiment.model.path
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists()
+    return path if on_hub else Path(path).name
+
+
+def _encoder_decoder(deployed: Deployed) -> bool:
+    return deployed.kind == "text-to-text" and bool(deployed.experiment.model.config.is_encoder_decoder)
+
+
+def _origin(deployed: Deployed, family: Family) -> str:
+    experiment = deployed.experiment
+    base = _base(deployed)
+    method = type(experiment.algorithm).__name__
+    many = f" of {deployed.clients} clients" if deployed.clients else ""
+    return (
+        f"`{base}` ({family.name}), fine-tuned by {method} in {deployed.rounds} rounds{many} with Consilium: "
+        "the data stayed with the clients. No differential privacy was used."
+    )
+
+
+def _facts(deployed: Deployed) -> list[str]:
+    """A table: data, scores, experts, training."""
+    experiment = deployed.experiment
+    sizes = ", ".join(f"{n} {split}" for split, n in deployed.sizes.items())
+    data = type(experiment.data).__name__
+    path = getattr(experiment.data, "path", None)
+    rows = {"Data": f"{data}{f' {Path(path).name}' if path else ''}: {sizes} examples"}
+    for task, (metric, score) in deployed.scores.items():
+        told = "not scored" if score is None else f"{score:.3f}"
+        where = "its own test examples" if deployed.client else "test examples, mean over the clients"
+        rows[f"Task {task}"] = f"{metric} {told} on {where}"
+        if labels := deployed.labels.get(task):
+            more = f" and {len(labels) - 12} more" if len(labels) > 12 else ""
+            rows[f"Labels of {task}"] = ", ".join(labels[:12]) + more
+    counts = experiment.model.counts
+    held = {block: len((deployed.held or {}).get(block, range(n))) for block, n in counts.items()}
+    rows["Experts per layer"] = (
+        f"{', '.join(str(n) for n in held.values())} of {', '.join(str(n) for n in counts.values())}"
+    )
+    fit = experiment.fit
+    lora = f", LoRA of rank {fit.lora.rank} on the experts" if fit.lora.rank else ""
+    rows["Training"] = f"{fit.optimizer}, learning rate {fit.lr:g}, {fit.epochs} epoch(s) a round{lora}"
+    rows["Texts"] = f"cut to {fit.max_length} tokens in training"
+    return [
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in rows.items()),
+    ]
+
+
+def _use(deployed: Deployed, format: str, family: Family) -> str:
+    model = deployed.experiment.model
+    chat = "chat DIR" if deployed.kind == "conversation" else 'predict DIR --text "..."'
+    cls = family.classes[model.form]
+    if format == "consilium":
+        lines = ["from pathlib import Path", "from consilium.moe.files import load_sub_moe", ""]
+        lines += ['source, model, held = load_sub_moe(Path("DIR"))']
+        return f"{_code(lines)}\nOr `consilium {chat}`.\n"
+    head = _head(deployed)
+    if format == "adapter":
+        lines = ["from peft import PeftModel", f"from transformers import AutoTokenizer, {cls}", ""]
+        lines += [f"base = {cls}.from_pretrained({_base(deployed)!r})", 'base.config.model_type = "custom"']
+        lines += ['model = PeftModel.from_pretrained(base, "DIR").eval()']
+        lines += [f"base.config.model_type = {model.config.model_type!r}"]
+        text = '\n`"custom"` keeps PEFT 0.21 from taking the names of experts for those of other layers.\n'
+        return _code([*lines, 'tokenizer = AutoTokenizer.from_pretrained("DIR")', *head]) + text
+    lines = [f"from transformers import AutoTokenizer, {cls}", ""]
+    lines += [f'model = {cls}.from_pretrained("DIR").eval()', 'tokenizer = AutoTokenizer.from_pretrained("DIR")']
+    if not head:
+        lines += ['inputs = tokenizer("...", return_tensors="pt")']
+        if deployed.kind == "conversation":
+            lines[-1] = (
+                'inputs = tokenizer.apply_chat_template([{"role": "user", "content": "..."}], '
+                'add_generation_prompt=True, return_tensors="pt", return_dict=True)'
+            )
+        fresh = deployed.experiment.fit.target_length
+        lines += [f"ids = model.generate(**inputs, max_new_tokens={fresh}, do_sample=False)"]
+        lines += ["print(tokenizer.decode(ids[0], skip_special_tokens=True))"]
+    return f"{_code([*lines, *head])}\nOr `consilium {chat}`.\n"
+
+
+def _head(deployed: Deployed) -> list[str]:
+    """The head in plain torch."""
+    if not deployed.labels:
+        return []
+    task = next(iter(deployed.labels))
+    length = deployed.experiment.fit.max_length
+    return [
+        "",
+        "import json",
+        "from pathlib import Path",
+        "from safetensors.torch import load_file",
+        "",
+        'head, labels = load_file("DIR/head.safetensors"), json.loads(Path("DIR/labels.json").read_text())',
+        f'inputs = tokenizer(["..."], padding=True, truncation=True, max_length={length}, return_tensors="pt")',
+        'hidden, mask = model(**inputs).last_hidden_state, inputs["attention_mask"].unsqueeze(-1)',
+        "pooled = (hidden * mask).sum(1) / mask.sum(1)",
+        f'logits = pooled @ head["{task}.weight"].T + head["{task}.bias"]',
+        f'print([labels["{task}"][i] for i in logits.argmax(-1)])',
+    ]
+
+
+def _code(lines: list[str]) -> str:
+    return "```python\n" + "\n".join(lines) + "\n```\n"

@@ -1,0 +1,133 @@
+"""`consilium export | predict | chat`: their flags, and what they print."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from consilium.errors import ConfigError
+
+__all__ = ["Chat", "Export", "Predict"]
+
+
+@dataclass(frozen=True)
+class Export:
+    """Take a client's model away as a directory that plain transformers loads with from_pretrained.
+
+    Args:
+        run: a finished run's directory; or, at a site, its --state folder, for the model that it was last delivered.
+        out: directory to write; it must be new or empty.
+        client: whose model; default: the global model. A site has its own.
+        format: transformers: adapters merged, and one number of experts in all layers, where that is exact; adapter:
+            LoRA for PEFT; consilium: every layer as it is, with a keep-map.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    out: Path
+    client: str | None = None
+    format: Literal["transformers", "adapter", "consilium"] = "transformers"
+
+    def lines(self) -> Iterator[str]:
+        """Do it; what is to be said about it, line by line."""
+        from consilium.export import cohort
+        from consilium.export.deployed import Finished, of_run, of_site
+        from consilium.export.folder import new_folder, write
+        from consilium.models.cohort import Cohort
+
+        with new_folder(self.out, keep=False):  # before the weights are read, which takes its time
+            pass
+        if (self.run / "site.json").exists():
+            deployed = of_site(self.run)
+            if self.client not in (None, deployed.client):
+                raise ConfigError(f"{self.run} is the state of site {deployed.client}, not of {self.client!r}")
+        else:
+            run = Finished.of(self.run)
+            if isinstance(run.experiment.model, Cohort):
+                yield from cohort.write(self.out, run, self.client)
+                return
+            deployed = of_run(run, self.client)
+        notes = write(self.out, deployed, self.format)
+        whose = f"the model of {deployed.client}" if deployed.client else "the global model"
+        scores = ", ".join(
+            f"{task} {metric} {'not scored' if score is None else f'{score:.3f}'}"
+            for task, (metric, score) in deployed.scores.items()
+        )
+        yield f"{self.out}: {whose} after {deployed.rounds} rounds ({scores})"
+        for note in notes:
+            yield f"note: {note}"
+        if self.format != "adapter":
+            yield f"try it: consilium {_tries(deployed.kind, self.out)}"
+
+
+def _tries(kind: str, folder: Path) -> str:
+    """The command that tries a model."""
+    return f"chat {folder}" if kind == "conversation" else f'predict {folder} --text "..."'
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Labels (task, label, probability, text) or generated texts of an exported model, a line per text.
+
+    Args:
+        folder: what `consilium export` wrote.
+        text: a text in quotes, as often as you like; none: the lines of standard input.
+        tokens: generated at most; default: as in training.
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    tokens: int | None = None
+
+    def lines(self) -> Iterator[str]:
+        """One line per text and task."""
+        from consilium.export.predict import Taken
+
+        _positive(self.tokens)
+        taken = Taken.of(self.folder)
+        for text in self.text or (line.rstrip("\n") for line in sys.stdin if line.strip()):
+            if taken.kind != "classification":
+                yield " ".join(taken.written(text, self.tokens).split())
+                continue
+            for found in next(taken.labelled([text])):
+                task = f"{found.task}\t" if len(taken.models) > 1 else ""
+                yield f"{task}{found.label}\t{found.probability:.3f}\t{' '.join(text.split())[:60]}"
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Talk to an exported causal model: a line is what you say; the end of the input ends it.
+
+    Args:
+        folder: what `consilium export` wrote.
+        tokens: of an answer, at most; default: as in training.
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    tokens: int | None = None
+
+    def lines(self) -> Iterator[str]:
+        """One answer per line; what was said before stays in mind, as far as it fits."""
+        from consilium.export.predict import Taken
+
+        _positive(self.tokens)
+        taken = Taken.of(self.folder)
+        if taken.kind == "classification" or taken.source.config.is_encoder_decoder:
+            raise ConfigError(f"{self.folder} holds no causal language model: use `consilium predict {self.folder}`")
+        said: list[dict[str, str]] = []
+        while True:
+            print("> ", end="", flush=True) if sys.stdin.isatty() else None
+            line = sys.stdin.readline()
+            if not line:
+                return
+            if line.strip():
+                said.append({"role": "user", "content": line.strip()})
+                said.append({"role": "assistant", "content": taken.answered(said, self.tokens)})
+                yield said[-1]["content"]
+
+
+def _positive(tokens: int | None) -> None:
+    if tokens is not None and tokens < 1:
+        raise ConfigError(f"--tokens is {tokens}; it must be at least 1")

@@ -1,0 +1,200 @@
+"""What a client would deploy when a run is over: the weights that its last score belongs to."""
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from consilium.core import ClientInfo, ClientState, ExpertSet, Payload, experts_from_scalars
+from consilium.data.language import LanguageData
+from consilium.engine.checkpoint import ClientStore, load_checkpoint
+from consilium.engine.codec import decode
+from consilium.errors import CheckpointError, ConfigError, PayloadError
+from consilium.experiment import Experiment, from_json
+from consilium.models.cohort import Cohort
+from consilium.moe.addressing import select
+from consilium.params import Params
+from consilium.run import SITES, read_config
+from consilium.setup import Setup
+
+__all__ = ["Deployed", "Finished", "of_run", "of_site"]
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A mixture of experts as a client would deploy it, or the global one, and what its card tells.
+
+    Args:
+        experiment: of the run, with the model from where it lies here.
+        client: its id; "": the global model.
+        labels: task -> labels, of the heads that go along; {} without heads.
+        params: flat names -> tensors; with `fit.lora` adapters, router rows and head rows.
+        held: experts per block; None: all.
+        scores: task -> (metric, score in [0, 1]) on test data; of the global model the mean over the task's clients.
+        sizes: split -> examples; of the global model, of all clients together.
+        clients: of the whole run. rounds: that it took.
+    """
+
+    experiment: Experiment
+    client: str
+    labels: Mapping[str, tuple[str, ...]]
+    params: Params
+    held: ExpertSet | None
+    scores: Mapping[str, tuple[str, float | None]]
+    sizes: Mapping[str, int]
+    clients: int
+    rounds: int
+
+    @property
+    def kind(self) -> str:
+        """How it is used: "classification", "text-to-text", "conversation" or "document" (goes on with a text)."""
+        data = self.experiment.data
+        if isinstance(data, LanguageData):
+            return "document" if data.text else "conversation"
+        return self.experiment.model.form
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run, read back: no data of any client is needed for it, small models apart (the shape of theirs).
+
+    Args:
+        partition, summary: as in the run directory. setup: with all clients. store: their committed states.
+    """
+
+    folder: Path
+    experiment: Experiment
+    partition: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    setup: Setup
+    store: ClientStore
+    away: bool
+    state: Payload = field(repr=False)
+
+    @classmethod
+    def of(cls, folder: Path) -> "Finished":
+        """Raises CheckpointError if it has not finished, or is no run."""
+        config = read_config(folder)
+        if config["status"] != "finished":
+            on = "start `consilium server` again" if config.get("data") == SITES else f"`consilium resume {folder}`"
+            raise CheckpointError(f"{folder} has not finished (it is {config['status']}): {on} to go on with it")
+        partition, summary = (_read(folder / name) for name in ("partition.json", "summary.json"))
+        found = load_checkpoint(folder / "checkpoints")
+        if found is None:
+            raise CheckpointError(f"{folder / 'checkpoints'} is empty: the weights are gone, run it anew")
+        experiment = from_json(config["experiment"])
+        infos = tuple(
+            ClientInfo(name, c["sizes"]["train"], c["task"], c.get("memory_bytes"), c.get("architecture", ""))
+            for name, c in partition["clients"].items()
+        )
+        heads: dict[str, set[str]] = {}
+        for client in partition["clients"].values():
+            if client["labels"]:
+                heads.setdefault(client["task"], set()).update(client["labels"])
+        setup = Setup(
+            model=experiment.model,
+            fit=experiment.fit,
+            sampling=experiment.sampling,
+            seed=experiment.seed,
+            heads={task: tuple(sorted(labels)) for task, labels in sorted(heads.items())},
+            clients=infos,
+            shape=experiment.data.load(experiment.seed).shape if isinstance(experiment.model, Cohort) else (),
+        )
+        store = ClientStore(folder / "clients", found[2])
+        return cls(folder, experiment, partition, summary, setup, store, config.get("data") == SITES, found[1])
+
+    def server(self) -> Any:
+        """The server half as it ended."""
+        server = self.experiment.algorithm.server(self.setup)
+        server.restore(self.state)
+        return server
+
+    def info(self, client: str) -> ClientInfo:
+        """Raises ConfigError for a name that is no client's, or a client that can hold no model."""
+        infos = {info.id: info for info in self.setup.clients}
+        if client not in infos:
+            near = difflib.get_close_matches(client, infos, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{self.folder} has no client {client!r}; it has {', '.join(infos)}{hint}")
+        if reason := self.summary["clients"][client]["reason"]:
+            raise ConfigError(f"there is no model for {client}: it {reason}")
+        return infos[client]
+
+
+def of_run(run: Finished, client: str | None) -> Deployed:
+    """What `client` would deploy after the last round of a finished run; None: the global model.
+
+    Raises:
+        ConfigError: for an unknown client (naming all), or where there is no such model.
+    """
+    server, summary, told = run.server(), run.summary, run.partition["clients"]
+    metrics = {task: (values["metric"], values["score"]) for task, values in summary["tasks"].items()}
+    name = type(run.experiment.algorithm).__name__
+    if client is None:
+        if not server.params:
+            raise ConfigError(f"{name} has no global model; name a client, --client: {', '.join(told)}")
+        labels, params, held, scores, members = run.setup.heads, server.params, None, metrics, list(told)
+    else:
+        info = run.info(client)
+        payload = server.deliver(info)
+        held = experts_from_scalars(payload.scalars)
+        if not payload.groups and run.away:
+            raise ConfigError(f"{name} keeps the model of {client} at the site: export it there, from its --state")
+        state = ClientState() if run.away else run.store.load(client)
+        params = _params(payload, state) or select(run.setup.initial_params(), info.task, held)
+        labels = {info.task: tuple(told[client]["labels"])} if told[client]["labels"] else {}
+        scores, members = {info.task: (metrics[info.task][0], summary["clients"][client]["test"])}, [client]
+    sizes = {key: sum(told[c]["sizes"][key] for c in members) for key in ("train", "validation", "test")}
+    return Deployed(run.experiment, client or "", labels, params, held, scores, sizes, len(told), summary["rounds"])
+
+
+def of_site(folder: Path) -> Deployed:
+    """What a site was last delivered; `folder` is its state folder.
+
+    Raises:
+        ConfigError: if the server has not yet had the site's model scored.
+    """
+    from dataclasses import replace
+
+    from consilium.engine.flower import DELIVERED, read_site
+
+    given, data = read_site(folder / "site.json")
+    name, own = str(given["name"]), from_json(given["experiment"])
+    try:
+        payload = decode((folder / DELIVERED).read_bytes())
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{folder} has no model yet: a site gets one when the server has it scored, in the last round at the latest"
+        ) from error
+    except PayloadError as error:
+        raise CheckpointError(f"{folder / DELIVERED} cannot be read: {error}") from error
+    told = {key[7:]: value for key, value in payload.scalars.items() if key.startswith("engine/")}
+    # What counts is the server's; data and model are where the site has them.
+    experiment = replace(from_json(json.loads(str(told["experiment"]))), data=own.data, model=own.model)
+    labels = {data.task.name: data.task.labels} if data.task.labels else {}
+    return Deployed(
+        experiment=experiment,
+        client=name,
+        labels=labels,
+        params=payload.group("params"),
+        held=experts_from_scalars(payload.scalars),
+        scores={data.task.name: (data.task.metric, float(told["score"]))},
+        sizes={key: len(split) for key, split in data.splits()},
+        clients=0,
+        rounds=int(told["round"]),
+    )
+
+
+def _params(payload: Payload, state: ClientState) -> Params:
+    """The delivered weights, or what the client keeps (without what an engine has put there)."""
+    own = {key: tensor for key, tensor in state.params.items() if not key.startswith("engine/")}
+    return payload.group("params") or own
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__})") from error

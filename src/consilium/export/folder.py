@@ -1,0 +1,221 @@
+"""A deployed model as a directory that others can read.
+
+config.json, model*.safetensors, generation_config.json   the backbone, for `from_pretrained` of its class
+adapter_config.json, adapter_model.safetensors            instead of these, for PEFT on the base
+sub-moe.json, sub-moe.safetensors                         or these: every layer as it is, with the ids of its experts
+tokenizer files, chat template
+head.safetensors, labels.json     of classification: [C, D] `<task>.weight` and [C] `<task>.bias`; task -> labels.
+                                  They go on the mean of the last hidden states over all tokens but padding, which
+                                  no *ForSequenceClassification of these families takes (the last token's, without
+                                  a bias), so there is no class to save them in
+consilium.json                    how it was used: kind, lengths, tasks; for `consilium predict` and `chat`
+README.md                         the card
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from consilium.errors import ConfigError, ModelError
+from consilium.export.card import card
+from consilium.export.deployed import Deployed
+from consilium.moe.adapter_files import save_adapters
+from consilium.moe.addressing import load_flat, select
+from consilium.moe.files import save_sub_moe
+from consilium.moe.lora import add_lora, merged
+from consilium.moe.model import TaskModel
+from consilium.moe.uniform import uniform
+from consilium.params import Params
+
+__all__ = ["Format", "new_folder", "write"]
+
+Format = Literal["transformers", "adapter", "consilium"]
+USE = "consilium.json"
+
+
+@contextmanager
+def new_folder(out: Path, keep: bool = True) -> Iterator[Path]:
+    """A folder that takes the place of `out` when all is written, and of which nothing is left otherwise.
+
+    Args:
+        keep: False: only find out whether it could.
+
+    Raises:
+        ConfigError: if `out` is there and not empty, or cannot be made.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is not empty: choose another --out, or remove it first")
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        made = Path(mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be made: {error.strerror}; choose another --out") from error
+    try:
+        yield made
+        if keep:
+            made.chmod(0o755)
+            made.replace(out.absolute())
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def write(out: Path, deployed: Deployed, format: Format) -> list[str]:
+    """Write the model into the new directory `out`; returns what the user should know, a line each.
+
+    Raises:
+        ConfigError: for a format that cannot hold this model, with the one that can.
+    """
+    writers: dict[str, Callable[[Path, Deployed], list[str]]] = {
+        "transformers": _plain,
+        "adapter": _adapters,
+        "consilium": _sub_moe,
+    }
+    with new_folder(out) as folder:
+        notes = writers[format](folder, deployed)
+        source, fit = deployed.experiment.model, deployed.experiment.fit
+        if format != "consilium":  # which brings it
+            source.tokenizer().save_pretrained(folder)
+        use = {
+            "format": format,
+            "kind": deployed.kind,
+            "form": source.form,
+            "dtype": source.dtype,
+            "max_length": fit.max_length,
+            "target_length": fit.target_length,
+            "tasks": {task: list(labels) for task, labels in deployed.labels.items()},
+        }
+        (folder / USE).write_text(json.dumps(use, indent=1) + "\n")
+        (folder / "README.md").write_text(card(deployed, format, source.family, notes))
+    return notes
+
+
+def _whole(deployed: Deployed) -> Params:
+    """The parameters without adapters."""
+    experiment = deployed.experiment
+    if not experiment.fit.lora.rank:
+        return deployed.params
+    source = experiment.model
+    base = select(source.load(), "", deployed.held)
+    return merged(source.skeleton("", ()), base, deployed.params, experiment.fit.lora)
+
+
+def _plain(folder: Path, deployed: Deployed) -> list[str]:
+    """Merged, and with one number of experts in all layers."""
+    source = deployed.experiment.model
+    model = source.build(_whole(deployed), "", (), deployed.held)
+    try:
+        config, longest = uniform(model)
+    except ModelError as error:
+        raise ConfigError(f"{error}; use --format consilium, which keeps every layer as it is") from error
+    backbone = model.backbone  # perhaps a wider one
+    backbone.config = config
+    if backbone.can_generate():
+        backbone.generation_config = _generation(source.location, source.revision, config)
+    with _quiet():
+        backbone.save_pretrained(folder)
+    _heads(folder, deployed, config.hidden_size)
+    notes, rounded = [], source.dtype != "float32"
+    if longest is not None:
+        notes.append(
+            f"the layers serve up to {longest} to {config.expert_capacity} tokens per expert, and the configuration "
+            f"has the largest: the same model for texts of up to {longest} tokens"
+        )
+    if (wide := config.hidden_size) != source.config.hidden_size:
+        notes.append(
+            f"the hidden size is {wide} in place of {source.config.hidden_size}, so that layers with different numbers "
+            "of experts could be filled up to one number; the logits are the same"
+            + (f" but for the rounding of {source.dtype}" if rounded else "")
+        )
+    if deployed.experiment.fit.lora.rank and rounded:
+        notes.append(f"the adapters were merged into weights of {source.dtype}, which rounds them")
+    return notes
+
+
+def _adapters(folder: Path, deployed: Deployed) -> list[str]:
+    """For the base that the run began with, routers included where they were trained."""
+    experiment, source = deployed.experiment, deployed.experiment.model
+    lora = experiment.fit.lora
+    if not lora.rank:
+        raise ConfigError("the run trained whole experts, no adapters (fit.lora.rank 0): use --format transformers")
+    held = deployed.held
+    if held is not None and any(len(ids) < source.counts[block] for block, ids in held.items()):
+        raise ConfigError(
+            f"adapters fit the whole base, and {deployed.client} holds a part of its experts: use --format transformers"
+        )
+    model = source.build(source.load() | deployed.params, "", ())
+    load_flat(add_lora(model, replace(lora, base="full")), deployed.params)
+    save_adapters(model, folder, source.path)
+    if lora.router:
+        _add_routers(folder, model)
+    _heads(folder, deployed, source.config.hidden_size)
+    return [] if lora.base == "full" else ["the run had its base in 4 bits (NF4): load the base so, or scores differ"]
+
+
+def _add_routers(folder: Path, model: TaskModel) -> None:
+    """Routers that were trained in full are PEFT's `modules_to_save`."""
+    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    told, tensors = json.loads(config.read_text()), load_file(weights)
+    paths = [f"{block}.{model.family.router}" for block in model.blocks()]
+    for path in paths:
+        router = model.backbone.get_submodule(path)
+        for name, tensor in router.state_dict().items():
+            tensors[f"base_model.model.{path}.{name}"] = tensor.detach().cpu().contiguous()
+    config.write_text(json.dumps({**told, "modules_to_save": paths}, indent=2) + "\n")
+    save_file(tensors, weights, {"format": "pt"})
+
+
+def _sub_moe(folder: Path, deployed: Deployed) -> list[str]:
+    source = deployed.experiment.model
+    if len(deployed.labels) > 1:
+        raise ConfigError("a directory with a keep-map has one task: name a client, --client")
+    task, labels = next(iter(deployed.labels.items()), ("", ()))
+    model = source.build(_whole(deployed), task, labels, deployed.held)
+    held = deployed.held or {block: tuple(range(n)) for block, n in source.counts.items()}
+    save_sub_moe(folder, source, model, held)
+    return ["plain transformers cannot read it: consilium.moe.files.load_sub_moe does"]
+
+
+def _heads(folder: Path, deployed: Deployed, width: int) -> None:
+    """Heads for a hidden state of that width, of which what the training did not know counts nothing."""
+    tensors = {}
+    for task, labels in deployed.labels.items():
+        for leaf in ("weight", "bias"):
+            rows = [deployed.params[f"head.{task}.{label}.{leaf}"] for label in labels]
+            tensors[f"{task}.{leaf}"] = torch.stack(rows)
+        weight_CD = tensors[f"{task}.weight"]
+        tensors[f"{task}.weight"] = nn.functional.pad(weight_CD, (0, width - weight_CD.shape[1]))
+    if tensors:
+        save_file(tensors, folder / "head.safetensors", {"format": "pt"})
+        told = {task: list(labels) for task, labels in deployed.labels.items()}
+        (folder / "labels.json").write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+
+
+def _generation(location: str, revision: str | None, config: object) -> GenerationConfig:
+    """The base's own settings of generation, else what its configuration says."""
+    try:
+        return GenerationConfig.from_pretrained(location, revision=revision)
+    except OSError:
+        return GenerationConfig.from_model_config(config)
+
+
+@contextmanager
+def _quiet():
+    """Without transformers' progress bars."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

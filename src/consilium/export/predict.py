@@ -1,0 +1,133 @@
+"""Labels and texts from an exported directory."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from consilium.data.causal import encode_language
+from consilium.data.encode import Encoded, encode
+from consilium.data.task import Split, Task
+from consilium.errors import ConfigError, ModelError
+from consilium.export.folder import USE
+from consilium.moe.build import ModelSource
+from consilium.moe.files import load_sub_moe
+from consilium.moe.model import TaskModel
+
+__all__ = ["Labelled", "Taken"]
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """An answer of a classifier. `probability`: the softmax at the label, in (0, 1]."""
+
+    task: str
+    label: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Taken:
+    """An exported model, ready to answer.
+
+    Args:
+        kind: see `deployed.Deployed.kind`. models: task -> live model; of a generating model one, under "".
+        max_length, target_length: tokens kept of a text, and generated.
+    """
+
+    kind: str
+    source: ModelSource
+    models: dict[str, TaskModel]
+    max_length: int
+    target_length: int
+
+    @classmethod
+    def of(cls, folder: Path) -> "Taken":
+        """Raises ConfigError for a folder that `consilium export` has not made, or adapters without their base."""
+        try:
+            use = json.loads((folder / USE).read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{folder} is not what `consilium export` makes: {USE} {type(error).__name__}") from error
+        if use["format"] == "adapter":
+            raise ConfigError(f"{folder} holds adapters alone; its README.md says how PEFT loads them on their base")
+        if use["format"] == "cohort":
+            raise ConfigError(f"{folder} holds a model of images or tables: consilium.export.cohort.load reads it")
+        if use["format"] == "consilium":
+            source, model, _ = load_sub_moe(folder)
+            models = {model.task: model}
+        else:
+            source = ModelSource(str(folder.resolve()), use["form"], use["dtype"])
+            models = _with_heads(folder, source, use["tasks"])
+        for model in models.values():
+            model.eval()
+        return cls(use["kind"], source, models, use["max_length"], use["target_length"])
+
+    def labelled(self, texts: Sequence[str]) -> Iterator[list[Labelled]]:
+        """Of each text the most probable label, for every task that the model has."""
+        for text in texts:
+            yield [self._label(task, model, text) for task, model in self.models.items()]
+
+    @torch.inference_mode()
+    def _label(self, task: str, model: TaskModel, text: str) -> Labelled:
+        logits, _ = model(self._task_batch(model, text))
+        probability = logits[0].float().softmax(-1)
+        best = int(probability.argmax())
+        return Labelled(task, model.labels[best], probability[best].item())
+
+    def _task_batch(self, model: TaskModel, text: str) -> dict[str, torch.Tensor]:
+        """As in training: a text cut to `max_length`; labels are there because batches have some."""
+        classify, seq2seq = bool(model.labels), model.encoder_decoder
+        way = "classification" if classify else "seq2seq" if seq2seq else "causal"
+        form = "classification" if classify else "text-to-text"
+        task = Task(model.task, form, model.labels, "accuracy")
+        split = Split([text], [model.labels[0] if classify else ""])
+        encoded = encode(split, task, self.source.tokenizer(), way, self.max_length, self.target_length)
+        return encoded.batch([0], CPU, prompt=True)
+
+    def written(self, text: str, tokens: int | None = None) -> str:
+        """The model's answer to a text, or how it goes on with it; greedy."""
+        if self.kind == "conversation":
+            return self.answered([{"role": "user", "content": text}], tokens)
+        model = next(iter(self.models.values()))
+        if self.kind == "text-to-text":
+            return self._generated(self._task_batch(model, text), tokens)
+        ids = self.source.tokenizer()(text)["input_ids"][-self.max_length - self.target_length :]
+        return self._generated(Encoded([ids], [[]], [""], "causal", 0).batch([0], CPU, prompt=True), tokens)
+
+    def answered(self, conversation: Sequence[dict[str, Any]], tokens: int | None = None) -> str:
+        """The assistant's next turn, of a conversation of which the end is kept that fits `max_length`."""
+        split = Split([json.dumps(list(conversation))], [""])
+        encoded = encode_language(split, self.source.tokenizer(), "examples", self.max_length, self.target_length)
+        return self._generated(encoded.batch([0], CPU, prompt=True), tokens)
+
+    def _generated(self, batch: dict[str, torch.Tensor], tokens: int | None) -> str:
+        model = next(iter(self.models.values()))
+        ids = model.generate(batch, tokens or self.target_length)
+        return self.source.tokenizer().decode(ids[0], skip_special_tokens=True).strip()
+
+
+def _with_heads(folder: Path, source: ModelSource, tasks: dict[str, list[str]]) -> dict[str, TaskModel]:
+    """The backbone with each task's head; the weights of the backbone are the same tensors in all."""
+    params = source.load()
+    if not tasks:
+        return {"": source.build(params, "", ())}
+    try:
+        heads = load_file(folder / "head.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder / 'head.safetensors'} cannot be read: {str(error).splitlines()[0]}") from error
+    models = {}
+    for task, labels in tasks.items():
+        rows = {
+            f"head.{task}.{label}.{leaf}": heads[f"{task}.{leaf}"][place]
+            for place, label in enumerate(labels)
+            for leaf in ("weight", "bias")
+        }
+        models[task] = source.build(params | rows, task, tuple(labels))
+    return models

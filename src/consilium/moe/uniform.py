@@ -1,0 +1,134 @@
+"""The same number of experts in every layer, so that a configuration can say it and plain transformers read the model.
+
+A sub-MoE whose layers hold equally many experts needs a configuration with that number and no more. Where they differ,
+the smaller layers are filled up to the largest with experts of zeros that no token reaches. What is exact:
+
+    router with a bias     Switch (`router_bias` is switched on), gpt-oss: the new rows have the logit LOW whatever
+                           the token, so their softmax is 0.0 and no choice falls on them unless there is no other
+    sigmoid + correction   DeepSeek-V3, GLM4-MoE: the new experts' correction is LOW, so they rank last; the weights of
+                           the chosen know nothing of them, while there are k in every layer
+    no bias                OLMoE, Mixtral, Qwen2- and Qwen3-MoE, GraniteMoE, PhiMoE, DeepSeek-V2, Ernie 4.5, and
+                           sigmoids with fewer than k experts. A row w that loses for the hidden state h wins for -h; a
+                           copy of a held row takes a second place among the best k or a share of the softmax; and a
+                           correction keeps no new row out of the sum that the weights are divided by. So the hidden
+                           state gets a coordinate of which the sign is known, see `widen`, and the new rows are far
+                           below there
+
+Two more numbers are one for all layers. Groups: a sliced layer has one; together with a whole layer that restricts its
+choice to groups it is refused. Capacity (Switch): the largest; it is the same model as long as no sequence has more
+tokens than the smallest.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from consilium.core import counts_of
+from consilium.errors import ModelError
+from consilium.moe.addressing import all_experts
+from consilium.moe.families import Family
+from consilium.moe.model import TaskModel
+from consilium.moe.widen import widen, widens
+
+__all__ = ["uniform"]
+
+LOW = -1e9
+"""A logit or correction that always loses, in every dtype we use."""
+
+
+def uniform(model: TaskModel) -> tuple[Any, int | None]:
+    """Fill up the sparse layers, in place, and say what configuration the model then has.
+
+    The model itself no longer runs as it should (its routers' own counts are the old ones): save its backbone, which
+    may be another one now, with the configuration, and load both.
+
+    Args:
+        model: as `slice_experts` left it, without adapters, not on the meta device.
+
+    Returns:
+        The configuration, a changed copy, and how many tokens a sequence may have at most; None: any number.
+
+    Raises:
+        ModelError: saying why, if no configuration gives this model.
+    """
+    family, config, blocks = model.family, copy.deepcopy(model.config), model.blocks()
+    counts = counts_of(all_experts(model))
+    most = max(counts.values())
+    setattr(config, family.number, most)
+    if family.top_k is not None:
+        config.num_experts_per_tok = max(_get(block, family.top_k) for block in blocks.values())
+    if family.groups:
+        config.n_group, config.topk_group = _groups(model)
+    longest = None
+    if family.capacity is not None:
+        served = {_get(block, family.capacity) for block in blocks.values()}
+        config.expert_capacity = max(served)
+        longest = min(served) if len(served) > 1 else None
+    if min(counts.values()) < most:
+        biased = _biased(family, min(counts.values()) < getattr(config, "num_experts_per_tok", 1))
+        if not biased and not widens(model):
+            told = ", ".join(str(n) for n in counts.values())
+            raise ModelError(
+                f"the layers hold {told} experts, and a {family.name} configuration has one number: its routers have "
+                "no bias and its output is tied to its embeddings, so that an expert that fills up could be chosen"
+            )
+        config.router_bias = True  # Switch; others do not read it
+        for name, block in blocks.items():
+            _fill(block, family, counts[name], most)
+        if not biased:
+            widen(model, config, counts)
+    return config, longest
+
+
+def _biased(family: Family, few: bool) -> bool:
+    """Whether a bias is enough to keep an expert out. `few`: some layers hold fewer than a token takes."""
+    return not few if family.choice == "sigmoid" else family.choice is None and "bias" in family.rows[-1]
+
+
+def _groups(model: TaskModel) -> tuple[int, int]:
+    """n_group and topk_group that say what all blocks do."""
+    routers = [block.get_submodule(model.family.router) for block in model.blocks().values()]
+    pairs = {(router.num_group, router.topk_group) for router in routers}
+    if len(pairs) == 1:
+        return pairs.pop()
+    free = getattr(model.config, "topk_method", "") == "greedy"
+    if not free and any(total != chosen for total, chosen in pairs):
+        raise ModelError(
+            f"some layers hold all experts and choose among {max(pairs)[0]} groups of them, the others have one group; "
+            "a configuration has one number"
+        )
+    return 1, 1
+
+
+def _fill(block: nn.Module, family: Family, count: int, most: int) -> None:
+    router, experts = block.get_submodule(family.router), block.get_submodule(family.experts)
+    for row in family.rows:
+        owner, _, name = row.rpartition(".")
+        module = router.get_submodule(owner)
+        tensor = getattr(module, name)
+        if tensor is None:  # Switch, whose routers begin without a bias
+            tensor = nn.Parameter(torch.zeros(count, dtype=module.weight.dtype))
+        # A bias is [E] or, in Ernie, [1, E]; a weight is [E, D].
+        grown = _grown(tensor, tensor.ndim - 1, most, LOW) if "bias" in name else _grown(tensor, 0, most, 0.0)
+        setattr(module, name, nn.Parameter(grown, False) if isinstance(tensor, nn.Parameter) else grown)
+    for name in family.tensors:
+        setattr(experts, name, nn.Parameter(_grown(getattr(experts, name), 0, most, 0.0), False))
+    for place in range(count, most) if family.layout == "modules" else ():
+        empty = copy.deepcopy(experts.get_submodule(family.module.format(0)))
+        for parameter in empty.parameters():
+            parameter.data.zero_()
+        experts.add_module(family.module.format(place), empty)
+
+
+def _grown(tensor: torch.Tensor, dim: int, most: int, value: float) -> torch.Tensor:
+    """That dimension made `most` long with `value`."""
+    shape = list(tensor.shape)
+    shape[dim] = most - shape[dim]
+    return torch.cat([tensor.detach(), torch.full(shape, value, dtype=tensor.dtype)], dim)
+
+
+def _get(block: nn.Module, path: str) -> int:
+    owner, _, name = path.rpartition(".")
+    return getattr(block.get_submodule(owner), name)

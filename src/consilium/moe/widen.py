@@ -1,0 +1,148 @@
+"""A constant in the hidden state, so that a router without a bias can have experts that always lose.
+
+A router row w gives the logit w . h, and h = g * x / rms(x) has no coordinate of which the sign is known. So the model
+gets some more hidden coordinates, all zero but one, which the embedding sets to c > 0 for every token and no layer
+writes. An RMS norm over D' = D + more coordinates then divides by
+
+    (sum x^2 + c^2) / D' + eps'  =  D/D' (sum x^2 / D + eps)      for  c^2 = eps D / 2,  eps' = eps D / (2 D')
+
+so with weights g sqrt(D/D') it gives what the old one gave: the constant and the new epsilon take the place of the old
+epsilon, exactly. Every norm has weight 0 at the constant, but those before a sparse block, of which the output there
+is then positive for every token, and a row with -ROW there and 0 elsewhere has a logit below any other. All other new
+entries of the weights are zero.
+
+A layer norm (PhiMoE) has a bias, so the constant can be that: weight 0, bias GAIN. It also subtracts the mean, which
+would be another one over more coordinates; but what it gives does not depend on the mean of x, so whatever is written
+to the hidden state (embeddings, attention, experts) is made to have mean 0 over its D entries. Then with
+eps' = eps D / D' and weights g sqrt(D/D') it gives what it gave.
+
+Norms of queries and keys have the same epsilon and no constant: s q in place of q, s^2 = eps' n' / (eps n), leaves them
+what they were (n their width). Where they are as wide as the hidden state (OLMoE), whole attention heads of zeros are
+added, so that heads keep their size; elsewhere the configuration says `head_dim`.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers.initialization import no_init_weights
+
+from consilium.moe.model import TaskModel
+
+__all__ = ["widen", "widens"]
+
+GAIN, ROW = 1e3, 1e9
+"""Weight of the norms before sparse blocks at the constant, and minus the weight of a new router row there: the logit
+is -ROW GAIN c / rms(x), below -1e5 up to an rms of 10,000 at the sizes in use, and finite in float32 and bfloat16."""
+BEFORE = "post_attention_layernorm"
+"""The norm before a sparse block, beside it, in all families that this is for."""
+
+
+def widens(model: TaskModel) -> bool:
+    """Whether this can be done: a norm before all sparse blocks, and where it subtracts the mean, embeddings that are
+    not those of the output too, which must not be changed."""
+    norms = [_before(model.backbone, block) for block in model.blocks()]
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    return all(_is_rms(norm) or (isinstance(norm, nn.LayerNorm) and not tied) for norm in norms)
+
+
+def widen(model: TaskModel, config: Any, counts: Mapping[str, int]) -> None:
+    """Widen a model in place, and its configuration, so that of every block the experts from `counts` on lose always.
+
+    Args:
+        model: with a backbone whose blocks are already filled up to one number of experts.
+        config: with that number; gets the new sizes.
+    """
+    old, width, eps = model.backbone, config.hidden_size, config.rms_norm_eps
+    _grow(config, old)
+    mean_free = any(isinstance(norm, nn.LayerNorm) for norm in old.modules())
+    config.rms_norm_eps = eps * width / config.hidden_size / (1 if mean_free else 2)
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        new = type(old)._from_config(config, dtype=model.dtype)
+    shapes = {name: tensor.shape for name, tensor in new.state_dict().items()}
+    embedding = next(name for name, module in new.named_modules() if module is new.get_input_embeddings())
+    before = {name: tensor.detach() for name, tensor in old.state_dict().items()}
+    if mean_free:
+        before |= _centred(before, f"{embedding}.weight")
+    state = {name: _padded(tensor, shapes[name]) for name, tensor in before.items()}
+    norms = dict(old.named_modules())
+    for path, norm in new.named_modules():
+        if (_is_rms(norm) or isinstance(norm, nn.LayerNorm)) and _eps(norm) != _eps(norms[path]):
+            _rescale(state, path, norms[path], norm)
+    if not mean_free:
+        constant = math.sqrt(eps * width / 2) / getattr(config, "embedding_multiplier", 1.0)
+        state[f"{embedding}.weight"][:, width] = constant
+    for block, count in counts.items():
+        state[f"{_beside(block)}.{'bias' if mean_free else 'weight'}"][width] = GAIN
+        state[f"{block}.{model.family.router}.weight"][count:, width] = -ROW
+    new.load_state_dict(state, assign=True)
+    new.tie_weights()
+    model.backbone = new
+
+
+def _grow(config: Any, backbone: nn.Module) -> None:
+    """Set the new hidden size, a multiple of the number of heads, and heads of the old size."""
+    width, heads = config.hidden_size, config.num_attention_heads
+    norms = {path.rpartition(".")[2]: module for path, module in backbone.named_modules()}
+    if "q_norm" in norms and norms["q_norm"].weight.numel() == width:
+        shared = heads // config.num_key_value_heads
+        config.hidden_size += shared * (width // heads)
+        config.num_attention_heads += shared
+        config.num_key_value_heads += 1
+        return
+    if getattr(config, "kv_lora_rank", None) is None:  # of latent attention the heads have sizes of their own
+        config.head_dim = getattr(config, "head_dim", None) or width // heads
+    config.hidden_size += math.lcm(heads, 8)
+
+
+def _rescale(state: dict[str, Tensor], path: str, old: nn.Module, new: nn.Module) -> None:
+    """Weights with which the new norm, of another width or epsilon, gives what the old one gave."""
+    n, wide = old.weight.numel(), new.weight.numel()
+    state[f"{path}.weight"] *= math.sqrt(n / wide)
+    parent, _, name = path.rpartition(".")
+    if name in ("q_norm", "k_norm"):
+        scale = math.sqrt(_eps(new) * wide / (_eps(old) * n))
+        for leaf in ("weight", "bias"):
+            key = f"{parent}.{name[0]}_proj.{leaf}"
+            if key in state:
+                state[key] *= scale
+
+
+def _centred(state: Mapping[str, Tensor], embedding: str) -> dict[str, Tensor]:
+    """What is written to the hidden state, with mean 0 over its coordinates."""
+    centred = {embedding: state[embedding] - state[embedding].mean(1, keepdim=True)}
+    for name, tensor in state.items():
+        if name.rpartition(".")[0].endswith("o_proj"):  # [D, in], or a bias [D]
+            centred[name] = tensor - tensor.mean(0, keepdim=True)
+        elif name.endswith("experts.down_proj"):  # [E, D, I]
+            centred[name] = tensor - tensor.mean(1, keepdim=True)
+    return centred
+
+
+def _is_rms(norm: nn.Module | None) -> bool:
+    return type(norm).__name__.endswith("RMSNorm")
+
+
+def _eps(norm: nn.Module) -> float:
+    return norm.variance_epsilon if _is_rms(norm) else norm.eps
+
+
+def _padded(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """A copy, with zeros at the ends of its dimensions."""
+    grown = tensor.new_zeros(shape)
+    grown[tuple(slice(n) for n in tensor.shape)] = tensor
+    return grown
+
+
+def _before(backbone: nn.Module, block: str) -> nn.Module | None:
+    try:
+        return backbone.get_submodule(_beside(block))
+    except AttributeError:
+        return None
+
+
+def _beside(block: str) -> str:
+    return f"{block.rpartition('.')[0]}.{BEFORE}"

@@ -1,0 +1,294 @@
+"""What is taken away: equal to what the run scored, loaded by the card's own lines, tried on the command line."""
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+import runs
+import tiny
+import torch
+import transformers
+from huggingface_hub import ModelCard
+
+from consilium.__main__ import main
+from consilium.algorithms.fedavg import FedAvg
+from consilium.algorithms.fedmoe import FedMoE
+from consilium.algorithms.pfedmoe import pFedMoE
+from consilium.algorithms.standalone import Standalone
+from consilium.core import Payload, Sampling
+from consilium.data.arrays import ImageData
+from consilium.data.language import LanguageData
+from consilium.data.textfile import TextFileData
+from consilium.engine.codec import encode
+from consilium.experiment import from_json, to_json
+from consilium.export import cohort
+from consilium.export.deployed import Deployed, Finished, of_run
+from consilium.export.folder import write
+from consilium.models.cohort import Cohort
+from consilium.moe.addressing import flatten
+from consilium.moe.lora import Lora, add_lora
+from consilium.run import run
+from consilium.setup import Fit
+
+TEXTS = ["old cat purrs at the house", "we see a dog near a tree", "fish"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Finished runs: fm (FedMoE, three sub-MoEs), alone, chat (LoRA on a decoder)."""
+    folder = tmp_path_factory.mktemp("export")
+    table = runs.table(folder)
+    run(runs.experiment(table, FedMoE(stage1="forward"), memory=runs.memory(6, 3, 2)), folder / "fm")
+    run(runs.experiment(table, Standalone(), rounds=1), folder / "alone")
+    rows = [{"ask": f"see {t}?", "say": t, "site": f"site-{i % 2}"} for i, t in enumerate(TEXTS * 8)]
+    (folder / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lora = runs.experiment(
+        table,
+        FedAvg(),
+        data=LanguageData(folder / "qa.jsonl", prompt="ask", response="say", client="site"),
+        model=tiny.source("olmoe", "text-to-text"),
+        fit=Fit(lr=0.02, batch_size=4, max_length=40, target_length=12, lora=Lora(rank=2, alpha=3.0)),
+        rounds=1,
+    )
+    run(lora, folder / "chat")
+    return folder
+
+
+def call(capsys, *args, typed="", monkeypatch=None):
+    """Exit code, stdout and stderr of a command."""
+    capsys.readouterr()
+    if monkeypatch:
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    code = main([str(arg) for arg in args])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def taken(capsys, root, *args):
+    code, out, err = call(capsys, "export", *args)
+    assert (code, err) == (0, "")
+    return out
+
+
+def ours(deployed):
+    """The live model, as the run's clients build it."""
+    experiment = deployed.experiment
+    task, labels = next(iter(deployed.labels.items()), ("", ()))
+    return experiment.model.build(deployed.params, task, labels, deployed.held).eval()
+
+
+def as_the_card_says(folder, **names):
+    """The variables after the card's code has run, with `DIR` the folder and "..." a text."""
+    text = (folder / "README.md").read_text()
+    ModelCard(text)  # its YAML can be read
+    code = re.search(r"```python\n(.*?)```", text, re.S)[1].replace("DIR", str(folder)).replace('"..."', repr(TEXTS[0]))
+    exec(code, names)
+    return names
+
+
+# --- a mixture of experts ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("client", ["site-0", "site-2", None])
+def test_plain_transformers_gives_the_logits_of_the_run(client, root, tmp_path, capsys):
+    out = taken(capsys, root, root / "fm", *(("--client", client) if client else ()), "--out", tmp_path / "m")
+    assert out.startswith(f"{tmp_path / 'm'}: the {f'model of {client}' if client else 'global model'} after 3 rounds")
+    deployed = of_run(Finished.of(root / "fm"), client)
+    found = as_the_card_says(tmp_path / "m")
+    assert type(found["model"]).__name__ == "SwitchTransformersEncoderModel"
+    batch = {**found["inputs"], "labels": torch.zeros(1).long()}
+    with torch.no_grad():
+        torch.testing.assert_close(found["logits"], ours(deployed)(batch)[0], rtol=0, atol=1e-5)
+    assert found["labels"] == {"task": list(deployed.labels["task"])}
+    assert not list(tmp_path.glob(".m*"))
+
+
+def test_the_export_scores_what_the_run_tells(root, tmp_path, capsys, monkeypatch):
+    """All test texts of a client through `consilium predict`: the share of right labels is the summary's score."""
+    taken(capsys, root, root / "fm", "--client", "site-1", "--out", tmp_path / "m")
+    test = runs.experiment(root / "table.jsonl").data.load(0).clients["site-1"].test
+    code, out, _ = call(capsys, "predict", tmp_path / "m", typed="\n".join(test.texts) + "\n", monkeypatch=monkeypatch)
+    lines = [line.split("\t") for line in out.splitlines()]
+    assert code == 0 and [text for *_, text in lines] == [text[:60] for text in test.texts]
+    score = sum(line[0] == target for line, target in zip(lines, test.targets, strict=True)) / len(test)
+    assert score == json.loads((root / "fm/summary.json").read_text())["clients"]["site-1"]["test"]
+    assert all(1 / 3 <= float(p) <= 1 for _, p, _ in lines)
+
+
+def test_the_card_tells_what_the_model_is(root, tmp_path, capsys):
+    taken(capsys, root, root / "fm", "--client", "site-0", "--out", tmp_path / "m")
+    text = (tmp_path / "m/README.md").read_text()
+    data = ModelCard(text).data.to_dict()
+    assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-classification"
+    held = of_run(Finished.of(root / "fm"), "site-0").held
+    counts = ", ".join(str(len(ids)) for ids in held.values())
+    for part in ("FedMoE in 3 rounds of 3 clients", "cat, dog, fish", f"{counts} of 8, 8", "table.jsonl", "site-0"):
+        assert part in text
+    assert str(root) not in text and str(tiny.root) not in text  # no place of this machine
+
+
+def test_with_a_keep_map(root, tmp_path, capsys):
+    taken(capsys, root, root / "fm", "--client", "site-0", "--out", tmp_path / "m", "--format", "consilium")
+    code, plain, _ = call(capsys, "predict", tmp_path / "m", *(part for text in TEXTS for part in ("--text", text)))
+    assert code == 0 and len(plain.splitlines()) == len(TEXTS)
+    taken(capsys, root, root / "fm", "--client", "site-0", "--out", tmp_path / "n")
+    assert call(capsys, "predict", tmp_path / "n", *(part for text in TEXTS for part in ("--text", text)))[1] == plain
+
+
+def test_a_model_that_stayed_with_its_client(root, tmp_path, capsys):
+    """Standalone: what site-0 deploys is in its state; there is no global model."""
+    taken(capsys, root, root / "alone", "--client", "site-0", "--out", tmp_path / "m")
+    deployed = of_run(Finished.of(root / "alone"), "site-0")
+    assert deployed.params and as_the_card_says(tmp_path / "m")["logits"].abs().max() > 0
+    assert "no global model; name a client" in call(capsys, "export", root / "alone", "--out", tmp_path / "x")[2]
+
+
+# --- adapters, and language -------------------------------------------------------------------------------------------
+
+
+def test_adapters_merged_and_apart_are_the_model_of_the_run(root, tmp_path, capsys):
+    """Merged into the base, and loaded by PEFT on it as the card says, routers too."""
+    deployed = of_run(Finished.of(root / "chat"), "site-0")
+    source, fit = deployed.experiment.model, deployed.experiment.fit
+    context = tiny.context(form="text-to-text")
+    setup = tiny.setup(source, lora=fit.lora)
+    model = setup.build(deployed.params, context, deployed.held).eval()
+    batch = tiny.batch(source)
+    with torch.no_grad():
+        want = model(batch)[0]
+        base = source.build(source.load(), "", ()).eval()
+        assert (base(batch)[0] - want).abs().max() > 1e-2
+        taken(capsys, root, root / "chat", "--client", "site-0", "--out", tmp_path / "merged")
+        base.backbone = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        torch.testing.assert_close(base(batch)[0], want, rtol=0, atol=1e-5)
+        taken(capsys, root, root / "chat", "--out", tmp_path / "apart", "--format", "adapter")
+        text = (
+            (tmp_path / "apart/README.md")
+            .read_text()
+            .replace(repr(str(source.path).rpartition("/")[2]), repr(source.path))
+        )
+        (tmp_path / "apart/README.md").write_text(text)
+        base.backbone = as_the_card_says(tmp_path / "apart")["model"].base_model.model
+        torch.testing.assert_close(base(batch)[0], want, rtol=0, atol=1e-5)
+
+
+def test_chat_reads_to_the_end_of_its_input(root, tmp_path, capsys, monkeypatch):
+    taken(capsys, root, root / "chat", "--out", tmp_path / "m")
+    code, out, err = call(
+        capsys, "chat", tmp_path / "m", "--tokens", 3, typed="see fish?\n\nsee fish?\n", monkeypatch=monkeypatch
+    )
+    assert (code, err) == (0, "") and len(out.splitlines()) == 2
+    code, said, _ = call(capsys, "predict", tmp_path / "m", "--text", "see fish?", "--tokens", 3)
+    assert code == 0 and said.split() == out.splitlines()[0].split()
+
+
+# --- at a site --------------------------------------------------------------------------------------------------------
+
+
+def test_a_site_exports_what_it_was_delivered(root, tmp_path, capsys):
+    """The same weights as the server would export for it; before the first scoring there are none."""
+    flower = pytest.importorskip("consilium.engine.flower")
+    experiment = from_json(json.loads((root / "fm/config.json").read_text())["experiment"])
+    flower.save_site(tmp_path / "state/site.json", "site-2", experiment)
+    code, _, err = call(capsys, "export", tmp_path / "state", "--out", tmp_path / "m")
+    assert code == 2 and "has no model yet" in err
+    run = Finished.of(root / "fm")
+    payload = run.server().deliver(run.info("site-2"))
+    about = {"engine/experiment": json.dumps(to_json(experiment)), "engine/round": 3, "engine/score": 0.25}
+    blob = encode(Payload(payload.groups, {**payload.scalars, **about}))
+    (tmp_path / "state" / flower.DELIVERED).write_bytes(blob)
+    code, _, err = call(capsys, "export", tmp_path / "state", "--client", "site-1", "--out", tmp_path / "m")
+    assert code == 2 and "is the state of site site-2, not of 'site-1'" in err
+    taken(capsys, root, tmp_path / "state", "--out", tmp_path / "m")
+    taken(capsys, root, root / "fm", "--client", "site-2", "--out", tmp_path / "n")
+    for name in ("model.safetensors", "head.safetensors", "config.json", "labels.json"):
+        assert (tmp_path / "m" / name).read_bytes() == (tmp_path / "n" / name).read_bytes()
+    assert "accuracy 0.250 on its own test examples" in (tmp_path / "m/README.md").read_text()
+
+
+# --- small models -----------------------------------------------------------------------------------------------------
+
+
+def test_a_small_model_of_a_mixed_cohort(tmp_path, capsys):
+    experiment = runs.experiment(
+        tmp_path,
+        pFedMoE(),
+        data=ImageData(clients=3, examples=60),
+        model=Cohort(("mnist-5", "mlp-3"), "mlp-3", width=6, kernel=3, padding=1),
+        fit=Fit(batch_size=4, lr=0.1, head_lr=0.1, optimizer="sgd"),
+        sampling=Sampling(3),
+        rounds=1,
+    )
+    told = run(experiment, tmp_path / "run")["clients"]
+    client = sorted(told)[1]
+    code, out, _ = call(capsys, "export", tmp_path / "run", "--client", client, "--out", tmp_path / "m")
+    assert code == 0 and f"the model of {client}" in out
+    model, data = cohort.load(tmp_path / "m"), experiment.data.load(0).clients[client]
+    batch = data.test.batch(range(len(data.test)), torch.device("cpu"))
+    with torch.no_grad():
+        hits = model.head(model.backbone(batch["x"])).argmax(-1) == batch["labels"]
+    assert hits.float().mean().item() == pytest.approx(told[client]["test"])
+    assert "name a client" in call(capsys, "export", tmp_path / "run", "--out", tmp_path / "x")[2]
+    assert "images or tables" in call(capsys, "predict", tmp_path / "m", "--text", "x")[2]
+
+
+# --- what is refused, in one line, and leaves nothing -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("export fm --client site-00 --out x", "no client 'site-00'; it has site-0, site-1, site-2; did you mean"),
+        ("export fm --out full", "full is not empty: choose another --out"),
+        ("export nowhere --out x", "nowhere is not a run directory"),
+        ("export fm --out x --format adapter", "the run trained whole experts"),
+        ("export broken --out x", "has not finished (it is interrupted): `consilium resume broken` to go on with it"),
+        ("predict fm --text a", "fm is not what `consilium export` makes"),
+        ("chat given", "given holds no causal language model: use `consilium predict given`"),
+        ("predict given --text a --tokens 0", "--tokens is 0"),
+    ],
+)  # fmt: skip
+def test_refused_in_one_line(arguments, said, root, capsys, monkeypatch):
+    monkeypatch.chdir(root)
+    (root / "full").mkdir(exist_ok=True)
+    (root / "full/note").touch()
+    if not (root / "given").exists():
+        taken(capsys, root, "fm", "--client", "site-0", "--out", "given")
+        (root / "broken").mkdir()
+        saved = json.loads((root / "fm/config.json").read_text())
+        (root / "broken/config.json").write_text(json.dumps({**saved, "status": "interrupted"}))
+    code, out, err = call(capsys, *arguments.split())
+    assert (code, out) == (2, "") and said in err and len(err.splitlines()) == 1
+    assert not (root / "x").exists() and not list(root.glob(".x*"))
+
+
+# --- adapters of every kind of layout, for PEFT -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model_type", "form"),
+    [("switch_transformers", "classification"), ("qwen3_moe", "text-to-text"), ("gpt_oss", "text-to-text"),
+     ("deepseek_v3", "text-to-text")],
+)  # fmt: skip
+def test_peft_loads_adapters_with_trained_routers(model_type, form, root, tmp_path):
+    source, lora = tiny.source(model_type, form), Lora(rank=2, alpha=3.0)
+    labels = tiny.TASKS["animal"] if form == "classification" else ()
+    whole = source.load() | tiny.heads("animal", labels)
+    live = add_lora(source.build(whole, "animal", labels).eval(), lora)
+    rng = torch.Generator().manual_seed(0)
+    routers = [p for block in live.blocks().values() for p in block.get_submodule(source.family.router).parameters()]
+    for parameter in [*live.adapters.parameters(), *routers]:
+        parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=rng))
+    table = root / "table.jsonl" if form == "classification" else root / "qa.jsonl"
+    data = TextFileData(table) if form == "classification" else LanguageData(table, prompt="ask", response="say")
+    experiment = runs.experiment(table, data=data, model=source, fit=Fit(lora=lora))
+    heads = {"animal": labels} if labels else {}
+    write(tmp_path / "m", Deployed(experiment, "me", heads, flatten(live), None, {}, {}, 2, 1), "adapter")
+    readme = tmp_path / "m/README.md"
+    readme.write_text(readme.read_text().replace(repr(Path(source.path).name), repr(source.path)))
+    plain, batch = source.build(whole, "animal", labels).eval(), tiny.batch(source)
+    plain.backbone = as_the_card_says(tmp_path / "m")["model"].base_model.model
+    with torch.no_grad():
+        torch.testing.assert_close(plain(batch)[0], live(batch)[0], rtol=0, atol=1e-5)
