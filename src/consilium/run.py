@@ -399,8 +399,8 @@ def _all_rounds(prepared: _Prepared, folder: Path, watch: Watch | None, check: C
             number, failed = (number, failed + 1) if abandoned else (number + 1, 0)
             if failed == FAILED:
                 raise RoundError(
-                    f"round {number} was abandoned {FAILED} times in a row: {record['abandoned']}; look at the clients, "
-                    "then resume the run"
+                    f"round {number} was abandoned {FAILED} times in a row: {record['abandoned']}; look at the "
+                    "clients, then resume the run"
                 )
     return _summary(prepared, folder, store, writing)
 

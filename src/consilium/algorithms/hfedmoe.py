@@ -391,8 +391,8 @@ class HFedMoEServer(Server):
             return f"expert {wrong[0][1]} of {wrong[0][0]} was trained, which the client was not given"
         if any(int(n_E.max()) > reply.scalars["steps"] for n_E in batches.values()):
             return "an expert was trained in more batches than there were"
-        told = {place for k in reply.group("params") if (place := expert_of(k))}
-        if self.algorithm.experts == "usage" and told != trained:
+        wanted = {k for k in sent.group("params") if expert_of(k) in trained}
+        if self.algorithm.experts == "usage" and {k for k in reply.group("params") if expert_of(k)} != wanted:
             return "the experts that return are not those that were trained"
         return None
 

@@ -25,7 +25,7 @@ from consilium.training import seeded
 __all__ = ["OWN", "Engine", "Progress", "ledger", "nobody", "release", "tested", "told_of", "trained"]
 
 OWN = (BudgetError, DataError, PayloadError)
-"""Errors of one client, of its data, its device or what it was sent: the round goes on without it. Others end the run."""
+"""Errors of one client, of its data, its device or what it was sent: the round goes on without it. Others end all."""
 
 Progress = Callable[[ClientId, str, int, int], None]
 """Called with (client, "train" or "test", steps done, steps in all)."""
