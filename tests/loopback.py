@@ -28,8 +28,8 @@ class Loopback(Grid):
     """Nodes with the numbers 100, 101, ...; node 100 + i has the i-th of `configs` as its node_config.
 
     Replies are made when they are asked for. `silent`: (message type, node) that never answers; `crashing`: answers
-    with an error; `away`: nodes that are not connected; `restarts`: node -> how often it was restarted; `twice`: answers
-    twice; `spoil`: (message type, node) -> what is done to the content of its reply.
+    with an error; `away`: nodes that are not connected; `restarts`: node -> how often it was restarted; `twice`:
+    answers twice; `spoil`: (message type, node) -> what is done to the content of its reply.
     """
 
     configs: list[dict]

@@ -67,7 +67,7 @@ def lines(folder, name="metrics"):
 # --- the equation -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(st.data())
 def test_whatever_happens_every_selected_client_is_accounted_for_once(data):
     """Six rounds of six clients that do well, fail, lie; the model is the sum of what was accepted in rounds that
@@ -116,7 +116,8 @@ RECORD = {
 
 def test_the_ledger_by_hand():
     assert ledger(RECORD) == {
-        "selected": 4, "sent": 3, "ok": 1, "error": 1, "rejected": 1, "missing": 1, "late": 2, "duplicate": 2, "bytes": 72,
+        "selected": 4, "sent": 3, "ok": 1, "error": 1, "rejected": 1, "missing": 1,
+        "late": 2, "duplicate": 2, "bytes": 10 + 20 + 30 + 5 + 7,
     }  # fmt: skip
 
 
@@ -203,11 +204,8 @@ def test_three_in_a_row_stop_the_run_which_can_be_resumed(toys, faults, tmp_path
 def test_states_of_a_round_that_did_not_count_are_removed_and_those_that_do_are_kept(toys, faults, tmp_path):
     """site-2 takes part in round 1 alone; its state of an abandoned round 2 must not pass for it."""
     faults |= {("site-0", 2): "error", ("site-2", 3): "nan", ("site-2", 4): "nan", ("site-2", 5): "error"}
-    run(dataclasses.replace(toys, sampling=Sampling(3, min_clients=3), rounds=1), tmp_path / "one")
-    faults["again"]()
-    sampling = Sampling(3, min_clients=2)
     faults["site-1", 2] = "error"
-    run(dataclasses.replace(toys, sampling=sampling), tmp_path / "run")
+    run(dataclasses.replace(toys, sampling=Sampling(3, min_clients=2)), tmp_path / "run")
     kept = {site: sorted(p.name for p in (tmp_path / f"run/clients/{site}").iterdir()) for site in ("site-0", "site-2")}
     assert kept["site-0"] == ["round-00003.safetensors", "round-00004.safetensors"]
     assert kept["site-2"] == ["round-00001.safetensors"]
@@ -224,7 +222,7 @@ def test_a_quorum_that_cannot_be(settings, said):
 
 
 def test_a_quorum_of_more_clients_than_there_are(toys, tmp_path):
-    with pytest.raises(ConfigError, match=r"sampling\.min_clients is 4; there are 3 clients"):
+    with pytest.raises(ConfigError, match=r"sampling\.min_clients is 4, there are 3 clients"):
         run(dataclasses.replace(toys, sampling=Sampling(5, min_clients=4)), tmp_path / "run")
 
 

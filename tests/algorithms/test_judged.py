@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_registry import METHODS, context, halves, setup
 
+from consilium.algorithms.fedkd import compressed
 from consilium.core import Client, Payload, Sampling
 from consilium.engine.checkpoint import ClientStore
 from consilium.engine.codec import decode, encode
@@ -28,12 +29,12 @@ _number = itertools.count()
 
 @cache
 def trained(name):
-    """(set-up, what is sent, what is replied) in the first round of three clients, stage two of FedMoE included."""
+    """(set-up, what is sent, what is replied) in the first round, of three clients; of FedMoE in stage two."""
     made = setup(name)
     made = dataclasses.replace(made, sampling=Sampling(3))
     server, client = halves(name, made)
     sent = server.configure(1, made.clients)
-    if "FedMoE" == name:  # the rounds of stage one are VARIANTS' and this one is stage two
+    if name == "FedMoE":  # a variant of it is in stage one
         server.aggregate(1, ())
         sent = server.configure(1, made.clients)
     return made, sent, {c: client.train(sent[c], context(name, c)) for c in sorted(sent)}
@@ -151,7 +152,7 @@ def test_any_one_fault_is_found_and_nothing_else(name):
     for client, reply in replies.items():
         assert objection(server, infos[client], sent[client], reply) is None
 
-    @settings(max_examples=60)
+    @settings(max_examples=40)
     @given(st.data())
     def found(data):
         client = data.draw(st.sampled_from(sorted(replies)))
@@ -178,20 +179,20 @@ def test_labels_and_counts_of_prototypes(name, scalar, value):
 
 def test_factors_of_fedkd():
     """Ranks that do not agree, a false shape, a tensor both whole and in factors, a product that overflows."""
-    name = "FedKD:mixed"
-    made, sent, replies = trained(name)
-    client, reply = next(iter(replies.items()))
-    info, server = next(i for i in made.clients if i.id == client), engine(name, {}).server
-    key = next(k for k in reply.scalars if k.startswith("shape ")).removeprefix("shape ")
+    server, info = engine("FedKD:mixed", {}).server, setup("FedKD:mixed").clients[0]
+    groups, shapes = compressed(server.params, 0.1)
+    sent, reply = server.deliver(info), Payload(groups, {"num_examples": 1, **shapes})
+    key = next(iter(shapes)).removeprefix("shape ")
     u, s = (reply.groups["factors"][f"{key}/{x}"] for x in "us")
+    assert objection(server, info, sent, reply) is None
     for bad, said in [
         (changed(reply, "factors", f"{key}/s", torch.cat([s, s])), "ranks"),
-        (changed(reply, "factors", f"{key}/u", u * 3e38), "finite"),
+        (changed(changed(reply, "factors", f"{key}/u", u * 1e38), "factors", f"{key}/s", s + 1e38), "finite"),
         (changed(reply, "params", key, server.params[key]), "neither whole nor"),
         (Payload(reply.groups, {**reply.scalars, f"shape {key}": [1]}), "neither whole nor"),
         (Payload(reply.groups, {**reply.scalars, "shape x": [1]}), "was not asked"),
     ]:
-        assert said in objection(server, info, sent[client], bad)
+        assert said in objection(server, info, sent, bad)
 
 
 def test_experts_of_hfedmoe():
@@ -222,12 +223,12 @@ def test_experts_of_hfedmoe():
 def test_a_rejected_reply_leaves_what_absence_leaves(name):
     """Bits of the server's whole state, of the clients' states, structure and usage."""
     client = sorted(trained(name)[2])[1]
-    nan = {client: lambda reply: Payload(reply.groups, {**reply.scalars, "num_examples": -9})}
+    bad = {client: lambda reply: Payload(reply.groups, {**reply.scalars, "num_examples": -9})}
     outcomes = []
-    for spoil in (nan, {client: absent}):
+    for spoil in (bad, {client: absent}):
         running = engine(name, spoil)
         record = running.round(1, test=False)
-        assert record["ledger"]["ok"] == 2 and record["ledger"]["selected"] == 3
+        assert record["ledger"]["ok"] == record["ledger"]["selected"] - 1 >= 2
         server = running.server
         outcomes.append((bits(server), running.store.versions, server.structure(), server.usage(), server.events()))
     assert outcomes[0] == outcomes[1] and client not in outcomes[0][1]
@@ -235,15 +236,16 @@ def test_a_rejected_reply_leaves_what_absence_leaves(name):
 
 @every_method
 def test_an_abandoned_round_leaves_no_trace(name):
-    """Two of three replies are merged and then undone, events included; the round after it is as if it were the
+    """All replies but one are merged and then undone, events included; the round after it is as if it were the
     first. What a checkpoint said before the round stays what it is: nobody writes into its tensors."""
-    client = sorted(trained(name)[2])[2]
-    running, never = engine(name, {client: absent}, min_clients=3), engine(name, {})
+    client = max(trained(name)[2])
+    running, never = engine(name, {client: absent}, min_fraction=1.0), engine(name, {})
     state = running.server.state()
     before, kept = bits(running.server), bits(type("", (), {"state": lambda: state}))
     record = running.round(1, test=True)
-    assert record["abandoned"].startswith("2 of 3 selected clients counted, needed are 3")
-    assert record["ledger"]["ok"] == 2 and record["ledger"]["error"] == 1 and record["test"] is None
+    n = len(trained(name)[2])
+    assert record["abandoned"].startswith(f"{n - 1} of {n} selected clients counted, needed are {n}")
+    assert record["ledger"]["ok"] == n - 1 and record["ledger"]["error"] == 1 and record["test"] is None
     assert bits(running.server) == before and running.store.versions == {}
     running.client.spoil.clear()
     for each in (running, never):

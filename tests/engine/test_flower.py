@@ -370,7 +370,7 @@ def test_a_score_that_is_none_is_left_out(toys, grid, tmp_path, score):
 def test_a_larger_reply_than_the_cap_is_rejected(toys, grid, tmp_path):
     grid.spoil["train", ONE] = blob("x", Payload({"x": {"w": torch.zeros(2000)}}))
     run(dataclasses.replace(toys, rounds=1, wire=Wire(deadline=0.2, cap="1KB")), tmp_path / "run")
-    assert "allowed are 1 KB (wire.cap)" in metrics(tmp_path / "run")[0]["clients"]["site-0"]["rejected"]
+    assert "8.5 kB, allowed are 1.0 kB (wire.cap)" in metrics(tmp_path / "run")[0]["clients"]["site-0"]["rejected"]
 
 
 def test_a_node_that_says_nonsense_of_itself_is_not_taken(toys, grid, tmp_path):
