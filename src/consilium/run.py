@@ -383,26 +383,31 @@ def _all_rounds(prepared: _Prepared, folder: Path, watch: Watch | None, check: C
             record = engine.round(number, test, [client for client, n in strikes.items() if n >= BENCH])
             for key in ("engine", "round"):  # a record cannot hold the time it takes to write it: the next one does
                 record["seconds"][key] += writing
-            start, abandoned = time.perf_counter(), bool(record["abandoned"])
-            benched = {"event": "benched", **({"abandoned": True} if abandoned else {})}
-            events = [{"round": number, **event} for event in server.events()] if not abandoned else []
-            events += [
-                {"round": number, "client": client, "reason": reason, **benched}
-                for client, reason in tally(strikes, record).items()
-            ]
+            start = time.perf_counter()
+            events = _events(record, server, strikes)
             _record(folder, number, record, events, server, structure)
-            if not abandoned:
+            if not record["abandoned"]:
                 save_checkpoint(folder / "checkpoints", number, server.state(), store)
             writing = time.perf_counter() - start
             if watch:
                 watch.rounded(record, events)
-            number, failed = (number, failed + 1) if abandoned else (number + 1, 0)
+            number, failed = (number, failed + 1) if record["abandoned"] else (number + 1, 0)
             if failed == FAILED:
                 raise RoundError(
                     f"round {number} was abandoned {FAILED} times in a row: {record['abandoned']}; look at the "
                     "clients, then resume the run"
                 )
     return _summary(prepared, folder, store, writing)
+
+
+def _events(record: Mapping[str, Any], server: Server, strikes: dict[ClientId, int]) -> list[dict[str, Any]]:
+    """What happened in a round: the method's events, and who is benched by it. `strikes`: see `tally`."""
+    abandoned = {"abandoned": True} if record["abandoned"] else {}
+    benched = [
+        {"event": "benched", "client": client, "reason": reason, **abandoned}
+        for client, reason in tally(strikes, record).items()
+    ]
+    return [{"round": record["round"], **event} for event in [*([] if abandoned else server.events()), *benched]]
 
 
 def _record(folder: Path, number: int, record, events, server: Server, structure: dict[str, Any]) -> None:
