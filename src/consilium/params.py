@@ -49,7 +49,7 @@ class Like:
             return f"has shape {tuple(tensor.shape)}, it must be {self.shape}"
         if tensor.dtype != self.dtype:
             return f"is {tensor.dtype}, it must be {self.dtype}"
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if not tensor.isfinite().all():
             return "is not finite"
         bounded = self.least > -math.inf or self.most < math.inf
         if bounded and tensor.numel() and not (tensor.min() >= self.least and tensor.max() <= self.most):
