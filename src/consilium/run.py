@@ -357,13 +357,12 @@ def _rounds(prepared: _Prepared, folder: Path, watch: Watch | None) -> dict[str,
 
 def _all_rounds(prepared: _Prepared, folder: Path, watch: Watch | None, check: Callable[[], None]) -> dict[str, Any]:
     experiment, server = prepared.experiment, prepared.server
-    store = ClientStore(folder / "clients")
-    first, writing = 1, 0.0
+    first, writing, versions = 1, 0.0, {}
     if (found := load_checkpoint(folder / "checkpoints")) is not None:
-        last, state, store.versions = found
-        store.former = dict(store.versions)
+        last, state, versions = found
         server.restore(state)
         first = last + 1
+    store = ClientStore(folder / "clients", versions)
     structure = _truncate(folder, first)
     if watch:
         watch.started(experiment, prepared.setup, prepared.federation, first)

@@ -60,12 +60,15 @@ class ClientStore:
     Args:
         folder: `clients/` of the run.
         versions: client -> round of its committed state; clients without one start empty.
-        former: the versions that the checkpoint before names.
+        former: the versions as the last commit left them.
     """
 
     folder: Path
     versions: dict[ClientId, int] = field(default_factory=dict)
-    former: dict[ClientId, int] = field(default_factory=dict)
+    former: dict[ClientId, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.former = dict(self.versions)
 
     def load(self, client: ClientId) -> ClientState:
         """The committed state, empty for a client that has none.
