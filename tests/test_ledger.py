@@ -108,7 +108,7 @@ def test_whatever_happens_every_selected_client_is_accounted_for_once(data):
 
 
 RECORD = {
-    "round": 3, "selected": ["a", "b", "c", "d"], "sent": {"a": 10, "b": 20, "c": 30}, "errors": {"c": "x"},
+    "round": 3, "selected": ["a", "b", "c", "d"], "bytes_sent": {"a": 10, "b": 20, "c": 30}, "errors": {"c": "x"},
     "missing": {"d": "y"}, "late": {"d": [1, 2]}, "duplicate": {"a": 2},
     "clients": {"a": {"rejected": None, "bytes_up": 5}, "b": {"rejected": "bad", "bytes_up": 7}},
 }  # fmt: skip

@@ -145,7 +145,7 @@ def bits_of(folder, experiment):
 
     def without(value):
         if isinstance(value, dict):
-            return {k: without(v) for k, v in value.items() if not k.startswith("bytes_")}
+            return {k: without(v) for k, v in value.items() if not k.startswith("bytes")}
         return [without(v) for v in value] if isinstance(value, list) else value
 
     return without(outcome)

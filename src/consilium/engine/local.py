@@ -67,7 +67,7 @@ class LocalEngine(Engine):
             _Failed: with an error of the client's own.
         """
         sent = self._carry(payload)
-        record["sent"][client] = sent.nbytes
+        record["bytes_sent"][client] = sent.nbytes
         context = self._context(client, number, "train")
         try:
             reply, seconds = trained(self.client, sent, context)

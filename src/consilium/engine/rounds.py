@@ -50,7 +50,7 @@ class Engine(ABC):
     def _replies(
         self, number: int, tasks: dict[ClientId, Payload], record: dict[str, Any]
     ) -> Iterator[tuple[ClientId, Payload]]:
-        """Accepted replies in client-id order; fills `record["sent"]` (bytes), `record["clients"]` by `told_of`,
+        """Accepted replies in client-id order; fills `record["bytes_sent"]` (bytes), `record["clients"]` by `told_of`,
         `record["errors"]` and `record["missing"]`, `record["late"]` and `record["duplicate"]`."""
 
     @abstractmethod
@@ -86,7 +86,7 @@ class Engine(ABC):
             "selected": sorted(tasks),
             "unable": unable,
             "benched": sorted(benched),
-            "sent": {},
+            "bytes_sent": {},
             "errors": {},
             "missing": {},
             "late": {},
@@ -228,14 +228,14 @@ def ledger(record: Mapping[str, Any]) -> dict[str, int]:
     rejected = sum(told["rejected"] is not None for told in clients.values())
     return {
         "selected": len(selected),
-        "sent": len(record["sent"]),
+        "sent": len(record["bytes_sent"]),
         "ok": len(clients) - rejected,
         "error": len(record["errors"]),
         "rejected": rejected,
         "missing": len(record["missing"]),
         "late": sum(len(rounds) for rounds in record["late"].values()),
         "duplicate": sum(record["duplicate"].values()),
-        "bytes": sum(record["sent"].values()) + sum(told["bytes_up"] for told in clients.values()),
+        "bytes": sum(record["bytes_sent"].values()) + sum(told["bytes_up"] for told in clients.values()),
     }
 
 

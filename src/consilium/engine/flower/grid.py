@@ -193,7 +193,9 @@ class FlowerEngine(Engine):
         with tempfile.TemporaryDirectory(prefix=".replies-", dir=self.folder) as inbox:
             arrived = self._exchange("train", number, tasks, record, Path(inbox))
             for client in sorted(arrived):
-                reply, told = self._take(client, number, arrived.pop(client), tasks[client], record["sent"][client])
+                reply, told = self._take(
+                    client, number, arrived.pop(client), tasks[client], record["bytes_sent"][client]
+                )
                 record["clients"][client] = told
                 if told["rejected"] is None:
                     yield client, reply
@@ -220,7 +222,7 @@ class FlowerEngine(Engine):
 
     def _test(self, number: int, record: dict[str, Any]) -> dict[ClientId, Mapping[str, Scalar]]:
         able = _Deliveries(self.server, [info for info in self.infos if self.server.unable(info) is None])
-        noted = {key: {} for key in ("sent", "errors", "missing", "late", "duplicate")}
+        noted = {key: {} for key in ("bytes_sent", "errors", "missing", "late", "duplicate")}
         with tempfile.TemporaryDirectory(prefix=".replies-", dir=self.folder) as inbox:
             arrived = self._exchange("evaluate", number, able, noted, Path(inbox))
         record["untested"] |= {**noted["missing"], **noted["errors"]}
@@ -297,7 +299,7 @@ class FlowerEngine(Engine):
             )
             for identifier in self.roster.grid.push_messages([message]):
                 if identifier:
-                    sent[client], noted["sent"][client] = identifier, size
+                    sent[client], noted["bytes_sent"][client] = identifier, size
             if client not in sent:
                 noted["missing"][client] = "its message was not taken"
         return sent
