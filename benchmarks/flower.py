@@ -62,7 +62,8 @@ def train(message: Message, context: Context) -> Message:
         generator = own(context, int(told["round"]))
         new = {key: torch.randn(t.shape, generator=generator) for key, t in payload.group("params").items()}
         reply = to_record(
-            Payload({"params": new}, {"num_examples": 1}), {"rejected": "", "kept": False, "seconds": 0.0}
+            Payload({"params": new}, {"num_examples": 1}),
+            {"rejected": "", "kept": False, "seconds": 0.0, "round": told["round"]},
         )
         return Message(reply, reply_to=message)
     generator = own(context, 500 + int(message.content["config"]["server-round"]))
@@ -123,7 +124,7 @@ def main(grid: Grid, context: Context) -> None:
                 told, record = measured(functools.partial(engine.round, number, test=False))
                 crossed = record["bytes_down"] + record["bytes_up"]
                 results.append({"engine": "ours", "megabytes": size, "round": number, **told, "bytes": crossed,
-                                "missing": record["missing"]})  # fmt: skip
+                                "ledger": record["ledger"]})  # fmt: skip
                 Path(str(config["out"])).write_text(json.dumps(results, indent=1))
         server.params = {}
         if size > int(config["stock"]):

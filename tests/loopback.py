@@ -28,7 +28,8 @@ class Loopback(Grid):
     """Nodes with the numbers 100, 101, ...; node 100 + i has the i-th of `configs` as its node_config.
 
     Replies are made when they are asked for. `silent`: (message type, node) that never answers; `crashing`: answers
-    with an error; `away`: nodes that are not connected; `restarts`: node -> how often it was restarted.
+    with an error; `away`: nodes that are not connected; `restarts`: node -> how often it was restarted; `twice`:
+    answers twice; `spoil`: (message type, node) -> what is done to the content of its reply.
     """
 
     configs: list[dict]
@@ -37,6 +38,8 @@ class Loopback(Grid):
     lost: set = field(default_factory=set)
     away: set = field(default_factory=set)
     restarts: dict = field(default_factory=dict)
+    twice: set = field(default_factory=set)
+    spoil: dict = field(default_factory=dict)
     queue: dict = field(default_factory=dict)
     log: list = field(default_factory=list)
     app = staticmethod(client_app)
@@ -73,12 +76,14 @@ class Loopback(Grid):
                 )
                 continue
             context = Context(7, node, self.configs[node - 100], RecordDict(), {})
-            reply = carried(self.app(message, context))
+            reply = self.app(message, context)
+            self.spoil.get((kind, node), lambda content: None)(reply.content)
+            reply = carried(reply)
             if (kind, node) in self.lost:
                 self.silent.add((kind, node))
                 self.queue[identifier] = message
                 continue
-            replies.append(reply)
+            replies += [reply] * (2 if (kind, node) in self.twice else 1)
         return replies
 
     set_run = run = create_message = send_and_receive = None

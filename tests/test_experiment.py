@@ -24,7 +24,7 @@ from consilium.data.arrays import ImageData, TableData
 from consilium.data.task import ClientData, Federation, Split, Task
 from consilium.data.textfile import TextFileData
 from consilium.engine.checkpoint import load_checkpoint
-from consilium.errors import BudgetError, ConfigError, ConsiliumError, DataError, ModelError
+from consilium.errors import BudgetError, ConfigError, ConsiliumError, DataError, ModelError, RoundError
 from consilium.experiment import DATA, Experiment, from_json, to_json
 from consilium.models.cohort import Cohort
 from consilium.moe.build import ModelSource
@@ -378,12 +378,14 @@ def test_the_seed_decides_the_bits(tmp_path):
     assert a == b != c
 
 
-def test_a_run_that_diverges_still_ends_in_valid_json(tmp_path):
+def test_a_run_in_which_everybody_diverges_stops_and_leaves_valid_json(tmp_path):
     fit = Fit(lr=1e30, head_lr=1e30, optimizer="sgd", clip=0.0, batch_size=4, max_length=12)
     experiment = runs.experiment(runs.table(tmp_path), fit=fit, rounds=2, model=tiny.source(num_experts=4))
-    run(experiment, tmp_path / "run")
-    losses = [c["train_loss"] for r in lines(tmp_path / "run/metrics.jsonl") for c in r["clients"].values()]
-    assert losses[-1] is None
+    with pytest.raises(RoundError, match=r"round 1 was abandoned 3 times .* is not finite"):
+        run(experiment, tmp_path / "run")
+    told = lines(tmp_path / "run/metrics.jsonl")
+    assert [r["ledger"]["rejected"] for r in told] == [2, 2, 2]
+    assert told[-1]["clients"]["site-0"]["train_loss"] is None
     assert "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
 
 

@@ -105,11 +105,11 @@ def test_a_site_is_killed_and_comes_back_and_another_stalls(tmp_path):
         sites["site-1"].family.signal(signal.SIGCONT)
         there.finished(server, 900 * PATIENCE)
     records = rounds(tmp_path / "runs/short")
-    missing = [record["missing"] for record in records]
+    missing = [{**record["missing"], **record["errors"]} for record in records]
     assert any("site-0" in m for m in missing[1:4]) and any("site-1" in m for m in missing[stalled:])
     assert all("site-2" not in m for m in missing)
     for record in records:
-        assert sorted([*record["clients"], *record["missing"]]) == record["selected"] == NAMES
+        assert sorted([*record["clients"], *record["missing"], *record["errors"]]) == record["selected"] == NAMES
         assert record["seconds"]["round"] < 2 * 45 * PATIENCE + 60 * PATIENCE
     assert runs.outcome(tmp_path / "runs/short")["summary"]["weights"] == replayed(there.made, missing, tmp_path)
 

@@ -11,6 +11,7 @@ Nothing here knows an engine, a model family or a checkpoint format.
 """
 
 import hashlib
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 
 from consilium.errors import ConfigError, PayloadError
-from consilium.params import Params, nbytes
+from consilium.params import Like, Params, nbytes
 
 __all__ = [
     "Algorithm",
@@ -194,8 +195,21 @@ class Server(ABC):
     def deliver(self, client: ClientInfo) -> Payload:
         """The model this client would deploy now: what `Client.evaluate` is given."""
 
+    def expects(self, client: ClientInfo, sent: Payload) -> dict[str, dict[str, Like]]:
+        """What the tensors of a reply to `sent` must look like, group -> name; a reply with any other is rejected.
+
+        By default the params that were sent; of head rows, a client has those of its own labels.
+        """
+        params = sent.group("params").items()
+        return {"params": {key: Like.of(t, needed=not key.startswith("head.")) for key, t in params}}
+
+    def objection(self, client: ClientInfo, sent: Payload, reply: Payload) -> str | None:
+        """What else keeps a reply, whose tensors are as expected, from being merged; None: nothing."""
+        return None
+
     def state(self) -> Payload:
-        """Everything a checkpoint needs; `restore` continues from it to the same bits."""
+        """Everything a checkpoint needs; `restore` continues from it to the same bits. Later merging writes into none
+        of its tensors: a round that too few answered is undone by it."""
         return Payload({"params": self.params})
 
     def restore(self, state: Payload) -> None:
@@ -256,19 +270,35 @@ class Algorithm(ABC):
 
 @dataclass(frozen=True)
 class Sampling:
-    """Who takes part in a round.
+    """Who takes part in a round, and how many replies it takes for the round to count.
 
     Args:
         clients_per_round: how many clients, >= 1; all of them if there are fewer.
         distinct_tasks: choose that many different tasks first, then one client of each (FedMoE's "Enforced").
+        min_clients: replies that must have been accepted, 1..clients_per_round; with fewer the round is abandoned,
+            the model stays as it was, and the round is tried again.
+        min_fraction: share of the chosen clients whose replies must have been accepted, in [0, 1], likewise.
     """
 
     clients_per_round: int = 5
     distinct_tasks: bool = False
+    min_clients: int = 1
+    min_fraction: float = 0.0
 
     def __post_init__(self) -> None:
         if self.clients_per_round < 1:
             raise ConfigError(f"clients_per_round is {self.clients_per_round}; it must be at least 1")
+        if not 1 <= self.min_clients <= self.clients_per_round:
+            raise ConfigError(
+                f"sampling.min_clients is {self.min_clients}; it must be within 1..{self.clients_per_round}, the "
+                "clients_per_round"
+            )
+        if not 0 <= self.min_fraction <= 1:
+            raise ConfigError(f"sampling.min_fraction is {self.min_fraction}; it must be within 0..1")
+
+    def quorum(self, selected: int) -> int:
+        """Replies without which a round of so many chosen clients does not count."""
+        return max(self.min_clients, math.ceil(self.min_fraction * selected - 1e-9))
 
     def choose(self, clients: Sequence[ClientInfo], round: int, seed: int) -> list[ClientInfo]:
         """The chosen clients in id order; depends on ids, tasks, round and seed alone, not on the order given."""

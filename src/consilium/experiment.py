@@ -41,7 +41,6 @@ class Wire:
 
     Args:
         deadline: seconds a round's training, and its scoring, may take; who has not answered by then is left out, > 0.
-        quorum: answers without which a round is tried again, thrice in all, >= 1.
         cap: largest payload that is sent or returned, before compression, e.g. "512MB".
         reply: how trained weights return: "exact", or the change since they were sent, as "bf16" or "int8", with what
             rounding lost added to the client's next reply.
@@ -49,7 +48,6 @@ class Wire:
     """
 
     deadline: float = 3600.0
-    quorum: int = 1
     cap: str = "512MB"
     reply: Literal["exact", "bf16", "int8"] = "exact"
     zstd: bool = False
@@ -57,8 +55,6 @@ class Wire:
     def __post_init__(self) -> None:
         if not 0 < self.deadline < float("inf"):
             raise ConfigError(f"wire.deadline is {self.deadline}; it must be a number of seconds greater than 0")
-        if self.quorum < 1:
-            raise ConfigError(f"wire.quorum is {self.quorum}; it must be at least 1")
         if self.reply not in ("exact", "bf16", "int8"):
             raise ConfigError(f"wire.reply is {self.reply!r}; it must be exact, bf16 or int8")
         bytes_of(self.cap)
@@ -161,6 +157,8 @@ def from_json(saved: Mapping[str, Any]) -> Experiment:
             raise ConfigError(f"saved experiment has unknown type {kind!r}; known are {', '.join(sorted(classes))}")
         hints = typing.get_type_hints(classes[kind])
         fields = {key: load(item, hints.get(key)) for key, item in value.items() if key != "type"}
+        if kind == "Wire" and fields.get("quorum") == 1:  # is sampling.min_clients now, with the same default
+            del fields["quorum"]
         for key, item in fields.items():
             if key in hints and not _is(item, hints[key]):
                 raise ConfigError(f"saved {kind}.{key} is {item!r}; it must be {_said(hints[key])}")

@@ -1,4 +1,4 @@
-"""Arithmetic on `Params`: flat names to tensors, and the one mean that every server uses.
+"""Arithmetic on `Params`: flat names to tensors, what they must look like, and the one mean that every server uses.
 
 A client that does not hold an expert has no key for it: no zeros, no masks. `WeightedMean` therefore averages key by
 key over whoever holds the key. Sums are taken in float64 in the order of `add`, which the engines make the order of
@@ -6,17 +6,55 @@ client ids, so a result does not depend on who answered first.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from consilium.errors import PayloadError
 
-__all__ = ["Params", "WeightedMean", "checksum", "nbytes"]
+__all__ = ["Like", "Params", "WeightedMean", "checksum", "nbytes"]
 
 Params = dict[str, Tensor]
 """Flat name -> tensor on the CPU, for instance `<block>.experts.17.down_proj` or `<block>.router.17.weight`."""
+
+
+@dataclass(frozen=True)
+class Like:
+    """What a tensor must look like; nothing is broadcast and nothing is cast.
+
+    Args:
+        shape: of the tensor; None in it stands for any length.
+        dtype: of the tensor. least, most: of its numbers, which are finite in any case.
+        needed: whether it may not be left out.
+    """
+
+    shape: tuple[int | None, ...]
+    dtype: torch.dtype
+    least: float = -math.inf
+    most: float = math.inf
+    needed: bool = True
+
+    @classmethod
+    def of(cls, tensor: Tensor, needed: bool = True) -> "Like":
+        """Of the shape and dtype of this one."""
+        return cls(tuple(tensor.shape), tensor.dtype, needed=needed)
+
+    def objection(self, tensor: Tensor) -> str | None:
+        """What is wrong with a tensor; None: nothing."""
+        fits = len(tensor.shape) == len(self.shape)
+        if not fits or any(n not in (m, None) for m, n in zip(tensor.shape, self.shape, strict=True)):
+            return f"has shape {tuple(tensor.shape)}, it must be {self.shape}"
+        if tensor.dtype != self.dtype:
+            return f"is {tensor.dtype}, it must be {self.dtype}"
+        if not tensor.isfinite().all():
+            return "is not finite"
+        bounded = self.least > -math.inf or self.most < math.inf
+        if bounded and tensor.numel() and not (tensor.min() >= self.least and tensor.max() <= self.most):
+            return f"has numbers outside {self.least:g}..{self.most:g}"
+        return None
 
 
 class WeightedMean:

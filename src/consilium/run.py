@@ -3,7 +3,7 @@
 runs/<name>/
   config.json       the resolved experiment, library versions, git revision, status
   partition.json    who holds what data
-  metrics.jsonl     one record per round           events.jsonl   what happened to whom
+  metrics.jsonl     one record per round, with its ledger       events.jsonl   what happened to whom
   structure.json    who holds which experts        summary.json   the result
   checkpoints/  clients/  report.html
 """
@@ -35,9 +35,10 @@ from consilium.engine.checkpoint import (
     write_atomic,
 )
 from consilium.engine.interrupt import interruptible
+from consilium.engine.judge import BENCH, tally
 from consilium.engine.local import LocalEngine
 from consilium.engine.rounds import Engine, nobody
-from consilium.errors import BudgetError, CheckpointError, ConfigError, DataError
+from consilium.errors import BudgetError, CheckpointError, ConfigError, DataError, RoundError
 from consilium.experiment import Experiment, from_json, to_json
 from consilium.moe.budget import bytes_of
 from consilium.params import checksum
@@ -45,6 +46,8 @@ from consilium.setup import Setup
 
 __all__ = ["Watch", "check", "read_config", "records", "resume", "run", "serve"]
 
+FAILED = 3
+"""A run stops after so many abandoned rounds in a row."""
 SITES = {"type": "sites"}
 """What a deployment's run says of its data."""
 
@@ -294,6 +297,10 @@ class _Prepared:
         )
         for data in federation.clients.values() if federation else ():
             setup.check(data.task)
+        if experiment.sampling.min_clients > len(infos):
+            raise ConfigError(
+                f"sampling.min_clients is {experiment.sampling.min_clients}, there are {len(infos)} clients"
+            )
         server = experiment.algorithm.server(setup)
         unable = {c.id: lack for c in infos if (lack := server.unable(c))}
         # A method that fits its models to the clients may find work even where nobody can hold the full one.
@@ -315,6 +322,7 @@ class _Prepared:
                 seed=experiment.seed,
                 device=torch.device(experiment.device),
                 strict=experiment.strict,
+                sampling=experiment.sampling,
                 progress=progress,
             )
             return
@@ -330,7 +338,8 @@ class _Prepared:
                 "folder": str(store.folder.absolute()),
                 "seed": experiment.seed,
             }
-            yield FlowerEngine(self.server, self.infos, roster, store, experiment.wire, told, folder, progress)
+            wire, sampling = experiment.wire, experiment.sampling
+            yield FlowerEngine(self.server, self.infos, roster, store, wire, told, folder, progress, sampling)
 
 
 def _rounds(prepared: _Prepared, folder: Path, watch: Watch | None) -> dict[str, Any]:
@@ -348,12 +357,12 @@ def _rounds(prepared: _Prepared, folder: Path, watch: Watch | None) -> dict[str,
 
 def _all_rounds(prepared: _Prepared, folder: Path, watch: Watch | None, check: Callable[[], None]) -> dict[str, Any]:
     experiment, server = prepared.experiment, prepared.server
-    store = ClientStore(folder / "clients")
-    first, writing = 1, 0.0
+    first, writing, versions = 1, 0.0, {}
     if (found := load_checkpoint(folder / "checkpoints")) is not None:
-        last, state, store.versions = found
+        last, state, versions = found
         server.restore(state)
         first = last + 1
+    store = ClientStore(folder / "clients", versions)
     structure = _truncate(folder, first)
     if watch:
         watch.started(experiment, prepared.setup, prepared.federation, first)
@@ -363,20 +372,41 @@ def _all_rounds(prepared: _Prepared, folder: Path, watch: Watch | None, check: C
         if watch:
             watch.step(client, phase, done, total)
 
+    strikes: dict[ClientId, int] = {}
+    for line in _lines(folder / "metrics.jsonl"):
+        tally(strikes, line)
     with prepared.engine(folder, store, progress) as engine:
-        for number in range(first, experiment.rounds + 1):
+        number, failed = first, 0
+        while number <= experiment.rounds:
             test = number % experiment.evaluate_every == 0 or number == experiment.rounds
-            record = engine.round(number, test)
+            record = engine.round(number, test, [client for client, n in strikes.items() if n >= BENCH])
             for key in ("engine", "round"):  # a record cannot hold the time it takes to write it: the next one does
                 record["seconds"][key] += writing
             start = time.perf_counter()
-            events = [{"round": number, **event} for event in server.events()]
+            events = _events(record, server, strikes)
             _record(folder, number, record, events, server, structure)
-            save_checkpoint(folder / "checkpoints", number, server.state(), store)
+            if not record["abandoned"]:
+                save_checkpoint(folder / "checkpoints", number, server.state(), store)
             writing = time.perf_counter() - start
             if watch:
                 watch.rounded(record, events)
+            number, failed = (number, failed + 1) if record["abandoned"] else (number + 1, 0)
+            if failed == FAILED:
+                raise RoundError(
+                    f"round {number} was abandoned {FAILED} times in a row: {record['abandoned']}; look at the "
+                    "clients, then resume the run"
+                )
     return _summary(prepared, folder, store, writing)
+
+
+def _events(record: Mapping[str, Any], server: Server, strikes: dict[ClientId, int]) -> list[dict[str, Any]]:
+    """What happened in a round: the method's events, and who is benched by it. `strikes`: see `tally`."""
+    abandoned = {"abandoned": True} if record["abandoned"] else {}
+    benched = [
+        {"event": "benched", "client": client, "reason": reason, **abandoned}
+        for client, reason in tally(strikes, record).items()
+    ]
+    return [{"round": record["round"], **event} for event in [*([] if abandoned else server.events()), *benched]]
 
 
 def _record(folder: Path, number: int, record, events, server: Server, structure: dict[str, Any]) -> None:
@@ -384,7 +414,7 @@ def _record(folder: Path, number: int, record, events, server: Server, structure
     append_json(folder / "metrics.jsonl", record)
     for event in events:
         append_json(folder / "events.jsonl", event)
-    held = server.structure()
+    held = server.structure() if not record["abandoned"] else None
     if held is None:
         return
     held = {c: {block: list(ids) for block, ids in blocks.items()} for c, blocks in held.items()}
@@ -412,16 +442,23 @@ def _truncate(folder: Path, first: int) -> dict[str, Any]:
 
 
 def _before(line: str, first: int) -> bool:
+    """Whether what a line tells is past: of a round that was committed, or an abandoned one of the round to come."""
     try:
-        return json.loads(line)["round"] < first
+        told = json.loads(line)
     except json.JSONDecodeError:  # the torn last line of a killed run
         return False
+    return told["round"] < first or (told["round"] == first and bool(told.get("abandoned")))
 
 
 def records(folder: Path) -> Iterator[dict[str, Any]]:
-    """The rounds in metrics.jsonl."""
-    with (folder / "metrics.jsonl").open() as file:
-        yield from map(json.loads, file)
+    """The rounds in metrics.jsonl, without those that were abandoned and tried again."""
+    return (record for record in _lines(folder / "metrics.jsonl") if not record.get("abandoned"))
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if path.exists():
+        with path.open() as file:
+            yield from map(json.loads, file)
 
 
 def _summary(prepared: _Prepared, folder: Path, store: ClientStore, writing: float) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 model and its data as tokens or tensors.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -17,7 +17,7 @@ from consilium.data.causal import Rows, encode_language
 from consilium.data.encode import Encoded, encode
 from consilium.data.task import Split, Task
 from consilium.data.tensor import TensorSplit
-from consilium.errors import BudgetError, ConfigError
+from consilium.errors import BudgetError, ConfigError, PayloadError
 from consilium.models.cohort import Cohort, SplitModel, initial
 from consilium.moe.addressing import load_flat, select, travels
 from consilium.moe.budget import Footprint, MemoryModel, Mode, human
@@ -375,12 +375,18 @@ class Setup:
         """The client's live model on its device, holding only `held` experts.
 
         With `fit.lora` the base is read from the model's own place, and `params` are what travels.
+
+        Raises:
+            ModelError: for a name that is missing, another shape, or experts that the model does not have.
+            PayloadError: for a dtype that the model does not have.
         """
         task, lora = context.data.task, self.fit.lora
         if isinstance(self.model, Cohort):
             return self.split_model(
                 lambda: self.model.extractor(context.info.architecture, self.shape), params, context
             )
+        exact = {torch.float32} if self.model.family.choice else set()  # of a correction bias
+        _check_dtypes(params, {self.model.torch_dtype} | exact)
         if not lora.rank:
             return self.model.build(params, task.name, task.labels, held).to(context.device)
         model = self.model.build(self.model.load(held) | params, task.name, task.labels, held).to(context.device)
@@ -401,7 +407,14 @@ class Setup:
         task = context.data.task
         with init_empty_weights(include_buffers=False):
             model = kind(make(), task.name, task.labels)
+        _check_dtypes(params, {tensor.dtype for tensor in model.state_dict().values()})
         return load_flat(model, params).to(context.device)
+
+
+def _check_dtypes(params: Params, known: Collection[torch.dtype]) -> None:
+    for key, tensor in params.items():
+        if tensor.dtype not in known:
+            raise PayloadError(f"{key!r} is {tensor.dtype}; of this model it must be {', '.join(map(str, known))}")
 
 
 def _most(low: int, high: int, holds: Callable[[int], bool]) -> int:

@@ -89,9 +89,15 @@ class Terminal:
                 say(f"  {client:12} {c['cut']} of {c['examples']} examples cut to fit.max_length, fit.target_length")
             if c["rejected"]:
                 say(f"  {client:12} left out of this round: {escape(c['rejected'])}", style="red")
-        for client, reason in {**record.get("missing", {}), **record.get("untested", {})}.items():
-            say(f"  {client:12} missing: {escape(reason)}", style="red")
+        for what, key in (("missing", "missing"), ("missing", "untested"), ("failed", "errors")):
+            for client, reason in record.get(key, {}).items():
+                say(f"  {client:12} {what}: {escape(reason)}", style="red")
+        for client, rounds in record.get("late", {}).items():
+            say(f"  {client:12} late: its answer of round {', '.join(map(str, rounds))} is not used", style="red")
         for event in events:
+            if event["event"] == "benched":
+                say(f"  {event['client']:12} benched, not selected any more: {escape(event['reason'])}", style="red")
+                continue
             if event["event"] != "structure":
                 more = f" to {event['experts']} experts" if "experts" in event else ""
                 say(f"  {event['event']} {event['client']}{more}", style="cyan")
@@ -104,8 +110,10 @@ class Terminal:
             + (f"  [green]test {test}[/green]" if test else "")
             + f"  {record['seconds']['round']:.1f} s"
         )
+        if abandoned := record.get("abandoned"):
+            say(f"[bold]round {record['round']} abandoned[/bold]: {escape(abandoned)}", style="red")
         if self._bars:
-            self._bars.update(self._tasks["rounds"], completed=record["round"])
+            self._bars.update(self._tasks["rounds"], completed=record["round"] - bool(record.get("abandoned")))
 
     def __enter__(self) -> "Terminal":
         return self

@@ -2,8 +2,11 @@
 
 import contextlib
 import json
+import random
+import resource
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -128,6 +131,59 @@ def test_a_changed_byte_is_either_refused_or_still_a_payload(place, value):
     blob = GOOD[:place] + bytes([value]) + GOOD[place + 1 :]
     with contextlib.suppress(PayloadError):
         assert isinstance(decode(blob), Payload)
+
+
+PARTS = [
+    b"", b"\x00", b"\xff" * 8, b'"__metadata__"', b'{"', b"}", b"[" * 3000, b'"F8_E4M3"', b'"F64"', b'"BOOL"', b'"C64"',
+    b'"dtype"', b'"shape":[0]', b'"shape":[9999999999999]', b"-1", b"1e999", b"9" * 5000, b"null", b"\\ud800",
+]  # fmt: skip
+SEEDS = [
+    GOOD,
+    encode(Payload()),
+    encode(Payload({"usage": {"b": torch.ones(2, 2).bfloat16()}, "x": {}}, {"a": [1, 2], "b": "t", "c": 0.5})),
+    encode(Payload({"g": {str(i): torch.zeros(i, dtype=torch.uint8) for i in range(20)}})),
+]
+
+
+def mutated(rng):
+    """A valid message with one to four faults: bits, bytes, parts cut out, doubled, put in, a false length."""
+    blob = bytearray(rng.choice(SEEDS))
+    for _ in range(rng.randint(1, 4)):
+        start = rng.randrange(len(blob) + 1)
+        end = min(start + rng.choice([1, 4, 8, 40]), len(blob))
+        kind = rng.randrange(7)
+        if kind == 0 and start < len(blob):
+            blob[start] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            blob[start:end] = rng.randbytes(end - start)
+        elif kind == 2:
+            del blob[start:end]
+        elif kind == 3:
+            blob[start:start] = blob[start:end] * rng.randint(1, 3)
+        elif kind == 4:
+            blob[start:end] = rng.choice(PARTS)
+        elif kind == 5:
+            blob[:8] = rng.choice([0, 1, len(blob), 10**8, 2**40, 2**63, 2**64 - 1]).to_bytes(8, "little")
+        else:
+            blob = bytearray(blob[:start] + rng.choice(SEEDS)[start:])
+    return bytes(blob)
+
+
+@pytest.mark.parametrize("count", [20_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_mutated_messages_give_a_payload_or_its_own_error(count):
+    """In at most 0.1 s of the processor each, and without growing by more than 10 MB."""
+    rng, refused, slowest = random.Random(count), 0, 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(count):
+        blob = mutated(rng)
+        start = time.process_time()
+        try:
+            assert isinstance(decode(blob), Payload)
+        except PayloadError:
+            refused += 1
+        slowest = max(slowest, time.process_time() - start)
+    assert slowest < 0.1 and count // 2 < refused < count
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 10_000  # kB
 
 
 def test_the_header_holds_no_pickle_and_no_code():

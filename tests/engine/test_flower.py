@@ -1,8 +1,10 @@
 """The engine over Flower's messages, in this process: the same bits as the local engine, and who was missing."""
 
 import dataclasses
+import json
 import math
 import queue
+import re
 import threading
 
 import loopback
@@ -21,13 +23,12 @@ from consilium.algorithms.scaffold import SCAFFOLD
 from consilium.core import Algorithm, Payload, Sampling, derive_seed
 from consilium.data.arrays import ImageData
 from consilium.engine.checkpoint import ClientStore, load_checkpoint
-from consilium.engine.flower.grid import ATTEMPTS
 from consilium.engine.flower.records import STYPE, blobs_of, from_record, payload_of, to_record
 from consilium.engine.flower.server import _watched
 from consilium.errors import CheckpointError, ConfigError, PayloadError, RoundError
 from consilium.experiment import Wire
 from consilium.models.cohort import Cohort
-from consilium.run import resume, run, serve
+from consilium.run import FAILED, resume, run, serve
 
 Algorithm.registry.pop("Toy")  # the tests over the registry are not to find it
 METHODS = {name: cls for name, cls in Algorithm.registry.items() if cls.__module__.startswith("consilium.")}
@@ -144,7 +145,7 @@ def bits_of(folder, experiment):
 
     def without(value):
         if isinstance(value, dict):
-            return {k: without(v) for k, v in value.items() if not k.startswith("bytes_")}
+            return {k: without(v) for k, v in value.items() if not k.startswith("bytes")}
         return [without(v) for v in value] if isinstance(value, list) else value
 
     return without(outcome)
@@ -223,9 +224,11 @@ def test_the_round_goes_on_without_who_is_missing(toys, grid, tmp_path, fault, r
     well.steps = {1: lambda: where.add(sick), 2: lambda: (where.discard(sick), grid.silent.clear())}
     run(toys, tmp_path / "run", well)
     records = metrics(tmp_path / "run")
-    assert [m["missing"] for m in records] == [{}, {"site-0": reason}, {}, {}]
-    for record in records:
-        assert sorted([*record["clients"], *record["missing"]]) == record["selected"]
+    of, not_of = ("errors", "missing") if fault == "crashing" else ("missing", "errors")
+    assert [m[of] for m in records] == [{}, {"site-0": reason}, {}, {}] and not any(m[not_of] for m in records)
+    assert [m["ledger"]["ok"] for m in records] == [3, 2, 3, 3]
+    assert [m["ledger"]["error" if fault == "crashing" else "missing"] for m in records] == [0, 1, 0, 0]
+    assert [m["ledger"]["sent"] for m in records] == [3, 2 if fault == "away" else 3, 3, 3]
     states = [record["clients"].get("site-0", {}).get("train_loss") for record in records]
     draws = [
         torch.rand(50, generator=torch.Generator().manual_seed(derive_seed(0, "client", n, "site-0")))
@@ -245,9 +248,12 @@ def test_a_round_without_a_quorum_is_tried_again_then_the_run_stops_and_can_go_o
     run(dataclasses.replace(toys, name="whole"), tmp_path / "whole")
     grid.log.clear()
     sick = Between(_2=lambda: grid.silent.update(("train", node) for node in (100, 101, 102)))
-    with pytest.raises(RoundError, match=r"round 3 had 0 answers in 3 attempts, wire\.quorum is 1 \(site-0: no answer"):
+    said = r"round 3 was abandoned 3 times in a row: 0 of 3 selected clients counted, needed are 1 .*site-0: no answer"
+    with pytest.raises(RoundError, match=said):
         run(toys, tmp_path / "run", sick)
-    assert len([1 for kind, *_ in grid.log if kind == "train"]) == 3 * 2 + 3 * ATTEMPTS
+    assert len([1 for kind, *_ in grid.log if kind == "train"]) == 3 * 2 + 3 * FAILED
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [(line["round"], bool(line["abandoned"])) for line in lines[2:]] == [(3, True)] * FAILED
     grid.silent.clear()
     resume(tmp_path / "run")
     assert (
@@ -267,7 +273,111 @@ def test_one_answer_in_a_second_attempt_is_enough(toys, grid, tmp_path):
 
     grid.push_messages = push
     run(dataclasses.replace(toys, rounds=1), tmp_path / "run")
-    assert metrics(tmp_path / "run")[0]["missing"] == {}
+    first, second = metrics(tmp_path / "run")
+    assert first["ledger"]["error"] == 3 and first["abandoned"]
+    assert second["ledger"]["ok"] == 3 and second["round"] == 1 and not second["abandoned"]
+
+
+def of_round_2(well, grid, fault, *where):
+    """Only in round 2 of a run."""
+    well.steps = {1: lambda: fault(*where), 2: lambda: (grid.silent.clear(), grid.twice.clear(), grid.spoil.clear())}
+    return well
+
+
+def weights_without_site_0_in_round_2(toys, grid, folder):
+    run(toys, folder, Between(_1=lambda: grid.crashing.add(("train", ONE)), _2=grid.crashing.clear))
+    return runs.outcome(folder)["summary"]["weights"]
+
+
+def test_a_late_answer_is_noted_and_enters_no_round(toys, grid, tmp_path):
+    """Round 2's answer comes in round 3: also the state that the client kept of it does not count."""
+    run(toys, tmp_path / "run", of_round_2(Between(), grid, grid.silent.add, ("train", ONE)))
+    over = runs.outcome(tmp_path / "run")
+    assert [m["late"] for m in over["metrics"]] == [{}, {}, {"site-0": [2]}, {}]
+    assert [m["ledger"]["late"] for m in over["metrics"]] == [0, 0, 1, 0]
+    assert [m["ledger"]["missing"] for m in over["metrics"]] == [0, 1, 0, 0]
+    assert over["summary"]["weights"] == weights_without_site_0_in_round_2(toys, grid, tmp_path / "without")
+
+
+def test_a_second_answer_counts_for_nothing(toys, grid, tmp_path):
+    run(toys, tmp_path / "run", of_round_2(Between(), grid, grid.twice.add, ("train", ONE)))
+    run(toys, tmp_path / "once")
+    twice, once = runs.outcome(tmp_path / "run"), runs.outcome(tmp_path / "once")
+    assert [m["duplicate"] for m in twice["metrics"]] == [{}, {"site-0": 1}, {}, {}]
+    assert twice["metrics"][1]["ledger"] == {**once["metrics"][1]["ledger"], "duplicate": 1}
+    assert twice["summary"]["weights"] == once["summary"]["weights"]
+
+
+def put(record, key, value):
+    return lambda content: content[record].__setitem__(key, value)
+
+
+def blob(group, payload):
+    return put("payload", group, to_record(payload, {})["payload"][next(iter(payload.groups))])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda content: content["scalars"].pop("num_examples"), "num_examples is missing"),
+        (put("scalars", "num_examples", 2**62), "num_examples is 4611686018427387904; it must be"),
+        (put("scalars", "num_examples", b"12"), "scalar 'num_examples'"),
+        (lambda content: content.pop("scalars"), "does not speak this protocol"),
+        (lambda content: content.pop("engine"), "does not speak this protocol"),
+        (lambda content: content.__setitem__("payload", ConfigRecord({})), "records of other types"),
+        (lambda content: content["payload"].pop("params"), "params w is missing"),
+        (put("payload", "params", Array("uint8", (3,), STYPE, b"abc")), "a blob of 3 bytes is not a payload"),
+        (put("payload", "params", Array(torch.zeros(3).numpy())), "arrived as 'numpy.ndarray'"),
+        (
+            blob("params", Payload({"control": {"w": torch.ones(50)}})),
+            r"the blob of group 'params' holds \['control'\]",
+        ),
+        (blob("control", Payload({"control": {"w": torch.ones(50)}})), "control w was not asked"),
+        (blob("params", Payload({"params": {"w": torch.ones(())}})), r"params w has shape \(\), it must be \(50,\)"),
+        (blob("params", Payload({"params": {"w": torch.full((50,), math.inf)}})), "params w is not finite"),
+        (blob("params.change", Payload({"params.change": {"w": torch.ones(50)}})), "not sent, or returned twice"),
+        (put("engine", "round", 1), "it answers round 1, this is round 2"),
+        (put("engine", "rejected", "x " * 10**6), "^x x x"),
+    ],
+)
+def test_a_malformed_reply_is_rejected_whole(toys, grid, tmp_path, spoil, reason):
+    """The result is that of its absence; the client's state of round 2 does not count either."""
+    run(toys, tmp_path / "run", of_round_2(Between(), grid, grid.spoil.__setitem__, ("train", ONE), spoil))
+    over = runs.outcome(tmp_path / "run")
+    told = over["metrics"][1]["clients"]["site-0"]
+    assert re.search(reason, told["rejected"]) and len(told["rejected"]) <= 1000
+    assert [m["ledger"]["rejected"] for m in over["metrics"]] == [0, 1, 0, 0]
+    assert over["summary"]["weights"] == weights_without_site_0_in_round_2(toys, grid, tmp_path / "without")
+
+
+@pytest.mark.parametrize("seconds", [math.nan, "1 s", -1.0, [1.0]])
+def test_what_the_far_end_says_of_its_seconds_is_no_reason_to_stop(toys, grid, tmp_path, seconds):
+    grid.spoil["train", ONE] = put("engine", "seconds", seconds)
+    run(dataclasses.replace(toys, rounds=1), tmp_path / "run")
+    assert metrics(tmp_path / "run")[0]["ledger"]["ok"] == 3
+
+
+@pytest.mark.parametrize("score", [math.nan, 1.5, "0.5", None])
+def test_a_score_that_is_none_is_left_out(toys, grid, tmp_path, score):
+    grid.spoil["evaluate", ONE] = (
+        (lambda content: content["scalars"].pop("score")) if score is None else put("scalars", "score", score)
+    )
+    run(dataclasses.replace(toys, rounds=1), tmp_path / "run")
+    (record,) = metrics(tmp_path / "run")
+    assert set(record["untested"]) == {"site-0"} and set(record["test"]) == {"site-1", "site-2"}
+
+
+def test_a_larger_reply_than_the_cap_is_rejected(toys, grid, tmp_path):
+    grid.spoil["train", ONE] = blob("x", Payload({"x": {"w": torch.zeros(2000)}}))
+    run(dataclasses.replace(toys, rounds=1, wire=Wire(deadline=0.2, cap="1KB")), tmp_path / "run")
+    assert "8.5 kB, allowed are 1.0 kB (wire.cap)" in metrics(tmp_path / "run")[0]["clients"]["site-0"]["rejected"]
+
+
+def test_a_node_that_says_nonsense_of_itself_is_not_taken(toys, grid, tmp_path):
+    grid.spoil["query.name", ONE] = put("engine", "partition", "one")
+    with pytest.warns(UserWarning, match="a node does not say who it is"):
+        run(dataclasses.replace(toys, rounds=1), tmp_path / "run")
+    assert metrics(tmp_path / "run")[0]["missing"] == {"site-0": "not connected"}
 
 
 def test_who_a_node_is_is_asked_when_it_is_new_or_was_restarted(toys, grid, tmp_path):

@@ -74,7 +74,7 @@ def test_a_dead_worker_comes_back(tmp_path):
     over = simulated(made, tmp_path / "ray", "kill")
     log = (tmp_path / "ray/log").read_text()
     assert "killed" in log
-    missing = [m["missing"] for m in over["metrics"]]
+    missing = [{**m["missing"], **m["errors"]} for m in over["metrics"]]
     assert missing[0] == {} == missing[-1] and all(len(names) <= 1 for names in missing)
     if not any(missing):
         run(made, tmp_path / "local")

@@ -29,6 +29,7 @@ from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInf
 from consilium.errors import ConfigError
 from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
+from consilium.params import Like
 from consilium.setup import Setup
 from consilium.training import tested, trained
 
@@ -101,6 +102,10 @@ class FedGHServer(Server):
 
     def deliver(self, client: ClientInfo) -> Payload:
         return self.averaging.deliver(client)
+
+    def expects(self, client: ClientInfo, sent: Payload) -> dict[str, dict[str, Like]]:
+        rows = {label: self.params[f"head.{self.task}.{label}.weight"] for label in self.labels}
+        return {"prototypes": {label: Like.of(row, needed=False) for label, row in rows.items()}}
 
     def restore(self, state: Payload) -> None:
         self.averaging.restore(state)

@@ -32,7 +32,7 @@ from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInf
 from consilium.errors import ConfigError
 from consilium.models.cohort import SplitModel, initial
 from consilium.moe.addressing import flatten
-from consilium.params import Params, WeightedMean
+from consilium.params import Like, Params, WeightedMean
 from consilium.setup import Setup
 from consilium.training import tested, trained
 
@@ -101,6 +101,31 @@ class FedKDServer(Server):
         energy = self.algorithm.energy(self.round)
         groups, shapes = compressed(self.params, energy)
         return Payload(groups, {"energy": energy, **shapes})
+
+    def expects(self, client: ClientInfo, sent: Payload) -> dict[str, dict[str, Like]]:
+        """A tensor whole or as three factors, of whatever rank; `objection` sees that it is one of the two."""
+        factors = {}
+        for key, t in self.params.items():
+            if t.ndim >= 2:
+                shapes = {"u": (len(t), None), "s": (None,), "v": (None, t[0].numel())}
+                factors |= {f"{key}/{x}": Like(shape, t.dtype, needed=False) for x, shape in shapes.items()}
+        return {"params": {key: Like.of(t, needed=False) for key, t in self.params.items()}, "factors": factors}
+
+    def objection(self, client: ClientInfo, sent: Payload, reply: Payload) -> str | None:
+        whole, factors = reply.group("params"), reply.group("factors")
+        said = {name.removeprefix("shape "): s for name, s in reply.scalars.items() if name.startswith("shape ")}
+        if unknown := sorted(said.keys() - self.params.keys()):
+            return f"shape {unknown[0]} was not asked of this client"
+        for key, old in self.params.items():
+            found = [factors[f"{key}/{x}"] for x in "usv" if f"{key}/{x}" in factors]
+            if key in whole and not found and key not in said:
+                continue
+            if key in whole or len(found) < 3 or said.get(key) != list(old.shape):
+                return f"params {key} is neither whole nor three factors and their shape"
+            u, s, v = found
+            if not u.shape[1] == len(s) == len(v):
+                return f"factors of {key} have the ranks {u.shape[1]}, {len(s)}, {len(v)}"
+        return next((f"{key} is not finite" for key, t in restored(reply).items() if not t.isfinite().all()), None)
 
     def state(self) -> Payload:
         return Payload({"params": self.params}, {"round": self.round})

@@ -65,6 +65,7 @@ from consilium.moe.addressing import expert_of, router_row_of, select
 from consilium.moe.budget import Mode
 from consilium.moe.lora import add_expert_lora
 from consilium.moe.routing import Tap
+from consilium.params import Like
 from consilium.setup import Setup
 from consilium.training import evaluate, fit, local_round, local_test, seeded
 
@@ -73,6 +74,8 @@ __all__ = ["FedMoE", "largest_structure", "p_hat", "similar", "similarity", "str
 Usage = Mapping[str, Tensor]
 """Block -> p_i, float64 [E]."""
 Held = dict[str, tuple[int, ...]]
+MOST = 2**40
+"""Tokens that a client may have counted for an expert."""
 
 
 @dataclass(frozen=True)
@@ -298,6 +301,14 @@ class FedMoEServer(Server):
             return None
         mode = self.algorithm.mode_for(self.setup)
         return self.setup.lacks(client, self.setup.model.counts, mode, rank=self.algorithm.rank_for(self.setup))
+
+    def expects(self, client: ClientInfo, sent: Payload) -> dict[str, dict[str, Like]]:
+        counts = {block: Like((n,), torch.int64, 0, MOST) for block, n in self.setup.model.counts.items()}
+        params = super().expects(client, sent) if sent.scalars["stage"] == "two" else {}
+        return {**params, "demand": counts, "served": counts}
+
+    def objection(self, client: ClientInfo, sent: Payload, reply: Payload) -> str | None:
+        return None if "validation" in reply.scalars else "validation is missing"
 
     def _sub_moe(self, client: ClientInfo) -> Payload:
         sent = self.deliver(client)

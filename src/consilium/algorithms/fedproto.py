@@ -27,7 +27,7 @@ from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInf
 from consilium.errors import ConfigError
 from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
-from consilium.params import Params, WeightedMean
+from consilium.params import Like, Params, WeightedMean
 from consilium.setup import Setup
 from consilium.training import Objective, tested, trained
 
@@ -87,6 +87,19 @@ class PrototypeServer(Server):
 
     def deliver(self, client: ClientInfo) -> Payload:
         return Payload({"prototypes": {label: self.params[label] for label in sorted(self.known)}})
+
+    def expects(self, client: ClientInfo, sent: Payload) -> dict[str, dict[str, Like]]:
+        return {"prototypes": {label: Like.of(t, needed=False) for label, t in self.params.items()}}
+
+    def objection(self, client: ClientInfo, sent: Payload, reply: Payload) -> str | None:
+        labels, counts = reply.scalars.get("labels"), reply.scalars.get("counts")
+        if not isinstance(labels, list) or sorted(labels) != sorted(reply.group("prototypes")):
+            return "labels are not those of the prototypes"
+        if not isinstance(counts, list) or len(counts) != len(labels) or any(type(n) is not int for n in counts):
+            return "counts are not one whole number for each label"
+        if any(n < 1 for n in counts) or sum(counts) > client.num_examples:
+            return f"counts are {counts}, of {client.num_examples} examples"
+        return None
 
     def state(self) -> Payload:
         return Payload({"params": self.params}, {"known": sorted(self.known)})

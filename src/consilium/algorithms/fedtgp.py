@@ -28,6 +28,7 @@ from consilium.algorithms.fedproto import FedProtoClient
 from consilium.core import Algorithm, Client, ClientId, ClientInfo, Payload, Server, derive_seed
 from consilium.errors import ConfigError
 from consilium.models.cohort import initial
+from consilium.params import Like
 from consilium.setup import Setup
 
 __all__ = ["FedTGP", "contrast", "margin"]
@@ -104,6 +105,10 @@ class FedTGPServer(Server):
         with torch.no_grad():
             prototypes = self._prototypes(self._module()) if self.known else ()
         return Payload({"prototypes": {c: t.clone() for c, t in zip(sorted(self.known), prototypes, strict=True)}})
+
+    def expects(self, client: ClientInfo, sent: Payload) -> dict[str, dict[str, Like]]:
+        like = Like(self.params["vectors.weight"].shape[1:], torch.float32, needed=False)
+        return {"prototypes": dict.fromkeys(self.labels, like)}
 
     def state(self) -> Payload:
         return Payload({"params": self.params}, {"known": sorted(self.known)})

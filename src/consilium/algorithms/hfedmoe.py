@@ -42,7 +42,7 @@ budget, and averages by |D_c| over all that hold an expert, trained or not, and 
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -65,7 +65,7 @@ from consilium.core import (
 from consilium.errors import ConfigError
 from consilium.moe.addressing import expert_of, router_row_of, select
 from consilium.moe.routing import Tap
-from consilium.params import Params
+from consilium.params import Like, Params
 from consilium.setup import Setup
 from consilium.training import local_round, local_test
 
@@ -377,6 +377,33 @@ class HFedMoEServer(Server):
             if counts == self.setup.least or not self.setup.lacks(client, counts, trained=backward):
                 return held
             forward -= 1
+
+    def expects(self, client: ClientInfo, sent: Payload) -> dict[str, dict[str, Like]]:
+        """With `experts="usage"` only experts that were trained return; `objection` sees that they do."""
+
+        def each(dtype: torch.dtype, most: float) -> dict[str, Like]:
+            return {block: Like((n,), dtype, 0, most) for block, n in self.setup.model.counts.items()}
+
+        params = super().expects(client, sent)["params"]
+        if self.algorithm.experts == "usage":
+            params = {k: replace(like, needed=like.needed and expert_of(k) is None) for k, like in params.items()}
+        counts = {group: each(torch.int64, 2**40) for group in ("demand", "served", "trained")}
+        shares = {group: each(torch.float64, 1 + 1e-6) for group in ("usage", "importance")}
+        return {"params": params, **counts, **shares}
+
+    def objection(self, client: ClientInfo, sent: Payload, reply: Payload) -> str | None:
+        if "steps" not in reply.scalars:
+            return "steps is missing"
+        batches, given = reply.group("trained"), {expert_of(k) for k in sent.group("params")}
+        trained = {(block, e) for block, n_E in batches.items() for e in n_E.nonzero().flatten().tolist()}
+        if wrong := sorted(trained - given):
+            return f"expert {wrong[0][1]} of {wrong[0][0]} was trained, which the client was not given"
+        if any(int(n_E.max()) > reply.scalars["steps"] for n_E in batches.values()):
+            return "an expert was trained in more batches than there were"
+        wanted = {k for k in sent.group("params") if expert_of(k) in trained}
+        if self.algorithm.experts == "usage" and {k for k in reply.group("params") if expert_of(k)} != wanted:
+            return "the experts that return are not those that were trained"
+        return None
 
     def _task(self, client: ClientInfo) -> Payload:
         sent = self.deliver(client)

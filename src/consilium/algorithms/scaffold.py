@@ -34,7 +34,7 @@ from consilium.core import (
 from consilium.errors import ConfigError
 from consilium.moe.addressing import pack, parameters, select, table, unpack
 from consilium.moe.model import TaskModel
-from consilium.params import Params, WeightedMean
+from consilium.params import Like, Params, WeightedMean
 from consilium.setup import Setup
 from consilium.training import Correct, local_round, local_test
 
@@ -122,6 +122,11 @@ class ScaffoldServer(Server):
 
     def deliver(self, client: ClientInfo) -> Payload:
         return self.averaging.deliver(client)
+
+    def expects(self, client: ClientInfo, sent: Payload) -> dict[str, dict[str, Like]]:
+        """There is no control variate of what is not trained, which the client knows."""
+        control = {key: Like.of(t, needed=False) for key, t in sent.group("control").items()}
+        return {**super().expects(client, sent), "control": control}
 
     def state(self) -> Payload:
         senders = {f"senders {key}": sorted(clients) for key, clients in self.senders.items()}

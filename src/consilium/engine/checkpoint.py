@@ -60,10 +60,15 @@ class ClientStore:
     Args:
         folder: `clients/` of the run.
         versions: client -> round of its committed state; clients without one start empty.
+        former: the versions as the last commit left them.
     """
 
     folder: Path
     versions: dict[ClientId, int] = field(default_factory=dict)
+    former: dict[ClientId, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.former = dict(self.versions)
 
     def load(self, client: ClientId) -> ClientState:
         """The committed state, empty for a client that has none.
@@ -94,6 +99,15 @@ class ClientStore:
             for path, _ in [item for item in _numbered(folder) if item[1] <= oldest][:-1]:
                 path.unlink()
 
+    def commit(self) -> None:
+        """Remove what neither the newest checkpoint nor the one before names, also what was saved and never counted."""
+        for folder in self.folder.glob("*/"):
+            kept = {self.versions.get(folder.name), self.former.get(folder.name)}
+            for path, round in _numbered(folder):
+                if round not in kept:
+                    path.unlink()
+        self.former = dict(self.versions)
+
     def drop(self, client: ClientId, after: int, before: int) -> None:
         """Remove a client's versions of rounds between the two, which were saved and never counted."""
         for path, round in _numbered(self.folder / client):
@@ -108,10 +122,9 @@ def save_checkpoint(folder: Path, round: int, server: Payload, store: ClientStor
     """Commit a round: the server's state and the clients' versions in one atomic file; older ones are pruned."""
     scalars = {**server.scalars, "engine/round": round, "engine/versions": json.dumps(store.versions)}
     write_atomic(folder / f"round-{round:05d}.safetensors", _seal(Payload(server.groups, scalars)))
-    found = _numbered(folder)
-    for path, _ in found[:-KEEP]:
+    for path, _ in _numbered(folder)[:-KEEP]:
         path.unlink()
-    store.prune(oldest=found[-KEEP:][0][1])
+    store.commit()
 
 
 def load_checkpoint(folder: Path) -> tuple[int, Payload, dict[ClientId, int]] | None:

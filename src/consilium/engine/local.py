@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from consilium.core import Client, ClientContext, ClientId, ClientInfo, Payload, Scalar, Server, derive_seed
+from consilium.core import Client, ClientContext, ClientId, ClientInfo, Payload, Sampling, Scalar, Server, derive_seed
 from consilium.data.task import Federation
 from consilium.engine.checkpoint import ClientStore
 from consilium.engine.codec import decode, encode
-from consilium.engine.rounds import Engine, Progress, diverged, release, tested, told_of, trained
+from consilium.engine.judge import objection, one_line
+from consilium.engine.rounds import OWN, Engine, Progress, release, tested, told_of, trained
 
 __all__ = ["LocalEngine"]
 
@@ -28,6 +29,7 @@ class LocalEngine(Engine):
         infos: all clients; federation: their data.
         store: where client states live between rounds.
         seed: of the run. device: where clients train. strict: through bytes.
+        sampling: how many replies a round needs.
         progress: see `Progress`.
     """
 
@@ -39,23 +41,39 @@ class LocalEngine(Engine):
     seed: int
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     strict: bool = False
+    sampling: Sampling = field(default_factory=Sampling)
     progress: Progress = lambda client, phase, done, total: None
 
     def _replies(
         self, number: int, tasks: dict[ClientId, Payload], record: dict[str, Any]
     ) -> Iterator[tuple[ClientId, Payload]]:
         for client in sorted(tasks):
-            reply, record["clients"][client] = self._train(client, number, tasks.pop(client))
-            if record["clients"][client]["rejected"] is None:
+            try:
+                reply, told = self._train(client, number, tasks.pop(client), record)
+            except _Failed as failed:
+                record["errors"][client] = str(failed)
+                continue
+            record["clients"][client] = told
+            if told["rejected"] is None:
                 yield client, reply
             release(reply)
 
-    def _train(self, client: ClientId, number: int, payload: Payload) -> tuple[Payload, dict[str, Any]]:
-        """One client's round: its reply, and what to record of it."""
+    def _train(
+        self, client: ClientId, number: int, payload: Payload, record: dict[str, Any]
+    ) -> tuple[Payload, dict[str, Any]]:
+        """One client's round: its reply, and what to record of it.
+
+        Raises:
+            _Failed: with an error of the client's own.
+        """
         sent = self._carry(payload)
+        record["bytes_sent"][client] = sent.nbytes
         context = self._context(client, number, "train")
-        reply, seconds = trained(self.client, sent, context)
-        rejected = diverged(reply)
+        try:
+            reply, seconds = trained(self.client, sent, context)
+        except OWN as error:
+            raise _Failed(_said(error)) from error
+        rejected = objection(self.server, context.info, sent, reply)
         if rejected is None:
             self.store.save(client, context.state, number)
         reply = self._carry(reply)
@@ -68,7 +86,11 @@ class LocalEngine(Engine):
             self.progress(info.id, "test", done, len(self.infos))
             if self.server.unable(info) is None:
                 delivered = self._carry(self.server.deliver(info))
-                reply = tested(self.client, delivered, self._context(info.id, number, "test"))
+                try:
+                    reply = tested(self.client, delivered, self._context(info.id, number, "test"))
+                except OWN as error:
+                    record["untested"][info.id] = _said(error)
+                    continue
                 told[info.id] = self._carry(reply).scalars
         return told
 
@@ -88,3 +110,11 @@ class LocalEngine(Engine):
 
     def _carry(self, payload: Payload) -> Payload:
         return decode(encode(payload)) if self.strict else payload
+
+
+class _Failed(Exception):
+    """A client's training ended in an error of its own."""
+
+
+def _said(error: Exception) -> str:
+    return one_line(f"{type(error).__name__}: {error}")

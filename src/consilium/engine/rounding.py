@@ -59,19 +59,23 @@ def restored(reply: Payload, sent: Mapping[str, Tensor]) -> Payload:
     """The reply as the server half is given it: weights again, of the dtypes that were sent.
 
     Raises:
-        PayloadError: for a change of a weight that was not sent, or of another shape.
+        PayloadError: for a change of a weight that was not sent or of another shape, or a scale that does not fit it.
     """
     if CHANGE not in reply.groups:
         return reply
-    params = reply.group("params")
+    params, scales = reply.group("params"), reply.group(SCALE)
     for key, change in reply.group(CHANGE).items():
-        if key not in sent or sent[key].shape != change.shape:
-            raise PayloadError(f"a change of {key!r} {tuple(change.shape)}, which the client was not sent")
-        scale = reply.group(SCALE).get(key)
-        fits = scale is None if change.dtype != torch.int8 else scale is not None and len(scale) == len(_rows(change))
+        if key not in sent or sent[key].shape != change.shape or key in params:
+            raise PayloadError(f"a change of {key!r} {tuple(change.shape)}, which was not sent, or returned twice")
+        scale = scales.pop(key, None)
+        fits = change.dtype == torch.bfloat16 and scale is None
+        if scale is not None and change.dtype == torch.int8:
+            fits = scale.dtype == torch.float32 and scale.shape == (len(_rows(change)),)
         if not fits:
-            raise PayloadError(f"the scale of {key!r} does not fit its change")
+            raise PayloadError(f"the change of {key!r} is {change.dtype}, which its scale does not fit")
         params[key] = (sent[key].float() + _back(change, scale)).to(sent[key].dtype)
+    if scales:
+        raise PayloadError(f"a scale of {next(iter(scales))!r}, which has no change")
     groups = {group: tensors for group, tensors in reply.groups.items() if group not in (CHANGE, SCALE)}
     return Payload({**groups, "params": params}, reply.scalars)
 

@@ -2,28 +2,33 @@
 
 `Engine` is the surface that a run needs: `round(number, test)`. An engine says how replies come back (`_replies`) and
 how delivered models are scored (`_test`). What a client does in a round is `trained` and `tested`, in this process or
-at the far end of a wire. A reply with a number that is not finite is not given to the server, and the client's state
-stays what it was: one client that diverged would undo all others.
+at the far end of a wire. Every reply is judged (`judge`) before the server half sees it; one that is rejected leaves
+no trace but its line in the record, and the client's state stays what it was.
+
+Every selected client is accounted for once: its reply was accepted, it answered with an error, its reply was rejected,
+or it is missing (`ledger`). With fewer accepted replies than the quorum the round is abandoned: the server half, which
+merges replies as they come, is restored to what `state` said before the round, and no client's state counts.
 """
 
-import math
 import resource
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from consilium.core import Client, ClientContext, ClientId, ClientInfo, Payload, Scalar, Server, derive_seed
+from consilium.core import Client, ClientContext, ClientId, ClientInfo, Payload, Sampling, Scalar, Server, derive_seed
 from consilium.engine.checkpoint import ClientStore
-from consilium.errors import BudgetError, PayloadError
+from consilium.engine.judge import check_sent, number, numbers, one_line
+from consilium.errors import BudgetError, DataError, PayloadError, RoundError
 from consilium.training import seeded
 
-__all__ = ["Engine", "Progress", "diverged", "nobody", "release", "tested", "told_of", "trained"]
+__all__ = ["OWN", "Engine", "Progress", "ledger", "nobody", "release", "tested", "told_of", "trained"]
+
+OWN = (BudgetError, DataError, PayloadError)
+"""Errors of one client, of its data, its device or what it was sent: the round goes on without it. Others end all."""
 
 Progress = Callable[[ClientId, str, int, int], None]
 """Called with (client, "train" or "test", steps done, steps in all)."""
-
-REPORTED = ("train_loss", "validation", "steps", "experts", "footprint", "cut")
 
 
 class Engine(ABC):
@@ -32,36 +37,47 @@ class Engine(ABC):
     Attributes:
         server: the server half. infos: all clients.
         store: which state of each client counts, and where states lie, if they lie here.
-        progress: see `Progress`.
+        sampling: how many replies a round needs. progress: see `Progress`.
     """
 
     server: Server
     infos: Sequence[ClientInfo]
     store: ClientStore
+    sampling: Sampling
     progress: Progress
 
     @abstractmethod
     def _replies(
         self, number: int, tasks: dict[ClientId, Payload], record: dict[str, Any]
     ) -> Iterator[tuple[ClientId, Payload]]:
-        """Replies in client-id order; fills `record["clients"]` by `told_of` and `record["missing"]`."""
+        """Accepted replies in client-id order; fills `record["bytes_sent"]` (bytes), `record["clients"]` by `told_of`,
+        `record["errors"]` and `record["missing"]`, `record["late"]` and `record["duplicate"]`."""
 
     @abstractmethod
     def _test(self, number: int, record: dict[str, Any]) -> dict[ClientId, Mapping[str, Scalar]]:
         """What every able client tells of its delivered model, `score` at least; fills `record["untested"]`."""
 
-    def round(self, number: int, test: bool) -> dict[str, Any]:
+    def round(self, number: int, test: bool, benched: Collection[ClientId] = ()) -> dict[str, Any]:
         """Run one round; `test`: score the delivered model of every able client on its test data afterwards.
 
+        Args:
+            benched: clients that are not selected.
+
         Returns:
-            The round's record: who took part, bytes, seconds, scores. See docs/run-directory.md.
+            The round's record: who took part, bytes, seconds, scores. See docs/run-directory.md. If it is "abandoned",
+            nothing has changed but seconds.
 
         Raises:
             BudgetError: if no client can hold what the method sends.
+            RoundError: if all clients are benched.
         """
         start = time.perf_counter()
+        before, versions = _copied(self.server.state()), dict(self.store.versions)
         unable = {c.id: lack for c in self.infos if (lack := self.server.unable(c))}
-        tasks = self.server.configure(number, self.infos)
+        infos = [c for c in self.infos if c.id not in benched]
+        tasks = self.server.configure(number, infos) if infos else {}
+        if not tasks and benched:
+            raise RoundError(f"nobody is left to train: benched are {', '.join(sorted(benched))}; see events.jsonl")
         if not tasks:
             raise BudgetError(nobody(unable))
         record: dict[str, Any] = {
@@ -69,39 +85,50 @@ class Engine(ABC):
             "stage": self.server.stage,
             "selected": sorted(tasks),
             "unable": unable,
+            "benched": sorted(benched),
+            "bytes_sent": {},
+            "errors": {},
             "missing": {},
+            "late": {},
+            "duplicate": {},
             "untested": {},
             "clients": {},
         }
         metrics = self.server.aggregate(number, self._replies(number, tasks, record))
+        record["ledger"] = ledger(record)
+        record["abandoned"] = self._short(record)
+        if record["abandoned"]:
+            self.server.events()  # of what is undone; those from before the round are part of its state
+            self.server.restore(before)
+            self.store.versions = versions
+            metrics = {}
+        del before
         aggregated = time.perf_counter()
-        told = self._test(number, record) if test else {}
+        test = test and not record["abandoned"]
+        told = _scored(self._test(number, record), record) if test else {}
         scores = {client: float(scalars["score"]) for client, scalars in told.items()} if test else None
         perplexity = {c: _plain(scalars["perplexity"]) for c, scalars in told.items() if "perplexity" in scalars}
-        tested = time.perf_counter() - aggregated
-        clients = record["clients"].values()
-        train = sum(c["seconds"]["train"] for c in clients)
-        evaluate = sum(c["seconds"]["evaluate"] for c in clients)
-        whole = time.perf_counter() - start
-        structure = self.server.structure()
-        counts = [sum(len(ids) for ids in held.values()) for held in (structure or {}).values()]
-        record |= {
+        return record | {
             "test": scores,
             "scores": self._by_task(scores) if scores is not None else None,
             **({"perplexity": perplexity} if perplexity else {}),
-            "bytes_down": sum(c["bytes_down"] for c in clients),
-            "bytes_up": sum(c["bytes_up"] for c in clients),
-            "seconds": {
-                "round": whole,
-                "train": train,
-                "evaluate": evaluate + tested,
-                "engine": max(whole - train - evaluate - tested, 0.0),
-            },
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "experts_mean": sum(counts) / len(counts) if counts else None,
+            **_measured(record, start, aggregated),
+            "experts_mean": _experts(self.server),
             "server": metrics,
         }
-        return record
+
+    def _short(self, record: Mapping[str, Any]) -> str | None:
+        """Why the round does not count; None: enough replies were accepted."""
+        ok, selected = record["ledger"]["ok"], len(record["selected"])
+        if ok >= (quorum := self.sampling.quorum(selected)):
+            return None
+        rejected = {c: told["rejected"] for c, told in record["clients"].items() if told["rejected"]}
+        reasons = {**record["missing"], **record["errors"], **rejected}
+        some = "; ".join(f"{client}: {reason}" for client, reason in sorted(reasons.items())[:2])
+        return (
+            f"{ok} of {selected} selected clients counted, needed are {quorum} (sampling.min_clients "
+            f"{self.sampling.min_clients}, sampling.min_fraction {self.sampling.min_fraction:g}): {some or 'no others'}"
+        )
 
     def _by_task(self, scores: Mapping[ClientId, float]) -> dict[str, float]:
         """Mean over the clients of each task, and the mean over the tasks."""
@@ -114,15 +141,25 @@ class Engine(ABC):
 
 
 def trained(client: Client, payload: Payload, context: ClientContext) -> tuple[Payload, float]:
-    """One client's training: its reply, and the wall seconds it took."""
+    """One client's training: its reply, and the wall seconds it took.
+
+    Raises:
+        PayloadError: for a payload that no client can start from.
+    """
     start = time.perf_counter()
+    check_sent(payload)
     with seeded(derive_seed(context.seed, "train")):  # whatever draws from torch's own generator
         reply = client.train(payload, context)
     return reply, time.perf_counter() - start
 
 
 def tested(client: Client, payload: Payload, context: ClientContext) -> Payload:
-    """One client's score of the model it was delivered."""
+    """One client's score of the model it was delivered.
+
+    Raises:
+        PayloadError: for a payload that no client can start from.
+    """
+    check_sent(payload)
     with seeded(derive_seed(context.seed, "evaluate")):
         return client.evaluate(payload, context)
 
@@ -131,19 +168,23 @@ def told_of(
     reply: Payload, info: ClientInfo, rejected: str | None, seconds: float, bytes_down: int, bytes_up: int
 ) -> dict[str, Any]:
     """What is recorded of one client's round. `seconds`: of its training, validation included."""
-    told = {key: _plain(reply.scalars.get(key)) for key in REPORTED}
-    evaluate = float(reply.scalars.get("seconds_evaluate", 0.0))
-    report = {key[7:]: _plain(value) for key, value in reply.scalars.items() if key.startswith("report/")}
+    told = numbers(reply.scalars)
+    evaluate = min(told.get("seconds_evaluate", 0.0), seconds)
+    report = {
+        key[7:107]: float(value) if isinstance(value, float) else value
+        for key, value in reply.scalars.items()
+        if key.startswith("report/") and number(value)
+    }
     return {
         "rejected": rejected,
-        "train_loss": told["train_loss"],
-        "validation": told["validation"],
+        "train_loss": told.get("train_loss"),
+        "validation": told.get("validation"),
         "examples": info.num_examples,
-        "steps": told["steps"],
-        "experts": told["experts"],
-        "cut": told["cut"],
-        **({"perplexity": _plain(reply.scalars["perplexity"])} if "perplexity" in reply.scalars else {}),
-        "peak_bytes_model": told["footprint"],
+        "steps": told.get("steps"),
+        "experts": told.get("experts"),
+        "cut": told.get("cut"),
+        **({"perplexity": told.get("perplexity")} if "perplexity" in reply.scalars else {}),
+        "peak_bytes_model": told.get("footprint"),
         "bytes_down": bytes_down,
         "bytes_up": bytes_up,
         "seconds": {"train": seconds - evaluate, "evaluate": evaluate},
@@ -172,16 +213,73 @@ def nobody(unable: Mapping[ClientId, str]) -> str:
     return f"no client can hold the model: {len(unable)} are unable, e.g. {client} {lack}; give more memory"
 
 
-def diverged(reply: Payload) -> str | None:
-    """The first value of a reply that is not finite, tensors and training loss; None if all are."""
-    for group, tensors in reply.groups.items():
-        for key, tensor in tensors.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                return f"{group} {key} is not finite"
-    loss = reply.scalars.get("train_loss")
-    return f"train_loss is {loss}" if isinstance(loss, float) and not math.isfinite(loss) else None
+def ledger(record: Mapping[str, Any]) -> dict[str, int]:
+    """The round in numbers, of which selected = ok + error + rejected + missing; late and duplicate replies, which
+    count for nothing, and the bytes of all payloads stand apart.
+
+    Raises:
+        RuntimeError: if a selected client is not accounted for, or twice: a fault of the engine or of the method, whose
+            `aggregate` must take every reply.
+    """
+    selected, clients = record["selected"], record["clients"]
+    accounted = sorted([*clients, *record["errors"], *record["missing"]])
+    if accounted != selected:
+        raise RuntimeError(f"round {record['round']} selected {selected}, accounted for are {accounted}")
+    rejected = sum(told["rejected"] is not None for told in clients.values())
+    return {
+        "selected": len(selected),
+        "sent": len(record["bytes_sent"]),
+        "ok": len(clients) - rejected,
+        "error": len(record["errors"]),
+        "rejected": rejected,
+        "missing": len(record["missing"]),
+        "late": sum(len(rounds) for rounds in record["late"].values()),
+        "duplicate": sum(record["duplicate"].values()),
+        "bytes": sum(record["bytes_sent"].values()) + sum(told["bytes_up"] for told in clients.values()),
+    }
+
+
+def _copied(state: Payload) -> Payload:
+    """The state in dictionaries of its own: a server may go on to change those that it gave."""
+    return Payload({group: dict(params) for group, params in state.groups.items()}, dict(state.scalars))
+
+
+def _scored(
+    told: Mapping[ClientId, Mapping[str, Scalar]], record: dict[str, Any]
+) -> dict[ClientId, Mapping[str, Scalar]]:
+    """Who has told a score within 0..1; the others are noted as untested."""
+    silent = {
+        client: one_line(f"its score is {scalars['score']!r}" if "score" in scalars else "its answer has no score")
+        for client, scalars in told.items()
+        if not number(scalars.get("score"), 0, 1)
+    }
+    record["untested"] |= silent
+    return {client: scalars for client, scalars in told.items() if client not in silent}
+
+
+def _measured(record: Mapping[str, Any], start: float, aggregated: float) -> dict[str, Any]:
+    """Bytes, seconds and memory of a round. start, aggregated: `perf_counter` when it began, and when testing did."""
+    now, clients = time.perf_counter(), record["clients"].values()
+    train = sum(c["seconds"]["train"] for c in clients)
+    evaluate = sum(c["seconds"]["evaluate"] for c in clients) + now - aggregated
+    return {
+        "bytes_down": sum(c["bytes_down"] for c in clients),
+        "bytes_up": sum(c["bytes_up"] for c in clients),
+        "seconds": {
+            "round": now - start,
+            "train": train,
+            "evaluate": evaluate,
+            "engine": max(now - start - train - evaluate, 0.0),
+        },
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _experts(server: Server) -> float | None:
+    counts = [sum(len(ids) for ids in held.values()) for held in (server.structure() or {}).values()]
+    return sum(counts) / len(counts) if counts else None
 
 
 def _plain(value: Any) -> Any:
-    """None for what strict JSON cannot say: the loss of a training that diverged."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """None for what is no finite number."""
+    return value if number(value) else None

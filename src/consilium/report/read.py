@@ -167,7 +167,9 @@ def _label_counts(raw: Json) -> dict[str, int]:
 
 
 def _latest_per_round(lines: list[Json], notes: list[str]) -> tuple[Json, ...]:
-    """A resumed run may write a round twice; the later line is the one the run went on from."""
+    """A resumed run may write a round twice; the later line is the one the run went on from. Abandoned rounds, which
+    were tried again, are left out."""
+    lines = [line for line in lines if not line.get("abandoned")]
     by_round: dict[int, Json] = {}
     for i, line in enumerate(lines):
         number = line.get("round", i)

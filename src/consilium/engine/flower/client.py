@@ -24,8 +24,9 @@ from consilium.engine import codec
 from consilium.engine.checkpoint import KEEP, ClientStore, write_atomic
 from consilium.engine.flower.grid import within
 from consilium.engine.flower.records import blobs_of, payload_of, to_record
+from consilium.engine.judge import diverged
 from consilium.engine.rounding import rounded
-from consilium.engine.rounds import diverged, tested, trained
+from consilium.engine.rounds import tested, trained
 from consilium.errors import ConfigError, ConsiliumError, DataError, PayloadError
 from consilium.experiment import Experiment, from_json, to_json
 from consilium.moe.budget import bytes_of
@@ -182,7 +183,7 @@ def train(message: Message, context: Context) -> RecordDict:
         state.params |= {f"{LOST}{key}": tensor for key, tensor in lost.items()}
         store.save(site.info.id, state, int(told["round"]))
     kept = rejected is None and site.info.id in store.versions
-    answer = {"rejected": rejected or "", "kept": kept, "seconds": seconds}
+    answer = {"rejected": rejected or "", "kept": kept, "seconds": seconds, "round": told["round"]}
     content = to_record(reply if rejected is None else Payload(scalars=reply.scalars), answer, bool(told["zstd"]))
     within(str(told["cap"]), content, site.info.id)
     return content

@@ -3,36 +3,41 @@ round's deadline to answer.
 
 A client is its partition or its site's name, asked for whenever a node is new or was restarted, never Flower's number
 for the node. Replies are taken one at a time as they arrive, lie in a file until the round is closed, and are merged
-in the order of the clients' ids, so the result does not depend on who was fast. A message lives until the deadline
-and is asked after only in its own round: what comes later enters no round. Who has not answered, or answered with an
-error, is recorded with the reason; a round with fewer answers than the quorum is tried again, `ATTEMPTS` in all.
+in the order of the clients' ids, so the result does not depend on who was fast. A message lives until the deadline.
+Who has not answered by then is missing; what it answers after all, within the next `LATE` rounds, is noted there as
+late and thrown away, like every answer beyond a client's first. An answer that is an error, and one that is no reply
+of this protocol or of another round, are recorded with the reason, and stop nothing.
 """
 
-import math
 import tempfile
 import time
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from consilium.core import ClientId, ClientInfo, Payload, Scalar, Server
+from consilium.core import ClientId, ClientInfo, Payload, Sampling, Scalar, Server
 from consilium.engine.checkpoint import ClientStore
 from consilium.engine.flower.records import blobs_of, payload_of, to_record
+from consilium.engine.judge import number as is_number
+from consilium.engine.judge import objection, one_line
 from consilium.engine.rounding import restored
-from consilium.engine.rounds import Engine, Progress, diverged, release, told_of
+from consilium.engine.rounds import Engine, Progress, release, told_of
 from consilium.errors import PayloadError, RoundError
 from consilium.experiment import Wire
 from consilium.moe.budget import bytes_of, human
 
-__all__ = ["ATTEMPTS", "FlowerEngine", "Roster", "ask", "within"]
+__all__ = ["FlowerEngine", "Roster", "ask", "within"]
 
-ATTEMPTS = 3
+LATE = 3
+"""Rounds in which an answer that is overdue is still asked for."""
+NOBODY = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
+"""Errors that Flower's own server gives in place of an answer that never came."""
 
 
 @dataclass
@@ -80,12 +85,15 @@ class Roster:
         return {node.node_id: (node.node_id, node.last_activated_at) for node in self.grid.get_nodes()}
 
     def _name(self, reply: Message) -> ClientId:
-        told = _checked(reply)["engine"]
-        if "partition" in told and int(told["partition"]) < len(self.names):
-            return self.names[int(told["partition"])]
+        if reason := _failed(reply):
+            raise PayloadError(reason)
+        told = reply.content.get("engine", {})
+        place = told.get("partition")
+        if is_number(place, 0, len(self.names) - 1, int):
+            return self.names[place]
         if "name" in told:
             return str(told["name"])
-        raise PayloadError(f"it answers {dict(told)}")
+        raise PayloadError(one_line(f"it answers {dict(told)}"))
 
 
 def ask(
@@ -105,14 +113,14 @@ def ask(
 def _arrivals(grid: Grid, sent: dict[Any, str], end: float, poll: float) -> Iterator[tuple[Any, Message]]:
     """Replies one at a time, as they arrive until `end` (of time.monotonic); what is still in `sent` then never came.
 
-    A reply is released before the next is fetched.
+    A reply is released before the next is fetched. A message may be answered twice.
     """
     while sent:
         found = False
         for key, identifier in list(sent.items()):
             for reply in grid.pull_messages([identifier]):
                 found = True
-                del sent[key]
+                sent.pop(key, None)
                 yield key, reply
                 del reply
             if time.monotonic() > end and not found:
@@ -143,10 +151,10 @@ def within(cap: str, record: RecordDict, client: ClientId) -> int:
 class _Parked:
     """A reply that waits for its turn: its blobs in files, the rest here."""
 
-    files: dict[str, Path]
-    scalars: dict[str, Scalar]
-    told: dict[str, Scalar]
-    size: int
+    files: dict[str, Path] = field(default_factory=dict)
+    scalars: dict[str, Scalar] = field(default_factory=dict)
+    told: dict[str, Scalar] = field(default_factory=dict)
+    size: int = 0
 
     def payload(self, cap: int) -> Payload:
         return payload_of(((group, path.read_bytes()) for group, path in self.files.items()), self.scalars, cap)
@@ -160,10 +168,11 @@ class FlowerEngine(Engine):
         server: the server half. infos: all clients.
         roster: the Grid, and who is behind its nodes.
         store: which state of each client counts; the states themselves lie with the clients.
-        wire: deadline, quorum, cap.
+        wire: deadline, cap.
         told: what every message tells the client's end: the experiment, the run.
         folder: where replies wait for their turn, in a folder that goes after every round.
         progress: see `Progress`; a client is one step.
+        sampling: how many replies a round needs.
     """
 
     server: Server
@@ -174,21 +183,19 @@ class FlowerEngine(Engine):
     told: Mapping[str, Scalar]
     folder: Path
     progress: Progress = lambda client, phase, done, total: None
+    sampling: Sampling = field(default_factory=Sampling)
+    overdue: dict[str, tuple[ClientId, int]] = field(default_factory=dict)
+    """Message that was not answered in time -> the client it went to, its round."""
 
     def _replies(
         self, number: int, tasks: dict[ClientId, Payload], record: dict[str, Any]
     ) -> Iterator[tuple[ClientId, Payload]]:
         with tempfile.TemporaryDirectory(prefix=".replies-", dir=self.folder) as inbox:
-            for attempt in range(1, ATTEMPTS + 1):
-                missing: dict[ClientId, str] = {}
-                arrived, down = self._exchange("train", number, tasks, missing, Path(inbox))
-                if len(arrived) >= self.wire.quorum:
-                    break
-                if attempt == ATTEMPTS:
-                    raise RoundError(_too_few(number, len(arrived), self.wire.quorum, missing))
-            record["missing"] |= missing
+            arrived = self._exchange("train", number, tasks, record, Path(inbox))
             for client in sorted(arrived):
-                reply, told = self._take(client, number, arrived.pop(client), tasks[client], down[client])
+                reply, told = self._take(
+                    client, number, arrived.pop(client), tasks[client], record["bytes_sent"][client]
+                )
                 record["clients"][client] = told
                 if told["rejected"] is None:
                     yield client, reply
@@ -201,44 +208,65 @@ class FlowerEngine(Engine):
         told, info = parked.told, next(c for c in self.infos if c.id == client)
         try:
             reply = restored(parked.payload(bytes_of(self.wire.cap)), sent.group("params"))
-            rejected = str(told.get("rejected") or "") or diverged(reply)
+            rejected = one_line(told.get("rejected") or "") or objection(self.server, info, sent, reply)
+            if not rejected and told.get("round") != number:
+                rejected = one_line(f"it answers round {told.get('round')!r}, this is round {number}")
         except PayloadError as error:
-            reply, rejected = Payload(), str(error)
+            reply, rejected = Payload(), one_line(error)
         if rejected is None and told.get("kept"):
             self.store.versions[client] = number
         elif rejected is None:
             self.store.versions.pop(client, None)
-        return reply, told_of(reply, info, rejected, float(told.get("seconds", 0.0)), down, parked.size)
+        seconds = told["seconds"] if is_number(told.get("seconds"), 0) else 0.0
+        return reply, told_of(reply, info, rejected, seconds, down, parked.size)
 
     def _test(self, number: int, record: dict[str, Any]) -> dict[ClientId, Mapping[str, Scalar]]:
         able = _Deliveries(self.server, [info for info in self.infos if self.server.unable(info) is None])
+        noted = {key: {} for key in ("bytes_sent", "errors", "missing", "late", "duplicate")}
         with tempfile.TemporaryDirectory(prefix=".replies-", dir=self.folder) as inbox:
-            arrived, _ = self._exchange("evaluate", number, able, record["untested"], Path(inbox))
-        told = {client: arrived[client].scalars for client in sorted(arrived)}
-        silent = [client for client, scalars in told.items() if not _is_score(scalars.get("score"))]
-        record["untested"] |= dict.fromkeys(silent, "its answer has no score")
-        return {client: scalars for client, scalars in told.items() if client not in silent}
+            arrived = self._exchange("evaluate", number, able, noted, Path(inbox))
+        record["untested"] |= {**noted["missing"], **noted["errors"]}
+        return {client: arrived[client].scalars for client in sorted(arrived)}
 
     def _exchange(
-        self, kind: str, number: int, tasks: Mapping[ClientId, Payload], missing: dict[ClientId, str], inbox: Path
-    ) -> tuple[dict[ClientId, _Parked], dict[ClientId, int]]:
+        self, kind: str, number: int, tasks: Mapping[ClientId, Payload], noted: dict[str, Any], inbox: Path
+    ) -> dict[ClientId, _Parked]:
         """Send every client its payload and gather the answers until the deadline.
 
         Returns:
-            Client -> its reply in files, and client -> bytes sent. `missing` is filled: who did not answer, and why.
+            Client -> its reply in files. `noted`, a record, tells of all others.
         """
         nodes = self.roster.nodes()
         end = time.monotonic() + self.wire.deadline
-        sent, down = self._send(kind, number, tasks, nodes, missing)
+        sent = self._send(kind, number, tasks, nodes, noted)
         arrived: dict[ClientId, _Parked] = {}
         for client, reply in _arrivals(self.roster.grid, sent, end, self.roster.poll):
+            if client in arrived or client in noted["errors"] or client in noted["missing"]:
+                noted["duplicate"][client] = noted["duplicate"].get(client, 0) + 1
+                continue
             self.progress(client, "test" if kind == "evaluate" else "train", len(arrived) + 1, len(tasks))
+            if reason := _failed(reply):
+                noted["missing" if reply.has_error() and reply.error.code in NOBODY else "errors"][client] = reason
+                continue
             try:
-                arrived[client] = _park(reply, inbox / client)
+                arrived[client] = _park(reply, inbox / client, bytes_of(self.wire.cap))
             except PayloadError as error:
-                missing[client] = str(error)
-        missing |= {client: f"no answer within {self.wire.deadline:g} s" for client in sent}
-        return arrived, down
+                arrived[client] = _Parked(told={"rejected": str(error)})
+        noted["missing"] |= {client: f"no answer within {self.wire.deadline:g} s" for client in sent}
+        if kind == "train":
+            self._late(number, noted)
+            self.overdue |= {identifier: (client, number) for client, identifier in sent.items()}
+        return arrived
+
+    def _late(self, number: int, noted: dict[str, Any]) -> None:
+        """Note who has answered a message of an earlier round, or attempt, by now: the answers count for nothing."""
+        for identifier, (client, since) in list(self.overdue.items()):
+            for reply in self.roster.grid.pull_messages([identifier]):
+                self.overdue.pop(identifier, None)
+                if not reply.has_error():
+                    noted["late"].setdefault(client, []).append(since)
+            if number - since >= LATE:
+                self.overdue.pop(identifier, None)
 
     def _send(
         self,
@@ -246,14 +274,13 @@ class FlowerEngine(Engine):
         number: int,
         tasks: Mapping[ClientId, Payload],
         nodes: Mapping[ClientId, int],
-        missing: dict[ClientId, str],
-    ) -> tuple[dict[ClientId, str], dict[ClientId, int]]:
-        """One message per client, built and handed over one after the other: client -> its id, client -> bytes."""
+        noted: dict[str, Any],
+    ) -> dict[ClientId, str]:
+        """One message per client, built and handed over one after the other: client -> its id."""
         sent: dict[ClientId, str] = {}
-        down: dict[ClientId, int] = {}
         for client in sorted(tasks):
             if client not in nodes:
-                missing[client] = "not connected"
+                noted["missing"][client] = "not connected"
                 continue
             told = {
                 **self.told,
@@ -266,16 +293,16 @@ class FlowerEngine(Engine):
                 "zstd": self.wire.zstd,
             }
             content = to_record(tasks[client], told, self.wire.zstd)
-            down[client] = within(self.wire.cap, content, client)
+            size = within(self.wire.cap, content, client)
             message = Message(
                 content, dst_node_id=nodes[client], message_type=kind, ttl=self.wire.deadline, group_id=str(number)
             )
             for identifier in self.roster.grid.push_messages([message]):
                 if identifier:
-                    sent[client] = identifier
+                    sent[client], noted["bytes_sent"][client] = identifier, size
             if client not in sent:
-                missing[client] = "its message was not taken"
-        return sent, down
+                noted["missing"][client] = "its message was not taken"
+        return sent
 
 
 @dataclass
@@ -295,46 +322,32 @@ class _Deliveries(Mapping[ClientId, Payload]):
         return len(self.infos)
 
 
-def _is_score(value: Any) -> bool:
-    return isinstance(value, float | int) and math.isfinite(value)
-
-
-def _park(reply: Message, folder: Path) -> _Parked:
+def _park(reply: Message, folder: Path, cap: int) -> _Parked:
     """Write a reply's blobs to files.
 
     Raises:
-        PayloadError: saying why the reply is none.
+        PayloadError: if it is none of this protocol, or larger than `cap` bytes.
     """
-    blobs, scalars, told = blobs_of(_checked(reply))
+    blobs, scalars, told = blobs_of(reply.content)
+    if (size := sum(map(len, blobs.values()))) > cap:
+        raise PayloadError(f"the reply is {human(size)}, allowed are {human(cap)} (wire.cap)")
     folder.mkdir(exist_ok=True)
     files = {}
     for i, (group, blob) in enumerate(blobs.items()):
         files[group] = folder / str(i)
         files[group].write_bytes(blob)
-    return _Parked(files, scalars, told, sum(map(len, blobs.values())))
+    return _Parked(files, scalars, told, size)
 
 
-def _checked(reply: Message) -> RecordDict:
-    """A reply's content.
-
-    Raises:
-        PayloadError: if it is an error, with its reason in one line.
-    """
+def _failed(reply: Message) -> str | None:
+    """Why a reply is an error, in one line; None: it is none."""
     if reply.has_error():
-        raise PayloadError(f"error {reply.error.code}: {_last_line(reply.error.reason)}")
-    if "failed" in reply.content:
-        raise PayloadError(str(reply.content["failed"]["reason"]))
-    return reply.content
+        return one_line(f"error {reply.error.code}: {_last_line(reply.error.reason)}")
+    if "failed" not in reply.content:
+        return None
+    record = reply.content["failed"]
+    return one_line(record.get("reason") if isinstance(record, ConfigRecord) else "") or "unknown"
 
 
 def _last_line(text: str) -> str:
     return next((line for line in reversed((text or "").strip().splitlines()) if line.strip()), "unknown")
-
-
-def _too_few(number: int, arrived: int, quorum: int, missing: Mapping[ClientId, str]) -> str:
-    reasons = Counter(missing.values()).most_common(2)
-    why = "; ".join(f"{next(c for c, r in missing.items() if r == reason)}: {reason}" for reason, _ in reasons)
-    return (
-        f"round {number} had {arrived} answers in {ATTEMPTS} attempts, wire.quorum is {quorum} ({why}): look at the "
-        "sites, then resume the run"
-    )

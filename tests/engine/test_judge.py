@@ -1,0 +1,189 @@
+"""The judge, check by check: a good reply, one bad one for each check, and no check that could be left out."""
+
+import ast
+import inspect
+import math
+import textwrap
+
+import pytest
+import torch
+
+from consilium import params
+from consilium.core import ClientInfo, Payload, Server
+from consilium.engine import judge
+from consilium.params import Like
+
+INFO = ClientInfo("a", 12, "t")
+SENT = Payload({"params": {"w": torch.ones(2, 3), "head.t.x.bias": torch.ones(())}})
+GOOD = Payload(
+    {
+        "params": {"w": torch.zeros(2, 3), "head.t.x.bias": torch.ones(())},
+        "usage": {
+            "b": torch.tensor([0.0, 1.0]),
+            "none": torch.ones(0),
+            "counts": torch.tensor([2**40]),
+            "low": -torch.ones(1),
+        },
+        "u": {"f": torch.ones(3, 1)},
+    },
+    {
+        "num_examples": 12, "validation": 1, "train_loss": -0.5, "steps": 0, "perplexity": 1.5, "experts": 4, "cut": 0,
+        "footprint": 2**40, "seconds_evaluate": 0.1, "anything": [1], "report/x": "y",
+    },
+)  # fmt: skip
+
+
+class Asking(Server):
+    """Expects the params back, usage in [0, 1], a factor of any rank, and no text "lie"."""
+
+    configure = aggregate = deliver = None
+
+    def expects(self, client, sent):
+        like = {"b": Like((2,), torch.float32, 0, 1), "none": Like((0,), torch.float32, 0, 1)}
+        like |= {"counts": Like((1,), torch.int64, least=0), "low": Like((1,), torch.float32, most=0)}
+        factors = {"f": Like((3, None), torch.float32, needed=False)}
+        return {**super().expects(client, sent), "usage": like, "u": factors}
+
+    def objection(self, client, sent, reply):
+        return "it lies\nbadly" if reply.scalars.get("lie") else None
+
+
+def tensor(group, key, value):
+    held = {**GOOD.groups.get(group, {}), key: value}
+    return Payload({**GOOD.groups, group: {k: t for k, t in held.items() if t is not None}}, GOOD.scalars)
+
+
+def scalar(name, value):
+    return Payload(GOOD.groups, {k: v for k, v in {**GOOD.scalars, name: value}.items() if v is not None})
+
+
+BAD = [
+    (tensor("params", "w", None), "params w is missing"),
+    (tensor("params", "v", torch.ones(2)), "params v was not asked of this client"),
+    (tensor("control", "w", torch.ones(2)), "control w was not asked of this client"),
+    (Payload({**GOOD.groups, "control": {}}, GOOD.scalars), "group 'control' was not asked of this client"),
+    (Payload({"params": GOOD.groups["params"]}, GOOD.scalars), "usage b is missing"),
+    (tensor("params", "w", torch.ones(2, 3, 1)), "has shape (2, 3, 1), it must be (2, 3)"),
+    (tensor("params", "w", torch.ones(3)), "has shape (3,), it must be (2, 3)"),
+    (tensor("params", "w", torch.ones(3, 2)), "has shape (3, 2), it must be (2, 3)"),
+    (tensor("params", "w", torch.ones(1, 3)), "has shape (1, 3), it must be (2, 3)"),
+    (tensor("params", "w", torch.ones(())), "has shape (), it must be (2, 3)"),
+    (tensor("params", "head.t.x.bias", torch.ones(1)), "has shape (1,), it must be ()"),
+    (tensor("u", "f", torch.ones(2, 1)), "has shape (2, 1), it must be (3, None)"),
+    (tensor("params", "w", torch.ones(2, 3).double()), "is torch.float64, it must be torch.float32"),
+    (tensor("params", "w", torch.ones(2, 3).bfloat16()), "is torch.bfloat16, it must be torch.float32"),
+    (tensor("params", "w", torch.tensor([[0, 1, math.nan], [0, 0, 0]])), "params w is not finite"),
+    (tensor("params", "w", torch.tensor([[0, 1, 0], [0, 0, -math.inf]])), "params w is not finite"),
+    (tensor("usage", "b", torch.tensor([-0.1, 1.0])), "usage b has numbers outside 0..1"),
+    (tensor("usage", "b", torch.tensor([0.0, 1.1])), "usage b has numbers outside 0..1"),
+    (tensor("usage", "counts", torch.tensor([-1])), "usage counts has numbers outside 0..inf"),
+    (tensor("usage", "low", torch.ones(1)), "usage low has numbers outside -inf..0"),
+    (scalar("num_examples", None), "num_examples is missing"),
+    (scalar("num_examples", 0), "num_examples is 0; it must be a whole number within 1..12"),
+    (scalar("num_examples", -9), "num_examples is -9"),
+    (scalar("num_examples", 13), "num_examples is 13"),
+    (scalar("num_examples", 2**62), "num_examples is 4611686018427387904"),
+    (scalar("num_examples", True), "num_examples is True"),
+    (scalar("num_examples", 3.0), "num_examples is 3.0"),
+    (scalar("num_examples", "7"), "num_examples is '7'"),
+    (scalar("num_examples", [7]), "num_examples is [7]"),
+    (scalar("validation", 1.01), "validation is 1.01; it must be a finite number within 0..1"),
+    (scalar("validation", math.nan), "validation is nan"),
+    (scalar("train_loss", math.inf), "train_loss is inf; it must be a finite number"),
+    (scalar("train_loss", -math.inf), "train_loss is -inf"),
+    (scalar("steps", -1), "steps is -1"),
+    (scalar("footprint", "x" * 10**6), "footprint is 'xxx"),
+    (scalar("seconds_evaluate", -0.1), "seconds_evaluate is -0.1"),
+    (scalar("lie", True), "it lies badly"),
+]
+FINE = [
+    GOOD,
+    tensor("params", "head.t.x.bias", None),
+    tensor("u", "f", torch.ones(3, 7)),
+    tensor("u", "f", None),
+    scalar("train_loss", None),
+    scalar("num_examples", 1),
+]
+
+
+@pytest.mark.parametrize(("reply", "reason"), BAD, ids=[reason for _, reason in BAD])
+def test_one_bad_reply_for_each_check(reply, reason):
+    said = judge.objection(Asking(), INFO, SENT, reply)
+    assert reason in said and len(said) <= 1000 and said.isprintable()
+
+
+def test_good_replies_are_accepted():
+    assert [judge.objection(Asking(), INFO, SENT, reply) for reply in FINE] == [None] * len(FINE)
+
+
+def test_numbers_of_a_reply_that_may_be_recorded():
+    told = judge.numbers({"steps": 3, "cut": -1, "train_loss": math.nan, "validation": True, "experts": "x", "y": 1})
+    assert told == {"steps": 3}
+
+
+# --- property 22: without any one of the checks, another verdict ------------------------------------------------------
+
+CHECKS = [params.Like.objection, judge._tensors, judge._scalars, judge.number, judge.objection]
+EQUIVALENT = {"bounded"}  # spares looking for the extremes of numbers that have no bounds
+
+
+class Without(ast.NodeTransformer):
+    """Leaves out the n-th check: a condition that no longer holds, or one part of an `and` or `or`."""
+
+    def __init__(self, n):
+        self.left, self.what = n, None
+
+    def _here(self, node):
+        self.left -= 1
+        if self.left == -1:
+            self.what = ast.unparse(node)
+        return self.left == -1
+
+    def visit_If(self, node):
+        if self._here(node.test):
+            node.test = ast.Constant(False)
+        return self.generic_visit(node)
+
+    def visit_BoolOp(self, node):
+        self.generic_visit(node)
+        for value in list(node.values):
+            if ast.unparse(value) not in EQUIVALENT and self._here(value):
+                node.values = [other for other in node.values if other is not value]
+        return node.values[0] if len(node.values) == 1 else node
+
+    def visit_Compare(self, node):
+        """a <= x <= b: one side of it."""
+        if len(node.ops) == 2 and self._here(node):
+            return ast.Compare(node.left, node.ops[:1], node.comparators[:1])
+        if len(node.ops) == 2 and self._here(node):
+            return ast.Compare(node.comparators[0], node.ops[1:], node.comparators[1:])
+        return self.generic_visit(node)
+
+
+def verdicts():
+    found = []
+    for reply in [*FINE, *(reply for reply, _ in BAD)]:
+        try:
+            found.append(judge.objection(Asking(), INFO, SENT, reply) is None)
+        except Exception as error:
+            found.append(type(error))
+    return found
+
+
+def test_no_check_can_be_left_out(monkeypatch):
+    whole, mutants, survivors = verdicts(), 0, []
+    for check in CHECKS:
+        module, home = inspect.getmodule(check), params.Like if check is params.Like.objection else None
+        for n in range(99):
+            tree, without = ast.parse(textwrap.dedent(inspect.getsource(check))), Without(n)
+            tree = ast.fix_missing_locations(without.visit(tree))
+            if without.what is None:
+                break
+            names = dict(vars(module))
+            exec(compile(tree, "<mutant>", "exec"), names)
+            with monkeypatch.context() as patch:
+                patch.setattr(home or module, check.__name__, names[check.__name__])
+                if verdicts() == whole:
+                    survivors.append(f"{check.__qualname__} without {without.what}")
+            mutants += 1
+    assert mutants > 25 and not survivors
