@@ -13,7 +13,6 @@ from consilium.moe.build import ModelSource
 from consilium.moe.families import FAMILIES
 
 
-
 def three_trained(source: ModelSource) -> int:
     """A device that can train three experts per layer."""
     return tiny.bytes_for(3, source)
