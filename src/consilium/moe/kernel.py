@@ -250,7 +250,7 @@ class _Compute(torch.autograd.Function):
             for place, start, end in members if layer.second[0].bias is not None else ():
                 to_y[start:end] += g_ND[start:end] @ tensors[layer.second[place].bias]
             to_weights[slots] = to_y.to(to_weights.dtype)
-            (to_h,) = torch.autograd.grad(a_NF, h_NH, (to_a * w_N1).to(a_NF.dtype))
+            (to_h,) = torch.autograd.grad(a_NF, h_NH, to_a.mul_(w_N1).to(a_NF.dtype))
             to_x = _back(layer.first, to_h, x_ND, None, members, tensors, grads, to_hidden is not None)
             if to_hidden is not None:
                 to_hidden.index_add_(0, tokens, to_x.to(to_hidden.dtype))
