@@ -154,7 +154,8 @@ class ScaffoldClient(Client):
 
         model, reply = local_round(self.setup, payload, context, correct, references=REFERENCES)
         fresh = {k: t.clone() for k, t in unpack(table(model, held), variates.mean_gradient()).items()}
-        control = {key: fresh[key] - c_i[key] for key in fresh}
+        # in the dtype it came in: Switch's routers, for one, are float32 once they have run
+        control = {key: (fresh[key] - c_i[key]).to(payload.groups["control"][key].dtype) for key in fresh}
         context.state.params = fresh
         return Payload({**reply.groups, "control": control}, reply.scalars)
 
