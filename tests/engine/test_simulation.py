@@ -69,7 +69,7 @@ def test_a_dead_worker_comes_back(tmp_path):
     """SCAFFOLD sends params and control variates and keeps state. Flower puts a dead worker back among the idle ones
     and takes it first: without restarts every later message would fail. While it starts again its client is missing."""
     made = runs.experiment(
-        runs.table(tmp_path), SCAFFOLD(), model=tiny.source(num_experts=4), rounds=12, evaluate_every=12
+        runs.table(tmp_path), SCAFFOLD(), model=tiny.source(num_experts=4), rounds=24, evaluate_every=24
     )
     over = simulated(made, tmp_path / "ray", "kill")
     log = (tmp_path / "ray/log").read_text()
