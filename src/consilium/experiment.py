@@ -4,13 +4,13 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from consilium import algorithms
-from consilium.core import Algorithm, Sampling
+from consilium.core import Algorithm, ClientInfo, Sampling
 from consilium.data.arrays import ImageData, TableData
 from consilium.data.causal import check_rows
 from consilium.data.docstrings import DocstringData
@@ -21,7 +21,7 @@ from consilium.models.cohort import Cohort
 from consilium.moe.budget import bytes_of
 from consilium.moe.build import ModelSource
 from consilium.moe.lora import Lora
-from consilium.setup import Fit
+from consilium.setup import Fit, Setup
 
 __all__ = ["Experiment", "Wire", "from_json", "to_json"]
 
@@ -126,6 +126,25 @@ class Experiment:
             raise ConfigError(f"the data asks for {form}, the model is set up for {self.model.form}")
         if isinstance(self.data, LanguageData):
             check_rows(self.fit.rows, plain=bool(self.data.text))
+
+    def setup(
+        self,
+        labels: Iterable[tuple[str, Iterable[str]]],
+        clients: tuple[ClientInfo, ...] = (),
+        shape: tuple[int, ...] = (),
+    ) -> Setup:
+        """What the halves of the method are built from.
+
+        Args:
+            labels: (task, labels), as often as clients have them; tasks without labels have no head.
+            clients: all of them, on the server's side. shape: of an image or a row of a table.
+        """
+        heads: dict[str, set[str]] = {}
+        for task, names in labels:
+            if names:
+                heads.setdefault(task, set()).update(names)
+        sorted_heads = {task: tuple(sorted(names)) for task, names in sorted(heads.items())}
+        return Setup(self.model, self.fit, self.sampling, self.seed, sorted_heads, clients, shape)
 
 
 def to_json(value: Any) -> Any:

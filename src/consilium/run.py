@@ -16,7 +16,7 @@ import platform
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
@@ -224,17 +224,14 @@ class _Prepared:
             )
             for i, (client, data) in enumerate(federation.clients.items())
         )
-        heads: dict[str, set[str]] = {}
-        for data in federation.clients.values():
-            if data.task.labels:
-                heads.setdefault(data.task.name, set()).update(data.task.labels)
+        labels = [(data.task.name, data.task.labels) for data in federation.clients.values()]
         partition = federation.partition()
         for info in infos:
             partition["clients"][info.id]["memory_bytes"] = info.memory_bytes
             if info.architecture:
                 partition["clients"][info.id]["architecture"] = info.architecture
         metrics = {data.task.name: str(data.task.metric) for data in federation.clients.values()}
-        return cls._built(experiment, infos, heads, partition, metrics, federation=federation)
+        return cls._built(experiment, infos, labels, partition, metrics, federation=federation)
 
     @classmethod
     def across(cls, experiment: Experiment, roster: Any, sites: Sequence[str], wait: float, token: str) -> "_Prepared":
@@ -252,10 +249,7 @@ class _Prepared:
             ClientInfo(site, int(d["sizes"][0]), str(d["task"]), int(d["memory_bytes"]) or None)
             for site, d in found.items()
         )
-        heads: dict[str, set[str]] = {}
-        for described in found.values():
-            if described["labels"]:
-                heads.setdefault(str(described["task"]), set()).update(described["labels"])
+        labels = [(str(d["task"]), d["labels"]) for d in found.values()]
         clients = {
             site: {
                 "task": d["task"],
@@ -273,28 +267,20 @@ class _Prepared:
             "run": token,
         }
         metrics = {str(d["task"]): str(d["metric"]) for d in found.values()}
-        return cls._built(experiment, infos, heads, partition, metrics, roster=roster)
+        return cls._built(experiment, infos, labels, partition, metrics, roster=roster)
 
     @classmethod
     def _built(
         cls,
         experiment: Experiment,
         infos: tuple[ClientInfo, ...],
-        heads: Mapping[str, set[str]],
+        labels: Iterable[tuple[str, Iterable[str]]],
         partition: dict[str, Any],
         metrics: dict[str, str],
         federation: Federation | None = None,
         roster: Any = None,
     ) -> "_Prepared":
-        setup = Setup(
-            model=experiment.model,
-            fit=experiment.fit,
-            sampling=experiment.sampling,
-            seed=experiment.seed,
-            heads={task: tuple(sorted(labels)) for task, labels in sorted(heads.items())},
-            clients=infos,
-            shape=federation.shape if federation else (),
-        )
+        setup = experiment.setup(labels, infos, federation.shape if federation else ())
         for data in federation.clients.values() if federation else ():
             setup.check(data.task)
         if experiment.sampling.min_clients > len(infos):

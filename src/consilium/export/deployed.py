@@ -3,7 +3,7 @@
 import difflib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,19 +89,9 @@ class Finished:
             ClientInfo(name, c["sizes"]["train"], c["task"], c.get("memory_bytes"), c.get("architecture", ""))
             for name, c in partition["clients"].items()
         )
-        heads: dict[str, set[str]] = {}
-        for client in partition["clients"].values():
-            if client["labels"]:
-                heads.setdefault(client["task"], set()).update(client["labels"])
-        setup = Setup(
-            model=experiment.model,
-            fit=experiment.fit,
-            sampling=experiment.sampling,
-            seed=experiment.seed,
-            heads={task: tuple(sorted(labels)) for task, labels in sorted(heads.items())},
-            clients=infos,
-            shape=experiment.data.load(experiment.seed).shape if isinstance(experiment.model, Cohort) else (),
-        )
+        labels = [(told["task"], told["labels"]) for told in partition["clients"].values()]
+        small = isinstance(experiment.model, Cohort)
+        setup = experiment.setup(labels, infos, experiment.data.load(experiment.seed).shape if small else ())
         store = ClientStore(folder / "clients", found[2])
         return cls(folder, experiment, partition, summary, setup, store, config.get("data") == SITES, found[1])
 
@@ -156,8 +146,6 @@ def of_site(folder: Path) -> Deployed:
     Raises:
         ConfigError: if the server has not yet had the site's model scored.
     """
-    from dataclasses import replace
-
     from consilium.engine.flower import DELIVERED, read_site
 
     given, data = read_site(folder / "site.json")

@@ -31,7 +31,7 @@ from consilium.errors import ConfigError, ModelError
 from consilium.export.card import card
 from consilium.export.deployed import Deployed
 from consilium.moe.adapter_files import save_adapters
-from consilium.moe.addressing import load_flat, select
+from consilium.moe.addressing import load_flat
 from consilium.moe.files import save_sub_moe
 from consilium.moe.lora import add_lora, merged
 from consilium.moe.model import TaskModel
@@ -106,7 +106,7 @@ def _whole(deployed: Deployed) -> Params:
     if not experiment.fit.lora.rank:
         return deployed.params
     source = experiment.model
-    base = select(source.load(), "", deployed.held)
+    base = source.load(deployed.held)
     return merged(source.skeleton("", ()), base, deployed.params, experiment.fit.lora)
 
 

@@ -130,4 +130,5 @@ def _with_heads(folder: Path, source: ModelSource, tasks: dict[str, list[str]]) 
             for leaf in ("weight", "bias")
         }
         models[task] = source.build(params | rows, task, tuple(labels))
+        models[task].backbone = next(iter(models.values())).backbone
     return models

@@ -189,16 +189,15 @@ def tensors(model: TaskModel) -> dict[str, Tensor]:
     return parameters(model) | {path: buffers[path] for path in rows if path in buffers}
 
 
-def flatten(model: TaskModel, held: ExpertSet | None = None, copy: bool = True) -> Params:
-    """All parameters, or of a model with adapters those that travel, under flat names, detached and on the CPU.
+def flatten(model: TaskModel, held: ExpertSet | None = None) -> Params:
+    """All parameters, or of a model with adapters those that travel, under flat names: detached copies on the CPU that
+    share no memory with the model.
 
     They have the model's dtype, also where a family keeps a part in float32 once it has run (Switch its routers). Only
     a correction bias, which no training makes good again, has its own.
 
     Args:
         held: the full-model ids of the experts in the model's places; None: all, in order.
-        copy: copies that share no memory with the model, nor with each other; else views of its tensors where they
-            can be, for a model that is given up.
     """
     family = model.family
     own = f".{family.rows[-1]}" if family is not None and family.choice else None
@@ -208,8 +207,6 @@ def flatten(model: TaskModel, held: ExpertSet | None = None, copy: bool = True) 
         for path, t in tensors(model).items()
         if model.adapters is None or travels(_first(names[path]))
     }
-    if not copy:
-        return {key: t.to("cpu") for key, t in unpack(names, found).items()}
     form = torch.contiguous_format  # also of a row of one element, whose stride is then 1
     return {key: t.to("cpu", copy=True, memory_format=form) for key, t in unpack(names, found).items()}
 

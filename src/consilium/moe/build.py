@@ -154,7 +154,7 @@ class ModelSource:
         transformers_logging.disable_progress_bar()
         try:
             if held is not None and held != all_experts(whole := self.skeleton("", ())):
-                held = checked(held, self.counts, self.family)
+                held = checked(held, counts_of(all_experts(whole)), self.family)
                 part["state_dict"] = held_weights(where, self.revision, whole, held)
                 cls, where = sliced(cls, self.family, held), None
             backbone, info = cls.from_pretrained(
@@ -179,7 +179,7 @@ class ModelSource:
                 f"model {self.path!r} has no weights for {self.form}: {len(missing)} are missing, e.g. {missing[0]!r}"
             )
         part.clear()
-        return flatten(TaskModel(backbone, self.family, "", (), self.torch_dtype), held, copy=held is None)
+        return flatten(TaskModel(backbone, self.family, "", (), self.torch_dtype), held)
 
 
 @lru_cache(maxsize=4)

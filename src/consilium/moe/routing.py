@@ -15,6 +15,7 @@ from consilium.core import ExpertSet
 from consilium.errors import ModelError
 from consilium.moe.addressing import all_experts
 from consilium.moe.model import Batch, TaskModel
+from consilium.moe.surgery import attribute
 from consilium.params import Params
 
 __all__ = ["Tap", "Usage"]
@@ -200,8 +201,7 @@ class Tap:
         family = self.model.family
         if family.choice is None:
             return None
-        owner, _, name = f"{family.router}.{family.rows[-1]}".rpartition(".")
-        return getattr(self.model.blocks()[block].get_submodule(owner), name).detach().flatten()
+        return attribute(self.model.blocks()[block], f"{family.router}.{family.rows[-1]}").detach().flatten()
 
     def _groups(self, block: str, full: bool = False) -> tuple[int, int] | None:
         """How many groups the router of a block (full: of the full model) has, and how many a token may use."""
@@ -217,8 +217,7 @@ class Tap:
             return 1
         if full:
             return int(getattr(self.model.config, "num_experts_per_tok", 1))
-        owner, _, name = path.rpartition(".")
-        return int(getattr(self.model.blocks()[block].get_submodule(owner), name))
+        return int(attribute(self.model.blocks()[block], path))
 
     def _rows(self, block: str, outside: Params) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Ids [X], rows [X, D], biases [X] and correction biases [X] of the experts of a block that are not held."""

@@ -1,6 +1,7 @@
 """Cutting a sub-MoE out of a model: its own experts, and its own number of them, in every layer."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from consilium.moe.addressing import all_experts
 from consilium.moe.families import Family
 from consilium.moe.model import TaskModel
 
-__all__ = ["checked", "slice_experts"]
+__all__ = ["attribute", "checked", "slice_experts"]
 
 
 def checked(keep: ExpertSet, counts: Mapping[str, int], family: Family | None = None) -> dict[str, tuple[int, ...]]:
@@ -74,11 +75,11 @@ def _slice_block(block: nn.Module, family: Family, ids: Sequence[int], total: in
     for path in family.counts:
         _set(block, path, len(ids))
     if family.top_k is not None:
-        _set(block, family.top_k, min(_get(block, family.top_k), len(ids)))
+        _set(block, family.top_k, min(attribute(block, family.top_k), len(ids)))
     if family.groups:
         router.num_group = router.topk_group = 1
     if family.capacity is not None:
-        _set(block, family.capacity, -(-_get(block, family.capacity) * total // len(ids)))
+        _set(block, family.capacity, -(-attribute(block, family.capacity) * total // len(ids)))
 
 
 def _select(module: nn.Module, path: str, ids: Sequence[int], total: int) -> None:
@@ -95,7 +96,8 @@ def _select(module: nn.Module, path: str, ids: Sequence[int], total: int) -> Non
         owner.out_features = len(ids)
 
 
-def _get(block: nn.Module, path: str) -> int:
+def attribute(block: nn.Module, path: str) -> Any:
+    """What a block has at a path that the table of families names."""
     owner, _, name = path.rpartition(".")
     return getattr(block.get_submodule(owner), name)
 

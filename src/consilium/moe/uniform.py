@@ -30,6 +30,7 @@ from consilium.errors import ModelError
 from consilium.moe.addressing import all_experts
 from consilium.moe.families import Family
 from consilium.moe.model import TaskModel
+from consilium.moe.surgery import attribute
 from consilium.moe.widen import widen, widens
 
 __all__ = ["uniform"]
@@ -58,12 +59,12 @@ def uniform(model: TaskModel) -> tuple[Any, int | None]:
     most = max(counts.values())
     setattr(config, family.number, most)
     if family.top_k is not None:
-        config.num_experts_per_tok = max(_get(block, family.top_k) for block in blocks.values())
+        config.num_experts_per_tok = max(attribute(block, family.top_k) for block in blocks.values())
     if family.groups:
         config.n_group, config.topk_group = _groups(model)
     longest = None
     if family.capacity is not None:
-        served = {_get(block, family.capacity) for block in blocks.values()}
+        served = {attribute(block, family.capacity) for block in blocks.values()}
         config.expert_capacity = max(served)
         longest = min(served) if len(served) > 1 else None
     if min(counts.values()) < most:
@@ -127,8 +128,3 @@ def _grown(tensor: torch.Tensor, dim: int, most: int, value: float) -> torch.Ten
     shape = list(tensor.shape)
     shape[dim] = most - shape[dim]
     return torch.cat([tensor.detach(), torch.full(shape, value, dtype=tensor.dtype)], dim)
-
-
-def _get(block: nn.Module, path: str) -> int:
-    owner, _, name = path.rpartition(".")
-    return getattr(block.get_submodule(owner), name)

@@ -30,7 +30,6 @@ from consilium.engine.rounds import tested, trained
 from consilium.errors import ConfigError, ConsiliumError, DataError, PayloadError
 from consilium.experiment import Experiment, from_json, to_json
 from consilium.moe.budget import bytes_of
-from consilium.setup import Setup
 
 LOST = "engine/lost/"
 """In a client's state: what rounding has taken from its replies; the method does not see it."""
@@ -144,9 +143,7 @@ def _site(
     folder: Path | None,
     place: int = 0,
 ) -> Site:
-    labels = {task: tuple(labels) for task, labels in json.loads(heads).items()}
-    shape = data.train.shape
-    setup = Setup(experiment.model, experiment.fit, experiment.sampling, experiment.seed, labels, shape=shape)
+    setup = experiment.setup(json.loads(heads).items(), shape=data.train.shape)
     setup.check(data.task)
     return Site(
         info=ClientInfo(name, len(data.train), data.task.name, memory, experiment.model.architecture(place)),
