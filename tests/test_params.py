@@ -100,8 +100,9 @@ def test_two_levels_equal_one(updates, cut):
             lower.add(tensors(update, torch.float64), weight)
         mean = lower.mean({k: t.double() for k, t in OLD.items()})
         upper.add({k: mean[k] for k in KEYS if counted[k]}, counted.__getitem__)
+    merged = upper.mean(OLD)
     for key, flat in mean_of(updates).items():
-        torch.testing.assert_close(upper.mean(OLD)[key], flat, rtol=1e-6, atol=1e-12)
+        torch.testing.assert_close(merged[key], flat, rtol=1e-6, atol=1e-12)
 
 
 def test_sums_are_float64():

@@ -98,6 +98,9 @@ class WeightedMean:
     def mean(self, previous: Mapping[str, Tensor]) -> Params:
         """The new parameters: the mean where somebody contributed, else the previous tensor itself (not a copy).
 
+        The sums go as their means come, so a model is never in memory beside all of them; nothing is left for another
+        call.
+
         Raises:
             PayloadError: for a contributed key that `previous` lacks or holds in another shape.
         """
@@ -108,8 +111,9 @@ class WeightedMean:
                 raise PayloadError(
                     f"{key!r} arrived with shape {tuple(total.shape)}, the server holds {tuple(previous[key].shape)}"
                 )
+        sums = self._sums
         return {
-            key: (self._sums[key] / self._weights[key]).to(old.dtype) if key in self._sums else old
+            key: sums.pop(key).div_(self._weights[key]).to(old.dtype) if key in sums else old
             for key, old in previous.items()
         }
 

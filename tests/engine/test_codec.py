@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from consilium.core import _DTYPES, Payload
-from consilium.engine.codec import decode, encode
+from consilium.engine.codec import decode, encode, mapped
 from consilium.errors import PayloadError
 
 names = st.text(min_size=1, max_size=12).filter(lambda name: "\x00" not in name and name.isprintable())
@@ -201,3 +201,18 @@ def test_equal_payloads_are_equal_bytes_in_every_process():
     )
     digests = {subprocess.check_output([sys.executable, "-c", code], text=True) for _ in range(2)}
     assert len(digests) == 1
+
+
+def test_mapped_from_a_file_that_is_gone(tmp_path):
+    """The same payload to the bit, though its file has no name any more; a broken file is told like a broken blob."""
+    payload = Payload(
+        {"params": {"w": torch.arange(6.0).reshape(2, 3), "b": torch.ones((), dtype=torch.bfloat16)}, "x": {}}, {"n": 3}
+    )
+    path = tmp_path / "blob"
+    path.write_bytes(encode(payload))
+    back = mapped(path)
+    path.unlink()
+    assert encode(back) == encode(payload) and list(back.groups) == ["params", "x"]
+    path.write_bytes(encode(payload)[:-1])
+    with pytest.raises(PayloadError, match=f"a blob of {len(encode(payload)) - 1} bytes is not a payload"):
+        mapped(path)

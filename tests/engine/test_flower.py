@@ -23,6 +23,7 @@ from consilium.algorithms.scaffold import SCAFFOLD
 from consilium.core import Algorithm, Payload, Sampling, derive_seed
 from consilium.data.arrays import ImageData
 from consilium.engine.checkpoint import ClientStore, load_checkpoint
+from consilium.engine.flower.grid import within
 from consilium.engine.flower.records import STYPE, blobs_of, from_record, payload_of, to_record
 from consilium.engine.flower.server import _watched
 from consilium.errors import CheckpointError, ConfigError, PayloadError, RoundError
@@ -468,11 +469,32 @@ def test_compressed_payloads_are_the_same(data, grid, tmp_path):
 def test_a_blob_that_would_unfold_beyond_the_cap_is_refused():
     record = to_record(Payload({"params": {"w": torch.zeros(100_000)}}), {}, compress=True)
     blobs, scalars, _ = blobs_of(record)
-    assert len(blobs["params"]) < 1000 and payload_of(blobs.items(), scalars, 401_000).nbytes == 400_000
+    assert len(blobs["params"]) < 1000 and payload_of(blobs, scalars, 401_000).nbytes == 400_000
     with pytest.raises(PayloadError, match="would unfold to 400"):
-        payload_of(blobs.items(), scalars, 400_000)
+        payload_of(blobs, scalars, 400_000)
     with pytest.raises(PayloadError, match="compressed blob"):
-        payload_of([("params", blobs["params"][:-3])], scalars)
+        payload_of({"params": blobs["params"][:-3]}, scalars)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_a_long_blob_goes_in_parts(compress, monkeypatch):
+    """13 parts or more, so that "2" before "10" matters; one that is lost, doubled or moved is noticed."""
+    monkeypatch.setattr("consilium.engine.flower.records.PART", 64)
+    payload = Payload(
+        {"params": {"w": torch.randn(256, generator=torch.Generator().manual_seed(0))}, "x": {}}, {"n": 1}
+    )
+    record = to_record(payload, {}, compress)
+    arrays = record["payload"]
+    assert list(arrays)[:3] == ["params", "params/1", "params/2"] and "params/12" in arrays
+    assert all(len(array.data) <= 64 for array in arrays.values())
+    back, _ = from_record(record)
+    assert torch.equal(back.group("params")["w"], payload.group("params")["w"]) and "x" in back.groups
+    assert within("1MB", record, "a") == sum(len(array.data) for array in arrays.values())
+    with pytest.raises(PayloadError, match=r"more than wire\.cap 1kB"):
+        within("1kB", record, "a")
+    del arrays["params/2"]
+    with pytest.raises(PayloadError, match="'params/3' is not the next part of 'params', of which 2 came"):
+        blobs_of(record)
 
 
 # --- sites: their own data, their own disk --------------------------------------------------------------------------

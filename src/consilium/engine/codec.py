@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import safetensors
 import safetensors.torch
@@ -12,7 +13,7 @@ from consilium.core import Payload
 from consilium.errors import PayloadError
 from consilium.params import Params
 
-__all__ = ["decode", "encode"]
+__all__ = ["decode", "encode", "mapped"]
 
 
 def encode(payload: Payload) -> bytes:
@@ -31,15 +32,41 @@ def decode(blob: bytes) -> Payload:
     """
     try:
         size = int.from_bytes(blob[:8], "little")
-        header = json.loads(json.loads(blob[8 : 8 + size])["__metadata__"]["payload"])
-        groups: dict[str, Params] = {group: {} for group in header["groups"]}
-        scalars = {**header["scalars"]}
-        for name, tensor in safetensors.torch.load(blob).items():
-            group, _, key = name.partition("/")
-            groups[group][key] = tensor
-        return Payload(groups, scalars)
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise PayloadError(f"a blob of {len(blob)} bytes is not a payload: {type(error).__name__}") from error
+        header = json.loads(blob[8 : 8 + size])
+        return _payload(header["__metadata__"], safetensors.torch.load(blob))
+    except _BROKEN as error:
+        raise PayloadError(_not_one(len(blob), error)) from error
+
+
+def mapped(path: Path) -> Payload:
+    """The payload of a blob that lies in a file, which may go afterwards: its tensors are mapped from there, so they
+    take no memory that the system could not have back.
+
+    Raises:
+        PayloadError: if the blob is not one that `encode` could have made.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return _payload(file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except _BROKEN as error:
+        raise PayloadError(_not_one(path.stat().st_size, error)) from error
+
+
+_BROKEN = (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError)
+
+
+def _not_one(size: int, error: Exception) -> str:
+    return f"a blob of {size} bytes is not a payload: {type(error).__name__}"
+
+
+def _payload(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Payload:
+    header = json.loads(metadata["payload"])
+    groups: dict[str, Params] = {group: {} for group in header["groups"]}
+    scalars = {**header["scalars"]}
+    for name, tensor in tensors.items():
+        group, _, key = name.partition("/")
+        groups[group][key] = tensor
+    return Payload(groups, scalars)
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

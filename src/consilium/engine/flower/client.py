@@ -234,7 +234,7 @@ def describe(message: Message, context: Context) -> RecordDict:
 
 def _opened(message: Message) -> tuple[Payload, dict[str, Scalar]]:
     blobs, scalars, told = blobs_of(message.content)
-    return payload_of(blobs.items(), scalars, bytes_of(str(told["cap"]))), told
+    return payload_of(blobs, scalars, bytes_of(str(told["cap"]))), told
 
 
 def _begin(told: dict[str, Scalar], context: Context) -> tuple[Site, ClientStore, ClientContext]:

@@ -23,7 +23,7 @@ from flwr.serverapp import Grid
 
 from consilium.core import ClientId, ClientInfo, Payload, Sampling, Scalar, Server
 from consilium.engine.checkpoint import ClientStore
-from consilium.engine.flower.records import blobs_of, payload_of, to_record
+from consilium.engine.flower.records import blobs_of, payload_in, to_record, unfolded
 from consilium.engine.judge import number as is_number
 from consilium.engine.judge import objection, one_line
 from consilium.engine.rounding import restored
@@ -149,15 +149,15 @@ def within(cap: str, record: RecordDict, client: ClientId) -> int:
 
 @dataclass
 class _Parked:
-    """A reply that waits for its turn: its blobs in files, the rest here."""
+    """A reply that waits for its turn: its blobs in files, unfolded, the rest here."""
 
     files: dict[str, Path] = field(default_factory=dict)
     scalars: dict[str, Scalar] = field(default_factory=dict)
     told: dict[str, Scalar] = field(default_factory=dict)
     size: int = 0
 
-    def payload(self, cap: int) -> Payload:
-        return payload_of(((group, path.read_bytes()) for group, path in self.files.items()), self.scalars, cap)
+    def payload(self) -> Payload:
+        return payload_in(self.files, self.scalars)
 
 
 @dataclass
@@ -207,7 +207,7 @@ class FlowerEngine(Engine):
         """A reply out of its files, and what to record; notes which state of the client counts from now on."""
         told, info = parked.told, next(c for c in self.infos if c.id == client)
         try:
-            reply = restored(parked.payload(bytes_of(self.wire.cap)), sent.group("params"))
+            reply = restored(parked.payload(), sent.group("params"))
             rejected = one_line(told.get("rejected") or "") or objection(self.server, info, sent, reply)
             if not rejected and told.get("round") != number:
                 rejected = one_line(f"it answers round {told.get('round')!r}, this is round {number}")
@@ -243,15 +243,14 @@ class FlowerEngine(Engine):
         for client, reply in _arrivals(self.roster.grid, sent, end, self.roster.poll):
             if client in arrived or client in noted["errors"] or client in noted["missing"]:
                 noted["duplicate"][client] = noted["duplicate"].get(client, 0) + 1
-                continue
-            self.progress(client, "test" if kind == "evaluate" else "train", len(arrived) + 1, len(tasks))
-            if reason := _failed(reply):
-                noted["missing" if reply.has_error() and reply.error.code in NOBODY else "errors"][client] = reason
-                continue
-            try:
-                arrived[client] = _park(reply, inbox / client, bytes_of(self.wire.cap))
-            except PayloadError as error:
-                arrived[client] = _Parked(told={"rejected": str(error)})
+            else:
+                self.progress(client, "test" if kind == "evaluate" else "train", len(arrived) + 1, len(tasks))
+                if reason := _failed(reply):
+                    nobody = reply.has_error() and reply.error.code in NOBODY
+                    noted["missing" if nobody else "errors"][client] = reason
+                else:
+                    arrived[client] = _park(reply, inbox / client, bytes_of(self.wire.cap))
+            del reply  # before the next is fetched
         noted["missing"] |= {client: f"no answer within {self.wire.deadline:g} s" for client in sent}
         if kind == "train":
             self._late(number, noted)
@@ -276,33 +275,35 @@ class FlowerEngine(Engine):
         nodes: Mapping[ClientId, int],
         noted: dict[str, Any],
     ) -> dict[ClientId, str]:
-        """One message per client, built and handed over one after the other: client -> its id."""
+        """One message per client, built, handed over and released one after the other: client -> its id."""
         sent: dict[ClientId, str] = {}
         for client in sorted(tasks):
             if client not in nodes:
                 noted["missing"][client] = "not connected"
                 continue
-            told = {
-                **self.told,
-                "client": client,
-                "round": number,
-                "version": self.store.versions.get(client, 0),
-                "deadline": self.wire.deadline,
-                "cap": self.wire.cap,
-                "reply": self.wire.reply,
-                "zstd": self.wire.zstd,
-            }
-            content = to_record(tasks[client], told, self.wire.zstd)
-            size = within(self.wire.cap, content, client)
-            message = Message(
-                content, dst_node_id=nodes[client], message_type=kind, ttl=self.wire.deadline, group_id=str(number)
-            )
+            message = self._message(kind, number, client, nodes[client], tasks[client])
+            size = within(self.wire.cap, message.content, client)
             for identifier in self.roster.grid.push_messages([message]):
                 if identifier:
                     sent[client], noted["bytes_sent"][client] = identifier, size
             if client not in sent:
                 noted["missing"][client] = "its message was not taken"
+            del message  # before the next is built
         return sent
+
+    def _message(self, kind: str, number: int, client: ClientId, node: int, payload: Payload) -> Message:
+        told = {
+            **self.told,
+            "client": client,
+            "round": number,
+            "version": self.store.versions.get(client, 0),
+            "deadline": self.wire.deadline,
+            "cap": self.wire.cap,
+            "reply": self.wire.reply,
+            "zstd": self.wire.zstd,
+        }
+        content = to_record(payload, told, self.wire.zstd)
+        return Message(content, dst_node_id=node, message_type=kind, ttl=self.wire.deadline, group_id=str(number))
 
 
 @dataclass
@@ -323,19 +324,19 @@ class _Deliveries(Mapping[ClientId, Payload]):
 
 
 def _park(reply: Message, folder: Path, cap: int) -> _Parked:
-    """Write a reply's blobs to files.
-
-    Raises:
-        PayloadError: if it is none of this protocol, or larger than `cap` bytes.
-    """
-    blobs, scalars, told = blobs_of(reply.content)
-    if (size := sum(map(len, blobs.values()))) > cap:
-        raise PayloadError(f"the reply is {human(size)}, allowed are {human(cap)} (wire.cap)")
-    folder.mkdir(exist_ok=True)
-    files = {}
-    for i, (group, blob) in enumerate(blobs.items()):
-        files[group] = folder / str(i)
-        files[group].write_bytes(blob)
+    """Write a reply's blobs to files; one that is none of this protocol, or larger than `cap` bytes, unfolded or not,
+    is parked as rejected."""
+    try:
+        blobs, scalars, told = blobs_of(reply.content)
+        if (size := sum(map(len, blobs.values()))) > cap:
+            raise PayloadError(f"the reply is {human(size)}, allowed are {human(cap)} (wire.cap)")
+        folder.mkdir(exist_ok=True)
+        files = {}
+        for i, (group, blob) in enumerate(blobs.items()):
+            files[group] = folder / str(i)
+            files[group].write_bytes(unfolded(blob, cap))
+    except PayloadError as error:
+        return _Parked(told={"rejected": str(error)})
     return _Parked(files, scalars, told, size)
 
 

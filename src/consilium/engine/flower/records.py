@@ -1,26 +1,30 @@
 """A payload as a Flower RecordDict and back, to the bit: one blob per payload group, one record of scalars.
 
-    "payload"   ArrayRecord: group -> one Array of raw bytes, the codec's safetensors, whatever dtypes are inside
+    "payload"   ArrayRecord: group -> Array of raw bytes, the codec's safetensors, whatever dtypes are inside
     "scalars"   ConfigRecord: the payload's scalars
     "engine"    ConfigRecord: what the two ends of the engine tell each other
 
-One blob and not one array per tensor: Flower stores and fetches every array on its own, at some 25 ms each.
+One blob and not one array per tensor: Flower stores and fetches every array on its own, at some 25 ms each. A long blob
+goes on in "group/1", "group/2", ...: Flower puts an array together from its chunks with two copies of it beside them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 
 import zstandard
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from consilium.core import Payload, Scalar
-from consilium.engine.codec import decode, encode
+from consilium.engine.codec import decode, encode, mapped
 from consilium.errors import PayloadError
 
-__all__ = ["STYPE", "blobs_of", "from_record", "payload_of", "to_record"]
+__all__ = ["STYPE", "blobs_of", "from_record", "payload_in", "payload_of", "to_record", "unfolded"]
 
 STYPE, PACKED = "consilium.safetensors", "consilium.safetensors.zstd"
 MAGIC = zstandard.MAGIC_NUMBER.to_bytes(4, "little")
 """A zstd frame begins so; a safetensors blob, which begins with the length of its header, would need one of 4 GB."""
+PART = 32 * 1024 * 1024
+"""Bytes of one Array at most."""
 _LEAST, _MOST = -(2**63), 2**64 - 1
 
 
@@ -30,13 +34,17 @@ def to_record(payload: Payload, told: Mapping[str, Scalar], compress: bool = Fal
     Raises:
         PayloadError: for an integer beyond 64 bits, which Flower's records cannot hold, or a text that is not Unicode.
     """
-    arrays = {}
+    arrays: dict[str, Array] = {}
     for group, params in payload.groups.items():
         blob = encode(Payload({group: params}))
-        shape = (len(blob),)
+        size, stype = len(blob), STYPE
         if compress:
-            blob = zstandard.compress(blob, 1)
-        arrays[group] = Array("uint8", shape, PACKED if compress else STYPE, blob)
+            blob, stype = zstandard.compress(blob, 1), PACKED
+        for i, start in enumerate(range(0, len(blob), PART)):
+            part = blob[start : start + PART]
+            told_size = 0 if i else size  # of the whole blob, before compression: see `grid.within`
+            arrays[f"{group}/{i}" if i else group] = Array("uint8", (told_size,), stype, part)
+        del blob
     return RecordDict(
         {
             "payload": ArrayRecord(array_dict=arrays, keep_input=True),
@@ -58,28 +66,46 @@ def blobs_of(record: RecordDict) -> tuple[dict[str, bytes], dict[str, Scalar], d
         raise PayloadError(f"a message without {error}: the other side does not speak this protocol") from error
     if not (isinstance(arrays, ArrayRecord) and isinstance(scalars, ConfigRecord) and isinstance(told, ConfigRecord)):
         raise PayloadError("a message with records of other types: the other side does not speak this protocol")
-    for group, array in arrays.items():
+    for name, array in arrays.items():
         if array.stype not in (STYPE, PACKED):
-            raise PayloadError(f"group {group!r} arrived as {array.stype!r}; it must be {STYPE}")
-    return {group: array.data for group, array in arrays.items()}, dict(scalars), dict(told)
+            raise PayloadError(f"group {name!r} arrived as {array.stype!r}; it must be {STYPE}")
+    parts: dict[str, list[bytes]] = {}
+    for name, array in arrays.items():
+        group, _, place = name.partition("/")
+        before = parts.setdefault(group, [])
+        if place != (str(len(before)) if before else ""):
+            raise PayloadError(f"{name!r} is not the next part of {group!r}, of which {len(before)} came")
+        before.append(array.data)
+    blobs = {group: b"".join(pieces) if len(pieces) > 1 else pieces[0] for group, pieces in parts.items()}
+    return blobs, dict(scalars), dict(told)
 
 
-def payload_of(blobs: Iterable[tuple[str, bytes]], scalars: Mapping[str, Scalar], cap: int = 2**40) -> Payload:
+def payload_of(blobs: Mapping[str, bytes], scalars: Mapping[str, Scalar], cap: int = 2**40) -> Payload:
     """The payload of these blobs and scalars; `cap`: bytes that a compressed blob may unfold to.
 
     Raises:
         PayloadError: if a blob is not one that `to_record` could have made.
     """
-    groups = {}
-    for group, blob in blobs:
-        held = decode(_unfolded(blob, cap) if blob.startswith(MAGIC) else blob).groups
-        if set(held) != {group}:
-            raise PayloadError(f"the blob of group {group!r} holds {sorted(held)}")
-        groups[group] = held[group]
-    return Payload(groups, dict(scalars))
+    return _joined({group: decode(unfolded(blob, cap)) for group, blob in blobs.items()}, scalars)
 
 
-def _unfolded(blob: bytes, cap: int) -> bytes:
+def payload_in(files: Mapping[str, Path], scalars: Mapping[str, Scalar]) -> Payload:
+    """The payload of blobs that lie in files, unfolded; its tensors are mapped from there (`codec.mapped`).
+
+    Raises:
+        PayloadError: if a blob is not one that `to_record` could have made.
+    """
+    return _joined({group: mapped(path) for group, path in files.items()}, scalars)
+
+
+def unfolded(blob: bytes, cap: int) -> bytes:
+    """A blob as the codec made it; `cap`: bytes that a compressed one may unfold to.
+
+    Raises:
+        PayloadError: if it would be more, or does not unfold.
+    """
+    if not blob.startswith(MAGIC):
+        return blob
     try:
         size = zstandard.frame_content_size(blob)
         if not 0 <= size <= cap:
@@ -89,6 +115,15 @@ def _unfolded(blob: bytes, cap: int) -> bytes:
         raise PayloadError(f"a compressed blob is broken: {error}") from error
 
 
+def _joined(parts: Mapping[str, Payload], scalars: Mapping[str, Scalar]) -> Payload:
+    groups = {}
+    for group, part in parts.items():
+        if set(part.groups) != {group}:
+            raise PayloadError(f"the blob of group {group!r} holds {sorted(part.groups)}")
+        groups |= part.groups
+    return Payload(groups, dict(scalars))
+
+
 def from_record(record: RecordDict) -> tuple[Payload, dict[str, Scalar]]:
     """The payload and the engine's words that `to_record` was given.
 
@@ -96,7 +131,7 @@ def from_record(record: RecordDict) -> tuple[Payload, dict[str, Scalar]]:
         PayloadError: if the content is not one that `to_record` could have made.
     """
     blobs, scalars, told = blobs_of(record)
-    return payload_of(blobs.items(), scalars), told
+    return payload_of(blobs, scalars), told
 
 
 def _config(scalars: Mapping[str, Scalar]) -> ConfigRecord:
