@@ -1,6 +1,7 @@
 """An experiment is one frozen dataclass, saved as JSON and given back."""
 
 import dataclasses
+import os
 import re
 import types
 import typing
@@ -77,9 +78,12 @@ class Experiment:
         seed: of everything random.
         strict: turn every payload into bytes and back, as between machines.
         threads: torch threads.
+        workers: with the engine "local": clients at work at a time, each in a process with one torch thread; 0: for a
+            cohort on the CPU as many as there are cores, or as OMP_NUM_THREADS says, else 1. A model per worker must
+            fit into memory; the weights are the same to the bit.
         device: "cpu", "cuda", "cuda:0".
-        engine: "local" runs the clients one after the other in this process, "flower" side by side in processes of
-            Flower's simulation (needs the extra "simulation"); the weights are the same to the bit.
+        engine: "local" runs the clients on this machine, "flower" in processes of Flower's simulation (needs the extra
+            "simulation"), which may be spread over machines; the weights are the same to the bit.
         wire: how the engine "flower" sends payloads.
     """
 
@@ -95,6 +99,7 @@ class Experiment:
     seed: int = 0
     strict: bool = False
     threads: int = 1
+    workers: int = 0
     device: str = "cpu"
     engine: Literal["local", "flower"] = "local"
     wire: Wire = field(default_factory=Wire)
@@ -105,6 +110,13 @@ class Experiment:
         for name in ("rounds", "evaluate_every", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.workers < 0:
+            raise ConfigError(f"workers is {self.workers}; it must be at least 1, or 0 for as many as suit the model")
+        if self.workers > 1 and (self.threads > 1 or self.device != "cpu"):
+            raise ConfigError(
+                f"workers is {self.workers}, which is for one torch thread on the CPU each; threads is {self.threads}, "
+                f"device {self.device}"
+            )
         if self.engine not in ("local", "flower"):
             raise ConfigError(f"engine is {self.engine!r}; it must be local or flower")
         for text in self.memory:
@@ -126,6 +138,14 @@ class Experiment:
             raise ConfigError(f"the data asks for {form}, the model is set up for {self.model.form}")
         if isinstance(self.data, LanguageData):
             check_rows(self.fit.rows, plain=bool(self.data.text))
+
+    @property
+    def processes(self) -> int:
+        """Clients at work at a time, see `workers`; no more than take part in a round."""
+        suited = isinstance(self.model, Cohort) and self.threads == 1 and self.device == "cpu"
+        said = os.environ.get("OMP_NUM_THREADS", "")
+        cores = max(int(said), 1) if said.isdecimal() else len(os.sched_getaffinity(0))
+        return min(self.workers or (cores if suited else 1), self.sampling.clients_per_round)
 
     def setup(
         self,

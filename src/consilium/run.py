@@ -38,6 +38,7 @@ from consilium.engine.interrupt import interruptible
 from consilium.engine.judge import BENCH, tally
 from consilium.engine.local import LocalEngine
 from consilium.engine.rounds import Engine, nobody
+from consilium.engine.workers import forked
 from consilium.errors import BudgetError, CheckpointError, ConfigError, DataError, RoundError
 from consilium.experiment import Experiment, from_json, to_json
 from consilium.moe.budget import bytes_of
@@ -299,7 +300,7 @@ class _Prepared:
         """What carries the payloads, as long as the rounds go on."""
         experiment = self.experiment
         if self.roster is None and experiment.engine == "local":
-            yield LocalEngine(
+            engine = LocalEngine(
                 server=self.server,
                 client=experiment.algorithm.client(self.setup),
                 infos=self.infos,
@@ -311,6 +312,9 @@ class _Prepared:
                 sampling=experiment.sampling,
                 progress=progress,
             )
+            count = min(experiment.processes, len(self.infos))
+            with forked(count, engine.work) if count > 1 else nullcontext() as engine.workers:
+                yield engine
             return
         from consilium.engine.flower import FlowerEngine, Roster, simulation
 

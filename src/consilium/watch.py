@@ -204,7 +204,8 @@ class Comparison:
             saved = json.dumps(to_json(self.planned[folder]))
             write_atomic(folder / "experiment.json", saved.encode())
             command = ["run", str(folder / "experiment.json"), "--out", str(folder.parent)]
-        threads = {"OMP_NUM_THREADS": str(self.planned[folder].threads)}
+        cores = len(os.sched_getaffinity(0)) // self.jobs  # a run of small models takes as many workers
+        threads = {"OMP_NUM_THREADS": str(max(self.planned[folder].threads, cores))}
         with (folder / "log.txt").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "consilium", *command],

@@ -10,6 +10,7 @@ in the federation: all that a client half may use is its payload and its context
 import dataclasses
 import itertools
 import math
+from contextlib import nullcontext
 from functools import cache
 
 import pytest
@@ -22,6 +23,7 @@ from consilium.algorithms.hfedmoe import HFedMoE
 from consilium.algorithms.pfedmoe import pFedMoE
 from consilium.core import Algorithm, Client, Server
 from consilium.engine.codec import decode, encode
+from consilium.engine.workers import forked
 from consilium.params import checksum
 
 DEFAULTS = {name: cls for name, cls in Algorithm.registry.items() if cls.__module__.startswith("consilium.")}
@@ -83,12 +85,17 @@ def outcome(server, records, events):
     return checksum(server.params), told, server.structure(), server.usage(), events
 
 
-def run(name, model_type="olmoe", strict=False, backwards=False, resume_after=None):
+def run(name, model_type="olmoe", strict=False, backwards=False, resume_after=None, workers=1):
     """The outcome of a short run, and the states it leaves on the clients."""
     made = setup(name, model_type, backwards)
     server, client = halves(name, made)
     engine = tiny.engine(server, client, made, tiny.root / f"run-{next(_number)}", strict)
-    records, events = [], []
+    with forked(workers, engine.work) if workers > 1 else nullcontext() as engine.workers:
+        return _rounds(name, engine, made, model_type, strict, backwards, resume_after)
+
+
+def _rounds(name, engine, made, model_type, strict, backwards, resume_after):
+    server, records, events = engine.server, [], []
     for number in range(1, ROUNDS + 1):
         records.append(engine.round(number, test=number == ROUNDS))
         events += [{"round": number, **event} for event in server.events()]
@@ -166,6 +173,12 @@ def test_other_families_run(name, model_type, tmp_path):
 def test_bytes_on_the_way_change_no_bit(name, model_type):
     """Every payload through the codec: the same parameters, scores, structures, events and client states."""
     assert plain(name, model_type) == run(name, model_type, strict=True)
+
+
+@every_method
+def test_worker_processes_change_no_bit(name):
+    """Clients side by side, each in a process of its own: the same everything."""
+    assert plain(name) == run(name, workers=2)
 
 
 @every_method

@@ -87,8 +87,18 @@ class ClientStore:
 
     def save(self, client: ClientId, state: ClientState, round: int) -> None:
         """Keep a state under its round; an empty state leaves no file."""
-        if state.params or state.scalars:
-            write_atomic(self._path(client, round), _seal(Payload({"params": state.params}, state.scalars)))
+        self.count(client, round, self.write(client, state, round))
+
+    def write(self, client: ClientId, state: ClientState, round: int) -> bool:
+        """Write a state, which does not count yet; an empty one leaves no file. Returns whether there is one."""
+        if not (state.params or state.scalars):
+            return False
+        write_atomic(self._path(client, round), _seal(Payload({"params": state.params}, state.scalars)))
+        return True
+
+    def count(self, client: ClientId, round: int, kept: bool) -> None:
+        """From now on the state that the client wrote in that round counts; kept: whether it wrote one."""
+        if kept:
             self.versions[client] = round
         else:
             self.versions.pop(client, None)

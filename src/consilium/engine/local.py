@@ -1,11 +1,14 @@
-"""The engine that runs everybody in one process, one client after the other.
+"""The engine that runs everybody on this machine: one client after the other in this process, or with `workers` several
+side by side, a process each.
 
-Lazy: a client's model exists while it works, and one reply is in memory at a time: it is emptied as soon as the
-server asks for the next. With `strict`, every payload is turned into bytes and back on its way, as between machines.
+Lazy: a client's model exists while it works, and without workers one reply is in memory at a time: it is emptied as
+soon as the server asks for the next. With `strict`, and always between processes, every payload is turned into bytes
+and back on its way, as between machines. The results are the same to the bit, whoever worked where.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from consilium.engine.checkpoint import ClientStore
 from consilium.engine.codec import decode, encode
 from consilium.engine.judge import objection, one_line
 from consilium.engine.rounds import OWN, Engine, Progress, release, tested, told_of, trained
+from consilium.engine.workers import Workers
 
 __all__ = ["LocalEngine"]
 
@@ -31,6 +35,7 @@ class LocalEngine(Engine):
         seed: of the run. device: where clients train. strict: through bytes.
         sampling: how many replies a round needs.
         progress: see `Progress`.
+        workers: processes that do `work`, see `forked`; None: this one does.
     """
 
     server: Server
@@ -43,78 +48,99 @@ class LocalEngine(Engine):
     strict: bool = False
     sampling: Sampling = field(default_factory=Sampling)
     progress: Progress = lambda client, phase, done, total: None
+    workers: Workers | None = None
 
     def _replies(
         self, number: int, tasks: dict[ClientId, Payload], record: dict[str, Any]
     ) -> Iterator[tuple[ClientId, Payload]]:
-        for client in sorted(tasks):
-            try:
-                reply, told = self._train(client, number, tasks.pop(client), record)
-            except _Failed as failed:
-                record["errors"][client] = str(failed)
+        jobs = ((client, tasks.pop(client)) for client in sorted(tasks))
+        for client, sent, reply, told in self._each("train", number, jobs):
+            record["bytes_sent"][client] = sent.nbytes
+            if failed := told.get("failed"):
+                record["errors"][client] = failed
                 continue
-            record["clients"][client] = told
-            if told["rejected"] is None:
+            info = self._infos[client]
+            rejected = objection(self.server, info, sent, reply)
+            if rejected is None:
+                self.store.count(client, number, told["kept"])
+            record["clients"][client] = told_of(reply, info, rejected, told["seconds"], sent.nbytes, reply.nbytes)
+            reply = Payload(reply.groups, reply.scalars)  # which `release` may empty
+            if rejected is None:
                 yield client, reply
             release(reply)
 
-    def _train(
-        self, client: ClientId, number: int, payload: Payload, record: dict[str, Any]
-    ) -> tuple[Payload, dict[str, Any]]:
-        """One client's round: its reply, and what to record of it.
-
-        Raises:
-            _Failed: with an error of the client's own.
-        """
-        sent = self._carry(payload)
-        record["bytes_sent"][client] = sent.nbytes
-        context = self._context(client, number, "train")
-        try:
-            reply, seconds = trained(self.client, sent, context)
-        except OWN as error:
-            raise _Failed(_said(error)) from error
-        rejected = objection(self.server, context.info, sent, reply)
-        if rejected is None:
-            self.store.save(client, context.state, number)
-        reply = self._carry(reply)
-        told = told_of(reply, context.info, rejected, seconds, sent.nbytes, reply.nbytes)
-        return Payload(reply.groups, reply.scalars), told
-
     def _test(self, number: int, record: dict[str, Any]) -> dict[ClientId, Mapping[str, Scalar]]:
         told = {}
+        for client, _, reply, said in self._each("evaluate", number, self._deliveries()):
+            if failed := said.get("failed"):
+                record["untested"][client] = failed
+            else:
+                told[client] = reply.scalars
+        return told
+
+    def _deliveries(self) -> Iterator[tuple[ClientId, Payload]]:
+        """(Client, the model it would deploy) of all that can hold one, cut when it is their turn."""
         for done, info in enumerate(self.infos):
             self.progress(info.id, "test", done, len(self.infos))
             if self.server.unable(info) is None:
-                delivered = self._carry(self.server.deliver(info))
-                try:
-                    reply = tested(self.client, delivered, self._context(info.id, number, "test"))
-                except OWN as error:
-                    record["untested"][info.id] = _said(error)
-                    continue
-                told[info.id] = self._carry(reply).scalars
-        return told
+                yield info.id, self.server.deliver(info)
 
-    def _context(self, client: ClientId, number: int, phase: str) -> ClientContext:
-        def steps(done: int, total: int) -> None:
-            self.progress(client, phase, done, total)
+    def _each(
+        self, kind: str, number: int, jobs: Iterable[tuple[ClientId, Payload]]
+    ) -> Iterator[tuple[ClientId, Payload, Payload, dict[str, Any]]]:
+        """(Client, what it was sent, its answer, what `work` tells), one at a time in the order of `jobs`."""
+        tasks = ((client, self.store.versions.get(client, 0), payload) for client, payload in jobs)
+        if self.workers is not None:
+            yield from self.workers.each(kind, number, tasks, self.progress)
+            return
+        phase = "test" if kind == "evaluate" else kind
+        for client, version, payload in tasks:
+            sent = self._carry(payload)
+            del payload
+            answer, told = self.work(
+                kind, client, number, version, sent, lambda done, total, c=client: self.progress(c, phase, done, total)
+            )
+            yield client, sent, self._carry(answer), told
+            del sent, answer
 
-        info = next(c for c in self.infos if c.id == client)
-        return ClientContext(
-            info=info,
+    def work(
+        self,
+        kind: str,
+        client: ClientId,
+        number: int,
+        version: int,
+        payload: Payload,
+        progress: Callable[[int, int], None],
+    ) -> tuple[Payload, dict[str, Any]]:
+        """What a client does in a round, in this process or a worker's.
+
+        Args:
+            kind: "train" or "evaluate". version: the round of its state that counts, 0: it has none.
+
+        Returns:
+            The reply, and {"failed"}: an error of the client's own, or {"seconds", "kept"}: of training, and whether it
+            wrote a state under this round, which does not count yet.
+        """
+        self.store.count(client, version, kept=version > 0)
+        context = ClientContext(
+            info=self._infos[client],
             data=self.federation.clients[client],
             device=self.device,
             seed=derive_seed(self.seed, "client", number, client),
             state=self.store.load(client),
-            progress=steps,
+            progress=progress,
         )
+        try:
+            if kind == "evaluate":
+                return tested(self.client, payload, context), {}
+            reply, seconds = trained(self.client, payload, context)
+        except OWN as error:
+            return Payload(), {"failed": one_line(f"{type(error).__name__}: {error}")}
+        return reply, {"seconds": seconds, "kept": self.store.write(client, context.state, number)}
+
+    @cached_property
+    def _infos(self) -> dict[ClientId, ClientInfo]:
+        return {info.id: info for info in self.infos}
 
     def _carry(self, payload: Payload) -> Payload:
         return decode(encode(payload)) if self.strict else payload
-
-
-class _Failed(Exception):
-    """A client's training ended in an error of its own."""
-
-
-def _said(error: Exception) -> str:
-    return one_line(f"{type(error).__name__}: {error}")

@@ -1,0 +1,118 @@
+"""Worker processes: the same bits and records as in one process, errors and deaths told, nobody left behind."""
+
+import dataclasses
+import os
+import signal
+
+import psutil
+import pytest
+import runs
+import tiny
+import torch
+
+from consilium.algorithms.fedavg import FedAvg
+from consilium.core import Payload, Sampling
+from consilium.data.arrays import ImageData
+from consilium.engine.workers import forked
+from consilium.errors import BudgetError, ConfigError, RoundError
+from consilium.experiment import Experiment
+from consilium.models.cohort import Cohort
+from consilium.run import run
+
+COHORT = Experiment("small", FedAvg(), ImageData(), Cohort(("mnist-5",)), sampling=Sampling(4))
+
+
+def children():
+    return [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+
+
+def double(kind, client, number, version, payload, progress):
+    progress(1, 1)
+    if client == "bad":
+        raise BudgetError("too small")
+    if client == "odd":
+        raise ZeroDivisionError("division by zero")
+    if client == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Payload({"w": {"w": payload.group("w")["w"] * 2}}, {"pid": os.getpid()}), {"number": number, "of": version}
+
+
+def tasks(*names):
+    for i, name in enumerate(names):
+        yield name, i, Payload({"w": {"w": torch.full((3,), float(i))}})
+
+
+def test_answers_come_in_the_order_of_the_tasks_from_several_processes():
+    seen = []
+    with forked(2, double) as workers:
+        answers = list(workers.each("train", 7, tasks(*"dbacfe"), lambda *step: seen.append(step)))
+    assert [client for client, *_ in answers] == list("dbacfe")
+    for i, (_, sent, reply, told) in enumerate(answers):
+        assert torch.equal(sent.group("w")["w"] * 2, reply.group("w")["w"]) and told == {"number": 7, "of": i}
+    pids = {reply.scalars["pid"] for _, _, reply, _ in answers}
+    assert len(pids) == 2 and os.getpid() not in pids and not any(map(psutil.pid_exists, pids))
+    assert set(seen) <= {(client, "train", 1, 1) for client in "abcdef"} and seen
+
+
+def test_tasks_are_made_when_there_is_room_for_them():
+    """Two workers: at most four payloads and answers at a time, however many clients."""
+    made = []
+
+    def counted():
+        for task in tasks(*(f"c{i}" for i in range(20))):
+            made.append(task[0])
+            yield task
+
+    with forked(2, double) as workers:
+        for done, _ in enumerate(workers.each("train", 1, counted(), lambda *_: None)):
+            assert len(made) <= done + 4
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "text"),
+    [
+        ("bad", BudgetError, "too small"),
+        ("odd", RuntimeError, "division by zero"),
+        ("killed", RoundError, "worker process of client killed has ended with code -9"),
+    ],
+)
+def test_an_error_in_a_worker_is_one_here(name, error, text):
+    with pytest.raises(error, match=text), forked(2, double) as workers:
+        list(workers.each("train", 1, tasks("a", name, "c"), lambda *_: None))
+    assert not children()
+
+
+@pytest.mark.parametrize("status", ["finished", "killed"])
+def test_a_run_leaves_nobody_behind(status, tmp_path):
+    """Over a mixture of experts, which by itself is trained in one process; the weights are those of one. A run whose
+    process is killed takes its workers along."""
+    made = runs.experiment(runs.table(tmp_path), FedAvg(), model=tiny.source(num_experts=4), rounds=2)
+    assert made.processes == 1
+    if status == "finished":
+        run(made, tmp_path / "one")
+        run(dataclasses.replace(made, workers=2), tmp_path / "two")
+        one, two = runs.outcome(tmp_path / "one"), runs.outcome(tmp_path / "two")
+        assert one["summary"]["weights"] == two["summary"]["weights"] and one["metrics"] == two["metrics"]
+        assert not children()
+        return
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        with forked(2, double) as workers:
+            os.write(writing, b" ".join(b"%d" % process.pid for process in workers.processes))
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    orphans = [psutil.Process(int(pid)) for pid in os.read(reading, 100).split() if psutil.pid_exists(int(pid))]
+    assert not psutil.wait_procs(orphans, timeout=30)[1]
+
+
+@pytest.mark.parametrize(("said", "count"), [("1", 1), ("3", 3), ("99", 4), ("2,1", None), ("", None)])
+def test_how_many(said, count, monkeypatch):
+    """A cohort takes a core per client of a round at most; OMP_NUM_THREADS is what one process may use."""
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    assert COHORT.processes == (count or min(4, len(os.sched_getaffinity(0))))
+
+
+@pytest.mark.parametrize(("changes", "text"), [({"workers": -1}, "workers is -1"), ({"threads": 2}, "threads is 2")])
+def test_workers_that_cannot_be(changes, text):
+    with pytest.raises(ConfigError, match=text):
+        dataclasses.replace(COHORT, **{"workers": 2, **changes})
