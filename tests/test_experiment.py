@@ -500,6 +500,8 @@ def test_worlds_that_do_not_fit(changes, message):
 def test_small_models_need_their_kind_of_data(tmp_path):
     with pytest.raises(ConfigError, match="FedProto cannot train docstring-switch"):
         runs.experiment(tmp_path / "a.csv", FedProto(), model=ModelSource())
+    with pytest.raises(ConfigError, match=r"fit\.precision bfloat16 is for small models; use model\.dtype"):
+        runs.experiment(tmp_path / "a.csv", fit=Fit(precision="bfloat16"))
     with pytest.raises(ConfigError, match="TextFileData cannot feed a Cohort"):
         runs.experiment(tmp_path / "a.csv", model=Cohort(("cnn-1",)))
     with pytest.raises(ConfigError, match="has no experts; leave it at 'all'"):

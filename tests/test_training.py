@@ -42,7 +42,8 @@ def trained(setup, seed=0, correct=None, **changes):
     "bad",
     [{"lr": 0}, {"lr": -1.0}, {"lr": math.nan}, {"head_lr": 0}, {"head_lr": math.inf}, {"epochs": 0}, {"batch_size": 0},
      {"max_length": 0}, {"target_length": 0}, {"label_smoothing": 1.1}, {"label_smoothing": -0.1}, {"balance": -1},
-     {"weight_decay": -1}, {"balance": math.nan}, {"clip": -1}, {"clip": math.nan}, {"optimizer": "lion"}],
+     {"weight_decay": -1}, {"balance": math.nan}, {"clip": -1}, {"clip": math.nan}, {"optimizer": "lion"},
+     {"precision": "float16"}],
     ids=str,
 )  # fmt: skip
 def test_refused_settings(bad):

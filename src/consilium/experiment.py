@@ -126,6 +126,8 @@ class Experiment:
                 f"{type(self.data).__name__} cannot feed a {type(self.model).__name__}: texts go to a ModelSource, "
                 "images and tables to a Cohort"
             )
+        if self.fit.precision != "float32" and not isinstance(self.model, Cohort):
+            raise ConfigError(f"fit.precision {self.fit.precision} is for small models; use model.dtype bfloat16")
         if self.memory and isinstance(self.model, Cohort):
             raise ConfigError("memory is given, but there is no memory model of small models; leave it at ()")
         if self.model.world not in self.algorithm.worlds:

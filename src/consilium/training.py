@@ -115,6 +115,7 @@ def fit(
     if config.gradient_checkpointing:
         model.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
+    lower = torch.autocast(context.device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
     losses: list[Tensor] = []
     trained: dict[tuple[str, int], int] = {}  # (block, place) -> in how many batches; the most recent are the last
     with seeded(derive_seed(context.seed, "fit")), Tap(model) as tap, experts or nullcontext():
@@ -122,9 +123,10 @@ def fit(
             optimizer.zero_grad(set_to_none=True)  # before the forward pass: gradients never lie beside activations
             batch = data.batch(rows, context.device)
             if objective is not None:
-                loss = objective(model, batch)
+                with lower:
+                    loss = objective(model, batch)
             else:
-                with tap.batch(batch):
+                with tap.batch(batch), lower:
                     logits, labels = model(batch)
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
                 del logits  # the graph keeps what it needs of them

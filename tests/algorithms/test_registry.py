@@ -181,6 +181,25 @@ def test_worker_processes_change_no_bit(name):
     assert plain(name) == run(name, workers=2)
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_small_models_in_bfloat16(name, tmp_path):
+    """Weights and what travels stay float32 and near those of float32 training; they are not the same."""
+    made = setup(name)
+    low = dataclasses.replace(made, fit=dataclasses.replace(made.fit, precision="bfloat16"))
+    sides = []
+    for which, one in (("float32", made), ("bfloat16", low)):
+        server, client = halves(name, one)
+        engine = tiny.engine(server, client, one, tmp_path / which)
+        engine.round(1, test=True)
+        states = {f"{c}/{k}": t for c in tiny.IDS for k, t in engine.store.load(c).params.items()}
+        sides.append({**server.params, **states})
+    full, half = sides
+    assert full.keys() == half.keys() and all(full[key].dtype == half[key].dtype for key in full)
+    assert any(not torch.equal(full[key], half[key]) for key in full)
+    for key in full:
+        torch.testing.assert_close(half[key], full[key], rtol=0.05, atol=0.02)
+
+
 @every_method
 def test_the_same_seed_gives_the_same_bits(name):
     torch.manual_seed(123456)

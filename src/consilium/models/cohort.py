@@ -110,8 +110,8 @@ class SplitModel(nn.Module):
         return {}
 
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits [B, C] and their targets [B]."""
-        return self.head(self.backbone(batch["x"])), batch["labels"]
+        """Logits [B, C], float32, and their targets [B]."""
+        return self.head(self.backbone(batch["x"])).float(), batch["labels"]
 
 
 def initial(make: Callable[[], nn.Module], *seed: Any) -> Params:
