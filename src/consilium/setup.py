@@ -52,8 +52,8 @@ class Fit:
         label_smoothing: of the cross-entropy, 0..1 (FedMoE, Eq 1).
         balance: weight of the per-layer load-balance loss (alpha in FedMoE's Eq 1).
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
-        precision: of the forward and backward pass of small models: "float32", or "bfloat16" by torch's autocast;
-            weights and their updates stay float32. A mixture of experts has `model.dtype` for it.
+        precision: in which small models compute, in training and in scoring: "float32", or "bfloat16" by torch's
+            autocast; weights and their updates stay float32. A mixture of experts has `model.dtype` for it.
         lora: train adapters on the experts instead of all parameters. Then only adapters, router rows and head rows
             travel, and every client has the rest from the model's own place.
     """
@@ -95,6 +95,10 @@ class Fit:
             raise ConfigError(f"fit.precision is {self.precision!r}; it must be float32 or bfloat16")
         if self.rows not in get_args(Rows):
             raise ConfigError(f"fit.rows is {self.rows!r}; it must be {', '.join(get_args(Rows))}")
+
+    def lowered(self, device: torch.device) -> torch.autocast:
+        """A context in which models compute in `precision`."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -420,7 +424,8 @@ class Setup:
         model = load_flat(model, params).to(context.device)
         for parameter in model.parameters():
             if parameter.dim() == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+                # Not `contiguous`, which leaves filters of one channel as they are, and with them all that follows.
+                parameter.data = parameter.data.to(memory_format=torch.channels_last)
         return model
 
 

@@ -115,7 +115,7 @@ def fit(
     if config.gradient_checkpointing:
         model.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    lower = torch.autocast(context.device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+    lowered = config.lowered(context.device)
     losses: list[Tensor] = []
     trained: dict[tuple[str, int], int] = {}  # (block, place) -> in how many batches; the most recent are the last
     with seeded(derive_seed(context.seed, "fit")), Tap(model) as tap, experts or nullcontext():
@@ -123,10 +123,10 @@ def fit(
             optimizer.zero_grad(set_to_none=True)  # before the forward pass: gradients never lie beside activations
             batch = data.batch(rows, context.device)
             if objective is not None:
-                with lower:
+                with lowered:
                     loss = objective(model, batch)
             else:
-                with tap.batch(batch), lower:
+                with tap.batch(batch), lowered:
                     logits, labels = model(batch)
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
                 del logits  # the graph keeps what it needs of them
@@ -193,7 +193,7 @@ def assess(
     model.eval()
     size = EVALUATION * setup.fit.batch_size
     order = data.order()
-    with torch.inference_mode():
+    with torch.inference_mode(), setup.fit.lowered(context.device):
         for rows in (order[i : i + size] for i in range(0, len(order), size)):
             batch = data.batch(rows, context.device)
             classify = data.way == "classification"
@@ -326,7 +326,7 @@ def _before_aggregation(setup: Setup, model: nn.Module, context: ClientContext) 
         return {}
     test, size = setup.encode(context, context.data.test), setup.fit.batch_size
     model.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), setup.fit.lowered(context.device):
         batches = (test.batch(range(i, min(i + size, len(test))), context.device) for i in range(0, len(test), size))
         right = [(logits.argmax(-1) == labels).float().mean() for logits, labels in map(model, batches)]
     return {"report/test before aggregation": torch.stack(right).mean().item()}

@@ -249,7 +249,7 @@ def gate_by_class(model: SplitModel, setup: Setup, context: ClientContext) -> Ma
     """For the record: class -> mean weight a_G of the shared extractor over the client's validation examples of it."""
     data = setup.encode(context, context.data.validation)
     model.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), setup.fit.lowered(context.device):
         a_B = torch.cat(
             [
                 model.backbone.mix(data.batch(rows, context.device)["x"])[1][:, 0]

@@ -1,0 +1,291 @@
+"""Seconds per round of a pFedMoE cohort: our engine against a plain PyTorch loop, and how both grow with clients.
+
+    python benchmarks/cohort.py --data fashion_mnist.npz [--rounds 5]
+
+Same models, batches and steps for all: CNN-1 to CNN-5, 2 classes per client, batch 64, SGD 0.01, one local epoch, and
+the same scoring on validation and test data after it. The plain loop is what one writes by hand: models that stay in
+memory, one client after the other, two torch threads, torch's default layout. Ours is the engine that a run uses, with
+everything it does besides (judging, client states on disk, a core per client). Interleaved round by round in one
+process. After the first round the shared extractors are compared, and the accuracies after the last.
+
+The second part is ours alone: 1,000 clients of CNN-1, of whom 100 take part in a round, against 100 of whom 10 do:
+seconds and peak memory of all processes together (proportional set size, looked at every 50 ms).
+"""
+
+import json
+import os
+import platform
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+import tyro
+from cells import RESULTS
+from torch.nn import functional as F
+
+from consilium.algorithms.pfedmoe import SHARED, PFedMoEClient, pFedMoE
+from consilium.core import ClientContext, ClientInfo, ClientState, Payload, Sampling, derive_seed
+from consilium.data.arrays import ImageData
+from consilium.data.task import Federation
+from consilium.engine.checkpoint import ClientStore
+from consilium.engine.local import LocalEngine
+from consilium.engine.workers import forked
+from consilium.experiment import Experiment
+from consilium.models.cohort import Cohort, SplitModel
+from consilium.moe.addressing import flatten
+from consilium.params import WeightedMean
+from consilium.recipes.digits import SMALL_FIT
+from consilium.setup import Fit, Setup
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What to measure.
+
+    Args:
+        data: images as .npz, e.g. Fashion-MNIST.
+        rounds: of each side, the first not counted.
+        examples: rows dealt, 0: all; those of 100 clients hold as many each as those of 20.
+        workers: processes of ours, threads of the plain loop.
+        large: clients of the second part, 0: leave it out.
+    """
+
+    data: Path
+    rounds: int = 5
+    examples: int = 0
+    workers: int = len(os.sched_getaffinity(0))
+    large: int = 1000
+
+
+def experiment(benchmark: Benchmark, clients: int, at_once: int, precision: str = "float32") -> Experiment:
+    """Every client holds `examples / 20` rows."""
+    rows = benchmark.examples * clients // 20 if benchmark.examples else 0
+    return Experiment(
+        name="cohort",
+        algorithm=pFedMoE(),
+        data=ImageData(benchmark.data, clients=clients, classes=2, examples=rows),
+        model=Cohort(),
+        fit=Fit(lr=0.01, head_lr=0.01, batch_size=64, precision=precision, **SMALL_FIT),
+        sampling=Sampling(at_once),
+    )
+
+
+def prepared(made: Experiment) -> tuple[Setup, Federation]:
+    federation = made.data.load(made.seed)
+    infos = tuple(
+        ClientInfo(client, len(data.train), data.task.name, architecture=made.model.architecture(i))
+        for i, (client, data) in enumerate(federation.clients.items())
+    )
+    labels = [(data.task.name, data.task.labels) for data in federation.clients.values()]
+    return made.setup(labels, infos, federation.shape), federation
+
+
+class Plain:
+    """pFedMoE as one would write it: a list of models, a loop over clients, a loop over batches."""
+
+    def __init__(self, made: Experiment, threads: int):
+        self.setup, self.federation = prepared(made)
+        self.algorithm, self.threads, self.models = made.algorithm, threads, {}
+        self.shared = made.algorithm.server(self.setup).params
+
+    def round(self, number: int) -> float:
+        torch.set_num_threads(self.threads)
+        start = time.perf_counter()
+        mean = WeightedMean()
+        for info in self.setup.sampling.choose(self.setup.clients, number, self.setup.seed):
+            model, data = self.model(info), self.federation.clients[info.id]
+            model.load_state_dict({f"backbone.{key}": tensor for key, tensor in self.shared.items()}, strict=False)
+            self.train(model, data.train, derive_seed(self.setup.seed, "client", number, info.id))
+            accuracy(model, data.validation)
+            accuracy(model, data.test)
+            sent = {key: t for key, t in flatten(model).items() if key.startswith(SHARED)}
+            mean.add(sent, info.num_examples)
+        self.shared = mean.mean(self.shared)
+        seconds = time.perf_counter() - start
+        torch.set_num_threads(1)
+        return seconds
+
+    def train(self, model: SplitModel, split, seed: int) -> None:
+        fit = self.setup.fit
+        model.train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=fit.lr)
+        generator = torch.Generator().manual_seed(derive_seed(seed, "batches"))
+        for rows in split.epochs(fit.epochs, fit.batch_size, generator):
+            batch = split.batch(rows, torch.device("cpu"))
+            optimizer.zero_grad()
+            logits, labels = model(batch)
+            F.cross_entropy(logits, labels).backward()
+            optimizer.step()
+
+    def model(self, info: ClientInfo) -> SplitModel:
+        """The client's own, with torch's default layout."""
+        if info.id not in self.models:
+            client, data = PFedMoEClient(self.setup, self.algorithm), self.federation.clients[info.id]
+            context = ClientContext(info, data, torch.device("cpu"), 0, ClientState())
+            made = client._model(Payload({"params": self.shared}), context)
+            self.models[info.id] = made.to(memory_format=torch.contiguous_format)
+        return self.models[info.id]
+
+    def score(self) -> float:
+        """Mean test accuracy with the newest shared extractor."""
+        scores = []
+        for info in self.setup.clients:
+            model = self.model(info)
+            model.load_state_dict({f"backbone.{key}": tensor for key, tensor in self.shared.items()}, strict=False)
+            scores.append(accuracy(model, self.federation.clients[info.id].test))
+        return statistics.mean(scores)
+
+
+def accuracy(model: SplitModel, split) -> float:
+    model.eval()
+    right = 0
+    with torch.inference_mode():
+        for rows in torch.arange(len(split)).split(256):
+            logits, labels = model(split.batch(rows, torch.device("cpu")))
+            right += int((logits.argmax(-1) == labels).sum())
+    return right / len(split)
+
+
+class Ours:
+    """The engine of a run, with its worker processes."""
+
+    def __init__(self, made: Experiment, folder: Path, workers: int):
+        self.setup, federation = prepared(made)
+        server, client = made.algorithm.server(self.setup), made.algorithm.client(self.setup)
+        store = ClientStore(folder)
+        self.engine = LocalEngine(server, client, self.setup.clients, federation, store, made.seed)
+        self.workers = workers
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        with forked(self.workers, self.engine.work) as self.engine.workers:
+            yield
+
+    def round(self, number: int, test: bool = False) -> float:
+        start = time.perf_counter()
+        self.record = self.engine.round(number, test)
+        return time.perf_counter() - start
+
+    @property
+    def shared(self):
+        return self.engine.server.params
+
+
+def against(benchmark: Benchmark, clients: int, at_once: int) -> dict:
+    """Seconds per round of the plain loop, ours, and ours in bfloat16; how far apart their results are."""
+    made = experiment(benchmark, clients, at_once)
+    low = experiment(benchmark, clients, at_once, "bfloat16")
+    plain = Plain(made, benchmark.workers)
+    with tempfile.TemporaryDirectory() as folder:
+        ours = {
+            "ours": Ours(made, Path(folder) / "full", benchmark.workers),
+            "ours, bfloat16": Ours(low, Path(folder) / "low", benchmark.workers),
+        }
+        with ours["ours"].working(), ours["ours, bfloat16"].working():
+            sides = {"plain": plain, **ours}
+            seconds = {name: [side.round(1)] for name, side in sides.items()}
+            apart = {
+                name: max((side.shared[key] - t).abs().max().item() for key, t in plain.shared.items())
+                for name, side in ours.items()
+            }
+            for number in range(2, benchmark.rounds + 1):
+                for name, side in sides.items():
+                    seconds[name].append(side.round(number))
+            scores = {"plain": plain.score()}
+            for name, side in ours.items():
+                side.round(benchmark.rounds + 1, test=True)  # the scores are of one round more, for all
+                scores[name] = side.record["scores"]["mean"]
+            plain.round(benchmark.rounds + 1)
+            scores["plain"] = plain.score()
+    return {
+        "clients": clients,
+        "at_once": at_once,
+        "seconds": {name: values[1:] for name, values in seconds.items()},
+        "apart": apart,
+        "scores": scores,
+    }
+
+
+def growth(benchmark: Benchmark, clients: int) -> dict:
+    """Seconds of a round of ours and peak memory, with a tenth of so many clients of CNN-1 in each round."""
+    made = replace(experiment(benchmark, clients, clients // 10), model=Cohort(("cnn-1",)))
+    made = replace(made, data=replace(made.data, examples=0, clients=clients))
+    with tempfile.TemporaryDirectory() as folder, memory() as peak:
+        ours = Ours(made, Path(folder), benchmark.workers)
+        with ours.working():
+            seconds = [ours.round(number) for number in range(1, benchmark.rounds + 1)]
+        steps = [sum(c["steps"] for c in ours.record["clients"].values())]
+    return {"clients": clients, "at_once": clients // 10, "seconds": seconds[1:], "steps": steps, "bytes": peak[0]}
+
+
+@contextmanager
+def memory() -> Iterator[list[int]]:
+    """The most that this process and its children held together, proportional set size, in bytes."""
+    peak, done = [0], threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.05):
+            try:
+                family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+                peak[0] = max(peak[0], sum(process.memory_full_info().pss for process in family))
+            except psutil.Error:
+                continue
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
+
+
+def main(benchmark: Benchmark) -> None:
+    """Measure and write benchmarks/results/cohort.md."""
+    pairs = [against(benchmark, 20, 20), against(benchmark, 100, 10)]
+    grown = [growth(benchmark, clients) for clients in (100, benchmark.large) if benchmark.large]
+    (RESULTS / "cohort.json").write_text(json.dumps({"pairs": pairs, "growth": grown}, indent=1))
+    lines = [
+        "# A cohort of small models: seconds per round",
+        "",
+        f"Made by `python benchmarks/cohort.py --data fashion_mnist.npz --rounds {benchmark.rounds}` on "
+        f"{benchmark.workers} cores ({platform.processor() or platform.machine()}), torch {torch.__version__}.",
+        "The plain loop has as many torch threads as ours has processes. Median [least, most] over rounds; ratios are",
+        "of the same round.",
+        "",
+        "| clients | side | s per round | plain / side | apart after a round | accuracy |",
+        "|---|---|---|---|---|---|",
+    ]
+    for pair in pairs:
+        for name, values in pair["seconds"].items():
+            ratios = [a / b for a, b in zip(pair["seconds"]["plain"], values, strict=True)]
+            apart = f"{pair['apart'][name]:.1e}" if name in pair["apart"] else "-"
+            lines.append(
+                f"| {pair['at_once']} of {pair['clients']} | {name} | {spread(values)} | {spread(ratios)} | {apart} "
+                f"| {100 * pair['scores'][name]:.1f} |"
+            )
+    lines += ["", "| CNN-1 clients | s per round | ms per step | peak MB of all processes |", "|---|---|---|---|"]
+    for row in grown:
+        step = [1000 * value / row["steps"][0] for value in row["seconds"]]
+        lines.append(
+            f"| {row['at_once']} of {row['clients']} | {spread(row['seconds'])} | {spread(step)} "
+            f"| {row['bytes'] / 1e6:.0f} |"
+        )
+    (RESULTS / "cohort.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(tyro.cli(Benchmark, description=__doc__))
