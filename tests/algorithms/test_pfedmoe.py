@@ -62,6 +62,13 @@ def test_a_gate_on_features_reads_both_representations():
     torch.testing.assert_close(made(X), 0.75 * G + 0.25 * F)
 
 
+@pytest.mark.parametrize("gate_input", ["raw", "features"])
+def test_the_weights_alone_are_those_of_the_mixture(gate_input):
+    made = mixture(norm="layer", gate_input=gate_input)
+    nn.init.normal_(made.gate.linear2.weight)
+    assert torch.equal(made.weights(X), made.mix(X)[1])
+
+
 def test_one_backward_reaches_all_three_by_hand():
     """L = sum of all of R. dL/dz_G = a_G a_F (sum g - sum f): 3/16 (3 - 12) + 3/16 (1 - 2) = -1.875, dL/dz_F = 1.875.
     dL/d bias of G: a_G once per example, 1.5; of F: 0.5."""

@@ -1,5 +1,6 @@
 """The five CNNs' sizes as the paper's authors have them, initial weights, and what is refused."""
 
+import copy
 import math
 
 import pytest
@@ -119,3 +120,18 @@ def test_refused(options, message):
 def test_images_that_a_cnn_cannot_read(shape, message):
     with pytest.raises(ConfigError, match=message):
         Cohort().extractor("cnn-1", shape)
+
+
+def test_filters_lie_channels_last_and_compute_the_same():
+    """Of one channel too, from which the pooling after it takes its layout; the loss and its gradients are the same."""
+    setup, context = tiny.small_setup("cohort"), tiny.small_context(world="cohort")
+    model = setup.split_model(lambda: setup.model.extractor("mnist-5", setup.shape), setup.own_params(context), context)
+    filters = [p for p in model.parameters() if p.dim() == 4]
+    assert len(filters) == 2 and all(p.stride(1) == 1 for p in filters)
+    plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    batch = context.data.train.batch(range(4), context.device)
+    for one in (model, plain):
+        logits, labels = one(batch)
+        torch.nn.functional.cross_entropy(logits, labels).backward()
+    for key, p in plain.named_parameters():
+        torch.testing.assert_close(model.get_parameter(key).grad, p.grad, rtol=1e-5, atol=1e-7)

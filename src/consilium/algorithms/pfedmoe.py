@@ -180,6 +180,10 @@ class Mixture(nn.Module):
         a = self.gate(torch.cat([g, f], dim=1) if self.features else x.flatten(1))
         return a[:, :1] * g + a[:, 1:] * f, a
 
+    def weights(self, x: Tensor) -> Tensor:
+        """The gate's weights [a_G, a_F] [B, 2], by no more of the model than it reads."""
+        return self.mix(x)[1] if self.features else self.gate(x.flatten(1))
+
 
 class Gate(nn.Module):
     """H: [B, S] -> weights [B, 2] that sum to 1 in every row; a norm before each activation.
@@ -252,7 +256,7 @@ def gate_by_class(model: SplitModel, setup: Setup, context: ClientContext) -> Ma
     with torch.inference_mode(), setup.fit.lowered(context.device):
         a_B = torch.cat(
             [
-                model.backbone.mix(data.batch(rows, context.device)["x"])[1][:, 0]
+                model.backbone.weights(data.batch(rows, context.device)["x"])[:, 0]
                 for rows in torch.arange(len(data)).split(4 * setup.fit.batch_size)
             ]
         )
