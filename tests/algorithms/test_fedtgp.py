@@ -27,6 +27,36 @@ def test_the_loss_by_hand():
     torch.testing.assert_close(loss.item(), math.log(1 + math.exp(-1)))
 
 
+def test_one_step_by_hand():
+    """phi the identity, prototypes 0 and 2 e_1, of class a (6 e_1) was sent: d = 6 and 4, one class gives no margin.
+    p_b = e^-4 / (e^-6 + e^-4) = 1 / (1 + e^-2) = .880797; dL/dP^a = -p_b e_1, dL/dP^b = p_b e_1. With eta 1/2 their
+    vectors v go to .440399 and 1.559601; phi moves as well."""
+    server = FedTGP(eta_s=0.5, server_epochs=1).server(tiny.small_setup())
+    eye, zero = torch.eye(6), torch.zeros(6)
+    vectors = torch.stack([zero, 2 * eye[0], zero])
+    layers = {f"phi.{i}.weight": eye.clone() for i in (0, 2)} | {f"phi.{i}.bias": zero.clone() for i in (0, 2)}
+    layers["phi.0.bias"] = torch.ones(6)  # so that no unit of the ReLU is at its corner
+    layers["phi.2.bias"] = -torch.ones(6)
+    server.params = {"vectors.weight": vectors, **layers}
+    server.known = {"a", "b"}
+    server.aggregate(1, iter([("x", Payload({"prototypes": {"a": 6 * eye[0]}}))]))
+    torch.testing.assert_close(server.params["vectors.weight"][:2, 0], torch.tensor([0.440399, 1.559601]))
+    assert torch.equal(server.params["vectors.weight"][2], zero) and server.params["phi.0.weight"][0, 0] != 1
+
+
+def test_what_travels_key_by_key():
+    """Class means up, one trained vector per known class down; neither weights nor counts of them reach a client."""
+    setup = tiny.small_setup()
+    server, half, context = FedTGP().server(setup), FedTGP().client(setup), tiny.small_context("animal-01")
+    reply = half.train(server.deliver(context.info), context)
+    assert reply.groups.keys() == {"prototypes"} and reply.group("prototypes").keys() == {"a", "b", "c"}
+    server.aggregate(1, iter([("animal-01", reply)]))
+    sent = server.deliver(context.info)
+    assert sent.groups.keys() == {"prototypes"} and sent.group("prototypes").keys() == {"a", "b", "c"}
+    assert {t.shape for t in (*reply.group("prototypes").values(), *sent.group("prototypes").values())} == {(6,)}
+    assert not sent.scalars
+
+
 def test_the_server_draws_its_prototypes_to_their_classes():
     server = FedTGP(eta_s=0.1, server_epochs=200).server(tiny.small_setup())
     point = {"a": torch.zeros(6), "b": torch.full((6,), 2.0)}
