@@ -106,7 +106,7 @@ class FedAPENClient(Client):
 
     def _slices(self, context: ClientContext) -> tuple[TensorSplit, ClientContext]:
         """What the weight is learned on, the same in every round as nobody may have trained on it; and the rest."""
-        train = context.data.train
+        train = self.setup.encode(context, context.data.train)
         n = min(max(1, round(self.algorithm.slice * len(train))), len(train) - 1)
         seed = derive_seed(self.setup.seed, "slice", context.info.id)
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
