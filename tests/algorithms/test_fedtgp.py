@@ -20,6 +20,13 @@ def test_the_margin_by_hand():
     assert margin(SENT[:2], Y[:2], 100.0) == 0.0
 
 
+def test_the_margin_of_three_classes_by_hand():
+    """At 0, 1 and 5: the largest distance is 5; the nearest others are 1, 1 and 4 away."""
+    sent, y = torch.tensor([[0.0], [1.0], [5.0]]), torch.tensor([0, 1, 2])
+    assert margin(sent, y, 100.0) == 5.0 and margin(sent, y, 100.0, "nearest") == 4.0
+    assert margin(sent[:1], y[:1], 100.0, "nearest") == 0.0
+
+
 def test_the_loss_by_hand():
     """A prototype at distance 1 of its own and 3 of the other, margin 1: -log e^-2 / (e^-2 + e^-3) = log(1 + 1 / e)."""
     prototypes = torch.tensor([[1.0, 0.0], [3.0, 0.0]])
@@ -69,7 +76,9 @@ def test_the_server_draws_its_prototypes_to_their_classes():
         assert (trained[mine] - point[mine]).norm() < (trained[mine] - point[other]).norm()
 
 
-@pytest.mark.parametrize("options", [{"lam": -1.0}, {"tau": math.inf}, {"server_epochs": 0}, {"eta_s": 0.0}])
+@pytest.mark.parametrize(
+    "options", [{"lam": -1.0}, {"tau": math.inf}, {"gap": "x"}, {"server_epochs": 0}, {"eta_s": 0.0}]
+)
 def test_refused(options):
     with pytest.raises(ConfigError, match=" is "):
         FedTGP(**options)

@@ -148,6 +148,15 @@ def test_tokenizer_template_and_dtype_are_taken_along(tmp_path):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+def test_what_the_dense_class_does_not_know_is_no_hindrance(tmp_path):
+    """t5-small's configuration says output_past, which no class reads."""
+    saved(tmp_path / "dense", "t5")
+    told = json.loads((tmp_path / "dense" / "config.json").read_text())
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(told | {"output_past": True, "n_positions": 512}))
+    (tmp_path / "made").mkdir()
+    assert "t5 as Switch Transformers" in upcycle(str(tmp_path / "dense"), tmp_path / "made", Upcycling())[0]
+
+
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "t5"])
 def test_it_trains_a_round_of_fedmoe(name, tmp_path):
     experiment = runs.experiment(
@@ -175,10 +184,13 @@ def test_the_command(tmp_path, capsys):
         ("llama", {"mlp_bias": True}, "says mlp_bias = True, for which Mixtral has no place"),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, "sliding_attention"),
         ("t5", {"feed_forward_proj": "gated-gelu"}, r"are gated \(as in T5 1.1\)"),
+        ("mistral", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "its weights are quantised"),
     ],
 )
 def test_what_no_family_holds(name, changes, message, tmp_path):
-    saved(tmp_path / "dense", name, **changes)
+    saved(tmp_path / "dense", name, **{k: v for k, v in changes.items() if k != "quantization_config"})
+    told = json.loads((tmp_path / "dense" / "config.json").read_text())
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(told | changes | {"output_past": True}))
     with pytest.raises(ModelError, match=message):
         upcycle(str(tmp_path / "dense"), tmp_path / "made", Upcycling())
     assert not (tmp_path / "made").exists()

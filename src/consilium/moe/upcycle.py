@@ -173,12 +173,15 @@ def _refuse(dense: Any, given: Mapping[str, Any], family: Family, places: set[st
     layers = {kind for kind in given.get("layer_types") or () if kind != "full_attention"}
     if layers and family.model_type != "qwen2_moe":
         raise ModelError(f"some layers have {layers.pop()}, and {family.name} has one kind of attention for all layers")
+    if getattr(dense, "quantization_config", None):
+        raise ModelError("its weights are quantised; upcycle the model that they were made from")
     if getattr(dense, "is_gated_act", False):
         raise ModelError(f"its feed-forward networks are gated (as in T5 1.1), and those of {family.name} are not")
     plain = type(dense)().to_dict()
     unplaced = {"layer_types", "max_window_layers", "feed_forward_proj", "scale_decoder_outputs", "classifier_dropout"}
     for key, value in given.items():
-        if key not in places | ELSEWHERE | unplaced and value != plain.get(key) and value:
+        # What its own class does not know, it does not read either: configurations on the hub hold all sorts of things.
+        if key in plain.keys() - places - ELSEWHERE - unplaced and value != plain[key]:
             raise ModelError(f"its configuration says {key} = {value!r}, for which {family.name} has no place")
 
 
