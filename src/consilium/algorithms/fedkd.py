@@ -25,6 +25,7 @@ left out of the hidden loss.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -173,10 +174,16 @@ class FedKDClient(Client):
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         return tested(self.setup, self._model(self._small(payload), context), context)
 
+    @cached_property
+    def begun(self) -> tuple[Params, str]:
+        """What the small model is a change of, and its checksum."""
+        begun = self.algorithm.begun(self.setup)
+        return begun, checksum(begun)
+
     def _small(self, payload: Payload) -> Params:
         """The shared model that a payload stands for."""
-        begun = self.algorithm.begun(self.setup)
-        if payload.scalars["begun"] != checksum(begun):
+        begun, known = self.begun
+        if payload.scalars["begun"] != known:
             raise PayloadError(
                 "the shared model begins otherwise here than at the server, by another version of torch or another "
                 'experiment: install the same, or use FedKD(exchange="weights")'
