@@ -1,5 +1,6 @@
-"""The command line: `consilium run | compare | resume | report | list | inspect | data`, to take a model away
-`export | predict | chat`, and for sites on machines of their own `certificates | server | client`.
+"""The command line: `consilium run | compare | resume | report | list | inspect | data`, to make a mixture of experts
+of a dense model `upcycle`, to take a model away `export | predict | chat`, and for sites on machines of their own
+`certificates | server | client`.
 
 Flags and their help come from the dataclasses themselves, through tyro. Errors are one line, and exit with 2.
 A command imports what it needs when it is called: torch and transformers take seconds, help and mistypes should not.
@@ -41,6 +42,7 @@ HELP = """[bold]consilium[/bold]: federated fine-tuning of mixture-of-experts mo
   consilium list                             recipes, algorithms, shipped models
   consilium inspect MODEL \\[--memory 12GiB]  layers, experts and bytes of a model, and what fits a device
 
+  consilium upcycle MODEL --out DIR          a dense model as a mixture of experts: copies of its feed-forward networks
   consilium data FILE                        columns, lengths and split of a file, and the command that runs on it
   consilium export RUN --client A --out DIR  a client's model for plain transformers; at a site: of its --state folder
   consilium predict DIR --text "..."         labels or texts from an exported model
@@ -70,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "report": report_command,
         "list": list_command,
         "inspect": inspect_command,
+        "upcycle": upcycle_command,
         "data": data_command,
         "export": lambda args: _taken("Export", args),
         "predict": lambda args: _taken("Predict", args),
@@ -263,6 +266,32 @@ def inspect_command(args: list[str]) -> None:
 
     setup, limit, rank = _parse(parameters, args, "consilium inspect")
     print_model(setup, limit, rank, out)
+
+
+def upcycle_command(args: list[str]) -> None:
+    """consilium upcycle MODEL \\[--experts 8] \\[--top-k 2] --out DIR"""
+    from consilium.export.folder import new_folder
+    from consilium.moe.upcycle import Upcycling, upcycle
+
+    def parameters(
+        model: Annotated[str, tyro.conf.Positional],
+        out: Path,
+        how: Annotated[Upcycling, tyro.conf.arg(name="")],
+    ) -> tuple[str, Path, Upcycling]:
+        """Make a mixture of experts of a dense model (Komatsuzaki et al. 2023), with its tokenizer and chat template.
+
+        Args:
+            model: a directory or a hub name: llama, mistral, granite, qwen2, qwen3 or t5.
+            out: directory to write; it must be new or empty.
+            how: the experts.
+        """
+        return model, out, how
+
+    model, folder, how = _parse(parameters, args, "consilium upcycle")
+    with new_folder(folder) as new:
+        told = upcycle(model, new, how)
+    for line in (*told, f"see it: consilium inspect {folder}"):
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def data_command(args: list[str]) -> None:

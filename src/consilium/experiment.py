@@ -69,7 +69,7 @@ class Experiment:
         name: of the run directory, `[A-Za-z0-9._-]{1,64}` without a leading dot.
         algorithm: the method and its hyper-parameters.
         data: where clients' data comes from.
-        model: the mixture-of-experts model; for images and tables, a cohort of small models.
+        model: the mixture-of-experts model; for images and tables (and texts to classify), a cohort of small models.
         fit: local training.
         sampling: who takes part in a round.
         rounds: communication rounds, >= 1; a first stage counts.
@@ -121,10 +121,15 @@ class Experiment:
             raise ConfigError(f"engine is {self.engine!r}; it must be local or flower")
         for text in self.memory:
             bytes_of(text)
-        if isinstance(self.model, Cohort) != isinstance(self.data, ImageData | TableData):
+        if isinstance(self.data, ImageData | TableData):
+            fits = isinstance(self.model, Cohort)
+        else:
+            texts = not isinstance(self.data, LanguageData)
+            fits = not isinstance(self.model, Cohort) or (texts and self.model.reads_texts)
+        if not fits:
             raise ConfigError(
                 f"{type(self.data).__name__} cannot feed a {type(self.model).__name__}: texts go to a ModelSource, "
-                "images and tables to a Cohort"
+                "images and tables to a Cohort, as do texts to classify if all its architectures are text encoders"
             )
         if self.fit.precision != "float32" and not isinstance(self.model, Cohort):
             raise ConfigError(f"fit.precision {self.fit.precision} is for small models; use model.dtype bfloat16")

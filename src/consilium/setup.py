@@ -16,7 +16,7 @@ from consilium.core import ClientContext, ClientInfo, ExpertSet, Sampling, deriv
 from consilium.data.causal import Rows, encode_language
 from consilium.data.encode import Encoded, encode
 from consilium.data.task import Split, Task
-from consilium.data.tensor import TensorSplit
+from consilium.data.tensor import TensorSplit, of_texts
 from consilium.errors import BudgetError, ConfigError, PayloadError
 from consilium.models.cohort import Cohort, SplitModel, initial
 from consilium.moe.addressing import load_flat, select, travels
@@ -350,7 +350,7 @@ class Setup:
         }
 
     def encode(self, context: ClientContext, split: Split | TensorSplit) -> Encoded | TensorSplit:
-        """A split of the client's data as token ids for this model; tensors are what they are.
+        """A split of the client's data as token ids for this model, in a cohort as a tensor; tensors are what they are.
 
         Raises:
             ConfigError, DataError: see `check` and `data.causal`.
@@ -359,6 +359,9 @@ class Setup:
             return split
         task, fit, tokenizer = context.data.task, self.fit, self.model.tokenizer()
         self.check(task)
+        if isinstance(self.model, Cohort):
+            tokens = encode(split, task, tokenizer, "classification", fit.max_length, fit.target_length)
+            return of_texts(tokens, task.labels, fit.max_length)
         if task.form == "language":
             return encode_language(split, tokenizer, fit.rows, fit.max_length, fit.target_length)
         way = "classification"
@@ -371,6 +374,8 @@ class Setup:
         if task.model_form != self.model.form:
             raise ConfigError(f"task {task.name} is {task.form}, the model is set up for {self.model.form}")
         if isinstance(self.model, Cohort):
+            if not self.shape:  # texts
+                self.model.tokenizer()
             return
         family = self.model.family
         if task.form == "language" and self.model.config.is_encoder_decoder:

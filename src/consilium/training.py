@@ -305,7 +305,8 @@ def trained(
 ) -> dict[str, Scalar]:
     """`fit` and validate the model of a method that builds it itself; returns the scalars of `local_round`'s reply."""
     data = context.data
-    fitted = fit(model, setup.encode(context, data.train), setup.fit, context, objective=objective, rates=rates)
+    train = setup.encode(context, data.train)
+    fitted = fit(model, train, setup.fit, context, objective=objective, rates=rates)
     start = time.perf_counter()
     accuracy = evaluate(model, setup.encode(context, data.validation), context, setup)
     told = _before_aggregation(setup, model, context)
@@ -314,6 +315,7 @@ def trained(
         "validation": accuracy,
         "train_loss": fitted.loss,
         "steps": fitted.steps,
+        "cut": train.cut,
         "seconds_evaluate": time.perf_counter() - start,
         **told,
     }

@@ -6,7 +6,8 @@ import pytest
 import tiny
 import torch
 
-from consilium.algorithms.fedapen import FedAPEN, learned_share
+from consilium.algorithms.fedapen import FedAPEN, FedAPENClient, learned_share
+from consilium.core import Payload
 from consilium.errors import ConfigError
 
 
@@ -20,13 +21,37 @@ def test_one_step_on_the_weight_by_hand():
 
 def test_the_weight_ends_at_the_better_model():
     own, small, y = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]]), torch.tensor([0])
-    assert learned_share(own, small, y, 0.5, FedAPEN(steps=200)) == 1.0
-    assert learned_share(own, small, 1 - y, 0.5, FedAPEN(steps=200)) == 0.0
+    assert learned_share(own, small, y, 0.5, FedAPEN(steps=200, eta=0.1)) == 1.0
+    assert learned_share(own, small, 1 - y, 0.5, FedAPEN(steps=200, eta=0.1)) == 0.0
 
 
 def setting():
     setup = tiny.small_setup()
     return setup, FedAPEN(slice=0.25).server(setup), FedAPEN(slice=0.25).client(setup), tiny.small_context("animal-00")
+
+
+def test_the_loss_by_hand():
+    """Both say thirds: CE ln 3 each, no divergence, and the ensemble's ln 3; its gradient reaches both heads, by their
+    shares 1/4 and 3/4: of the own bias (1 + 1/4) (p - y), of the small one (1 + 3/4) (p - y)."""
+    _, server, half, context = setting()
+    model = half._model(server.deliver(context.info), context)
+    heads = model.head, model.backbone.small.head
+    with torch.no_grad():
+        for head in heads:
+            head.weight.zero_()
+            head.bias.zero_()
+    model.backbone.share.fill_(0.25)
+    loss = half.objective(model, context.data.train.batch([0], context.device))
+    loss.backward()
+    torch.testing.assert_close(loss.item(), 3 * math.log(3))
+    apart = torch.full((3,), 1 / 3)
+    apart[context.data.train.y[context.data.train.index[0]]] -= 1
+    torch.testing.assert_close(heads[0].bias.grad, 1.25 * apart)
+    torch.testing.assert_close(heads[1].bias.grad, 1.75 * apart)
+    alone = FedAPENClient(half.setup, FedAPEN(ensemble=False)).objective(
+        model, context.data.train.batch([0], context.device)
+    )
+    torch.testing.assert_close(alone.item(), 2 * math.log(3))
 
 
 def test_the_ensemble_predicts():
@@ -47,8 +72,25 @@ def test_what_leaves_a_client_and_that_the_slice_is_not_trained_on():
     assert sent.group("params").keys() == reply.group("params").keys()
     assert reply.groups.keys() == {"params"} and all(key.startswith("small.") for key in reply.group("params"))
     assert {key.split(".")[0] for key in context.state.params} == {"private", "head", "share"}
-    assert reply.scalars["steps"] == 2 and 0 <= reply.scalars["report/ensemble weight"] <= 1
-    assert context.state.params["share"].item() == pytest.approx(reply.scalars["report/ensemble weight"])
+    assert reply.scalars["steps"] == 2 and reply.scalars["report/ensemble weight"] == 0.5
+
+
+def test_the_weight_is_learned_on_the_received_model_and_the_slice():
+    """In the second round, from 1/2 on; prediction starts from what the round learned, and leaves it as it was."""
+    _, server, half, context = setting()
+    half.train(server.deliver(context.info), context)
+    sent = Payload({"params": {key: t + 0.5 for key, t in server.params.items()}})
+    model, (kept, rest) = half._model(sent, context), half._slices(context)
+    assert len(kept) == 2 and sorted([*kept.index, *rest.data.train.index]) == sorted(context.data.train.index)
+    batch = kept.batch(range(2), context.device)
+    with torch.no_grad():
+        z = model.eval().head(model.backbone(batch["x"])), model.backbone.small(batch["x"])
+    share = learned_share(*z, batch["labels"], 0.5, half.algorithm)
+    told = half.train(sent, context).scalars["report/ensemble weight"]
+    assert told == pytest.approx(share) and told != 0.5
+    assert context.state.params["share"].item() == told
+    half.evaluate(sent, context)
+    assert context.state.params["share"].item() == told
 
 
 @pytest.mark.parametrize("options", [{"slice": 0.0}, {"slice": 0.6}, {"steps": 0}, {"eta": 0.0}])

@@ -7,7 +7,10 @@ import tiny
 import torch
 from torch.nn import functional as F
 
+from consilium.algorithms.fedapen import FedAPEN
+from consilium.algorithms.fedmrl import FedMRL
 from consilium.algorithms.fml import FML, FMLClient, kl, pair_model
+from consilium.core import Payload
 from consilium.errors import ConfigError
 
 
@@ -54,6 +57,18 @@ def test_what_leaves_a_client_key_by_key():
     assert sent.groups.keys() == reply.groups.keys() == {"params"}
     assert sent.group("params").keys() == reply.group("params").keys() == small
     assert {key.split(".")[0] for key in context.state.params} == {"private", "head"}
+
+
+@pytest.mark.parametrize("method", [FML(), FedAPEN(), FedMRL()])
+def test_averaging_by_hand(method):
+    """n_k = 1 and 3 of whatever shares a small model: (1 * 4 + 3 * 8) / 4 = 7."""
+    server = method.server(tiny.small_setup())
+    replies = [
+        (c, Payload({"params": {key: torch.full_like(t, v) for key, t in server.params.items()}}, {"num_examples": n}))
+        for c, v, n in (("x", 4.0, 1), ("y", 8.0, 3))
+    ]
+    server.aggregate(1, iter(replies))
+    assert all((t == 7).all() for t in server.params.values()) and "small.head.bias" in server.params
 
 
 @pytest.mark.parametrize("options", [{"alpha": -0.1}, {"beta": 1.1}])

@@ -158,7 +158,7 @@ def test_what_leaves_a_client_key_by_key():
     assert sent.group("params").keys() == reply.group("params").keys() == shared
     assert not sent.scalars
     assert {key for key in reply.scalars if not key.startswith("report/")} == {
-        "num_examples", "validation", "train_loss", "steps", "seconds_evaluate",
+        "num_examples", "validation", "train_loss", "steps", "cut", "seconds_evaluate",
     }  # fmt: skip
     assert {key for key in reply.scalars if key.startswith("report/")} == {
         "report/test before aggregation", "report/gate a", "report/gate b", "report/gate c",

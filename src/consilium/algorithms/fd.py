@@ -4,17 +4,20 @@ Jeong, Oh, Kim, Park, Bennis, Kim. https://arxiv.org/abs/1811.11479
 
 Clients exchange, for each class, the mean of their logits over the class's examples:
 
-    F_k,c = mean of z_k(x) over client k's examples of class c        after local training
-    F_c   = mean over the clients that have the class                 at the server, by their numbers of examples
-    loss  = CE + gamma * D(z(x), F_y)                                  for the classes that have an F
+    F_k,c = mean of z_k(x) over client k's examples of class c             after local training
+    F_c   = mean of F_j,c over the other clients j != k that have the class    at the server, for client k
+    loss  = CE + gamma * D(z(x), F_y)                                      for the classes that have an F
 
-    F        group "prototypes", label -> [C]        gamma    FD.gamma
+    F        group "prototypes", label -> [C]        gamma    FD.gamma        own    FD.own
 
-Departures: logits are logits (the paper's are normalised), and D is their mean squared difference, or KL by the option
-`distance`. A client's own logits are part of its teacher; the paper leaves them out, which the server can only do for
-clients it heard of in the same round. Means are taken once after training and not along the way.
+Departures: D is the mean squared difference of logits, as in the comparisons of the pFedMoE family and HtFLlib; in the
+paper the vectors are softmax outputs and D their cross-entropy, which is `distance="ce"`. Means are taken once after
+training and not along the way. Not all clients take part in every round: F_c is of the last round in which class c was
+sent, and a class that client k alone has sent teaches it nothing. HtFLlib leaves the client's own in: `own`.
 """
 
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -24,7 +27,7 @@ from torch.nn import functional as F
 
 from consilium.algorithms.fedproto import PrototypeServer, class_means
 from consilium.algorithms.fml import kl
-from consilium.core import Algorithm, Client, ClientContext, Payload, Server
+from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInfo, Payload, Server
 from consilium.errors import ConfigError
 from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
@@ -41,24 +44,66 @@ class FD(Algorithm):
 
     Args:
         gamma: weight of the distance to them, >= 0.
-        distance: "mse" of logits, or "kl" of the probabilities.
+        distance: "mse" of logits; "kl" of the probabilities that mean logits give; "ce", the cross-entropy to mean
+            probabilities, which then travel instead of logits.
+        own: whether a client's own vectors are part of its teacher.
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
     gamma: float = 1.0
-    distance: Literal["mse", "kl"] = "mse"
+    distance: Literal["mse", "kl", "ce"] = "mse"
+    own: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.gamma < float("inf"):
             raise ConfigError(f"gamma is {self.gamma}; it must be a finite number >= 0")
-        if self.distance not in ("mse", "kl"):
-            raise ConfigError(f"distance is {self.distance!r}; allowed are mse, kl")
+        if self.distance not in ("mse", "kl", "ce"):
+            raise ConfigError(f"distance is {self.distance!r}; allowed are mse, kl, ce")
 
     def server(self, setup: Setup) -> Server:
-        return PrototypeServer(setup, setup.classes)
+        return FDServer(setup, self)
 
     def client(self, setup: Setup) -> Client:
         return FDClient(setup, self)
+
+
+class FDServer(PrototypeServer):
+    """Keeps what each client sent of a class when the class was last sent, and means it without the client's own."""
+
+    def __init__(self, setup: Setup, algorithm: FD):
+        super().__init__(setup, setup.classes)
+        self.own = algorithm.own
+        self.sent: dict[str, Params] = {}  # label -> client -> [C]
+
+    def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
+        heard: dict[str, Params] = defaultdict(dict)
+        for client, reply in replies:
+            for label, vector in reply.group("prototypes").items():
+                heard[label][client] = vector
+        self.sent = {**self.sent, **heard}
+        self.params = self.params | {label: _mean(vectors) for label, vectors in heard.items()}
+        return {}
+
+    def deliver(self, client: ClientInfo) -> Payload:
+        others = {
+            label: {c: t for c, t in vectors.items() if self.own or c != client.id}
+            for label, vectors in sorted(self.sent.items())
+        }
+        return Payload({"prototypes": {label: _mean(vectors) for label, vectors in others.items() if vectors}})
+
+    def state(self) -> Payload:
+        flat = {f"{client}/{label}": t for label, vectors in self.sent.items() for client, t in vectors.items()}
+        return Payload({"params": self.params, "sent": flat})
+
+    def restore(self, state: Payload) -> None:
+        self.params, self.sent = state.group("params"), defaultdict(dict)
+        for key, vector in state.group("sent").items():
+            client, _, label = key.partition("/")
+            self.sent[label][client] = vector
+
+
+def _mean(vectors: Params) -> Tensor:
+    return torch.stack(list(vectors.values())).double().mean(0).float()
 
 
 class FDClient(Client):
@@ -72,11 +117,15 @@ class FDClient(Client):
         model = self.setup.build(self.setup.own_params(context), context)
         told = trained(self.setup, model, context, taught(payload.group("prototypes"), model, self.algorithm))
         context.state.params = flatten(model)
-        logits, scalars = class_means(model, self.setup, context, lambda x: model.head(model.backbone(x)))
-        return Payload({"prototypes": logits}, {**told, **scalars})
+        means, scalars = class_means(model, self.setup, context, lambda x: self._output(model.head(model.backbone(x))))
+        return Payload({"prototypes": means}, {**told, **scalars})
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         return tested(self.setup, self.setup.build(self.setup.own_params(context), context), context)
+
+    def _output(self, z: Tensor) -> Tensor:
+        """What of the logits [B, C] is exchanged."""
+        return z.softmax(1) if self.algorithm.distance == "ce" else z
 
 
 def taught(logits: Params, model: SplitModel, algorithm: FD) -> Objective:
@@ -91,7 +140,7 @@ def taught(logits: Params, model: SplitModel, algorithm: FD) -> Objective:
         if not known.any():
             return loss
         teacher, student = teacher_CC[y][known], z[known]
-        apart = kl(teacher, student) if algorithm.distance == "kl" else F.mse_loss(student, teacher)
-        return loss + algorithm.gamma * apart * known.float().mean()
+        apart = {"mse": F.mse_loss, "kl": lambda z, t: kl(t, z), "ce": F.cross_entropy}[algorithm.distance]
+        return loss + algorithm.gamma * apart(student, teacher) * known.float().mean()
 
     return objective

@@ -3,24 +3,30 @@
 Wu, Wu, Lyu, Huang, Xie. Nature Communications 2022. https://arxiv.org/abs/2108.13323
 
 Each client trains its own model (the mentor) and a copy of a small shared one (the mentee) together; how much they
-learn from each other adapts to how well both do, and the shared one travels compressed:
+learn from each other adapts to how well both do, and what travels of the shared one is its change, compressed:
 
     L_d     = KL(p_other || p_self) / (CE_own + CE_small)                   adaptive mutual distillation
     L_h     = MSE(H_own, W H_small) / (CE_own + CE_small)                   adaptive hidden loss, of the representations
     L_own   = CE_own + L_d,own + L_h          L_small = CE_small + L_d,small + L_h
+    up      G_k = small_k - small as received                               the sum of the client's gradient steps
+    server  small <- small + sum_{k in S} n_k / n G_k
+    down    small - small_0                                                 small_0: by the run's seed, known to all
     a matrix P [m, n] goes as U [m, K], S [K], V [K, n], with the smallest K that keeps the energy
-    T = T_s + (T_e - T_s) t:  sum_{k <= K} S_k^2 > T sum_k S_k^2             t: share of the rounds that is over
+    T = T_s + (T_e - T_s) t:  sum_{k <= K} S_k^2 >= T sum_k S_k^2           t: share of the rounds that is over
 
-    small    params["small.*"]: "params" what goes whole, "factors" what goes as U, S, V      own, W   context.state
+    G, small - small_0   "params" what goes whole, "factors" what goes as U, S, V; small.*     own, W   context.state
 
-Departures: what is sent are weights and not gradients, so the server needs no step size of its own; a matrix whose
-factors would be larger goes whole. The denominators are weights: no gradient goes through them, nor through the other's
-probabilities. Attentions, which these models lack, are left out of the hidden loss.
+Departures: down goes the sum of all changes since the start and not the last one, as not every client has had the
+earlier ones; `exchange="weights"` sends the weights themselves in both directions, as HtFLlib does, which takes more
+values for the same energy. Means are by n_k. A matrix whose factors would be larger goes whole. The denominators are
+weights: no gradient goes through them, nor through the other's probabilities. Attentions, which these models lack, are
+left out of the hidden loss.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import cached_property
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +35,10 @@ from torch.nn import functional as F
 from consilium.algorithms.fedavg import FedAvgServer
 from consilium.algorithms.fml import SMALL, Pair, kl, pair_model, small_params
 from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInfo, Payload, Scalar, Server
-from consilium.errors import ConfigError
+from consilium.errors import ConfigError, PayloadError
 from consilium.models.cohort import SplitModel, initial
 from consilium.moe.addressing import flatten
-from consilium.params import Like, Params, WeightedMean
+from consilium.params import Like, Params, WeightedMean, checksum
 from consilium.setup import Setup
 from consilium.training import tested, trained
 
@@ -47,12 +53,14 @@ class FedKD(Algorithm):
         T_s: share of the energy that is kept at the start, in (0, 1].
         T_e: share that is kept at the end, in (0, 1].
         rounds: over which the one becomes the other, >= 1.
+        exchange: "changes" of the small model, as in the paper, or its "weights".
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
     T_s: float = 0.95
     T_e: float = 0.98
     rounds: int = 20
+    exchange: Literal["changes", "weights"] = "changes"
 
     def __post_init__(self) -> None:
         for name in ("T_s", "T_e"):
@@ -60,25 +68,33 @@ class FedKD(Algorithm):
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be within (0, 1]")
         if self.rounds < 1:
             raise ConfigError(f"rounds is {self.rounds}; it must be at least 1")
+        if self.exchange not in ("changes", "weights"):
+            raise ConfigError(f"exchange is {self.exchange!r}; it must be changes or weights")
 
     def energy(self, round: int) -> float:
         """T in that round, from 1."""
         return self.T_s + (self.T_e - self.T_s) * min((round - 1) / self.rounds, 1.0)
 
+    def begun(self, setup: Setup) -> Params:
+        """What the small model is a change of: small_0, or zeros."""
+        begun = small_params(setup)
+        return begun if self.exchange == "changes" else {key: torch.zeros_like(t) for key, t in begun.items()}
+
     def server(self, setup: Setup) -> Server:
         return FedKDServer(setup, self)
 
     def client(self, setup: Setup) -> Client:
-        return FedKDClient(setup)
+        return FedKDClient(setup, self)
 
 
 class FedKDServer(Server):
-    """Averages the small models it can restore."""
+    """Adds the mean of the changes to the small model, or takes the mean of the weights."""
 
     def __init__(self, setup: Setup, algorithm: FedKD):
         self.averaging = FedAvgServer(setup, params=small_params(setup))
         self.setup = setup
         self.algorithm = algorithm
+        self.begun = algorithm.begun(setup)
         self.round = 1
 
     @property
@@ -91,16 +107,17 @@ class FedKDServer(Server):
         return {c.id: sent for c in self.setup.sampling.choose(clients, round, self.setup.seed)}
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
-        mean = WeightedMean()
+        mean, changes = WeightedMean(), self.algorithm.exchange == "changes"
         for _, reply in replies:
             mean.add(restored(reply), reply.scalars["num_examples"])
-        self.averaging.params = mean.mean(self.params)
+        merged = mean.mean({key: torch.zeros_like(t) for key, t in self.params.items()} if changes else self.params)
+        self.averaging.params = plus(self.params, merged) if changes else merged
         return {}
 
     def deliver(self, client: ClientInfo) -> Payload:
         energy = self.algorithm.energy(self.round)
-        groups, shapes = compressed(self.params, energy)
-        return Payload(groups, {"energy": energy, **shapes})
+        groups, shapes = compressed(plus(self.params, self.begun, -1), energy)
+        return Payload(groups, {"energy": energy, "begun": checksum(self.begun), **shapes})
 
     def expects(self, client: ClientInfo, sent: Payload) -> dict[str, dict[str, Like]]:
         """A tensor whole or as three factors, of whatever rank; `objection` sees that it is one of the two."""
@@ -136,30 +153,49 @@ class FedKDServer(Server):
 
 
 class FedKDClient(Client):
-    """Trains both models; keeps its own, sends the shared one compressed."""
+    """Trains both models; keeps its own, sends what has changed of the shared one, compressed."""
 
-    def __init__(self, setup: Setup):
+    def __init__(self, setup: Setup, algorithm: FedKD):
         self.setup = setup
+        self.algorithm = algorithm
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
-        model = self._model(payload, context)
+        received = self._small(payload)
+        model = self._model(received, context)
         told = trained(self.setup, model, context, adaptive)
         params = flatten(model)
         context.state.params = {key: t for key, t in params.items() if not key.startswith(SMALL)}
         small = {key: t for key, t in params.items() if key.startswith(SMALL)}
+        if self.algorithm.exchange == "changes":
+            small = plus(small, received, -1)
         groups, shapes = compressed(small, float(payload.scalars["energy"]))
         return Payload(groups, {**told, **shapes})
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
-        return tested(self.setup, self._model(payload, context), context)
+        return tested(self.setup, self._model(self._small(payload), context), context)
 
-    def _model(self, payload: Payload, context: ClientContext) -> SplitModel:
-        small = restored(payload)
+    @cached_property
+    def begun(self) -> tuple[Params, str]:
+        """What the small model is a change of, and its checksum."""
+        begun = self.algorithm.begun(self.setup)
+        return begun, checksum(begun)
+
+    def _small(self, payload: Payload) -> Params:
+        """The shared model that a payload stands for."""
+        begun, known = self.begun
+        if payload.scalars["begun"] != known:
+            raise PayloadError(
+                "the shared model begins otherwise here than at the server, by another version of torch or another "
+                'experiment: install the same, or use FedKD(exchange="weights")'
+            )
+        return plus(begun, restored(payload))
+
+    def _model(self, small: Params, context: ClientContext) -> SplitModel:
         if not context.state.params:  # W begins on the client, by the run's seed
             cohort, shape = self.setup.model, self.setup.shape
             widths = (cohort.width_of(name, shape) for name in (cohort.small, context.info.architecture))
             w = initial(lambda: nn.Linear(*widths, bias=False), self.setup.seed, "FedKD", context.info.architecture)
-            small |= {"hidden.weight": w["weight"]}
+            small = small | {"hidden.weight": w["weight"]}
         return pair_model(self.setup, small, context, Mentored)
 
 
@@ -198,6 +234,11 @@ def compressed(params: Params, energy: float) -> tuple[dict[str, Params], dict[s
                 continue
         whole[key] = tensor
     return {"params": whole, "factors": factors}, shapes
+
+
+def plus(params: Params, change: Params, sign: int = 1) -> Params:
+    """params + change, or with sign -1 params - change, key by key."""
+    return {key: t + sign * change[key] for key, t in params.items()}
 
 
 def restored(payload: Payload) -> Params:

@@ -38,7 +38,8 @@ class FedMRL(Algorithm):
     """Nested representations of a small shared model and an own one.
 
     Args:
-        d1: width of the small model's representation, >= 1, at most the own model's; None: a fifth of it.
+        d1: width of the small model's representation, >= 1, at most the own model's; None: a fifth of it. Where the
+            small model is a function of your own or an encoder, it has its own width.
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
@@ -57,9 +58,14 @@ class FedMRL(Algorithm):
     def narrow(self, setup: Setup) -> Setup:
         """The set-up in which extractors end in d1, as the small one does."""
         d1 = self.d1 or max(1, setup.model.width // 5)
-        if d1 > setup.model.width:
-            raise ConfigError(f"d1 is {d1}; it must be at most {setup.model.width}, the width of representations")
-        return replace(setup, model=replace(setup.model, width=d1))
+        narrow = replace(setup, model=replace(setup.model, width=d1))
+        model, shape = narrow.model, setup.shape
+        small = model.width_of(model.small, shape)
+        least = min(setup.model.width_of(name, shape) for name in model.architectures)
+        if small > least:
+            said = f"d1 is {d1}" if small == d1 else f"the representation of {model.small} has {small} numbers"
+            raise ConfigError(f"{said}; it must be at most {least}, the width of the clients' own representations")
+        return narrow
 
 
 class FedMRLClient(Client):

@@ -39,7 +39,7 @@ class FedProto(Algorithm):
     """Class prototypes instead of weights.
 
     Args:
-        lam: weight of the distance to the prototypes (lambda), >= 0.
+        lam: weight of the distance to the prototypes (lambda), >= 0; HtFLlib takes 10.
         infer: "head", or "prototype": the class of the nearest one.
     """
 

@@ -6,19 +6,21 @@ Clients as in FedProto; the server does not average the prototypes P_k^c but tra
 clients' and far from other classes:
 
     P^c    = phi(v^c; theta)                                   v^c a trained vector, phi two linear layers and a ReLU
-    delta  = min(max over c != c' of ||Q^c - Q^c'||, tau)      Q^c: the mean of the round's P_k^c
+    delta  = min(max over c != c' of ||Q^c - Q^c'||, tau)      Q^c: the plain mean of the round's P_k^c
     loss   = -log e^-(d(P_k^c, P^c) + delta) / (e^-(d(P_k^c, P^c) + delta) + sum_{c' != c} e^-d(P_k^c, P^c'))
     client: CE + lambda * ||f_k(x) - P^y||^2                   d the Euclidean distance
 
     v, phi   server.params       P^c    group "prototypes" down        P_k^c   group "prototypes" up      lambda  lam
     S        server_epochs       tau    tau                            eta     eta_s
 
-Departures: classes that no client has sent yet are neither trained nor sent.
+Departures: classes that no client has sent yet are neither trained nor sent. The authors' library (HtFLlib) takes for
+delta the largest of the classes' distances to their nearest other class, which is `gap="nearest"`, and lambda 10; the
+clients' distance is the mean over d, as in FedProto.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +43,7 @@ class FedTGP(Algorithm):
     Args:
         lam: weight of the clients' distance to the prototypes (lambda), >= 0.
         tau: largest margin, >= 0.
+        gap: which distance between classes the margin is: the "largest" of all pairs, or the largest to the "nearest".
         server_epochs: passes over the round's prototypes (S), >= 1.
         eta_s: learning rate of the server, > 0.
     """
@@ -48,6 +51,7 @@ class FedTGP(Algorithm):
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
     lam: float = 1.0
     tau: float = 100.0
+    gap: Literal["largest", "nearest"] = "largest"
     server_epochs: int = 100
     eta_s: float = 0.01
 
@@ -55,6 +59,8 @@ class FedTGP(Algorithm):
         for name in ("lam", "tau"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be a finite number >= 0")
+        if self.gap not in ("largest", "nearest"):
+            raise ConfigError(f"gap is {self.gap!r}; it must be largest or nearest")
         if self.server_epochs < 1 or not 0 < self.eta_s < float("inf"):
             raise ConfigError(
                 f"server_epochs is {self.server_epochs} and eta_s {self.eta_s}; they must be at least 1 and above 0"
@@ -89,7 +95,7 @@ class FedTGPServer(Server):
         places = {label: i for i, label in enumerate(sorted(self.known))}
         sent_ND = torch.stack([t for _, t in pairs])
         y_N = torch.tensor([places[label] for label, _ in pairs])
-        delta = margin(sent_ND, y_N, self.algorithm.tau)
+        delta = margin(sent_ND, y_N, self.algorithm.tau, self.algorithm.gap)
         module = self._module()
         optimizer = torch.optim.SGD(module.parameters(), lr=self.algorithm.eta_s)
         generator = torch.Generator().manual_seed(derive_seed(self.setup.seed, "FedTGP", round))
@@ -133,10 +139,15 @@ def _trainable(classes: int, d: int) -> nn.ModuleDict:
     return nn.ModuleDict({"vectors": nn.Embedding(classes, d), "phi": phi})
 
 
-def margin(sent_ND: Tensor, y_N: Tensor, tau: float) -> float:
-    """The largest distance between the mean prototypes of two classes, at most tau; 0 with one class."""
+def margin(sent_ND: Tensor, y_N: Tensor, tau: float, gap: str = "largest") -> float:
+    """A distance between the mean prototypes of two classes, see `FedTGP`, at most tau; 0 with one class."""
     means = torch.stack([sent_ND[y_N == c].mean(0) for c in y_N.unique().tolist()])
-    return min(torch.cdist(means, means).max().item(), tau)
+    if len(means) == 1:
+        return 0.0
+    apart_CC = torch.cdist(means, means)
+    if gap == "nearest":
+        apart_CC = apart_CC.fill_diagonal_(torch.inf).min(1).values
+    return min(apart_CC.max().item(), tau)
 
 
 def contrast(sent_BD: Tensor, y_B: Tensor, prototypes_CD: Tensor, delta: float) -> Tensor:

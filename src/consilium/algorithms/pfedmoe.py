@@ -16,6 +16,9 @@ The gate: switchable norm of the input -> Linear(S, m) -> batch norm -> sigmoid 
 softmax. The paper describes the order of norm and activation in two ways; a norm after the softmax would break the sum
 of 1, so here every norm comes before its activation. m is not stated: 64 keeps the gate smaller than the extractors.
 
+Texts are rows of token ids, which no gate could read as numbers: there it reads the two representations, which is
+`gate_input="features"`, and "raw" is refused.
+
 Departures: a batch of one example, of which there are no batch statistics, is normalised by the running ones.
 Extractors of unequal width are joined by a private linear projection of G(x) (`join.*`); the paper has equal widths.
 With "layer" or "group" norms the gate's last norm is left out: over two numbers it would leave their sign alone.
@@ -57,7 +60,7 @@ class pFedMoE(Algorithm):
         mixing: "gate"; "static", 0.5 and 0.5; "shared", the shared extractor alone; "local", the gate with all parts
             private and nothing sent: a local model with as many parameters.
         norm: of the gate: "batch", as in the paper; "layer" or "group" (4 groups), which know no other example.
-        gate_input: what the gate reads: "raw", the flattened input; "features", both representations.
+        gate_input: what the gate reads: "raw", the flattened input; "features", both representations (texts: always).
         deploy: with which theta a client predicts: "aggregated", the server's newest; "trained", its own as it last
             left it, which the paper's code scores and which costs no delivery.
     """
@@ -88,6 +91,10 @@ class pFedMoE(Algorithm):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}")
 
     def server(self, setup: Setup) -> Server:
+        if setup.shape == () and self.gate_input == "raw" and self.mixing in ("gate", "local"):
+            raise ConfigError(
+                "the gate cannot read the raw input of texts, which is token ids; use --algorithm.gate-input features"
+            )
         theta = {} if self.mixing == "local" else _prefixed(SHARED, setup.small_params())
         return FedAvgServer(setup, params=theta)
 

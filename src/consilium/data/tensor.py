@@ -1,4 +1,4 @@
-"""Images and tables: one tensor for the data set, and for every client and split the rows that it holds of it.
+"""Images, tables and token ids: one tensor for the data set, and for every client and split the rows it holds of it.
 
 Shapes: N rows of the data set, n of a split, B of a batch, *S the shape of one example ((C, H, W) or (columns,)).
 """
@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from consilium.data.encode import Encoded
 from consilium.data.task import ClientData, Federation, Task
 from consilium.errors import DataError
 
-__all__ = ["TensorSplit", "cut", "federation"]
+__all__ = ["TensorSplit", "cut", "federation", "of_texts"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,19 +26,20 @@ class TensorSplit:
     """Rows of a data set that all splits share; nothing is copied until a batch is asked for.
 
     Args:
-        x: [N, *S] float32, or uint8 pixels, which a batch turns into float32 in [-1, 1].
+        x: [N, *S] float32, or uint8 pixels, which a batch turns into float32 in [-1, 1], or token ids [N, L] int64.
         y: [N] int64, places in `labels`.
         index: [n] int64, the rows of this split.
         labels: names of the classes.
+        cut: rows that were longer as texts (`of_texts`); nothing of an image or a row of a table is ever cut off.
     """
 
     x: Tensor
     y: Tensor
     index: Tensor
     labels: tuple[str, ...]
+    cut: int = 0
 
     way = "classification"
-    cut = 0  # nothing of a tensor is ever cut off
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):
@@ -76,7 +78,7 @@ class TensorSplit:
         return list(range(len(self)))
 
     def batch(self, rows: Sequence[int], device: torch.device) -> dict[str, Tensor]:
-        """`x` [B, *S] float32 and `labels` [B] int64 of these places in the split."""
+        """`x` [B, *S] float32 (of texts [B, L] int64) and `labels` [B] int64 of these places in the split."""
         chosen = self.index[torch.as_tensor(rows)]
         x = self.x[chosen].to(device)
         x = x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x
@@ -87,6 +89,14 @@ class TensorSplit:
         for _ in range(epochs):
             for part in torch.randperm(len(self), generator=generator).split(batch_size):
                 yield part.tolist()
+
+
+def of_texts(tokens: Encoded, labels: tuple[str, ...], length: int) -> TensorSplit:
+    """Rows of token ids as one tensor x, int64 [N, length], filled up with the padding id at the end."""
+    x = torch.full((len(tokens), length), tokens.pad, dtype=torch.int64)
+    for row, ids in zip(x, tokens.sources, strict=True):
+        row[: len(ids)] = torch.tensor(ids)
+    return TensorSplit(x, torch.tensor(tokens.targets), torch.arange(len(x)), labels, tokens.cut)
 
 
 def federation(

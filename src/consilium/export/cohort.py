@@ -21,6 +21,7 @@ from consilium.experiment import from_json, to_json
 from consilium.export.deployed import Finished
 from consilium.export.folder import USE, new_folder
 from consilium.models.cohort import SplitModel
+from consilium.models.encoders import is_function
 from consilium.setup import Setup
 
 __all__ = ["load", "write"]
@@ -77,12 +78,25 @@ def write(out: Path, run: Finished, client: str | None) -> list[str]:
     return [f"{out}: the model of {client} after {run.summary['rounds']} rounds (accuracy {score:.3f})"]
 
 
-def load(folder: Path) -> SplitModel:
+def load(folder: Path, own_code: bool = False) -> SplitModel:
     """The model that `write` saved, in evaluation mode: `model.head(model.backbone(x))` are the logits [B, C] of
-    examples x [B, *shape], `model.labels` their names."""
+    examples x [B, *shape], of texts token ids [B, L]; `model.labels` are their names.
+
+    Args:
+        own_code: import the functions of one's own that made its extractors; the folder names them, so do so only
+            with folders of one's own.
+
+    Raises:
+        ConfigError: if there are such functions, and `own_code` is not given.
+    """
     told = json.loads((folder / "config.json").read_text())
     tensors: dict[str, Tensor] = load_file(folder / "model.safetensors")
     experiment, shape = from_json(told["experiment"]), tuple(told["shape"])
+    named = [name for name in (told["architecture"], experiment.model.small) if is_function(name)]
+    if named and not own_code:
+        raise ConfigError(
+            f"{folder} has {named[0]} imported; if the folder and that code are yours, load it with own_code"
+        )
     own = experiment.model.extractor(told["architecture"], shape)
     backbone: nn.Module = own
     if any(key.startswith("backbone.shared.") for key in tensors):
@@ -100,10 +114,11 @@ def _score(model: SplitModel, setup: Setup, context: ClientContext) -> float:
 
 
 def _card(told: dict[str, Any], method: str, client: str, rounds: int, score: float) -> str:
-    labels, shape = told["labels"], ", ".join(map(str, told["shape"]))
+    labels, shape = told["labels"], ", ".join(map(str, told["shape"])) or "tokens"
+    kind = {3: "image-classification", 0: "text-classification"}.get(len(told["shape"]), "tabular-classification")
     return f"""---
 library_name: consilium
-pipeline_tag: {"image-classification" if len(told["shape"]) == 3 else "tabular-classification"}
+pipeline_tag: {kind}
 tags: ["consilium", "federated-learning"]
 ---
 
@@ -115,7 +130,7 @@ differential privacy was used.
 | | |
 |---|---|
 | Task | {told["task"]}: {len(labels)} labels, {", ".join(map(str, labels[:12]))} |
-| Input | {" x ".join(map(str, told["shape"]))}, scaled as in training |
+| Input | {" x ".join(map(str, told["shape"])) or "token ids"}, made as in training |
 | Accuracy | {score:.3f} on its own test examples |
 
 ```python

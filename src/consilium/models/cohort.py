@@ -4,9 +4,10 @@
     mnist-1 .. mnist-5  the same for MNIST
     mlp-1 .. mlp-3      for tables: one hidden layer and FC2
 
-An extractor maps one batch [B, *S] to representations [B, d]; `SplitModel` puts a linear head on it. To use a module
-of your own, put a function that makes it into `ARCHITECTURES`; its attribute `width` says d. Convolutions, norms (what
-they keep in buffers travels like parameters) and anything else torch has are allowed.
+An extractor maps one batch [B, *S] to representations [B, d]; `SplitModel` puts a linear head on it. A function of your
+own and encoders of `transformers`, for images and for texts, are named as `models.encoders` says, e.g.
+`--model.architectures mypackage.nets:make_resnet,cnn-5`. Convolutions, norms (what they keep in buffers travels like
+parameters) and anything else torch has are allowed.
 
 Shapes: B examples, *S the shape of one ((C, H, W) or (columns,)), d width of a representation, C labels.
 """
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from consilium.core import derive_seed
 from consilium.errors import ConfigError
+from consilium.models import encoders
 from consilium.params import Params
 
 __all__ = ["ARCHITECTURES", "Cohort", "SplitModel", "initial"]
@@ -31,10 +33,12 @@ class Cohort:
     """Small models, one architecture per client.
 
     Args:
-        architectures: names, see `consilium.models.cohort`; client k (in id order, from 0) has the (k mod n)-th of n.
-            One name: all clients have the same model, as methods that average whole models need.
+        architectures: names, one by one or with commas, see `models.cohort` and `models.encoders`; client k (in id
+            order, from 0) has the (k mod n)-th of n. One name: all clients have the same model, as methods that average
+            whole models need.
         small: the architecture that all clients share beside their own, in methods that have one (pFedMoE's proxy).
-        width: d, the width of every representation (FC2): 500 in the paper for CIFAR, 50 for MNIST.
+        width: d, the width of every representation (FC2): 500 in the paper for CIFAR, 50 for MNIST. Functions of your
+            own and encoders have their own.
         kernel: of the convolutions, odd; padding: around their input. 5 and 0 in the paper.
     """
 
@@ -49,11 +53,15 @@ class Cohort:
     torch_dtype: ClassVar[torch.dtype] = torch.float32
 
     def __post_init__(self) -> None:
+        names = tuple(part for name in self.architectures for part in name.split(","))
+        object.__setattr__(self, "architectures", tuple(encoders.resolved(name) for name in names))
+        object.__setattr__(self, "small", encoders.resolved(self.small))
         if not self.architectures:
             raise ConfigError("model.architectures is empty; name at least one")
         for name in (*self.architectures, self.small):
-            if name not in ARCHITECTURES:
-                raise ConfigError(f"architecture {name!r} is unknown; allowed are {', '.join(ARCHITECTURES)}")
+            if name not in ARCHITECTURES and not encoders.is_function(name) and not encoders.is_model(name):
+                known = ", ".join(ARCHITECTURES)
+                raise ConfigError(f"architecture {name!r} is unknown; allowed are {known}, or {encoders.FORMS}")
         for name, least in (("width", 1), ("kernel", 1), ("padding", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"model.{name} is {getattr(self, name)}; it must be at least {least}")
@@ -68,13 +76,26 @@ class Cohort:
         """What the cohort is called in messages."""
         return ", ".join(dict.fromkeys(self.architectures))
 
+    @property
+    def reads_texts(self) -> bool:
+        """Whether all architectures may be text encoders: those of the table above read images and tables."""
+        return not ARCHITECTURES.keys() & {*self.architectures, self.small}
+
     def architecture(self, client: int) -> str:
         """The architecture of the client with that place in the order of ids."""
         return self.architectures[client % len(self.architectures)]
 
     def extractor(self, name: str, shape: tuple[int, ...]) -> nn.Module:
-        """A new extractor [B, *shape] -> [B, d], with its attribute `width`."""
-        return ARCHITECTURES[name](shape, self)
+        """A new extractor [B, *shape] -> [B, d], with its attribute `width`; shape () of texts."""
+        return ARCHITECTURES[name](shape, self) if name in ARCHITECTURES else encoders.extractor(name, shape)
+
+    def tokenizer(self) -> Any:
+        """The tokenizer by which all architectures read texts.
+
+        Raises:
+            ConfigError: if they have different ones.
+        """
+        return encoders.one_tokenizer((*self.architectures, self.small))
 
     def width_of(self, name: str, shape: tuple[int, ...]) -> int:
         """d of that architecture; no weights are made for it."""

@@ -1,4 +1,4 @@
-"""pFedMoE: on the digits that scikit-learn ships (no file, no network), and on images and tables of one's own."""
+"""pFedMoE: on the digits that scikit-learn ships (no file, no network), and on one's own images, tables and texts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,12 +8,13 @@ from consilium.algorithms.fedproto import FedProto
 from consilium.algorithms.pfedmoe import pFedMoE
 from consilium.core import Sampling
 from consilium.data.arrays import ImageData, TableData
+from consilium.data.textfile import TextFileData
 from consilium.experiment import Experiment
 from consilium.models.cohort import Cohort
 from consilium.recipes import recipe
 from consilium.setup import Fit
 
-__all__ = ["ABLATIONS", "SMALL_FIT", "pfedmoe_digits", "pfedmoe_images", "pfedmoe_table"]
+__all__ = ["ABLATIONS", "SMALL_FIT", "pfedmoe_digits", "pfedmoe_images", "pfedmoe_table", "pfedmoe_texts"]
 
 COMPARED = "pFedMoE,pFedMoE-static,Standalone,LGFedAvg,FedProto,FML"
 
@@ -68,4 +69,26 @@ def pfedmoe_table() -> Experiment:
         name="pfedmoe-table",
         data=TableData(path=Path("heart_disease.parquet"), target="num", client="hospital", positive=True),
         model=Cohort(("mlp-1", "mlp-2", "mlp-3"), small="mlp-3", width=16),
+    )
+
+
+TEXT_RIVALS = {
+    "pFedMoE-static": pFedMoE(mixing="static"),
+    "pFedMoE-local": pFedMoE(mixing="local", gate_input="features"),
+}
+
+
+@recipe("pfedmoe-texts", rivals=TEXT_RIVALS, compared="pFedMoE,pFedMoE-static,Standalone,FML")
+def pfedmoe_texts() -> Experiment:
+    """pFedMoE on texts: --data.path FILE --data.text COLUMN --model.architectures DIR,DIR --model.small DIR."""
+    return Experiment(
+        name="pfedmoe-texts",
+        algorithm=pFedMoE(gate_input="features"),
+        data=TextFileData(path=Path("examples.csv")),
+        model=Cohort(
+            ("google-bert/bert-base-uncased", "google-bert/bert-large-uncased"), "distilbert/distilbert-base-uncased"
+        ),
+        fit=Fit(lr=2e-5, head_lr=1e-3, batch_size=16, max_length=96, label_smoothing=0.0, balance=0.0),
+        sampling=Sampling(clients_per_round=10),
+        rounds=10,
     )

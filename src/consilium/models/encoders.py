@@ -1,0 +1,337 @@
+"""Extractors from outside this package, by an architecture's name: a function of one's own, or a transformers model.
+
+    mypackage.nets:make_resnet      a function: the shape of one example -> an extractor with attribute `width`, or the
+                                    pair (extractor, width); the module must be installed, or on PYTHONPATH
+    ./vit-tiny, google/vit-base-patch16-224, distilbert/distilbert-base-uncased
+                                    a directory or a hub name, in either case with a slash: an encoder of images or
+                                    texts, from safetensors; no code that lies beside the weights is run
+
+A function is imported when its extractor is first built, never when a name is read, and names come from a command line,
+an `Experiment` or a config.json that its user runs on his own machine: run no config.json that you would not run as a
+program. No server can have anything imported: cohorts are not deployed to sites, and a site's model comes from its own
+settings in any case.
+
+Of an encoder's outputs the pooled one is the representation; where pooling is a dense layer of the pre-training (ViT,
+BERT), which most checkpoints lack, that layer is left out: of images the first token counts, of texts the mean over the
+tokens. Images [B, C, H, W] are in [-1, 1], as `TensorSplit` gives pixels; they are resized (bilinear) and normalised as
+the checkpoint's preprocessor_config.json says, one channel is repeated where the model takes three. Texts are rows of
+token ids [B, L]; what equals the padding id is masked, and columns that are padding throughout are cut off.
+
+A checkpoint's weights are the same wherever it is used: for pFedMoE's shared extractor take a smaller one than the
+clients have, or the two begin as one.
+"""
+
+import importlib
+import json
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.initialization import no_init_weights
+from transformers.utils import logging
+
+from consilium.errors import ConfigError, ModelError
+
+__all__ = ["FORMS", "ImageEncoder", "TextEncoder", "extractor", "is_function", "is_model", "one_tokenizer", "resolved"]
+
+FORMS = "a function of your own (mypackage.nets:make) or a transformers model (a directory or hub name with a slash)"
+_FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+def is_function(name: str) -> bool:
+    """Whether a name is module.path:function."""
+    return _FUNCTION.fullmatch(name) is not None
+
+
+def is_model(name: str) -> bool:
+    """Whether a name is a transformers model's: there is a slash in it."""
+    return "/" in name
+
+
+def resolved(name: str) -> str:
+    """A directory as an absolute path, as a run may be resumed elsewhere; another name as it is."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if is_model(name) and (path.is_dir() or name[0] in "./~") else name
+
+
+def extractor(name: str, shape: tuple[int, ...]) -> nn.Module:
+    """A new extractor [B, *shape] -> [B, d] with attribute `width` = d; on the meta device only its shapes.
+
+    Args:
+        name: see above. shape: of one example; () of texts.
+
+    Raises:
+        ConfigError: for a function that cannot be imported, fails, or does not make an extractor of such examples.
+        ModelError: for a model that cannot be read, or is of another kind than the examples.
+    """
+    return _own(name, shape) if is_function(name) else _encoder(name, shape)
+
+
+# --- functions of one's own -------------------------------------------------------------------------------------------
+
+
+def _own(name: str, shape: tuple[int, ...]) -> nn.Module:
+    make = _imported(name)
+    try:
+        made = make(shape)
+    except Exception as error:
+        raise ConfigError(f"{name}({shape}) failed with {type(error).__name__}: {error}") from error
+    module, width = made if isinstance(made, tuple) and len(made) == 2 else (made, getattr(made, "width", None))
+    if not isinstance(module, nn.Module):
+        raise ConfigError(
+            f"{name} returned a {type(module).__name__}; it must return a torch module, or (module, width)"
+        )
+    if type(width) is not int or width < 1:
+        raise ConfigError(
+            f"{name}: width is {width!r}; give the module an attribute `width`, or return (module, width)"
+        )
+    module.width = width
+    _check(name, module, shape)
+    return module
+
+
+def _imported(name: str) -> Callable[[tuple[int, ...]], Any]:
+    path, _, function = name.partition(":")
+    try:
+        module = importlib.import_module(path)
+    except Exception as error:
+        raise ConfigError(
+            f"{path} of {name!r} cannot be imported ({type(error).__name__}: {error}); install it, or name its folder "
+            "in PYTHONPATH"
+        ) from error
+    make = getattr(module, function, None)
+    if not callable(make):
+        what = "has no function" if make is None else f"has a {type(make).__name__} and no function"
+        raise ConfigError(
+            f"{path} {what} {function!r}; give a function from the shape of one example to a torch module"
+        )
+    return make
+
+
+def _check(name: str, module: nn.Module, shape: tuple[int, ...]) -> None:
+    """What methods take for granted: float32, no tensor under two names, sizes that are known, the shape of outputs."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    if lazy := [key for key, t in tensors if is_lazy(t)]:
+        raise ConfigError(
+            f"{name}: {lazy[0]} is lazy; give the sizes of all layers, the shape of an example is {shape}"
+        )
+    if odd := [(key, t.dtype) for key, t in tensors if t.is_floating_point() and t.dtype != torch.float32]:
+        raise ConfigError(f"{name}: {odd[0][0]} is {odd[0][1]}; it must be torch.float32")
+    if len([*module.named_parameters()]) != len([*module.named_parameters(remove_duplicate=False)]):
+        raise ConfigError(f"{name}: a parameter has two names; tied parameters would be averaged twice: use one module")
+    if any(t.is_meta for _, t in tensors):
+        return
+    examples = torch.zeros(2, *shape) if shape else torch.ones(2, 4, dtype=torch.int64)
+    training = module.training
+    try:
+        with torch.no_grad():
+            out = module.eval()(examples)
+    except Exception as error:
+        raise ConfigError(
+            f"{name}: its module cannot take {tuple(examples.shape)}, two examples: {type(error).__name__}: {error}"
+        ) from error
+    module.train(training)
+    if not isinstance(out, Tensor) or out.shape != (2, module.width):
+        what = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ConfigError(f"{name}: two examples give {what}; with width {module.width} it must be (2, {module.width})")
+
+
+# --- transformers models ----------------------------------------------------------------------------------------------
+
+
+def _encoder(name: str, shape: tuple[int, ...]) -> nn.Module:
+    config = _config(name)
+    images, texts = (
+        type(config) in mapping
+        for mapping in (MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING)
+    )
+    if not images and (not texts or getattr(config, "is_encoder_decoder", False)):
+        raise ModelError(f"model {name!r} is {config.model_type}, which is no encoder of images or texts")
+    if len(shape) not in ((3,) if images else (0,)):
+        takes = "images (channels, height, width)" if images else "texts"
+        raise ModelError(f"model {name!r} takes {takes}, the examples are {f'of shape {shape}' if shape else 'texts'}")
+    if images:
+        return ImageEncoder(_model(name, config), shape, _preprocessing(name, config))
+    return TextEncoder(_model(name, config))
+
+
+@lru_cache(maxsize=64)
+def _config(name: str) -> Any:
+    return _read(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=False))
+
+
+def _read(name: str, read: Callable[[], Any]) -> Any:
+    path = Path(name)
+    if path.is_absolute() and not path.is_dir():
+        raise ModelError(f"model {name!r} is no directory; name one that is there, or a model on the hub")
+    try:
+        return read()
+    except (OSError, ValueError, KeyError, HfHubHTTPError, SafetensorError, json.JSONDecodeError) as error:
+        raise ModelError(f"model {name!r} cannot be read: {(str(error) or repr(error)).splitlines()[0]}") from error
+
+
+def _model(name: str, config: Any) -> nn.Module:
+    """In float32, without a dense pooling layer; where parameters become meta tensors, by its configuration alone."""
+    if nn.Linear(1, 1).weight.is_meta:
+        with no_init_weights():
+            model = AutoModel.from_config(config, dtype=torch.float32)
+        model.tie_weights()
+        return _without_pooling(model)
+    safe = {"use_safetensors": True, "trust_remote_code": False}
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model, info = _read(
+            name,
+            lambda: AutoModel.from_pretrained(
+                name, config=config, dtype=torch.float32, output_loading_info=True, **safe
+            ),
+        )
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+    own = {key for key, _ in _without_pooling(model).named_parameters()}
+    if missing := sorted(own & set(info["missing_keys"])):
+        raise ModelError(f"model {name!r} lacks {len(missing)} weights of its encoder, e.g. {missing[0]!r}")
+    return model.eval()
+
+
+def _without_pooling(model: nn.Module) -> nn.Module:
+    if isinstance(getattr(getattr(model, "pooler", None), "dense", None), nn.Linear):
+        model.pooler = None
+    return model
+
+
+def _width(config: Any) -> int:
+    """d: the width of the last layer."""
+    width = getattr(config, "hidden_size", None)
+    return width if isinstance(width, int) else config.hidden_sizes[-1]
+
+
+@lru_cache(maxsize=64)
+def _preprocessing_of(name: str) -> dict[str, Any]:
+    try:
+        return ImageProcessingMixin.get_image_processor_dict(name)[0]
+    except (OSError, ValueError):  # there is none: images go in as they are
+        return {}
+
+
+def _preprocessing(name: str, config: Any) -> dict[str, Any]:
+    """ "size" (H, W) or None for any, "mean" and "std" per channel of pixels in [0, 1]."""
+    told = _preprocessing_of(name)
+    size = told.get("crop_size") if told.get("do_center_crop") else None
+    size = getattr(config, "image_size", None) or size or (told.get("size") if told.get("do_resize") else None)
+    if isinstance(size, dict):
+        size = [size.get(key, size.get("shortest_edge")) for key in ("height", "width")]
+    size = [size, size] if isinstance(size, int) else size
+    normalised = told.get("do_normalize", True)
+    mean, std = (
+        told.get(key, 0.5) if normalised else other for key, other in (("image_mean", 0.0), ("image_std", 1.0))
+    )
+    return {"size": size and tuple(size), "mean": mean, "std": std}
+
+
+class ImageEncoder(nn.Module):
+    """A transformers image encoder: [B, C, H, W] in [-1, 1] -> [B, d].
+
+    Args:
+        model: whose `forward` takes pixel_values. shape: (C, H, W) of the examples. told: see `_preprocessing`.
+
+    Raises:
+        ModelError: for a number of channels that the model does not take.
+    """
+
+    def __init__(self, model: nn.Module, shape: tuple[int, ...], told: dict[str, Any]):
+        super().__init__()
+        self.model = model
+        self.width = _width(model.config)
+        self.size = told["size"]
+        self.channels = getattr(model.config, "num_channels", 3)
+        if shape[0] not in (1, self.channels):
+            raise ModelError(f"images have {shape[0]} channels, {model.config.model_type} takes {self.channels}")
+        mean, std = (torch.tensor(told[key], device="cpu").expand(self.channels) for key in ("mean", "std"))
+        # x in [-1, 1] is a pixel (x + 1) / 2 in [0, 1]; kept as numbers, for a buffer would travel
+        self.scale, self.shift = (0.5 / std).tolist(), ((0.5 - mean) / std).tolist()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.size is not None and tuple(x.shape[2:]) != self.size:
+            x = F.interpolate(x, self.size, mode="bilinear")
+        if (self.scale, self.shift) != ([1.0] * self.channels, [0.0] * self.channels):
+            scale, shift = (x.new_tensor(numbers).view(-1, 1, 1) for numbers in (self.scale, self.shift))
+            x = torch.addcmul(shift, x, scale)
+        output = self.model(pixel_values=x.expand(-1, self.channels, -1, -1))
+        pooled = getattr(output, "pooler_output", None)
+        return output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
+
+
+class TextEncoder(nn.Module):
+    """A transformers text encoder: token ids [B, L] int64 -> [B, d], the mean over the tokens that are no padding.
+
+    Raises:
+        ModelError: for a configuration without a padding id, or texts that are longer than the model reads.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.width = _width(model.config)
+        self.pad = model.config.pad_token_id
+        self.limit = getattr(model.config, "max_position_embeddings", None)
+        if self.pad is None:
+            raise ModelError(f"{model.config.model_type} has no pad_token_id in its configuration; set one")
+
+    def forward(self, ids: Tensor) -> Tensor:
+        mask = ids != self.pad
+        longest = int((mask.any(0) * torch.arange(1, ids.shape[1] + 1, device=ids.device)).amax().clamp(min=1))
+        if self.limit is not None and longest > self.limit:
+            raise ModelError(
+                f"a text has {longest} tokens, {self.model.config.model_type} reads {self.limit}; lower fit.max_length"
+            )
+        ids, mask = ids[:, :longest], mask[:, :longest]
+        hidden = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        weights = mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+@lru_cache(maxsize=8)
+def one_tokenizer(names: tuple[str, ...]) -> PreTrainedTokenizerBase:
+    """The tokenizer of text encoders that read the same rows of ids.
+
+    Raises:
+        ConfigError: if they have different ones, or none of the architectures has any.
+    """
+    models = [name for name in dict.fromkeys(names) if is_model(name)]
+    if not models:
+        raise ConfigError(f"no architecture of {', '.join(names)} has a tokenizer; texts need a transformers encoder")
+    found = {n: _read(n, lambda n=n: AutoTokenizer.from_pretrained(n, trust_remote_code=False)) for n in models}
+    first, tokenizer = next(iter(found.items()))
+    for name, other in found.items():
+        if other.get_vocab() != tokenizer.get_vocab() or other.pad_token_id != tokenizer.pad_token_id:
+            raise ConfigError(
+                f"{first} and {name} have different tokenizers; all encoders must read the same token ids"
+            )
+        if len(other) > (words := _config(name).vocab_size):
+            raise ConfigError(f"the tokenizer of {name} has {len(other)} tokens, its model {words}; they are no pair")
+        if other.pad_token_id is None or _config(name).pad_token_id != other.pad_token_id:
+            ids = f"{other.pad_token_id}, its configuration {_config(name).pad_token_id}"
+            raise ConfigError(f"the tokenizer of {name} pads with {ids}; they must be the same number")
+    return tokenizer

@@ -1,0 +1,340 @@
+"""Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints.
+
+Komatsuzaki, Puigcerver, Lee-Thorp, Riquelme Ruiz, Mustafa, Ainslie, Tay, Dehghani, Houlsby. ICLR 2023.
+https://arxiv.org/abs/2212.05055
+
+A dense model becomes a mixture of experts of a family that holds all of it: attention, norms and embeddings are its
+own, every expert of a sparse layer is a copy of the layer's feed-forward network, and routers begin with small random
+weights.
+
+    llama, mistral -> Mixtral                 granite -> GraniteMoE       (llama with biases in attention -> GraniteMoE)
+    qwen2 -> Qwen2-MoE                        qwen3 -> Qwen3-MoE          t5 -> Switch Transformers
+
+Where the weights of the k chosen experts sum to 1 (all but Switch), a token's output is that of the dense network as
+long as the copies are equal: the model begins with the dense model's logits. Qwen2-MoE has a shared expert beside the
+routed ones: it begins with zeros in its second matrix and adds nothing.
+
+Switch weighs its one expert by the router's probability p, about 1/E at the beginning, and the paper leaves it at that.
+Here the experts' second matrices are multiplied by E, so that p E is about 1; by `scale` of False they are not. As p is
+never exactly 1/E, logits are near those of the dense model and not equal: the smaller the routers' weights, the nearer.
+
+Departures from the paper: every layer of a decoder is sparse (`every` is for families that leave some dense), and T5 is
+routed by its family's top-1, with a capacity that drops no token of 4,096, and not by the encoder's expert choice.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig
+from transformers.initialization import no_init_weights
+from transformers.utils import logging as transformers_logging
+
+from consilium.core import derive_seed
+from consilium.errors import ConfigError, ModelError
+from consilium.moe.build import ModelSource
+from consilium.moe.families import FAMILIES, Family, blocks
+
+__all__ = ["Upcycling", "upcycle"]
+
+SHARED = 64
+"""Width of Qwen2-MoE's shared expert, which the dense model does not have."""
+CAPACITY = 4096
+
+
+@dataclass(frozen=True)
+class Upcycling:
+    """How a dense model becomes a mixture of experts.
+
+    Args:
+        experts: E, copies of each feed-forward network, >= 2.
+        top_k: experts per token, 1..E; None: 2, in Switch 1.
+        every: each so manieth layer is sparse, >= 1; None: 1, in Switch 2, as its own models are. Mixtral and
+            GraniteMoE have no dense layers.
+        noise: deviation of the noise that is added to the copies, as a share of each matrix's own, >= 0; 0: none, and
+            the copies differ by what they learn alone.
+        router_std: deviation of the routers' weights, > 0; None: 0.02, in Switch 0.001.
+        scale: whether Switch's experts are multiplied by E.
+        seed: of the noise and the routers.
+    """
+
+    experts: int = 8
+    top_k: int | None = None
+    every: int | None = None
+    noise: float = 0.0
+    router_std: float | None = None
+    scale: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.experts < 2:
+            raise ConfigError(f"experts is {self.experts}; it must be at least 2")
+        if self.top_k is not None and not 1 <= self.top_k <= self.experts:
+            raise ConfigError(f"top_k is {self.top_k}; it must be within 1..{self.experts}, the experts")
+        if self.every is not None and self.every < 1:
+            raise ConfigError(f"every is {self.every}; it must be at least 1")
+        if not 0 <= self.noise < float("inf"):
+            raise ConfigError(f"noise is {self.noise}; it must be a finite number >= 0")
+        if self.router_std is not None and not 0 < self.router_std < float("inf"):
+            raise ConfigError(
+                f"router_std is {self.router_std}; it must be above 0, or all tokens take the same experts"
+            )
+
+
+def upcycle(path: str, folder: Path, how: Upcycling) -> list[str]:
+    """Write the mixture of experts, its tokenizer and its chat template into a directory; returns what was made of it.
+
+    Args:
+        path: of the dense model, a directory or a hub name.
+
+    Raises:
+        ModelError: for a model that cannot be read, or that no family holds, with the reason.
+        ConfigError: for settings that its family does not have.
+    """
+    source = ModelSource(path)
+    dense = source.config
+    family = _family(dense)
+    config = _configuration(dense, family, how)
+    tokenizer = source.tokenizer()
+    model = _loaded(source)
+    cls = getattr(transformers, family.classes["text-to-text"])
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        made = cls._from_config(config, dtype=model.dtype)
+    made.load_state_dict(_weights(model.state_dict(), made, family, how), assign=True)
+    made.tie_weights()
+    if model.generation_config is not None:
+        made.generation_config = model.generation_config
+    sparse = blocks(made, family)
+    made.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    k = getattr(config, "num_experts_per_tok", 1)
+    told = [f"{path}: {dense.model_type} as {family.name}, {how.experts} experts in {len(sparse)} layers, top-{k}"]
+    (folder / "README.md").write_text(_card(path, told[0], how))
+    if k == 1 and family.top_k is not None:
+        told.append("of one expert the normalised weight is 1: routers learn from the balance loss alone")
+    if family.top_k is None:
+        told.append("Switch weighs an expert by its probability: logits are near the dense model's, not equal to them")
+    return told
+
+
+# --- configurations ---------------------------------------------------------------------------------------------------
+
+FAMILY_OF = {
+    "llama": "mixtral",
+    "mistral": "mixtral",
+    "granite": "granitemoe",
+    "qwen2": "qwen2_moe",
+    "qwen3": "qwen3_moe",
+    "t5": "switch_transformers",
+}
+"""Dense model type -> model type of the family that holds it."""
+
+ELSEWHERE = {"architectures", "dtype", "transformers_version", "_name_or_path", "model_type", "pretraining_tp"}
+ELSEWHERE |= {"id2label", "label2id", "problem_type", "task_specific_params", "n_positions", "use_cache"}
+"""What a configuration says that changes no logit."""
+
+
+def _family(dense: Any) -> Family:
+    kind = dense.model_type
+    if kind in FAMILIES:
+        raise ModelError(f"model type {kind!r} is a mixture of experts already: use it as it is")
+    if kind not in FAMILY_OF:
+        raise ModelError(f"model type {kind!r} fits no family here; dense models that do: {', '.join(FAMILY_OF)}")
+    if kind == "llama" and dense.attention_bias:
+        return FAMILIES["granitemoe"]
+    return FAMILIES[FAMILY_OF[kind]]
+
+
+def _configuration(dense: Any, family: Family, how: Upcycling) -> Any:
+    """The configuration of the mixture: all that the dense one says, and experts."""
+    switch = family.top_k is None
+    every = how.every or (2 if switch else 1)
+    given = dense.to_dict()
+    known = AutoConfig.for_model(family.model_type).to_dict()
+    own = _own(dense, family, every)
+    if every > 1 and family.model_type in ("mixtral", "granitemoe"):
+        raise ConfigError(f"every is {every}, but all layers of {family.name} are sparse; leave it at 1")
+    if switch and how.top_k not in (None, 1):
+        raise ConfigError(f"top_k is {how.top_k}, but {family.name} takes one expert per token; leave it at 1")
+    _refuse(dense, given, family, known.keys() | own.keys())
+    kept = {key: value for key, value in given.items() if key in known and key not in ELSEWHERE}
+    routing = {family.number: how.experts} | ({} if switch else {"num_experts_per_tok": how.top_k or 2})
+    return AutoConfig.for_model(family.model_type, **kept | own | routing)
+
+
+def _refuse(dense: Any, given: Mapping[str, Any], family: Family, places: set[str]) -> None:
+    """Raise for what the dense configuration says and the family's has no place for."""
+    layers = {kind for kind in given.get("layer_types") or () if kind != "full_attention"}
+    if layers and family.model_type != "qwen2_moe":
+        raise ModelError(f"some layers have {layers.pop()}, and {family.name} has one kind of attention for all layers")
+    if getattr(dense, "quantization_config", None):
+        raise ModelError("its weights are quantised; upcycle the model that they were made from")
+    if getattr(dense, "is_gated_act", False):
+        raise ModelError(f"its feed-forward networks are gated (as in T5 1.1), and those of {family.name} are not")
+    plain = type(dense)().to_dict()
+    unplaced = {"layer_types", "max_window_layers", "feed_forward_proj", "scale_decoder_outputs", "classifier_dropout"}
+    for key, value in given.items():
+        # What its own class does not know, it does not read either: configurations on the hub hold all sorts of things.
+        if key in plain.keys() - places - ELSEWHERE - unplaced and value != plain[key]:
+            raise ModelError(f"its configuration says {key} = {value!r}, for which {family.name} has no place")
+
+
+def _own(dense: Any, family: Family, every: int) -> dict[str, Any]:
+    """What the family's configuration says otherwise, or more, than the dense one."""
+    if family.model_type == "mixtral":
+        return {}
+    if family.model_type == "granitemoe":
+        return _granite(dense)
+    if family.model_type == "switch_transformers":
+        return _switch(dense, every)
+    own = {
+        "moe_intermediate_size": dense.intermediate_size,
+        "decoder_sparse_step": every,
+        "norm_topk_prob": True,
+    }
+    if family.model_type == "qwen2_moe":
+        return own | {"shared_expert_intermediate_size": SHARED}
+    return own | {"head_dim": dense.head_dim}
+
+
+def _granite(dense: Any) -> dict[str, Any]:
+    if dense.model_type == "granite":
+        return {}
+    size = getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads
+    return {"attention_bias": dense.attention_bias, "attention_multiplier": size**-0.5, "head_dim": size}
+
+
+def _switch(dense: Any, every: int) -> dict[str, Any]:
+    for name, layers in (("num_layers", dense.num_layers), ("num_decoder_layers", dense.num_decoder_layers)):
+        if layers % every:
+            raise ConfigError(f"every is {every}; it must divide {name}, which is {layers}")
+    if dense.scale_decoder_outputs != dense.tie_word_embeddings:
+        raise ModelError("it scales its outputs other than its tied embeddings say, and Switch does as they say")
+    return {
+        "num_sparse_encoder_layers": dense.num_layers // every,
+        "num_sparse_decoder_layers": dense.num_decoder_layers // every,
+        "encoder_sparse_step": every,
+        "decoder_sparse_step": every,
+        "expert_capacity": CAPACITY,
+        "router_jitter_noise": 0.0,
+        "decoder_start_token_id": dense.decoder_start_token_id,
+    }
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def _loaded(source: ModelSource) -> Any:
+    """The dense model in its own dtype."""
+    encoder_decoder = source.config.is_encoder_decoder
+    cls = transformers.T5ForConditionalGeneration if encoder_decoder else transformers.AutoModelForCausalLM
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        model, info = cls.from_pretrained(
+            source.location, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"model {source.path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"model {source.path!r} lacks {len(missing)} weights, e.g. {missing[0]!r}")
+    return model
+
+
+def _weights(dense: Mapping[str, Tensor], made: Any, family: Family, how: Upcycling) -> dict[str, Tensor]:
+    """The state dict of the mixture. Every tensor of the dense model is used, or ModelError says which is not."""
+    used: set[str] = set()
+
+    def taken(name: str) -> Tensor:
+        if name not in dense:
+            raise ModelError(f"the dense model has no {name!r}, which {family.name} needs")
+        used.add(name)
+        return dense[name]
+
+    weights: dict[str, Tensor] = {}
+    for path in blocks(made, family):
+        fill = _switch_block if family.top_k is None else _decoder_block
+        weights |= fill(path, taken, made.get_submodule(path), family, how)
+    for name in made.state_dict():
+        if name not in weights:  # a dense layer of Switch has its network under another name
+            weights[name] = taken(name.replace(".mlp.", ".DenseReluDense.") if family.top_k is None else name)
+    if left := sorted(dense.keys() - used):
+        raise ModelError(f"{family.name} has no place for {len(left)} tensors of the dense model, e.g. {left[0]!r}")
+    return weights
+
+
+def _decoder_block(
+    path: str, taken: Callable[[str], Tensor], block: Any, family: Family, how: Upcycling
+) -> dict[str, Tensor]:
+    """Router and fused experts of one block."""
+    mlp = f"{path.rpartition('.')[0]}.mlp"
+    gate, up, down = (taken(f"{mlp}.{name}_proj.weight") for name in ("gate", "up", "down"))
+    copies = {"gate_up_proj": torch.cat([gate, up]), "down_proj": down}
+    weights = {
+        f"{path}.{family.experts}.{name}": torch.stack(
+            [_copy(tensor, how, f"{path}.{i}.{name}") for i in range(how.experts)]
+        )
+        for name, tensor in copies.items()
+    }
+    weights[f"{path}.{family.router}.weight"] = _router(path, how, how.router_std or 0.02, gate)
+    rng = torch.Generator().manual_seed(derive_seed(how.seed, "upcycle", path, "shared"))
+    for name, tensor in block.state_dict().items():
+        if name.startswith("shared_expert"):  # gate_proj and up_proj random, so that down_proj has a gradient
+            drawn = torch.randn(tensor.shape, generator=rng) * 0.02
+            zero = name.endswith("down_proj.weight") or name.startswith("shared_expert_gate")
+            weights[f"{path}.{name}"] = (torch.zeros(tensor.shape) if zero else drawn).to(gate.dtype)
+    return weights
+
+
+def _switch_block(
+    path: str, taken: Callable[[str], Tensor], block: Any, family: Family, how: Upcycling
+) -> dict[str, Tensor]:
+    """Router and expert modules of one block."""
+    mlp = f"{path.rpartition('.')[0]}.DenseReluDense"
+    wi, wo = taken(f"{mlp}.wi.weight"), taken(f"{mlp}.wo.weight")
+    factor = how.experts if how.scale else 1
+    weights = {f"{path}.{family.router}.classifier.weight": _router(path, how, how.router_std or 0.001, wi)}
+    for i in range(how.experts):
+        expert = f"{path}.{family.experts}.{family.module.format(i)}"
+        weights[f"{expert}.wi.weight"] = _copy(wi, how, f"{path}.{i}.wi")
+        weights[f"{expert}.wo.weight"] = _copy(wo, how, f"{path}.{i}.wo") * factor
+    return weights
+
+
+def _copy(tensor: Tensor, how: Upcycling, name: str) -> Tensor:
+    if not how.noise:
+        return tensor.clone()
+    rng = torch.Generator().manual_seed(derive_seed(how.seed, "upcycle", name))
+    drawn = torch.randn(tensor.shape, generator=rng)
+    return (tensor.float() + how.noise * tensor.float().std() * drawn).to(tensor.dtype)
+
+
+def _router(path: str, how: Upcycling, std: float, like: Tensor) -> Tensor:
+    """[E, D], D the columns of `like`, in its dtype."""
+    rng = torch.Generator().manual_seed(derive_seed(how.seed, "upcycle", path, "router"))
+    return (std * torch.randn(how.experts, like.shape[1], generator=rng)).to(like.dtype)
+
+
+def _card(path: str, told: str, how: Upcycling) -> str:
+    base = f"base_model: {path}\n" if "/" in path and not Path(path).exists() else ""
+    return f"""---
+library_name: transformers
+{base}tags: ["consilium", "moe", "upcycled"]
+---
+
+# Upcycled: {told}
+
+Made by `consilium upcycle` (Komatsuzaki et al. 2023): every expert is a copy of the dense feed-forward network, noise
+{how.noise:g} of each matrix's deviation, seed {how.seed}; routers are new. It has learned nothing since.
+"""
