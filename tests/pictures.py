@@ -47,13 +47,13 @@ def table(n: int = 24, clients: int = 0, named: bool = True, **options):
 
 def cifar(root: Path, hundred: bool = False, n: int = 40, test: int = 20) -> Path:
     """data_batch_1.bin, data_batch_2.bin, test_batch.bin; or train.bin, test.bin. Record i has label i % classes, and
-    of CIFAR-100 the coarse label i % 20; every byte of its image is i."""
+    of CIFAR-100 the coarse label i % 20; every byte of its image is i % 256."""
     root.mkdir(parents=True)
     files = {"train.bin": n, "test.bin": test} if hundred else {"data_batch_1.bin": n, "data_batch_2.bin": n}
     files |= {} if hundred else {"test_batch.bin": test}
     for name, count in files.items():
         labels = [[i % 20, i % 100] if hundred else [i % 10] for i in range(count)]
-        (root / name).write_bytes(b"".join(bytes(label) + bytes([i]) * 3072 for i, label in enumerate(labels)))
+        (root / name).write_bytes(b"".join(bytes(label) + bytes([i % 256]) * 3072 for i, label in enumerate(labels)))
     names = "fine_label_names.txt" if hundred else "batches.meta.txt"
     (root / names).write_text("".join(f"class {i}\n" for i in range(100 if hundred else 10)))
     return root

@@ -34,13 +34,27 @@ ALLOWED = (
 )
 TABLES = ("parquet", "datasets", "hub")
 _PICKLES = re.compile(r".*\.(pkl|pickle|p|pt|pth)|data_batch_\d+|test_batch|batches\.meta|meta")
+_FILES = (
+    ".npz",
+    ".parquet",
+    ".csv",
+    ".tsv",
+    ".json",
+    ".jsonl",
+    ".ndjson",
+    ".txt",
+    ".gz",
+    ".zip",
+    ".tar",
+    ".bin",
+    ".pkl",
+)
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def is_hub_name(path: Path) -> bool:
     """Whether a path that is not there has the form owner/name."""
-    known = path.suffix.lower() in (".npz", ".parquet", *ENDINGS)
-    return bool(_HUB.fullmatch(str(path))) and not known and not path.exists()
+    return bool(_HUB.fullmatch(str(path))) and path.suffix.lower() not in _FILES and not path.exists()
 
 
 def kind_of(path: Path) -> str:

@@ -121,7 +121,7 @@ def crop_flip(x: Tensor, how: Augment, generator: torch.Generator) -> Tensor:
     """Images [B, C, H, W], uint8 or float32, each cut and turned by draws of its own; on the device of x.
 
     "crop": the window of H x W of the image padded by 4 black pixels (0, of float32 in [-1, 1]: -1) whose corner is
-    drawn from {0..8}^2. "flip": mirrored left to right with probability 1/2.
+    drawn from {0..8}^2. "flip": then mirrored left to right with probability 1/2.
     """
     B, C, H, W = x.shape
     rows, columns = torch.arange(H).expand(B, H), torch.arange(W).expand(B, W)
