@@ -432,6 +432,17 @@ def test_data_shows_images(capsys, form, args, line, command):
     assert call(capsys, *shown[1:], "--rounds", 1, "--name", "shown")[0] == 0
 
 
+def test_data_shows_a_table_of_numbers(capsys):
+    """Of a table the label is named, and the client guessed or named; all other columns are numbers."""
+    rows = [f"{'ns'[i % 2]},{i % 7},{i % 5},{'ab'[i // 2 % 2]}" for i in range(40)]
+    Path("t.csv").write_text("\n".join(["site,age,dose,ill", *rows]) + "\n")
+    code, out, _ = call(capsys, "data", "t.csv", "--label", "ill")
+    assert code == 0 and "\n2 labels, 20 rows each\n" in out and re.search(r"^ n +10 +10 +20 *$", out, re.M)
+    command = "pfedmoe-table --data.no-positive --data.path t.csv --data.target ill --data.client site"
+    assert f"\nconsilium run {command}\npicture: t-split.png\n" in out
+    assert call(capsys, "run", *command.split(), "--rounds", 1)[0] == 0
+
+
 def test_what_data_refuses_of_images(capsys):
     pictures.folder(Path("pets"), 6)
     assert "--text is a column of texts; pets holds images" in refused(capsys, "data", "pets", "--text", "a")

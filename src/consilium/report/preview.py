@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from transformers import PreTrainedTokenizerBase
 
+from consilium.data.arrays import TableData
 from consilium.data.language import LanguageData
 from consilium.data.task import Federation
 from consilium.data.textfile import TextFileData, read_rows
@@ -43,16 +44,21 @@ def guess(columns: Sequence[str]) -> dict[str, str]:
 
     A conversation is preferred to a prompt with a response, this to a text with a label, this to plain text.
     """
-    by_name = {column.lower(): column for column in columns}
-    found = {
-        role: by_name[next(name for name in names if name in by_name)]
-        for role, names in NAMES.items()
-        if any(name in by_name for name in names)
-    }
+    found = _by_name(columns)
     for roles in (("messages",), ("prompt", "response", "context"), ("text", "label"), ("text",)):
         if all(role in found for role in roles if role != "context"):
             return {role: found[role] for role in (*roles, "client") if role in found}
     return {}
+
+
+def _by_name(columns: Sequence[str]) -> dict[str, str]:
+    """Every role for which there is a column of such a name."""
+    lower = {column.lower(): column for column in columns}
+    return {
+        role: lower[next(name for name in names if name in lower)]
+        for role, names in NAMES.items()
+        if any(name in lower for name in names)
+    }
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Preview:
         federation: the clients of a run with these settings.
         counts: client -> label (or "examples") -> rows in all three splits.
         lengths: tokens of the shortest, median, 95 % and longest text, by role.
-        facts: further lines. model: flags of the command that say which model.
+        facts: further lines. model: further flags of the command, most of them of the model.
     """
 
     rows: int
@@ -102,15 +108,15 @@ def preview(
     names = rows.column_names
     guessed = guess(names)
     roles = dict(given) if set(given) - {"client"} else guessed | given
-    if "client" not in roles and "client" in guessed:
-        roles["client"] = guessed["client"]
+    if "client" not in roles and (client := _by_name(names).get("client")):
+        roles["client"] = client
     recipe, data, flags = _data(path, roles, settings, names)
     federation = data.load(seed)
     columns = {name: _column(rows[name][:]) for name in names}
     sizes = {
         role: _lengths(tokenizer, rows[roles[role]][:]) for role in ("prompt", "response", "text") if role in roles
     }
-    model = () if recipe == "fedmoe-text" else ("--model.path", "MODEL")
+    model = {"fedmoe-text": (), "pfedmoe-table": ("--data.no-positive",)}.get(recipe, ("--model.path", "MODEL"))
     counts = counts_of(federation)
     return Preview(len(rows), columns, roles, recipe, flags, federation, counts, sizes, model=model)
 
@@ -131,9 +137,12 @@ def _data(
     if "text" in roles:
         used = {"text": roles["text"]} | rest
         return "fedmoe-plaintext", LanguageData(path, **used, **dealt), {"path": str(path)} | used | told
+    if {"label", "client"} <= roles.keys():
+        used = {"target": roles["label"]} | rest
+        return "pfedmoe-table", TableData(path, **used), {"path": str(path)} | used
     raise ConfigError(
         f"cannot tell what the columns of {path.name} are for ({' | '.join(names)}); name them: --text and --label, "
-        "--prompt and --response, --messages, or --text alone"
+        "--prompt and --response, --messages, or --text alone; of a table of numbers --label and --client"
     )
 
 
