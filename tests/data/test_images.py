@@ -5,6 +5,7 @@ import io
 import os
 import struct
 import zlib
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 
 from consilium.data import columns, pixels
 from consilium.data.arrays import ImageData
-from consilium.data.images import kind_of, read_images
+from consilium.data.images import is_hub_name, kind_of, read_images
 from consilium.data.pixels import resized, stack
 from consilium.errors import ConfigError, DataError
 
@@ -79,7 +80,7 @@ def test_tables(tmp_path, monkeypatch, form):
         train.to_parquet(path)
     elif form in ("directory", "shards"):
         path.mkdir()
-        names = ("train-00000-of-00001", "test-00000-of-00001") if both else ("0000", "0001")
+        names = ("train-00000-of-00001", "pets_test") if both else ("0000", "0001")
         tables = (train, test) if both else (train.select(range(12)), train.select(range(12, 24)))
         for name, rows in zip(names, tables, strict=True):
             rows.to_parquet(path / f"{name}.parquet")
@@ -294,6 +295,9 @@ def test_values_that_cannot_be_used(tmp_path):
         rows = datasets.Dataset.from_list([{"img": good, "label": 1}, row], pictures.table(3).features)
         with pytest.raises(DataError, match=message):
             columns._read("t", {"train": rows}, 0, "", "", "", {})
+    part = datasets.Dataset.from_list([{"img": None, "label": 0}], pictures.table(3).features)
+    with pytest.raises(DataError, match=r"t \(test\) column 'img' row 0 is empty"):
+        columns._read("t", {"train": pictures.table(3), "test": part}, 0, "", "", "", {})
     named = datasets.Dataset.from_dict({"img": [{"bytes": None, "path": "/etc/hosts"}], "label": [0]})
     with pytest.raises(DataError, match=r"row 0 only names a file \(/etc/hosts\); write the images into the table"):
         columns._read("t", {"train": named}, 0, "", "", "", {})
@@ -307,6 +311,9 @@ def test_a_name_of_nothing():
         ImageData("nobody/nothing-there").load(0)
     with pytest.raises(DataError, match=r"is not there; give an \.npz file"):
         ImageData("no/such/place").load(0)
+    assert is_hub_name(Path("someone/pets-v1.5"))
+    for path in ("data/notes.csv", "pets/cat.png", "a/b/c", "pets", "/pets/cats"):
+        assert ImageData(path).path.is_absolute() and not is_hub_name(Path(path).absolute())
     with pytest.raises(ConfigError, match=r"data\.client names a column; digits is no table"):
         ImageData(client="site").load(0)
     with pytest.raises(ConfigError, match="the digits are 8 x 8"):

@@ -29,7 +29,7 @@ _PARTS = {
 
 
 def part_of(name: str) -> str | None:
-    """ "train" or "test": where the rows of a split of that name go; None for a name that is neither's."""
+    """Of "train" and "test" where the rows of a split of that name go; None for a name that is neither's."""
     return _PARTS.get(name.lower())
 
 
@@ -46,7 +46,8 @@ def read_parquet(path: Path, size: int, image: str, label: str, client: str) -> 
 
     wanted = [column for column in (image, label, client) if column]
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    parts = {file: part_of(re.split(r"[^a-z]", file.stem.lower())[0]) for file in files}
+    words = {file: map(part_of, re.split(r"[^a-z]+", file.stem.lower())) for file in files}
+    parts = {file: next(filter(None, found), None) for file, found in words.items()}
     if path.is_file() or not any(parts.values()):
         parts = dict.fromkeys(files, "train")
     if odd := [file.name for file, part in parts.items() if part is None]:
@@ -96,7 +97,7 @@ def _line(error: Exception) -> str:
 
 
 def _parts(name: str, found: Any) -> dict[str, Any]:
-    """ "train" and perhaps "test" of a data set with any number of splits."""
+    """The training and perhaps the test part of a data set with any number of splits."""
     from datasets import Dataset, concatenate_datasets
 
     splits: Mapping[str, Any] = {"train": found} if isinstance(found, Dataset) else found
@@ -115,9 +116,10 @@ def _read(
     tables = list(parts.values())
     image, label = table_of(name, tables[0], image, label, client)
     n = sum(len(rows) for rows in tables)
-    x = stack(n, (file for rows in tables for file in _files(name, rows, image)), size)
-    y = np.concatenate([_labels(name, rows, label) for rows in tables])
-    owners = [o for rows in tables for o in strings(Path(name), client, rows[client][:])] if client else ()
+    named = [(f"{name} ({part})" if len(parts) > 1 else name, rows) for part, rows in parts.items()]
+    x = stack(n, (file for told, rows in named for file in _files(told, rows, image)), size)
+    y = np.concatenate([_labels(told, rows, label) for told, rows in named])
+    owners = [o for told, rows in named for o in strings(Path(told), client, rows[client][:])] if client else ()
     places, labels = labelled(y, getattr(tables[0].features[label], "names", None))
     chosen = {"image": image, "label": label, "client": client}
     return Images(x, places, labels, len(parts["train"]), owners, source | chosen)

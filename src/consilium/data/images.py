@@ -34,21 +34,10 @@ ALLOWED = (
 )
 TABLES = ("parquet", "datasets", "hub")
 _PICKLES = re.compile(r".*\.(pkl|pickle|p|pt|pth)|data_batch_\d+|test_batch|batches\.meta|meta")
-_FILES = (
-    ".npz",
-    ".parquet",
-    ".csv",
-    ".tsv",
-    ".json",
-    ".jsonl",
-    ".ndjson",
-    ".txt",
-    ".gz",
-    ".zip",
-    ".tar",
-    ".bin",
-    ".pkl",
-)
+_FILES = {
+    ".npz", ".parquet", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".gz", ".zip", ".tar", ".bin", ".pkl",
+    *ENDINGS,
+}  # fmt: skip
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -58,7 +47,7 @@ def is_hub_name(path: Path) -> bool:
 
 
 def kind_of(path: Path) -> str:
-    """ "digits", "npz", "parquet", "datasets", "hub", "cifar", "idx" or "folder".
+    """Which of "digits", "npz", "parquet", "datasets", "hub", "cifar", "idx" and "folder" a path is.
 
     Raises:
         DataError: for what is none of these, with what was found and what is allowed.
