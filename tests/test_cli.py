@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -10,9 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+import pictures
 import pytest
 import runs
 import tiny
+from PIL import Image
 
 from consilium.__main__ import main
 from consilium.core import Algorithm, ClientInfo
@@ -388,6 +391,7 @@ def test_data_shows_a_file_and_how_to_run_it(capsys, data):
         assert re.search(rf"^ {name} +6 +5 +5 +16 *$", out, re.M)
     assert re.search(r"^ all +18 +15 +15 +48 *$", out, re.M)
     assert Path("split.png").read_bytes().startswith(b"\x89PNG") and out.endswith("picture: split.png\n")
+    assert re.search(r"^3 labels, from 15 rows \((dog|fish)\) to 18 \(cat\)$", out, re.M)
     assert (
         f"consilium run fedmoe-text --data.path {data} --data.text text --data.target label --data.client site\n" in out
     )
@@ -401,7 +405,52 @@ def test_data_shows_a_file_and_how_to_run_it(capsys, data):
 )  # fmt: skip
 def test_columns_that_are_named_are_not_guessed(capsys, data, named, said):
     code, out, _ = call(capsys, "data", data, *named)
-    assert code == 0 and said.format(data) in out.splitlines()[-1]
+    assert code == 0 and said.format(data) in out.splitlines()[-2] and Path("table-split.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("form", "args", "line", "command"),
+    [("folder", ["--classes", 3, "--clients", 2], "image folder: 8 x 8 pixels, 3 channels",
+      "--model.kernel 3 --model.padding 1 --data.path pets --data.clients 2 --data.classes 3"),
+     ("parquet", ["--client", "site", "--size", 16], "image: img, label: label, client: site",
+      "--data.path pets.parquet --data.client site --data.size 16")],
+)  # fmt: skip
+def test_data_shows_images(capsys, form, args, line, command):
+    """24 images of three classes, two clients; the picture is not one colour, and the command that is printed runs."""
+    if form == "folder":
+        path = pictures.folder(Path("pets"))
+    else:
+        path = Path("pets.parquet")
+        pictures.table(clients=2).to_parquet(path)
+    code, out, _ = call(capsys, "data", path, *args)
+    assert code == 0 and out.startswith("24 rows\n") and f"\n{line}\n" in out and "\n3 labels, 8 rows each\n" in out
+    assert re.search(r"^ all +8 +8 +8 +24 *$", out, re.M)
+    assert f"\nconsilium run pfedmoe-images {command}\npicture: pets-split.png\n" in out
+    colours = Image.open("pets-split.png").convert("L").getextrema()
+    assert colours[0] < 60 and colours[1] == 255
+    shown = shlex.split(next(text for text in out.splitlines() if text.startswith("consilium run")))
+    assert call(capsys, *shown[1:], "--rounds", 1, "--name", "shown")[0] == 0
+
+
+def test_data_shows_a_table_of_numbers(capsys):
+    """Of a table the label is named, and the client guessed or named; all other columns are numbers."""
+    rows = [f"{'ns'[i % 2]},{i % 7},{i % 5},{'ab'[i // 2 % 2]}" for i in range(40)]
+    Path("t.csv").write_text("\n".join(["site,age,dose,ill", *rows]) + "\n")
+    code, out, _ = call(capsys, "data", "t.csv", "--label", "ill")
+    assert code == 0 and "\n2 labels, 20 rows each\n" in out and re.search(r"^ n +10 +10 +20 *$", out, re.M)
+    command = "pfedmoe-table --data.no-positive --data.path t.csv --data.target ill --data.client site"
+    assert f"\nconsilium run {command}\npicture: t-split.png\n" in out
+    assert call(capsys, "run", *command.split(), "--rounds", 1)[0] == 0
+
+
+def test_what_data_refuses_of_images(capsys):
+    pictures.folder(Path("pets"), 6)
+    assert "--text is a column of texts; pets holds images" in refused(capsys, "data", "pets", "--text", "a")
+    assert "data.client names a column; pets is no table" in refused(capsys, "data", "pets", "--client", "a")
+    Path("pets/dog/x.png").touch()
+    assert re.search(r"pets/dog/x\.png is no image of the formats", refused(capsys, "data", "pets"))
+    Path("a.csv").write_text("text,label\na,b\n")
+    assert "--classes is for images; a.csv is a table" in refused(capsys, "data", "a.csv", "--classes", 2)
 
 
 def test_what_data_refuses(capsys, data, tmp_path):

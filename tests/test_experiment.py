@@ -30,7 +30,7 @@ from consilium.models.cohort import Cohort
 from consilium.moe.build import ModelSource
 from consilium.params import checksum
 from consilium.recipes.digits import pfedmoe_table
-from consilium.run import _git, _Prepared, read_config, run
+from consilium.run import _git, _Prepared, read_config, resume, run
 from consilium.setup import Fit
 
 # --- as JSON and back -------------------------------------------------------------------------------------------------
@@ -506,6 +506,32 @@ def test_small_models_need_their_kind_of_data(tmp_path):
         runs.experiment(tmp_path / "a.csv", model=Cohort(("cnn-1",)))
     with pytest.raises(ConfigError, match="has no experts; leave it at 'all'"):
         run(small(algorithm=FedAvg(experts=2), model=Cohort(("mlp-1",))), tmp_path / "run")
+
+
+def test_augmentation_follows_from_client_and_round(tmp_path):
+    """The same bits through bytes, and after an interruption; other bits than without, in every client's training."""
+
+    class Stop:
+        def started(self, *_): ...
+
+        def step(self, *_): ...
+
+        def rounded(self, record, events):
+            raise KeyboardInterrupt
+
+    def weights(folder):
+        return json.loads((folder / "summary.json").read_text())["weights"]
+
+    made = small(data=ImageData(clients=3, examples=60, augment="crop-flip"))
+    run(made, tmp_path / "whole")
+    run(dataclasses.replace(made, strict=True), tmp_path / "strict")
+    with pytest.raises(KeyboardInterrupt):
+        run(made, tmp_path / "stopped", Stop())
+    resume(tmp_path / "stopped")
+    run(dataclasses.replace(made, data=ImageData(clients=3, examples=60)), tmp_path / "plain")
+    assert weights(tmp_path / "whole") == weights(tmp_path / "strict") == weights(tmp_path / "stopped")
+    assert weights(tmp_path / "whole") != weights(tmp_path / "plain")
+    assert runs.outcome(tmp_path / "whole") == runs.outcome(tmp_path / "stopped")
 
 
 def test_a_run_on_a_table(tmp_path):

@@ -43,7 +43,8 @@ def trained(setup, seed=0, correct=None, **changes):
     [{"lr": 0}, {"lr": -1.0}, {"lr": math.nan}, {"head_lr": 0}, {"head_lr": math.inf}, {"epochs": 0}, {"batch_size": 0},
      {"max_length": 0}, {"target_length": 0}, {"label_smoothing": 1.1}, {"label_smoothing": -0.1}, {"balance": -1},
      {"weight_decay": -1}, {"balance": math.nan}, {"clip": -1}, {"clip": math.nan}, {"optimizer": "lion"},
-     {"precision": "float16"}],
+     {"precision": "float16"},
+     {"momentum": 0.9}, {"momentum": -0.1, "optimizer": "sgd"}, {"momentum": 1.0, "optimizer": "sgd"}],
     ids=str,
 )  # fmt: skip
 def test_refused_settings(bad):
@@ -203,6 +204,28 @@ def test_the_loss_by_hand():
                 tokens += 1
         expected += 0.5 * 8 * sum(a / tokens * b / tokens for a, b in zip(f, P, strict=True)) / 2
     assert fitted.loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_momentum_by_hand():
+    """Two steps of rate 0.5 and momentum 0.9: v1 = g1, v2 = 0.9 g1 + g2; the weights go by -0.5 (v1 + v2). Begun anew
+    in the next call: its first step goes by -0.5 g3 alone."""
+    setup = tiny.setup(optimizer="sgd", lr=0.5, head_lr=0.5, momentum=0.9, clip=0.0, batch_size=4)
+    model, data, context = started(setup)
+    assert len(data) == 8
+    start = [p.detach().clone() for p in parameters(model).values()]
+    seen = []
+
+    def keep(trainable):
+        seen.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in trainable.values()])
+
+    fit(model, data, setup.fit, context, keep)
+    middle = [p.detach().clone() for p in parameters(model).values()]
+    for before, after, g1, g2 in zip(start, middle, *seen, strict=True):
+        torch.testing.assert_close(after, before - 0.5 * (g1 + (0.9 * g1 + g2)), rtol=1e-4, atol=1e-6)
+    fit(model, setup.encode(context, Split(context.data.train.texts[:4], context.data.train.targets[:4])), setup.fit,
+        context, keep)  # fmt: skip
+    for before, after, g3 in zip(middle, parameters(model).values(), seen[2], strict=True):
+        torch.testing.assert_close(after, before - 0.5 * g3, rtol=1e-4, atol=1e-6)
 
 
 def test_corrections_come_before_clipping():

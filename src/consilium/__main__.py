@@ -43,7 +43,7 @@ HELP = """[bold]consilium[/bold]: federated fine-tuning of mixture-of-experts mo
   consilium inspect MODEL \\[--memory 12GiB]  layers, experts and bytes of a model, and what fits a device
 
   consilium upcycle MODEL --out DIR          a dense model as a mixture of experts: copies of its feed-forward networks
-  consilium data FILE                        columns, lengths and split of a file, and the command that runs on it
+  consilium data PATH                        columns, labels and split of a file or of images, and the command to run
   consilium export RUN --client A --out DIR  a client's model for plain transformers; at a site: of its --state folder
   consilium predict DIR --text "..."         labels or texts from an exported model
   consilium chat DIR                         talk to an exported language model
@@ -295,8 +295,9 @@ def upcycle_command(args: list[str]) -> None:
 
 
 def data_command(args: list[str]) -> None:
-    """consilium data FILE [--text COLUMN] [--label COLUMN] [--client COLUMN] ... [--out split.png]"""
+    """consilium data PATH [--text COLUMN] [--label COLUMN] [--client COLUMN] ... [--out split.png]"""
     from consilium.moe.build import ModelSource
+    from consilium.report.image_preview import holds_images, preview_images
     from consilium.report.preview import NAMES, preview, save_picture, show
 
     def parameters(
@@ -307,41 +308,54 @@ def data_command(args: list[str]) -> None:
         response: str = "",
         context: str = "",
         messages: str = "",
+        image: str = "",
         client: str = "",
         model: str = "docstring-switch",
         clients: int | None = None,
         partition: str | None = None,
         alpha: float | None = None,
+        classes: int | None = None,
+        size: int = 0,
         seed: int = 0,
         out: Path | None = None,
     ) -> dict[str, Any]:
-        """Look at a file before using it. Columns that are not named are guessed by their names.
+        """Look at data before using it. Columns that are not named are guessed by their names.
 
         Args:
-            file: a .csv, .tsv, .jsonl, .ndjson or .parquet file.
+            file: a .csv, .tsv, .jsonl, .ndjson or .parquet file; of images: a folder per class, Parquet, .npz, a
+                directory of `datasets`, CIFAR's *.bin, MNIST's files, or owner/name on the hub.
             text: column of the text.
             label: column of its label.
             prompt: column of what is asked.
             response: column of the answer.
             context: column of a text the prompt is about.
             messages: column of conversations.
+            image: column of encoded images.
             client: column that says whose a row is.
             model: whose tokenizer counts the tokens.
             clients: how many, without a client column.
             partition: iid, dirichlet or pathological, without a client column.
             alpha: of dirichlet.
+            classes: per client, of images, pathological.
+            size: of a side, to which images are scaled and cut; 0: as they are.
             seed: of the split.
-            out: write a picture of the split, e.g. split.png.
+            out: where the picture of the split goes; default: NAME-split.png here.
         """
         return dict(locals())
 
     told = _parse(parameters, args, "consilium data")
-    given = {role: told[role] for role in NAMES if told[role]}
+    path, seed = told["file"], told["seed"]
+    given = {role: told[role] for role in (*NAMES, "image") if told[role]}
     settings = {key: told[key] for key in ("clients", "partition", "alpha")}
-    found = preview(told["file"], given, ModelSource(told["model"]).tokenizer(), settings, told["seed"])
+    if holds_images(path):
+        found = preview_images(path, given, settings | {"classes": told["classes"]}, told["size"], seed)
+    elif odd := [name for name in ("image", "classes", "size") if told[name]]:
+        raise ConfigError(f"--{odd[0]} is for images; {path} is a table without a column of encoded images")
+    else:
+        found = preview(path, given, ModelSource(told["model"]).tokenizer(), settings, seed)
     show(found, out)
-    if told["out"]:
-        out.print(f"picture: {save_picture(found, told['out'])}", markup=False, highlight=False, soft_wrap=True)
+    target = save_picture(found, told["out"] or Path(f"{path.stem}-split.png"))
+    out.print(f"picture: {target}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _taken(command: str, args: list[str]) -> None:

@@ -47,7 +47,8 @@ class Fit:
             packed): rows of max_length + target_length tokens, see `data.causal`. Classification and text-to-text have
             one example a row: examples.
         optimizer: "adamw" or "sgd"; fresh in every round.
-        weight_decay: decoupled weight decay.
+        momentum: of sgd, 0 <= momentum < 1; like all of the optimiser, begun anew in every round.
+        weight_decay: decoupled weight decay with adamw, added to the gradient with sgd.
         clip: largest norm of the gradient, 0: no clipping.
         label_smoothing: of the cross-entropy, 0..1 (FedMoE, Eq 1).
         balance: weight of the per-layer load-balance loss (alpha in FedMoE's Eq 1).
@@ -66,6 +67,7 @@ class Fit:
     target_length: int = 16
     rows: Rows = "examples"
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = 0.0
     weight_decay: float = 0.0
     clip: float = 1.0
     label_smoothing: float = 0.1
@@ -93,6 +95,8 @@ class Fit:
             raise ConfigError(f"fit.optimizer is {self.optimizer!r}; it must be adamw or sgd")
         if self.precision not in ("float32", "bfloat16"):
             raise ConfigError(f"fit.precision is {self.precision!r}; it must be float32 or bfloat16")
+        if not 0 <= self.momentum < 1 or (self.momentum and self.optimizer != "sgd"):
+            raise ConfigError(f"fit.momentum is {self.momentum}; it must be at least 0, below 1, and 0 with adamw")
         if self.rows not in get_args(Rows):
             raise ConfigError(f"fit.rows is {self.rows!r}; it must be {', '.join(get_args(Rows))}")
 
@@ -231,7 +235,7 @@ class Setup:
         fit = self.fit
         if mode == "full" and fit.lora.rank:
             mode, rank = "lora", fit.lora.rank
-        shape = {**fit.lengths, "optimizer": fit.optimizer}
+        shape = {**fit.lengths, "optimizer": fit.optimizer, "momentum": fit.momentum}
         evaluation = self._memory.footprint(counts, mode="forward", batch_size=EVALUATION * fit.batch_size, **shape)
         if mode == "forward":
             return evaluation

@@ -20,6 +20,7 @@ from consilium.core import ClientContext, Payload, Scalar, counts_of, derive_see
 from consilium.data.causal import Packed
 from consilium.data.encode import Encoded
 from consilium.data.task import score
+from consilium.data.tensor import TensorSplit
 from consilium.errors import DataError
 from consilium.models.cohort import Cohort, SplitModel
 from consilium.moe.addressing import flatten, parameters
@@ -110,6 +111,8 @@ def fit(
     epochs = config.epochs if epochs is None else epochs
     if config.rows == "packed":
         data = Packed.of(data, config.max_length + config.target_length)
+    if isinstance(data, TensorSplit):
+        data = data.augmented(derive_seed(context.seed, "augment"))
     total = epochs * -(-len(data) // config.batch_size)
     generator = torch.Generator().manual_seed(derive_seed(context.seed, "batches"))
     if config.gradient_checkpointing:
@@ -360,5 +363,5 @@ def _optimizer(trainable: Mapping[str, Tensor], config: Fit, rates: Mapping[str,
         members[next(prefix for prefix in rates if path.startswith(prefix))].append(p)
     groups = [{"params": members[prefix], "lr": lr} for prefix, lr in rates.items() if members[prefix]]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, weight_decay=config.weight_decay)
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consilium.data.task import ClientData, Federation, Task
-from consilium.data.tensor import TensorSplit, cut
+from consilium.data.tensor import TensorSplit, crop_flip, cut
 from consilium.errors import DataError
 
 CPU = torch.device("cpu")
@@ -62,3 +62,61 @@ def test_cuts_lose_nothing_and_train_on_every_class(y, validation, test):
         sizes = [sum(y[row] == kind for row in part) for part in parts]
         assert sizes[0] >= 1 and (sum(sizes) < 3 or min(sizes) >= 1)
         assert abs(sizes[1] - validation * sum(sizes)) <= 1 or sum(sizes) < 3
+
+
+def drawn(shape, how, seed=0, dtype=torch.uint8):
+    """A batch of images whose pixels all differ, and what becomes of it."""
+    x = torch.arange(1, 1 + torch.Size(shape).numel()).reshape(shape).to(dtype)
+    return x, crop_flip(x, how, torch.Generator().manual_seed(seed))
+
+
+def by_hand(x, top, left, flipped, black):
+    """One image [C, H, W]: padded by 4, the window at (top, left), then mirrored."""
+    C, H, W = x.shape
+    padded = torch.full((C, H + 8, W + 8), black, dtype=x.dtype)
+    padded[:, 4 : 4 + H, 4 : 4 + W] = x
+    window = padded[:, top : top + H, left : left + W]
+    return window.flip(2) if flipped else window
+
+
+@pytest.mark.parametrize(("dtype", "black"), [(torch.uint8, 0), (torch.float32, -1)])
+def test_every_image_is_cut_and_turned_by_draws_of_its_own(dtype, black):
+    """Each result is one of the 2 x 9 x 9 that there are, and the draws are even: of 1,620 images, 810 are mirrored
+    (5 deviations: 100), every corner is cut 20 times (5 deviations: 22)."""
+    x = (torch.arange(6).reshape(1, 3, 2) + 1).to(dtype)
+    cut = crop_flip(x.expand(1620, 1, 3, 2), "crop-flip", torch.Generator().manual_seed(0))
+    rng = torch.Generator().manual_seed(0)
+    flipped = (torch.rand(1620, 1, generator=rng) < 0.5).flatten().tolist()
+    top, left = (torch.randint(-4, 5, (2, 1620, 1), generator=rng) + 4).flatten(1).tolist()
+    for i in range(1620):
+        assert torch.equal(cut[i], by_hand(x, top[i], left[i], flipped[i], black))
+    assert abs(sum(flipped) - 810) < 100
+    counts = torch.bincount(9 * torch.tensor(top) + torch.tensor(left), minlength=81)
+    assert counts.min() > 0 and counts.max() <= 42
+
+
+def test_crop_and_flip_alone():
+    """A flip moves no row, and gives the image or its mirror; a crop mirrors none. Colours stay together."""
+    x, turned = drawn((40, 3, 2, 4), "flip", dtype=torch.float32)
+    same = (turned == x).flatten(1).all(1)
+    mirrored = (turned == x.flip(3)).flatten(1).all(1)
+    assert (same ^ mirrored).all() and same.any() and mirrored.any()
+    x, cut = drawn((40, 3, 6, 6), "crop", dtype=torch.float32)
+    for before, after in zip(x, cut, strict=True):
+        seen = after[:, (after[0] >= 0).any(1)][:, :, (after[0] >= 0).any(0)]  # black is -1
+        assert (seen[:, :, 1:] - seen[:, :, :-1] == 1).all() and (seen[1] - seen[0] == 36).all()
+        assert seen.min() >= before.min() and seen.max() <= before.max()
+
+
+def test_only_an_augmented_split_augments():
+    x = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    part = TensorSplit(x, torch.tensor([0, 1, 0, 1]), torch.tensor([2, 0, 3]), ("a", "b"), "crop-flip")
+    plain = part.batch([0, 1, 2], CPU)["x"]
+    assert torch.equal(plain, part.batch([0, 1, 2], CPU)["x"]) and torch.equal(plain[0], x[2] / 127.5 - 1)
+    one, two = part.augmented(7), part.augmented(7)
+    first, second = (one.batch([0, 1, 2], CPU)["x"] for _ in range(2))
+    assert torch.equal(first, two.batch([0, 1, 2], CPU)["x"]) and torch.equal(second, two.batch([0, 1, 2], CPU)["x"])
+    assert not torch.equal(first, second) and not torch.equal(first, part.augmented(8).batch([0, 1, 2], CPU)["x"])
+    assert first.min() >= -1 and first.max() <= 1 and one.x.data_ptr() == x.data_ptr() and len(one) == 3
+    none = TensorSplit(x, part.y, part.index, part.labels)
+    assert none.augmented(7) is none

@@ -160,7 +160,7 @@ def test_every_method_gives_the_same_bits_and_records(name, dtype, data, grid, t
     one client in two is short of memory, or of another architecture."""
     if name in SMALL:
         model = Cohort(("mnist-4", "mnist-5"), small="mnist-5", width=8, kernel=3, padding=1)
-        images = ImageData(clients=3, examples=60)
+        images = ImageData(clients=3, examples=60, augment="crop-flip")
         made = runs.experiment(data, METHODS[name](), data=images, model=model, rounds=2)
     else:
         model = tiny.source(num_experts=4, dtype=dtype)

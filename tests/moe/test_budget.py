@@ -148,6 +148,10 @@ def test_sgd_has_no_state_and_references_are_copies(tmp_path):
     model = switch(tmp_path)
     plain = model.footprint(model.counts, mode="full", **BATCH | {"optimizer": "sgd"})
     assert plain.optimizer == 0
+    heavy = model.footprint(model.counts, mode="full", **BATCH | {"optimizer": "sgd", "momentum": 0.9})
+    assert heavy.optimizer == heavy.weights == plain.weights  # one number for each that is trained
+    assert heavy.total - plain.total >= heavy.weights
+    assert model.footprint(model.counts, mode="full", **BATCH | {"momentum": 0.0}).optimizer == 2 * plain.weights
     twice = model.footprint(model.counts, mode="full", references=2, **BATCH)
     assert twice.references == 2 * twice.weights
 

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from consilium.errors import ConfigError
 from consilium.report import print_table, read_runs, render, write_report
+from consilium.report.gains import gain_over_standalone
 from consilium.report.maps import block_names
 from consilium.report.plots import FIGURES
 from consilium.report.style import DARK, LIGHT, run_styles, shorten, shorten_all
@@ -263,6 +264,39 @@ def test_names():
     assert len(set(shorten_all(long, 13))) == 6 and max(map(len, shorten_all(long, 13))) <= 13
     assert shorten_all(["a", "b"], 13) == ["a", "b"]
     assert shorten("hospital-of-the-north-07", 13) == "hospit…rth-07" and shorten("short", 13) == "short"
+
+
+def test_every_clients_gain_over_training_alone(tmp_path):
+    """Scores set by hand: the client's score less that of Standalone of the same seed and data, sorted; a run of
+    another seed or other data has no partner, and without Standalone there is no figure."""
+
+    def scored(name, algorithm, seed, scores):
+        folder = make_run(tmp_path / name, algorithm, clients=3, blocks=1, rounds=2, seed=seed)
+        summary = json.loads((folder / "summary.json").read_text())
+        for client, value in zip(summary["clients"], scores, strict=True):
+            summary["clients"][client]["test"] = value
+        (folder / "summary.json").write_text(json.dumps(summary))
+        return folder
+
+    alone = scored("alone", "Standalone", 0, (0.5, 0.5, 0.5))
+    moe = scored("moe", "FedMoE", 0, (0.7, 0.4, 0.5))
+    other = scored("other", "RandomMoE", 1, (0.9, 0.9, 0.9))
+    drawing = gain_over_standalone(read_runs([alone, moe, other]))
+    (panel,) = drawing.panels
+    assert panel.title == "FedMoE · +3.3 points, 1 of 3 gain" and "from -10.0 to +20.0" in panel.alt
+    widths = [bar.get_width() for bar in panel.figure.axes[0].patches]
+    assert widths == pytest.approx([-10.0, 0.0, 20.0])
+    assert [text.get_text() for text in panel.figure.axes[0].get_yticklabels()] == ["kind-00", "verb-00", "topic-00"]
+    assert figures(render(read_runs([alone, moe])))["gain_over_standalone"] == [(None, "yes")]
+    for runs in ([moe, other], [alone], [alone, other]):
+        assert "gain_over_standalone" not in figures(render(read_runs(runs)))
+    both = gain_over_standalone(
+        read_runs([alone, moe, other, scored("alone1", "Standalone", 1, (0.8, 0.8, 0.8)),
+                   scored("moe1", "FedMoE", 1, (0.9, 0.9, 0.9))])
+    )  # fmt: skip
+    assert [panel.title for panel in both.panels] == [
+        "FedMoE · +6.7 points, 4 of 6 gain", "RandomMoE · +10.0 points, 3 of 3 gain",
+    ]  # fmt: skip
 
 
 def test_a_run_with_a_gate_draws_it(tmp_path):

@@ -7,9 +7,9 @@ import hashlib
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +18,12 @@ from consilium.data.encode import Encoded
 from consilium.data.task import ClientData, Federation, Task
 from consilium.errors import DataError
 
-__all__ = ["TensorSplit", "cut", "federation", "of_texts"]
+__all__ = ["AUGMENTATIONS", "Augment", "Augmented", "TensorSplit", "crop_flip", "cut", "federation", "of_texts"]
+
+Augment = Literal["none", "crop", "flip", "crop-flip"]
+AUGMENTATIONS: tuple[Augment, ...] = get_args(Augment)
+PADDING = 4
+"""Pixels that "crop" pads on every side before it cuts a window of the old size, as is usual for CIFAR."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +36,7 @@ class TensorSplit:
         index: [n] int64, the rows of this split.
         labels: names of the classes.
         cut: rows that were longer as texts (`of_texts`); nothing of an image or a row of a table is ever cut off.
+        augment: what is done to training batches alone, see `augmented`.
     """
 
     x: Tensor
@@ -38,6 +44,7 @@ class TensorSplit:
     index: Tensor
     labels: tuple[str, ...]
     cut: int = 0
+    augment: Augment = "none"
 
     way = "classification"
 
@@ -80,9 +87,20 @@ class TensorSplit:
     def batch(self, rows: Sequence[int], device: torch.device) -> dict[str, Tensor]:
         """`x` [B, *S] float32 (of texts [B, L] int64) and `labels` [B] int64 of these places in the split."""
         chosen = self.index[torch.as_tensor(rows)]
-        x = self.x[chosen].to(device)
+        x = self._seen(self.x[chosen].to(device))
         x = x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x
         return {"x": x, "labels": self.y[chosen].to(device)}
+
+    def _seen(self, x: Tensor) -> Tensor:
+        return x
+
+    def augmented(self, seed: int) -> "TensorSplit":
+        """The split whose batches are augmented by draws from this seed, in the order they are asked for: for one call
+        of `training.fit`. Itself where `augment` is "none"."""
+        if self.augment == "none":
+            return self
+        given = {f.name: getattr(self, f.name) for f in fields(TensorSplit)}
+        return Augmented(**given, generator=torch.Generator().manual_seed(seed))
 
     def epochs(self, epochs: int, batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
         """Rows of each batch: `epochs` shuffled passes, the last batch of a pass may be short."""
@@ -99,6 +117,37 @@ def of_texts(tokens: Encoded, labels: tuple[str, ...], length: int) -> TensorSpl
     return TensorSplit(x, torch.tensor(tokens.targets), torch.arange(len(x)), labels, tokens.cut)
 
 
+@dataclass(frozen=True, eq=False)
+class Augmented(TensorSplit):
+    """A split for training: every batch is another draw from `generator` (on the CPU: equal bits on every device)."""
+
+    generator: torch.Generator = field(default_factory=torch.Generator)
+
+    def _seen(self, x: Tensor) -> Tensor:
+        return crop_flip(x, self.augment, self.generator)
+
+
+def crop_flip(x: Tensor, how: Augment, generator: torch.Generator) -> Tensor:
+    """Images [B, C, H, W], uint8 or float32, each cut and turned by draws of its own; on the device of x.
+
+    "crop": the window of H x W of the image padded by 4 black pixels (0, of float32 in [-1, 1]: -1) whose corner is
+    drawn from {0..8}^2. "flip": then mirrored left to right with probability 1/2.
+    """
+    B, C, H, W = x.shape
+    rows, columns = torch.arange(H).expand(B, H), torch.arange(W).expand(B, W)
+    if "flip" in how:
+        flipped = torch.rand(B, 1, generator=generator) < 0.5
+        columns = torch.where(flipped, W - 1 - columns, columns)
+    if "crop" in how:
+        top, left = torch.randint(-PADDING, PADDING + 1, (2, B, 1), generator=generator)
+        rows, columns = rows + top, columns + left
+    inside = ((rows >= 0) & (rows < H))[:, :, None] & ((columns >= 0) & (columns < W))[:, None, :]
+    places = rows.clamp(0, H - 1)[:, :, None] * W + columns.clamp(0, W - 1)[:, None, :]
+    places, outside = places.flatten(1).to(x.device), ~inside.to(x.device)
+    cut = x.flatten(2).gather(2, places[:, None].expand(B, C, H * W)).view(B, C, H, W)
+    return cut.masked_fill_(outside[:, None], 0 if x.dtype == torch.uint8 else -1)
+
+
 def federation(
     x: Tensor,
     y: Tensor,
@@ -108,13 +157,14 @@ def federation(
     shares: tuple[float, float],
     seed: int,
     source: Mapping[str, Any],
+    augment: Augment = "none",
 ) -> Federation:
     """Clients over one tensor; who has too few rows for three splits is skipped, with the reason.
 
     Args:
         train: client -> rows to learn from. test: client -> rows of an official test set; None: cut from `train`.
         shares: of a client's rows, per class, for validation and (without an official test set) for test.
-        seed: of the cut, with the client's name.
+        seed: of the cut, with the client's name. augment: of training batches.
     """
     clients, skipped = {}, {}
     for name, rows in train.items():
@@ -123,7 +173,7 @@ def federation(
         parts = cut(rows, y, held, rng)
         parts = [*parts, sorted(test[name])] if test is not None else parts
         if all(parts):
-            splits = [TensorSplit(x, y, torch.tensor(part), task.labels) for part in parts]
+            splits = [TensorSplit(x, y, torch.tensor(part), task.labels, augment=augment) for part in parts]
             clients[name] = ClientData(task, *splits)
         else:
             skipped[name] = f"{len(rows)} row(s), too few for training, validation and test"

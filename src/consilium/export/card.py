@@ -87,7 +87,8 @@ def _facts(deployed: Deployed) -> list[str]:
     )
     fit = experiment.fit
     lora = f", LoRA of rank {fit.lora.rank} on the experts" if fit.lora.rank else ""
-    rows["Training"] = f"{fit.optimizer}, learning rate {fit.lr:g}, {fit.epochs} epoch(s) a round{lora}"
+    momentum = f" with momentum {fit.momentum:g}" if fit.momentum else ""
+    rows["Training"] = f"{fit.optimizer}{momentum}, learning rate {fit.lr:g}, {fit.epochs} epoch(s) a round{lora}"
     rows["Texts"] = f"cut to {fit.max_length} tokens in training"
     return [
         "| | |",

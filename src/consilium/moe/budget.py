@@ -164,6 +164,7 @@ class MemoryModel:
         max_length: int,
         target_length: int,
         optimizer: Literal["adamw", "sgd"],
+        momentum: float = 0.0,
         gradient_checkpointing: bool = False,
         references: int = 0,
         rank: int = 8,
@@ -175,6 +176,7 @@ class MemoryModel:
             mode: "full" training; "lora": only adapters on the experts and routers; "peft": only PEFT's adapters;
                 "forward": no training.
             batch_size, max_length, target_length: B, S, T of a batch (T for text-to-text only).
+            optimizer, momentum: adamw keeps two numbers for each that is trained, sgd with momentum one, without none.
             references: extra copies of what is trained (with adapters: of these) that a method keeps.
             rank: of the adapters.
             trained: experts of all blocks together that one batch trains, and `moe.experts` computes them; None: all
@@ -195,7 +197,7 @@ class MemoryModel:
             learning -= self.itemsize * idle * min(sizes.values())
         batch = (batch_size, max_length, target_length)
         active = self._activations(counts, mode, batch, gradient_checkpointing, learning, trained is not None)
-        moments = 2 * learning if optimizer == "adamw" else 0
+        moments = (2 if optimizer == "adamw" else int(momentum > 0)) * learning
         plain = trained is None and not gradient_checkpointing  # the others count the first layer, where they peak
         between = min(learning, active) // (2 * sum(stack.layers for stack in self.stacks)) if plain else 0
         live = weights + moments + copies + max(learning, active) + between

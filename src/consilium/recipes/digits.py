@@ -51,7 +51,7 @@ def pfedmoe_digits() -> Experiment:
 
 @recipe("pfedmoe-images", rivals=ABLATIONS, compared=COMPARED)
 def pfedmoe_images() -> Experiment:
-    """pFedMoE and the five CNNs on your own images: --data.path FILE.npz with x_train, y_train, x_test, y_test."""
+    """pFedMoE and the five CNNs on your own images: --data.path PATH, a folder per class, Parquet, .npz, `datasets`."""
     return replace(
         pfedmoe_digits(),
         name="pfedmoe-images",

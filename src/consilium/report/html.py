@@ -205,16 +205,16 @@ def _winner(what, pool, value, show, high=False) -> str:  # type: ignore[no-unty
     return card(what, f"{len(ties)} runs", f"{names}{top}{then}")
 
 
-def _draws(kind: FigureKind, run: RunRecord) -> bool:
+def _draws(kind: FigureKind, runs: RunRecord | Sequence[RunRecord]) -> bool:
     try:
-        return bool(kind.draw(run))
+        return bool(kind.draw(runs))
     except NothingToDraw:
         return False
 
 
 def _figure(kind: FigureKind, runs: Sequence[RunRecord]) -> str:
     """One figure for all runs, or, for those that are about one run, a box with a figure for each."""
-    if kind.only_if_drawn and not any(_draws(kind, run) for run in runs):
+    if kind.only_if_drawn and not any(_draws(kind, given) for given in (runs if kind.each_run else [runs])):
         return ""
     if not kind.each_run or len(runs) == 1:
         return one_figure(kind, runs[0] if kind.each_run else runs, "all")[0]

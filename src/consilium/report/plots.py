@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from consilium.report import costs, curves, maps
+from consilium.report import costs, curves, gains, maps
 from consilium.report.costs import memory, time_split, traffic, traffic_per_client
 from consilium.report.curves import expert_counts, scores_over_bytes, scores_over_rounds
+from consilium.report.gains import gain_over_standalone
 from consilium.report.maps import expert_map, gate_weights, training_heat_map, usage_heat_map
 from consilium.report.style import Drawing, NothingToDraw
 
@@ -22,6 +23,7 @@ __all__ = [
     "NothingToDraw",
     "expert_counts",
     "expert_map",
+    "gain_over_standalone",
     "gate_weights",
     "memory",
     "scores_over_bytes",
@@ -77,6 +79,19 @@ FIGURES: tuple[FigureKind, ...] = (
         "The line that is higher at the same place gives more for the same traffic. A line that is short and low may "
         "still be the better bargain.",
         curves.scores_over_bytes,
+    ),
+    FigureKind(
+        "gain_over_standalone",
+        "Scores",
+        "What each client gains over training alone",
+        "One panel per method; a bar is a client, from the one that gains least at the bottom to the one that gains "
+        "most. Its length is the client's test score at the end less its score in the run of Standalone on the same "
+        "data, in points of a hundred. The scale is the same in all panels; the dotted line is the mean. Names are "
+        "left out where there are more than forty bars.",
+        "Bars to the left: these clients would be better off alone, whatever the mean says. A mean carried by few "
+        "long bars is a method for these few.",
+        gains.gain_over_standalone,
+        only_if_drawn=True,
     ),
     FigureKind(
         "usage_heat_map",

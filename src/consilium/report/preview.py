@@ -1,4 +1,4 @@
-"""A look at a file before it is used: its columns, how its rows would be dealt, and the command that runs on it.
+"""A look at data before it is used: its columns, how its rows would be dealt, and the command that runs on it.
 
 Columns are guessed by their names where they are not given; the split shown is the one a run with the same seed has.
 """
@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import PreTrainedTokenizerBase
 
+from consilium.data.arrays import TableData
 from consilium.data.language import LanguageData
 from consilium.data.task import Federation
 from consilium.data.textfile import TextFileData, read_rows
 from consilium.errors import ConfigError
+from consilium.report.maps import RAMP
+from consilium.report.style import shorten_all
 
-__all__ = ["Preview", "guess", "preview", "save_picture", "show"]
+__all__ = ["Preview", "counts_of", "guess", "preview", "save_picture", "show"]
 
 NAMES = {
     "messages": ("messages", "conversations", "conversation", "chat"),
@@ -41,16 +44,21 @@ def guess(columns: Sequence[str]) -> dict[str, str]:
 
     A conversation is preferred to a prompt with a response, this to a text with a label, this to plain text.
     """
-    by_name = {column.lower(): column for column in columns}
-    found = {
-        role: by_name[next(name for name in names if name in by_name)]
-        for role, names in NAMES.items()
-        if any(name in by_name for name in names)
-    }
+    found = _by_name(columns)
     for roles in (("messages",), ("prompt", "response", "context"), ("text", "label"), ("text",)):
         if all(role in found for role in roles if role != "context"):
             return {role: found[role] for role in (*roles, "client") if role in found}
     return {}
+
+
+def _by_name(columns: Sequence[str]) -> dict[str, str]:
+    """Every role for which there is a column of such a name."""
+    lower = {column.lower(): column for column in columns}
+    return {
+        role: lower[next(name for name in names if name in lower)]
+        for role, names in NAMES.items()
+        if any(name in lower for name in names)
+    }
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,7 @@ class Preview:
         federation: the clients of a run with these settings.
         counts: client -> label (or "examples") -> rows in all three splits.
         lengths: tokens of the shortest, median, 95 % and longest text, by role.
+        facts: further lines. model: further flags of the command, most of them of the model.
     """
 
     rows: int
@@ -73,13 +82,14 @@ class Preview:
     federation: Federation
     counts: dict[str, dict[str, int]]
     lengths: dict[str, tuple[int, int, int, int]] = field(default_factory=dict)
+    facts: tuple[str, ...] = ()
+    model: tuple[str, ...] = ()
 
     @property
     def command(self) -> str:
         """The command line that runs on the file."""
-        model = ["--model.path", "MODEL"] if self.recipe != "fedmoe-text" else []
         flags = [part for flag, value in self.flags.items() for part in (f"--data.{flag}", value)]
-        return shlex.join(["consilium", "run", self.recipe, *model, *flags])
+        return shlex.join(["consilium", "run", self.recipe, *self.model, *flags])
 
 
 def preview(
@@ -98,15 +108,17 @@ def preview(
     names = rows.column_names
     guessed = guess(names)
     roles = dict(given) if set(given) - {"client"} else guessed | given
-    if "client" not in roles and "client" in guessed:
-        roles["client"] = guessed["client"]
+    if "client" not in roles and (client := _by_name(names).get("client")):
+        roles["client"] = client
     recipe, data, flags = _data(path, roles, settings, names)
     federation = data.load(seed)
     columns = {name: _column(rows[name][:]) for name in names}
     sizes = {
         role: _lengths(tokenizer, rows[roles[role]][:]) for role in ("prompt", "response", "text") if role in roles
     }
-    return Preview(len(rows), columns, roles, recipe, flags, federation, _counts(federation), sizes)
+    model = {"fedmoe-text": (), "pfedmoe-table": ("--data.no-positive",)}.get(recipe, ("--model.path", "MODEL"))
+    counts = counts_of(federation)
+    return Preview(len(rows), columns, roles, recipe, flags, federation, counts, sizes, model=model)
 
 
 def _data(
@@ -125,9 +137,12 @@ def _data(
     if "text" in roles:
         used = {"text": roles["text"]} | rest
         return "fedmoe-plaintext", LanguageData(path, **used, **dealt), {"path": str(path)} | used | told
+    if {"label", "client"} <= roles.keys():
+        used = {"target": roles["label"]} | rest
+        return "pfedmoe-table", TableData(path, **used), {"path": str(path)} | used
     raise ConfigError(
         f"cannot tell what the columns of {path.name} are for ({' | '.join(names)}); name them: --text and --label, "
-        "--prompt and --response, --messages, or --text alone"
+        "--prompt and --response, --messages, or --text alone; of a table of numbers --label and --client"
     )
 
 
@@ -143,7 +158,8 @@ def _lengths(tokenizer: PreTrainedTokenizerBase, values: Sequence[Any]) -> tuple
     return sizes[0], sizes[len(sizes) // 2], sizes[int(len(sizes) * 0.95)], sizes[-1]
 
 
-def _counts(federation: Federation) -> dict[str, dict[str, int]]:
+def counts_of(federation: Federation) -> dict[str, dict[str, int]]:
+    """Client -> label (or "examples", where there are none) -> rows in all three splits."""
     counts = {}
     for client, told in federation.partition()["clients"].items():
         counts[client] = told["label_counts"] or {"examples": sum(told["sizes"].values())}
@@ -157,20 +173,31 @@ def show(found: Preview, console: Console) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     say(f"{found.rows} rows")
+    for fact in found.facts:
+        say(fact)
     of_column = {column: role for role, column in found.roles.items()}
     table = Table("column", "used as", "empty", "different", "for instance", box=None)
     for column, (empty, different, example) in found.columns.items():
         table.add_row(column, of_column.get(column, ""), str(empty), str(different), example.replace("[", "\\["))
-    console.print(table)
+    if found.columns:
+        console.print(table)
     for role, (least, median, most95, most) in found.lengths.items():
         say(f"tokens of {role}: {least} to {most}, median {median}, 95 % have at most {most95}")
     totals: Counter[str] = Counter()
     for counts in found.counts.values():
         totals.update(counts)
-    labels = [label for label, _ in totals.most_common(_SHOWN)]
-    say(f"{len(found.counts)} clients, rows by label" + (f" (the {_SHOWN} largest)" if len(totals) > _SHOWN else ""))
-    split = Table("client", *(label[:12].replace("[", "\\[") for label in labels), "rows", box=None)
-    for client, counts in list(found.counts.items())[:_SHOWN]:
+    clients = list(found.counts)[:_SHOWN]
+    room = console.width - max(map(len, [*clients, "client"])) - 10
+    shown = max(min(_SHOWN, room // 10), 2)
+    labels = [label for label, _ in totals.most_common(shown)]
+    if len(totals) > 1:
+        (most, n), (least, k) = totals.most_common(1)[0], min(totals.items(), key=lambda entry: entry[1])
+        say(f"{len(totals)} labels, " + (f"{k} rows each" if k == n else f"from {k} rows ({least}) to {n} ({most})"))
+    say(f"{len(found.counts)} clients, rows by label" + (f" (the {shown} largest)" if len(totals) > shown else ""))
+    heads = (name.replace("[", "\\[") for name in shorten_all(labels, 9))
+    split = Table(Column("client", no_wrap=True), *heads, "rows", box=None)
+    for client in clients:
+        counts = found.counts[client]
         split.add_row(client, *(str(counts.get(label, 0)) for label in labels), str(sum(counts.values())))
     split.add_row("all", *(str(totals[label]) for label in labels), str(sum(totals.values())))
     console.print(split)
@@ -183,18 +210,34 @@ def show(found: Preview, console: Console) -> None:
 
 def save_picture(found: Preview, target: Path) -> Path:
     """Clients by labels as a picture (PNG, or what the ending says): the darker, the more rows."""
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
-    labels = sorted({label for counts in found.counts.values() for label in counts})
+    labels = list(dict.fromkeys(label for counts in found.counts.values() for label in counts))
     values = [[counts.get(label, 0) for label in labels] for counts in found.counts.values()]
-    figure = Figure(figsize=(2.5 + 0.4 * len(labels), 1.2 + 0.3 * len(values)), layout="constrained")
+    wide, high = min(0.6, 15 / len(labels)), min(0.32, 15 / len(values))  # inches of a cell
+    figure = Figure(figsize=(2.8 + wide * len(labels), 1.5 + high * len(values)), layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(values, cmap="Blues", vmin=0, aspect="auto")
-    axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right")
-    axes.set_yticks(range(len(values)), list(found.counts))
-    figure.colorbar(image, label="rows")
+    ramp = LinearSegmentedColormap.from_list("split", RAMP["light"])
+    image = axes.imshow(values, cmap=ramp, vmin=0, aspect="auto", interpolation="none")
+    for cells, size, axis, names in (
+        (labels, wide, axes.xaxis, labels),
+        (values, high, axes.yaxis, list(found.counts)),
+    ):
+        step = max(1, round(0.17 / size))  # names that would overlap are left out
+        axis.set_ticks(range(0, len(cells), step), [name[:24] for name in names[::step]], fontsize=8)
+    axes.tick_params(axis="x", rotation=60)
+    if min(wide / 0.55, high / 0.25) >= 1:
+        top = max(max(row) for row in values)
+        for y, row in enumerate(values):
+            for x, n in enumerate(row):
+                axes.text(
+                    x, y, n or "", ha="center", va="center", fontsize=7, color="white" if n > 0.45 * top else "black"
+                )
+    axes.set_title(f"{len(values)} clients, {sum(map(sum, values))} rows", fontsize=10)
+    figure.colorbar(image, label="rows", fraction=0.05, pad=0.02, aspect=12 if len(values) < 12 else 40)
     try:
-        figure.savefig(target)
+        figure.savefig(target, dpi=110, metadata={"Software": None} if target.suffix == ".png" else None)
     except (OSError, ValueError) as error:
         near = difflib.get_close_matches(target.suffix, (".png", ".svg", ".pdf"), n=1)
         raise ConfigError(f"{target} cannot be written: {error}" + (f"; use {near[0]}" if near else "")) from error

@@ -1,0 +1,119 @@
+"""CIFAR's binary version and MNIST's IDX files: headers, sizes and labels are checked before a pixel is used."""
+
+import gzip
+import re
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from consilium.data.pixels import Images, labelled, resized
+from consilium.errors import ConfigError, DataError
+
+__all__ = ["IDX", "read_cifar", "read_idx"]
+
+IDX = re.compile(r"(?P<before>.*)(?P<part>train|t10k|test)-images[-.]idx3-ubyte(?P<gz>\.gz)?")
+_UNPACKED = 1100  # deflate packs 1032 bytes into one at best
+_LABELS = {"fine_label": (1, "fine_label_names.txt", 100), "coarse_label": (0, "coarse_label_names.txt", 20)}
+
+
+def read_cifar(folder: Path, files: Sequence[str], label: str, size: int) -> Images:
+    """CIFAR-10 (data_batch_1.bin .. test_batch.bin, one byte of label) or CIFAR-100 (train.bin, test.bin, two).
+
+    Args:
+        label: of CIFAR-100 "fine_label" ("" too) or "coarse_label".
+
+    Raises:
+        DataError: for a file that is no whole number of records, or a label that there is not.
+        ConfigError: for another `label`.
+    """
+    hundred = "train.bin" in files
+    if label not in ("", *_LABELS) if hundred else label:
+        allowed = f"{' or '.join(_LABELS)}" if hundred else "nothing, it has one label"
+        raise ConfigError(f"data.label is {label!r}; of {folder.name} it can be {allowed}")
+    place, listed, classes = _LABELS[label or "fine_label"] if hundred else (0, "batches.meta.txt", 10)
+    train = ["train.bin"] if hundred else sorted(f for f in files if re.fullmatch(r"data_batch_\d+\.bin", f))
+    test = [f for f in ("test.bin" if hundred else "test_batch.bin",) if f in files]
+    width = 3072 + (2 if hundred else 1)
+    parts = [_records(folder / file, width, place, classes) for file in (*train, *test)]
+    records = np.concatenate(parts)
+    n = sum(len(part) for part in parts[: len(train)])
+    x = np.ascontiguousarray(records[:, width - 3072 :]).reshape(-1, 3, 32, 32)
+    y, labels = labelled(records[:, place].astype(np.int64), _listed(folder / listed, classes))
+    return Images(resized(x, size), y, labels, n, source={"format": "CIFAR binary", "files": [*train, *test]})
+
+
+def _records(path: Path, width: int, place: int, classes: int) -> np.ndarray:
+    data = np.fromfile(path, np.uint8)
+    if not len(data) or len(data) % width:
+        raise DataError(f"{path} has {len(data)} bytes; it must be a whole number of records of {width}: get it again")
+    records = data.reshape(-1, width)
+    if (wrong := np.flatnonzero(records[:, place] >= classes)).size:
+        raise DataError(f"{path} record {wrong[0]} has label {records[wrong[0], place]}; there are 0..{classes - 1}")
+    return records
+
+
+def _listed(path: Path, classes: int) -> list[str] | None:
+    """Names of the classes, one a line; None where they are not all there."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+    names = [line.strip() for line in lines if line.strip()]
+    return names if len(names) == classes and len(set(names)) == classes else None
+
+
+def read_idx(folder: Path, files: Sequence[str], size: int) -> Images:
+    """MNIST and its relatives: <name>train-images-idx3-ubyte and -labels-idx1-ubyte, t10k- or test- likewise, or .gz.
+
+    Raises:
+        DataError: for a file that is broken, of another kind, or missing, and for two sets of names.
+    """
+    found = {}
+    for file in files:
+        if match := IDX.fullmatch(file):
+            found.setdefault((match["before"], "train" if match["part"] == "train" else "test"), file)
+    names = sorted({before for before, _ in found})
+    if len(names) > 1 or (names[0], "train") not in found:
+        raise DataError(f"{folder} has {', '.join(sorted(found.values()))}; give a directory with one training set")
+    parts = []
+    for part in ("train", "test"):
+        if file := found.get((names[0], part)):
+            beside = _beside(folder, file, files)
+            x, y = _idx(folder / file, 3), _idx(beside, 1)
+            if len(x) != len(y):
+                raise DataError(f"{folder / file} has {len(x)} images, but there are {len(y)} labels of them")
+            parts.append((x, y))
+    shapes = [x.shape[1:] for x, _ in parts]
+    if len(set(shapes)) > 1:
+        raise DataError(f"{folder}: images for training are {shapes[0]}, for test {shapes[1]}")
+    x = np.concatenate([x for x, _ in parts])[:, None]
+    y, labels = labelled(np.concatenate([y for _, y in parts]).astype(np.int64), None)
+    source = {"format": "IDX", "files": sorted(found.values())}
+    return Images(resized(x, size), y, labels, len(parts[0][1]), source=source)
+
+
+def _beside(folder: Path, images: str, files: Sequence[str]) -> Path:
+    """The labels of a file of images, packed or not."""
+    plain = images.removesuffix(".gz").replace("-images-idx3", "-labels-idx1").replace("-images.idx3", "-labels.idx1")
+    for name in (plain, f"{plain}.gz"):
+        if name in files:
+            return folder / name
+    raise DataError(f"{folder} has {images}, but not {plain} or {plain}.gz")
+
+
+def _idx(path: Path, dimensions: int) -> np.ndarray:
+    """The array of uint8 that the header announces; not a byte more is unpacked."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            head = file.read(4 + 4 * dimensions)
+            if len(head) < 4 + 4 * dimensions or head[:4] != bytes((0, 0, 8, dimensions)):
+                raise DataError(f"{path} is no IDX file of bytes in {dimensions} dimension(s): it begins {head[:4]!r}")
+            shape = struct.unpack(f">{dimensions}I", head[4:])
+            n = int(np.prod(shape, dtype=object))
+            data = file.read(n + 1) if n <= _UNPACKED * path.stat().st_size else b""
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}; get it again") from error
+    if len(data) != n or not n:
+        more = "more" if len(data) > n else str(len(data))
+        raise DataError(f"{path} announces {' x '.join(map(str, shape))} bytes and holds {more}; get it again")
+    return np.frombuffer(data, np.uint8).reshape(shape)

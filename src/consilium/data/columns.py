@@ -1,0 +1,184 @@
+"""Images in tables: Parquet files as `datasets` writes them, its directories, and its data sets on the hub.
+
+A column holds encoded images (PNG, JPEG, ...), another the class, perhaps a third the client. A split called test is
+the official test set; one for validation joins the training rows, of which each client keeps its own share.
+"""
+
+import difflib
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from consilium.data.pixels import Images, labelled, stack
+from consilium.data.textfile import read_rows, strings
+from consilium.errors import DataError
+
+__all__ = ["part_of", "read_directory", "read_hub", "read_parquet", "table_of"]
+
+_LABELS = ("label", "labels", "fine_label", "target", "class", "category", "y")
+_IMAGES = ("image", "img", "picture", "pixels", "x")
+_PARTS = {
+    **dict.fromkeys(("train", "training", "val", "valid", "validation", "dev"), "train"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+
+
+def part_of(name: str) -> str | None:
+    """Of "train" and "test" where the rows of a split of that name go; None for a name that is neither's."""
+    return _PARTS.get(name.lower())
+
+
+def read_parquet(path: Path, size: int, image: str, label: str, client: str) -> Images:
+    """One Parquet file, or a directory of them: train-*.parquet, test-*.parquet, or shards of one table.
+
+    Args:
+        image, label, client: columns; "": guessed by type and name, and no client.
+
+    Raises:
+        DataError: for a file, a column or a value that cannot be used.
+    """
+    from datasets import concatenate_datasets
+
+    wanted = [column for column in (image, label, client) if column]
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    words = {file: map(part_of, re.split(r"[^a-z]+", file.stem.lower())) for file in files}
+    parts = {file: next(filter(None, found), None) for file, found in words.items()}
+    if path.is_file() or not any(parts.values()):
+        parts = dict.fromkeys(files, "train")
+    if odd := [file.name for file, part in parts.items() if part is None]:
+        raise DataError(
+            f"{path} has {', '.join(odd)} beside train and test files; name it for one of them or remove it"
+        )
+    tables: dict[str, list[Any]] = {"train": [], "test": []}
+    for file, part in parts.items():
+        tables[part].append(read_rows(file, wanted))
+    try:
+        joined = {part: concatenate_datasets(rows) for part, rows in tables.items() if rows}
+    except ValueError as error:
+        raise DataError(f"the files of {path} differ in their columns: {str(error).splitlines()[0]}") from error
+    source = {"format": "Parquet", "files": [file.name for file in files]}
+    if path.is_file():
+        source["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return _read(path.name, joined, size, image, label, client, source)
+
+
+def read_directory(path: Path, size: int, image: str, label: str, client: str) -> Images:
+    """What `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote; raises as `read_parquet`."""
+    from datasets import load_from_disk
+
+    try:
+        found = load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path} cannot be read as a datasets directory: {_line(error)}") from error
+    return _read(path.name, _parts(str(path), found), size, image, label, client, {"format": "datasets directory"})
+
+
+def read_hub(name: str, size: int, image: str, label: str, client: str) -> Images:
+    """A data set on the Hugging Face hub, owner/name, or in its cache; raises as `read_parquet`."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        found = load_dataset(name)
+    except (OSError, ValueError, RuntimeError, DatasetGenerationError) as error:
+        raise DataError(
+            f"{name} is neither a file or directory here nor a data set on the hub: {_line(error)}"
+        ) from error
+    return _read(name, _parts(name, found), size, image, label, client, {"format": "hub"})
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _parts(name: str, found: Any) -> dict[str, Any]:
+    """The training and perhaps the test part of a data set with any number of splits."""
+    from datasets import Dataset, concatenate_datasets
+
+    splits: Mapping[str, Any] = {"train": found} if isinstance(found, Dataset) else found
+    if odd := [split for split in splits if part_of(split) is None]:
+        raise DataError(f"{name} has the split {odd[0]!r}; allowed are train, validation and test")
+    parts = {part: [rows for split, rows in splits.items() if part_of(split) == part] for part in ("train", "test")}
+    return {part: concatenate_datasets(rows) for part, rows in parts.items() if rows}
+
+
+def _read(
+    name: str, parts: dict[str, Any], size: int, image: str, label: str, client: str, source: dict[str, Any]
+) -> Images:
+    """The columns of both parts, one after the other."""
+    if "train" not in parts:
+        raise DataError(f"{name} has rows for test alone; there must be some for training")
+    tables = list(parts.values())
+    image, label = table_of(name, tables[0], image, label, client)
+    n = sum(len(rows) for rows in tables)
+    named = [(f"{name} ({part})" if len(parts) > 1 else name, rows) for part, rows in parts.items()]
+    x = stack(n, (file for told, rows in named for file in _files(told, rows, image)), size)
+    y = np.concatenate([_labels(told, rows, label) for told, rows in named])
+    owners = [o for told, rows in named for o in strings(Path(told), client, rows[client][:])] if client else ()
+    places, labels = labelled(y, getattr(tables[0].features[label], "names", None))
+    chosen = {"image": image, "label": label, "client": client}
+    return Images(x, places, labels, len(parts["train"]), owners, source | chosen)
+
+
+def table_of(name: str, rows: Any, image: str = "", label: str = "", client: str = "") -> tuple[str, str]:
+    """The columns of the image and of its class, those given or those that look like it.
+
+    Raises:
+        DataError: for a column that is missing, or if none looks like it.
+    """
+    from datasets import Image
+
+    columns = rows.column_names
+    for column in (image, label, client):
+        if column and column not in columns:
+            close = difflib.get_close_matches(column, columns, 1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise DataError(f"{name} has no column {column!r}{hint}; it has {' | '.join(columns)}")
+    typed = [column for column in columns if isinstance(rows.features[column], Image)]
+    image = image or next(iter(typed), "") or _named(columns, _IMAGES)
+    label = label or _named(columns, _LABELS)
+    for role, column in (("image", image), ("label", label)):
+        if not column:
+            raise DataError(f"{name}: none of {' | '.join(columns)} looks like the {role}; name it with --data.{role}")
+    return image, label
+
+
+def _named(columns: Sequence[str], names: Sequence[str]) -> str:
+    by_name = {column.lower(): column for column in columns}
+    return next((by_name[name] for name in names if name in by_name), "")
+
+
+def _files(name: str, rows: Any, column: str) -> Iterator[tuple[str, BytesIO]]:
+    """The encoded images as open files, with what to call them in an error."""
+    from datasets import Image
+
+    try:
+        rows = rows.select_columns([column]).cast_column(column, Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise DataError(f"{name} column {column!r} holds no encoded images: {_line(error)}") from error
+    place = 0
+    for batch in rows.iter(batch_size=256):
+        for value in batch[column]:
+            where = f"{name} column {column!r} row {place}"
+            if value is None or value.get("bytes") is None:
+                held = f"only names a file ({value['path']})" if value and value.get("path") else "is empty"
+                raise DataError(f"{where} {held}; write the images into the table, as datasets' to_parquet does")
+            yield where, BytesIO(value["bytes"])
+            place += 1
+
+
+def _labels(name: str, rows: Any, column: str) -> np.ndarray:
+    """Numbers [N] int64, or names [N]."""
+    values = rows[column][:]
+    if all(isinstance(value, int) and not isinstance(value, bool) for value in values):
+        y, known = np.array(values, np.int64), getattr(rows.features[column], "names", None)
+        wrong = np.flatnonzero((y < 0) | (y >= (len(known) if known is not None else np.inf)))
+        if known is not None and wrong.size:
+            raise DataError(f"{name} column {column!r} row {wrong[0]} is {y[wrong[0]]}, no class of {len(known)}")
+        return y
+    return np.array(strings(Path(name), column, values))

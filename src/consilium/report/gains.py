@@ -1,0 +1,91 @@
+"""What each client gains over training alone: the reason for anybody to take part."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+
+from consilium.report.read import RunRecord
+from consilium.report.results import client_scores
+from consilium.report.style import (
+    Drawing,
+    Key,
+    NothingToDraw,
+    Panel,
+    clean_axes,
+    color,
+    drawing_style,
+    new_figure,
+    round_ticks,
+    shorten_all,
+)
+
+__all__ = ["gain_over_standalone"]
+
+ALONE = "Standalone"
+_WIDTH, _NAMED = 340, 40
+Gain = tuple[str, float]  # client (and seed, where there are several), points of a hundred
+
+
+def gain_over_standalone(runs: Sequence[RunRecord]) -> Drawing:
+    """A panel per method: every client's test score less its score in the run of Standalone on the same data and seed,
+    from the one that gains least to the one that gains most."""
+    alone = {_pair(run): client_scores(run) for run in runs if run.algorithm == ALONE}
+    methods: dict[str, list[Gain]] = {}
+    seeds = len({key for key in alone if any(_pair(run) == key for run in runs if run.algorithm != ALONE)})
+    for run in runs:
+        if run.algorithm != ALONE and (base := alone.get(_pair(run))):
+            seed = f" · {run.config.get('seed')}" if seeds > 1 else ""
+            scores = client_scores(run).items()
+            found = [(client + seed, 100 * (score - base[client])) for client, score in scores if client in base]
+            methods.setdefault(_name(run, runs), []).extend(found)
+    methods = {name: sorted(found, key=lambda gain: gain[1]) for name, found in methods.items() if found}
+    if not methods:
+        raise NothingToDraw(f"No run of {ALONE} on the same data is compared here, so nobody's gain over it is known.")
+    ends = [abs(gain) for found in methods.values() for _, gain in found]
+    panels = [_panel(name, found, max(*ends, 1.0) * 1.04) for name, found in methods.items()]
+    keys = [Key("better than alone", "c0", "square"), Key("worse than alone", "c1", "square")]
+    note = "A client counts once for each seed, on which its data depends." if seeds > 1 else ""
+    return Drawing(panels, [*keys, Key("mean of the clients", "ink", "dots")], note)
+
+
+def _pair(run: RunRecord) -> tuple[str, str]:
+    return run.fingerprint, str(run.config.get("seed"))
+
+
+def _name(run: RunRecord, runs: Sequence[RunRecord]) -> str:
+    """The method; its label where several runs of it, with other settings, have one data set and seed."""
+    twins = [other for other in runs if other.algorithm == run.algorithm and _pair(other) == _pair(run)]
+    return run.label if len(twins) > 1 else run.algorithm
+
+
+def _panel(name: str, found: Sequence[Gain], most: float) -> Panel:
+    names, gains = [client for client, _ in found], [gain for _, gain in found]
+    mean, above = statistics.fmean(gains), sum(gain > 0 for gain in gains)
+    with drawing_style():
+        height = (19 if len(found) <= 14 else 15) if len(found) <= _NAMED else 0
+        labels = dict(zip(names, shorten_all(names, 14), strict=True)) if height else {}
+        left = 12 + 6.6 * max(map(len, labels.values()), default=1)
+        figure = new_figure(_WIDTH, 44 + (height * len(found) or 250), left=left, bottom=36, right=16)
+        axes = figure.axes[0]
+        _bars(axes, gains, labels, most, 10.5 if height > 15 else 10)
+        axes.axvline(0, color=color("muted"), lw=1, zorder=3)
+        axes.axvline(mean, color=color("ink"), lw=1.4, linestyle=(0, (1.5, 2)), zorder=4)
+    alt = f"Gain over Standalone by client, {name}: mean {mean:+.1f} points, from {gains[0]:+.1f} to {gains[-1]:+.1f}."
+    said = f"{round(mean, 1) + 0.0:+.1f}".replace("-", "−")  # never −0.0
+    return Panel(f"{name} · {said} points, {above} of {len(found)} gain", figure, alt)
+
+
+def _bars(axes: Axes, gains: Sequence[float], labels: Mapping[str, str], most: float, size: float) -> None:
+    """A bar a client, least gain at the bottom; without names where they would not fit."""
+    clean_axes(axes, grid="x")
+    colors = [color("c0") if gain >= 0 else color("c1") for gain in gains]
+    axes.barh(range(len(gains)), gains, 0.66 if labels else 1.0, color=colors, linewidth=0, zorder=2)
+    axes.set_yticks(range(len(gains)) if labels else [], list(labels.values()), fontsize=size)
+    axes.tick_params(axis="y", labelcolor=color("ink"))
+    axes.set_ylim(-0.5, len(gains) - 0.5)
+    axes.set_xlim(-most, most)
+    axes.xaxis.set_major_locator(round_ticks(6))
+    axes.set_xlabel("points above or below training alone")
