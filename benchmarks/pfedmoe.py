@@ -24,8 +24,10 @@ import tyro
 from cells import RESULTS, Result, finish, plan, spread
 
 from consilium.algorithms.fd import FD
+from consilium.algorithms.fedapen import FedAPEN
 from consilium.algorithms.fedavg import FedAvg
 from consilium.algorithms.fedgh import FedGH
+from consilium.algorithms.fedkd import FedKD
 from consilium.algorithms.fedmrl import FedMRL
 from consilium.algorithms.fedproto import FedProto
 from consilium.algorithms.fedprox import FedProx
@@ -44,7 +46,7 @@ from consilium.run import records
 from consilium.setup import Fit
 
 SETTINGS = {f"N{n}-{how}": (n, how) for n in (10, 100) for how in ("pathological", "dirichlet")}
-SIZES = {10: (6000, 30), 100: (12000, 100)}
+SIZES = {10: (6000, 20), 100: (12000, 60)}
 """Clients -> examples dealt for training and validation (and as many at most for test), rounds."""
 METHODS: dict[str, Algorithm] = {
     "pFedMoE": pFedMoE(),
@@ -59,6 +61,8 @@ METHODS: dict[str, Algorithm] = {
     "FedGH": FedGH(),
     "FD": FD(),
     "FML": FML(),
+    "FedKD": FedKD(),
+    "FedAPEN": FedAPEN(),
     "FedMRL": FedMRL(),
     "FedSSA": FedSSA(),
 }
@@ -87,7 +91,7 @@ class Benchmark:
     methods: tuple[str, ...] = ()
     seeds: int = 3
     homogeneous: bool = False
-    lr: float = 0.05
+    lr: float = 0.1
     rounds: int = 0
     out: Path = Path("runs/benchmark-pfedmoe")
     jobs: int = os.cpu_count() or 1

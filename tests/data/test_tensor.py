@@ -110,7 +110,7 @@ def test_crop_and_flip_alone():
 
 def test_only_an_augmented_split_augments():
     x = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
-    part = TensorSplit(x, torch.tensor([0, 1, 0, 1]), torch.tensor([2, 0, 3]), ("a", "b"), "crop-flip")
+    part = TensorSplit(x, torch.tensor([0, 1, 0, 1]), torch.tensor([2, 0, 3]), ("a", "b"), augment="crop-flip")
     plain = part.batch([0, 1, 2], CPU)["x"]
     assert torch.equal(plain, part.batch([0, 1, 2], CPU)["x"]) and torch.equal(plain[0], x[2] / 127.5 - 1)
     one, two = part.augmented(7), part.augmented(7)
