@@ -23,7 +23,7 @@ from flwr.serverapp import Grid
 
 from consilium.core import ClientId, ClientInfo, Payload, Sampling, Scalar, Server
 from consilium.engine.checkpoint import ClientStore
-from consilium.engine.flower.records import blobs_of, payload_of, to_record
+from consilium.engine.flower.records import PROTOCOL, blobs_of, payload_of, stamp, to_record
 from consilium.engine.judge import number as is_number
 from consilium.engine.judge import objection, one_line
 from consilium.engine.rounding import restored
@@ -209,8 +209,9 @@ class FlowerEngine(Engine):
         try:
             reply = restored(parked.payload(bytes_of(self.wire.cap)), sent.group("params"))
             rejected = one_line(told.get("rejected") or "") or objection(self.server, info, sent, reply)
-            if not rejected and told.get("round") != number:
-                rejected = one_line(f"it answers round {told.get('round')!r}, this is round {number}")
+            for name, expected in stamp({**self.told, "round": number}).items():
+                if not rejected and told.get(name) != expected:
+                    rejected = one_line(f"it answers {name} {told.get(name)!r}, this is {name} {expected!r}")
         except PayloadError as error:
             reply, rejected = Payload(), one_line(error)
         if rejected is None and told.get("kept"):
@@ -284,6 +285,7 @@ class FlowerEngine(Engine):
                 continue
             told = {
                 **self.told,
+                "protocol": PROTOCOL,
                 "client": client,
                 "round": number,
                 "version": self.store.versions.get(client, 0),
