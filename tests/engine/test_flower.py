@@ -578,6 +578,34 @@ def test_states_at_a_site_are_pruned_and_what_never_counted_is_dropped(toys, sit
         assert kept == [f"round-0000{n}.safetensors" for n in (4, 5, 6)]
 
 
+@pytest.mark.parametrize("how", ["lost", "torn"])
+def test_a_site_whose_state_is_lost_starts_anew_and_says_so(toys, sites, tmp_path, how):
+    def spoil():
+        (path,) = (tmp_path / "at-0").glob("*/site-0/round-00002.safetensors")
+        path.unlink() if how == "lost" else path.write_bytes(b"torn")
+
+    serve(toys, tmp_path / "run", sites, NAMES, 1.0, Between(_2=spoil))
+    told = [record["clients"]["site-0"] for record in metrics(tmp_path / "run")]
+    said = [one.get("state_reset", "") for one in told]
+    assert said[0] == said[1] == said[3] == "" and "the state of client site-0 in " in said[2]
+    assert [record["ledger"]["ok"] for record in metrics(tmp_path / "run")] == [3] * 4
+    draws = [
+        float(torch.rand(50, generator=torch.Generator().manual_seed(derive_seed(0, "client", n, "site-0"))).sum())
+        for n in (1, 2, 3, 4)
+    ]
+    sums = [draws[0], draws[0] + draws[1], draws[2], draws[2] + draws[3]]
+    assert [one["train_loss"] for one in told] == pytest.approx(sums)
+
+
+def test_a_straggler_stops_by_itself(data, sites, tmp_path):
+    """A site that learns of the deadline in every message does not train on when nobody waits for it any more."""
+    made = runs.experiment(
+        data, model=tiny.source(num_experts=4), rounds=1, sampling=Sampling(3), wire=Wire(deadline=1e-3)
+    )
+    with pytest.raises(RoundError, match=r"the round's deadline of 0\.001 s has passed after \d of \d steps"):
+        serve(made, tmp_path / "run", sites, NAMES, 1.0)
+
+
 def test_a_site_that_is_not_there_or_cannot_take_part(toys, sites, tmp_path):
     sites.away.add(100)
     with pytest.raises(RoundError, match=r"not connected within 0\.1 s: site-2; start their clients"):
@@ -643,6 +671,7 @@ def test_what_a_server_says_of_a_run_is_refused_unless_it_is_what_it_must_be(cha
         ({"seed": "x"}, "the server says seed 'x'; it must be int"),
         ({"cap": "lots"}, "size 'lots' is no number of bytes"),
         ({"zstd": 1}, "the server says zstd 1; it must be bool"),
+        ({"deadline": "soon"}, "the server says deadline 'soon'; it must be float"),
     ],
 )
 def test_what_a_server_says_of_a_round_likewise(change, reason, data, sites):
@@ -655,6 +684,7 @@ def test_what_a_server_says_of_a_round_likewise(change, reason, data, sites):
         "cap": "1GB",
         "reply": "exact",
         "zstd": False,
+        "deadline": 9.0,
     }
     told |= {"experiment": json.dumps(to_json(made)), **change}
     assert re.search(reason, asked(sites, "train", to_record(Payload({"params": {"w": torch.ones(3)}}), told)))

@@ -129,11 +129,13 @@ class ClientStore:
         folder: `clients/` of the run.
         versions: client -> round of its committed state; clients without one start empty.
         former: the versions as the last commit left them.
+        reset: client -> why its state was given up.
     """
 
     folder: Path
     versions: dict[ClientId, int] = field(default_factory=dict)
     former: dict[ClientId, int] = field(init=False)
+    reset: dict[ClientId, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.former = dict(self.versions)
@@ -152,6 +154,14 @@ class ClientStore:
         except (OSError, PayloadError) as error:
             raise CheckpointError(f"the state of client {client} in {path} cannot be read: {error}") from error
         return ClientState(payload.group("params"), dict(payload.scalars))
+
+    def load_or_reset(self, client: ClientId) -> ClientState:
+        """The committed state; where that is lost or broken, an empty one, and the reason in `reset`."""
+        try:
+            return self.load(client)
+        except CheckpointError as error:
+            self.reset[client] = str(error)
+            return ClientState()
 
     def save(self, client: ClientId, state: ClientState, round: int) -> None:
         """Keep a state under its round; an empty state leaves no file."""

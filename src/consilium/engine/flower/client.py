@@ -9,6 +9,7 @@ folder its states survive rounds and restarts, and lies the model that it was la
 
 import functools
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from consilium.engine.flower.records import SAID, TOLD, blobs_of, checked, parse
 from consilium.engine.judge import diverged, one_line
 from consilium.engine.rounding import rounded
 from consilium.engine.rounds import tested, trained
-from consilium.errors import ConfigError, ConsiliumError, DataError, PayloadError
+from consilium.errors import ConfigError, ConsiliumError, DataError, PayloadError, RoundError
 from consilium.experiment import Experiment, from_json, to_json
 from consilium.moe.budget import bytes_of
 
@@ -202,6 +203,7 @@ def train(message: Message, context: Context) -> RecordDict:
         store.save(site.info.id, state, int(told["round"]))
     kept = rejected is None and site.info.id in store.versions
     answer = {"rejected": rejected or "", "kept": kept, "seconds": seconds, **stamp(told)}
+    answer["reset"] = store.reset.get(site.info.id, "")
     content = to_record(reply if rejected is None else Payload(scalars=reply.scalars), answer, bool(told["zstd"]))
     within(str(told["cap"]), content, site.info.id)
     return content
@@ -277,12 +279,19 @@ def _begin(told: dict[str, Scalar], context: Context) -> tuple[Site, ClientStore
         remove_unfinished(site.folder)
         store.drop(client, version, number)
         store.prune(oldest=number - KEEP)
+    end = time.monotonic() + float(told["deadline"])
+
+    def progress(done: int, total: int) -> None:
+        if time.monotonic() > end:
+            raise RoundError(f"the round's deadline of {told['deadline']:g} s has passed after {done} of {total} steps")
+
     work = ClientContext(
         info=site.info,
         data=site.data,
         device=site.device,
         seed=derive_seed(int(told["seed"]), "client", number, client),
-        state=store.load(client),
+        state=store.load(client) if site.folder is None else store.load_or_reset(client),
+        progress=progress,
     )
     return site, store, work
 

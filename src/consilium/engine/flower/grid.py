@@ -219,7 +219,8 @@ class FlowerEngine(Engine):
         elif rejected is None:
             self.store.versions.pop(client, None)
         seconds = told["seconds"] if is_number(told.get("seconds"), 0) else 0.0
-        return reply, told_of(reply, info, rejected, seconds, down, parked.size)
+        reset = {"state_reset": one_line(told["reset"])} if told.get("reset") else {}
+        return reply, told_of(reply, info, rejected, seconds, down, parked.size) | reset
 
     def _test(self, number: int, record: dict[str, Any]) -> dict[ClientId, Mapping[str, Scalar]]:
         able = _Deliveries(self.server, [info for info in self.infos if self.server.unable(info) is None])
@@ -289,7 +290,7 @@ class FlowerEngine(Engine):
                 "client": client,
                 "round": number,
                 "version": self.store.versions.get(client, 0),
-                "deadline": self.wire.deadline,
+                "deadline": float(self.wire.deadline),
                 "cap": self.wire.cap,
                 "reply": self.wire.reply,
                 "zstd": self.wire.zstd,

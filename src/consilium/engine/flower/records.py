@@ -110,6 +110,7 @@ def _unfolded(blob: bytes, cap: int) -> bytes:
 
 SAID = {"protocol": int, "experiment": str, "heads": str, "run": str, "model": str}
 TOLD = SAID | {"client": str, "round": int, "version": int, "seed": int, "cap": str, "reply": str, "zstd": bool}
+TOLD |= {"deadline": float}
 """What the server's messages tell, to ask who a site is and to have it work, with the kinds of the values."""
 
 
