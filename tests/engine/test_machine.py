@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+from collections import Counter
 
 import loopback
 import runs
@@ -42,7 +43,7 @@ def spoilt(kind, content):
 
 
 class Rounds(RuleBasedStateMachine):
-    experiment, root = None, None  # of the test
+    experiment, root, seen = None, None, None  # of the test
 
     def __init__(self):
         super().__init__()
@@ -71,29 +72,27 @@ class Rounds(RuleBasedStateMachine):
             sampling=self.experiment.sampling,
         )  # fmt: skip
 
-    @rule(node=st.integers(0, 2), fault=st.sampled_from(FAULTS))
-    def fails(self, node, fault):
-        number = 100 + node
-        if fault == "away":
-            self.grid.away.add(number)
-        elif fault in ("nan", "garbage", "old"):
-            self.grid.spoil["train", number] = lambda content: spoilt(fault, content)
-        else:
-            getattr(self.grid, fault).add(("train", number))
-
-    @rule(node=st.integers(0, 2))
-    def recovers(self, node):
-        key = ("train", 100 + node)
-        for faulty in (self.grid.silent, self.grid.crashing, self.grid.lost, self.grid.twice):
-            faulty.discard(key)
-        self.grid.away.discard(key[1])
-        self.grid.spoil.pop(key, None)
+    @rule(faults=st.lists(st.sampled_from(["well", *FAULTS]), min_size=3, max_size=3))
+    def weather(self, faults):
+        """What becomes of each of the three clients from now on."""
+        for faulty in (self.grid.silent, self.grid.crashing, self.grid.lost, self.grid.twice, self.grid.away):
+            faulty.clear()
+        self.grid.spoil.clear()
+        for number, fault in enumerate(faults, 100):
+            if fault == "away":
+                self.grid.away.add(number)
+            elif fault in ("nan", "garbage", "old"):
+                self.grid.spoil["train", number] = lambda content, fault=fault: spoilt(fault, content)
+            elif fault != "well":
+                getattr(self.grid, fault).add(("train", number))
 
     @rule(crashes=st.booleans())
     def round(self, crashes):
         """One round, committed if enough have answered, unless the server's process ends before that."""
         number = self.committed + 1
         self.last = record = self.engine.round(number, test=False)
+        self.seen.update(key for key, n in record["ledger"].items() if n)
+        self.seen[f"{record['ledger']['ok']} ok"] += not crashes
         if crashes:
             self.start()
         elif not record["abandoned"]:
@@ -133,4 +132,7 @@ def test_whatever_happens_in_any_order(tmp_path, monkeypatch):
     monkeypatch.setattr(type(made.data), "load", lambda self, seed: data)
     monkeypatch.setattr(Rounds, "experiment", dataclasses.replace(made, engine="flower"))
     monkeypatch.setattr(Rounds, "root", tmp_path / "machine")
-    run_state_machine_as_test(Rounds, settings=settings(max_examples=25, stateful_step_count=14))
+    monkeypatch.setattr(Rounds, "seen", Counter())
+    run_state_machine_as_test(Rounds, settings=settings(max_examples=25, stateful_step_count=16))
+    happened = {"error", "rejected", "missing", "late", "duplicate", "0 ok", "1 ok", "3 ok"}
+    assert all(Rounds.seen[what] for what in happened), Rounds.seen
