@@ -212,7 +212,7 @@ def _check_unchanged(begun: Mapping[str, Any], prepared: "_Prepared") -> None:
     if other:
         told = ", ".join(f"{name} {version} (now {now.get(name)})" for name, version in other.items())
         warnings.warn(f"the run was begun with {told}: it goes on, but perhaps to other bits", stacklevel=2)
-        prepared.former.append(other)
+        prepared.former += [other] if other not in prepared.former else []
 
 
 def _check_room(folder: Path, prepared: "_Prepared") -> None:
