@@ -33,7 +33,7 @@ from consilium.deployment import child, flower_environment, listening, program
 from consilium.engine.checkpoint import ClientStore
 from consilium.engine.flower import FlowerEngine, Roster
 from consilium.engine.flower import server_app as flower_app
-from consilium.engine.flower.records import from_record, to_record
+from consilium.engine.flower.records import from_record, stamp, to_record
 from consilium.experiment import Wire
 from consilium.params import WeightedMean
 
@@ -67,7 +67,7 @@ def train(message: Message, context: Context) -> Message:
         new = {key: torch.randn(t.shape, generator=generator) for key, t in payload.group("params").items()}
         reply = to_record(
             Payload({"params": new}, {"num_examples": 1}),
-            {"rejected": "", "kept": False, "seconds": 0.0, "round": told["round"]},
+            {"rejected": "", "kept": False, "seconds": 0.0, **stamp(told)},
         )
         return Message(reply, reply_to=message)
     generator = own(context, 500 + int(message.content["config"]["server-round"]))
@@ -129,14 +129,13 @@ def serve(grid: Grid, config: dict) -> None:
     results, base = [], own_bytes()
     for size in (int(text) for text in str(config["sizes"]).split(",")):
         server = Model(weights(size, torch.Generator().manual_seed(size)))
+        told = {"seed": 0, "experiment": "", "run": ""}
         with tempfile.TemporaryDirectory() as folder:
-            engine = FlowerEngine(
-                server, infos, roster, ClientStore(Path(folder)), Wire(cap="4GB"), {"seed": 0}, Path(folder)
-            )
+            engine = FlowerEngine(server, infos, roster, ClientStore(Path(folder)), Wire(cap="4GB"), told, Path(folder))
             for number in range(1, rounds + 1):
-                told, record = measured(functools.partial(engine.round, number, test=False))
+                spent, record = measured(functools.partial(engine.round, number, test=False))
                 crossed = record["bytes_down"] + record["bytes_up"]
-                results.append({"engine": "ours", "megabytes": size, "round": number, **told, "base_bytes": base,
+                results.append({"engine": "ours", "megabytes": size, "round": number, **spent, "base_bytes": base,
                                 "bytes": crossed, "ledger": record["ledger"]})  # fmt: skip
                 Path(str(config["out"])).write_text(json.dumps(results, indent=1))
         server.params = {}

@@ -43,8 +43,8 @@ class ForkServer:
             saved: an experiment as `to_json` saves it.
             fork: False: in the forking process itself, which then has all at hand that such a run loads late.
             after: seconds until SIGKILL.
-            at: SIGKILL in place of the n-th fsync, rename or removal, from 1; where that is the fsync of a .jsonl
-                file, the end of its last line is lost as well.
+            at: SIGKILL in place of the n-th write, fsync, rename or removal, from 1; of a write the first half is done,
+                and with the fsync of a .jsonl file the end of its last line is lost as well.
         """
         order = {"experiment": saved, "folder": str(folder), "after": after, "at": at, "fork": fork}
         self.process.stdin.write(json.dumps(order) + "\n")
@@ -114,19 +114,51 @@ def deadly(at):
     """Count the operations that make a write last; the `at`-th is the process's last."""
     calls = []
 
+    def fatal(name):
+        calls.append(name)
+        return len(calls) == at
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
     def wrap(real):
         def call(*args, **kwargs):
-            calls.append(real.__name__)
-            if len(calls) == at:
+            if fatal(real.__name__):
                 if real is fsync and Path(f"/proc/self/fd/{args[0]}").readlink().suffix == ".jsonl":
                     os.ftruncate(args[0], os.fstat(args[0]).st_size - 20)
-                os.kill(os.getpid(), signal.SIGKILL)
+                die()
             return real(*args, **kwargs)
 
         return call
 
-    fsync = os.fsync
-    os.fsync = wrap(os.fsync)
+    class Written:
+        """A file whose fatal write is half done."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            if fatal("write"):
+                self.file.write(data[: len(data) // 2])
+                self.file.flush()
+                die()
+            return self.file.write(data)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return self.file.__exit__(*error)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    def opened(path, mode="r", *args, **kwargs):
+        file = real_open(path, mode, *args, **kwargs)
+        return Written(file) if mode in ("wb", "ab") else file
+
+    fsync, real_open = os.fsync, Path.open
+    os.fsync, Path.open = wrap(os.fsync), opened
     Path.replace, Path.unlink = wrap(Path.replace), wrap(Path.unlink)
     return calls
 

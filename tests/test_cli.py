@@ -181,12 +181,13 @@ def test_methods_that_nobody_can_hold_are_refused_too(capsys, data, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [(None, "is not a saved experiment"), ("{", "is not a saved experiment"), ("[]", "is not a saved experiment"),
-     ("{}", "unknown type None"), ('{"experiment": 3}', "saved is int")],
+     ("{}", "unknown type None"), ('{"experiment": 3}', "saved is int"),
+     ("[" * 10**4, "is not a saved experiment: RecursionError"), ("{}\udcff", "is not a saved experiment: Unicode")],
 )  # fmt: skip
 def test_a_file_that_is_no_experiment(capsys, tmp_path, content, message):
     path = tmp_path / "x.json"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content.encode("utf-8", "surrogateescape"))
     assert message in refused(capsys, "run", path)
 
 

@@ -1,12 +1,14 @@
 """Payload legality, seeds, client infos, sampling, expert sets as scalars, the registry."""
 
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consilium.core import (
@@ -125,6 +127,22 @@ def test_client_ids(id):
 def test_bad_client_ids(id):
     with pytest.raises(ConfigError, match="client id"):
         ClientInfo(id, 1, "t")
+
+
+@settings(max_examples=400)
+@given(
+    st.text(st.characters(), max_size=70)
+    | st.text("./\\~-aA\x00\n", max_size=6)
+    | st.sampled_from(["..", "CON", "a/../b"])
+)
+def test_no_id_leads_out_of_its_folder(id):
+    """Every id is refused, or is a name directly below the folder that it is put in."""
+    try:
+        ClientInfo(id, 1, "t")
+    except ConfigError:
+        return
+    root = Path("/somewhere/clients")
+    assert (root / id).parent == root and Path(os.path.normpath(root / id)).parent == root and id.isprintable()
 
 
 def test_empty_clients_are_refused():

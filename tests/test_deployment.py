@@ -130,6 +130,12 @@ def test_names_that_are_no_sites(tmp_path, name):
         ("server fedmoe-docstrings --sites a --certificates nowhere", "a.pub is missing"),
         ("client fedmoe-docstrings --name a --server 10.0.0.7:8000 --insecure", "10.0.0.7 is not this machine"),
         ("client fedmoe-docstrings --name a --server 10.0.0.7", "it must be HOST:PORT"),
+        (
+            "client fedmoe-docstrings --name a --server 10.0.0.7:1 --certificates k --max-lr x",
+            "--max-lr is 'x'; it must",
+        ),
+        ("client fedmoe-docstrings --name a --server 10.0.0.7:1 --certificates k --max-steps 0", "--max-steps is '0'"),
+        ("client fedmoe-docstrings --name a --server 10.0.0.7:1 --certificates k --max-bytes 9q", "size '9q' is no"),
         ("certificates keys --sites a/b", "--sites names 'a/b'"),
     ],
 )

@@ -142,6 +142,39 @@ def test_a_saved_experiment_that_does_not_fit(change, message):
         from_json(saved(**change))
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 10**20) | st.floats(allow_nan=True) | st.text(max_size=5)
+    | st.sampled_from(["FedMoE", "Fit", "../x", "auto", "\ud800"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["type", "lr", "path", "x"]), inner),
+    max_leaves=6,
+)  # fmt: skip
+
+
+@settings(max_examples=400)
+@given(st.data())
+def test_whatever_is_saved_is_an_experiment_or_one_error(data):
+    """One to three values, anywhere in a saved experiment, become any other, or go, or are joined by an unknown one."""
+    tree = saved(algorithm=to_json(data.draw(st.sampled_from([FedAvg(), FedMoE()]))), memory=["1GB"])
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = tree
+        while True:
+            key = data.draw(st.sampled_from(sorted(place)))
+            if not isinstance(place[key], dict) or not place[key] or data.draw(st.booleans()):
+                break
+            place = place[key]
+        how = data.draw(st.sampled_from(["change", "change", "remove", "add"]))
+        if how == "remove" and len(place) > 1:
+            del place[key]
+        else:
+            place[f"{key}{'x' * (how == 'add')}"] = data.draw(JSON)
+    try:
+        made = from_json(tree)
+    except ConfigError as error:
+        assert str(error)
+    else:
+        assert from_json(to_json(made)) == made or made != made  # NaN
+
+
 def test_something_else_that_was_saved():
     with pytest.raises(ConfigError, match="saved is Fit; give an Experiment"):
         from_json(to_json(Fit()))
@@ -344,7 +377,7 @@ def test_structure_and_events_tell_the_same_story(fedmoe):
 
 def test_the_weights_are_those_of_the_last_checkpoint(fedmoe):
     _, folder, summary, _ = fedmoe
-    _, state, _ = load_checkpoint(folder / "checkpoints")
+    _, state, _, _ = load_checkpoint(folder / "checkpoints")
     assert summary["weights"] == checksum(state.group("params"))
 
 

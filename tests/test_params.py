@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consilium.errors import PayloadError
-from consilium.params import WeightedMean, checksum, nbytes
+from consilium.params import WeightedMean, checksum, finite, nbytes
 
 KEYS = ("trunk", "b.experts.0.w", "b.experts.1.w")
 NUMBERS = st.floats(-100, 100, width=32)
@@ -87,6 +87,37 @@ def test_only_ratios_of_weights_count(updates, c):
     new, scaled = mean_of(updates), mean_of([(w * c, u) for w, u in updates])
     for key in KEYS:
         torch.testing.assert_close(new[key], scaled[key], rtol=1e-6, atol=1e-30)
+
+
+@given(UPDATES, st.permutations(KEYS))
+def test_names_carry_no_meaning(updates, names):
+    """Experts renamed consistently, router rows with them, and then averaged: the average, renamed. No tensor is
+    moved by tensors of other names."""
+    to = dict(zip(KEYS, names, strict=True))
+    renamed = mean_of([(w, {to[k]: v for k, v in u.items()}) for w, u in updates])
+    for key, tensor in mean_of(updates).items():
+        assert torch.equal(renamed[to[key]], tensor)
+        alone = mean_of([(w, {key: u[key]}) for w, u in updates if key in u])
+        assert torch.equal(alone[key], tensor)
+
+
+@given(st.lists(WEIGHTS, min_size=1, max_size=5))
+def test_clients_that_changed_nothing_change_nothing(weights):
+    new = mean_of([(w, {key: tensor.tolist() for key, tensor in OLD.items()}) for w in weights])
+    assert all(torch.equal(new[key], OLD[key]) for key in KEYS)
+
+
+@given(st.lists(st.tuples(st.integers(1, 2**53), st.floats(-1e30, 1e30)), min_size=1, max_size=6))
+def test_finite_updates_never_give_anything_else(updates):
+    new = mean_of([(w, {"trunk": [x, -x]}) for w, x in updates])
+    assert finite(new["trunk"])
+
+
+@given(st.lists(st.sampled_from([0.0, -1.5, 3e38, -3e38, math.inf, -math.inf, math.nan, 1e-45]), max_size=5))
+def test_finite_is_what_torch_says_of_each_number(values):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        tensor = torch.tensor(values, dtype=torch.float64).to(dtype)
+        assert finite(tensor) == bool(tensor.isfinite().all())
 
 
 @given(UPDATES, st.integers(0, 5))

@@ -9,6 +9,9 @@ import torch
 
 from consilium.core import Algorithm, Client, Payload, Server
 
+SIZE = 50
+"""Numbers in the model, and in what a client remembers."""
+
 
 @dataclass(frozen=True)
 class Toy(Algorithm):
@@ -23,7 +26,7 @@ class Toy(Algorithm):
 
 class ToyServer(Server):
     def __init__(self, setup):
-        self.setup, self.params, self.log = setup, {"w": torch.zeros(50)}, []
+        self.setup, self.params, self.log = setup, {"w": torch.zeros(SIZE)}, []
         self.map = {client.id: {"block": (0,)} for client in setup.clients}
 
     def configure(self, round, clients):
@@ -62,8 +65,8 @@ class ToyServer(Server):
 class ToyClient(Client):
     def train(self, payload, context):
         generator = torch.Generator().manual_seed(context.seed)
-        before = context.state.params.get("own", torch.zeros(50))
-        own = before + torch.rand(50, generator=generator)
+        before = context.state.params.get("own", torch.zeros(SIZE))
+        own = before + torch.rand(SIZE, generator=generator)
         context.state.params["own"] = own
         context.state.scalars["rounds"] = context.state.scalars.get("rounds", 0) + 1
         return Payload({"params": {"w": own}}, {"num_examples": 1, "train_loss": float(own.sum())})

@@ -118,6 +118,12 @@ OWN = {
     "--server": "host:port of the server",
     "--state": "folder for what is kept at this site",
     "--port": "for Flower's processes on this machine, on 127.0.0.1 alone",
+    "--max-lr": "largest learning rate that the server may ask of this site",
+    "--max-epochs": "most passes over this site's data in a round",
+    "--max-steps": "most batches in a round",
+    "--max-batch-size": "most examples in a batch",
+    "--max-rounds": "most rounds of a run",
+    "--max-bytes": "largest payload that this site takes or returns",
 }
 """What the commands' own flags mean; all others are fields of the experiment."""
 
@@ -408,16 +414,29 @@ def server_command(args: list[str]) -> None:
 
 def client_command(args: list[str]) -> None:
     """consilium client RECIPE|FILE.json --name A --server HOST:PORT --certificates DIR [--state DIR] [--port N]
-    [--insecure] [flags of the experiment: --data.*, --model.*, --memory, --device]"""
+    [--insecure] [--max-lr X] [--max-epochs N] [--max-steps N] [--max-batch-size N] [--max-rounds N] [--max-bytes SIZE]
+    [flags of the experiment: --data.*, --model.*, --memory, --device]"""
     default, rest = _experiment(args, "client")
     own = {"--name": "", "--server": "", "--certificates": "", "--state": "", "--port": "9094"}
+    most = {
+        f"--max-{field.replace('_', '-')}": value for field, value in dataclasses.asdict(_deployment().Limits()).items()
+    }
+    own |= {flag: str(value) for flag, value in most.items()}
     options, rest = _split(rest, own)
     insecure, rest = _insecure(rest)
     experiment = _parse(type(default), rest, f"consilium client {args[0]}", default, options)
     deployment = _deployment()
     keys = _keys(options, insecure, deployment.address_of(options["--server"])[0], None)
     state = Path(options["--state"] or f"site-{options['--name']}")
-    deployment.client(experiment, options["--name"], options["--server"], keys, state, _whole(options, "--port", 1))
+    limits = {
+        flag[6:].replace("-", "_"): _whole(options, flag, 1) if type(value) is int else options[flag]
+        for flag, value in most.items()
+    }
+    limits["lr"] = _number(options, "--max-lr")
+    port = _whole(options, "--port", 1)
+    deployment.client(
+        experiment, options["--name"], options["--server"], keys, state, port, deployment.Limits(**limits)
+    )
 
 
 def _names(text: str) -> list[str]:
@@ -481,7 +500,7 @@ def _experiment(args: list[str], command: str) -> "tuple[Experiment, list[str]]"
     if args[0].endswith(".json"):
         try:
             saved = json.loads(Path(args[0]).read_text())
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{args[0]} is not a saved experiment: {type(error).__name__}") from error
         if not isinstance(saved, dict):
             raise ConfigError(f"{args[0]} is not a saved experiment: it holds a {type(saved).__name__}")
@@ -512,6 +531,13 @@ def _whole(options: dict[str, str], name: str, least: int) -> int:
     if not text.isdecimal() or int(text) < least:
         raise ConfigError(f"{name} is {text!r}; it must be a whole number >= {least}")
     return int(text)
+
+
+def _number(options: dict[str, str], name: str) -> float:
+    try:
+        return float(options[name])
+    except ValueError:
+        raise ConfigError(f"{name} is {options[name]!r}; it must be a number") from None
 
 
 def _parse(kind: Any, args: list[str], prog: str, default: Any = None, own: Mapping[str, str] | None = None) -> Any:

@@ -26,13 +26,13 @@ from rich.console import Console
 
 from consilium.core import CLIENT_ID
 from consilium.engine.checkpoint import write_atomic
-from consilium.engine.flower import save_site
+from consilium.engine.flower import Limits, save_site
 from consilium.engine.flower import server_app as flower_app
 from consilium.errors import ConfigError, ConsiliumError, RoundError
 from consilium.experiment import Experiment, from_json, to_json
 from consilium.run import read_config, serve
 
-__all__ = ["child", "client", "flower_environment", "listening", "program", "server", "server_app"]
+__all__ = ["Limits", "child", "client", "flower_environment", "listening", "program", "server", "server_app"]
 
 # --- the server -----------------------------------------------------------------------------------------------------
 
@@ -190,7 +190,9 @@ def listening(link: subprocess.Popen, port: int, log: Path) -> None:
 # --- a site ---------------------------------------------------------------------------------------------------------
 
 
-def client(experiment: Experiment, name: str, address: str, keys: Path | None, state: Path, port: int) -> NoReturn:
+def client(
+    experiment: Experiment, name: str, address: str, keys: Path | None, state: Path, port: int, limits: Limits
+) -> NoReturn:
     """Become a SuperNode for this site: this process is replaced by Flower's, until it is ended.
 
     Args:
@@ -199,6 +201,7 @@ def client(experiment: Experiment, name: str, address: str, keys: Path | None, s
         keys: the site's folder of `certificates`; None: without TLS and without authentication.
         state: folder for what the methods keep at the site, and for Flower's own files.
         port: on which Flower's processes on this machine talk to each other, on 127.0.0.1 alone.
+        limits: the most that the server may ask of the site.
 
     Raises:
         ConsiliumError: if the data cannot be used, before anything is started.
@@ -207,7 +210,7 @@ def client(experiment: Experiment, name: str, address: str, keys: Path | None, s
     if not CLIENT_ID.fullmatch(name):
         raise ConfigError(f"--name is {name!r}; use 1 to 64 of A-Z a-z 0-9 . _ - and no leading dot")
     settings = state.absolute() / "site.json"
-    save_site(settings, name, experiment)
+    save_site(settings, name, experiment, limits)
     command = [program("flower-supernode"), "--superlink", address, "--node-config", f'site="{settings}"']
     command += ["--host", "127.0.0.1", "--port", str(port)]
     if keys:

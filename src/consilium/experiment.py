@@ -5,7 +5,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from consilium.moe.build import ModelSource
 from consilium.moe.lora import Lora
 from consilium.setup import Fit, Setup
 
-__all__ = ["Experiment", "Wire", "from_json", "to_json"]
+__all__ = ["Experiment", "Wire", "differences", "from_json", "to_json"]
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 algorithms.register_all()
@@ -199,7 +199,7 @@ def from_json(saved: Mapping[str, Any]) -> Experiment:
         if not isinstance(value, Mapping):
             return Path(value) if hint is Path and isinstance(value, str) else value
         kind = value.get("type")
-        if kind not in classes:
+        if not isinstance(kind, str) or kind not in classes:
             raise ConfigError(f"saved experiment has unknown type {kind!r}; known are {', '.join(sorted(classes))}")
         hints = typing.get_type_hints(classes[kind])
         fields = {key: load(item, hints.get(key)) for key, item in value.items() if key != "type"}
@@ -217,6 +217,30 @@ def from_json(saved: Mapping[str, Any]) -> Experiment:
     if not isinstance(experiment, Experiment):
         raise ConfigError(f"saved is {type(experiment).__name__}; give an Experiment, e.g. a run's config.json")
     return experiment
+
+
+def differences(before: Experiment, now: Experiment, ignored: Collection[str] = ()) -> str:
+    """What differs between two experiments, field by field, in one line, e.g. "fit.lr was 0.001, is 0.01"; "": nothing.
+
+    Args:
+        ignored: fields that may differ, e.g. "wire.deadline".
+    """
+    old, new = _fields(to_json(before)), _fields(to_json(now))
+    told = [
+        f"{name} was {old.get(name, 'absent')!r}, is {new.get(name, 'absent')!r}"
+        for name in dict.fromkeys([*old, *new])
+        if name not in ignored and (name in old, old.get(name)) != (name in new, new.get(name))
+    ]
+    return "; ".join(told[:5]) + (f"; and {len(told) - 5} more" if len(told) > 5 else "")
+
+
+def _fields(saved: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted names -> values; a dataclass's own name stands for its type."""
+    found: dict[str, Any] = {}
+    for key, value in saved.items():
+        name = prefix[:-1] if key == "type" else f"{prefix}{key}"
+        found |= _fields(value, f"{name}.") if isinstance(value, Mapping) else {name: value} if name else {}
+    return found
 
 
 def _is(value: Any, hint: Any) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from consilium.errors import PayloadError
 
-__all__ = ["Like", "Params", "WeightedMean", "checksum", "nbytes"]
+__all__ = ["Like", "Params", "WeightedMean", "checksum", "finite", "nbytes"]
 
 Params = dict[str, Tensor]
 """Flat name -> tensor on the CPU, for instance `<block>.experts.17.down_proj` or `<block>.router.17.weight`."""
@@ -49,7 +49,7 @@ class Like:
             return f"has shape {tuple(tensor.shape)}, it must be {self.shape}"
         if tensor.dtype != self.dtype:
             return f"is {tensor.dtype}, it must be {self.dtype}"
-        if not tensor.isfinite().all():
+        if not finite(tensor):
             return "is not finite"
         bounded = self.least > -math.inf or self.most < math.inf
         if bounded and tensor.numel() and not (tensor.min() >= self.least and tensor.max() <= self.most):
@@ -92,7 +92,7 @@ class WeightedMean:
                 raise PayloadError(
                     f"{key!r} arrived with shape {tuple(tensor.shape)}, others sent {tuple(self._sums[key].shape)}"
                 )
-            self._sums[key].add_(tensor.to(torch.float64), alpha=w)
+            self._sums[key].add_(tensor, alpha=w)  # in float64, without a copy in it
             self._weights[key] += w
 
     def mean(self, previous: Mapping[str, Tensor]) -> Params:
@@ -116,6 +116,14 @@ class WeightedMean:
             key: sums.pop(key).div_(self._weights[key]).to(old.dtype) if key in sums else old
             for key, old in previous.items()
         }
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite. A finite sum says so, of terms one of which is not it never is; a sum that is not
+    may have overflowed, and they are looked at one by one."""
+    if not tensor.is_floating_point():
+        return True
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:

@@ -13,12 +13,14 @@ import hashlib
 import importlib.util
 import json
 import platform
+import shutil
 import subprocess
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +33,7 @@ from consilium.engine.checkpoint import (
     ClientStore,
     append_json,
     load_checkpoint,
+    remove_unfinished,
     save_checkpoint,
     write_atomic,
 )
@@ -40,8 +43,9 @@ from consilium.engine.local import LocalEngine
 from consilium.engine.rounds import Engine, nobody
 from consilium.engine.workers import forked
 from consilium.errors import BudgetError, CheckpointError, ConfigError, DataError, RoundError
-from consilium.experiment import Experiment, from_json, to_json
-from consilium.moe.budget import bytes_of
+from consilium.experiment import Experiment, differences, from_json, to_json
+from consilium.moe.budget import bytes_of, human
+from consilium.moe.build import ModelSource
 from consilium.params import checksum
 from consilium.setup import Setup
 
@@ -51,6 +55,8 @@ FAILED = 3
 """A run stops after so many abandoned rounds in a row."""
 SITES = {"type": "sites"}
 """What a deployment's run says of its data."""
+MAY_CHANGE = ("rounds", "wire.deadline", "data.path", "model.path")
+"""Fields that a run may be resumed with other values of; what lies at the paths must be the same."""
 
 VERSIONED = (
     "consilium",
@@ -87,7 +93,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text())
         experiment, status = config["experiment"], config["status"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{folder} is not a run directory: config.json {type(error).__name__}") from error
     return {**config, "experiment": experiment, "status": status}
 
@@ -119,7 +125,8 @@ def resume(folder: Path, watch: Watch | None = None) -> dict[str, Any]:
     A finished run is left as it is.
 
     Raises:
-        CheckpointError: if the folder is not a run, is in use, or its data has changed.
+        CheckpointError: if the folder is not a run, is in use, or its data, its model or its settings have changed; the
+            message says how. Of settings, `MAY_CHANGE` may.
     """
     if read_config(folder).get("data") == SITES:
         raise CheckpointError(f"{folder} is the run of a deployment: start `consilium server` again to continue it")
@@ -144,21 +151,22 @@ def serve(
     if not (folder / "config.json").exists():
         prepared = _Prepared.across(experiment, roster, sites, wait, uuid.uuid4().hex)
         return _new(prepared, folder, watch)
-    if from_json(read_config(folder)["experiment"]) != experiment:
-        raise ConfigError(f"{folder} holds another experiment; choose another --name or --out")
+    if changed := differences(from_json(read_config(folder)["experiment"]), experiment, MAY_CHANGE):
+        raise ConfigError(f"{folder} holds another experiment ({changed}); choose another --name or --out")
     token = str(_read_json(folder / "partition.json").get("run"))
-    return _continue(folder, watch, lambda saved: _Prepared.across(saved, roster, sites, wait, token))
+    return _continue(folder, watch, lambda _: _Prepared.across(experiment, roster, sites, wait, token))
 
 
 def _new(prepared: "_Prepared", folder: Path, watch: Watch | None) -> dict[str, Any]:
+    _check_room(folder, prepared)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be made: {error.strerror}; choose another --out") from error
     with _locked(folder):
         _refuse_run(folder)  # another process may have been quicker
+        remove_unfinished(folder)
         _write_json(folder / "partition.json", prepared.partition)
-        _write_config(folder, prepared.experiment, "running", prepared)
         return _rounds(prepared, folder, watch)
 
 
@@ -176,8 +184,47 @@ def _continue(folder: Path, watch: Watch | None, prepare: Callable[[Experiment],
                 f"the data has changed since the run began (fingerprint {now[:12]}, "
                 f"was {str(fingerprint)[:12]}): other packages or another file; start a new run"
             )
-        _write_config(folder, prepared.experiment, "running", prepared)
+        remove_unfinished(folder)
+        _check_room(folder, prepared)
+        prepared.former += config.get("former_versions", [])
         return _rounds(prepared, folder, watch)
+
+
+def _check_unchanged(begun: Mapping[str, Any], prepared: "_Prepared") -> None:
+    """Compare what the rounds so far were made with, as their checkpoint says, with what is to go on.
+
+    Raises:
+        CheckpointError: for another setting or model. Other versions of packages are a warning.
+    """
+    if not begun:  # by a version that did not say
+        return
+    if changed := differences(from_json(begun["experiment"]), prepared.experiment, MAY_CHANGE):
+        raise CheckpointError(
+            f"the run was begun with other settings: {changed}; put them back in config.json, or start a new run "
+            f"(only {', '.join(MAY_CHANGE)} may change)"
+        )
+    if begun["model"] != prepared.model:
+        raise CheckpointError(
+            f"the model has changed since the run began ({prepared.model[:19]}, was {begun['model'][:19]}): other "
+            "weights, configuration or tokenizer; start a new run"
+        )
+    now = _versions()
+    other = {name: version for name, version in begun["versions"].items() if now.get(name) != version}
+    if other:
+        told = ", ".join(f"{name} {version} (now {now.get(name)})" for name, version in other.items())
+        warnings.warn(f"the run was begun with {told}: it goes on, but perhaps to other bits", stacklevel=2)
+        prepared.former += [other] if other not in prepared.former else []
+
+
+def _check_room(folder: Path, prepared: "_Prepared") -> None:
+    """Raise ConfigError unless the disk has room for three checkpoints: two that are kept, and one being written."""
+    need = 3 * prepared.server.state().nbytes
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < need:
+        raise ConfigError(
+            f"{there} has {human(free)} free, three checkpoints take {human(need)}: free space, or choose another --out"
+        )
 
 
 def _refuse_run(folder: Path) -> None:
@@ -194,6 +241,7 @@ class _Prepared:
     Args:
         partition: who holds what, as partition.json says it. metrics: task -> metric.
         federation: the clients' data, where it is here. roster: who is behind Flower's nodes, where it is not.
+        former: versions of packages with which earlier parts of the run were made, where they differ.
     """
 
     experiment: Experiment
@@ -204,6 +252,18 @@ class _Prepared:
     metrics: dict[str, str]
     federation: Federation | None = None
     roster: Any = None
+    former: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def model(self) -> str:
+        """The fingerprint of the model's files; "" of small models, which begin with what the seed says."""
+        model = self.experiment.model
+        return model.fingerprint if isinstance(model, ModelSource) else ""
+
+    @property
+    def begun(self) -> dict[str, Any]:
+        """What every checkpoint says of the run it is of, see `_check_unchanged`."""
+        return {"experiment": to_json(self.experiment), "model": self.model, "versions": _versions()}
 
     @classmethod
     def of(cls, experiment: Experiment) -> "_Prepared":
@@ -237,7 +297,7 @@ class _Prepared:
     @classmethod
     def across(cls, experiment: Experiment, roster: Any, sites: Sequence[str], wait: float, token: str) -> "_Prepared":
         """Of what the sites tell; their data stays where it is. `token`: names the run to the sites' states."""
-        from consilium.engine.flower import describe
+        from consilium.engine.flower import PROTOCOL, describe
 
         if experiment.model.world != "moe":
             raise ConfigError(
@@ -245,6 +305,7 @@ class _Prepared:
             )
         torch.set_num_threads(experiment.threads)
         told = {"experiment": json.dumps(to_json(experiment)), "heads": "{}", "run": token}
+        told |= {"model": experiment.model.fingerprint, "protocol": PROTOCOL}
         found = describe(roster, sites, told, wait)
         infos = tuple(
             ClientInfo(site, int(d["sizes"][0]), str(d["task"]), int(d["memory_bytes"]) or None)
@@ -325,6 +386,7 @@ class _Prepared:
                 "experiment": json.dumps(to_json(experiment)),
                 "heads": json.dumps(self.setup.heads),
                 "run": str(self.partition.get("run", "")),
+                "model": self.model,
                 "folder": str(store.folder.absolute()),
                 "seed": experiment.seed,
             }
@@ -338,10 +400,10 @@ def _rounds(prepared: _Prepared, folder: Path, watch: Watch | None) -> dict[str,
         with interruptible() as check:
             summary = _all_rounds(prepared, folder, watch, check)
     except KeyboardInterrupt:
-        _write_config(folder, prepared.experiment, "interrupted", prepared)
+        _write_config(folder, "interrupted", prepared)
         raise
     _write_json(folder / "summary.json", summary)
-    _write_config(folder, prepared.experiment, "finished", prepared)
+    _write_config(folder, "finished", prepared)
     return summary
 
 
@@ -349,11 +411,13 @@ def _all_rounds(prepared: _Prepared, folder: Path, watch: Watch | None, check: C
     experiment, server = prepared.experiment, prepared.server
     first, writing, versions = 1, 0.0, {}
     if (found := load_checkpoint(folder / "checkpoints")) is not None:
-        last, state, versions = found
-        server.restore(state)
-        first = last + 1
+        _check_unchanged(found.begun, prepared)
+        server.restore(found.server)
+        first, versions = found.round + 1, found.versions
+    del found
+    _write_config(folder, "running", prepared)
     store = ClientStore(folder / "clients", versions)
-    structure = _truncate(folder, first)
+    structure, begun = _truncate(folder, first), prepared.begun
     if watch:
         watch.started(experiment, prepared.setup, prepared.federation, first)
 
@@ -363,8 +427,10 @@ def _all_rounds(prepared: _Prepared, folder: Path, watch: Watch | None, check: C
             watch.step(client, phase, done, total)
 
     strikes: dict[ClientId, int] = {}
+    best: dict[str, Any] | None = None
     for line in _lines(folder / "metrics.jsonl"):
         tally(strikes, line)
+        best = _best(best, line, prepared.infos)
     with prepared.engine(folder, store, progress) as engine:
         number, failed = first, 0
         while number <= experiment.rounds:
@@ -376,7 +442,10 @@ def _all_rounds(prepared: _Prepared, folder: Path, watch: Watch | None, check: C
             events = _events(record, server, strikes)
             _record(folder, number, record, events, server, structure)
             if not record["abandoned"]:
-                save_checkpoint(folder / "checkpoints", number, server.state(), store)
+                best = _best(best, record, prepared.infos)
+                save_checkpoint(
+                    folder / "checkpoints", number, server.state(), store, begun, best["round"] if best else 0
+                )
             writing = time.perf_counter() - start
             if watch:
                 watch.rounded(record, events)
@@ -386,7 +455,26 @@ def _all_rounds(prepared: _Prepared, folder: Path, watch: Watch | None, check: C
                     f"round {number} was abandoned {FAILED} times in a row: {record['abandoned']}; look at the "
                     "clients, then resume the run"
                 )
-    return _summary(prepared, folder, store, writing)
+    return _summary(prepared, folder, store, writing) | {"best": best}
+
+
+def _best(best: dict[str, Any] | None, record: Mapping[str, Any], infos: Sequence[ClientInfo]) -> dict[str, Any] | None:
+    """The round with the best validation so far, its number and score; None: no method's client has told one.
+
+    The score is the mean over the tasks of what the clients told whose replies count, of the models as they had trained
+    them. Test data has no say in it. A method's next stage starts anew: its models are other ones.
+    """
+    tasks: dict[str, list[float]] = {}
+    for info in infos:
+        told = record["clients"].get(info.id)
+        if told and not told["rejected"] and told["validation"] is not None and not record.get("abandoned"):
+            tasks.setdefault(info.task, []).append(told["validation"])
+    if not tasks:
+        return best
+    score = sum(sum(values) / len(values) for values in tasks.values()) / len(tasks)
+    if best and best["stage"] == record["stage"] and score <= best["validation"]:
+        return best
+    return {"round": record["round"], "stage": record["stage"], "validation": score}
 
 
 def _events(record: Mapping[str, Any], server: Server, strikes: dict[ClientId, int]) -> list[dict[str, Any]]:
@@ -516,24 +604,30 @@ def _papers_metric(rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {"best_round_before_aggregation": max(means)} if means else {}
 
 
-def _write_config(folder: Path, experiment: Experiment, status: str, prepared: _Prepared) -> None:
+def _write_config(folder: Path, status: str, prepared: _Prepared) -> None:
     _write_json(
         folder / "config.json",
         {
             "format": 1,
             "status": status,
-            "experiment": to_json(experiment),
-            "versions": {name: _version(name) for name in VERSIONED} | {"python": platform.python_version()},
+            "experiment": to_json(prepared.experiment),
+            "versions": _versions(),
+            **({"former_versions": prepared.former} if prepared.former else {}),
             "git": _git(),
             "data": prepared.federation.source if prepared.federation else SITES,
         },
     )
 
 
+def _versions() -> dict[str, str]:
+    """Of the packages that a run's bits may depend on."""
+    return {name: _version(name) for name in VERSIONED} | {"python": platform.python_version()}
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}); start a new run") from error
 
 

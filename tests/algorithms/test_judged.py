@@ -83,10 +83,6 @@ WRONG = {
     "validation": [math.nan, math.inf, -0.1, 1.1, True, "0.5", [0.5]],
     "train_loss": [math.nan, -math.inf, "low", False],
     "steps": [-1, 1.5, True, math.nan, "3", 2**62],
-    "experts": [-1, "all", 0.5],
-    "footprint": [-1, math.inf],
-    "cut": [-1, "none"],
-    "seconds_evaluate": [math.nan, -1.0, "1 s"],
 }
 
 

@@ -36,7 +36,7 @@ def commit(folder, round, *trained):
 
 def resumed(folder):
     """Round, the server's value, and every client's value, as a resumed run finds them."""
-    round, server, versions = load_checkpoint(folder / "checkpoints")
+    round, server, versions, _ = load_checkpoint(folder / "checkpoints")
     store = ClientStore(folder / "clients", versions)
     states = {client: store.load(client) for client in versions}
     assert server.scalars == {"method": f"after {round}"}
@@ -138,13 +138,82 @@ def test_states_of_an_uncommitted_round_do_not_count(tmp_path):
     assert resumed(tmp_path) == (1, 1.0, {"a": 1})
 
 
+def test_the_best_checkpoint_is_kept_with_the_states_it_names(tmp_path):
+    """Round 2 is the best until round 5. b trained in rounds 1 and 4 only."""
+    for round, best, trained in ((1, 1, "ab"), (2, 2, "a"), (3, 2, "a"), (4, 2, "ab"), (5, 2, "a")):
+        store = ClientStore(tmp_path / "clients", (load_checkpoint(tmp_path / "checkpoints") or (0, 0, {}))[2])
+        for client in trained:
+            store.save(client, ClientState({"own": torch.full((2,), float(round))}, {"seen": round}), round)
+        save_checkpoint(tmp_path / "checkpoints", round, server_state(round), store, best=best)
+
+    def there():
+        files = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.safetensors"))
+        return [f.replace("round-0000", "").replace(".safetensors", "").replace("clients/", "") for f in files]
+
+    assert there() == ["checkpoints/2", "checkpoints/4", "checkpoints/5", "a/2", "a/4", "a/5", "b/1", "b/4"]
+    for name in ("round-00004", "round-00005"):
+        spoil(tmp_path / f"checkpoints/{name}.safetensors", "torn")
+    with pytest.warns(UserWarning, match=r"continuing from round-00002\.safetensors"):
+        assert resumed(tmp_path) == (2, 2.0, {"a": 2, "b": 1})
+    save_checkpoint(tmp_path / "checkpoints", 6, server_state(6), ClientStore(tmp_path / "clients", {"b": 4}), best=6)
+    save_checkpoint(tmp_path / "checkpoints", 7, server_state(7), ClientStore(tmp_path / "clients", {"b": 4}), best=6)
+    assert there() == ["checkpoints/6", "checkpoints/7", "a/5", "b/4"]
+
+
+def test_a_flipped_bit_or_a_cut_anywhere_is_found(tmp_path):
+    """Each 64th byte, and a hundred lengths: the checkpoint before it is taken, with a warning that names both."""
+    folder = tmp_path / "checkpoints"
+    for round in (1, 2):
+        state = Payload({"params": {"w": torch.full((1000,), float(round))}}, {"method": f"after {round}"})
+        save_checkpoint(folder, round, state, ClientStore(tmp_path / "clients"), {"experiment": "x" * 200})
+    newest = folder / "round-00002.safetensors"
+    whole = newest.read_bytes()
+    spoilt = [whole[: len(whole) * n // 100] for n in range(100)]
+    for place in range(0, len(whole), 64):
+        spoilt.append(whole[:place] + bytes([whole[place] ^ (1 << place // 64 % 8)]) + whole[place + 1 :])
+    for blob in spoilt:
+        newest.write_bytes(blob)
+        with pytest.warns(UserWarning, match=r"round-00002\.safetensors.*continuing from round-00001\.safetensors"):
+            assert load_checkpoint(folder).round == 1
+
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("checkpoint-*.safetensors")), ids=lambda path: path.stem)
+def test_checkpoints_of_earlier_versions_are_read(tmp_path, path):
+    """One of each format that was ever written: 0 is 1 before it had a number."""
+    (tmp_path / "round-00003.safetensors").write_bytes(path.read_bytes())
+    found = load_checkpoint(tmp_path)
+    assert found.round == 3 and found.versions == {"a": 3, "b": 1} and found.server.scalars == {"stage": 2}
+    assert found.server.group("params")["w"].tolist() == [1.0, 2.0, 3.0]
+    assert found.begun == ({} if path.stem == "checkpoint-0" else {"model": "m"})
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("consilium.engine.checkpoint.FORMAT", 2)
+    commit(tmp_path, 1)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"round-00001\.safetensors has format 2, this version reads 1"):
+        load_checkpoint(tmp_path / "checkpoints")
+
+
+def test_a_line_that_does_not_fit_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "log.jsonl"
+    append_json(path, {"a": 1})
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(CheckpointError, match=r"log\.jsonl cannot be written \(9 bytes: No space left on device\)"):
+        append_json(path, {"a": 2})
+    assert path.read_text() == '{"a": 1}\n'
+
+
 def test_write_atomic_leaves_the_old_content_when_it_fails(tmp_path, monkeypatch):
     path = tmp_path / "deep/down/file"
     write_atomic(path, b"old")
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match=r"down/file cannot be written \(3 bytes: disk full\); what was"):
         write_atomic(path, b"new")
-    assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"old" and [p.name for p in path.parent.iterdir()] == ["file"]
 
 
 def test_append_json_refuses_what_json_cannot_say(tmp_path):

@@ -6,6 +6,7 @@ import math
 import queue
 import re
 import threading
+from pathlib import Path
 
 import loopback
 import pytest
@@ -27,9 +28,10 @@ from consilium.engine.flower.grid import within
 from consilium.engine.flower.records import STYPE, blobs_of, from_record, payload_of, to_record
 from consilium.engine.flower.server import _watched
 from consilium.errors import CheckpointError, ConfigError, PayloadError, RoundError
-from consilium.experiment import Wire
+from consilium.experiment import Wire, to_json
 from consilium.models.cohort import Cohort
 from consilium.run import FAILED, resume, run, serve
+from consilium.setup import Fit
 
 Algorithm.registry.pop("Toy")  # the tests over the registry are not to find it
 METHODS = {name: cls for name, cls in Algorithm.registry.items() if cls.__module__.startswith("consilium.")}
@@ -199,7 +201,8 @@ def toys(data, monkeypatch):
     """Four rounds of all three clients, in milliseconds."""
     monkeypatch.setitem(Algorithm.registry, "Toy", toy.Toy)
     wire = Wire(deadline=0.2)
-    return runs.experiment(data, toy.Toy(), sampling=Sampling(3), rounds=4, engine="flower", wire=wire)
+    small = tiny.source(num_experts=4)
+    return runs.experiment(data, toy.Toy(), model=small, sampling=Sampling(3), rounds=4, engine="flower", wire=wire)
 
 
 def metrics(folder):
@@ -338,6 +341,9 @@ def blob(group, payload):
         (blob("params", Payload({"params": {"w": torch.full((50,), math.inf)}})), "params w is not finite"),
         (blob("params.change", Payload({"params.change": {"w": torch.ones(50)}})), "not sent, or returned twice"),
         (put("engine", "round", 1), "it answers round 1, this is round 2"),
+        (put("engine", "protocol", 7), "it answers protocol 7, this is protocol 1"),
+        (put("engine", "run", "other"), "it answers run 'other', this is run ''"),
+        (put("engine", "config", "0" * 16), "it answers config '0000000000000000', this is config '"),
         (put("engine", "rejected", "x " * 10**6), "^x x x"),
     ],
 )
@@ -356,6 +362,35 @@ def test_what_the_far_end_says_of_its_seconds_is_no_reason_to_stop(toys, grid, t
     grid.spoil["train", ONE] = put("engine", "seconds", seconds)
     run(dataclasses.replace(toys, rounds=1), tmp_path / "run")
     assert metrics(tmp_path / "run")[0]["ledger"]["ok"] == 3
+
+
+def test_metrics_that_are_none_are_dropped_and_the_update_counts(toys, grid, tmp_path):
+    """Not a number, a megabyte, foreign: the record stays small and JSON, the weights are what they would have been."""
+    one = dataclasses.replace(toys, rounds=1)
+    run(one, tmp_path / "plain")
+    told = {"perplexity": math.nan, "footprint": "x" * 10**6, "report/a": math.inf, "foreign": "y" * 10**6, "cut": -1}
+    grid.spoil["train", ONE] = lambda content: [content["scalars"].__setitem__(*item) for item in told.items()]
+    run(one, tmp_path / "run")
+    (line,) = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert len(line) < 5000 and "NaN" not in line and "Infinity" not in line
+    record = json.loads(line)
+    assert record["ledger"]["ok"] == 3 and record["clients"]["site-0"]["perplexity"] is None
+    weights = [runs.outcome(tmp_path / name)["summary"]["weights"] for name in ("plain", "run")]
+    assert weights[0] == weights[1]
+
+
+def test_a_client_out_of_memory_is_an_error_of_its_own(toys, grid, tmp_path, monkeypatch):
+    real = toy.ToyClient.train
+
+    def train(self, payload, context):
+        if context.info.id == "site-0":
+            raise MemoryError("cannot allocate 7 GB")
+        return real(self, payload, context)
+
+    monkeypatch.setattr(toy.ToyClient, "train", train)
+    run(dataclasses.replace(toys, rounds=1), tmp_path / "run")
+    (told,) = metrics(tmp_path / "run")
+    assert told["errors"] == {"site-0": "MemoryError: cannot allocate 7 GB"} and told["ledger"]["ok"] == 2
 
 
 @pytest.mark.parametrize("score", [math.nan, 1.5, "0.5", None])
@@ -545,8 +580,8 @@ def test_a_server_that_starts_again_goes_on_to_the_same_bits(toys, sites, tmp_pa
         serve(toys, tmp_path / "run", sites, NAMES, 1.0, Between(_2=interrupt))
     with pytest.raises(CheckpointError, match="start `consilium server` again"):
         resume(tmp_path / "run")
-    with pytest.raises(ConfigError, match="holds another experiment"):
-        serve(dataclasses.replace(toys, rounds=9), tmp_path / "run", sites, NAMES, 1.0)
+    with pytest.raises(ConfigError, match=r"holds another experiment \(seed was 0, is 9\)"):
+        serve(dataclasses.replace(toys, seed=9), tmp_path / "run", sites, NAMES, 1.0)
     serve(toys, tmp_path / "run", sites, NAMES, 1.0)
     assert (
         runs.outcome(tmp_path / "run")["summary"]["weights"] == runs.outcome(tmp_path / "whole")["summary"]["weights"]
@@ -565,6 +600,34 @@ def test_states_at_a_site_are_pruned_and_what_never_counted_is_dropped(toys, sit
         assert kept == [f"round-0000{n}.safetensors" for n in (4, 5, 6)]
 
 
+@pytest.mark.parametrize("how", ["lost", "torn"])
+def test_a_site_whose_state_is_lost_starts_anew_and_says_so(toys, sites, tmp_path, how):
+    def spoil():
+        (path,) = (tmp_path / "at-0").glob("*/site-0/round-00002.safetensors")
+        path.unlink() if how == "lost" else path.write_bytes(b"torn")
+
+    serve(toys, tmp_path / "run", sites, NAMES, 1.0, Between(_2=spoil))
+    told = [record["clients"]["site-0"] for record in metrics(tmp_path / "run")]
+    said = [one.get("state_reset", "") for one in told]
+    assert said[0] == said[1] == said[3] == "" and "the state of client site-0 in " in said[2]
+    assert [record["ledger"]["ok"] for record in metrics(tmp_path / "run")] == [3] * 4
+    draws = [
+        float(torch.rand(50, generator=torch.Generator().manual_seed(derive_seed(0, "client", n, "site-0"))).sum())
+        for n in (1, 2, 3, 4)
+    ]
+    sums = [draws[0], draws[0] + draws[1], draws[2], draws[2] + draws[3]]
+    assert [one["train_loss"] for one in told] == pytest.approx(sums)
+
+
+def test_a_straggler_stops_by_itself(data, sites, tmp_path):
+    """A site that learns of the deadline in every message does not train on when nobody waits for it any more."""
+    made = runs.experiment(
+        data, model=tiny.source(num_experts=4), rounds=1, sampling=Sampling(3), wire=Wire(deadline=1e-3)
+    )
+    with pytest.raises(RoundError, match=r"the round's deadline of 0\.001 s has passed after \d of \d steps"):
+        serve(made, tmp_path / "run", sites, NAMES, 1.0)
+
+
 def test_a_site_that_is_not_there_or_cannot_take_part(toys, sites, tmp_path):
     sites.away.add(100)
     with pytest.raises(RoundError, match=r"not connected within 0\.1 s: site-2; start their clients"):
@@ -576,9 +639,110 @@ def test_a_site_that_is_not_there_or_cannot_take_part(toys, sites, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_what_a_server_says_can_neither_leave_the_sites_folder_nor_name_unknown_classes(sites, tmp_path):
-    content = RecordDict({"engine": ConfigRecord({"experiment": "{}", "heads": "{}", "run": "../../x"})})
-    message = Message(content, dst_node_id=100, message_type="query.describe")
-    (sent,) = sites.push_messages([message])
+SAYS = {"protocol": 1, "experiment": "{}", "heads": "{}", "run": "x", "model": ""}
+
+
+def asked(sites, kind, content):
+    """Why a site refuses a message; a refusal is one line, and leaves nothing behind."""
+    before = sorted(Path(sites.configs[0]["site"]).parent.rglob("*"))
+    (sent,) = sites.push_messages([Message(content, dst_node_id=100, message_type=kind)])
     (reply,) = sites.pull_messages([sent])
-    assert "saved is dict" in reply.content["failed"]["reason"] or "unknown type" in reply.content["failed"]["reason"]
+    assert sorted(Path(sites.configs[0]["site"]).parent.rglob("*")) == before
+    reason = reply.content["failed"]["reason"]
+    assert "\n" not in reason and len(reason) < 1200
+    return reason
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, "unknown type None"),
+        ({"experiment": '{"type": "os.system"}'}, "unknown type 'os.system'"),
+        ({"experiment": "{"}, "the server's experiment is no JSON"),
+        ({"experiment": "[" * 10**5}, "the server's experiment is no JSON: RecursionError"),
+        ({"experiment": "[]"}, r"the server's experiment is '\[\]'"),
+        ({"protocol": 2}, "the server speaks protocol 2, this client 1: install one version"),
+        ({"protocol": None}, "the server speaks protocol None"),
+        ({"heads": 3}, "the server says heads 3; it must be str"),
+        ({"run": "../../x"}, r"the run's token is '\.\./\.\./x'; it must be up to 64 letters and digits"),
+        ({"run": "/etc"}, "the run's token is '/etc'"),
+        ({"run": "x" * 10**4}, "the run's token is 'xxx"),
+        ({"heads": '{"task": 3}'}, "the server's heads is"),
+        ({"model": "sha256:0"}, "the server's model is sha256:0, this site's is sha256:.*same files"),
+    ],
+)
+def test_what_a_server_says_of_a_run_is_refused_unless_it_is_what_it_must_be(change, reason, data, sites, tmp_path):
+    """Also: it cannot leave the site's folder, and names no unknown classes."""
+    good = {"experiment": json.dumps(to_json(runs.experiment(data, model=tiny.source(num_experts=4))))}
+    if change and "experiment" not in change:
+        change = good | change
+    told = {key: value for key, value in (SAYS | change).items() if value is not None}
+    assert re.search(reason, asked(sites, "query.describe", RecordDict({"engine": ConfigRecord(told)})))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"round": 0}, "round 0, and to go on from that of round 0"),
+        ({"round": -1}, "round -1"),
+        ({"round": "2"}, "the server says round '2'; it must be int"),
+        ({"version": 3}, "round 2, and to go on from that of round 3"),
+        ({"version": -1}, "of round -1"),
+        ({"round": 10**6}, r"the server asks for round 1000000, this site allows 100000 \(--max-rounds\)"),
+        ({"client": "../site-2"}, r"a message for \.\./site-2 reached site-2"),
+        ({"seed": "x"}, "the server says seed 'x'; it must be int"),
+        ({"cap": "lots"}, "size 'lots' is no number of bytes"),
+        ({"zstd": 1}, "the server says zstd 1; it must be bool"),
+        ({"deadline": "soon"}, "the server says deadline 'soon'; it must be float"),
+    ],
+)
+def test_what_a_server_says_of_a_round_likewise(change, reason, data, sites):
+    made = runs.experiment(data, model=tiny.source(num_experts=4))
+    told = SAYS | {
+        "client": "site-2",
+        "round": 2,
+        "version": 0,
+        "seed": 0,
+        "cap": "1GB",
+        "reply": "exact",
+        "zstd": False,
+        "deadline": 9.0,
+    }
+    told |= {"experiment": json.dumps(to_json(made)), **change}
+    assert re.search(reason, asked(sites, "train", to_record(Payload({"params": {"w": torch.ones(3)}}), told)))
+
+
+@pytest.mark.parametrize(
+    ("change", "limits", "reason"),
+    [
+        ({"fit": Fit(lr=1e30)}, {}, r"the server asks for fit\.lr 1e\+30, this site allows 10 \(--max-lr\)"),
+        ({"fit": Fit(head_lr=0.5)}, {"lr": 0.1}, r"fit\.head_lr 0\.5, this site allows 0\.1"),
+        ({"fit": Fit(epochs=101)}, {}, r"fit\.epochs 101, this site allows 100 \(--max-epochs\)"),
+        ({"fit": Fit(batch_size=64)}, {"batch_size": 32}, r"fit\.batch_size 64, this site allows 32"),
+        ({"fit": Fit(epochs=9, batch_size=1)}, {"steps": 50}, r"steps of a round \d+, this site allows 50"),
+        ({"rounds": 11}, {"rounds": 10}, r"rounds 11, this site allows 10"),
+        ({"algorithm": FedMoE(stage1_epochs=8)}, {"epochs": 7}, r"algorithm\.stage1_epochs 8, this site allows 7"),
+        ({}, {"bytes": "1KB"}, r"the server sent .*, this site takes 1KB \(--max-bytes\)"),
+    ],
+)
+def test_a_site_keeps_to_its_own_limits(change, limits, reason, data, sites, tmp_path):
+    """The server is told before the first round, or, of bytes, in it; within the limits nothing is different."""
+    (folder,) = [Path(config["site"]).parent for config in sites.configs if "at-1" in config["site"]]
+    own = runs.experiment(folder / "own.jsonl", model=tiny.source(num_experts=4))
+    flower.save_site(folder / "site.json", "site-1", own, flower.Limits(**limits))
+    made = runs.experiment(data, model=tiny.source(num_experts=4), rounds=1, sampling=Sampling(3))
+    if "bytes" in limits:
+        serve(made, tmp_path / "run", sites, NAMES, 1.0)
+        assert re.search(reason, metrics(tmp_path / "run")[0]["errors"]["site-1"])
+        return
+    with pytest.raises(RoundError, match="a site cannot take part: ConfigError: ") as told:
+        serve(dataclasses.replace(made, **change), tmp_path / "run", sites, NAMES, 1.0)
+    assert re.search(reason, str(told.value)) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "bad", [{"lr": 0}, {"lr": math.nan}, {"epochs": 0}, {"epochs": 1.5}, {"steps": True}, {"bytes": "much"}]
+)
+def test_limits_that_are_none(bad):
+    with pytest.raises(ConfigError, match=r"--max-|no number of bytes"):
+        flower.Limits(**bad)

@@ -6,51 +6,119 @@
 A round is committed when its checkpoint is renamed into place. Client states are written under the number of their
 round before that, and the checkpoint says which version counts, so a run killed at any moment finds all parts of the
 last committed round and nothing else. The last two checkpoints are kept, with the client states that they name, so a
-broken newest one costs a round and not the run. Every file carries its own SHA-256.
+broken newest one costs a round and not the run; and the best one, if the run tells which. Every file carries its own
+SHA-256, and every checkpoint what the run was begun with. A write that fails (a full disk) is an error that leaves what
+was there as it was.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from consilium.core import ClientId, ClientState, Payload
 from consilium.engine.codec import decode, encode
 from consilium.errors import CheckpointError, PayloadError
 
-__all__ = ["ClientStore", "append_json", "load_checkpoint", "save_checkpoint", "write_atomic"]
+__all__ = [
+    "Checkpoint",
+    "ClientStore",
+    "append_json",
+    "load_checkpoint",
+    "remove_unfinished",
+    "save_checkpoint",
+    "write_atomic",
+]
 
 _NAME = re.compile(r"round-(\d{5,})\.safetensors")
 _ZEROS = "0" * 64
 KEEP = 2
+FORMAT = 1
+"""Of checkpoints; whatever was written by a released version is read for ever. Before it had a number: 1 too."""
+
+
+class Checkpoint(NamedTuple):
+    """A committed round.
+
+    Args:
+        round: its number. server: the server's state. versions: client -> round of its committed state.
+        begun: what the run was begun with, as `save_checkpoint` was told.
+    """
+
+    round: int
+    server: Payload
+    versions: dict[ClientId, int]
+    begun: dict[str, Any]
 
 
 def write_atomic(path: Path, blob: bytes) -> None:
-    """Write a file so that its name holds either the old or the whole new content, whatever happens."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file so that its name holds either the old or the whole new content, whatever happens.
+
+    Raises:
+        CheckpointError: if it cannot be written; what it held before is untouched.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(blob)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(blob)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except BaseException as error:  # also what a signal has interrupted
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _unwritten(path, len(blob), error) from error
+        raise
 
 
 def append_json(path: Path, record: Mapping[str, object]) -> None:
-    """Append one line to a .jsonl file and make it last."""
-    with path.open("a") as file:
-        file.write(json.dumps(record, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Append one line to a .jsonl file and make it last.
+
+    Raises:
+        CheckpointError: if it cannot be written; the file holds whole lines as before.
+    """
+    line = (json.dumps(record, allow_nan=False) + "\n").encode()
+    try:
+        with path.open("ab", buffering=0) as file:
+            size, left = file.tell(), memoryview(line)
+            try:
+                while left:
+                    left = left[file.write(left) :]
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)
+                raise
+    except OSError as error:
+        raise _unwritten(path, len(line), error) from error
+
+
+def _unwritten(path: Path, size: int, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be written ({size:,} bytes: {error.strerror or error}); what was saved before is as it was: "
+        "free space, then go on from there"
+    )
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a process that was killed has left half-written in a run directory, or in a site's."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
+    for path in folder.glob(".replies-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @dataclass
@@ -61,11 +129,13 @@ class ClientStore:
         folder: `clients/` of the run.
         versions: client -> round of its committed state; clients without one start empty.
         former: the versions as the last commit left them.
+        reset: client -> why its state was given up.
     """
 
     folder: Path
     versions: dict[ClientId, int] = field(default_factory=dict)
     former: dict[ClientId, int] = field(init=False)
+    reset: dict[ClientId, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.former = dict(self.versions)
@@ -84,6 +154,14 @@ class ClientStore:
         except (OSError, PayloadError) as error:
             raise CheckpointError(f"the state of client {client} in {path} cannot be read: {error}") from error
         return ClientState(payload.group("params"), dict(payload.scalars))
+
+    def load_or_reset(self, client: ClientId) -> ClientState:
+        """The committed state; where that is lost or broken, an empty one, and the reason in `reset`."""
+        try:
+            return self.load(client)
+        except CheckpointError as error:
+            self.reset[client] = str(error)
+            return ClientState()
 
     def save(self, client: ClientId, state: ClientState, round: int) -> None:
         """Keep a state under its round; an empty state leaves no file."""
@@ -109,11 +187,17 @@ class ClientStore:
             for path, _ in [item for item in _numbered(folder) if item[1] <= oldest][:-1]:
                 path.unlink()
 
-    def commit(self) -> None:
-        """Remove what neither the newest checkpoint nor the one before names, also what was saved and never counted."""
+    def commit(self, best: int = 0) -> None:
+        """Remove what neither the newest checkpoint nor the one before names, also what was saved and never counted.
+
+        Args:
+            best: round of a checkpoint that is kept as well, with the states that it names.
+        """
         for folder in self.folder.glob("*/"):
+            files = _numbered(folder)
             kept = {self.versions.get(folder.name), self.former.get(folder.name)}
-            for path, round in _numbered(folder):
+            kept.add(max((round for _, round in files if round <= best), default=None))
+            for path, round in files:
                 if round not in kept:
                     path.unlink()
         self.former = dict(self.versions)
@@ -128,17 +212,33 @@ class ClientStore:
         return self.folder / client / f"round-{round:05d}.safetensors"
 
 
-def save_checkpoint(folder: Path, round: int, server: Payload, store: ClientStore) -> None:
-    """Commit a round: the server's state and the clients' versions in one atomic file; older ones are pruned."""
-    scalars = {**server.scalars, "engine/round": round, "engine/versions": json.dumps(store.versions)}
-    write_atomic(folder / f"round-{round:05d}.safetensors", _seal(Payload(server.groups, scalars)))
-    for path, _ in _numbered(folder)[:-KEEP]:
-        path.unlink()
-    store.commit()
+def save_checkpoint(
+    folder: Path, round: int, server: Payload, store: ClientStore, begun: Mapping[str, Any] | None = None, best: int = 0
+) -> None:
+    """Commit a round: the server's state and the clients' versions in one atomic file; older ones are pruned.
+
+    Args:
+        begun: what the run was begun with, JSON, for whoever resumes it.
+        best: round whose checkpoint is kept beside the last `KEEP`; 0: none.
+
+    Raises:
+        CheckpointError: if it cannot be written; those that were there are as they were.
+    """
+    own = {
+        "engine/format": FORMAT,
+        "engine/round": round,
+        "engine/versions": json.dumps(store.versions, sort_keys=True),
+        "engine/begun": json.dumps(begun or {}, sort_keys=True),
+    }
+    write_atomic(folder / f"round-{round:05d}.safetensors", _seal(Payload(server.groups, {**server.scalars, **own})))
+    for path, number in _numbered(folder)[:-KEEP]:
+        if number != best:
+            path.unlink()
+    store.commit(best)
 
 
-def load_checkpoint(folder: Path) -> tuple[int, Payload, dict[ClientId, int]] | None:
-    """The newest checkpoint that can be read: its round, the server's state, the clients' versions. None: no file.
+def load_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that can be read; None: no file.
 
     A broken newest file is passed over with a warning that names both.
 
@@ -155,9 +255,13 @@ def load_checkpoint(folder: Path) -> tuple[int, Payload, dict[ClientId, int]] | 
         if broken:
             warnings.warn(f"cannot read {', '.join(broken)}; continuing from {path.name}", stacklevel=2)
         scalars = dict(payload.scalars)
-        versions = json.loads(str(scalars.pop("engine/versions")))
-        scalars.pop("engine/round")
-        return round, Payload(payload.groups, scalars), versions
+        own = {key: scalars.pop(key) for key in payload.scalars if key.startswith("engine/")}
+        if (form := own.get("engine/format", FORMAT)) != FORMAT:
+            raise CheckpointError(f"{path} has format {form}, this version reads {FORMAT}: resume with the newer one")
+        versions = json.loads(str(own["engine/versions"]))
+        return Checkpoint(
+            round, Payload(payload.groups, scalars), versions, json.loads(str(own.get("engine/begun", "{}")))
+        )
     if broken:
         raise CheckpointError(f"none of the checkpoints in {folder} can be read: {', '.join(broken)}")
     return None
@@ -172,7 +276,8 @@ def _numbered(folder: Path) -> list[tuple[Path, int]]:
 def _seal(payload: Payload) -> bytes:
     """The payload's bytes with a SHA-256 over them in the header, taken while its place held zeros."""
     blob = encode(Payload(payload.groups, {"engine/sha256": _ZEROS, **payload.scalars}))
-    return blob.replace(_ZEROS.encode(), hashlib.sha256(blob).hexdigest().encode(), 1)
+    place = blob.index(_ZEROS.encode())
+    return b"".join([blob[:place], _digest(blob, place).encode(), memoryview(blob)[place + len(_ZEROS) :]])
 
 
 def _unseal(blob: bytes) -> Payload:
@@ -184,6 +289,14 @@ def _unseal(blob: bytes) -> Payload:
     payload = decode(blob)
     scalars = dict(payload.scalars)
     digest = str(scalars.pop("engine/sha256", ""))
-    if not digest or hashlib.sha256(blob.replace(digest.encode(), _ZEROS.encode(), 1)).hexdigest() != digest:
+    if len(digest) != len(_ZEROS) or _digest(blob, blob.find(digest.encode("utf-8", "replace"))) != digest:
         raise PayloadError("its SHA-256 does not match")
     return Payload(payload.groups, scalars)
+
+
+def _digest(blob: bytes, place: int) -> str:
+    """SHA-256 in hex of a blob with zeros at the place of its own digest; nothing is copied."""
+    found, view = hashlib.sha256(blob[:place]), memoryview(blob)
+    found.update(_ZEROS.encode())
+    found.update(view[place + len(_ZEROS) :])
+    return found.hexdigest()

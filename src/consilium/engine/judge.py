@@ -1,9 +1,10 @@
 """Judging what the other side says, before anything is made of it: a reply on the server, a model on the client.
 
 A reply is accepted whole or not at all. Its tensors must be the ones that the method's server half expects of this
-client (`Server.expects`: names, shapes, dtypes, ranges, all finite, nothing else), its numbers of the kinds and within
-the ranges of `NUMBERS`, and the server half must have no objection of its own. Experts are names: one that the client
-was not given is a name that was not asked for.
+client (`Server.expects`: names, shapes, dtypes, ranges, all finite, nothing else), the numbers that are merged, or by
+which a model is judged, of the kinds and within the ranges of `NUMBERS`, and the server half must have no objection of
+its own. Experts are names: one that the client was not given is a name that was not asked for. A number that is only
+for the record (`RECORDED`) and is none is left out of the record, and the reply counts.
 """
 
 import math
@@ -12,6 +13,7 @@ from typing import Any
 
 from consilium.core import ClientId, ClientInfo, Payload, Scalar, Server
 from consilium.errors import PayloadError
+from consilium.params import finite
 
 __all__ = ["BENCH", "check_sent", "diverged", "number", "numbers", "objection", "one_line", "tally"]
 
@@ -31,6 +33,9 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
 }
 """Scalars of a reply that the engines and servers read: kind (a whole number is a float, a bool is no number), least,
 most. `num_examples` must be there, and not be more than the client has registered."""
+
+RECORDED = {"perplexity", "experts", "footprint", "cut", "seconds_evaluate"}
+"""Those of them that nothing but the record is made of."""
 
 
 def objection(server: Server, info: ClientInfo, sent: Payload, reply: Payload) -> str | None:
@@ -63,6 +68,8 @@ def _scalars(info: ClientInfo, scalars: Mapping[str, Scalar]) -> str | None:
         return "num_examples is missing"
     for name, (kind, least, most) in NUMBERS.items():
         most = info.num_examples if name == "num_examples" else most
+        if name in RECORDED:
+            continue
         if name in scalars and not number(scalars[name], least, most, kind):
             kinds = "a whole number" if kind is int else "a finite number"
             bounds = f" within {least:.16g}..{most:.16g}" if least > -math.inf else ""
@@ -90,7 +97,7 @@ def diverged(reply: Payload) -> str | None:
     end, which keeps no state of a round that diverged and sends nothing of it."""
     for group, tensors in reply.groups.items():
         for key, tensor in tensors.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
+            if not finite(tensor):
                 return f"{group} {key} is not finite"
     loss = reply.scalars.get("train_loss")
     return f"train_loss is {loss}" if isinstance(loss, float) and not math.isfinite(loss) else None

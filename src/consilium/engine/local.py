@@ -63,6 +63,8 @@ class LocalEngine(Engine):
             rejected = objection(self.server, info, sent, reply)
             if rejected is None:
                 self.store.count(client, number, told["kept"])
+            else:
+                self.store.drop(client, number - 1, number + 1)
             record["clients"][client] = told_of(reply, info, rejected, told["seconds"], sent.nbytes, reply.nbytes)
             reply = Payload(reply.groups, reply.scalars)  # which `release` may empty
             if rejected is None:

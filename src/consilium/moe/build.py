@@ -3,6 +3,7 @@
 No remote code is ever run and nothing but safetensors is ever read.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -121,6 +122,22 @@ class ModelSource:
         """Block -> share of public tokens per expert, from the model's card (`card.json`); {} where it says nothing."""
         card = Path(self.location) / "card.json"
         return json.loads(card.read_text()).get("usage_public", {}) if card.is_file() else {}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells this model from another: "sha256:..." over configuration, weights and tokenizer of a directory,
+        all of which is read; "hub:name@commit" of a name on the hub.
+        """
+        folder = Path(self.location)
+        if not folder.is_dir():
+            return f"hub:{self.location}@{getattr(self.config, '_commit_hash', None) or self.revision}"
+        names = {"config.json", *_TOKENIZER_FILES}
+        digest = hashlib.sha256()
+        for path in sorted(folder.iterdir()):
+            if path.name in names or path.suffix == ".safetensors":
+                with path.open("rb") as file:
+                    digest.update(f"{path.name}|{hashlib.file_digest(file, 'sha256').hexdigest()}|".encode())
+        return f"sha256:{digest.hexdigest()}"
 
     def skeleton(self, task: str, labels: tuple[str, ...]) -> TaskModel:
         """The full model on the meta device: shapes and names, no memory."""

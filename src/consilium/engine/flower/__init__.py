@@ -2,7 +2,7 @@
 
     records   a payload as a message's content, to the bit
     grid      the engine: rounds over a Grid, deadlines, who was missing
-    client    the client's end, a ClientApp
+    client    the client's end, a ClientApp; limits: what a site does not let a server ask of it
     server    the server's end: a Grid from the simulation runtime or a deployment
 
 Nothing outside this package imports flwr.
@@ -15,11 +15,15 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
 from consilium.engine.flower.client import DELIVERED, client_app, read_site, save_site
 from consilium.engine.flower.grid import FlowerEngine, Roster
+from consilium.engine.flower.limits import Limits
+from consilium.engine.flower.records import PROTOCOL
 from consilium.engine.flower.server import describe, server_app, simulation
 
 __all__ = [
     "DELIVERED",
+    "PROTOCOL",
     "FlowerEngine",
+    "Limits",
     "Roster",
     "client_app",
     "describe",

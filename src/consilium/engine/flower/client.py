@@ -3,12 +3,13 @@
 Every message brings the server's experiment as JSON, of which the algorithm, the training and the seed count here;
 classes are looked up among the known ones, no code travels. What is the site's own comes from its own settings: a
 simulated client takes its partition of the experiment's data; a site's node names a file, `site=".../site.json"`,
-with its name, its own data and model and its memory. In the same folder its states survive rounds and restarts, and
-lies the model that it was last delivered, for `consilium export`.
+with its name, its own data and model, its memory, and its limits, beyond which it does nothing (`Limits`). In the same
+folder its states survive rounds and restarts, and lies the model that it was last delivered, for `consilium export`.
 """
 
 import functools
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,13 +22,14 @@ from flwr.clientapp import ClientApp
 from consilium.core import Client, ClientContext, ClientInfo, Payload, Scalar, derive_seed
 from consilium.data.task import ClientData, Federation, Split, Task
 from consilium.engine import codec
-from consilium.engine.checkpoint import KEEP, ClientStore, write_atomic
+from consilium.engine.checkpoint import KEEP, ClientStore, remove_unfinished, write_atomic
 from consilium.engine.flower.grid import within
-from consilium.engine.flower.records import blobs_of, payload_of, to_record
-from consilium.engine.judge import diverged
+from consilium.engine.flower.limits import Limits
+from consilium.engine.flower.records import SAID, TOLD, blobs_of, checked, parsed, payload_of, stamp, to_record
+from consilium.engine.judge import diverged, one_line
 from consilium.engine.rounding import rounded
 from consilium.engine.rounds import tested, trained
-from consilium.errors import ConfigError, ConsiliumError, DataError, PayloadError
+from consilium.errors import ConfigError, ConsiliumError, DataError, PayloadError, RoundError
 from consilium.experiment import Experiment, from_json, to_json
 from consilium.moe.budget import bytes_of
 
@@ -48,7 +50,7 @@ class Site:
         info: as the server knows it. data: the client's. client: the method's client half.
         fingerprint: of the data.
         folder: of the client's states for this run; None: where the message says (a simulation).
-        device: where to train.
+        device: where to train. limits: the site's own; of a simulation's clients those of anybody.
     """
 
     info: ClientInfo
@@ -57,6 +59,7 @@ class Site:
     fingerprint: str
     folder: Path | None
     device: torch.device
+    limits: Limits | None = None
 
 
 @functools.lru_cache(maxsize=16)
@@ -78,29 +81,42 @@ def _federation(experiment: Experiment):
 
 
 @functools.lru_cache(maxsize=4)
-def deployed(experiment: str, heads: str, settings: Path, run: str) -> Site:
+def deployed(experiment: str, heads: str, settings: Path, run: str, model: str) -> Site:
     """A site of a deployment: algorithm, training and seed are the server's; data, model and memory its own.
 
     Args:
         experiment: the server's, as JSON. heads: task -> labels of all sites, as JSON.
         settings: what `save_site` wrote. run: the run's token, a folder beside it.
+        model: fingerprint of the server's model.
+
+    Raises:
+        ConfigError: for what is beyond the site's limits, or another model than the site has.
     """
     given, data = read_site(settings)
     own, name = from_json(given["experiment"]), str(given["name"])
-    made = replace(from_json(json.loads(experiment)), data=own.data, model=own.model)
+    asked = from_json(parsed("experiment", experiment))
+    limits = Limits(**given.get("limits", {}))
+    limits.check(asked, len(data.train))
+    here = str(given.get("model", ""))
+    if model[:4] == here[:4] and model != here:  # of the same kind: a directory's files, or a name on the hub
+        raise ConfigError(
+            f"the server's model is {model[:80]}, this site's is {here[:80]}: --model.path must be the same files"
+        )
+    made = replace(asked, data=own.data, model=own.model)
     torch.set_num_threads(own.threads)
     memory = bytes_of(own.memory[0]) if own.memory else None
-    if not run.isalnum():
-        raise PayloadError(f"the run's token is {run!r}; it must be letters and digits")
+    if not (run.isascii() and run.isalnum() and len(run) <= 64):
+        raise PayloadError(one_line(f"the run's token is {run!r}; it must be up to 64 letters and digits"))
     site = _site(made, heads, name, data, memory, str(given["fingerprint"]), settings.parent / run)
-    return replace(site, device=torch.device(own.device))
+    return replace(site, device=torch.device(own.device), limits=limits)
 
 
-def save_site(path: Path, name: str, experiment: Experiment) -> None:
+def save_site(path: Path, name: str, experiment: Experiment, limits: Limits | None = None) -> None:
     """Write a site's settings, and beside them its data, which every message would otherwise have to read anew.
 
     Args:
         experiment: of which data, model, the first memory, device and threads are the site's own.
+        limits: the most that a server may ask of the site.
 
     Raises:
         DataError: if the data is of several clients and none has the site's name.
@@ -112,7 +128,13 @@ def save_site(path: Path, name: str, experiment: Experiment) -> None:
             "or give data with one client (data.clients 1)"
         )
     data = federation.clients.get(name) or next(iter(federation.clients.values()))
-    own = {"name": name, "fingerprint": Federation({name: data}).fingerprint, "experiment": to_json(experiment)}
+    own = {
+        "name": name,
+        "fingerprint": Federation({name: data}).fingerprint,
+        "model": getattr(experiment.model, "fingerprint", ""),
+        "limits": asdict(limits or Limits()),
+        "experiment": to_json(experiment),
+    }
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     for file, content in ((path, own), (path.with_name("data.json"), asdict(data))):
         write_atomic(file, json.dumps(content).encode())
@@ -143,7 +165,7 @@ def _site(
     folder: Path | None,
     place: int = 0,
 ) -> Site:
-    setup = experiment.setup(json.loads(heads).items(), shape=data.train.shape)
+    setup = experiment.setup(parsed("heads", heads).items(), shape=data.train.shape)
     setup.check(data.task)
     return Site(
         info=ClientInfo(name, len(data.train), data.task.name, memory, experiment.model.architecture(place)),
@@ -158,7 +180,8 @@ def _site(
 def _site_of(told: dict[str, Scalar], context: Context) -> Site:
     experiment, heads = str(told["experiment"]), str(told["heads"])
     if "site" in context.node_config:
-        return deployed(experiment, heads, Path(str(context.node_config["site"])), str(told["run"]))
+        settings = Path(str(context.node_config["site"]))
+        return deployed(experiment, heads, settings, str(told["run"]), str(told["model"]))
     return simulated(experiment, heads, str(told["client"]))
 
 
@@ -167,8 +190,7 @@ def _site_of(told: dict[str, Scalar], context: Context) -> Site:
 
 def train(message: Message, context: Context) -> RecordDict:
     """One round: the client half trains; its state is kept under the round's number."""
-    payload, told = _opened(message)
-    site, store, work = _begin(told, context)
+    payload, told, (site, store, work) = _opened(message, context)
     state = work.state
     lost = {key[len(LOST) :]: state.params.pop(key) for key in list(state.params) if key.startswith(LOST)}
     sent = payload.group("params") if told["reply"] != "exact" else {}
@@ -180,7 +202,8 @@ def train(message: Message, context: Context) -> RecordDict:
         state.params |= {f"{LOST}{key}": tensor for key, tensor in lost.items()}
         store.save(site.info.id, state, int(told["round"]))
     kept = rejected is None and site.info.id in store.versions
-    answer = {"rejected": rejected or "", "kept": kept, "seconds": seconds, "round": told["round"]}
+    answer = {"rejected": rejected or "", "kept": kept, "seconds": seconds, **stamp(told)}
+    answer["reset"] = store.reset.get(site.info.id, "")
     content = to_record(reply if rejected is None else Payload(scalars=reply.scalars), answer, bool(told["zstd"]))
     within(str(told["cap"]), content, site.info.id)
     return content
@@ -188,8 +211,7 @@ def train(message: Message, context: Context) -> RecordDict:
 
 def evaluate(message: Message, context: Context) -> RecordDict:
     """Score the delivered model on the client's test data."""
-    payload, told = _opened(message)
-    site, _, work = _begin(told, context)
+    payload, told, (site, _, work) = _opened(message, context)
     for key in [key for key in work.state.params if key.startswith(LOST)]:
         del work.state.params[key]
     answer = tested(site.client, payload, work)
@@ -212,7 +234,7 @@ def name(message: Message, context: Context) -> RecordDict:
 
 def describe(message: Message, context: Context) -> RecordDict:
     """What the server may know about a site: sizes, task, labels, memory; no rows and no counts of labels."""
-    site = _site_of(dict(message.content["engine"]), context)
+    site = _site_of(checked(dict(message.content["engine"]), SAID), context)
     task = site.data.task
     return RecordDict(
         {
@@ -232,9 +254,16 @@ def describe(message: Message, context: Context) -> RecordDict:
     )
 
 
-def _opened(message: Message) -> tuple[Payload, dict[str, Scalar]]:
+def _opened(
+    message: Message, context: Context
+) -> tuple[Payload, dict[str, Scalar], tuple[Site, ClientStore, ClientContext]]:
+    """What was sent, what was told of it, and who works on it; nothing is decoded that a site's limits do not allow."""
     blobs, scalars, told = blobs_of(message.content)
-    return payload_of(blobs, scalars, bytes_of(str(told["cap"]))), told
+    begun = _begin(checked(told, TOLD), context)
+    if limits := begun[0].limits:
+        limits.check_bytes(sum(map(len, blobs.values())))
+        told = {**told, "cap": limits.cap(str(told["cap"]))}
+    return payload_of(blobs, scalars, bytes_of(str(told["cap"]))), told, begun
 
 
 def _begin(told: dict[str, Scalar], context: Context) -> tuple[Site, ClientStore, ClientContext]:
@@ -242,17 +271,27 @@ def _begin(told: dict[str, Scalar], context: Context) -> tuple[Site, ClientStore
     site, number, version = _site_of(told, context), int(told["round"]), int(told["version"])
     client = site.info.id
     if told["client"] != client:
-        raise ConfigError(f"a message for {told['client']} reached {client}")
+        raise ConfigError(one_line(f"a message for {told['client']} reached {client}"))
+    if site.limits:
+        site.limits.check_round(number)
     store = ClientStore(site.folder or Path(str(told["folder"])), {client: version} if version else {})
     if site.folder is not None:  # a simulation's states are the server's to prune
+        remove_unfinished(site.folder)
         store.drop(client, version, number)
         store.prune(oldest=number - KEEP)
+    end = time.monotonic() + float(told["deadline"])
+
+    def progress(done: int, total: int) -> None:
+        if time.monotonic() > end:
+            raise RoundError(f"the round's deadline of {told['deadline']:g} s has passed after {done} of {total} steps")
+
     work = ClientContext(
         info=site.info,
         data=site.data,
         device=site.device,
         seed=derive_seed(int(told["seed"]), "client", number, client),
-        state=store.load(client),
+        state=store.load(client) if site.folder is None else store.load_or_reset(client),
+        progress=progress,
     )
     return site, store, work
 

@@ -23,7 +23,7 @@ from flwr.serverapp import Grid
 
 from consilium.core import ClientId, ClientInfo, Payload, Sampling, Scalar, Server
 from consilium.engine.checkpoint import ClientStore
-from consilium.engine.flower.records import blobs_of, payload_in, to_record, unfolded
+from consilium.engine.flower.records import PROTOCOL, blobs_of, payload_in, stamp, to_record, unfolded
 from consilium.engine.judge import number as is_number
 from consilium.engine.judge import objection, one_line
 from consilium.engine.rounding import restored
@@ -209,8 +209,9 @@ class FlowerEngine(Engine):
         try:
             reply = restored(parked.payload(), sent.group("params"))
             rejected = one_line(told.get("rejected") or "") or objection(self.server, info, sent, reply)
-            if not rejected and told.get("round") != number:
-                rejected = one_line(f"it answers round {told.get('round')!r}, this is round {number}")
+            for name, expected in stamp({**self.told, "round": number}).items():
+                if not rejected and told.get(name) != expected:
+                    rejected = one_line(f"it answers {name} {told.get(name)!r}, this is {name} {expected!r}")
         except PayloadError as error:
             reply, rejected = Payload(), one_line(error)
         if rejected is None and told.get("kept"):
@@ -218,7 +219,8 @@ class FlowerEngine(Engine):
         elif rejected is None:
             self.store.versions.pop(client, None)
         seconds = told["seconds"] if is_number(told.get("seconds"), 0) else 0.0
-        return reply, told_of(reply, info, rejected, seconds, down, parked.size)
+        reset = {"state_reset": one_line(told["reset"])} if told.get("reset") else {}
+        return reply, told_of(reply, info, rejected, seconds, down, parked.size) | reset
 
     def _test(self, number: int, record: dict[str, Any]) -> dict[ClientId, Mapping[str, Scalar]]:
         able = _Deliveries(self.server, [info for info in self.infos if self.server.unable(info) is None])
@@ -294,10 +296,11 @@ class FlowerEngine(Engine):
     def _message(self, kind: str, number: int, client: ClientId, node: int, payload: Payload) -> Message:
         told = {
             **self.told,
+            "protocol": PROTOCOL,
             "client": client,
             "round": number,
             "version": self.store.versions.get(client, 0),
-            "deadline": self.wire.deadline,
+            "deadline": float(self.wire.deadline),
             "cap": self.wire.cap,
             "reply": self.wire.reply,
             "zstd": self.wire.zstd,

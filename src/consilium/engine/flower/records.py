@@ -8,17 +8,38 @@ One blob and not one array per tensor: Flower stores and fetches every array on 
 goes on in "group/1", "group/2", ...: Flower puts an array together from its chunks with two copies of it beside them.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import zstandard
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from consilium.core import Payload, Scalar
 from consilium.engine.codec import decode, encode, mapped
+from consilium.engine.judge import one_line
 from consilium.errors import PayloadError
 
-__all__ = ["STYPE", "blobs_of", "from_record", "payload_in", "payload_of", "to_record", "unfolded"]
+__all__ = [
+    "PROTOCOL",
+    "SAID",
+    "STYPE",
+    "TOLD",
+    "blobs_of",
+    "checked",
+    "from_record",
+    "parsed",
+    "payload_in",
+    "payload_of",
+    "stamp",
+    "to_record",
+    "unfolded",
+]
+
+PROTOCOL = 1
+"""What the two ends of the engine tell each other, and how payloads lie in a message."""
 
 STYPE, PACKED = "consilium.safetensors", "consilium.safetensors.zstd"
 MAGIC = zstandard.MAGIC_NUMBER.to_bytes(4, "little")
@@ -122,6 +143,54 @@ def _joined(parts: Mapping[str, Payload], scalars: Mapping[str, Scalar]) -> Payl
             raise PayloadError(f"the blob of group {group!r} holds {sorted(part.groups)}")
         groups |= part.groups
     return Payload(groups, dict(scalars))
+
+
+SAID = {"protocol": int, "experiment": str, "heads": str, "run": str, "model": str}
+TOLD = SAID | {"client": str, "round": int, "version": int, "seed": int, "cap": str, "reply": str, "zstd": bool}
+TOLD |= {"deadline": float}
+"""What the server's messages tell, to ask who a site is and to have it work, with the kinds of the values."""
+
+
+def checked(told: dict[str, Scalar], kinds: dict[str, type]) -> dict[str, Scalar]:
+    """The engine's words, if they are those of this protocol.
+
+    Raises:
+        PayloadError: naming what is not as it must be, and how it must be.
+    """
+    if told.get("protocol") != PROTOCOL:
+        raise PayloadError(
+            one_line(
+                f"the server speaks protocol {told.get('protocol')!r}, this client {PROTOCOL}: install one version"
+            )
+        )
+    for name, kind in kinds.items():
+        if type(told.get(name)) is not kind:
+            raise PayloadError(one_line(f"the server says {name} {told.get(name)!r}; it must be {kind.__name__}"))
+    if "round" in kinds and not 0 <= int(told["version"]) <= int(told["round"]) > 0:
+        raise PayloadError(f"the server says round {told['round']}, and to go on from that of round {told['version']}")
+    return told
+
+
+def parsed(what: str, text: str) -> dict[str, Any]:
+    """What the server sends as JSON: "experiment", or "heads", task -> labels.
+
+    Raises:
+        PayloadError: if it is no such thing.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PayloadError(f"the server's {what} is no JSON: {type(error).__name__}") from error
+    labels = what != "heads" or (isinstance(value, dict) and all(isinstance(names, list) for names in value.values()))
+    if not isinstance(value, dict) or not labels:
+        raise PayloadError(one_line(f"the server's {what} is {text!r}"))
+    return value
+
+
+def stamp(told: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """What an answer must repeat of the message that it answers: of which protocol, run, round and configuration."""
+    config = hashlib.sha256(str(told["experiment"]).encode("utf-8", "replace")).hexdigest()[:16]
+    return {"protocol": PROTOCOL, "run": told["run"], "round": told["round"], "config": config}
 
 
 def from_record(record: RecordDict) -> tuple[Payload, dict[str, Scalar]]:
