@@ -21,13 +21,11 @@ import consilium.engine.flower as flower
 from consilium.algorithms.fedmoe import FedMoE
 from consilium.algorithms.scaffold import SCAFFOLD
 from consilium.core import Algorithm, Payload, Sampling, derive_seed
-from consilium.data.arrays import ImageData
 from consilium.engine.checkpoint import ClientStore, load_checkpoint
 from consilium.engine.flower.records import STYPE, blobs_of, from_record, payload_of, to_record
 from consilium.engine.flower.server import _watched
 from consilium.errors import CheckpointError, ConfigError, PayloadError, RoundError
 from consilium.experiment import Wire
-from consilium.models.cohort import Cohort
 from consilium.run import FAILED, resume, run, serve
 
 Algorithm.registry.pop("Toy")  # the tests over the registry are not to find it
@@ -139,16 +137,8 @@ def test_anything_else_is_refused(spoil):
 
 
 def bits_of(folder, experiment):
-    """Everything a run leaves but seconds, process memory and the engine's own: bytes are of the blobs there."""
     run(experiment, folder)
-    outcome = runs.outcome(folder)
-
-    def without(value):
-        if isinstance(value, dict):
-            return {k: without(v) for k, v in value.items() if not k.startswith("bytes")}
-        return [without(v) for v in value] if isinstance(value, list) else value
-
-    return without(outcome)
+    return runs.bits(folder)
 
 
 @pytest.mark.parametrize(
@@ -157,13 +147,7 @@ def bits_of(folder, experiment):
 def test_every_method_gives_the_same_bits_and_records(name, dtype, data, grid, tmp_path):
     """In process (for the others `test_registry` shows that strict changes nothing), and through Flower's messages;
     one client in two is short of memory, or of another architecture."""
-    if name in SMALL:
-        model = Cohort(("mnist-4", "mnist-5"), small="mnist-5", width=8, kernel=3, padding=1)
-        images = ImageData(clients=3, examples=60)
-        made = runs.experiment(data, METHODS[name](), data=images, model=model, rounds=2)
-    else:
-        model = tiny.source(num_experts=4, dtype=dtype)
-        made = runs.experiment(data, METHODS[name](), model=model, memory=runs.memory(8, 2), rounds=2)
+    made = runs.of_world("mixed" if name in SMALL else "moe", data, METHODS[name](), dtype)
     local = bits_of(tmp_path / "local", dataclasses.replace(made, strict=True))
     over = bits_of(tmp_path / "flower", dataclasses.replace(made, engine="flower"))
     assert local == over

@@ -21,6 +21,10 @@ from consilium.experiment import Experiment
 
 __all__ = ["describe", "server_app", "simulation"]
 
+ON_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's switch, "0" where it makes no clusters: its processes then take 127.0.0.1 for the machine's address. (It turns
+`_node_ip_address="127.0.0.1"` into the address that others reach.)"""
+
 
 @contextmanager
 def simulation(experiment: Experiment, clients: int) -> Iterator[Grid]:
@@ -28,14 +32,17 @@ def simulation(experiment: Experiment, clients: int) -> Iterator[Grid]:
     for `experiment.threads` each, or GPUs for one each.
 
     A worker that dies is started again: its client is missing until it is back. Ray is started for
-    this run alone, unless RAY_ADDRESS names a cluster; then the run directory must be on a disk that all of it shares.
-    Ray's ports have no authentication by default: behind a firewall, or RAY_AUTH_MODE=token.
+    this run alone and listens on loopback alone, unless RAY_ADDRESS names a cluster; then the run directory must be on
+    a disk that all of it shares. A cluster's ports have no authentication by default: behind a firewall, or
+    RAY_AUTH_MODE=token.
 
     Raises:
         ConfigError: if Ray is not installed.
     """
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("engine flower needs Ray for a simulation: pip install 'consilium[simulation]'")
+    if "RAY_ADDRESS" not in os.environ:
+        os.environ.setdefault(ON_LOOPBACK, "0")  # read when ray is imported, and by the processes it starts
     from flwr.simulation import run_simulation
 
     grids: Queue[Grid | BaseException] = Queue()
