@@ -19,8 +19,9 @@ pytest.importorskip("flwr")
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from consilium.certificates import certificates
+from consilium.certificates import certificates, owners
 from consilium.errors import ConfigError
 
 PAGE = Path(__file__).parent.parent / "docs/deployment.md"
@@ -101,6 +102,20 @@ def test_keys_are_what_flower_reads_and_secret(tmp_path):
     assert names.get_values_for_type(x509.DNSName) == ["fed.example.org", "localhost"]
     assert [str(ip) for ip in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.7", "127.0.0.1"]
     assert not list(tmp_path.rglob("ca.key"))
+
+
+def test_whose_a_key_is(tmp_path):
+    """As Flower has it of a node; no two sites with one key, nothing that is no key."""
+    certificates(tmp_path, [], ["north", "south"])
+    found = owners(tmp_path / "server", ["north", "south"])
+    for site in ("north", "south"):
+        key = serialization.load_ssh_private_key((tmp_path / site / "key").read_bytes(), None)
+        assert found[public_key_to_bytes(key.public_key())] == site
+    (tmp_path / "server/west.pub").write_bytes((tmp_path / "server/north.pub").read_bytes())
+    (tmp_path / "server/east.pub").write_text("ssh-rsa nothing")
+    for site, said in (("west", "north and west have the same key"), ("east", "is no public key"), ("x", "is missing")):
+        with pytest.raises(ConfigError, match=said):
+            owners(tmp_path / "server", ["north", "south", site])
 
 
 def test_more_sites_leave_what_is_there(tmp_path):

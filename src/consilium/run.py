@@ -126,12 +126,19 @@ def resume(folder: Path, watch: Watch | None = None) -> dict[str, Any]:
 
 
 def serve(
-    experiment: Experiment, folder: Path, grid: Any, sites: Sequence[str], wait: float, watch: Watch | None = None
+    experiment: Experiment,
+    folder: Path,
+    grid: Any,
+    sites: Sequence[str],
+    wait: float,
+    watch: Watch | None = None,
+    keys: Mapping[bytes, str] | None = None,
 ) -> dict[str, Any]:
     """Run an experiment over a deployment's Grid, or go on with it where `folder` holds its run.
 
     Args:
         grid: Flower's. sites: the clients' names; all must be connected within `wait` seconds to begin or go on.
+        keys: whose a public key is (`certificates.owners`); a site whose key is another's is refused. None: no keys.
 
     Raises:
         ConfigError: if the folder holds another experiment.
@@ -139,7 +146,7 @@ def serve(
     """
     from consilium.engine.flower import Roster
 
-    roster = Roster(grid, poll=1.0)
+    roster = Roster(grid, poll=1.0, keys=keys or {})
     if not (folder / "config.json").exists():
         prepared = _Prepared.across(experiment, roster, sites, wait, uuid.uuid4().hex)
         return _new(prepared, folder, watch)
@@ -386,13 +393,15 @@ def _all_rounds(prepared: _Prepared, folder: Path, watch: Watch | None, check: C
 
 
 def _events(record: Mapping[str, Any], server: Server, strikes: dict[ClientId, int]) -> list[dict[str, Any]]:
-    """What happened in a round: the method's events, and who is benched by it. `strikes`: see `tally`."""
+    """What happened in a round: the method's events, who is benched by it (`strikes`: see `tally`), who is refused."""
     abandoned = {"abandoned": True} if record["abandoned"] else {}
     benched = [
         {"event": "benched", "client": client, "reason": reason, **abandoned}
         for client, reason in tally(strikes, record).items()
     ]
-    return [{"round": record["round"], **event} for event in [*([] if abandoned else server.events()), *benched]]
+    refused = [{"event": "refused", "client": c, "reason": why} for c, why in record.get("refused", {}).items()]
+    own = [] if abandoned else server.events()
+    return [{"round": record["round"], **event} for event in [*own, *benched, *refused]]
 
 
 def _record(folder: Path, number: int, record, events, server: Server, structure: dict[str, Any]) -> None:

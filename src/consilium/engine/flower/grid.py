@@ -2,17 +2,19 @@
 round's deadline to answer.
 
 A client is its partition or its site's name, asked for whenever a node is new or was restarted, never Flower's number
-for the node. Replies are taken one at a time as they arrive, lie in a file until the round is closed, and are merged
-in the order of the clients' ids, so the result does not depend on who was fast. A message lives until the deadline.
-Who has not answered by then is missing; what it answers after all, within the next `LATE` rounds, is noted there as
-late and thrown away, like every answer beyond a client's first. An answer that is an error, and one that is no reply
-of this protocol or of another round, are recorded with the reason, and stop nothing.
+for the node. Where sites have keys, which Flower checks with every request of a node, the key says whose node it is,
+and a node that says another's name is refused. Replies are taken one at a time as they arrive, lie in a file until the
+round is closed, and are merged in the order of the clients' ids, so the result does not depend on who was fast. A
+message lives until the deadline. Who has not answered by then is missing; what it answers after all, within the next
+`LATE` rounds, is noted there as late and thrown away, like every answer beyond a client's first. An answer that is an
+error, and one that is no reply of this protocol or of another round, are recorded with the reason, and stop nothing.
 """
 
+import secrets
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,19 +48,37 @@ class Roster:
 
     Args:
         names: partition number -> client id, of a simulation; (): a node says its site's name.
+        keys: a node's public key (PEM) -> the site whose it is; nodes with other keys are let alone. {}: no keys.
         poll: seconds between looks for answers. patience: seconds that a node has to say who it is.
     """
 
     grid: Grid
     names: Sequence[ClientId] = ()
+    keys: Mapping[bytes, ClientId] = field(default_factory=dict)
     poll: float = 0.05
     patience: float = 180.0
     known: dict[tuple[int, str], ClientId] = field(default_factory=dict)
-    """(Node, when it was last activated) -> client: a node that was restarted is asked again."""
+    """(Node, when it was last activated) -> client, "" if refused: a node that was restarted is asked again."""
+    owners: dict[int, ClientId] = field(default_factory=dict)
+    """Node -> the site whose key it has."""
+    refused: dict[ClientId, str] = field(default_factory=dict)
+    """Site -> why its node is refused."""
+    news: dict[ClientId, str] = field(default_factory=dict)
+    """Of these, what no record tells yet."""
 
     def strangers(self) -> dict[int, tuple[int, str]]:
         """Nodes that are connected and have not said who they are, with their keys in `known`."""
         return {node: key for node, key in self._online().items() if key not in self.known}
+
+    def enter(self, node: int, key: tuple[int, str], name: ClientId) -> bool:
+        """Note what a node says that it is; False: it has another site's key, and is refused until it is restarted."""
+        owner = self.owners.get(node, name)
+        self.known[key] = name if name == owner else ""
+        self.refused.pop(owner, None)
+        if name != owner:
+            self.refused[owner] = self.news[owner] = one_line(f"its node says that it is {name}, with {owner}'s key")
+            warnings.warn(f"site {owner} is refused: {self.refused[owner]}", stacklevel=2)
+        return name == owner
 
     def nodes(self) -> dict[ClientId, int]:
         """Client id -> node, of the nodes that are connected now.
@@ -69,12 +89,12 @@ class Roster:
         strangers = self.strangers()
         for node, reply in ask(self.grid, list(strangers), "name", {}, self.patience, self.poll):
             try:
-                self.known[strangers[node]] = self._name(reply)
+                self.enter(node, strangers[node], self._name(reply))
             except PayloadError as error:
                 warnings.warn(f"a node does not say who it is: {error}", stacklevel=2)
         found: dict[ClientId, int] = {}
         for node, key in self._online().items():
-            if (name := self.known.get(key)) is None:
+            if not (name := self.known.get(key)):
                 continue
             if name in found:
                 raise RoundError(f"two nodes say that they are {name}; give every site a name of its own")
@@ -82,7 +102,9 @@ class Roster:
         return found
 
     def _online(self) -> dict[int, tuple[int, str]]:
-        return {node.node_id: (node.node_id, node.last_activated_at) for node in self.grid.get_nodes()}
+        online = [node for node in self.grid.get_nodes() if not self.keys or node.public_key in self.keys]
+        self.owners |= {node.node_id: self.keys[node.public_key] for node in online if self.keys}
+        return {node.node_id: (node.node_id, node.last_activated_at) for node in online}
 
     def _name(self, reply: Message) -> ClientId:
         if reason := _failed(reply):
@@ -99,11 +121,15 @@ class Roster:
 def ask(
     grid: Grid, nodes: Sequence[int], what: str, told: Mapping[str, Scalar], seconds: float, poll: float
 ) -> Iterator[tuple[int, Message]]:
-    """Send every node the same small query; yields (node, reply) as they arrive, within so many seconds."""
-    content = {"engine": ConfigRecord(dict(told))}
+    """Send every node the same small query; yields (node, reply) as they arrive, within so many seconds.
+
+    Flower takes a reply for a message's when it names the message's id, a hash of all that it says. The nonce, here
+    and in every round's messages, keeps other sites, which may have been sent the same, from knowing it.
+    """
     sent = {}
     for node in nodes:
-        message = Message(RecordDict(dict(content)), dst_node_id=node, message_type=f"query.{what}", ttl=seconds)
+        content = RecordDict({"engine": ConfigRecord({**told, "nonce": secrets.token_hex(16)})})
+        message = Message(content, dst_node_id=node, message_type=f"query.{what}", ttl=seconds)
         for identifier in grid.push_messages([message]):
             sent[node] = identifier
     for node, reply in _arrivals(grid, sent, time.monotonic() + seconds, poll):
@@ -186,6 +212,12 @@ class FlowerEngine(Engine):
     sampling: Sampling = field(default_factory=Sampling)
     overdue: dict[str, tuple[ClientId, int]] = field(default_factory=dict)
     """Message that was not answered in time -> the client it went to, its round."""
+
+    def round(self, number: int, test: bool, benched: Collection[ClientId] = ()) -> dict[str, Any]:
+        """See `Engine.round`; the record says also whose node has been "refused", and why."""
+        record, news = super().round(number, test, benched), self.roster.news
+        self.roster.news = {}
+        return record | ({"refused": news} if news else {})
 
     def _replies(
         self, number: int, tasks: dict[ClientId, Payload], record: dict[str, Any]
@@ -280,7 +312,7 @@ class FlowerEngine(Engine):
         sent: dict[ClientId, str] = {}
         for client in sorted(tasks):
             if client not in nodes:
-                noted["missing"][client] = "not connected"
+                noted["missing"][client] = self.roster.refused.get(client, "not connected")
                 continue
             told = {
                 **self.told,
@@ -291,6 +323,7 @@ class FlowerEngine(Engine):
                 "cap": self.wire.cap,
                 "reply": self.wire.reply,
                 "zstd": self.wire.zstd,
+                "nonce": secrets.token_hex(16),
             }
             content = to_record(tasks[client], told, self.wire.zstd)
             size = within(self.wire.cap, content, client)

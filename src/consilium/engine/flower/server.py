@@ -132,18 +132,17 @@ def describe(
             if reply.has_error():
                 continue
             if "failed" in reply.content:
-                raise RoundError(f"a site cannot take part: {reply.content['failed']['reason']}")
+                who = f"site {roster.owners[node]}" if node in roster.owners else "a site"
+                raise RoundError(f"{who} cannot take part: {reply.content['failed']['reason']}")
             described = dict(reply.content["engine"])
             name = str(described["name"])
-            roster.known[strangers[node]] = name
-            if name in sites:
+            if roster.enter(node, strangers[node], name) and name in sites:
                 found[name] = described
-        absent = [site for site in sites if site not in found]
+        absent = {site: roster.refused.get(site, "") for site in sites if site not in found}
         if not absent:
             roster.nodes()  # no two of one name
             return {site: found[site] for site in sorted(sites)}
         if time.monotonic() > end:
-            raise RoundError(
-                f"not connected within {seconds:g} s: {', '.join(absent)}; start their clients, then the server again"
-            )
+            names = ", ".join(f"{site} ({why})" if why else site for site, why in absent.items())
+            raise RoundError(f"not connected within {seconds:g} s: {names}; start their clients, then the server again")
         time.sleep(roster.poll)
