@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,6 +40,7 @@ from consilium.engine.local import LocalEngine
 from consilium.engine.rounds import Engine, nobody
 from consilium.errors import BudgetError, CheckpointError, ConfigError, DataError, RoundError
 from consilium.experiment import Experiment, from_json, to_json
+from consilium.models.cohort import Cohort
 from consilium.moe.budget import bytes_of
 from consilium.params import checksum
 from consilium.setup import Setup
@@ -243,17 +244,13 @@ class _Prepared:
     @classmethod
     def across(cls, experiment: Experiment, roster: Any, sites: Sequence[str], wait: float, token: str) -> "_Prepared":
         """Of what the sites tell; their data stays where it is. `token`: names the run to the sites' states."""
-        from consilium.engine.flower import describe
+        from consilium.engine.flower import describe, one_cohort
 
-        if experiment.model.world != "moe":
-            raise ConfigError(
-                "sites on machines of their own share one mixture of experts; small models run on one machine"
-            )
         torch.set_num_threads(experiment.threads)
         told = {"experiment": json.dumps(to_json(experiment)), "heads": "{}", "run": token}
         found = describe(roster, sites, told, wait)
         infos = tuple(
-            ClientInfo(site, int(d["sizes"][0]), str(d["task"]), int(d["memory_bytes"]) or None)
+            ClientInfo(site, int(d["sizes"][0]), str(d["task"]), int(d["memory_bytes"]) or None, str(d["architecture"]))
             for site, d in found.items()
         )
         labels = [(str(d["task"]), d["labels"]) for d in found.values()]
@@ -263,6 +260,7 @@ class _Prepared:
                 "labels": list(d["labels"]),
                 "sizes": dict(zip(("train", "validation", "test"), d["sizes"], strict=True)),
                 "memory_bytes": int(d["memory_bytes"]) or None,
+                **({"architecture": str(d["architecture"])} if d["architecture"] else {}),
             }
             for site, d in found.items()
         }
@@ -273,8 +271,12 @@ class _Prepared:
             "fingerprint": hashlib.sha256(prints.encode()).hexdigest(),
             "run": token,
         }
+        shape: tuple[int, ...] = ()
+        if isinstance(experiment.model, Cohort):
+            shape = one_cohort(found)
+            partition["shape"] = list(shape)
         metrics = {str(d["task"]): str(d["metric"]) for d in found.values()}
-        return cls._built(experiment, infos, labels, partition, metrics, roster=roster)
+        return cls._built(experiment, infos, labels, partition, metrics, shape=shape, roster=roster)
 
     @classmethod
     def _built(
@@ -284,10 +286,14 @@ class _Prepared:
         labels: Iterable[tuple[str, Iterable[str]]],
         partition: dict[str, Any],
         metrics: dict[str, str],
+        shape: tuple[int, ...] = (),
         federation: Federation | None = None,
         roster: Any = None,
     ) -> "_Prepared":
-        setup = experiment.setup(labels, infos, federation.shape if federation else ())
+        setup = experiment.setup(labels, infos, federation.shape if federation else shape)
+        if roster is not None and isinstance(experiment.model, Cohort):  # whose architectures the sites have chosen
+            chosen = tuple(info.architecture for info in infos)
+            setup = replace(setup, model=replace(experiment.model, architectures=chosen))
         for data in federation.clients.values() if federation else ():
             setup.check(data.task)
         if experiment.sampling.min_clients > len(infos):

@@ -3,6 +3,7 @@
     records   a payload as a message's content, to the bit
     grid      the engine: rounds over a Grid, deadlines, who was missing
     client    the client's end, a ClientApp
+    site      what a site of a deployment keeps of its own
     server    the server's end: a Grid from the simulation runtime or a deployment
 
 Nothing outside this package imports flwr.
@@ -13,9 +14,10 @@ import os
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when flwr is imported
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
-from consilium.engine.flower.client import DELIVERED, client_app, read_site, save_site
+from consilium.engine.flower.client import DELIVERED, client_app
 from consilium.engine.flower.grid import FlowerEngine, Roster
-from consilium.engine.flower.server import describe, server_app, simulation
+from consilium.engine.flower.server import describe, one_cohort, server_app, simulation
+from consilium.engine.flower.site import read_site, save_site
 
 __all__ = [
     "DELIVERED",
@@ -23,6 +25,7 @@ __all__ = [
     "Roster",
     "client_app",
     "describe",
+    "one_cohort",
     "read_site",
     "save_site",
     "server_app",

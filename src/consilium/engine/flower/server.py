@@ -5,7 +5,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from queue import Queue
 from typing import Any
@@ -18,8 +18,9 @@ from consilium.engine.flower.client import client_app
 from consilium.engine.flower.grid import Roster, ask
 from consilium.errors import ConfigError, RoundError
 from consilium.experiment import Experiment
+from consilium.models.cohort import ARCHITECTURES
 
-__all__ = ["describe", "server_app", "simulation"]
+__all__ = ["describe", "one_cohort", "server_app", "simulation"]
 
 ON_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's switch, "0" where it makes no clusters: its processes then take 127.0.0.1 for the machine's address. (It turns
@@ -146,3 +147,37 @@ def describe(
             names = ", ".join(f"{site} ({why})" if why else site for site, why in absent.items())
             raise RoundError(f"not connected within {seconds:g} s: {names}; start their clients, then the server again")
         time.sleep(roster.poll)
+
+
+def one_cohort(found: Mapping[ClientId, Mapping[str, Any]]) -> tuple[int, ...]:
+    """The shape of an example, where what sites tell of themselves (`describe`) lets their small models learn together.
+
+    Raises:
+        ConfigError: naming two sites that do not go together, and in what.
+    """
+    names = list(found)
+    first, told = names[0], found[names[0]]
+    for site in names[1:]:
+        for what, hint in (("shape", "of one example"), ("task", "which is called like the data's file")):
+            here, there = found[site][what], told[what]
+            if here != there:
+                raise ConfigError(
+                    f"the sites {first} and {site} cannot learn together: the {what}, {hint}, is {_plain(there)} at "
+                    f"{first} and {_plain(here)} at {site}"
+                )
+    for site in names:
+        others = {label for other in names if other != site for label in found[other]["labels"]}
+        if others and not others & set(found[site]["labels"]):
+            other = next(name for name in names if name != site)
+            raise ConfigError(
+                f"site {site} has no label in common with any other: {', '.join(found[site]['labels'])}, but "
+                f"{', '.join(found[other]['labels'])} at {other}; call the classes alike"
+            )
+    for site, d in found.items():
+        if d["architecture"] not in ARCHITECTURES:
+            raise ConfigError(f"site {site} has the architecture {d['architecture']!r}, which the server does not know")
+    return tuple(int(side) for side in told["shape"])
+
+
+def _plain(value: Any) -> str:
+    return " x ".join(map(str, value)) or "that of a text" if isinstance(value, list) else str(value)
