@@ -65,7 +65,8 @@ def simulated(experiments, folder, *more, seconds=1800):
     (folder / "script.py").write_text(SCRIPT)
     jobs = [to_json(dataclasses.replace(made, engine="flower")) for made in experiments]
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    with started([sys.executable, folder / "script.py", folder, *more], folder / "log", TMPDIR="/tmp") as process:
+    equal = {"TMPDIR": "/tmp", "RAY_worker_niceness": "0"}  # Ray's workers are nice by 15, and starve on a busy machine
+    with started([sys.executable, folder / "script.py", folder, *more], folder / "log", **equal) as process:
         assert finished(process, seconds, folder / "log") == 0, (folder / "log").read_text()[-3000:]
     return [folder / str(i) for i in range(len(jobs))]
 
