@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import runs
+import tables
 import tiny
 from deployments import Deployment, free_port
+from processes import until
 from transformers import SwitchTransformersEncoderModel
 
 from consilium.__main__ import main
@@ -23,6 +25,8 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from consilium.certificates import certificates, owners
 from consilium.errors import ConfigError
+from consilium.experiment import to_json
+from consilium.run import run
 
 PAGE = Path(__file__).parent.parent / "docs/deployment.md"
 COMMANDS = re.findall(r"^```bash\nconsilium (.*?)\n```", PAGE.read_text(), re.M | re.S)
@@ -83,6 +87,36 @@ def test_three_sites_as_the_page_has_it(tmp_path, monkeypatch):
         assert json.loads(Path(f"{site}-model/labels.json").read_text()).keys() == {
             outcome["partition"]["clients"][site]["task"]
         }
+
+
+def test_small_models_of_three_sites_and_one_that_lies(tmp_path):
+    """pFedMoE, every site with its own table and architecture: the bits of one machine. West's key under east's name is
+    refused, and nobody's place is taken; the run goes on with west itself."""
+    made = tables.experiment(tables.written(tmp_path))
+    (tmp_path / "experiment.json").write_text(json.dumps(to_json(made)))
+    certificates(tmp_path / "keys", [], tables.NAMES)
+
+    def own(site):
+        return ["experiment.json", "--data.path", f"{site}/ill.csv", "--model.architectures", tables.CHOSEN[site]]
+
+    with Deployment(tmp_path) as there:
+        serving, log = there.server("experiment.json", sites=tables.NAMES)
+        where = ["--server", f"127.0.0.1:{there.port}", "--state", "liar", "--port", free_port()]
+        liar, _ = there.start(["client", *own("west"), "--name", "east", "--certificates", "keys/west", *where])
+        for site in ("east", "north"):
+            there.client(*own(site), name=site)
+        until(lambda: "says that it is east, with west's key" in log.read_text(), 5 * MINUTES, "it is refused", log=log)
+        liar.family.end()
+        there.client(*own("west"), name="west")
+        there.finished(serving, 5 * MINUTES)
+    run(made, tmp_path / "local")
+    over, local = runs.bits(tmp_path / "runs/short"), runs.bits(tmp_path / "local")
+    assert over["summary"]["weights"] == local["summary"]["weights"]
+    assert [m["test"] for m in over["metrics"]] == [m["test"] for m in local["metrics"]]
+    assert [m["missing"] for m in over["metrics"]] == [{}, {}]
+    assert {c: told["architecture"] for c, told in over["partition"]["clients"].items()} == tables.CHOSEN
+    (event,) = [event for event in over["events"] if event["event"] == "refused"]
+    assert (event["client"], event["round"]) == ("west", 1) and "that it is east" in event["reason"]
 
 
 # --- keys ---------------------------------------------------------------------------------------------------------

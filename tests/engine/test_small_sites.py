@@ -1,19 +1,20 @@
 """Sites with small models of their own architectures and a table each, over Flower's messages in this process."""
 
 import json
-import random
 from dataclasses import replace
 from pathlib import Path
 
 import loopback
 import pytest
 import runs
+import tables
+from tables import CHOSEN, NAMES
 
 import consilium.engine.flower as flower
 from consilium.algorithms.fedproto import FedProto
 from consilium.algorithms.pfedmoe import pFedMoE
-from consilium.core import Algorithm, Sampling
-from consilium.data.arrays import ImageData, TableData
+from consilium.core import Algorithm
+from consilium.data.arrays import ImageData
 from consilium.data.task import Federation
 from consilium.engine.flower.records import from_record
 from consilium.engine.flower.site import relabelled
@@ -23,40 +24,8 @@ from consilium.export.deployed import Finished, of_site
 from consilium.models.cohort import Cohort
 from consilium.run import run, serve
 
-NAMES = ["east", "north", "west"]
-CHOSEN = {"east": "mlp-1", "north": "mlp-3", "west": "mlp-2"}
-MIXED = [
-    name for name, cls in Algorithm.registry.items() if "mixed" in cls.worlds and cls.__module__[:10] == "consilium."
-]
-
-
-def tables(folder: Path) -> Path:
-    """A folder "whole" with the rows of all sites and one for each with its own, all called ill.csv: west has none of
-    the class "much", and its columns have other means."""
-    rng = random.Random(0)
-    head, rows = "a,b,grade,site\n", []
-    for site in NAMES:
-        for i in range(30):
-            grade = ("none", "some", "much")[i % (2 if site == "west" else 3)]
-            a = ("none", "some", "much").index(grade) + rng.gauss(10 if site == "west" else 0, 0.5)
-            rows.append(f"{a:.4f},{rng.random():.4f},{grade},{site}\n")
-    for name in ("whole", *NAMES):
-        (folder / name).mkdir()
-        own = [row for row in rows if name == "whole" or row.endswith(f",{name}\n")]
-        (folder / name / "ill.csv").write_text(head + "".join(own))
-    return folder / "whole/ill.csv"
-
-
-def experiment(path: Path, method: Algorithm | str = "pFedMoE") -> Experiment:
-    method = Algorithm.registry[method]() if isinstance(method, str) else method
-    return runs.experiment(
-        path,
-        method,
-        data=TableData(path=path, target="grade", client="site"),
-        model=Cohort(tuple(CHOSEN.values()), small="mlp-3", width=6),
-        sampling=Sampling(3),
-        rounds=2,
-    )
+METHODS = {name: cls for name, cls in Algorithm.registry.items() if cls.__module__.startswith("consilium.")}
+MIXED = [name for name, cls in METHODS.items() if "mixed" in cls.worlds]
 
 
 def of_a_site(made: Experiment, folder: Path, name: str, **model) -> Experiment:
@@ -69,7 +38,7 @@ def of_a_site(made: Experiment, folder: Path, name: str, **model) -> Experiment:
 @pytest.fixture
 def sites(tmp_path):
     """(experiment, Grid): three sites whose settings are kept; nodes in no order."""
-    made = experiment(tables(tmp_path))
+    made = tables.experiment(tables.written(tmp_path))
     grid = loopback.Loopback([])
     for name in ("west", "east", "north"):
         settings = tmp_path / name / "state/site.json"

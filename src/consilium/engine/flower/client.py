@@ -23,6 +23,7 @@ from consilium.data.task import ClientData
 from consilium.engine import codec
 from consilium.engine.checkpoint import KEEP, ClientStore, write_atomic
 from consilium.engine.flower.grid import within
+from consilium.engine.flower.held import Held
 from consilium.engine.flower.records import blobs_of, payload_of, to_record
 from consilium.engine.flower.site import check_model, read_site, relabelled
 from consilium.engine.judge import diverged
@@ -142,6 +143,12 @@ def train(message: Message, context: Context) -> RecordDict:
     """One round: the client half trains; its state is kept under the round's number."""
     payload, told = _opened(message)
     site, store, work = _begin(told, context)
+    if told.get("hold"):
+        held = Held((site.folder or Path(str(told["folder"])).parent) / "received")
+        whole = held.received(site.info.id, int(told["round"]), payload, str(told["base"]))
+        if whole is None:
+            return RecordDict({"resend": ConfigRecord({})})
+        payload = whole
     state = work.state
     lost = {key[len(LOST) :]: state.params.pop(key) for key in list(state.params) if key.startswith(LOST)}
     sent = payload.group("params") if told["reply"] != "exact" else {}

@@ -25,6 +25,7 @@ from flwr.serverapp import Grid
 
 from consilium.core import ClientId, ClientInfo, Payload, Sampling, Scalar, Server
 from consilium.engine.checkpoint import ClientStore
+from consilium.engine.flower.held import Held
 from consilium.engine.flower.records import blobs_of, payload_of, to_record
 from consilium.engine.judge import number as is_number
 from consilium.engine.judge import objection, one_line
@@ -196,7 +197,8 @@ class FlowerEngine(Engine):
         store: which state of each client counts; the states themselves lie with the clients.
         wire: deadline, cap.
         told: what every message tells the client's end: the experiment, the run.
-        folder: where replies wait for their turn, in a folder that goes after every round.
+        folder: where replies wait for their turn, in a folder that goes after every round, and "sent" says what clients
+            hold, where they are sent changes.
         progress: see `Progress`; a client is one step.
         sampling: how many replies a round needs.
     """
@@ -210,8 +212,12 @@ class FlowerEngine(Engine):
     folder: Path
     progress: Progress = lambda client, phase, done, total: None
     sampling: Sampling = field(default_factory=Sampling)
+    held: Held = field(init=False)
     overdue: dict[str, tuple[ClientId, int]] = field(default_factory=dict)
     """Message that was not answered in time -> the client it went to, its round."""
+
+    def __post_init__(self) -> None:
+        self.held = Held(self.folder / "sent")
 
     def round(self, number: int, test: bool, benched: Collection[ClientId] = ()) -> dict[str, Any]:
         """See `Engine.round`; the record says also whose node has been "refused", and why."""
@@ -238,6 +244,8 @@ class FlowerEngine(Engine):
     ) -> tuple[Payload, dict[str, Any]]:
         """A reply out of its files, and what to record; notes which state of the client counts from now on."""
         told, info = parked.told, next(c for c in self.infos if c.id == client)
+        if self.wire.send != "exact":
+            sent = self.held.sent(client, number, sent)
         try:
             reply = restored(parked.payload(bytes_of(self.wire.cap)), sent.group("params"))
             rejected = one_line(told.get("rejected") or "") or objection(self.server, info, sent, reply)
@@ -272,9 +280,14 @@ class FlowerEngine(Engine):
         end = time.monotonic() + self.wire.deadline
         sent = self._send(kind, number, tasks, nodes, noted)
         arrived: dict[ClientId, _Parked] = {}
+        again: set[ClientId] = set()
         for client, reply in _arrivals(self.roster.grid, sent, end, self.roster.poll):
             if client in arrived or client in noted["errors"] or client in noted["missing"]:
                 noted["duplicate"][client] = noted["duplicate"].get(client, 0) + 1
+                continue
+            if "resend" in (reply.content if reply.has_content() else {}) and client not in again:
+                again.add(client)
+                sent |= self._send(kind, number, {client: tasks[client]}, nodes, noted, whole=True)
                 continue
             self.progress(client, "test" if kind == "evaluate" else "train", len(arrived) + 1, len(tasks))
             if reason := _failed(reply):
@@ -307,13 +320,20 @@ class FlowerEngine(Engine):
         tasks: Mapping[ClientId, Payload],
         nodes: Mapping[ClientId, int],
         noted: dict[str, Any],
+        whole: bool = False,
     ) -> dict[ClientId, str]:
-        """One message per client, built and handed over one after the other: client -> its id."""
+        """One message per client, built and handed over one after the other: client -> its id. `whole`: never as a
+        change of what the client holds."""
         sent: dict[ClientId, str] = {}
         for client in sorted(tasks):
             if client not in nodes:
                 noted["missing"][client] = self.roster.refused.get(client, "not connected")
                 continue
+            payload, base, kept = tasks[client], "", kind == "train" and self.wire.send != "exact"
+            if kept and whole:
+                self.held.save(client, payload.group("params"), number)
+            elif kept:
+                payload, base = self.held.change(client, number, payload, self.wire.send)
             told = {
                 **self.told,
                 "client": client,
@@ -322,11 +342,13 @@ class FlowerEngine(Engine):
                 "deadline": self.wire.deadline,
                 "cap": self.wire.cap,
                 "reply": self.wire.reply,
+                "base": base,
+                "hold": kept,
                 "zstd": self.wire.zstd,
                 "nonce": secrets.token_hex(16),
             }
-            content = to_record(tasks[client], told, self.wire.zstd)
-            size = within(self.wire.cap, content, client)
+            content = to_record(payload, told, self.wire.zstd)
+            size = within(self.wire.cap, content, client) + noted["bytes_sent"].get(client, 0)
             message = Message(
                 content, dst_node_id=nodes[client], message_type=kind, ttl=self.wire.deadline, group_id=str(number)
             )
