@@ -15,7 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from consilium.core import ClientId
 from consilium.engine.flower.client import client_app
-from consilium.engine.flower.grid import Roster, ask
+from consilium.engine.flower.roster import Roster, ask
 from consilium.errors import ConfigError, RoundError
 from consilium.experiment import Experiment
 from consilium.models.cohort import ARCHITECTURES
