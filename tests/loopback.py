@@ -38,6 +38,7 @@ class Loopback(Grid):
     lost: set = field(default_factory=set)
     away: set = field(default_factory=set)
     restarts: dict = field(default_factory=dict)
+    keys: dict = field(default_factory=dict)
     twice: set = field(default_factory=set)
     spoil: dict = field(default_factory=dict)
     queue: dict = field(default_factory=dict)
@@ -51,7 +52,12 @@ class Loopback(Grid):
         return [100 + i for i in range(len(self.configs)) if 100 + i not in self.away]
 
     def get_nodes(self):
-        return [SimpleNamespace(node_id=n, last_activated_at=str(self.restarts.get(n, 0))) for n in self.get_node_ids()]
+        return [
+            SimpleNamespace(
+                node_id=n, last_activated_at=str(self.restarts.get(n, 0)), public_key=self.keys.get(n, b"none")
+            )
+            for n in self.get_node_ids()
+        ]
 
     def push_messages(self, messages):
         pushed = []

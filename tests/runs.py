@@ -7,8 +7,10 @@ from pathlib import Path
 import tiny
 
 from consilium.core import Algorithm, Sampling
+from consilium.data.arrays import ImageData
 from consilium.data.textfile import TextFileData
 from consilium.experiment import Experiment
+from consilium.models.cohort import Cohort
 from consilium.setup import Fit
 
 WORDS = {"cat": "purrs at the old house", "dog": "barks near a tree", "fish": "swims in some water"}
@@ -71,7 +73,28 @@ def outcome(folder: Path) -> dict:
     )
 
 
+def bits(folder: Path) -> dict:
+    """What must not depend on the engine either: `outcome` without bytes, which are of blobs where there are blobs."""
+    return _without(outcome(folder), lambda key: key.startswith("bytes"))
+
+
 def _timeless(value):
+    return _without(value, lambda key: key in ("seconds", "peak_rss_bytes"))
+
+
+def _without(value, left_out):
     if isinstance(value, dict):
-        return {k: _timeless(v) for k, v in value.items() if k not in ("seconds", "peak_rss_bytes")}
-    return [_timeless(v) for v in value] if isinstance(value, list) else value
+        return {k: _without(v, left_out) for k, v in value.items() if not left_out(k)}
+    return [_without(v, left_out) for v in value] if isinstance(value, list) else value
+
+
+def of_world(world: str, data: Path, method: Algorithm, dtype: str = "float32", /, **changes) -> Experiment:
+    """Two rounds of a method in one of its worlds: three clients, of which one is short of memory ("moe") or has an
+    architecture of its own ("mixed"). `data`: a `table`, for "moe"."""
+    settings = {"rounds": 2, **changes}
+    if world == "moe":
+        model = tiny.source(num_experts=4, dtype=dtype)
+        return experiment(data, method, **{"model": model, "memory": memory(8, 2), **settings})
+    names = ("mnist-5",) if world == "cohort" else ("mnist-4", "mnist-5")
+    model = Cohort(names, small="mnist-5", width=8, kernel=3, padding=1)
+    return experiment(data, method, **{"data": ImageData(clients=3, examples=60), "model": model, **settings})

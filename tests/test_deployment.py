@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import runs
+import tables
 import tiny
 from deployments import Deployment, free_port
+from processes import until
 from transformers import SwitchTransformersEncoderModel
 
 from consilium.__main__ import main
@@ -19,9 +21,12 @@ pytest.importorskip("flwr")
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from consilium.certificates import certificates
+from consilium.certificates import certificates, owners
 from consilium.errors import ConfigError
+from consilium.experiment import to_json
+from consilium.run import run
 
 PAGE = Path(__file__).parent.parent / "docs/deployment.md"
 COMMANDS = re.findall(r"^```bash\nconsilium (.*?)\n```", PAGE.read_text(), re.M | re.S)
@@ -84,6 +89,36 @@ def test_three_sites_as_the_page_has_it(tmp_path, monkeypatch):
         }
 
 
+def test_small_models_of_three_sites_and_one_that_lies(tmp_path):
+    """pFedMoE, every site with its own table and architecture: the bits of one machine. West's key under east's name is
+    refused, and nobody's place is taken; the run goes on with west itself."""
+    made = tables.experiment(tables.written(tmp_path))
+    (tmp_path / "experiment.json").write_text(json.dumps(to_json(made)))
+    certificates(tmp_path / "keys", [], tables.NAMES)
+
+    def own(site):
+        return ["experiment.json", "--data.path", f"{site}/ill.csv", "--model.architectures", tables.CHOSEN[site]]
+
+    with Deployment(tmp_path) as there:
+        serving, log = there.server("experiment.json", sites=tables.NAMES)
+        where = ["--server", f"127.0.0.1:{there.port}", "--state", "liar", "--port", free_port()]
+        liar, _ = there.start(["client", *own("west"), "--name", "east", "--certificates", "keys/west", *where])
+        for site in ("east", "north"):
+            there.client(*own(site), name=site)
+        until(lambda: "says that it is east, with west's key" in log.read_text(), 5 * MINUTES, "it is refused", log=log)
+        liar.family.end()
+        there.client(*own("west"), name="west")
+        there.finished(serving, 5 * MINUTES)
+    run(made, tmp_path / "local")
+    over, local = runs.bits(tmp_path / "runs/short"), runs.bits(tmp_path / "local")
+    assert over["summary"]["weights"] == local["summary"]["weights"]
+    assert [m["test"] for m in over["metrics"]] == [m["test"] for m in local["metrics"]]
+    assert [m["missing"] for m in over["metrics"]] == [{}, {}]
+    assert {c: told["architecture"] for c, told in over["partition"]["clients"].items()} == tables.CHOSEN
+    (event,) = [event for event in over["events"] if event["event"] == "refused"]
+    assert (event["client"], event["round"]) == ("west", 1) and "that it is east" in event["reason"]
+
+
 # --- keys ---------------------------------------------------------------------------------------------------------
 
 
@@ -101,6 +136,20 @@ def test_keys_are_what_flower_reads_and_secret(tmp_path):
     assert names.get_values_for_type(x509.DNSName) == ["fed.example.org", "localhost"]
     assert [str(ip) for ip in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.7", "127.0.0.1"]
     assert not list(tmp_path.rglob("ca.key"))
+
+
+def test_whose_a_key_is(tmp_path):
+    """As Flower has it of a node; no two sites with one key, nothing that is no key."""
+    certificates(tmp_path, [], ["north", "south"])
+    found = owners(tmp_path / "server", ["north", "south"])
+    for site in ("north", "south"):
+        key = serialization.load_ssh_private_key((tmp_path / site / "key").read_bytes(), None)
+        assert found[public_key_to_bytes(key.public_key())] == site
+    (tmp_path / "server/west.pub").write_bytes((tmp_path / "server/north.pub").read_bytes())
+    (tmp_path / "server/east.pub").write_text("ssh-rsa nothing")
+    for site, said in (("west", "north and west have the same key"), ("east", "is no public key"), ("x", "is missing")):
+        with pytest.raises(ConfigError, match=said):
+            owners(tmp_path / "server", ["north", "south", site])
 
 
 def test_more_sites_leave_what_is_there(tmp_path):

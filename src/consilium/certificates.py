@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
@@ -17,7 +18,7 @@ from consilium.core import CLIENT_ID
 from consilium.engine.checkpoint import write_atomic
 from consilium.errors import ConfigError
 
-__all__ = ["certificates"]
+__all__ = ["certificates", "owners"]
 
 YEARS = 2
 """How long a server's certificate is good for."""
@@ -54,6 +55,28 @@ def certificates(folder: Path, hosts: Sequence[str], sites: Sequence[str]) -> li
         write_atomic(folder / "server" / f"{site}.pub", public + b"\n")
         made.append(folder / site)
     return made
+
+
+def owners(folder: Path, sites: Sequence[str]) -> dict[bytes, str]:
+    """Whose a public key is, of the keys `<site>.pub` in the server's folder: PEM, as Flower has it of a node -> site.
+
+    Raises:
+        ConfigError: for a file that is missing or no key, or two sites with one key.
+    """
+    found: dict[bytes, str] = {}
+    for site in sites:
+        path = folder / f"{site}.pub"
+        try:
+            key = serialization.load_ssh_public_key(path.read_bytes())
+        except FileNotFoundError as error:
+            raise ConfigError(f"{path} is missing: make it with `consilium certificates`") from error
+        except (OSError, ValueError, UnsupportedAlgorithm) as error:
+            raise ConfigError(f"{path} is no public key as ssh-keygen writes it: {type(error).__name__}") from error
+        pem = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+        if pem in found:
+            raise ConfigError(f"the sites {found[pem]} and {site} have the same key; give every site a key of its own")
+        found[pem] = site
+    return found
 
 
 def _server_certificate(folder: Path, hosts: Sequence[str]) -> None:

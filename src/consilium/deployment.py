@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
+from consilium.certificates import owners
 from consilium.core import CLIENT_ID
 from consilium.engine.checkpoint import write_atomic
 from consilium.engine.flower import Limits, save_site
@@ -60,10 +61,9 @@ def server(
     """
     host, port = address_of(address)
     home, keys = (folder.parent / f"{folder.name}.flower").absolute(), keys and keys.absolute()
-    for site in sites if keys else ():
-        if not (keys / f"{site}.pub").exists():
-            raise ConfigError(f"{keys / site}.pub is missing: make it with `consilium certificates`")
-    _write_app(home / "app", experiment, folder, sites, wait)
+    if keys:
+        owners(keys, sites)
+    _write_app(home / "app", experiment, folder, sites, wait, keys)
     environment = flower_environment(home)
     if keys:
         _register(keys, sites, home, environment)
@@ -86,13 +86,16 @@ def server(
         raise RoundError(f"the run has not finished, see above; the same command goes on with {folder}")
 
 
-def _write_app(folder: Path, experiment: Experiment, run: Path, sites: Sequence[str], wait: float) -> None:
+def _write_app(
+    folder: Path, experiment: Experiment, run: Path, sites: Sequence[str], wait: float, keys: Path | None
+) -> None:
     """A Flower app without any code: it names two objects of the installed package."""
     config = {
         "experiment": json.dumps(to_json(experiment)),
         "folder": str(run.absolute()),
         "sites": ",".join(sites),
         "wait": wait,
+        "keys": str(keys or ""),
     }
     lines = [
         "[project]",
@@ -115,11 +118,12 @@ def _serve(grid: Any, config: Mapping[str, Any]) -> None:
     """In the process that the SuperLink starts: the rounds."""
     from consilium.watch import Terminal
 
-    experiment = from_json(json.loads(config["experiment"]))
+    experiment, sites = from_json(json.loads(config["experiment"])), config["sites"].split(",")
     out = Console()
     with Terminal(out) as watch:
         try:
-            serve(experiment, Path(config["folder"]), grid, config["sites"].split(","), float(config["wait"]), watch)
+            keys = owners(Path(config["keys"]), sites) if config["keys"] else {}
+            serve(experiment, Path(config["folder"]), grid, sites, float(config["wait"]), watch, keys)
         except ConsiliumError as error:
             out.print(f"consilium: {error}", markup=False, highlight=False, soft_wrap=True)
             raise

@@ -43,6 +43,8 @@ class Wire:
     Args:
         deadline: seconds a round's training, and its scoring, may take; who has not answered by then is left out, > 0.
         cap: largest payload that is sent or returned, before compression, e.g. "512MB".
+        send: how weights go out to train: "exact", or the change since the client was last sent some, as "bf16" or
+            "int8"; what rounding loses is in the next change. The client then trains from the rounded weights.
         reply: how trained weights return: "exact", or the change since they were sent, as "bf16" or "int8", with what
             rounding lost added to the client's next reply.
         zstd: compress payloads; pays for "int8", hardly for weights.
@@ -50,14 +52,16 @@ class Wire:
 
     deadline: float = 3600.0
     cap: str = "512MB"
+    send: Literal["exact", "bf16", "int8"] = "exact"
     reply: Literal["exact", "bf16", "int8"] = "exact"
     zstd: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.deadline < float("inf"):
             raise ConfigError(f"wire.deadline is {self.deadline}; it must be a number of seconds greater than 0")
-        if self.reply not in ("exact", "bf16", "int8"):
-            raise ConfigError(f"wire.reply is {self.reply!r}; it must be exact, bf16 or int8")
+        for name in ("send", "reply"):
+            if getattr(self, name) not in ("exact", "bf16", "int8"):
+                raise ConfigError(f"wire.{name} is {getattr(self, name)!r}; it must be exact, bf16 or int8")
         bytes_of(self.cap)
 
 

@@ -20,7 +20,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,6 +44,7 @@ from consilium.engine.rounds import Engine, nobody
 from consilium.engine.workers import forked
 from consilium.errors import BudgetError, CheckpointError, ConfigError, DataError, RoundError
 from consilium.experiment import Experiment, differences, from_json, to_json
+from consilium.models.cohort import Cohort
 from consilium.moe.budget import bytes_of, human
 from consilium.moe.build import ModelSource
 from consilium.params import checksum
@@ -134,12 +135,19 @@ def resume(folder: Path, watch: Watch | None = None) -> dict[str, Any]:
 
 
 def serve(
-    experiment: Experiment, folder: Path, grid: Any, sites: Sequence[str], wait: float, watch: Watch | None = None
+    experiment: Experiment,
+    folder: Path,
+    grid: Any,
+    sites: Sequence[str],
+    wait: float,
+    watch: Watch | None = None,
+    keys: Mapping[bytes, str] | None = None,
 ) -> dict[str, Any]:
     """Run an experiment over a deployment's Grid, or go on with it where `folder` holds its run.
 
     Args:
         grid: Flower's. sites: the clients' names; all must be connected within `wait` seconds to begin or go on.
+        keys: whose a public key is (`certificates.owners`); a site whose key is another's is refused. None: no keys.
 
     Raises:
         ConfigError: if the folder holds another experiment.
@@ -147,7 +155,7 @@ def serve(
     """
     from consilium.engine.flower import Roster
 
-    roster = Roster(grid, poll=1.0)
+    roster = Roster(grid, poll=1.0, keys=keys or {})
     if not (folder / "config.json").exists():
         prepared = _Prepared.across(experiment, roster, sites, wait, uuid.uuid4().hex)
         return _new(prepared, folder, watch)
@@ -297,18 +305,14 @@ class _Prepared:
     @classmethod
     def across(cls, experiment: Experiment, roster: Any, sites: Sequence[str], wait: float, token: str) -> "_Prepared":
         """Of what the sites tell; their data stays where it is. `token`: names the run to the sites' states."""
-        from consilium.engine.flower import PROTOCOL, describe
+        from consilium.engine.flower import PROTOCOL, describe, one_cohort
 
-        if experiment.model.world != "moe":
-            raise ConfigError(
-                "sites on machines of their own share one mixture of experts; small models run on one machine"
-            )
         torch.set_num_threads(experiment.threads)
         told = {"experiment": json.dumps(to_json(experiment)), "heads": "{}", "run": token}
-        told |= {"model": experiment.model.fingerprint, "protocol": PROTOCOL}
+        told |= {"model": getattr(experiment.model, "fingerprint", ""), "protocol": PROTOCOL}
         found = describe(roster, sites, told, wait)
         infos = tuple(
-            ClientInfo(site, int(d["sizes"][0]), str(d["task"]), int(d["memory_bytes"]) or None)
+            ClientInfo(site, int(d["sizes"][0]), str(d["task"]), int(d["memory_bytes"]) or None, str(d["architecture"]))
             for site, d in found.items()
         )
         labels = [(str(d["task"]), d["labels"]) for d in found.values()]
@@ -318,6 +322,7 @@ class _Prepared:
                 "labels": list(d["labels"]),
                 "sizes": dict(zip(("train", "validation", "test"), d["sizes"], strict=True)),
                 "memory_bytes": int(d["memory_bytes"]) or None,
+                **({"architecture": str(d["architecture"])} if d["architecture"] else {}),
             }
             for site, d in found.items()
         }
@@ -328,8 +333,12 @@ class _Prepared:
             "fingerprint": hashlib.sha256(prints.encode()).hexdigest(),
             "run": token,
         }
+        shape: tuple[int, ...] = ()
+        if isinstance(experiment.model, Cohort):
+            shape = one_cohort(found)
+            partition["shape"] = list(shape)
         metrics = {str(d["task"]): str(d["metric"]) for d in found.values()}
-        return cls._built(experiment, infos, labels, partition, metrics, roster=roster)
+        return cls._built(experiment, infos, labels, partition, metrics, shape=shape, roster=roster)
 
     @classmethod
     def _built(
@@ -339,10 +348,14 @@ class _Prepared:
         labels: Iterable[tuple[str, Iterable[str]]],
         partition: dict[str, Any],
         metrics: dict[str, str],
+        shape: tuple[int, ...] = (),
         federation: Federation | None = None,
         roster: Any = None,
     ) -> "_Prepared":
-        setup = experiment.setup(labels, infos, federation.shape if federation else ())
+        setup = experiment.setup(labels, infos, federation.shape if federation else shape)
+        if roster is not None and isinstance(experiment.model, Cohort):  # whose architectures the sites have chosen
+            chosen = tuple(info.architecture for info in infos)
+            setup = replace(setup, model=replace(experiment.model, architectures=chosen))
         for data in federation.clients.values() if federation else ():
             setup.check(data.task)
         if experiment.sampling.min_clients > len(infos):
@@ -478,13 +491,15 @@ def _best(best: dict[str, Any] | None, record: Mapping[str, Any], infos: Sequenc
 
 
 def _events(record: Mapping[str, Any], server: Server, strikes: dict[ClientId, int]) -> list[dict[str, Any]]:
-    """What happened in a round: the method's events, and who is benched by it. `strikes`: see `tally`."""
+    """What happened in a round: the method's events, who is benched by it (`strikes`: see `tally`), who is refused."""
     abandoned = {"abandoned": True} if record["abandoned"] else {}
     benched = [
         {"event": "benched", "client": client, "reason": reason, **abandoned}
         for client, reason in tally(strikes, record).items()
     ]
-    return [{"round": record["round"], **event} for event in [*([] if abandoned else server.events()), *benched]]
+    refused = [{"event": "refused", "client": c, "reason": why} for c, why in record.get("refused", {}).items()]
+    own = [] if abandoned else server.events()
+    return [{"round": record["round"], **event} for event in [*own, *benched, *refused]]
 
 
 def _record(folder: Path, number: int, record, events, server: Server, structure: dict[str, Any]) -> None:

@@ -48,12 +48,12 @@ ROUNDS = 3
 _number = itertools.count()
 
 
-def setup(name, model_type="olmoe", backwards=False):
+def setup(name, model_type="olmoe", backwards=False, dtype="float32"):
     """The world that a method's name says. Two clients are short of memory: not all can hold all experts."""
     if name in SMALL:
         made = tiny.small_setup(name.partition(":")[2], clients_per_round=4)
         return dataclasses.replace(made, clients=made.clients[::-1]) if backwards else made
-    source = tiny.source(model_type)
+    source = tiny.source(model_type, dtype=dtype)
     memory = {"animal-00": tiny.bytes_for(3, source), "colour-01": tiny.bytes_for(5, source)}
     made = tiny.setup(source, memory=memory, clients_per_round=4)
     return dataclasses.replace(made, clients=made.clients[::-1]) if backwards else made
@@ -85,23 +85,23 @@ def outcome(server, records, events):
     return checksum(server.params), told, server.structure(), server.usage(), events
 
 
-def run(name, model_type="olmoe", strict=False, backwards=False, resume_after=None, workers=1):
+def run(name, model_type="olmoe", strict=False, backwards=False, resume_after=None, workers=1, dtype="float32"):
     """The outcome of a short run, and the states it leaves on the clients."""
-    made = setup(name, model_type, backwards)
+    made = setup(name, model_type, backwards, dtype)
     server, client = halves(name, made)
     engine = tiny.engine(server, client, made, tiny.root / f"run-{next(_number)}", strict)
     with forked(workers, engine.work) if workers > 1 else nullcontext() as engine.workers:
-        return _rounds(name, engine, made, model_type, strict, backwards, resume_after)
+        return _rounds(name, engine, lambda: setup(name, model_type, backwards, dtype), strict, resume_after)
 
 
-def _rounds(name, engine, made, model_type, strict, backwards, resume_after):
+def _rounds(name, engine, make, strict, resume_after):
     server, records, events = engine.server, [], []
     for number in range(1, ROUNDS + 1):
         records.append(engine.round(number, test=number == ROUNDS))
         events += [{"round": number, **event} for event in server.events()]
         if number == resume_after:
             state, store = decode(encode(server.state())), engine.store
-            made = setup(name, model_type, backwards)
+            made = make()
             server, client = halves(name, made)
             server.restore(state)
             engine = tiny.engine(server, client, made, store.folder, strict)
@@ -110,7 +110,13 @@ def _rounds(name, engine, made, model_type, strict, backwards, resume_after):
     return outcome(server, records, events), states
 
 
-plain = cache(run)
+def plain(name, model_type="olmoe", dtype="float32"):
+    return _plain(name, model_type, dtype)
+
+
+@cache
+def _plain(name, model_type, dtype):
+    return run(name, model_type, dtype=dtype)
 
 
 # --- how it is declared -----------------------------------------------------------------------------------------------
@@ -167,12 +173,14 @@ def test_other_families_run(name, model_type, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "model_type"),
-    [(name, kind) for name in MOE for kind in ("olmoe", "switch_transformers")] + [(name, "olmoe") for name in SMALL],
+    ("name", "model_type", "dtype"),
+    [(name, kind, "float32") for name in MOE for kind in ("olmoe", "switch_transformers")]
+    + [(name, "olmoe", "bfloat16") for name in MOE]
+    + [(name, "olmoe", "float32") for name in SMALL],
 )
-def test_bytes_on_the_way_change_no_bit(name, model_type):
+def test_bytes_on_the_way_change_no_bit(name, model_type, dtype):
     """Every payload through the codec: the same parameters, scores, structures, events and client states."""
-    assert plain(name, model_type) == run(name, model_type, strict=True)
+    assert plain(name, model_type, dtype) == run(name, model_type, strict=True, dtype=dtype)
 
 
 @every_method

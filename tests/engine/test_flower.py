@@ -22,14 +22,12 @@ import consilium.engine.flower as flower
 from consilium.algorithms.fedmoe import FedMoE
 from consilium.algorithms.scaffold import SCAFFOLD
 from consilium.core import Algorithm, Payload, Sampling, derive_seed
-from consilium.data.arrays import ImageData
 from consilium.engine.checkpoint import ClientStore, load_checkpoint
 from consilium.engine.flower.grid import within
 from consilium.engine.flower.records import STYPE, blobs_of, from_record, payload_of, to_record
 from consilium.engine.flower.server import _watched
 from consilium.errors import CheckpointError, ConfigError, PayloadError, RoundError
 from consilium.experiment import Wire, to_json
-from consilium.models.cohort import Cohort
 from consilium.run import FAILED, resume, run, serve
 from consilium.setup import Fit
 
@@ -142,16 +140,8 @@ def test_anything_else_is_refused(spoil):
 
 
 def bits_of(folder, experiment):
-    """Everything a run leaves but seconds, process memory and the engine's own: bytes are of the blobs there."""
     run(experiment, folder)
-    outcome = runs.outcome(folder)
-
-    def without(value):
-        if isinstance(value, dict):
-            return {k: without(v) for k, v in value.items() if not k.startswith("bytes")}
-        return [without(v) for v in value] if isinstance(value, list) else value
-
-    return without(outcome)
+    return runs.bits(folder)
 
 
 @pytest.mark.parametrize(
@@ -160,13 +150,9 @@ def bits_of(folder, experiment):
 def test_every_method_gives_the_same_bits_and_records(name, dtype, data, grid, tmp_path):
     """In process (for the others `test_registry` shows that strict changes nothing), and through Flower's messages;
     one client in two is short of memory, or of another architecture."""
+    made = runs.of_world("mixed" if name in SMALL else "moe", data, METHODS[name](), dtype)
     if name in SMALL:
-        model = Cohort(("mnist-4", "mnist-5"), small="mnist-5", width=8, kernel=3, padding=1)
-        images = ImageData(clients=3, examples=60, augment="crop-flip")
-        made = runs.experiment(data, METHODS[name](), data=images, model=model, rounds=2)
-    else:
-        model = tiny.source(num_experts=4, dtype=dtype)
-        made = runs.experiment(data, METHODS[name](), model=model, memory=runs.memory(8, 2), rounds=2)
+        made = dataclasses.replace(made, data=dataclasses.replace(made.data, augment="crop-flip"))
     local = bits_of(tmp_path / "local", dataclasses.replace(made, strict=True))
     over = bits_of(tmp_path / "flower", dataclasses.replace(made, engine="flower"))
     assert local == over
@@ -587,6 +573,45 @@ def test_a_server_that_starts_again_goes_on_to_the_same_bits(toys, sites, tmp_pa
         runs.outcome(tmp_path / "run")["summary"]["weights"] == runs.outcome(tmp_path / "whole")["summary"]["weights"]
     )
     assert [m["round"] for m in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def says(sites, node, name):
+    """The node's settings now give another name."""
+    path = Path(sites.configs[node - 100]["site"])
+    path.write_text(json.dumps({**json.loads(path.read_text()), "name": name}))
+    sites.restarts[node] = sites.restarts.get(node, 0) + 1
+
+
+def test_a_name_belongs_to_a_key(toys, sites, tmp_path):
+    """After round 1 the node with site-2's key says that it is site-0: it is refused, with one event, while site-0 and
+    site-1 go on; after round 3 it says its own name again, and takes part."""
+    keys = {f"key-{i}".encode(): f"site-{i}" for i in range(3)}
+    sites.keys = {100: b"key-2", 101: b"key-0", 102: b"key-1"}
+    sites.configs.append({"site": sites.configs[0]["site"]})  # a node with a key that nobody of this run has
+    steps = Between(_1=lambda: says(sites, 100, "site-0"), _3=lambda: says(sites, 100, "site-2"))
+    with pytest.warns(UserWarning, match="site site-2 is refused") as warned:
+        serve(toys, tmp_path / "run", sites, NAMES, 1.0, steps, keys)
+    assert len(warned) == 1
+    reason = "its node says that it is site-0, with site-2's key"
+    outcome = runs.outcome(tmp_path / "run")
+    assert [m["missing"] for m in outcome["metrics"]] == [{}, {"site-2": reason}, {"site-2": reason}, {}]
+    assert [m.get("refused") for m in outcome["metrics"]] == [None, {"site-2": reason}, None, None]
+    assert [sorted(m["clients"]) for m in outcome["metrics"]] == [NAMES, NAMES[:2], NAMES[:2], NAMES]
+    refused = [event for event in outcome["events"] if event["event"] == "refused"]
+    assert refused == [{"round": 2, "event": "refused", "client": "site-2", "reason": reason}]
+    assert not any(node == 103 for _, node, _ in sites.log)
+
+
+def test_a_run_does_not_begin_with_a_site_under_anothers_name(toys, sites, tmp_path):
+    """And who waits for the site is told why it is not there; without keys a site is who it says it is."""
+    keys = {f"key-{i}".encode(): f"site-{i}" for i in range(3)}
+    sites.keys = {100: b"key-1", 101: b"key-0", 102: b"key-2"}
+    said = r"not connected within 0\.1 s: site-1 \(its node says that it is site-2, with site-1's key\), site-2"
+    with pytest.warns(UserWarning, match="is refused"), pytest.raises(RoundError, match=said):
+        serve(toys, tmp_path / "run", sites, NAMES, 0.1, keys=keys)
+    assert not (tmp_path / "run").exists()
+    serve(toys, tmp_path / "run", sites, NAMES, 1.0)
+    assert not any(m["missing"] for m in metrics(tmp_path / "run"))
 
 
 def test_states_at_a_site_are_pruned_and_what_never_counted_is_dropped(toys, sites, tmp_path):

@@ -75,3 +75,11 @@ def test_what_is_sent_and_what_is_lost_are_the_change(values, form, dtype):
 def test_what_is_no_change_is_refused(groups):
     with pytest.raises(PayloadError):
         restored(Payload(groups), SENT)
+
+
+@pytest.mark.parametrize("form", ["bf16", "int8"])
+def test_a_reply_without_weights_is_left_alone(form):
+    """FedMoE's first stage answers with usage: no group may come of rounding that nobody asked for."""
+    reply = Payload({"usage": {"b": torch.ones(2)}})
+    sent, left = rounded(reply, {}, form, {"x": torch.ones(1)})
+    assert sent == reply == restored(sent, {}) and set(left) == {"x"}

@@ -1,6 +1,9 @@
-"""Flower's own simulation runtime: Ray's worker processes, in a process of their own so that nothing is left here."""
+"""Flower's own simulation runtime: Ray's worker processes, in a process of their own so that nothing is left here.
+
+A start of Ray costs as much as twenty short runs: the whole registry goes through one."""
 
 import dataclasses
+import ipaddress
 import json
 import sys
 
@@ -9,17 +12,27 @@ import runs
 import tiny
 from processes import finished, started
 
-from consilium.algorithms.fedmoe import FedMoE
 from consilium.algorithms.scaffold import SCAFFOLD
+from consilium.core import Algorithm, Sampling
 from consilium.experiment import to_json
 from consilium.run import run
 
 pytest.importorskip("ray")
 
+METHODS = {name: cls for name, cls in Algorithm.registry.items() if cls.__module__.startswith("consilium.")}
+CASES = [
+    (name, world, dtype)
+    for name, cls in METHODS.items()
+    for world in cls.worlds
+    for dtype in (("float32", "bfloat16") if world == "moe" else ("float32",))
+]
+"""Every method of the registry in every world it is for; the small models are float32 alone."""
+
 SCRIPT = """
-import json, os, signal, sys
+import contextlib, json, signal, sys
 from pathlib import Path
 import psutil
+import consilium.engine.flower as flower
 from consilium.experiment import from_json
 from consilium.run import run
 
@@ -28,41 +41,78 @@ class Watch:
     def step(self, *_): pass
     def rounded(self, record, events):
         workers = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::ClientApp")]
-        print("workers", len(workers), flush=True)
         if record["round"] == 1 and "kill" in sys.argv:
             workers[-1].send_signal(signal.SIGKILL)
             print("killed", workers[-1].pid, flush=True)
 
-run(from_json(json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]), Watch())
+def listening():
+    family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return [(p.name(), c.laddr.ip) for p in family for c in p.net_connections("inet") if c.status == "LISTEN"]
+
+folder = Path(sys.argv[1])
+jobs = json.loads((folder / "jobs.json").read_text())
+with flower.simulation(from_json(jobs[0]), 3) as grid:  # messages bring their experiment: one Ray is enough for all
+    flower.simulation = lambda *_: contextlib.nullcontext(grid)
+    for i, job in enumerate(jobs):
+        run(from_json(job), folder / str(i), Watch())
+    (folder / "listening.json").write_text(json.dumps(listening()))
 """
 
 
-def simulated(experiment, folder, *more, seconds=1800):
+def simulated(experiments, folder, *more, seconds=1800):
+    """Run the experiments, of three clients each, one after the other with one Ray; returns their folders."""
     folder.mkdir()
     (folder / "script.py").write_text(SCRIPT)
-    (folder / "experiment.json").write_text(json.dumps(to_json(dataclasses.replace(experiment, engine="flower"))))
-    command = [sys.executable, folder / "script.py", folder / "experiment.json", folder / "run", *more]
-    with started(command, folder / "log", TMPDIR="/tmp") as process:
+    jobs = [to_json(dataclasses.replace(made, engine="flower")) for made in experiments]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    equal = {"TMPDIR": "/tmp", "RAY_worker_niceness": "0"}  # Ray's workers are nice by 15, and starve on a busy machine
+    with started([sys.executable, folder / "script.py", folder, *more], folder / "log", **equal) as process:
         assert finished(process, seconds, folder / "log") == 0, (folder / "log").read_text()[-3000:]
-    return runs.outcome(folder / "run")
+    return [folder / str(i) for i in range(len(jobs))]
 
 
-def weights(outcome):
-    return outcome["summary"]["weights"], {c: told["state"] for c, told in outcome["summary"]["clients"].items()}
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Case -> its experiment."""
+    data = runs.table(tmp_path_factory.mktemp("data"))
+    some = {"sampling": Sampling(3), "evaluate_every": 2}
+    return {case: runs.of_world(case[1], data, METHODS[case[0]](), case[2], **some) for case in CASES}
 
 
-def test_two_stages_and_usage_through_ray(tmp_path):
-    """FedMoE sends params, router rows and usage, and different sub-MoEs; in bfloat16."""
-    model = tiny.source(num_experts=4, dtype="bfloat16")
-    made = runs.experiment(
-        runs.table(tmp_path), FedMoE(stage1_epochs=1), model=model, memory=runs.memory(8, 2), rounds=2, evaluate_every=2
-    )
-    run(made, tmp_path / "local")
-    local, over = runs.outcome(tmp_path / "local"), simulated(made, tmp_path / "ray")
-    assert weights(over) == weights(local)
-    assert over["structure"] == local["structure"] and over["events"] == local["events"]
-    assert [m["test"] for m in over["metrics"]] == [m["test"] for m in local["metrics"]]
-    assert [m["missing"] for m in over["metrics"]] == [{}, {}]
+@pytest.fixture(scope="module")
+def through_ray(made, tmp_path_factory):
+    """Case -> the folder of its run through Ray; None -> the folder of all."""
+    folder = tmp_path_factory.mktemp("simulation") / "ray"
+    return dict(zip(made, simulated(made.values(), folder), strict=True)) | {None: folder}
+
+
+@pytest.mark.parametrize("case", CASES, ids=":".join)
+def test_every_method_gives_the_same_bits_in_process_through_bytes_and_through_ray(case, made, through_ray, tmp_path):
+    """Weights, states at the clients, scores, structures, events: all that a run leaves but seconds and bytes."""
+    run(made[case], tmp_path / "local")
+    run(dataclasses.replace(made[case], strict=True), tmp_path / "strict")
+    over = runs.bits(through_ray[case])
+    assert runs.bits(tmp_path / "local") == over == runs.bits(tmp_path / "strict")
+    assert [m["ledger"]["ok"] for m in over["metrics"]] == [len(m["selected"]) for m in over["metrics"]] > [0, 0]
+
+
+def test_every_method_is_among_them():
+    assert {name for name, *_ in CASES} == {name for name, cls in METHODS.items() if cls.worlds} == set(METHODS)
+    assert {"FedMoE", "HFedMoE", "pFedMoE", "FedAvg"} <= set(METHODS)
+
+
+def test_nobody_else_can_talk_to_the_workers(through_ray):
+    """Ray has no authentication: all that it listens on is loopback."""
+    found = json.loads((through_ray[None] / "listening.json").read_text())
+    assert {"gcs_server", "raylet", "ray::ClientAppActor"} <= {name for name, _ in found}
+    for name, address in found:
+        ip = ipaddress.ip_address(address)
+        assert (getattr(ip, "ipv4_mapped", None) or ip).is_loopback, f"{name} listens on {address}"
+
+
+def weights(folder):
+    summary = runs.outcome(folder)["summary"]
+    return summary["weights"], {c: told["state"] for c, told in summary["clients"].items()}
 
 
 def test_a_dead_worker_comes_back(tmp_path):
@@ -71,11 +121,10 @@ def test_a_dead_worker_comes_back(tmp_path):
     made = runs.experiment(
         runs.table(tmp_path), SCAFFOLD(), model=tiny.source(num_experts=4), rounds=24, evaluate_every=24
     )
-    over = simulated(made, tmp_path / "ray", "kill")
-    log = (tmp_path / "ray/log").read_text()
-    assert "killed" in log
-    missing = [{**m["missing"], **m["errors"]} for m in over["metrics"]]
+    (over,) = simulated([made], tmp_path / "ray", "kill")
+    assert "killed" in (tmp_path / "ray/log").read_text()
+    missing = [{**m["missing"], **m["errors"]} for m in runs.outcome(over)["metrics"]]
     assert missing[0] == {} == missing[-1] and all(len(names) <= 1 for names in missing)
     if not any(missing):
         run(made, tmp_path / "local")
-        assert weights(over) == weights(runs.outcome(tmp_path / "local"))
+        assert weights(over) == weights(tmp_path / "local")

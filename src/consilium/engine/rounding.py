@@ -34,7 +34,7 @@ def rounded(
         sent: the weights that the client was sent. form: "exact", "bf16" or "int8".
         lost: flat name -> float32, of earlier replies; what this reply does not hold stays in it.
     """
-    if form == "exact":
+    if form == "exact" or not reply.group("params"):
         return reply, dict(lost)
     left: Params = dict(lost)
     groups = {**reply.groups, "params": {}, CHANGE: {}, SCALE: {}}

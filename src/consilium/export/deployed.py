@@ -90,10 +90,12 @@ class Finished:
             for name, c in partition["clients"].items()
         )
         labels = [(told["task"], told["labels"]) for told in partition["clients"].values()]
-        small = isinstance(experiment.model, Cohort)
+        small, away = isinstance(experiment.model, Cohort), config.get("data") == SITES
+        if small and away:
+            raise ConfigError(f"the small models of {folder} are at its sites, and stay there")
         setup = experiment.setup(labels, infos, experiment.data.load(experiment.seed).shape if small else ())
         store = ClientStore(folder / "clients", found[2])
-        return cls(folder, experiment, partition, summary, setup, store, config.get("data") == SITES, found[1])
+        return cls(folder, experiment, partition, summary, setup, store, away, found[1])
 
     def server(self) -> Any:
         """The server half as it ended."""
@@ -150,6 +152,10 @@ def of_site(folder: Path) -> Deployed:
 
     given, data = read_site(folder / "site.json")
     name, own = str(given["name"]), from_json(given["experiment"])
+    if isinstance(own.model, Cohort):
+        raise ConfigError(
+            f"{folder} is of a site with a small model; only mixtures of experts can be exported at a site"
+        )
     try:
         payload = decode((folder / DELIVERED).read_bytes())
     except FileNotFoundError as error:

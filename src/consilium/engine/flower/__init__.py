@@ -1,8 +1,12 @@
 """The same methods on Flower: payloads as its messages, its simulation runtime, its deployments.
 
     records   a payload as a message's content, to the bit
+    roster    who is behind Flower's nodes, by name or by key
     grid      the engine: rounds over a Grid, deadlines, who was missing
-    client    the client's end, a ClientApp; limits: what a site does not let a server ask of it
+    held      what a client holds, where it is sent changes
+    client    the client's end, a ClientApp
+    site      what a site of a deployment keeps of its own
+    limits    what a site does not let a server ask of it
     server    the server's end: a Grid from the simulation runtime or a deployment
 
 Nothing outside this package imports flwr.
@@ -13,11 +17,13 @@ import os
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when flwr is imported
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
-from consilium.engine.flower.client import DELIVERED, client_app, read_site, save_site
-from consilium.engine.flower.grid import FlowerEngine, Roster
+from consilium.engine.flower.client import DELIVERED, client_app
+from consilium.engine.flower.grid import FlowerEngine
 from consilium.engine.flower.limits import Limits
 from consilium.engine.flower.records import PROTOCOL
-from consilium.engine.flower.server import describe, server_app, simulation
+from consilium.engine.flower.roster import Roster
+from consilium.engine.flower.server import describe, one_cohort, server_app, simulation
+from consilium.engine.flower.site import read_site, save_site
 
 __all__ = [
     "DELIVERED",
@@ -27,6 +33,7 @@ __all__ = [
     "Roster",
     "client_app",
     "describe",
+    "one_cohort",
     "read_site",
     "save_site",
     "server_app",

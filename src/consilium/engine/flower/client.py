@@ -2,35 +2,38 @@
 
 Every message brings the server's experiment as JSON, of which the algorithm, the training and the seed count here;
 classes are looked up among the known ones, no code travels. What is the site's own comes from its own settings: a
-simulated client takes its partition of the experiment's data; a site's node names a file, `site=".../site.json"`,
-with its name, its own data and model, its memory, and its limits, beyond which it does nothing (`Limits`). In the same
-folder its states survive rounds and restarts, and lies the model that it was last delivered, for `consilium export`.
+simulated client takes its partition of the experiment's data; a site's node names a file, `site=".../site.json"`
+(`engine.flower.site`), with its name, its own data and model, or the architecture of its small model, its memory, and
+its limits, beyond which it does nothing (`Limits`). In the same folder its states survive rounds and restarts, and lies
+the model that it was last delivered, for `consilium export`.
 """
 
 import functools
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from consilium.core import Client, ClientContext, ClientInfo, Payload, Scalar, derive_seed
-from consilium.data.task import ClientData, Federation, Split, Task
+from consilium.data.task import ClientData
 from consilium.engine import codec
 from consilium.engine.checkpoint import KEEP, ClientStore, remove_unfinished, write_atomic
 from consilium.engine.flower.grid import within
+from consilium.engine.flower.held import Held
 from consilium.engine.flower.limits import Limits
 from consilium.engine.flower.records import SAID, TOLD, blobs_of, checked, parsed, payload_of, stamp, to_record
+from consilium.engine.flower.site import check_model, read_site, relabelled
 from consilium.engine.judge import diverged, one_line
 from consilium.engine.rounding import rounded
 from consilium.engine.rounds import tested, trained
 from consilium.errors import ConfigError, ConsiliumError, DataError, PayloadError, RoundError
-from consilium.experiment import Experiment, from_json, to_json
+from consilium.experiment import Experiment, from_json
+from consilium.models.cohort import Cohort
 from consilium.moe.budget import bytes_of
 
 LOST = "engine/lost/"
@@ -39,7 +42,7 @@ LOST = "engine/lost/"
 DELIVERED = "delivered.safetensors"
 """In a site's state folder: the payload that was last scored there, with what the server said of the run."""
 
-__all__ = ["DELIVERED", "Site", "client_app", "read_site", "save_site"]
+__all__ = ["DELIVERED", "Site", "client_app"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ def simulated(experiment: str, heads: str, name: str) -> Site:
         raise DataError(f"no client {name!r} in the data; there are {', '.join(list(federation.clients)[:5])}, ...")
     place = list(federation.clients).index(name)
     memory = bytes_of(made.memory[place % len(made.memory)]) if made.memory else None
-    return _site(made, heads, name, federation.clients[name], memory, federation.fingerprint, None, place)
+    data, architecture = federation.clients[name], made.model.architecture(place)
+    return _site(made, heads, name, data, memory, federation.fingerprint, None, architecture)
 
 
 @functools.lru_cache(maxsize=1)
@@ -94,65 +98,26 @@ def deployed(experiment: str, heads: str, settings: Path, run: str, model: str) 
     """
     given, data = read_site(settings)
     own, name = from_json(given["experiment"]), str(given["name"])
-    asked = from_json(parsed("experiment", experiment))
+    theirs = from_json(parsed("experiment", experiment))
     limits = Limits(**given.get("limits", {}))
-    limits.check(asked, len(data.train))
+    limits.check(theirs, len(data.train))
     here = str(given.get("model", ""))
     if model[:4] == here[:4] and model != here:  # of the same kind: a directory's files, or a name on the hub
         raise ConfigError(
             f"the server's model is {model[:80]}, this site's is {here[:80]}: --model.path must be the same files"
         )
-    made = replace(asked, data=own.data, model=own.model)
+    small = isinstance(own.model, Cohort) and isinstance(theirs.model, Cohort)
+    made = replace(theirs, data=own.data, model=theirs.model if small else own.model)
+    if small:
+        check_model(own.model, theirs.model)
+        data = relabelled(data, parsed("heads", heads).get(data.task.name, data.task.labels))
     torch.set_num_threads(own.threads)
     memory = bytes_of(own.memory[0]) if own.memory else None
     if not (run.isascii() and run.isalnum() and len(run) <= 64):
         raise PayloadError(one_line(f"the run's token is {run!r}; it must be up to 64 letters and digits"))
-    site = _site(made, heads, name, data, memory, str(given["fingerprint"]), settings.parent / run)
+    architecture = own.model.architecture(0)
+    site = _site(made, heads, name, data, memory, str(given["fingerprint"]), settings.parent / run, architecture)
     return replace(site, device=torch.device(own.device), limits=limits)
-
-
-def save_site(path: Path, name: str, experiment: Experiment, limits: Limits | None = None) -> None:
-    """Write a site's settings, and beside them its data, which every message would otherwise have to read anew.
-
-    Args:
-        experiment: of which data, model, the first memory, device and threads are the site's own.
-        limits: the most that a server may ask of the site.
-
-    Raises:
-        DataError: if the data is of several clients and none has the site's name.
-    """
-    federation = experiment.data.load(experiment.seed)
-    if name not in federation.clients and len(federation.clients) != 1:
-        raise DataError(
-            f"the data of site {name} has the clients {', '.join(federation.clients)}: name the site like one of them, "
-            "or give data with one client (data.clients 1)"
-        )
-    data = federation.clients.get(name) or next(iter(federation.clients.values()))
-    own = {
-        "name": name,
-        "fingerprint": Federation({name: data}).fingerprint,
-        "model": getattr(experiment.model, "fingerprint", ""),
-        "limits": asdict(limits or Limits()),
-        "experiment": to_json(experiment),
-    }
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for file, content in ((path, own), (path.with_name("data.json"), asdict(data))):
-        write_atomic(file, json.dumps(content).encode())
-        file.chmod(0o600)
-
-
-def read_site(path: Path) -> tuple[dict[str, Any], ClientData]:
-    """The settings and the data that `save_site` wrote.
-
-    Raises:
-        ConfigError: if they cannot be read.
-    """
-    try:
-        given, data = json.loads(path.read_text()), json.loads(path.with_name("data.json").read_text())
-        task = Task(**{**data["task"], "labels": tuple(data["task"]["labels"])})
-        return given, ClientData(task, *(Split(**data[key]) for key in ("train", "validation", "test")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"the site's settings in {path.parent} cannot be read: {type(error).__name__}") from error
 
 
 def _site(
@@ -163,12 +128,14 @@ def _site(
     memory: int | None,
     fingerprint: str,
     folder: Path | None,
-    place: int = 0,
+    architecture: str,
 ) -> Site:
-    setup = experiment.setup(parsed("heads", heads).items(), shape=data.train.shape)
+    task = data.task
+    known = parsed("heads", heads).items() or [(task.name, task.labels)]
+    setup = experiment.setup(known, shape=data.train.shape)
     setup.check(data.task)
     return Site(
-        info=ClientInfo(name, len(data.train), data.task.name, memory, experiment.model.architecture(place)),
+        info=ClientInfo(name, len(data.train), data.task.name, memory, architecture),
         data=data,
         client=experiment.algorithm.client(setup),
         fingerprint=fingerprint,
@@ -191,6 +158,12 @@ def _site_of(told: dict[str, Scalar], context: Context) -> Site:
 def train(message: Message, context: Context) -> RecordDict:
     """One round: the client half trains; its state is kept under the round's number."""
     payload, told, (site, store, work) = _opened(message, context)
+    if told["hold"]:
+        held = Held((site.folder or Path(str(told["folder"])).parent) / "received")
+        whole = held.received(site.info.id, int(told["round"]), payload, str(told["base"]))
+        if whole is None:
+            return RecordDict({"resend": ConfigRecord({})})
+        payload = whole
     state = work.state
     lost = {key[len(LOST) :]: state.params.pop(key) for key in list(state.params) if key.startswith(LOST)}
     sent = payload.group("params") if told["reply"] != "exact" else {}
@@ -216,7 +189,7 @@ def evaluate(message: Message, context: Context) -> RecordDict:
         del work.state.params[key]
     answer = tested(site.client, payload, work)
     params = payload.group("params") or work.state.params
-    if site.folder is not None and params:
+    if site.folder is not None and params and not site.info.architecture:
         about = {key: told[key] for key in ("experiment", "round")} | {"score": answer.scalars["score"]}
         scalars = {**payload.scalars, **{f"engine/{key}": value for key, value in about.items()}}
         write_atomic(site.folder.parent / DELIVERED, codec.encode(Payload({"params": params}, scalars)))
@@ -233,7 +206,8 @@ def name(message: Message, context: Context) -> RecordDict:
 
 
 def describe(message: Message, context: Context) -> RecordDict:
-    """What the server may know about a site: sizes, task, labels, memory; no rows and no counts of labels."""
+    """What the server may know about a site: sizes, task, labels, memory, the architecture of its small model and the
+    shape of its examples; no rows and no counts of labels."""
     site = _site_of(checked(dict(message.content["engine"]), SAID), context)
     task = site.data.task
     return RecordDict(
@@ -247,6 +221,8 @@ def describe(message: Message, context: Context) -> RecordDict:
                     "labels": list(task.labels),
                     "sizes": [len(split) for _, split in site.data.splits()],
                     "memory_bytes": site.info.memory_bytes or 0,
+                    "architecture": site.info.architecture,
+                    "shape": list(site.data.train.shape),
                     "fingerprint": site.fingerprint,
                 }
             )

@@ -1,134 +1,43 @@
 """The engine that carries payloads over a Flower Grid: every client gets a message of its own, and has until the
 round's deadline to answer.
 
-A client is its partition or its site's name, asked for whenever a node is new or was restarted, never Flower's number
-for the node. Replies are taken one at a time as they arrive, lie in a file until the round is closed, and are merged
-in the order of the clients' ids, so the result does not depend on who was fast. A message lives until the deadline.
-Who has not answered by then is missing; what it answers after all, within the next `LATE` rounds, is noted there as
-late and thrown away, like every answer beyond a client's first. An answer that is an error, and one that is no reply
-of this protocol or of another round, are recorded with the reason, and stop nothing.
+Who a node is, `roster` tells. Replies are taken one at a time as they arrive, lie in a file until the round is closed,
+and are merged in the order of the clients' ids, so the result does not depend on who was fast. A message lives until
+the deadline. Who has not answered by then is missing; what it answers after all, within the next `LATE` rounds, is
+noted there as late and thrown away, like every answer beyond a client's first. An answer that is an error, and one that
+is no reply of this protocol or of another round, are recorded with the reason, and stop nothing.
 """
 
+import secrets
 import tempfile
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
-from flwr.serverapp import Grid
 
 from consilium.core import ClientId, ClientInfo, Payload, Sampling, Scalar, Server
 from consilium.engine.checkpoint import ClientStore
+from consilium.engine.flower.held import Held
 from consilium.engine.flower.records import PROTOCOL, blobs_of, payload_in, stamp, to_record, unfolded
+from consilium.engine.flower.roster import Roster, arrivals, failed
 from consilium.engine.judge import number as is_number
 from consilium.engine.judge import objection, one_line
 from consilium.engine.rounding import restored
 from consilium.engine.rounds import Engine, Progress, release, told_of
-from consilium.errors import PayloadError, RoundError
+from consilium.errors import PayloadError
 from consilium.experiment import Wire
 from consilium.moe.budget import bytes_of, human
 
-__all__ = ["FlowerEngine", "Roster", "ask", "within"]
+__all__ = ["FlowerEngine", "within"]
 
 LATE = 3
 """Rounds in which an answer that is overdue is still asked for."""
 NOBODY = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
 """Errors that Flower's own server gives in place of an answer that never came."""
-
-
-@dataclass
-class Roster:
-    """Who is behind Flower's nodes.
-
-    Args:
-        names: partition number -> client id, of a simulation; (): a node says its site's name.
-        poll: seconds between looks for answers. patience: seconds that a node has to say who it is.
-    """
-
-    grid: Grid
-    names: Sequence[ClientId] = ()
-    poll: float = 0.05
-    patience: float = 180.0
-    known: dict[tuple[int, str], ClientId] = field(default_factory=dict)
-    """(Node, when it was last activated) -> client: a node that was restarted is asked again."""
-
-    def strangers(self) -> dict[int, tuple[int, str]]:
-        """Nodes that are connected and have not said who they are, with their keys in `known`."""
-        return {node: key for node, key in self._online().items() if key not in self.known}
-
-    def nodes(self) -> dict[ClientId, int]:
-        """Client id -> node, of the nodes that are connected now.
-
-        Raises:
-            RoundError: if two nodes say the same name.
-        """
-        strangers = self.strangers()
-        for node, reply in ask(self.grid, list(strangers), "name", {}, self.patience, self.poll):
-            try:
-                self.known[strangers[node]] = self._name(reply)
-            except PayloadError as error:
-                warnings.warn(f"a node does not say who it is: {error}", stacklevel=2)
-        found: dict[ClientId, int] = {}
-        for node, key in self._online().items():
-            if (name := self.known.get(key)) is None:
-                continue
-            if name in found:
-                raise RoundError(f"two nodes say that they are {name}; give every site a name of its own")
-            found[name] = node
-        return found
-
-    def _online(self) -> dict[int, tuple[int, str]]:
-        return {node.node_id: (node.node_id, node.last_activated_at) for node in self.grid.get_nodes()}
-
-    def _name(self, reply: Message) -> ClientId:
-        if reason := _failed(reply):
-            raise PayloadError(reason)
-        told = reply.content.get("engine", {})
-        place = told.get("partition")
-        if is_number(place, 0, len(self.names) - 1, int):
-            return self.names[place]
-        if "name" in told:
-            return str(told["name"])
-        raise PayloadError(one_line(f"it answers {dict(told)}"))
-
-
-def ask(
-    grid: Grid, nodes: Sequence[int], what: str, told: Mapping[str, Scalar], seconds: float, poll: float
-) -> Iterator[tuple[int, Message]]:
-    """Send every node the same small query; yields (node, reply) as they arrive, within so many seconds."""
-    content = {"engine": ConfigRecord(dict(told))}
-    sent = {}
-    for node in nodes:
-        message = Message(RecordDict(dict(content)), dst_node_id=node, message_type=f"query.{what}", ttl=seconds)
-        for identifier in grid.push_messages([message]):
-            sent[node] = identifier
-    for node, reply in _arrivals(grid, sent, time.monotonic() + seconds, poll):
-        yield node, reply
-
-
-def _arrivals(grid: Grid, sent: dict[Any, str], end: float, poll: float) -> Iterator[tuple[Any, Message]]:
-    """Replies one at a time, as they arrive until `end` (of time.monotonic); what is still in `sent` then never came.
-
-    A reply is released before the next is fetched. A message may be answered twice.
-    """
-    while sent:
-        found = False
-        for key, identifier in list(sent.items()):
-            for reply in grid.pull_messages([identifier]):
-                found = True
-                sent.pop(key, None)
-                yield key, reply
-                del reply
-            if time.monotonic() > end and not found:
-                return
-        if time.monotonic() > end:
-            return
-        if not found:
-            time.sleep(poll)
 
 
 def within(cap: str, record: RecordDict, client: ClientId) -> int:
@@ -170,7 +79,8 @@ class FlowerEngine(Engine):
         store: which state of each client counts; the states themselves lie with the clients.
         wire: deadline, cap.
         told: what every message tells the client's end: the experiment, the run.
-        folder: where replies wait for their turn, in a folder that goes after every round.
+        folder: where replies wait for their turn, in a folder that goes after every round, and "sent" says what clients
+            hold, where they are sent changes.
         progress: see `Progress`; a client is one step.
         sampling: how many replies a round needs.
     """
@@ -184,8 +94,18 @@ class FlowerEngine(Engine):
     folder: Path
     progress: Progress = lambda client, phase, done, total: None
     sampling: Sampling = field(default_factory=Sampling)
+    held: Held = field(init=False)
     overdue: dict[str, tuple[ClientId, int]] = field(default_factory=dict)
     """Message that was not answered in time -> the client it went to, its round."""
+
+    def __post_init__(self) -> None:
+        self.held = Held(self.folder / "sent")
+
+    def round(self, number: int, test: bool, benched: Collection[ClientId] = ()) -> dict[str, Any]:
+        """See `Engine.round`; the record says also whose node has been "refused", and why."""
+        record, news = super().round(number, test, benched), self.roster.news
+        self.roster.news = {}
+        return record | ({"refused": news} if news else {})
 
     def _replies(
         self, number: int, tasks: dict[ClientId, Payload], record: dict[str, Any]
@@ -206,6 +126,8 @@ class FlowerEngine(Engine):
     ) -> tuple[Payload, dict[str, Any]]:
         """A reply out of its files, and what to record; notes which state of the client counts from now on."""
         told, info = parked.told, next(c for c in self.infos if c.id == client)
+        if self.wire.send != "exact":
+            sent = self.held.sent(client, number, sent)
         try:
             reply = restored(parked.payload(), sent.group("params"))
             rejected = one_line(told.get("rejected") or "") or objection(self.server, info, sent, reply)
@@ -242,12 +164,16 @@ class FlowerEngine(Engine):
         end = time.monotonic() + self.wire.deadline
         sent = self._send(kind, number, tasks, nodes, noted)
         arrived: dict[ClientId, _Parked] = {}
-        for client, reply in _arrivals(self.roster.grid, sent, end, self.roster.poll):
+        again: set[ClientId] = set()
+        for client, reply in arrivals(self.roster.grid, sent, end, self.roster.poll):
             if client in arrived or client in noted["errors"] or client in noted["missing"]:
                 noted["duplicate"][client] = noted["duplicate"].get(client, 0) + 1
+            elif reply.has_content() and "resend" in reply.content and client not in again:
+                again.add(client)
+                sent |= self._send(kind, number, {client: tasks[client]}, nodes, noted, whole=True)
             else:
                 self.progress(client, "test" if kind == "evaluate" else "train", len(arrived) + 1, len(tasks))
-                if reason := _failed(reply):
+                if reason := failed(reply):
                     nobody = reply.has_error() and reply.error.code in NOBODY
                     noted["missing" if nobody else "errors"][client] = reason
                 else:
@@ -276,15 +202,22 @@ class FlowerEngine(Engine):
         tasks: Mapping[ClientId, Payload],
         nodes: Mapping[ClientId, int],
         noted: dict[str, Any],
+        whole: bool = False,
     ) -> dict[ClientId, str]:
-        """One message per client, built, handed over and released one after the other: client -> its id."""
+        """One message per client, built, handed over and released one after the other: client -> its id. `whole`: never
+        as a change of what the client holds."""
         sent: dict[ClientId, str] = {}
         for client in sorted(tasks):
             if client not in nodes:
-                noted["missing"][client] = "not connected"
+                noted["missing"][client] = self.roster.refused.get(client, "not connected")
                 continue
-            message = self._message(kind, number, client, nodes[client], tasks[client])
-            size = within(self.wire.cap, message.content, client)
+            payload, base, hold = tasks[client], "", kind == "train" and self.wire.send != "exact"
+            if hold and whole:
+                self.held.save(client, payload.group("params"), number)
+            elif hold:
+                payload, base = self.held.change(client, number, payload, self.wire.send)
+            message = self._message(kind, number, client, nodes[client], payload, {"base": base, "hold": hold})
+            size = within(self.wire.cap, message.content, client) + noted["bytes_sent"].get(client, 0)
             for identifier in self.roster.grid.push_messages([message]):
                 if identifier:
                     sent[client], noted["bytes_sent"][client] = identifier, size
@@ -293,9 +226,13 @@ class FlowerEngine(Engine):
             del message  # before the next is built
         return sent
 
-    def _message(self, kind: str, number: int, client: ClientId, node: int, payload: Payload) -> Message:
+    def _message(
+        self, kind: str, number: int, client: ClientId, node: int, payload: Payload, more: Mapping[str, Scalar]
+    ) -> Message:
         told = {
             **self.told,
+            **more,
+            "nonce": secrets.token_hex(16),
             "protocol": PROTOCOL,
             "client": client,
             "round": number,
@@ -341,17 +278,3 @@ def _park(reply: Message, folder: Path, cap: int) -> _Parked:
     except PayloadError as error:
         return _Parked(told={"rejected": str(error)})
     return _Parked(files, scalars, told, size)
-
-
-def _failed(reply: Message) -> str | None:
-    """Why a reply is an error, in one line; None: it is none."""
-    if reply.has_error():
-        return one_line(f"error {reply.error.code}: {_last_line(reply.error.reason)}")
-    if "failed" not in reply.content:
-        return None
-    record = reply.content["failed"]
-    return one_line(record.get("reason") if isinstance(record, ConfigRecord) else "") or "unknown"
-
-
-def _last_line(text: str) -> str:
-    return next((line for line in reversed((text or "").strip().splitlines()) if line.strip()), "unknown")

@@ -147,7 +147,7 @@ def _joined(parts: Mapping[str, Payload], scalars: Mapping[str, Scalar]) -> Payl
 
 SAID = {"protocol": int, "experiment": str, "heads": str, "run": str, "model": str}
 TOLD = SAID | {"client": str, "round": int, "version": int, "seed": int, "cap": str, "reply": str, "zstd": bool}
-TOLD |= {"deadline": float}
+TOLD |= {"deadline": float, "base": str, "hold": bool}
 """What the server's messages tell, to ask who a site is and to have it work, with the kinds of the values."""
 
 

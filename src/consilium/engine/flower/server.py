@@ -7,7 +7,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from queue import Queue
 from typing import Any
@@ -17,11 +17,16 @@ from flwr.serverapp import Grid, ServerApp
 
 from consilium.core import ClientId
 from consilium.engine.flower.client import client_app
-from consilium.engine.flower.grid import Roster, ask
+from consilium.engine.flower.roster import Roster, ask
 from consilium.errors import ConfigError, RoundError
 from consilium.experiment import Experiment
+from consilium.models.cohort import ARCHITECTURES
 
-__all__ = ["describe", "server_app", "simulation"]
+__all__ = ["describe", "one_cohort", "server_app", "simulation"]
+
+ON_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's switch, "0" where it makes no clusters: its processes then take 127.0.0.1 for the machine's address. (It turns
+`_node_ip_address="127.0.0.1"` into the address that others reach.)"""
 
 
 @contextmanager
@@ -30,14 +35,17 @@ def simulation(experiment: Experiment, clients: int) -> Iterator[Grid]:
     for `experiment.threads` each, or GPUs for one each.
 
     A worker that dies is started again: its client is missing until it is back. Ray is started for
-    this run alone, unless RAY_ADDRESS names a cluster; then the run directory must be on a disk that all of it shares.
-    Ray's ports have no authentication by default: behind a firewall, or RAY_AUTH_MODE=token.
+    this run alone and listens on loopback alone, unless RAY_ADDRESS names a cluster; then the run directory must be on
+    a disk that all of it shares. A cluster's ports have no authentication by default: behind a firewall, or
+    RAY_AUTH_MODE=token.
 
     Raises:
         ConfigError: if Ray is not installed.
     """
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("engine flower needs Ray for a simulation: pip install 'consilium[simulation]'")
+    if "RAY_ADDRESS" not in os.environ:
+        os.environ.setdefault(ON_LOOPBACK, "0")  # read when ray is imported, and by the processes it starts
     from flwr.simulation import run_simulation
 
     grids: Queue[Grid | BaseException] = Queue()
@@ -138,18 +146,51 @@ def describe(
             if reply.has_error():
                 continue
             if "failed" in reply.content:
-                raise RoundError(f"a site cannot take part: {reply.content['failed']['reason']}")
+                who = f"site {roster.owners[node]}" if node in roster.owners else "a site"
+                raise RoundError(f"{who} cannot take part: {reply.content['failed']['reason']}")
             described = dict(reply.content["engine"])
             name = str(described["name"])
-            roster.known[strangers[node]] = name
-            if name in sites:
+            if roster.enter(node, strangers[node], name) and name in sites:
                 found[name] = described
-        absent = [site for site in sites if site not in found]
+        absent = {site: roster.refused.get(site, "") for site in sites if site not in found}
         if not absent:
             roster.nodes()  # no two of one name
             return {site: found[site] for site in sorted(sites)}
         if time.monotonic() > end:
-            raise RoundError(
-                f"not connected within {seconds:g} s: {', '.join(absent)}; start their clients, then the server again"
-            )
+            names = ", ".join(f"{site} ({why})" if why else site for site, why in absent.items())
+            raise RoundError(f"not connected within {seconds:g} s: {names}; start their clients, then the server again")
         time.sleep(roster.poll)
+
+
+def one_cohort(found: Mapping[ClientId, Mapping[str, Any]]) -> tuple[int, ...]:
+    """The shape of an example, where what sites tell of themselves (`describe`) lets their small models learn together.
+
+    Raises:
+        ConfigError: naming two sites that do not go together, and in what.
+    """
+    names = list(found)
+    first, told = names[0], found[names[0]]
+    for site in names[1:]:
+        for what, hint in (("shape", "of one example"), ("task", "which is called like the data's file")):
+            here, there = found[site][what], told[what]
+            if here != there:
+                raise ConfigError(
+                    f"the sites {first} and {site} cannot learn together: the {what}, {hint}, is {_plain(there)} at "
+                    f"{first} and {_plain(here)} at {site}"
+                )
+    for site in names:
+        others = {label for other in names if other != site for label in found[other]["labels"]}
+        if others and not others & set(found[site]["labels"]):
+            other = next(name for name in names if name != site)
+            raise ConfigError(
+                f"site {site} has no label in common with any other: {', '.join(found[site]['labels'])}, but "
+                f"{', '.join(found[other]['labels'])} at {other}; call the classes alike"
+            )
+    for site, d in found.items():
+        if d["architecture"] not in ARCHITECTURES:
+            raise ConfigError(f"site {site} has the architecture {d['architecture']!r}, which the server does not know")
+    return tuple(int(side) for side in told["shape"])
+
+
+def _plain(value: Any) -> str:
+    return " x ".join(map(str, value)) or "that of a text" if isinstance(value, list) else str(value)

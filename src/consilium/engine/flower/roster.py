@@ -1,0 +1,152 @@
+"""Who is behind Flower's nodes.
+
+A client is its partition or its site's name, asked for whenever a node is new or was restarted, never Flower's number
+for the node. Where sites have keys, which Flower checks with every request of a node, the key says whose node it is,
+and a node that says another's name is refused.
+"""
+
+import secrets
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from consilium.core import ClientId, Scalar
+from consilium.engine.judge import number as is_number
+from consilium.engine.judge import one_line
+from consilium.errors import PayloadError, RoundError
+
+__all__ = ["Roster", "arrivals", "ask", "failed"]
+
+
+@dataclass
+class Roster:
+    """Who is behind Flower's nodes.
+
+    Args:
+        names: partition number -> client id, of a simulation; (): a node says its site's name.
+        keys: a node's public key (PEM) -> the site whose it is; nodes with other keys are let alone. {}: no keys.
+        poll: seconds between looks for answers. patience: seconds that a node has to say who it is.
+    """
+
+    grid: Grid
+    names: Sequence[ClientId] = ()
+    keys: Mapping[bytes, ClientId] = field(default_factory=dict)
+    poll: float = 0.05
+    patience: float = 180.0
+    known: dict[tuple[int, str], ClientId] = field(default_factory=dict)
+    """(Node, when it was last activated) -> client, "" if refused: a node that was restarted is asked again."""
+    owners: dict[int, ClientId] = field(default_factory=dict)
+    """Node -> the site whose key it has."""
+    refused: dict[ClientId, str] = field(default_factory=dict)
+    """Site -> why its node is refused."""
+    news: dict[ClientId, str] = field(default_factory=dict)
+    """Of these, what no record tells yet."""
+
+    def strangers(self) -> dict[int, tuple[int, str]]:
+        """Nodes that are connected and have not said who they are, with their keys in `known`."""
+        return {node: key for node, key in self._online().items() if key not in self.known}
+
+    def enter(self, node: int, key: tuple[int, str], name: ClientId) -> bool:
+        """Note what a node says that it is; False: it has another site's key, and is refused until it is restarted."""
+        owner = self.owners.get(node, name)
+        self.known[key] = name if name == owner else ""
+        self.refused.pop(owner, None)
+        if name != owner:
+            self.refused[owner] = self.news[owner] = one_line(f"its node says that it is {name}, with {owner}'s key")
+            warnings.warn(f"site {owner} is refused: {self.refused[owner]}", stacklevel=2)
+        return name == owner
+
+    def nodes(self) -> dict[ClientId, int]:
+        """Client id -> node, of the nodes that are connected now.
+
+        Raises:
+            RoundError: if two nodes say the same name.
+        """
+        strangers = self.strangers()
+        for node, reply in ask(self.grid, list(strangers), "name", {}, self.patience, self.poll):
+            try:
+                self.enter(node, strangers[node], self._name(reply))
+            except PayloadError as error:
+                warnings.warn(f"a node does not say who it is: {error}", stacklevel=2)
+        found: dict[ClientId, int] = {}
+        for node, key in self._online().items():
+            if not (name := self.known.get(key)):
+                continue
+            if name in found:
+                raise RoundError(f"two nodes say that they are {name}; give every site a name of its own")
+            found[name] = node
+        return found
+
+    def _online(self) -> dict[int, tuple[int, str]]:
+        online = [node for node in self.grid.get_nodes() if not self.keys or node.public_key in self.keys]
+        self.owners |= {node.node_id: self.keys[node.public_key] for node in online if self.keys}
+        return {node.node_id: (node.node_id, node.last_activated_at) for node in online}
+
+    def _name(self, reply: Message) -> ClientId:
+        if reason := failed(reply):
+            raise PayloadError(reason)
+        told = reply.content.get("engine", {})
+        place = told.get("partition")
+        if is_number(place, 0, len(self.names) - 1, int):
+            return self.names[place]
+        if "name" in told:
+            return str(told["name"])
+        raise PayloadError(one_line(f"it answers {dict(told)}"))
+
+
+def ask(
+    grid: Grid, nodes: Sequence[int], what: str, told: Mapping[str, Scalar], seconds: float, poll: float
+) -> Iterator[tuple[int, Message]]:
+    """Send every node the same small query; yields (node, reply) as they arrive, within so many seconds.
+
+    Flower takes a reply for a message's when it names the message's id, a hash of all that it says. The nonce, here
+    and in every round's messages, keeps other sites, which may have been sent the same, from knowing it.
+    """
+    sent = {}
+    for node in nodes:
+        content = RecordDict({"engine": ConfigRecord({**told, "nonce": secrets.token_hex(16)})})
+        message = Message(content, dst_node_id=node, message_type=f"query.{what}", ttl=seconds)
+        for identifier in grid.push_messages([message]):
+            sent[node] = identifier
+    for node, reply in arrivals(grid, sent, time.monotonic() + seconds, poll):
+        yield node, reply
+
+
+def arrivals(grid: Grid, sent: dict[Any, str], end: float, poll: float) -> Iterator[tuple[Any, Message]]:
+    """Replies one at a time, as they arrive until `end` (of time.monotonic); what is still in `sent` then never came.
+
+    A reply is released before the next is fetched. A message may be answered twice.
+    """
+    while sent:
+        found = False
+        for key, identifier in list(sent.items()):
+            for reply in grid.pull_messages([identifier]):
+                found = True
+                sent.pop(key, None)
+                yield key, reply
+                del reply
+            if time.monotonic() > end and not found:
+                return
+        if time.monotonic() > end:
+            return
+        if not found:
+            time.sleep(poll)
+
+
+def failed(reply: Message) -> str | None:
+    """Why a reply is an error, in one line; None: it is none."""
+    if reply.has_error():
+        return one_line(f"error {reply.error.code}: {_last_line(reply.error.reason)}")
+    if "failed" not in reply.content:
+        return None
+    record = reply.content["failed"]
+    return one_line(record.get("reason") if isinstance(record, ConfigRecord) else "") or "unknown"
+
+
+def _last_line(text: str) -> str:
+    return next((line for line in reversed((text or "").strip().splitlines()) if line.strip()), "unknown")

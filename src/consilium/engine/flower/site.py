@@ -1,0 +1,135 @@
+"""What a site keeps in its state folder: its settings, and its data as it was read at the start.
+
+    site.json           its name, its experiment (of which data, model, memory, device and threads are its own), the
+                        fingerprint of its model, its limits
+    data.json           its task; of texts, its three splits
+    data.safetensors    of images and tables: x [N, *S] and y [N] of its own rows, and each split's places in them
+
+Messages come every round, each to a new process: none of them reads the source of the data anew.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from consilium.core import Payload
+from consilium.data.task import ClientData, Federation, Split, Task
+from consilium.data.tensor import TensorSplit
+from consilium.engine.checkpoint import write_atomic
+from consilium.engine.codec import decode, encode
+from consilium.engine.flower.limits import Limits
+from consilium.errors import ConfigError, ConsiliumError, DataError
+from consilium.experiment import Experiment, to_json
+from consilium.models.cohort import Cohort
+
+__all__ = ["check_model", "read_site", "relabelled", "save_site"]
+
+SPLITS = ("train", "validation", "test")
+
+
+def save_site(path: Path, name: str, experiment: Experiment, limits: Limits | None = None) -> None:
+    """Write a site's settings, and beside them its data.
+
+    Args:
+        experiment: of which data, model, the first memory, device and threads are the site's own.
+        limits: the most that a server may ask of the site.
+
+    Raises:
+        DataError: if the data is of several clients and none has the site's name.
+        ConfigError: if a cohort has not one architecture, or one that the data does not fit.
+    """
+    federation = experiment.data.load(experiment.seed)
+    if name not in federation.clients and len(federation.clients) != 1:
+        raise DataError(
+            f"the data of site {name} has the clients {', '.join(federation.clients)}: name the site like one of them, "
+            "or give data with one client (data.clients 1)"
+        )
+    data = federation.clients.get(name) or next(iter(federation.clients.values()))
+    if isinstance(experiment.model, Cohort):
+        if experiment.model.world != "cohort":
+            raise ConfigError(
+                f"a site has one model: choose --model.architectures of {experiment.model.path}, or another that the "
+                "server knows"
+            )
+        experiment.model.width_of(experiment.model.architecture(0), data.train.shape)
+    own = {
+        "name": name,
+        "fingerprint": Federation({name: data}).fingerprint,
+        "model": getattr(experiment.model, "fingerprint", ""),
+        "limits": asdict(limits or Limits()),
+        "experiment": to_json(experiment),
+    }
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for file, content in {path: json.dumps(own).encode(), **_written(path.parent, data)}.items():
+        write_atomic(file, content)
+        file.chmod(0o600)
+
+
+def read_site(path: Path) -> tuple[dict[str, Any], ClientData]:
+    """The settings and the data that `save_site` wrote.
+
+    Raises:
+        ConfigError: if they cannot be read.
+    """
+    try:
+        given, data = json.loads(path.read_text()), json.loads(path.with_name("data.json").read_text())
+        task = Task(**{**data["task"], "labels": tuple(data["task"]["labels"])})
+        if "train" in data:
+            return given, ClientData(task, *(Split(**data[key]) for key in SPLITS))
+        held = decode(path.with_name("data.safetensors").read_bytes()).group("data")
+        x, y, more = held["x"], held["y"], {"cut": data["cut"], "augment": data["augment"]}
+        return given, ClientData(task, *(TensorSplit(x, y, held[key], task.labels, **more) for key in SPLITS))
+    except (OSError, ValueError, KeyError, TypeError, ConsiliumError) as error:
+        raise ConfigError(f"the site's settings in {path.parent} cannot be read: {type(error).__name__}") from error
+
+
+def _written(folder: Path, data: ClientData) -> dict[Path, bytes]:
+    """File -> content."""
+    if not isinstance(data.train, TensorSplit):
+        return {folder / "data.json": json.dumps(asdict(data)).encode()}
+    splits = [split for _, split in data.splits()]
+    ends = torch.tensor([len(split) for split in splits]).cumsum(0).tolist()
+    held = {
+        "x": torch.cat([split.x[split.index] for split in splits]),
+        "y": torch.cat([split.y[split.index] for split in splits]),
+        **{key: torch.arange(start, end) for key, start, end in zip(SPLITS, [0, *ends], ends, strict=False)},
+    }
+    return {
+        folder / "data.safetensors": encode(Payload({"data": held})),
+        folder / "data.json": json.dumps(
+            {"task": asdict(data.task), "cut": data.train.cut, "augment": data.train.augment}
+        ).encode(),
+    }
+
+
+def relabelled(data: ClientData, labels: Sequence[str]) -> ClientData:
+    """The same examples with these labels, in this order: those of all sites, where a site's own are some of them.
+
+    Raises:
+        DataError: if one of the data's own is not among them.
+    """
+    labels, own = tuple(labels), data.task.labels
+    if labels == own:
+        return data
+    if strangers := set(own) - set(labels):
+        raise DataError(f"the labels {sorted(strangers)} are not among those of the run: {', '.join(labels)}")
+    places = torch.tensor([labels.index(label) for label in own])
+    splits = (replace(split, y=places[split.y], labels=labels) for _, split in data.splits())
+    return ClientData(replace(data.task, labels=labels), *splits)
+
+
+def check_model(own: Cohort, theirs: Cohort) -> None:
+    """Raise ConfigError if a site's cohort and the server's differ in more than architectures, or if all clients have
+    the same one and the site another."""
+    for name in ("width", "small", "kernel", "padding"):
+        if (here := getattr(own, name)) != (there := getattr(theirs, name)):
+            raise ConfigError(f"model.{name} is {here} at the site and {there} at the server; it must be the same")
+    if theirs.world == "cohort" and own.path != theirs.path:
+        raise ConfigError(
+            f"the architecture is {own.path} at the site, and {theirs.path} is the one that the server says all have; "
+            "give the server more than one (--model.architectures) to let them differ"
+        )
