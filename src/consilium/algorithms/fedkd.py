@@ -32,7 +32,7 @@ from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInf
 from consilium.errors import ConfigError
 from consilium.models.cohort import SplitModel, initial
 from consilium.moe.addressing import flatten
-from consilium.params import Like, Params, WeightedMean
+from consilium.params import Like, Params
 from consilium.setup import Setup
 from consilium.training import tested, trained
 
@@ -91,11 +91,11 @@ class FedKDServer(Server):
         return {c.id: sent for c in self.setup.sampling.choose(clients, round, self.setup.seed)}
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
-        mean = WeightedMean()
+        mean = self.setup.mean(self.params)
         for _, reply in replies:
             mean.add(restored(reply), reply.scalars["num_examples"])
         self.averaging.params = mean.mean(self.params)
-        return {}
+        return mean.told()
 
     def deliver(self, client: ClientInfo) -> Payload:
         energy = self.algorithm.energy(self.round)

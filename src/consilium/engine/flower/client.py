@@ -79,7 +79,8 @@ def _federation(experiment: Experiment):
 
 @functools.lru_cache(maxsize=4)
 def deployed(experiment: str, heads: str, settings: Path, run: str) -> Site:
-    """A site of a deployment: algorithm, training and seed are the server's; data, model and memory its own.
+    """A site of a deployment: algorithm, training and seed are the server's; data, model and memory its own, and its
+    way of telling usage where that tells less.
 
     Args:
         experiment: the server's, as JSON. heads: task -> labels of all sites, as JSON.
@@ -87,7 +88,8 @@ def deployed(experiment: str, heads: str, settings: Path, run: str) -> Site:
     """
     given, data = read_site(settings)
     own, name = from_json(given["experiment"]), str(given["name"])
-    made = replace(from_json(json.loads(experiment)), data=own.data, model=own.model)
+    made = from_json(json.loads(experiment))
+    made = replace(made, data=own.data, model=own.model, privacy=made.privacy.stricter(own.privacy))
     torch.set_num_threads(own.threads)
     memory = bytes_of(own.memory[0]) if own.memory else None
     if not run.isalnum():
@@ -100,7 +102,7 @@ def save_site(path: Path, name: str, experiment: Experiment) -> None:
     """Write a site's settings, and beside them its data, which every message would otherwise have to read anew.
 
     Args:
-        experiment: of which data, model, the first memory, device and threads are the site's own.
+        experiment: of which data, model, the first memory, device, threads and `privacy.usage` are the site's own.
 
     Raises:
         DataError: if the data is of several clients and none has the site's name.
