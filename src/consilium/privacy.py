@@ -204,7 +204,7 @@ def _noisy(tensor: Tensor) -> bool:
 
 @lru_cache
 def epsilon_spent(privacy: Privacy, clients: int, cohort: int, rounds: int, usage: bool, weights: bool = True) -> float:
-    """epsilon at `privacy.delta_for(clients)` after so many rounds, by privacy loss distributions; inf: no bound.
+    """epsilon at `privacy.delta_for(clients)` after so many rounds, by privacy loss distributions; inf: thousands.
 
     Args:
         cohort: clients expected in a round, of which with `clients` the sampling rate follows.
@@ -223,13 +223,18 @@ def epsilon_spent(privacy: Privacy, clients: int, cohort: int, rounds: int, usag
         from dp_accounting.pld import PLDAccountant
     except ModuleNotFoundError as error:
         raise ConfigError(f"privacy needs {error.name}: pip install 'consilium[privacy]'") from error
-    accountant, rate = PLDAccountant(value_discretization_interval=1e-3), min(1.0, cohort / clients)
+    noised, rate = usage and privacy.usage == "noised", min(1.0, cohort / clients)
+    inverse = (weights and privacy.noise and privacy.noise**-2) + (noised and privacy.usage_noise**-2)
+    if inverse * rounds > 1e4:  # epsilon of thousands promises nothing, and its distributions would fill the memory
+        return math.inf
+    step = 1e-3 * max(1.0, inverse * rounds / 10)
+    accountant = PLDAccountant(value_discretization_interval=step)
     if weights and privacy.noise:
         event = GaussianDpEvent(privacy.noise)
         if privacy.sampling == "poisson" and rate < 1:
             event = PoissonSampledDpEvent(rate, event)
         accountant.compose(event, rounds)
-    if usage and privacy.usage == "noised":
+    if noised:
         accountant.compose(GaussianDpEvent(privacy.usage_noise), rounds)
     return float(accountant.get_epsilon(privacy.delta_for(clients)))
 
