@@ -24,6 +24,7 @@ from consilium.engine.checkpoint import load_checkpoint
 from consilium.errors import CheckpointError, ConfigError, DataError, PayloadError
 from consilium.export.card import _private
 from consilium.moe.merging import Merging
+from consilium.params import WeightedMean
 from consilium.privacy import PoissonSampling, Privacy, PrivateMean, epsilon_spent, usage_told
 from consilium.run import resume, run
 
@@ -428,3 +429,31 @@ def test_a_site_may_tell_less_than_it_is_asked():
     assert exact.stricter(coarse) == Privacy(noise=1, usage="coarse")
     assert noised.stricter(coarse) == noised and coarse.stricter(exact) == coarse
     assert Privacy(usage="noised", usage_noise=1).stricter(noised).usage_noise == 2
+
+
+# --- what it is for ---------------------------------------------------------------------------------------------------
+
+
+def auc(present, absent):
+    """How often a score of those present is above one of those absent."""
+    scores = torch.tensor(present)[:, None], torch.tensor(absent)[None, :]
+    return float((scores[0] > scores[1]).double().mean() + (scores[0] == scores[1]).double().mean() / 2)
+
+
+def test_ten_canaries_are_found_without_noise_and_not_with_epsilon_1():
+    """Canary i changes coordinate i alone, by more than the clipping norm: the worst client that there can be. Whoever
+    has the model looks at that coordinate. epsilon is 1 for one round of everybody, delta 1e-5: the best attack on one
+    Gaussian of mu = 1 / z has the AUC Phi(mu / sqrt 2) = 0.575."""
+    mode, rng = Privacy(noise=3.74, clip=1.0, sampling="fixed", delta=1e-5), torch.Generator().manual_seed(1)
+    assert epsilon_spent(mode, 20, 20, 1, False) == pytest.approx(1, abs=0.02)
+    old, found = {"w": torch.zeros(40)}, {"mean": ([], []), "private": ([], [])}
+    for trial in range(2000):
+        canary, here = trial % 10, trial % 20 < 10
+        updates = [0.1 * torch.randn(40, generator=rng) / 40**0.5 for _ in range(4)]
+        updates += [3.0 * torch.nn.functional.one_hot(torch.tensor(canary), 40)] if here else []
+        for name, mean in (("mean", WeightedMean()), ("private", PrivateMean(mode, old, 5))):
+            for update in updates:
+                mean.add({"w": update.float()}, 1)
+            found[name][0 if here else 1].append(float(mean.mean(old)["w"][canary]))
+    assert auc(*found["mean"]) > 0.8
+    assert 0.5 < auc(*found["private"]) <= 0.61
