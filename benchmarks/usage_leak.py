@@ -169,7 +169,8 @@ def main(plan: Benchmark) -> None:
     torch.set_num_threads(1)
     if plan.clients:
         table = [line for task in ("topic", "kind") for line in leak(task, plan)]
-        written("Leak", f"""    python benchmarks/usage_leak.py --texts {plan.texts} --examples {plan.examples} \\
+        written("Leak", f"""\
+    python benchmarks/usage_leak.py --texts {plan.texts} --examples {plan.examples} \\
         --clients {plan.clients} --shadows {plan.shadows} --seeds 0
 
 How often the server names a client's dominant label, and how far its guess of the whole mix is off (total variation),
@@ -182,7 +183,8 @@ from one telling of the usage by {plan.clients} clients of {plan.examples} valid
 """)  # fmt: skip
     if plan.seeds:
         runs = price(plan)
-        written("Price", f"""    python benchmarks/usage_leak.py --clients 0 --seeds {plan.seeds} --rounds {plan.rounds} \\
+        written("Price", f"""\
+    python benchmarks/usage_leak.py --clients 0 --seeds {plan.seeds} --rounds {plan.rounds} \\
         --train {plan.train}
 
 FedMoE (stage one without training) on the docstring tasks, {plan.rounds} rounds, 12 clients with four sizes of memory
