@@ -12,7 +12,7 @@ import consilium
 SRC = Path(consilium.__file__).parent
 FLOORS = {
     "errors": 0, "params": 0, "core": 0,
-    "moe": 1, "models": 1, "data": 1,
+    "moe": 1, "models": 1, "data": 1, "privacy": 1,
     "setup": 2,
     "training": 3,
     "algorithms": 4,

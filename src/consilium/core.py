@@ -256,10 +256,17 @@ class Algorithm(ABC):
     worlds: ClassVar[tuple[str, ...]] = ("moe", "cohort")
     """What it can train: "moe", one mixture-of-experts model for all; "cohort", one small model for all; "mixed",
     small models of which every client has its own architecture."""
+    merges: ClassVar[bool] = True
+    """Whether replies change the server's model through `Setup.mean` alone, so that its rules can take their place."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         Algorithm.registry[cls.__name__] = cls
+
+    def reads(self) -> frozenset[str]:
+        """What the server goes by of single clients' replies beside what it merges, in words: no noise covers that,
+        unless it is "usage", which has a mode of its own."""
+        return frozenset()
 
     @abstractmethod
     def server(self, setup: Any) -> Server: ...

@@ -22,6 +22,8 @@ from consilium.models.cohort import Cohort
 from consilium.moe.budget import bytes_of
 from consilium.moe.build import ModelSource
 from consilium.moe.lora import Lora
+from consilium.moe.merging import Merging
+from consilium.privacy import Privacy
 from consilium.setup import Fit, Setup
 
 __all__ = ["Experiment", "Wire", "differences", "from_json", "to_json"]
@@ -89,6 +91,8 @@ class Experiment:
         engine: "local" runs the clients on this machine, "flower" in processes of Flower's simulation (needs the extra
             "simulation"), which may be spread over machines; the weights are the same to the bit.
         wire: how the engine "flower" sends payloads.
+        merging: how the server merges updates: the method's own mean, or rules that some clients may lie to.
+        privacy: differential privacy of the weights, and how clients tell their usage of experts.
     """
 
     name: str
@@ -107,6 +111,8 @@ class Experiment:
     device: str = "cpu"
     engine: Literal["local", "flower"] = "local"
     wire: Wire = field(default_factory=Wire)
+    merging: Merging = field(default_factory=Merging)
+    privacy: Privacy = field(default_factory=Privacy)
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -149,6 +155,33 @@ class Experiment:
             raise ConfigError(f"the data asks for {form}, the model is set up for {self.model.form}")
         if isinstance(self.data, LanguageData):
             check_rows(self.fit.rows, plain=bool(self.data.text))
+        self._check_merging()
+
+    def _check_merging(self) -> None:
+        """Refuse rules and noise that would not hold with the method."""
+        merging, privacy, method = self.merging, self.privacy, type(self.algorithm).__name__
+        products = self.fit.lora.rank and self.fit.lora.mean == "products"
+        if merging.needs > self.sampling.clients_per_round:
+            raise ConfigError(
+                f"merging.rule {merging.rule} with {merging.attackers} attackers needs {merging.needs} contributors, "
+                f"sampling.clients_per_round is {self.sampling.clients_per_round}: nothing would ever change"
+            )
+        if (privacy.noise or not merging.plain) and not self.algorithm.merges:
+            raise ConfigError(
+                f"{method}'s server does not merge models alone; merging and privacy.noise are not for it"
+            )
+        if (privacy.noise or merging.rule != "mean") and products:
+            raise ConfigError("fit.lora.mean 'products' is a mean of its own; take 'factors' with merging or privacy")
+        if privacy.noise and not merging.plain:
+            raise ConfigError("privacy.noise has its own clipping and mean; leave merging as it is")
+        if privacy.noise:
+            read = self.algorithm.reads() - ({"usage"} if privacy.usage == "noised" else set())
+            if read:
+                raise ConfigError(
+                    f"{method}'s server goes by {' and '.join(sorted(read))} of each client, which privacy.noise does "
+                    "not cover"
+                )
+            privacy.sampled(self.sampling, 1)
 
     @property
     def processes(self) -> int:
@@ -175,7 +208,10 @@ class Experiment:
             if names:
                 heads.setdefault(task, set()).update(names)
         sorted_heads = {task: tuple(sorted(names)) for task, names in sorted(heads.items())}
-        return Setup(self.model, self.fit, self.sampling, self.seed, sorted_heads, clients, shape)
+        sampling = self.privacy.sampled(self.sampling, len(clients))
+        return Setup(
+            self.model, self.fit, sampling, self.seed, sorted_heads, clients, shape, self.merging, self.privacy
+        )
 
 
 def to_json(value: Any) -> Any:
@@ -194,7 +230,7 @@ def from_json(saved: Mapping[str, Any]) -> Experiment:
     Raises:
         ConfigError: for an unknown type or field, or a value of the wrong type.
     """
-    own = (Experiment, ModelSource, Cohort, Fit, Lora, Sampling, Wire)
+    own = (Experiment, ModelSource, Cohort, Fit, Lora, Sampling, Wire, Merging, Privacy)
     classes = {c.__name__: c for c in own} | DATA | Algorithm.registry
 
     def load(value: Any, hint: Any) -> Any:

@@ -29,6 +29,7 @@ import torch
 
 from consilium.core import ClientId, ClientInfo, Server
 from consilium.data.task import Federation
+from consilium.engine.account import Account
 from consilium.engine.checkpoint import (
     ClientStore,
     append_json,
@@ -56,7 +57,7 @@ FAILED = 3
 """A run stops after so many abandoned rounds in a row."""
 SITES = {"type": "sites"}
 """What a deployment's run says of its data."""
-MAY_CHANGE = ("rounds", "wire.deadline", "data.path", "model.path")
+MAY_CHANGE = ("rounds", "workers", "wire.deadline", "data.path", "model.path")
 """Fields that a run may be resumed with other values of; what lies at the paths must be the same."""
 
 VERSIONED = (
@@ -362,6 +363,7 @@ class _Prepared:
             raise ConfigError(
                 f"sampling.min_clients is {experiment.sampling.min_clients}, there are {len(infos)} clients"
             )
+        Account(None, experiment, len(infos)).check(0)
         server = experiment.algorithm.server(setup)
         unable = {c.id: lack for c in infos if (lack := server.unable(c))}
         # A method that fits its models to the clients may find work even where nobody can hold the full one.
@@ -383,7 +385,7 @@ class _Prepared:
                 seed=experiment.seed,
                 device=torch.device(experiment.device),
                 strict=experiment.strict,
-                sampling=experiment.sampling,
+                sampling=self.setup.sampling,
                 progress=progress,
             )
             count = min(experiment.processes, len(self.infos))
@@ -403,7 +405,7 @@ class _Prepared:
                 "folder": str(store.folder.absolute()),
                 "seed": experiment.seed,
             }
-            wire, sampling = experiment.wire, experiment.sampling
+            wire, sampling = experiment.wire, self.setup.sampling
             yield FlowerEngine(self.server, self.infos, roster, store, wire, told, folder, progress, sampling)
 
 
@@ -431,6 +433,8 @@ def _all_rounds(prepared: _Prepared, folder: Path, watch: Watch | None, check: C
     _write_config(folder, "running", prepared)
     store = ClientStore(folder / "clients", versions)
     structure, begun = _truncate(folder, first), prepared.begun
+    account = Account(folder, experiment, len(prepared.infos))
+    account.check(first - 1)
     if watch:
         watch.started(experiment, prepared.setup, prepared.federation, first)
 
@@ -446,9 +450,12 @@ def _all_rounds(prepared: _Prepared, folder: Path, watch: Watch | None, check: C
         best = _best(best, line, prepared.infos)
     with prepared.engine(folder, store, progress) as engine:
         number, failed = first, 0
-        while number <= experiment.rounds:
-            test = number % experiment.evaluate_every == 0 or number == experiment.rounds
+        while number <= experiment.rounds and account.affords(1):
+            last = number == experiment.rounds or not account.affords(2)
+            test = number % experiment.evaluate_every == 0 or last
+            account.charge(number)
             record = engine.round(number, test, [client for client, n in strikes.items() if n >= BENCH])
+            record |= account.told()
             for key in ("engine", "round"):  # a record cannot hold the time it takes to write it: the next one does
                 record["seconds"][key] += writing
             start = time.perf_counter()
@@ -468,7 +475,7 @@ def _all_rounds(prepared: _Prepared, folder: Path, watch: Watch | None, check: C
                     f"round {number} was abandoned {FAILED} times in a row: {record['abandoned']}; look at the "
                     "clients, then resume the run"
                 )
-    return _summary(prepared, folder, store, writing) | {"best": best}
+    return _summary(prepared, folder, store, writing) | {"best": best} | account.told()
 
 
 def _best(best: dict[str, Any] | None, record: Mapping[str, Any], infos: Sequence[ClientInfo]) -> dict[str, Any] | None:
@@ -557,7 +564,12 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 def _summary(prepared: _Prepared, folder: Path, store: ClientStore, writing: float) -> dict[str, Any]:
     """The result of all rounds. `writing`: seconds that the last round's files took."""
     rounds = list(records(folder))
-    last, infos, server = rounds[-1], prepared.infos, prepared.server
+    tested = [record for record in rounds if record["test"] is not None]
+    if not tested:
+        raise RoundError(
+            f"the budget of privacy ended before a round counted and was scored; see {folder}/privacy.jsonl"
+        )
+    last, infos, server = tested[-1], prepared.infos, prepared.server
     held = server.structure() or {}
     tasks = {}
     for task in sorted({info.task for info in infos}):

@@ -23,8 +23,10 @@ from consilium.moe.addressing import load_flat, select, travels
 from consilium.moe.budget import Footprint, MemoryModel, Mode, human
 from consilium.moe.build import ModelSource
 from consilium.moe.lora import Lora, ProductMean, add_lora, initial_adapters
+from consilium.moe.merging import Merging, RobustMean
 from consilium.moe.model import TaskModel
 from consilium.params import Params, WeightedMean
+from consilium.privacy import Privacy, PrivateMean
 
 __all__ = ["EVALUATION", "Fit", "Setup"]
 
@@ -124,6 +126,7 @@ class Setup:
         heads: task -> every label any client has, for the server's table of heads; {} for text-to-text.
         clients: all clients of the federation, as the server knows them.
         shape: of one example, for a cohort; () for texts.
+        merging: how the server merges updates. privacy: what it may learn and tell of a client.
     """
 
     model: ModelSource | Cohort
@@ -133,6 +136,8 @@ class Setup:
     heads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     clients: tuple[ClientInfo, ...] = ()
     shape: tuple[int, ...] = ()
+    merging: Merging = field(default_factory=Merging)
+    privacy: Privacy = field(default_factory=Privacy)
 
     def initial_params(self, client: ClientInfo | None = None) -> Params:
         """Where all methods start. The pretrained backbone, and a zero head row for every label of every task; in a
@@ -410,9 +415,22 @@ class Setup:
         model = self.model.build(self.model.load(held) | params, task.name, task.labels, held).to(context.device)
         return load_flat(add_lora(model, lora), params, held)
 
-    def mean(self) -> WeightedMean:
-        """A new mean for a server's parameters: of adapters as `fit.lora.mean` says."""
-        return ProductMean() if self.fit.lora.rank and self.fit.lora.mean == "products" else WeightedMean()
+    def mean(self, previous: Params) -> WeightedMean | RobustMean | PrivateMean:
+        """What a server merges a round's replies with: the weighted mean (of adapters as `fit.lora.mean` says), or what
+        `merging` and `privacy` put in its place.
+
+        Args:
+            previous: the server's parameters, of which the replies are changed versions.
+        """
+        if self.privacy.noise:
+            return PrivateMean(self.privacy, previous, self.cohort)
+        mean = ProductMean() if self.fit.lora.rank and self.fit.lora.mean == "products" else WeightedMean()
+        return mean if self.merging.plain else RobustMean(self.merging, previous, mean)
+
+    @property
+    def cohort(self) -> int:
+        """Clients that are expected in a round."""
+        return min(self.sampling.clients_per_round, len(self.clients))
 
     def split_model(
         self,

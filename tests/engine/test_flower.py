@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import queue
+import random
 import re
 import threading
 from pathlib import Path
@@ -28,6 +29,8 @@ from consilium.engine.flower.records import STYPE, blobs_of, from_record, payloa
 from consilium.engine.flower.server import _watched
 from consilium.errors import CheckpointError, ConfigError, PayloadError, RoundError
 from consilium.experiment import Wire, to_json
+from consilium.moe.merging import Merging
+from consilium.privacy import Privacy
 from consilium.run import FAILED, resume, run, serve
 from consilium.setup import Fit
 
@@ -157,6 +160,27 @@ def test_every_method_gives_the_same_bits_and_records(name, dtype, data, grid, t
     over = bits_of(tmp_path / "flower", dataclasses.replace(made, engine="flower"))
     assert local == over
     assert len([kind for kind, *_ in grid.log if kind == "train"]) == sum(len(m["selected"]) for m in over["metrics"])
+
+
+def test_noise_rules_and_rounds_of_nobody_are_the_same_over_flower(data, grid, tmp_path, monkeypatch):
+    """With the randomness of tests: the second round draws nobody, the third all; and a rule of merging likewise."""
+
+    def begin():
+        draws = iter([0.1, 0.9, 0.1] + [0.9] * 3 + [0.1] * 3)
+        monkeypatch.setattr(random.SystemRandom, "random", lambda self: next(draws))
+        monkeypatch.setattr("consilium.privacy.fresh_generator", lambda: torch.Generator().manual_seed(0))
+
+    private = runs.experiment(data, "RandomMoE", privacy=Privacy(noise=1.0, epsilon=100.0, delta=1e-3))
+    rule = runs.experiment(data, "RandomMoE", rounds=1, sampling=Sampling(3), merging=Merging("median"))
+    pytest.importorskip("dp_accounting")
+    for name, made in (("private", private), ("rule", rule)):
+        outcomes = []
+        for engine in ("local", "flower"):
+            begin()
+            outcomes.append(bits_of(tmp_path / f"{name}-{engine}", dataclasses.replace(made, engine=engine)))
+        assert outcomes[0] == outcomes[1]
+        if name == "private":
+            assert [len(m["selected"]) for m in outcomes[0]["metrics"]] == [2, 0, 3]
 
 
 # --- who was missing --------------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ class FD(Algorithm):
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
+    merges: ClassVar[bool] = False
     gamma: float = 1.0
     distance: Literal["mse", "kl", "ce"] = "mse"
     own: bool = False

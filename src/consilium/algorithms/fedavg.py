@@ -86,8 +86,9 @@ class FedAvgServer(Server):
         return {client.id: self.deliver(client) for client in chosen}
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
-        self.params = averaged(self.params, replies, self.setup.mean())
-        return {}
+        mean = self.setup.mean(self.params)
+        self.params = averaged(self.params, replies, mean)
+        return mean.told()
 
     def deliver(self, client: ClientInfo) -> Payload:
         held = self.held_by(client)

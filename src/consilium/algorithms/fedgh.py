@@ -46,6 +46,7 @@ class FedGH(Algorithm):
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
+    merges: ClassVar[bool] = False
     eta_s: float = 0.01
     epochs: int = 1
 

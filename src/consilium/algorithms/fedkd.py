@@ -38,7 +38,7 @@ from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInf
 from consilium.errors import ConfigError, PayloadError
 from consilium.models.cohort import SplitModel, initial
 from consilium.moe.addressing import flatten
-from consilium.params import Like, Params, WeightedMean, checksum
+from consilium.params import Like, Params, checksum
 from consilium.setup import Setup
 from consilium.training import tested, trained
 
@@ -107,12 +107,14 @@ class FedKDServer(Server):
         return {c.id: sent for c in self.setup.sampling.choose(clients, round, self.setup.seed)}
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
-        mean, changes = WeightedMean(), self.algorithm.exchange == "changes"
+        changes = self.algorithm.exchange == "changes"
+        previous = {key: torch.zeros_like(t) for key, t in self.params.items()} if changes else self.params
+        mean = self.setup.mean(previous)
         for _, reply in replies:
             mean.add(restored(reply), reply.scalars["num_examples"])
-        merged = mean.mean({key: torch.zeros_like(t) for key, t in self.params.items()} if changes else self.params)
+        merged = mean.mean(previous)
         self.averaging.params = plus(self.params, merged) if changes else merged
-        return {}
+        return mean.told()
 
     def deliver(self, client: ClientInfo) -> Payload:
         energy = self.algorithm.energy(self.round)

@@ -32,6 +32,7 @@ Departures, each where the paper is silent or contradicts itself:
 - Where nobody of a client's task was profiled, its p is estimated from all; where nobody was at all, it is the public
   usage in the model's card, and without a card the structure is random.
 - Structure is chosen on validation data; test data is for the report alone.
+- `Experiment.privacy.usage` makes clients tell less than p: the upper half of the experts, or noised shares.
 - `stage1="none"` starts from random experts, `stage1="forward"` profiles without training, `stage2=False` keeps the
   first structure: the paper's ablations and a cheaper stage one. `rank="layer"` ranks z-scores of p-hat within each
   layer; `weight="tokens"` weighs an expert by the validation tokens it served instead of by n_k.
@@ -65,7 +66,8 @@ from consilium.moe.addressing import expert_of, router_row_of, select
 from consilium.moe.budget import Mode
 from consilium.moe.lora import add_expert_lora
 from consilium.moe.routing import Tap
-from consilium.params import Like
+from consilium.params import Like, Params
+from consilium.privacy import usage_told
 from consilium.setup import Setup
 from consilium.training import evaluate, fit, local_round, local_test, seeded
 
@@ -134,7 +136,15 @@ class FedMoE(Algorithm):
             return "forward"
         return "lora" if setup.fit.lora.rank else "peft"
 
+    def reads(self) -> frozenset[str]:
+        used = {"usage"} if self.stage2 or self.stage1 != "none" else set()
+        return frozenset(used | ({"validation scores"} if self.stage2 else set()))
+
     def server(self, setup: Setup) -> Server:
+        if setup.privacy.usage != "exact" and (self.usage, self.weight) != ("demand", "examples"):
+            raise ConfigError(
+                f"privacy.usage {setup.privacy.usage} tells demand alone; usage must be 'demand' and weight 'examples'"
+            )
         return FedMoEServer(setup, self)
 
     def client(self, setup: Setup) -> Client:
@@ -278,7 +288,7 @@ class FedMoEServer(Server):
                 self.measured.append(client)
             self._set_structures()
             return {"profiled": float(len(self.measured))}
-        mean, scores = self.setup.mean(), {}
+        mean, scores = self.setup.mean(self.params), {}
         for client, reply in replies:
             mean.add(reply.group("params"), self._weight(reply))
             self.p[client] = self._usage(reply)
@@ -288,7 +298,7 @@ class FedMoEServer(Server):
             for client, accuracy in scores.items():
                 self._follow(client, accuracy)
         held = [sum(counts_of(h).values()) for h in self.map.values()]
-        return {"experts": sum(held) / len(held)}
+        return {"experts": sum(held) / len(held), **mean.told()}
 
     def deliver(self, client: ClientInfo) -> Payload:
         held = self.map.get(client.id)
@@ -504,7 +514,8 @@ class FedMoEClient(Client):
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         if payload.scalars["stage"] == "one":
             return self._profile(payload, context)
-        return local_round(self.setup, payload, context, usage=True)[1]
+        reply = local_round(self.setup, payload, context, usage=True)[1]
+        return Payload({**reply.groups, **self._told(reply.groups["demand"], reply.groups["served"])}, reply.scalars)
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         return local_test(self.setup, payload, context)
@@ -530,4 +541,11 @@ class FedMoEClient(Client):
         counts = setup.model.counts
         scalars["experts"] = sum(counts.values())
         scalars |= setup.reported(counts, self.algorithm.mode_for(setup), rank=self.algorithm.rank_for(setup))
-        return Payload({"demand": tap.usage.demand, "served": tap.usage.served}, scalars)
+        return Payload(self._told(tap.usage.demand, tap.usage.served), scalars)
+
+    def _told(self, demand: Params, served: Params) -> dict[str, Params]:
+        """The usage as `privacy.usage` lets it be told; what was served is then told of nobody."""
+        if self.setup.privacy.usage == "exact":
+            return {"demand": demand, "served": served}
+        nothing = {block: torch.zeros_like(n_E) for block, n_E in served.items()}
+        return {"demand": usage_told(demand, self.setup.privacy), "served": nothing}

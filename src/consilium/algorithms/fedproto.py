@@ -44,6 +44,7 @@ class FedProto(Algorithm):
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
+    merges: ClassVar[bool] = False
     lam: float = 1.0
     infer: Literal["head", "prototype"] = "head"
 

@@ -24,7 +24,7 @@ from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInf
 from consilium.errors import ConfigError
 from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
-from consilium.params import Params, WeightedMean
+from consilium.params import Params
 from consilium.setup import Setup
 from consilium.training import tested, trained
 
@@ -77,11 +77,11 @@ class FedSSAServer(Server):
         }
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
-        mean = WeightedMean()
+        mean = self.averaging.setup.mean(self.params)
         for _, reply in replies:
             mean.add(reply.group("params"), 1.0)
         self.averaging.params = mean.mean(self.params)
-        return {}
+        return mean.told()
 
     def deliver(self, client: ClientInfo) -> Payload:
         return Payload(self.averaging.deliver(client).groups, {"t": self.rounds + 1})

@@ -49,6 +49,7 @@ class FedTGP(Algorithm):
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
+    merges: ClassVar[bool] = False
     lam: float = 1.0
     tau: float = 100.0
     gap: Literal["largest", "nearest"] = "largest"

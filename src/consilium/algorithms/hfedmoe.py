@@ -125,7 +125,19 @@ class HFedMoE(Algorithm):
             if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(hint))}")
 
+    def reads(self) -> frozenset[str]:
+        return frozenset({"usage", "importance", "counts of trained batches"})
+
     def server(self, setup: Setup) -> Server:
+        if setup.privacy.usage != "exact":
+            raise ConfigError(
+                f"privacy.usage is {setup.privacy.usage}, but HFedMoE merges by exact usage and importance"
+            )
+        if not setup.merging.plain and self.router != "plain":
+            raise ConfigError(
+                f"router {self.router!r} weighs router rows by what clients declare, beside any rule of merging; take "
+                "router 'plain'"
+            )
         return HFedMoEServer(setup, self)
 
     def client(self, setup: Setup) -> Client:
@@ -337,7 +349,7 @@ class HFedMoEServer(Server):
         return {client.id: self._task(client) for client in chosen}
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
-        mean, told, trained, merged = self.setup.mean(), [], [], set()
+        mean, told, trained, merged = self.setup.mean(self.params), [], [], set()
         for client, reply in replies:
             params, weights = reply.group("params"), self._expert_weights(reply)
             examples = float(reply.scalars["num_examples"])
@@ -356,7 +368,8 @@ class HFedMoEServer(Server):
             trained.append(sum(int((n_E > 0).sum()) for n_E in batches.values()))
             merged |= {(block, e) for block, w_E in weights.items() for e in w_E.nonzero().flatten().tolist()}
         self.params = mean.mean(self.params) | merged_rows(self.params, told, self.algorithm)
-        return {"trained": sum(trained) / len(trained), "merged": float(len(merged))} if trained else {}
+        counts = {"trained": sum(trained) / len(trained), "merged": float(len(merged))} if trained else {}
+        return {**counts, **mean.told()}
 
     def deliver(self, client: ClientInfo) -> Payload:
         held = self.resident(client)

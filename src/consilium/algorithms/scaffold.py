@@ -16,7 +16,7 @@ sent it so far: over more, c would not be the mean of the c_i, and would cancel 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -53,6 +53,7 @@ class SCAFFOLD(Algorithm):
         experts: see FedAvg.
     """
 
+    merges: ClassVar[bool] = False
     eta_l: float = 0.1
     eta_g: float = 1.0
     experts: int | Literal["all", "fit"] = "all"

@@ -39,6 +39,7 @@ class Standalone(Algorithm):
 
     experts: int | Literal["all", "fit"] = "all"
     worlds: ClassVar[tuple[str, ...]] = ("moe", "cohort", "mixed")
+    merges: ClassVar[bool] = False
 
     def server(self, setup: Setup) -> Server:
         return StandaloneServer(setup, common_experts(setup, self.experts))

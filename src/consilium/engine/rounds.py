@@ -76,9 +76,10 @@ class Engine(ABC):
         unable = {c.id: lack for c in self.infos if (lack := self.server.unable(c))}
         infos = [c for c in self.infos if c.id not in benched]
         tasks = self.server.configure(number, infos) if infos else {}
-        if not tasks and benched:
+        able = any(info.id not in unable for info in infos)  # and nobody drawn, as may be under Poisson sampling
+        if not tasks and not able and benched:
             raise RoundError(f"nobody is left to train: benched are {', '.join(sorted(benched))}; see events.jsonl")
-        if not tasks:
+        if not tasks and not able:
             raise BudgetError(nobody(unable))
         record: dict[str, Any] = {
             "round": number,

@@ -62,7 +62,24 @@ def _origin(deployed: Deployed, family: Family) -> str:
     many = f" of {deployed.clients} clients" if deployed.clients else ""
     return (
         f"`{base}` ({family.name}), fine-tuned by {method} in {deployed.rounds} rounds{many} with Consilium: "
-        "the data stayed with the clients. No differential privacy was used."
+        f"the data stayed with the clients. {_private(deployed)}"
+    )
+
+
+def _private(deployed: Deployed) -> str:
+    """What was spent of privacy."""
+    told = deployed.privacy
+    if not told:
+        if deployed.experiment.privacy.noise:
+            return "Client-level differential privacy was used; the server's summary.json tells what was spent."
+        return "No differential privacy was used."
+    spent = f"epsilon {told['epsilon']:.4g} at delta {told['delta']:.4g}"
+    if "weights" not in told["covers"]:
+        return f"No differential privacy of the weights was used; of the clients' usage of experts: {spent}."
+    return (
+        f"Client-level differential privacy of the {' and '.join(told['covers'])}: {spent}; neighbours differ by "
+        f"{told['neighbours']}, {told['sampling']} sampling at rate {told['rate']:.3g}, noise multiplier "
+        f"{told['noise']:g}, clipping norm {told['clip']:g}. Labels, tasks and numbers of examples are not covered."
     )
 
 

@@ -35,6 +35,7 @@ class Deployed:
         scores: task -> (metric, score in [0, 1]) on test data; of the global model the mean over the task's clients.
         sizes: split -> examples; of the global model, of all clients together.
         clients: of the whole run. rounds: that it took.
+        privacy: what was spent, as the summary tells it; {}: nothing, or it is not known here.
     """
 
     experiment: Experiment
@@ -46,6 +47,7 @@ class Deployed:
     sizes: Mapping[str, int]
     clients: int
     rounds: int
+    privacy: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -139,7 +141,10 @@ def of_run(run: Finished, client: str | None) -> Deployed:
         labels = {info.task: tuple(told[client]["labels"])} if told[client]["labels"] else {}
         scores, members = {info.task: (metrics[info.task][0], summary["clients"][client]["test"])}, [client]
     sizes = {key: sum(told[c]["sizes"][key] for c in members) for key in ("train", "validation", "test")}
-    return Deployed(run.experiment, client or "", labels, params, held, scores, sizes, len(told), summary["rounds"])
+    spent = summary.get("privacy", {})
+    return Deployed(
+        run.experiment, client or "", labels, params, held, scores, sizes, len(told), summary["rounds"], spent
+    )
 
 
 def of_site(folder: Path) -> Deployed:

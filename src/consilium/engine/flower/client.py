@@ -86,7 +86,8 @@ def _federation(experiment: Experiment):
 
 @functools.lru_cache(maxsize=4)
 def deployed(experiment: str, heads: str, settings: Path, run: str, model: str) -> Site:
-    """A site of a deployment: algorithm, training and seed are the server's; data, model and memory its own.
+    """A site of a deployment: algorithm, training and seed are the server's; data, model and memory its own, and its
+    way of telling usage where that tells less.
 
     Args:
         experiment: the server's, as JSON. heads: task -> labels of all sites, as JSON.
@@ -107,7 +108,8 @@ def deployed(experiment: str, heads: str, settings: Path, run: str, model: str) 
             f"the server's model is {model[:80]}, this site's is {here[:80]}: --model.path must be the same files"
         )
     small = isinstance(own.model, Cohort) and isinstance(theirs.model, Cohort)
-    made = replace(theirs, data=own.data, model=theirs.model if small else own.model)
+    privacy = theirs.privacy.stricter(own.privacy)
+    made = replace(theirs, data=own.data, model=theirs.model if small else own.model, privacy=privacy)
     if small:
         check_model(own.model, theirs.model)
         data = relabelled(data, parsed("heads", heads).get(data.task.name, data.task.labels))

@@ -35,7 +35,7 @@ def save_site(path: Path, name: str, experiment: Experiment, limits: Limits | No
     """Write a site's settings, and beside them its data.
 
     Args:
-        experiment: of which data, model, the first memory, device and threads are the site's own.
+        experiment: of which data, model, the first memory, device, threads and `privacy.usage` are the site's own.
         limits: the most that a server may ask of the site.
 
     Raises:

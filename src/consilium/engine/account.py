@@ -1,0 +1,101 @@
+"""The privacy account of a run: what its rounds have spent, written down before they begin.
+
+    privacy.jsonl     one line for every attempt at a round
+
+A round that was begun is charged, whatever became of it: one that a crash or too few replies undid may have sent its
+model to clients for scoring. Lines are never taken back, so a run that was killed and resumed has spent more than one
+that was not, and says so.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from consilium.engine.checkpoint import append_json
+from consilium.errors import CheckpointError, ConfigError
+from consilium.experiment import Experiment
+from consilium.privacy import epsilon_spent
+
+__all__ = ["Account"]
+
+
+@dataclass
+class Account:
+    """What a run may spend and has spent.
+
+    Args:
+        folder: of the run; None: one that has not begun. experiment: whose `privacy` it is. clients: N.
+    """
+
+    folder: Path | None
+    experiment: Experiment
+    clients: int
+    attempts: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        if self.folder and self.path.exists():
+            self.attempts = len(self.path.read_bytes().splitlines())  # a torn line is charged, too
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "privacy.jsonl"
+
+    @property
+    def charged(self) -> bool:
+        """Whether anything is counted at all."""
+        return self.experiment.privacy.charged
+
+    def spent(self, more: int = 0, weights: bool = True) -> float:
+        """epsilon after so many rounds more; without `weights`, that of the usage alone."""
+        if not self.charged:
+            return 0.0
+        usage = "usage" in self.experiment.algorithm.reads()
+        cohort = min(self.experiment.sampling.clients_per_round, self.clients)
+        return epsilon_spent(self.experiment.privacy, self.clients, cohort, self.attempts + more, usage, weights)
+
+    def affords(self, rounds: int) -> bool:
+        """Whether so many rounds more stay within the budget."""
+        return self.spent(rounds) <= self.experiment.privacy.epsilon
+
+    def check(self, committed: int) -> None:
+        """Raise if the run cannot go on.
+
+        Raises:
+            ConfigError: if the budget does not allow a single round.
+            CheckpointError: if there are more committed rounds than the file tells of.
+        """
+        if self.attempts < committed and self.charged:
+            raise CheckpointError(
+                f"{self.path} tells of {self.attempts} rounds, {committed} are committed: what was spent is not known"
+            )
+        if not self.attempts and not self.affords(1):
+            raise ConfigError(
+                f"one round would spend epsilon {self.spent(1):.4g}, privacy.epsilon is "
+                f"{self.experiment.privacy.epsilon:g}; raise privacy.noise or the budget"
+            )
+
+    def charge(self, round: int) -> None:
+        """Write an attempt at a round down, before it begins."""
+        if self.charged:
+            append_json(self.path, {"round": round, "epsilon": self.spent(1)})
+            self.attempts += 1
+
+    def told(self) -> dict[str, Any]:
+        """For records, the summary and the card: {} where nothing is counted, else under "privacy" epsilon and delta,
+        what they cover, and what they suppose."""
+        if not self.charged:
+            return {}
+        privacy, usage = self.experiment.privacy, "usage" in self.experiment.algorithm.reads()
+        noised = usage and privacy.usage == "noised"
+        parts = [name for name, on in (("weights", privacy.noise > 0), ("usage", noised)) if on]
+        told: dict[str, Any] = {"epsilon": self.spent(), "delta": privacy.delta_for(self.clients), "covers": parts}
+        told |= {"attempts": self.attempts, "budget": privacy.epsilon}
+        if noised:
+            told["epsilon_usage"] = self.spent(weights=False)
+        if privacy.noise:
+            rate = min(1.0, self.experiment.sampling.clients_per_round / self.clients)
+            told |= {"noise": privacy.noise, "clip": privacy.clip, "sampling": privacy.sampling}
+            told |= {"rate": rate if privacy.sampling == "poisson" else 1.0}
+            removed = "added or removed" if privacy.sampling == "poisson" else "replaced by no change"
+            told["neighbours"] = f"one client {removed}"
+        return {"privacy": told}

@@ -1,0 +1,274 @@
+"""How a server merges what returns: the mean of the papers, or rules that some clients may lie to.
+
+Everything goes by groups: an expert with all its tensors, a router row, a head row, and the trunk. The contributors of
+a group are the clients of the round that returned it with a weight above 0; a rule for an expert sees only those that
+held it and trained it.
+
+    mean        sum_k w_k x_k / sum_k w_k                                    the default, `params.WeightedMean`
+    median      of every coordinate (Yin et al. 2018, https://arxiv.org/abs/1803.01498)              n >= 2 f + 1
+    trimmed     of every coordinate the mean without the f largest and f smallest (the same)         n >= 2 f + 1
+    krum        the m contributors whose n - f - 2 nearest others are nearest, summed squared distance, and their
+                mean (Blanchard et al. 2017, https://arxiv.org/abs/1703.02757)   n >= max(2 f + 3, f + 2 + m)
+
+n contributors, f of them arbitrary (`attackers`), m = `chosen`. A group with fewer contributors than its rule needs
+stays as it was, bit for bit, and is counted (`told`): a mean of few is what an attacker of a rare expert hopes for.
+The rules count heads: the weights, which clients declare, decide only who contributes.
+
+Norm clipping (Sun et al. 2019, https://arxiv.org/abs/1911.07963) comes before any rule: a client's change x_k - w is
+scaled down to the norm `clip`, that of each expert by itself and that of trunk and heads together, and the change of
+all router rows together to `clip_router`, for a small tensor that steers all tokens.
+
+Memory: the mean is a running sum (one float64 copy of the model). The other rules need all replies: they lie in files
+in a temporary folder (TMPDIR) until the round is merged, and are read one tensor at a time, so that memory holds about
+3 n times the largest tensor in float64 beside the model, and the disk n replies.
+"""
+
+import math
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from consilium.errors import ConfigError, PayloadError
+from consilium.moe.addressing import expert_of, router_row_of
+from consilium.params import Params, WeightedMean
+
+__all__ = ["Merging", "RobustMean", "group_of", "krum", "median_of", "trimmed_mean"]
+
+Rule = Literal["mean", "median", "trimmed", "krum"]
+Weight = float | Callable[[str], float]
+
+
+@dataclass(frozen=True)
+class Merging:
+    """How a server merges updates; see `moe.merging`. The default is the method's own weighted mean.
+
+    Args:
+        rule: "mean", "median", "trimmed" or "krum", applied to every expert, row and the trunk by itself.
+        attackers: f, how many contributors may be arbitrary, >= 1; the mean withstands none.
+        chosen: m, how many contributors krum takes the mean of, >= 1.
+        clip: largest L2 norm of a client's change of an expert, and of trunk and heads together; 0: no clipping.
+        clip_router: largest L2 norm of a client's change of all router rows together; 0: no clipping.
+        uniform: the mean counts every client alike, whatever number of examples it declares.
+    """
+
+    rule: Rule = "mean"
+    attackers: int = 1
+    chosen: int = 1
+    clip: float = 0.0
+    clip_router: float = 0.0
+    uniform: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rule not in get_args(Rule):
+            raise ConfigError(f"merging.rule is {self.rule!r}; it must be one of {', '.join(get_args(Rule))}")
+        for name in ("attackers", "chosen"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"merging.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("clip", "clip_router"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"merging.{name} is {getattr(self, name)}; it must be a norm, or 0 for no clipping")
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is the method's own mean."""
+        return self.rule == "mean" and not (self.clip or self.clip_router or self.uniform)
+
+    @property
+    def needs(self) -> int:
+        """The fewest contributors that the rule gives a result for."""
+        f = self.attackers
+        least = {"mean": 1, "median": 2 * f + 1, "trimmed": 2 * f + 1, "krum": max(2 * f + 3, f + 2 + self.chosen)}
+        return least[self.rule]
+
+
+def group_of(key: str) -> str:
+    """The group of a flat name: its expert, router row or head row, else "trunk"."""
+    if place := router_row_of(key):
+        return f"{place[0]}.router.{place[1]}"
+    if place := expert_of(key):
+        return f"{place[0]}.experts.{place[1]}"
+    return key.rpartition(".")[0] if key.startswith("head.") else "trunk"
+
+
+# --- the rules, of n stacked updates [n, ..] ------------------------------------------------------------------------
+
+
+def median_of(x_N: Tensor) -> Tensor:
+    """The median of every coordinate; of an even number the mean of the middle two."""
+    n, ordered = len(x_N), x_N.sort(dim=0).values
+    return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+
+
+def trimmed_mean(x_N: Tensor, trim: int) -> Tensor:
+    """The mean of every coordinate without its `trim` largest and `trim` smallest numbers."""
+    return x_N.sort(dim=0).values[trim : len(x_N) - trim].mean(dim=0)
+
+
+def krum(squared_NN: Tensor, attackers: int, chosen: int) -> list[int]:
+    """Which contributors Krum takes: ascending places, by the smallest sum of squared distances to the n - f - 2
+    nearest others (ties: the first).
+
+    Args:
+        squared_NN: squared distances between contributors, float64 [n, n].
+    """
+    n = len(squared_NN)
+    near_NN = squared_NN.masked_fill(torch.eye(n, dtype=torch.bool), math.inf).sort(dim=1).values
+    scores_N = near_NN[:, : n - attackers - 2].sum(dim=1)
+    return sorted(scores_N.argsort(stable=True)[:chosen].tolist())
+
+
+# --- in place of a WeightedMean -------------------------------------------------------------------------------------
+
+
+class RobustMean:
+    """What `Setup.mean` gives where merging is not plain: filled and read like `params.WeightedMean`.
+
+    Args:
+        merging: the rule. previous: the server's parameters, which the clients' changes are changes of.
+        mean: for the rule "mean": what the clipped updates are added to.
+    """
+
+    def __init__(self, merging: Merging, previous: Mapping[str, Tensor], mean: WeightedMean):
+        self._merging = merging
+        self._previous = previous
+        self._mean = mean
+        self._spool = _Spool() if merging.rule != "mean" else None
+        self._clipped: list[bool] = []
+        self._norms: list[float] = []
+        self._kept: set[str] = set()
+
+    def add(self, params: Mapping[str, Tensor], weight: Weight) -> None:
+        """Count one client's tensors, see `WeightedMean.add`.
+
+        Raises:
+            PayloadError: as there, and for a name or shape that the server's model does not have.
+        """
+        weights = {key: weight(key) if callable(weight) else weight for key in params}
+        for key, tensor in params.items():
+            if not 0 <= weights[key] < math.inf:
+                raise PayloadError(f"weight {weights[key]!r} of {key!r} is not a finite number >= 0")
+            if key not in self._previous or self._previous[key].shape != tensor.shape:
+                raise PayloadError(f"{key!r} {tuple(tensor.shape)} is not a parameter of the server's model")
+        params = self._clip({key: tensor for key, tensor in params.items() if weights[key] > 0})
+        if self._spool is not None:
+            self._spool.add(params)
+        else:
+            self._mean.add(params, 1.0 if self._merging.uniform else weights.__getitem__)
+
+    def mean(self, previous: Mapping[str, Tensor]) -> Params:
+        """The new parameters; what nobody returned, or too few did, is the previous tensor itself."""
+        if self._spool is None:
+            return self._mean.mean(previous)
+        merged = {}
+        for group, contributors in self._spool.groups.items():
+            if len(contributors) < self._merging.needs:
+                self._kept.add(group)
+                continue
+            for key, x in self._merge(self._spool.keys[group], contributors).items():
+                merged[key] = x.to(previous[key].dtype)
+        return {key: merged.get(key, old) for key, old in previous.items()}
+
+    def told(self) -> dict[str, float]:
+        """For the record: experts and other groups that too few returned; clients that were clipped, and the median
+        norm of their changes of trunk and heads."""
+        told: dict[str, float] = {}
+        if self._spool is not None:
+            experts = sum(expert_of(group) is not None for group in self._kept)
+            told |= {"experts_kept": float(experts), "others_kept": float(len(self._kept) - experts)}
+        if self._merging.clip or self._merging.clip_router:
+            told["clipped"] = float(sum(self._clipped))
+            told["norm"] = median(self._norms) if self._norms else 0.0
+        return told
+
+    def _merge(self, keys: list[str], contributors: list[int]) -> Params:
+        """The rule's result for a group, float64."""
+        rule, f = self._merging.rule, self._merging.attackers
+        stacks = {key: lambda key=key: self._spool.stack(key, contributors) for key in keys}
+        if rule == "median":
+            return {key: median_of(stack()) for key, stack in stacks.items()}
+        if rule == "trimmed":
+            return {key: trimmed_mean(stack(), f) for key, stack in stacks.items()}
+        squared_NN = torch.zeros(len(contributors), len(contributors), dtype=torch.float64)
+        for stack in stacks.values():
+            x_NX = stack().reshape(len(contributors), -1)
+            for place, x_X in enumerate(x_NX):
+                squared_NN[place] += (x_NX - x_X).square().sum(dim=1)
+        best = krum(squared_NN, f, self._merging.chosen)
+        return {key: stack()[best].mean(dim=0) for key, stack in stacks.items()}
+
+    def _clip(self, params: Mapping[str, Tensor]) -> Params:
+        """The client's tensors, those of a group whose change is too large moved back towards the server's, float64."""
+        bounds = self._merging
+        if not (bounds.clip or bounds.clip_router):
+            return dict(params)
+        squares: dict[str, float] = {}
+        for key, tensor in params.items():
+            change = tensor.double() - self._previous[key].double()
+            squares[_clipped_with(key)] = squares.get(_clipped_with(key), 0.0) + float(change.square().sum())
+        scales = {}
+        for part, square in squares.items():
+            bound = bounds.clip_router if part == "router" else bounds.clip
+            scales[part] = bound / math.sqrt(square) if bound and square > bound * bound else 1.0
+        self._norms.append(math.sqrt(squares.get("rest", 0.0)))
+        self._clipped.append(any(scale < 1 for scale in scales.values()))
+        return {
+            key: tensor if (s := scales[_clipped_with(key)]) == 1 else self._towards(key, tensor, s)
+            for key, tensor in params.items()
+        }
+
+    def _towards(self, key: str, tensor: Tensor, scale: float) -> Tensor:
+        old = self._previous[key].double()
+        return old + scale * (tensor.double() - old)
+
+
+def _clipped_with(key: str) -> str:
+    """What a tensor's change is clipped together with: all router rows, its expert, or the rest of the model."""
+    if router_row_of(key):
+        return "router"
+    return group_of(key) if expert_of(key) else "rest"
+
+
+class _Spool:
+    """The replies of a round, in files; gone with the object.
+
+    Attributes:
+        groups: group -> contributors, by their places. keys: group -> its flat names.
+    """
+
+    def __init__(self) -> None:
+        self.groups: dict[str, list[int]] = {}
+        self.keys: dict[str, list[str]] = {}
+        self._folder = Path(tempfile.mkdtemp(prefix="consilium-replies-"))
+        self._files: list[Any] = []
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+
+    def add(self, params: Params) -> None:
+        """One client's tensors.
+
+        Raises:
+            PayloadError: if it has another part of a group than the clients before it.
+        """
+        place, groups = len(self._files), {}
+        for key in params:
+            groups.setdefault(group_of(key), []).append(key)
+        for group, keys in groups.items():
+            if sorted(keys) != sorted(self.keys.setdefault(group, keys)):
+                raise PayloadError(f"{group} came with {len(keys)} tensors, from others with {len(self.keys[group])}")
+            self.groups.setdefault(group, []).append(place)
+        path = self._folder / f"{place:06d}.safetensors"
+        save_file({key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in params.items()}, path)
+        self._files.append(safe_open(path, "pt"))
+
+    def stack(self, key: str, contributors: list[int]) -> Tensor:
+        """The contributors' tensors, float64 [n, ..]."""
+        return torch.stack([self._files[place].get_tensor(key).double() for place in contributors])
