@@ -105,7 +105,7 @@ OWN = {
     "--out": "folder of the run directories",
     "--algorithms": "methods to compare, separated by commas",
     "--seeds": "runs per method, with seeds from --seed on",
-    "--jobs": "runs at a time, each a process; 0: as many as cores",
+    "--jobs": "runs at a time, each a process; 0: as many as cores and free memory allow",
     "--sites": "names of the sites, separated by commas",
     "--hosts": "names or addresses under which sites reach the server, separated by commas",
     "--address": "host:port to listen on",
@@ -139,7 +139,7 @@ def run_command(args: list[str]) -> None:
 def compare_command(args: list[str]) -> None:
     """consilium compare RECIPE [--algorithms A,B] [--seeds N] [--jobs N] [--out DIR] [flags of the experiment]"""
     from consilium.recipes import find
-    from consilium.watch import Comparison
+    from consilium.watch import Comparison, at_a_time
 
     default, rest = _experiment(args, "compare")
     recipe = find(args[0])
@@ -151,7 +151,7 @@ def compare_command(args: list[str]) -> None:
     root = Path(options["--out"]) / experiment.name
     planned = _plan(recipe, experiment, names, seeds, root)
     try:
-        Comparison(out, planned, jobs or max((os.cpu_count() or 2) // experiment.threads, 1)).run()
+        Comparison(out, planned, jobs or at_a_time(list(planned.values()))).run()
     except KeyboardInterrupt:
         raise KeyboardInterrupt("; the same command continues the comparison") from None
     _finish(list(planned), root / "report.html")
@@ -561,13 +561,16 @@ def _plan(
 
 def _finish(folders: list[Path], target: Path | None = None) -> None:
     """Print the table, write the report, say where it is."""
-    from consilium.report.html import write_report
-    from consilium.report.table import print_table
+    from consilium.report import print_table, table_files, write_report
 
     print_table(folders, out)
     if target is None:
         target = (folders[0] if len(folders) == 1 else Path(os.path.commonpath(folders))) / "report.html"
-    out.print(f"report: {write_report(folders, target)}", markup=False, highlight=False, soft_wrap=True)
+    page = write_report(folders, target)
+    if len(folders) > 1:
+        made = [str(path) for path in table_files(page) if path.is_file()]
+        out.print(f"table: {', '.join(made)}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

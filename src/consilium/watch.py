@@ -20,11 +20,45 @@ from consilium.data.task import Federation
 from consilium.engine.checkpoint import write_atomic
 from consilium.errors import ConfigError, ConsiliumError
 from consilium.experiment import Experiment, from_json, to_json
-from consilium.moe.budget import human
+from consilium.moe.budget import MemoryModel, bytes_of, human
+from consilium.moe.build import ModelSource
 from consilium.run import check, read_config, records
 from consilium.setup import Setup
 
-__all__ = ["Comparison", "Terminal"]
+__all__ = ["Comparison", "Terminal", "at_a_time"]
+
+LIBRARIES = 900_000_000
+"""Resident bytes of a process that has imported torch and transformers and read a recipe's data."""
+
+
+def at_a_time(experiments: Sequence[Experiment]) -> int:
+    """How many of the runs this machine has cores and free memory for, each in a process of its own; at least 1.
+
+    A process holds the libraries, four times the model (the server's, the mean that it forms, a checkpoint being
+    written, the client's being built) and what the largest client needs to train by the memory model.
+    """
+    cores = (os.cpu_count() or 2) // max(e.threads for e in experiments)
+    return max(1, min(cores, int(0.9 * _free_memory()) // max(map(_process_bytes, experiments))))
+
+
+def _process_bytes(experiment: Experiment) -> int:
+    if not isinstance(experiment.model, ModelSource):  # small models
+        return LIBRARIES
+    labels = [("task", ("a", "b") if experiment.model.form == "classification" else ())]
+    setup, memory = experiment.setup(labels), MemoryModel.of(experiment.model)
+    model = memory.params(memory.counts) * experiment.model.torch_dtype.itemsize
+    client = setup.footprint(memory.counts).total
+    if experiment.memory:
+        client = min(client, max(map(bytes_of, experiment.memory)))
+    return LIBRARIES + 4 * model + client
+
+
+def _free_memory() -> int:
+    """Bytes that new processes can have without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    raise ConfigError("/proc/meminfo does not tell MemAvailable; say how many runs at a time with --jobs")
 
 
 @dataclass
