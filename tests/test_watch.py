@@ -68,8 +68,9 @@ def test_the_cursor_is_given_back_after_ctrl_c(tmp_path):
     assert said.rfind("\x1b[?25h") > said.rfind("\x1b[?25l")
 
 
-def test_a_diverged_round_shows_dashes():
-    console = terminal()
+def test_a_diverged_round_shows_dashes(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    console = terminal(force_terminal=True, no_color=True)
     client = {"train_loss": None, "validation": None, "experts": None, "bytes_down": 5, "bytes_up": 5}
     client["rejected"] = "train_loss is nan"
     record = {
@@ -137,7 +138,7 @@ def test_as_many_runs_at_a_time_as_cores_and_memory_allow(tmp_path, monkeypatch)
     """The tiny Switch needs little beside the libraries; devices that are limited make a run smaller."""
     cell = runs.experiment(tmp_path / "a.csv", threads=2)
     need = watch._process_bytes(cell)
-    model = 4 * sum(tensor.numel() for tensor in tiny.source().params().values())
+    model = 4 * sum(tensor.numel() for tensor in tiny.source().load().values())
     assert need > watch.LIBRARIES + 4 * model
     limited = watch._process_bytes(dataclasses.replace(cell, memory=("1MB", "2MB")))
     assert 2_000_000 < limited - watch.LIBRARIES < need - watch.LIBRARIES

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import platform
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -571,3 +573,12 @@ def _locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise CheckpointError(f"{folder} is in use by another process") from error
         yield
+
+
+class _Callable(ModuleType):
+    """This module is `consilium.run`, and so is the function: `consilium.run(experiment, folder)` calls it."""
+
+    __call__ = staticmethod(run)
+
+
+sys.modules[__name__].__class__ = _Callable
