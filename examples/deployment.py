@@ -22,10 +22,9 @@ def free_port() -> int:
 
 
 def write_notes(path: Path, site: str) -> Path:
-    rows = [
-        f"{site} {i} the {pet} {verb},{pet}\n" for i in range(12) for pet, verb in (("cat", "purrs"), ("dog", "barks"))
-    ]
-    path.write_text("text,label\n" + "".join(rows))
+    pets = {"cat": "purrs", "dog": "barks"}
+    rows = [f"{site} {i} the {pet} {verb},{pet},{site}\n" for i in range(12) for pet, verb in pets.items()]
+    path.write_text("text,label,site\n" + "".join(rows))
     return path
 
 
@@ -40,9 +39,10 @@ def main(folder: Path, flags: list[str]) -> None:
     sites = []
     for site in SITES:
         own = ["--name", site, "--server", address, "--state", str(folder / site), "--port", str(free_port())]
-        data = ["--data.path", str(write_notes(folder / f"{site}.csv", site))]
+        data = ["--data.path", str(write_notes(folder / f"{site}.csv", site)), "--data.client", "site"]
         command = [*consilium_, "client", "fedmoe-text", "--insecure", "--rounds", "2", *flags, *own, *data]
-        sites.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        with (folder / f"{site}.log").open("w") as log:
+            sites.append(subprocess.Popen(command, stdout=log, stderr=log))
     try:
         if server.wait():
             raise SystemExit("the server failed")
