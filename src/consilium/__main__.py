@@ -174,6 +174,7 @@ def compare_command(args: list[str]) -> None:
 
 def resume_command(args: list[str]) -> None:
     """consilium resume RUN [--track TOOLS] [--quiet] [--json]"""
+    from consilium.report.table import print_table
     from consilium.run import read_config, resume
 
     def parameters(run: Annotated[Path, tyro.conf.Positional]) -> Path:
@@ -191,7 +192,10 @@ def resume_command(args: list[str]) -> None:
     with _speaking(quiet, as_json) as lines:
         if finished:
             out.print(f"{folder} is finished", markup=False, highlight=False, soft_wrap=True)
-            _finish([folder], None, lines)
+            print_table([folder], out)
+            if lines:
+                summary = json.loads((folder / "summary.json").read_text())
+                lines.line({"summary": summary, "report": str(folder / "report.html")})
         else:
             _followed(lambda watch: resume(folder, watch), folder, options["--track"], lines)
 
