@@ -19,8 +19,8 @@ FLOORS = {
     "experiment": 5,
     "engine": 6,
     "certificates": 7, "run": 7,
-    "export": 8, "report": 8, "recipes": 8, "watch": 8,
-    "deployment": 9,
+    "export": 8, "report": 8, "recipes": 8, "tracking": 8, "watch": 8,
+    "api": 9, "deployment": 9,
     "__main__": 10,
 }  # fmt: skip
 FILES = sorted(SRC.rglob("*.py"))

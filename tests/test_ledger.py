@@ -266,7 +266,7 @@ def test_rejected_three_times_in_a_row_is_not_selected_again_also_after_resuming
     benched = [event for event in lines(tmp_path / "run", "events") if event["event"] == "benched"]
     reason = "train_loss is nan; it must be a finite number"
     assert benched == [{"round": 7, "client": "site-1", "reason": reason, "event": "benched"}]
-    assert f"site-1       benched, not selected any more: {reason}" in console.file.getvalue()
+    assert f"site-1 benched: {reason}" in console.file.getvalue()
 
 
 def test_benched_in_a_round_that_is_abandoned(toys, faults, tmp_path):

@@ -1,6 +1,7 @@
 """Following runs: what the terminal shows, and several runs at once, each in a process of its own."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -67,8 +68,9 @@ def test_the_cursor_is_given_back_after_ctrl_c(tmp_path):
     assert said.rfind("\x1b[?25h") > said.rfind("\x1b[?25l")
 
 
-def test_a_diverged_round_shows_dashes():
-    console = terminal()
+def test_a_diverged_round_shows_dashes(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    console = terminal(force_terminal=True, no_color=True)
     client = {"train_loss": None, "validation": None, "experts": None, "bytes_down": 5, "bytes_up": 5}
     client["rejected"] = "train_loss is nan"
     record = {
@@ -112,7 +114,7 @@ def test_compare_runs_keeps_and_resumes(tmp_path, capsys, monkeypatch):
     assert main(command) == 0
     said = capsys.readouterr()
     names = ["FedAvg-seed0", "FedAvg-seed1", "RandomMoE-seed0", "RandomMoE-seed1"]
-    assert sorted(p.name for p in root.iterdir()) == [*names, "report.html"]
+    assert sorted(p.name for p in root.iterdir()) == [*names, "report.csv", "report.html", "report.tex"]
     assert all(read_config(root / name)["status"] == "finished" for name in names)
     assert [read_config(root / name)["experiment"]["seed"] for name in names] == [0, 1, 0, 1]
     assert "\x1b" not in said.out and "FedAvg" in said.out and "RandomMoE" in said.out
@@ -127,9 +129,25 @@ def test_compare_runs_keeps_and_resumes(tmp_path, capsys, monkeypatch):
     files = {p: p.stat().st_mtime_ns for p in root.rglob("*") if p.is_file()}
     assert main(command) == 0
     changed = {p.relative_to(root).parts[0] for p, at in files.items() if p.stat().st_mtime_ns != at}
-    assert changed == {"RandomMoE-seed1", "report.html"}
+    assert changed == {"RandomMoE-seed1", "report.csv", "report.html", "report.tex"}
     assert {name: runs.outcome(root / name) for name in names} == outcomes
     assert processes(str(tmp_path)) == []
+
+
+def test_as_many_runs_at_a_time_as_cores_and_memory_allow(tmp_path, monkeypatch):
+    """The tiny Switch needs little beside the libraries; devices that are limited make a run smaller."""
+    cell = runs.experiment(tmp_path / "a.csv", threads=2)
+    need = watch._process_bytes(cell)
+    model = 4 * sum(tensor.numel() for tensor in tiny.source().load().values())
+    assert need > watch.LIBRARIES + 4 * model
+    limited = watch._process_bytes(dataclasses.replace(cell, memory=("1MB", "2MB")))
+    assert 2_000_000 < limited - watch.LIBRARIES < need - watch.LIBRARIES
+    for cores, free, most in [(8, 100 * need, 4), (8, 2.5 * need, 2), (8, 0, 1), (1, 100 * need, 1)]:
+        monkeypatch.setattr(watch.os, "cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr(watch, "_free_memory", lambda free=free: int(free))
+        assert watch.at_a_time([cell]) == most
+    monkeypatch.undo()
+    assert watch._free_memory() > 0
 
 
 # --- several runs, with a program in place of consilium ---------------------------------------------------------------

@@ -1,1 +1,49 @@
-"""Federated fine-tuning of mixture-of-experts models."""
+"""Federated fine-tuning of mixture-of-experts models.
+
+    import consilium
+
+    experiment = consilium.recipes.find("fedmoe-docstrings").make()
+    summary = consilium.run(experiment, "runs/first")
+    table = consilium.compare("fedmoe-docstrings", ["FedMoE", "FedAvg"], seeds=3)
+    run = consilium.load_run("runs/first")
+
+Names are imported when they are first used: `import consilium` itself takes no time. Their types are in __init__.pyi.
+"""
+
+from importlib import import_module
+
+_PLACES = {
+    "algorithms.fd": ("FD",), "algorithms.fedapen": ("FedAPEN",), "algorithms.fedavg": ("FedAvg",),
+    "algorithms.fedgh": ("FedGH",), "algorithms.fedkd": ("FedKD",), "algorithms.fedmoe": ("FedMoE",),
+    "algorithms.fedmrl": ("FedMRL",), "algorithms.fedprox": ("FedProx",), "algorithms.fedproto": ("FedProto",),
+    "algorithms.fedssa": ("FedSSA",), "algorithms.fedtgp": ("FedTGP",), "algorithms.fml": ("FML",),
+    "algorithms.hfedmoe": ("HFedMoE",), "algorithms.lgfedavg": ("LGFedAvg",), "algorithms.pfedmoe": ("pFedMoE",),
+    "algorithms.randommoe": ("RandomMoE",), "algorithms.scaffold": ("SCAFFOLD",),
+    "algorithms.standalone": ("Standalone",),
+    "api": ("Run", "compare", "load_run"),
+    "core": ("Algorithm", "Client", "ClientInfo", "Payload", "Sampling", "Server"),
+    "data.arrays": ("ImageData", "TableData"), "data.docstrings": ("DocstringData",),
+    "data.language": ("LanguageData",), "data.textfile": ("TextFileData",),
+    "errors": ("ConsiliumError",), "experiment": ("Experiment",), "models.cohort": ("Cohort",),
+    "moe.build": ("ModelSource",), "moe.surgery": ("slice_experts",), "run": ("resume",), "setup": ("Fit",),
+}  # fmt: skip
+_HOME = {name: f"consilium.{place}" for place, names in _PLACES.items() for name in names}
+
+__all__ = sorted([*_HOME, "recipes", "run"])
+
+
+def __getattr__(name: str) -> object:
+    if name in ("recipes", "run"):  # a package of recipes; a module that can be called
+        return import_module(f"consilium.{name}")
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("consilium")
+    if name not in _HOME:
+        raise AttributeError(f"module 'consilium' has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

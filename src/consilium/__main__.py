@@ -17,7 +17,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,8 +28,8 @@ from consilium.errors import ConfigError, ConsiliumError
 
 if TYPE_CHECKING:
     from consilium.experiment import Experiment
-    from consilium.recipes import Recipe
     from consilium.run import Watch
+    from consilium.watch import JsonLines
 
 __all__ = ["main"]
 
@@ -108,7 +108,7 @@ OWN = {
     "--out": "folder of the run directories",
     "--algorithms": "methods to compare, separated by commas",
     "--seeds": "runs per method, with seeds from --seed on",
-    "--jobs": "runs at a time, each a process; 0: as many as cores",
+    "--jobs": "runs at a time, each a process; 0: as many as cores and free memory allow",
     "--sites": "names of the sites, separated by commas",
     "--hosts": "names or addresses under which sites reach the server, separated by commas",
     "--address": "host:port to listen on",
@@ -117,6 +117,9 @@ OWN = {
     "--name": "of this site",
     "--server": "host:port of the server",
     "--state": "folder for what is kept at this site",
+    "--track": "tools to track the run in, separated by commas: tensorboard, mlflow, wandb; each is an extra",
+    "--quiet": "print errors and the last line only",
+    "--json": "stdout gets a line of JSON per round and a last one with the summary; all else goes to stderr",
     "--port": "for Flower's processes on this machine, on 127.0.0.1 alone",
     "--max-lr": "largest learning rate that the server may ask of this site",
     "--max-epochs": "most passes over this site's data in a round",
@@ -134,58 +137,76 @@ def _say(text: str) -> None:
 
 
 def run_command(args: list[str]) -> None:
-    """consilium run RECIPE|FILE.json [--out DIR] [flags of the experiment]"""
+    """consilium run RECIPE|FILE.json [--out DIR] [--track TOOLS] [--quiet] [--json] [flags of the experiment]"""
     from consilium.run import run
 
     default, rest = _experiment(args, "run")
-    options, rest = _split(rest, {"--out": "runs"})
-    experiment = _parse(type(default), rest, f"consilium run {args[0]}", default, options)
+    options, rest = _split(rest, {"--out": "runs", "--track": ""})
+    quiet, as_json, rest = _voice(rest)
+    own = {**options, "--quiet": None, "--json": None}
+    experiment = _parse(type(default), rest, f"consilium run {args[0]}", default, own)
     folder = Path(options["--out"]) / experiment.name
-    _followed(lambda watch: run(experiment, folder, watch), folder)
-    _finish([folder])
+    with _speaking(quiet, as_json) as lines:
+        _followed(lambda watch: run(experiment, folder, watch), folder, options["--track"], lines)
 
 
 def compare_command(args: list[str]) -> None:
-    """consilium compare RECIPE [--algorithms A,B] [--seeds N] [--jobs N] [--out DIR] [flags of the experiment]"""
+    """consilium compare RECIPE [--algorithms A,B] [--seeds N] [--jobs N] [--out DIR] [--track TOOLS] [--quiet] [--json]
+    [flags of the experiment]"""
+    from consilium.api import plan
     from consilium.recipes import find
-    from consilium.watch import Comparison
+    from consilium.watch import Comparison, at_a_time
 
     default, rest = _experiment(args, "compare")
     recipe = find(args[0])
     compared = recipe.compared or f"{type(default.algorithm).__name__},FedAvg,RandomMoE"
-    options, rest = _split(rest, {"--out": "runs", "--algorithms": compared, "--seeds": "1", "--jobs": "0"})
-    experiment = _parse(type(default), rest, f"consilium compare {args[0]}", default, options)
+    options, rest = _split(
+        rest, {"--out": "runs", "--algorithms": compared, "--seeds": "1", "--jobs": "0", "--track": ""}
+    )
+    quiet, as_json, rest = _voice(rest)
+    own = {**options, "--quiet": None, "--json": None}
+    experiment = _parse(type(default), rest, f"consilium compare {args[0]}", default, own)
     seeds, jobs = _whole(options, "--seeds", 1), _whole(options, "--jobs", 0)
     names = options["--algorithms"].split(",")
     root = Path(options["--out"]) / experiment.name
-    planned = _plan(recipe, experiment, names, seeds, root)
-    try:
-        Comparison(out, planned, jobs or max((os.cpu_count() or 2) // experiment.threads, 1)).run()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("; the same command continues the comparison") from None
-    _finish(list(planned), root / "report.html")
+    planned = plan(recipe, experiment, names, seeds, root)
+    track = _tracked(options["--track"])
+    with _speaking(quiet, as_json) as lines:
+        jobs = jobs or at_a_time(list(planned.values()))
+        told = (lambda name, record: lines.line({"run": name, **record})) if lines else None
+        try:
+            Comparison(out, planned, jobs, track, told).run()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("; the same command continues the comparison") from None
+        _finish(list(planned), root / "report.html", lines)
 
 
 def resume_command(args: list[str]) -> None:
-    """consilium resume RUN"""
+    """consilium resume RUN [--track TOOLS] [--quiet] [--json]"""
     from consilium.report.table import print_table
     from consilium.run import read_config, resume
 
     def parameters(run: Annotated[Path, tyro.conf.Positional]) -> Path:
-        """Continue an interrupted run from its last checkpoint, to the same bits.
+        """Continue an interrupted run from its last checkpoint, to the same bits, and in the same tracked run.
 
         Args:
             run: the run directory.
         """
         return run
 
-    folder = _parse(parameters, args, "consilium resume")
-    if read_config(folder)["status"] == "finished":
-        out.print(f"{folder} is finished", markup=False, highlight=False, soft_wrap=True)
-        print_table([folder], out)
-        return
-    _followed(lambda watch: resume(folder, watch), folder)
-    _finish([folder])
+    options, rest = _split(args, {"--track": ""})
+    quiet, as_json, rest = _voice(rest)
+    folder = _parse(parameters, rest, "consilium resume")
+    finished = read_config(folder)["status"] == "finished"
+    with _speaking(quiet, as_json) as lines:
+        if finished:
+            out.print(f"{folder} is finished", markup=False, highlight=False, soft_wrap=True)
+            print_table([folder], out)
+            if lines:
+                summary = json.loads((folder / "summary.json").read_text())
+                lines.line({"summary": summary, "report": str(folder / "report.html")})
+        else:
+            _followed(lambda watch: resume(folder, watch), folder, options["--track"], lines)
 
 
 def report_command(args: list[str]) -> None:
@@ -540,7 +561,9 @@ def _number(options: dict[str, str], name: str) -> float:
         raise ConfigError(f"{name} is {options[name]!r}; it must be a number") from None
 
 
-def _parse(kind: Any, args: list[str], prog: str, default: Any = None, own: Mapping[str, str] | None = None) -> Any:
+def _parse(
+    kind: Any, args: list[str], prog: str, default: Any = None, own: Mapping[str, str | None] | None = None
+) -> Any:
     """tyro, with its complaints as one line, and misspelt flags answered with the nearest.
 
     Args:
@@ -548,7 +571,8 @@ def _parse(kind: Any, args: list[str], prog: str, default: Any = None, own: Mapp
     """
     extra = {"default": default} if default is not None else {}
     if own:
-        told = "\n".join(f"{flag} {value or 'X'}: {OWN[flag]}" for flag, value in own.items())
+        words = {flag: flag if value is None else f"{flag} {value or 'X'}" for flag, value in own.items()}
+        told = "\n".join(f"{words[flag]}: {OWN[flag]}" for flag in own)
         extra["description"] = (
             f"Beside the flags of the experiment, the command has its own, with these defaults:\n\n{told}"
         )
@@ -601,42 +625,75 @@ def _flags(value: Any, prefix: str = "--") -> list[str]:
 # --- running and finishing ----------------------------------------------------------------------------------------
 
 
-def _followed(work: "Callable[[Watch], Any]", folder: Path) -> None:
-    """Run with progress on the terminal; on Ctrl-C say how to go on."""
-    from consilium.watch import Terminal
+def _voice(args: list[str]) -> tuple[bool, bool, list[str]]:
+    """Whether --quiet and --json were said, and the other arguments."""
+    return "--quiet" in args, "--json" in args, [arg for arg in args if arg not in ("--quiet", "--json")]
 
-    with Terminal(out) as watch:
+
+@contextlib.contextmanager
+def _speaking(quiet: bool, as_json: bool) -> "Iterator[JsonLines | None]":
+    """Within it, --quiet silences `out`, and --json hands stdout over to the lines of JSON that are yielded: whatever
+    prints, ours or a library's, prints to stderr."""
+    from consilium.watch import JsonLines
+
+    lines = JsonLines(sys.stdout) if as_json else None
+    out.quiet = quiet
+    try:
+        with contextlib.redirect_stdout(sys.stderr) if lines else contextlib.nullcontext():
+            yield lines
+    finally:
+        out.quiet = False
+
+
+def _tracked(text: str) -> list[str]:
+    """--track as flags for a run's own process; mistakes are found before anything is begun."""
+    if not text:
+        return []
+    from consilium.tracking import named
+
+    return ["--track", ",".join(named(text))]
+
+
+def _followed(work: "Callable[[Watch], Any]", folder: Path, track: str, lines: "JsonLines | None") -> None:
+    """Run with progress, tracked where that was asked for, and finish; on Ctrl-C say how to go on."""
+    from consilium.tracking import Tracking, named
+    from consilium.watch import Several, Terminal
+
+    with Tracking(folder, named(track)) as tracking:
         try:
-            work(watch)
+            with Terminal(out) as terminal:
+                work(Several([terminal, *([lines] if lines else []), tracking]))
         except KeyboardInterrupt:
             begun = (folder / "config.json").exists()
             raise KeyboardInterrupt(f"; `consilium resume {folder}` continues the run" if begun else "") from None
+        tracking.report(_finish([folder], None, lines))
 
 
-def _plan(
-    recipe: "Recipe", experiment: "Experiment", names: list[str], seeds: int, root: Path
-) -> "dict[Path, Experiment]":
-    """Run directory -> experiment, for every algorithm and seed."""
-    planned = {}
-    for name in names:
-        algorithm = recipe.algorithm(name)
-        if type(algorithm) is type(experiment.algorithm):
-            algorithm = experiment.algorithm
-        for seed in range(experiment.seed, experiment.seed + seeds):
-            label = name if seeds == 1 else f"{name}-seed{seed}"
-            planned[root / label] = dataclasses.replace(experiment, name=label, algorithm=algorithm, seed=seed)
-    return planned
+def _finish(folders: list[Path], target: Path | None = None, lines: "JsonLines | None" = None) -> Path:
+    """Print the table, write the report, say where it is; returns the report's path.
 
-
-def _finish(folders: list[Path], target: Path | None = None) -> None:
-    """Print the table, write the report, say where it is."""
-    from consilium.report.html import write_report
-    from consilium.report.table import print_table
+    Args:
+        lines: of --json; gets the summary of the run, or of each by its name with the rows of the table.
+    """
+    from consilium.report import methods, print_table, read_runs, rows, table_files, write_report
 
     print_table(folders, out)
     if target is None:
         target = (folders[0] if len(folders) == 1 else Path(os.path.commonpath(folders))) / "report.html"
-    out.print(f"report: {write_report(folders, target)}", markup=False, highlight=False, soft_wrap=True)
+    page = write_report(folders, target)
+    several = len(folders) > 1
+    tables = [str(path) for path in table_files(page) if several and path.is_file()]
+    if lines:
+        told = {folder.name: json.loads((folder / "summary.json").read_text()) for folder in folders}
+        more = {"table": rows(methods(read_runs(folders))), "tables": tables} if several else {}
+        lines.line({"summary": told if several else told[folders[0].name], **more, "report": str(page)})
+    elif out.quiet:
+        print(f"report: {page}")
+    else:
+        if tables:
+            out.print(f"table: {', '.join(tables)}", markup=False, highlight=False, soft_wrap=True)
+        out.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
+    return page
 
 
 if __name__ == "__main__":

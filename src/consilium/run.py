@@ -15,6 +15,7 @@ import json
 import platform
 import shutil
 import subprocess
+import sys
 import time
 import uuid
 import warnings
@@ -23,6 +24,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -696,3 +698,12 @@ def _locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise CheckpointError(f"{folder} is in use by another process") from error
         yield
+
+
+class _Callable(ModuleType):
+    """This module is `consilium.run`, and so is the function: `consilium.run(experiment, folder)` calls it."""
+
+    __call__ = staticmethod(run)
+
+
+sys.modules[__name__].__class__ = _Callable

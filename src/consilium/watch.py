@@ -6,10 +6,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,16 +21,54 @@ from consilium.data.task import Federation
 from consilium.engine.checkpoint import write_atomic
 from consilium.errors import ConfigError, ConsiliumError
 from consilium.experiment import Experiment, from_json, to_json
-from consilium.moe.budget import human
-from consilium.run import check, read_config, records
+from consilium.moe.budget import MemoryModel, bytes_of, human
+from consilium.moe.build import ModelSource
+from consilium.run import Watch, check, read_config, records
 from consilium.setup import Setup
 
-__all__ = ["Comparison", "Terminal"]
+__all__ = ["Comparison", "JsonLines", "Several", "Terminal", "at_a_time"]
+
+LIBRARIES = 900_000_000
+"""Resident bytes of a process that has imported torch and transformers and read a recipe's data."""
+
+
+def at_a_time(experiments: Sequence[Experiment]) -> int:
+    """How many of the runs this machine has cores and free memory for, each in a process of its own; at least 1.
+
+    A process holds the libraries, four times the model (the server's, the mean that it forms, a checkpoint being
+    written, the client's being built) and what the largest client needs to train by the memory model.
+    """
+    cores = (os.cpu_count() or 2) // max(e.threads for e in experiments)
+    return max(1, min(cores, int(0.9 * _free_memory()) // max(map(_process_bytes, experiments))))
+
+
+def _process_bytes(experiment: Experiment) -> int:
+    if not isinstance(experiment.model, ModelSource):  # small models
+        return LIBRARIES
+    labels = [("task", ("a", "b") if experiment.model.form == "classification" else ())]
+    setup, memory = experiment.setup(labels), MemoryModel.of(experiment.model)
+    model = memory.params(memory.counts) * experiment.model.torch_dtype.itemsize
+    client = setup.footprint(memory.counts).total
+    if experiment.memory:
+        client = min(client, max(map(bytes_of, experiment.memory)))
+    return LIBRARIES + 4 * model + client
+
+
+def _free_memory() -> int:
+    """Bytes that new processes can have without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    raise ConfigError("/proc/meminfo does not tell MemAvailable; say how many runs at a time with --jobs")
 
 
 @dataclass
 class Terminal:
-    """Prints one run: what it is, a line per client and per round, and bars while something is going on."""
+    """Prints one run: what it is, a line per client and per round, and bars while something is going on.
+
+    Where the console is no terminal (a pipe, a log file, a notebook), a round is one line. Bars are for terminals, and
+    for notebooks that have ipywidgets; NO_COLOR is honoured by rich.
+    """
 
     console: Console
     _bars: Progress | None = None
@@ -62,7 +101,7 @@ class Terminal:
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
-            disable=not self.console.is_terminal,
+            disable=not (self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets"))),
         )
         self._bars.start()
         self._tasks["rounds"] = self._bars.add_task("rounds", total=experiment.rounds, completed=first - 1)
@@ -76,6 +115,40 @@ class Terminal:
             self._bars.update(self._tasks["client"], description=f"{phase} {client}", completed=done, total=total)
 
     def rounded(self, record: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> None:
+        say, more = self._say, ""
+        if self.console.is_terminal:
+            self._details(record, events)
+        else:
+            more = self._summed(record, events)
+        scores = record["scores"] or {}
+        test = "  ".join(f"{task} {score:.3f}" for task, score in scores.items())
+        stage = f" (stage {record['stage']})" if record["stage"] else ""
+        abandoned = f"  abandoned: {escape(record['abandoned'])}" if record.get("abandoned") else ""
+        say(
+            f"[bold]round {record['round']}[/bold]{stage}: {len(record['clients'])} clients"
+            + (f", {len(record['unable'])} unable" if record["unable"] else "")
+            + (f"  [green]test {test}[/green]" if test else "")
+            + f"  {record['seconds']['round']:.1f} s{more}{abandoned}"
+        )
+        if self._bars:
+            self._bars.update(self._tasks["rounds"], completed=record["round"] - bool(abandoned))
+
+    def _summed(self, record: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> str:
+        """What a log must not hide, for the end of a round's line; who and why is in metrics.jsonl."""
+        clients = record["clients"]
+        lost = {"rejected": [c for c in clients.values() if c["rejected"]], "missing": record.get("missing")}
+        lost |= {"failed": record.get("errors")}
+        said = [f"{len(who)} {what}" for what, who in lost.items() if who]
+        cut = [name for name, c in clients.items() if c.get("cut") and name not in self._cut]
+        self._cut.update(cut)
+        if cut:
+            examples = (sum(clients[name][key] for name in cut) for key in ("cut", "examples"))
+            said.append("{} of {} examples cut to fit.max_length, fit.target_length".format(*examples))
+        benched = [f"{e['client']} benched: {escape(e['reason'])}" for e in events if e["event"] == "benched"]
+        return "".join(f"  {words}" for words in [*said, *benched])
+
+    def _details(self, record: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> None:
+        """A line per client, and what happened to whom."""
         say = self._say
         for client, c in record["clients"].items():
             loss = "-" if c["train_loss"] is None else f"{c['train_loss']:.3f}"
@@ -101,19 +174,6 @@ class Terminal:
             if event["event"] != "structure":
                 more = f" to {event['experts']} experts" if "experts" in event else ""
                 say(f"  {event['event']} {event['client']}{more}", style="cyan")
-        scores = record["scores"] or {}
-        test = "  ".join(f"{task} {score:.3f}" for task, score in scores.items())
-        stage = f" (stage {record['stage']})" if record["stage"] else ""
-        say(
-            f"[bold]round {record['round']}[/bold]{stage}: {len(record['clients'])} clients"
-            + (f", {len(record['unable'])} unable" if record["unable"] else "")
-            + (f"  [green]test {test}[/green]" if test else "")
-            + f"  {record['seconds']['round']:.1f} s"
-        )
-        if abandoned := record.get("abandoned"):
-            say(f"[bold]round {record['round']} abandoned[/bold]: {escape(abandoned)}", style="red")
-        if self._bars:
-            self._bars.update(self._tasks["rounds"], completed=record["round"] - bool(record.get("abandoned")))
 
     def __enter__(self) -> "Terminal":
         return self
@@ -124,16 +184,59 @@ class Terminal:
 
 
 @dataclass
+class JsonLines:
+    """Writes each round as one line of JSON: its record, as in metrics.jsonl, with its "events"."""
+
+    file: TextIO
+
+    def started(self, experiment: Experiment, setup: Setup, federation: Federation | None, first: int) -> None: ...
+
+    def step(self, client: str, phase: str, done: int, total: int) -> None: ...
+
+    def rounded(self, record: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> None:
+        self.line({**record, "events": list(events)})
+
+    def line(self, value: Any) -> None:
+        print(json.dumps(value, allow_nan=False), file=self.file, flush=True)
+
+
+@dataclass
+class Several:
+    """Watches side by side, told in order."""
+
+    watches: Sequence[Watch]
+
+    def started(self, experiment: Experiment, setup: Setup, federation: Federation | None, first: int) -> None:
+        for watch in self.watches:
+            watch.started(experiment, setup, federation, first)
+
+    def step(self, client: str, phase: str, done: int, total: int) -> None:
+        for watch in self.watches:
+            watch.step(client, phase, done, total)
+
+    def rounded(self, record: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> None:
+        for watch in self.watches:
+            watch.rounded(record, events)
+
+
+@dataclass
 class Comparison:
     """Runs several experiments as processes of their own, `jobs` at a time, and shows how far they are.
 
     Each in its own process: its peak memory is its own, and a crash takes no other run along. Finished runs are
     kept and interrupted ones resumed, so a comparison can be started again at any time.
+
+    Args:
+        flags: further ones for the commands `consilium run` and `consilium resume`. rounded: gets the name of a run and
+            the record of each round that it makes.
     """
 
     console: Console
     planned: Mapping[Path, Experiment]
     jobs: int
+    flags: Sequence[str] = ()
+    rounded: Callable[[str, Mapping[str, Any]], None] | None = None
+    _told: dict[Path, int] = field(default_factory=dict)
 
     def run(self) -> None:
         """Run what is not finished. What cannot run is found before the first run starts.
@@ -159,6 +262,7 @@ class Comparison:
                 for folder, experiment in self.planned.items()
             }
             for folder, task in tasks.items():
+                self._told[folder] = max((record["round"] for record in self._records(folder)), default=0)
                 self._show(bars, task, folder)
             try:
                 while waiting or running:
@@ -208,7 +312,7 @@ class Comparison:
         threads = {"OMP_NUM_THREADS": str(max(self.planned[folder].threads, cores))}
         with (folder / "log.txt").open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "consilium", *command],
+                [sys.executable, "-m", "consilium", *command, *self.flags],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -226,7 +330,17 @@ class Comparison:
             raise ConsiliumError(f"{folder.name} failed with code {process.returncode} ({last}); see {folder}/log.txt")
 
     def _show(self, bars: Progress, task: Any, folder: Path) -> None:
-        with contextlib.suppress(OSError, json.JSONDecodeError, IndexError):
-            rounds = list(records(folder))
+        rounds = self._records(folder)
+        for record in rounds:
+            if self.rounded and record["round"] > self._told[folder]:
+                self.rounded(folder.name, record)
+                self._told[folder] = record["round"]
+        if rounds:
             scored = [r["scores"]["mean"] for r in rounds if r["scores"]]
             bars.update(task, completed=rounds[-1]["round"], at=f"test {scored[-1]:.3f}" if scored else "")
+
+    def _records(self, folder: Path) -> list[dict[str, Any]]:
+        """The rounds so far; [] where the file is just being written."""
+        with contextlib.suppress(OSError, json.JSONDecodeError):
+            return list(records(folder))
+        return []

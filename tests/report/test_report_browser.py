@@ -53,7 +53,12 @@ def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("browser")
     runs = [make_run(folder / name.lower(), name) for name in ("FedMoE", "FedAvg", "RandomMoE")]
     big = make_run(folder / "big", clients=30, blocks=12, experts=32)
-    made = {"one": runs[:1], "three": runs, "big": [big]}
+    seeds = [
+        make_run(folder / f"{name}-seed{s}", name, clients=6, seed=s, partition_seed=s)
+        for name in ("FedMoE", "Standalone")
+        for s in (0, 1)
+    ]
+    made = {"one": runs[:1], "three": runs, "big": [big], "seeds": seeds}
     for name, paths in made.items():
         page = write_report(paths, folder / f"{name}.html").read_text()
         # The page forbids scripts; the copy that is probed carries one, and so not the ban.
@@ -63,7 +68,7 @@ def pages(tmp_path_factory):
 
 
 @pytest.mark.parametrize("width", [360, 1280])
-@pytest.mark.parametrize("name", ["one", "three", "big"])
+@pytest.mark.parametrize("name", ["one", "three", "big", "seeds"])
 def test_page_at_a_width(pages, tmp_path, name, width):
     frame = tmp_path / "frame.html"
     frame.write_text(FRAME.format(page=(pages / f"{name}-probe.html").as_uri(), width=width))

@@ -14,7 +14,6 @@ from consilium.report.results import (
     format_bytes,
     format_score,
     format_seconds,
-    over_runs,
     result,
     shared_mean,
     unable_clients,
@@ -126,20 +125,6 @@ def test_best_marks_differences_that_can_be_seen(tmp_path):
     assert best(shown["time"], [True] * 3) == set()  # all alike: nobody is best
     assert best(shown["mean"], [False, True, True]) == {1}
     assert best(shown["run"], [True] * 3) == set()
-
-
-def test_over_runs_needs_several_runs_of_one_algorithm(tmp_path):
-    runs = read_runs([make_run(tmp_path / f"s{s}", seed=s) for s in range(3)] + [make_run(tmp_path / "f", "RandomMoE")])
-    moe, avg = over_runs(runs)
-    means = [result(run).mean for run in runs[:3]]
-    assert (moe.runs, avg.runs, avg.sd) == (3, 1, None)
-    assert moe.mean == pytest.approx(sum(means) / 3) and moe.low == min(means)
-    assert over_runs(runs[2:]) == []
-
-
-def test_over_runs_counts_only_the_clients_that_all_runs_scored(tmp_path):
-    runs = read_runs([make_run(tmp_path / f"s{s}", seed=s) for s in range(2)] + [make_run(tmp_path / "f", "FedAvg")])
-    assert over_runs(runs)[0].mean == pytest.approx(sum(shared_mean(runs)[:2]) / 2)
 
 
 @pytest.mark.parametrize(

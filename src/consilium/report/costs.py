@@ -29,7 +29,7 @@ from consilium.report.style import (
     shorten_all,
 )
 
-__all__ = ["memory", "time_split", "traffic", "traffic_per_client"]
+__all__ = ["memory", "second_axis", "time_split", "traffic", "traffic_per_client"]
 
 _WIDTH = 340
 _UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
@@ -133,7 +133,7 @@ def time_split(runs: Sequence[RunRecord]) -> Drawing:
             axes.barh(range(len(runs)), [s[part] for s in split], 0.62, left=left, color=color(role))
             left = [at + s[part] for at, s in zip(left, split, strict=True)]
         _end_texts(axes, [format_seconds(total) for total in left], left)
-        _second_axis(axes.xaxis, axes.get_xlim()[1])
+        second_axis(axes.xaxis, axes.get_xlim()[1])
     said = "; ".join(
         f"{run.label}: " + ", ".join(f"{name} {format_seconds(s[part])}" for part, name, _ in _PARTS)
         for run, s in zip(runs, split, strict=True)
@@ -157,7 +157,7 @@ def _time_by_round(run: RunRecord) -> Panel:
         axes.margins(x=0)
         axes.set_xlabel("round")
         axes.xaxis.set_major_locator(round_ticks(6, integer=True))
-        _second_axis(axes.yaxis, axes.get_ylim()[1])
+        second_axis(axes.yaxis, axes.get_ylim()[1])
     return Panel("round by round", figure, "Seconds of each round, by what they were spent on.")
 
 
@@ -232,7 +232,7 @@ def _cumulative(axes: Axes, runs: Sequence[RunRecord]) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value, trim=True)))
 
 
-def _second_axis(axis: Axis, top: float) -> None:
+def second_axis(axis: Axis, top: float) -> None:
     """Ticks at steps that clocks know: 100 s would read as "1m 40s"."""
     steps = [m * unit for unit, ms in ((0.001, (1, 2, 5, 10, 20, 50, 100, 200, 500)), (1, (1, 2, 5, 10, 15, 30)),
                                        (60, (1, 2, 5, 10, 15, 30)), (3600, (1, 2, 3, 6, 12))) for m in ms]  # fmt: skip
@@ -249,7 +249,7 @@ def _clock(value: float) -> str:
 
 
 def _styles(runs: Sequence[RunRecord]) -> list[int]:
-    return run_styles([run.algorithm for run in runs])
+    return run_styles([run.method for run in runs])
 
 
 def _byte_axis(axes: Axes) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
+from consilium.report.costs import second_axis
+from consilium.report.methods import has_seeds
 from consilium.report.read import RunRecord
 from consilium.report.results import METRICS, format_bytes, number
 from consilium.report.style import (
@@ -27,15 +29,17 @@ from consilium.report.style import (
     shorten_all,
 )
 
-__all__ = ["expert_counts", "scores_over_bytes", "scores_over_rounds"]
+__all__ = ["expert_counts", "scores_over_bytes", "scores_over_rounds", "scores_over_seconds"]
 
 _WIDTH, _HEIGHT = 340, 215
 Points = list[tuple[float, float]]
+Placed = list[tuple[float, Mapping[str, Any]]]
+"""Where each round of a run stands along the x axis, and its record."""
 
 
 def scores_over_rounds(runs: Sequence[RunRecord]) -> Drawing:
     """A panel per task, and the mean over tasks: test scores where evaluated, validation as a thin line."""
-    rounds = [{_number_of(line, i): line for i, line in enumerate(run.rounds)} for run in runs]
+    rounds = [[(_number_of(line, i), line) for i, line in enumerate(run.rounds)] for run in runs]
     drawing = _score_panels(runs, rounds, "round", single_detail=len(runs) == 1)
     stage_one = [_stage_one_end(run) for run in runs]
     if len(runs) == 1 and stage_one[0] is not None:
@@ -47,15 +51,24 @@ def scores_over_rounds(runs: Sequence[RunRecord]) -> Drawing:
 
 def scores_over_bytes(runs: Sequence[RunRecord]) -> Drawing:
     """The same scores against the bytes that all clients together had sent and received by then."""
-    placed = []
-    for run in runs:
-        totals = itertools.accumulate(
-            (number(r.get("bytes_down")) or 0) + (number(r.get("bytes_up")) or 0) for r in run.rounds
-        )
-        placed.append(list(zip(totals, run.rounds, strict=True)))
+    placed = [
+        _summed(run, lambda r: (number(r.get("bytes_down")) or 0) + (number(r.get("bytes_up")) or 0)) for run in runs
+    ]
     if not any(total for run in placed for total, _ in run):
         raise NothingToDraw("No run has sent anything yet: its rounds record no bytes.")
-    return _score_panels(runs, [dict(pairs) for pairs in placed], "bytes", single_detail=False)
+    return _score_panels(runs, placed, "bytes", single_detail=False)
+
+
+def scores_over_seconds(runs: Sequence[RunRecord]) -> Drawing:
+    """The same scores against the seconds that the run had taken by then."""
+    placed = [_summed(run, lambda r: number((r.get("seconds") or {}).get("round")) or 0) for run in runs]
+    if len(runs) < 2 or not any(total for run in placed for total, _ in run):
+        raise NothingToDraw("There is no second run to compare with, or no round has recorded its seconds yet.")
+    return _score_panels(runs, placed, "seconds", single_detail=False)
+
+
+def _summed(run: RunRecord, of: Callable[[Mapping[str, Any]], float]) -> Placed:
+    return list(zip(itertools.accumulate(of(r) for r in run.rounds), run.rounds, strict=True))
 
 
 def expert_counts(run: RunRecord) -> Drawing:
@@ -79,17 +92,27 @@ def expert_counts(run: RunRecord) -> Drawing:
     return Drawing(panels, keys + [Key(text, "ink", mark) for name, text, mark in marks if name in seen])
 
 
-def _score_panels(
-    runs: Sequence[RunRecord], placed: Sequence[Mapping[float, Mapping[str, Any]]], along: str, single_detail: bool
-) -> Drawing:
-    """placed: per run, the rounds at their place along the x axis."""
+def _score_panels(runs: Sequence[RunRecord], placed: Sequence[Placed], along: str, single_detail: bool) -> Drawing:
+    """placed: per run, the rounds at their place along the x axis. Where methods ran several times, a line is the mean
+    over a method's runs, and the band around it their standard deviation."""
     tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
     panels = []
     dashed = False
-    styles = run_styles([run.algorithm for run in runs])
-    with_validation = along == "round" and len(runs) <= 4  # with more, the thin lines bury the others
+    over = has_seeds(runs)
+    names = list(dict.fromkeys(run.method for run in runs)) if over else [run.label for run in runs]
+    styles = list(range(len(names))) if over else run_styles([run.method for run in runs])
+    with_validation = along == "round" and len(runs) <= 4 and not over  # with more, thin lines bury the others
     for task in [*tasks, "mean"] if len(tasks) > 1 else tasks:
-        lines = [_test_points(run, at, task) for run, at in zip(runs, placed, strict=True)]
+        told = [_test_points(run, at, task) for run, at in zip(runs, placed, strict=True)]
+        groups = (
+            [[p for run, p in zip(runs, told, strict=True) if run.method == name] for name in names] if over else []
+        )
+        bands = [_band(group) for group in groups]
+        lines = (
+            [[(x, mean) for x, mean, _ in band] for band in bands]
+            if over
+            else [[(x, y) for _, x, y in points] for points in told]
+        )
         thin = [
             _validation_points(run, at, task) if with_validation else [] for run, at in zip(runs, placed, strict=True)
         ]
@@ -102,8 +125,10 @@ def _score_panels(
             if single_detail and task != "mean":
                 _each_client(axes, runs[0], placed[0], task)
                 dashed |= _guess_line(axes, runs[0], task)
+            for i, band in enumerate(bands):
+                _shade(axes, band, series(styles[i])["color"])
             for i, points in enumerate(lines):
-                if thin[i]:
+                if not over and thin[i]:
                     axes.plot(*zip(*thin[i], strict=True), lw=1, alpha=0.75, color=series(styles[i])["color"], zorder=3)
                 if points:
                     axes.plot(*zip(*points, strict=True), lw=2.2, ms=4.5, zorder=4, **series(styles[i]))
@@ -112,10 +137,12 @@ def _score_panels(
             axes.yaxis.set_major_locator(round_ticks(5))
         metric = next((run.metric(task) for run in runs if task in run.tasks), "score")
         title = f"{task} · {METRICS.get(metric, metric)}, %" if task != "mean" else "mean of the tasks, %"
-        panels.append(Panel(title, figure, _alt(title, runs, lines, along)))
+        panels.append(Panel(title, figure, _alt(title, names, lines, along)))
     if not panels:
         raise NothingToDraw("No round has been evaluated yet: scores appear after the first evaluation round.")
-    keys = [Key(run.label, "ink", f"run {i}") for i, run in zip(styles, runs, strict=True)]
+    keys = [Key(name, "ink", f"run {i}") for i, name in zip(styles, names, strict=True)]
+    if over:
+        keys.append(Key("± standard deviation over the method’s runs", "muted", "band"))
     if len(runs) == 1:
         keys = [Key("test, mean over clients", "c0", "run 0")]
         keys += [Key("test, one client", "c0", "faint")] if single_detail else []
@@ -130,6 +157,10 @@ def _x_axis(axes: Axes, along: str) -> None:
     if along == "round":
         axes.xaxis.set_major_locator(round_ticks(6, integer=True))
         axes.set_xlabel("round")
+    elif along == "seconds":
+        axes.set_xlim(left=0)
+        second_axis(axes.xaxis, axes.get_xlim()[1])
+        axes.set_xlabel("time so far, one client after the other")
     else:
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(round_ticks(4))
@@ -137,9 +168,27 @@ def _x_axis(axes: Axes, along: str) -> None:
         axes.set_xlabel("sent and received so far, all clients")
 
 
-def _test_points(run: RunRecord, placed: Mapping[float, Mapping[str, Any]], task: str) -> Points:
+def _band(told: Sequence[Sequence[tuple[float, float, float]]]) -> list[tuple[float, float, float]]:
+    """(x, mean, deviation) over a method's runs in the rounds that all of them scored; a single run deviates by 0."""
+    by_round = [{number: (x, y) for number, x, y in points} for points in told if points]
+    band = []
+    for number_ in sorted(set.intersection(*map(set, by_round))) if by_round else ():
+        xs, ys = zip(*(points[number_] for points in by_round), strict=True)
+        band.append((statistics.fmean(xs), statistics.fmean(ys), statistics.stdev(ys) if len(ys) > 1 else 0.0))
+    return band
+
+
+def _shade(axes: Axes, band: Sequence[tuple[float, float, float]], ink: str) -> None:
+    if any(sd for *_, sd in band):
+        xs, means, sds = zip(*band, strict=True)
+        low, high = ([m + sign * sd for m, sd in zip(means, sds, strict=True)] for sign in (-1, 1))
+        axes.fill_between(xs, low, high, color=ink, alpha=0.16, lw=0, zorder=2)
+
+
+def _test_points(run: RunRecord, placed: Placed, task: str) -> list[tuple[float, float, float]]:
+    """(round, x, score in percent) of the rounds that were scored."""
     points = []
-    for x, line in placed.items():
+    for i, (x, line) in enumerate(placed):
         value = number((line.get("scores") or {}).get(task))
         if value is None and task != "mean":
             test = line.get("test") or {}
@@ -147,14 +196,14 @@ def _test_points(run: RunRecord, placed: Mapping[float, Mapping[str, Any]], task
             known = [v for v in values if v is not None]
             value = statistics.fmean(known) if known else None
         if value is not None:
-            points.append((x, 100 * value))
+            points.append((_number_of(line, i), x, 100 * value))
     return points
 
 
-def _validation_points(run: RunRecord, placed: Mapping[float, Mapping[str, Any]], task: str) -> Points:
+def _validation_points(run: RunRecord, placed: Placed, task: str) -> Points:
     """Mean validation score of the round's participants of a task; rounds without one are bridged."""
     points = []
-    for x, line in placed.items():
+    for x, line in placed:
         by_task: dict[str, list[float]] = {}
         for client, entry in (line.get("clients") or {}).items():
             value = number(entry.get("validation"))
@@ -169,9 +218,9 @@ def _validation_points(run: RunRecord, placed: Mapping[float, Mapping[str, Any]]
     return points if len(points) > 1 else []
 
 
-def _each_client(axes: Axes, run: RunRecord, placed: Mapping[float, Mapping[str, Any]], task: str) -> None:
+def _each_client(axes: Axes, run: RunRecord, placed: Placed, task: str) -> None:
     for client in (c for c in run.order if run.clients[c].task == task):
-        found = [(x, number((line.get("test") or {}).get(client))) for x, line in placed.items()]
+        found = [(x, number((line.get("test") or {}).get(client))) for x, line in placed]
         points = [(x, 100 * v) for x, v in found if v is not None]
         if points:
             axes.plot(*zip(*points, strict=True), lw=1, alpha=0.28, color=color("c0"), zorder=2)
@@ -294,6 +343,6 @@ def _number_of(line: Mapping[str, Any], index: int) -> float:
     return index if told is None else told
 
 
-def _alt(title: str, runs: Sequence[RunRecord], lines: Sequence[Points], along: str) -> str:
-    ends = [f"{run.label} {points[-1][1]:.1f}" for run, points in zip(runs, lines, strict=True) if points]
+def _alt(title: str, names: Sequence[str], lines: Sequence[Points], along: str) -> str:
+    ends = [f"{name} {points[-1][1]:.1f}" for name, points in zip(names, lines, strict=True) if points]
     return f"{title} over {along}. At the end: {', '.join(ends) or 'not evaluated yet'}."

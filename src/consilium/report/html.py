@@ -5,10 +5,12 @@ No external resource, no script: the page can be mailed, archived, and opened of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from consilium.errors import ConfigError
+from consilium.report.export import table_files, to_csv, to_latex
+from consilium.report.methods import Method, Spread, first_runs, has_seeds, methods
 from consilium.report.page import STYLE
 from consilium.report.parts import caption, card, fold, one_figure, text
 from consilium.report.plots import FIGURES, FigureKind, NothingToDraw
@@ -40,17 +42,22 @@ __all__ = ["render", "write_report"]
 
 
 def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
-    """Write the report of the runs to `out` and return it; parent directories are made.
+    """Write the report of the runs to `out` and return it; parent directories are made. Beside the page of several
+    runs lies its table, see `table_files`.
 
     Raises ConfigError when a directory is not a run, when none is given, or when `out` cannot be written.
     """
-    page = render(read_runs(run_dirs))
-    out = Path(out)
+    runs, out = read_runs(run_dirs), Path(out)
+    made = {out: render(runs)}
+    if len(runs) > 1 and (found := methods(runs)):
+        csv, latex = table_files(out)
+        made |= {csv: to_csv(found), latex: to_latex(found)}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        part = out.with_name(out.name + ".part")
-        part.write_text(page, encoding="utf-8")
-        part.replace(out)  # a reader who has the old page open never sees half a new one
+        for path, content in made.items():
+            part = path.with_name(path.name + ".part")
+            part.write_text(content, encoding="utf-8")
+            part.replace(path)  # a reader who has the old page open never sees half a new one
     except OSError as error:
         raise ConfigError(f"the report cannot be written to {out} ({error.strerror}); choose another place") from None
     return out
@@ -65,14 +72,15 @@ def render(runs: Sequence[RunRecord]) -> str:
     parts = [f'<header><h1>{text(title)}</h1><p class="sub">{_subtitle(runs)}</p>{_nav(runs)}']
     parts.append(f'{body}<div class="cards">{cards}</div></header><main>')
     if len(runs) > 1:
-        parts.append(f'<h2 id="comparison">Comparison</h2>{comparison(runs)}{over_seeds(runs)}')
+        parts.append(f'<h2 id="comparison">Comparison</h2>{over_seeds(runs)}{comparison(runs)}')
     sections = list(dict.fromkeys(kind.section for kind in FIGURES))
     for section in sections:
         parts.append(f'<h2 id="{_anchor(section)}">{text(section)}</h2>')
         parts += [_figure(kind, runs) for kind in FIGURES if kind.section == section]
     parts.append(f'<h2 id="clients">Clients</h2>{client_tables(runs)}{left_out(runs)}')
-    parts.append(f'<h2 id="events">Events</h2>{event_tables(runs)}')
-    parts.append(f'<h2 id="setup">Set-up</h2>{configuration(runs)}{versions(runs)}{glossary()}</main>')
+    parts.append(f'<h2 id="events">Events</h2>{_of_firsts(runs)}{event_tables(first_runs(runs))}')
+    parts.append(f'<h2 id="setup">Set-up</h2>{_of_firsts(runs)}{configuration(first_runs(runs))}')
+    parts.append(f"{versions(runs)}{glossary()}</main>")
     parts.append(
         "<footer>Scores are in percent. 1 MB is 1,000,000 bytes. This page needs no network and no script.</footer>"
     )
@@ -85,10 +93,18 @@ def render(runs: Sequence[RunRecord]) -> str:
     )
 
 
+def _of_firsts(runs: Sequence[RunRecord]) -> str:
+    """What the reader must know where only the first run of each method is shown."""
+    if not has_seeds(runs):
+        return ""
+    names = ", ".join(run.label for run in first_runs(runs))
+    return f'<p class="note">Shown for the first run of each method: {text(names)}.</p>'
+
+
 def _title(runs: Sequence[RunRecord]) -> str:
     if len(runs) == 1:
         return f"{runs[0].algorithm}: {runs[0].path.resolve().name}"
-    names = list(dict.fromkeys(run.algorithm for run in runs))
+    names = list(dict.fromkeys(run.method for run in runs))
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return f"{shown} compared" if len(names) > 1 else f"{len(runs)} runs of {shown} compared"
 
@@ -100,7 +116,8 @@ def _subtitle(runs: Sequence[RunRecord]) -> str:
     if len(runs) == 1:
         rounds = f"{len(first.rounds)} round{'s' if len(first.rounds) != 1 else ''}"
         return f'{rounds}, {text(said)} <span class="badge">{text(first.status)}</span>'
-    return f"{len(runs)} runs. {text(said)}"
+    seeds = f" of {len({run.method for run in runs})} methods" if has_seeds(runs) else ""
+    return f"{len(runs)} runs{seeds}. {text(said)}"
 
 
 def _nav(runs: Sequence[RunRecord]) -> str:
@@ -125,7 +142,9 @@ def _warnings(runs: Sequence[RunRecord]) -> list[str]:
                 "Its numbers are those of the rounds so far."
             )
         said += [f"{run.label}: {note}." for note in run.notes]
-    if len({run.fingerprint for run in runs}) > 1:
+    seeds = {run.seed for run in runs} if has_seeds(runs) else {None}  # another seed deals the data anew
+    prints = [{run.fingerprint for run in runs if seed in (None, run.seed)} for seed in seeds]
+    if any(len(found) > 1 for found in prints):
         said.append(
             "These runs did not use the same data (their partition fingerprints differ). Differences between their "
             "scores may come from the data alone."
@@ -173,6 +192,8 @@ def _cards_of_one(run: RunRecord, row: Result) -> str:
 
 def _cards_of_many(runs: Sequence[RunRecord], rows: Sequence[Result]) -> str:
     """The winner of each column and by how much, among finished runs if there are any."""
+    if has_seeds(runs) and (over := methods(runs)):
+        return _cards_over_seeds(over)
     pool = [row for row in rows if row.finished] or list(rows)
     means = {row.label: row.mean for row in rows}
     score = "Best mean score"
@@ -189,6 +210,24 @@ def _cards_of_many(runs: Sequence[RunRecord], rows: Sequence[Result]) -> str:
     return "".join(cards)
 
 
+def _cards_over_seeds(pool: Sequence[Method]) -> str:
+    """The same over the means of each method's runs."""
+
+    def known(get: Callable[[Method], Spread | None]) -> Callable[[Method], float | None]:
+        return lambda m: spread.mean if (spread := get(m)) else None
+
+    shared = any(m.shared for m in pool)
+    score = known(lambda m: m.shared if shared else m.mean)
+    cards = [
+        _winner("Best mean, shared clients" if shared else "Best mean score", pool, score, format_score, high=True),
+        _winner("Serves most clients", pool, lambda m: m.served.mean, lambda n: f"{n:.3g}", high=True),
+        _winner("Least traffic", pool, known(lambda m: m.bytes_total), format_bytes),
+        _winner("Least peak memory", pool, known(lambda m: m.peak_bytes), format_bytes),
+        _winner("Least time", pool, known(lambda m: m.seconds), format_seconds),
+    ]
+    return "".join(cards)
+
+
 def _winner(what, pool, value, show, high=False) -> str:  # type: ignore[no-untyped-def]
     known = sorted((row for row in pool if value(row) is not None), key=value, reverse=high)
     if not known:
@@ -196,32 +235,33 @@ def _winner(what, pool, value, show, high=False) -> str:  # type: ignore[no-unty
     top = show(value(known[0]))
     ties = [row for row in known if show(value(row)) == top]
     if len(ties) == len(known) > 1:
-        return card(what, top, "the same for all runs")
+        return card(what, top, "the same for all")
     after = next((row for row in known if row not in ties), None)
     then = f"; next: {after.label}, {show(value(after))}" if after else ""
     if len(ties) == 1:
         return card(what, known[0].label, f"{top}{then}")
     names = ", ".join(row.label for row in ties) + ": " if len(ties) <= 3 else ""
-    return card(what, f"{len(ties)} runs", f"{names}{top}{then}")
+    return card(what, f"{len(ties)} tie", f"{names}{top}{then}")
 
 
-def _draws(kind: FigureKind, runs: RunRecord | Sequence[RunRecord]) -> bool:
+def _draws(kind: FigureKind, what: RunRecord | Sequence[RunRecord]) -> bool:
     try:
-        return bool(kind.draw(runs))
+        return bool(kind.draw(what))
     except NothingToDraw:
         return False
 
 
 def _figure(kind: FigureKind, runs: Sequence[RunRecord]) -> str:
     """One figure for all runs, or, for those that are about one run, a box with a figure for each."""
-    if kind.only_if_drawn and not any(_draws(kind, given) for given in (runs if kind.each_run else [runs])):
+    if kind.only_if_drawn and not any(_draws(kind, what) for what in (runs if kind.each_run else [runs])):
         return ""
     if not kind.each_run or len(runs) == 1:
         return one_figure(kind, runs[0] if kind.each_run else runs, "all")[0]
+    said, runs = _of_firsts(runs), first_runs(runs)
     made = [(run, *one_figure(kind, run, f"run {i}", of=run.label)) for i, run in enumerate(runs)]
     made.sort(key=lambda three: not three[2])  # runs that have nothing to show come last
     folds = "".join(
         fold(run.label, figure, is_open=len(runs) <= 3 or not drawn or i == 0)
         for i, (run, figure, drawn) in enumerate(made)
     )
-    return f"<figure>{caption(kind)}{folds}</figure>"
+    return f"<figure>{caption(kind)}{said}{folds}</figure>"

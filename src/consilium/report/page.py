@@ -65,6 +65,8 @@ figcaption b{color:var(--ink);font-weight:600}
 .panels.two{grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),450px))}
 .panel{min-width:0;display:flex;flex-direction:column}
 .note{color:var(--muted);font-size:.9rem;margin:0 0 12px}
+.below{margin:12px 0 0;max-width:110ch}
+.next{margin-top:26px}
 figcaption p{margin:0 0 4px}
 .panel svg{display:block;width:100%;height:auto;max-width:calc(var(--natural)*1.38)}
 svg text{font-family:var(--font)}

@@ -142,6 +142,7 @@ def _mark(mark: str, ink: str) -> str:
         "minus": f'{box} fill-opacity=".32"/><path d="M4 7h6" stroke="{ink}" stroke-width="1.8"/>',
         "hatch": f'<rect x="1.5" y="1.5" width="11" height="11" {stroke}/><path d="M2 8l6-6M5 12l7-7M2 12L12 2" '
         f'stroke="{ink}"/>',
+        "band": f'<rect x="0" y="2" width="14" height="10" fill="{ink}" fill-opacity=".25"/>',
         "bar": f'<path d="M7 1v12" stroke="{ink}" stroke-width="2.4"/>',
         "up": f'<path d="M7 3l4 8h-8z" fill="{ink}"/>',
         "right": f'<path d="M11 7l-8 4v-8z" fill="{ink}"/>',

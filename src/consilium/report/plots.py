@@ -10,12 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from consilium.report import costs, curves, gains, maps
+from consilium.report import costs, curves, gains, maps, tradeoff
 from consilium.report.costs import memory, time_split, traffic, traffic_per_client
-from consilium.report.curves import expert_counts, scores_over_bytes, scores_over_rounds
+from consilium.report.curves import expert_counts, scores_over_bytes, scores_over_rounds, scores_over_seconds
 from consilium.report.gains import gain_over_standalone
 from consilium.report.maps import expert_map, gate_weights, training_heat_map, usage_heat_map
 from consilium.report.style import Drawing, NothingToDraw
+from consilium.report.tradeoff import score_for_cost
 
 __all__ = [
     "FIGURES",
@@ -26,8 +27,10 @@ __all__ = [
     "gain_over_standalone",
     "gate_weights",
     "memory",
+    "score_for_cost",
     "scores_over_bytes",
     "scores_over_rounds",
+    "scores_over_seconds",
     "time_split",
     "traffic",
     "traffic_per_client",
@@ -61,7 +64,8 @@ FIGURES: tuple[FigureKind, ...] = (
         "Scores",
         "Score over rounds",
         "One panel per task. The bold line is the mean test score over the task's clients, on examples that nobody "
-        "trained on, in the rounds in which everybody was evaluated. The thin line, left "
+        "trained on, in the rounds in which everybody was evaluated; over several seeds it is "
+        "the mean of a method's runs. The thin line, left "
         "out where more than four runs are compared, is the validation score of only those clients that took part in "
         "a round; it jumps because other clients take part each time. The scale "
         "does not start at zero. A shaded strip is FedMoE's stage one, in which experts are chosen.",
@@ -91,6 +95,26 @@ FIGURES: tuple[FigureKind, ...] = (
         "Bars to the left: these clients would be better off alone, whatever the mean says. A mean carried by few "
         "long bars is a method for these few.",
         gains.gain_over_standalone,
+        only_if_drawn=True,
+    ),
+    FigureKind(
+        "scores_over_seconds",
+        "Scores",
+        "Score for the time",
+        "The same test scores, placed by the seconds that the run had taken until then, in which clients train one "
+        "after the other: what the comparison cost on this machine, not how long a federation would wait.",
+        "A method that ends higher but later may only have been given more time.",
+        curves.scores_over_seconds,
+        only_if_drawn=True,
+    ),
+    FigureKind(
+        "score_for_cost",
+        "Scores",
+        "Score for the cost of the whole run",
+        "A mark is a method: the mean score of its finished runs at the end, against all bytes sent and received, the "
+        "time taken, and the memory that the largest client needs. Bars are standard deviations over its runs.",
+        "A method that another one passes both upwards and to the left has nothing to offer on this cost.",
+        tradeoff.score_for_cost,
         only_if_drawn=True,
     ),
     FigureKind(

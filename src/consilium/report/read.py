@@ -9,6 +9,7 @@ computed around it would be wrong.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,10 +45,15 @@ class ClientRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run, as its directory tells it. `label` is the name used in figures, unique among runs compared."""
+    """One run, as its directory tells it.
+
+    label: the name used in figures, unique among the runs compared. method: the name that all runs share which differ
+    in nothing but their seed and name. seed: of everything random, None where the run does not say.
+    """
 
     path: Path
     label: str
+    method: str
     algorithm: str
     status: str
     config: Json
@@ -65,6 +71,11 @@ class RunRecord:
     @property
     def finished(self) -> bool:
         return self.status == "finished" and self.summary is not None
+
+    @property
+    def seed(self) -> int | None:
+        told = self.config.get("seed")
+        return told if isinstance(told, int) else None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -102,6 +113,7 @@ def read_run(path: Path | str) -> RunRecord:
     return RunRecord(
         path=path,
         label=str(algorithm),
+        method=str(algorithm),
         algorithm=str(algorithm),
         status=str(config.get("status", "unknown")),
         config=experiment,
@@ -127,19 +139,33 @@ def read_runs(paths: Iterable[Path | str]) -> list[RunRecord]:
 
 
 def label_runs(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """Label runs by algorithm; where two share one, add what tells them apart (seed, else directory name)."""
-    labels: list[str] = []
-    for run in runs:
-        same = [other for other in runs if other.algorithm == run.algorithm]
-        seeds = [other.config.get("seed") for other in same]
-        if len(same) == 1:
-            labels.append(run.algorithm)
-        elif None not in seeds and len(set(map(str, seeds))) == len(same):
-            labels.append(f"{run.algorithm} seed {run.config['seed']}")
+    """Name the runs' methods and label the runs: the method where it ran once, else with what tells its runs apart
+    (the seed, else the name of the directory)."""
+    methods, labels = _methods(runs), []
+    for run, method in zip(runs, methods, strict=True):
+        seeds = [other.seed for other, name in zip(runs, methods, strict=True) if name == method]
+        if len(seeds) == 1:
+            labels.append(method)
+        elif None not in seeds and len(set(seeds)) == len(seeds):
+            labels.append(f"{method} seed {run.seed}")
         else:
-            labels.append(f"{run.algorithm} ({run.path.resolve().name})")
+            labels.append(f"{method} ({run.path.resolve().name})")
     labels = [f"{label} #{i + 1}" if labels.count(label) > 1 else label for i, label in enumerate(labels)]
-    return [replace(run, label=label) for run, label in zip(runs, labels, strict=True)]
+    return [replace(run, label=label, method=m) for run, label, m in zip(runs, labels, methods, strict=True)]
+
+
+def _methods(runs: Sequence[RunRecord]) -> list[str]:
+    """The algorithm; where runs of one have different settings, the directory's name without its seed tells more."""
+    kinds = [json.dumps({k: v for k, v in run.config.items() if k not in ("name", "seed")}) for run in runs]
+    names: dict[tuple[str, str], str] = {}
+    for run, kind in zip(runs, kinds, strict=True):
+        alike = {other for other, r in zip(kinds, runs, strict=True) if r.algorithm == run.algorithm}
+        stem = re.sub(r"-seed\d+$", "", run.path.resolve().name)
+        name = stem if stem.startswith(run.algorithm) else f"{run.algorithm} ({stem})"
+        name = run.algorithm if len(alike) == 1 else name
+        taken = [other for key, other in names.items() if key != (run.algorithm, kind)]
+        names.setdefault((run.algorithm, kind), f"{name} #{len(taken) + 1}" if name in taken else name)
+    return [names[run.algorithm, kind] for run, kind in zip(runs, kinds, strict=True)]
 
 
 def _clients(raw: Json, told: Json) -> dict[str, ClientRecord]:

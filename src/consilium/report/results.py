@@ -19,7 +19,6 @@ METRICS = {"accuracy": "accuracy", "token_f1": "token F1", "rouge2": "ROUGE-2", 
 __all__ = [
     "METRICS",
     "Column",
-    "OverRuns",
     "Result",
     "TaskScore",
     "best",
@@ -30,7 +29,6 @@ __all__ = [
     "format_score",
     "format_seconds",
     "number",
-    "over_runs",
     "result",
     "shared_mean",
     "unable_clients",
@@ -197,37 +195,6 @@ def best(column: Column, eligible: Sequence[bool]) -> set[int]:
     top = (max if column.good == "high" else min)(column.values[i] for i in pool)
     alike = {i for i in pool if column.values[i] == top}
     return alike if len(alike) < len(pool) else set()
-
-
-@dataclass(frozen=True)
-class OverRuns:
-    """One algorithm over its finished runs (seeds): mean of the runs' mean scores, and their standard deviation."""
-
-    algorithm: str
-    runs: int
-    mean: float
-    sd: float | None
-    low: float
-    high: float
-
-
-def over_runs(runs: Sequence[RunRecord]) -> list[OverRuns]:
-    """One entry an algorithm; empty unless some algorithm has several finished runs.
-
-    Where the runs did not score the same clients, only the clients that all of them scored count.
-    """
-    done = [run for run in runs if run.finished]
-    means = shared_mean(done) if differ_in_clients(done) else [result(run).mean for run in done]
-    scores: dict[str, list[float]] = {}
-    for run, mean in zip(done, means, strict=True):
-        if mean is not None:
-            scores.setdefault(run.algorithm, []).append(mean)
-    if not any(len(values) > 1 for values in scores.values()):
-        return []
-    return [
-        OverRuns(name, len(v), statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else None, min(v), max(v))
-        for name, v in scores.items()
-    ]
 
 
 def format_score(value: float | None, sd: float | None = None) -> str:

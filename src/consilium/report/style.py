@@ -92,7 +92,8 @@ class Key:
     """One entry of a legend.
 
     mark: "run 2" (line and marker of the run with index 2), "line", "thin", "faint", "dots", "square", "hatch",
-    "plus", "minus", "bar", "right", "up", "down", "cross", "hollow", or "ramp", whose text is "what|low|middle|high".
+    "plus", "minus", "band", "bar", "right", "up", "down", "cross", "hollow", or "ramp", whose text is
+    "what|low|middle|high".
     """
 
     text: str
@@ -132,16 +133,14 @@ def series(index: int) -> dict[str, Any]:
     }
 
 
-def run_styles(algorithms: Sequence[str]) -> list[int]:
-    """An index into `series` for each run: one colour a run.
-
-    Where several algorithms were run several times each (seeds), one colour an algorithm, and the dash tells its runs
-    apart: otherwise fifteen colours would hide what the comparison is about.
-    """
-    kinds = list(dict.fromkeys(algorithms))
-    if len(algorithms) > 4 and 2 <= len(kinds) <= len(SERIES) and len(kinds) < len(algorithms):
-        return [kinds.index(a) + len(SERIES) * list(algorithms[:i]).count(a) for i, a in enumerate(algorithms)]
-    return list(range(len(algorithms)))
+def run_styles(methods: Sequence[str]) -> list[int]:
+    """An index into `series` for each run: one colour a method, and where a method ran several times (seeds), the dash
+    tells its runs apart: otherwise fifteen colours would hide what the comparison is about. One colour a run where
+    there is one method only, or more methods than colours."""
+    kinds = list(dict.fromkeys(methods))
+    if 2 <= len(kinds) <= len(SERIES):
+        return [kinds.index(m) + len(SERIES) * list(methods[:i]).count(m) for i, m in enumerate(methods)]
+    return list(range(len(methods)))
 
 
 def drawing_style() -> AbstractContextManager[None]:

@@ -11,8 +11,9 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from consilium.report.methods import Method, has_seeds, method_columns, methods, paired_columns
 from consilium.report.read import RunRecord, label_runs, read_runs
-from consilium.report.results import Column, best, columns, format_score, over_runs
+from consilium.report.results import Column, best, columns
 from consilium.report.style import shorten
 
 __all__ = ["print_table"]
@@ -40,11 +41,34 @@ def print_table(runs: Sequence[RunRecord | Path | str], console: Console | None 
         console.print(_task_table(records, [c for c in shown if c.head in tasks], marks))
     if len(records) > 1:
         console.print(Text("* best of its column, finished runs only; ± standard deviation over clients", "dim"))
-    for o in over_runs(records):
-        console.print(f"{o.algorithm}: mean {format_score(o.mean, o.sd)} over {o.runs} run{'s' if o.runs > 1 else ''}",
-                      markup=False, highlight=False)  # fmt: skip
+    if has_seeds(records):
+        _print_methods(methods(records), console)
     if any(column.head == "shared" for column in shown):
         console.print(Text("shared: mean over the clients that every run scored; compare this one", "dim"))
+
+
+def _print_methods(found: Sequence[Method], console: Console) -> None:
+    """Mean over each method's seeds, and the paired test against the first; fits 80 columns."""
+    shown = {c.head: c for c in method_columns(found)}
+    wanted = [
+        "method",
+        "seeds",
+        "mean" if "mean" in shown else list(shown)[2],
+        *(["shared"] if "shared" in shown else []),
+    ]
+    if reference := next((m.against.reference for m in found if m.against), ""):
+        difference, _, p, pairs = paired_columns(found)[1:5]
+        shown |= {f"minus {reference}": difference, "p": p, "pairs": pairs}
+        wanted += [f"minus {reference}", "p", "pairs"]
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for head in wanted:
+        table.add_column(Text(shorten(head, 16)), justify="left" if head == "method" else "right", overflow="fold")
+    for i in range(len(found)):
+        table.add_row(*(Text(shown[head].texts[i]) for head in wanted))
+    console.print(table)
+    if "p" in wanted:
+        tested = "two-sided paired t-test on the means of each seed"
+        console.print(Text(f"minus: points; p: {tested}{', after Holm' if len(found) > 2 else ''}", "dim"))
 
 
 def _table(records: Sequence[RunRecord], shown: Sequence[Column], marks: Mapping[str, set[int]], gap: int) -> Table:

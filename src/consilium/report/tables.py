@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from consilium.report.maps import block_names
+from consilium.report.methods import Paired, has_seeds, method_columns, methods, paired_columns
 from consilium.report.parts import cell, fold, table, text
 from consilium.report.read import RunRecord
 from consilium.report.results import (
+    Column,
     best,
     client_scores,
     columns,
     format_bytes,
     format_score,
     number,
-    over_runs,
     unable_clients,
 )
 from consilium.report.style import SERIES, run_styles
@@ -40,6 +42,13 @@ _HEADS = {
     "traffic": "Traffic",
     "memory": "Peak memory",
     "time": "Time",
+    "method": "Method",
+    "seeds": "Seeds",
+    "p": "p (paired t)",
+    "difference": "Difference",
+    "95 % interval": "95 % interval",
+    "pairs": "Pairs (seeds)",
+    "clients ahead": "Clients ahead",
 }
 _EVENTS = {
     "structure": "Experts chosen after stage one",
@@ -56,7 +65,7 @@ def comparison(runs: Sequence[RunRecord]) -> str:
     shown = columns(runs)
     able = [run.finished for run in runs]
     marks = {c.head: best(c, able if any(able) else [True] * len(runs)) for c in shown}
-    rows, styles = [], run_styles([run.algorithm for run in runs])
+    rows, styles = [], run_styles([run.method for run in runs])
     for i in range(len(runs)):
         dot = f'<span class="dot" style="background:var(--{SERIES[styles[i] % len(SERIES)]})"></span>'
         row = [f'<th scope="row">{dot}{text(shown[0].texts[i])}</th>']
@@ -76,33 +85,82 @@ def comparison(runs: Sequence[RunRecord]) -> str:
         shared = set.intersection(*(set(client_scores(run)) for run in runs))
         words += f" Shared clients: the mean over only the {len(shared)} that every run scored."
     note = f'<p class="note" style="margin:12px 0 0">{words}</p>'
-    return f'<div class="box">{table(heads, rows, starred=True)}{note}</div>'
+    body = f"{table(heads, rows, starred=True)}{note}"
+    return f'<div class="box">{fold(f"Each of the {len(runs)} runs", body) if has_seeds(runs) else body}</div>'
 
 
 def over_seeds(runs: Sequence[RunRecord]) -> str:
-    """Algorithms over their runs, where any has several: the table that says whether a lead is more than luck."""
-    found = over_runs(runs)
-    if not found:
+    """Methods over their seeds, where any has several, and the test that says whether a lead is more than luck."""
+    found = methods(runs)
+    if not has_seeds(runs) or not found:
         return ""
-    rows = [
-        [cell(o.algorithm, tag="th"), cell(o.runs, "num"), cell(format_score(o.mean, o.sd), "num"),
-         cell(f"{format_score(o.low)} to {format_score(o.high)}", "num")]
-        for o in found
-    ]  # fmt: skip
-    heads = [("Algorithm", ""), ("Runs", "num"), ("Mean score", "num"), ("From lowest to highest", "num")]
-    note = (
-        "Mean of the runs’ mean scores ± standard deviation over runs, finished ones only, and only over the clients "
-        "that all of them scored. Algorithms whose ranges overlap "
-        "are not told apart by these runs."
+    names = list(dict.fromkeys(run.method for run in runs))
+    dots = [SERIES[names.index(m.label) % len(SERIES)] for m in found]
+    words = "Mean ± standard deviation over finished runs, one a seed; scores in percent, ★ marks the best of a column."
+    made = f'<h3>Over seeds</h3>{_method_table(method_columns(found), dots)}<p class="note below">{words}</p>'
+    others = [m for m in found if m.against]
+    against = [m.against for m in others if m.against]
+    if against:
+        dots = [dot for dot, m in zip(dots, found, strict=True) if m.against]
+        made += f'<h3 class="next">Against {text(against[0].reference)}, pair by pair</h3>'
+        made += f'{_method_table(paired_columns(others), dots)}<p class="note below">{text(_test_words(against))}</p>'
+    return f'<div class="box">{made}</div>'
+
+
+def _method_table(shown: Sequence[Column], dots: Sequence[str]) -> str:
+    marks = {c.head: best(c, [True] * len(dots)) for c in shown}
+    rows = []
+    for i, shade in enumerate(dots):
+        row = [
+            f'<th scope="row"><span class="dot" style="background:var(--{shade})"></span>{text(shown[0].texts[i])}</th>'
+        ]
+        for column in shown[1:]:
+            value, _, spread = column.texts[i].partition(" ± ")
+            below = f"<small>± {text(spread)}</small>" if spread else ""
+            row.append(f'<td class="num{" best" if i in marks[column.head] else ""}">{text(value)}{below}</td>')
+        rows.append(row)
+    heads = [(_HEADS.get(c.head, c.head), "" if c.head == "method" else "num") for c in shown]
+    return table(heads, rows, starred=any(marks.values()))
+
+
+def _test_words(against: Sequence[Paired]) -> str:
+    """What the test is, and what it can say and what not."""
+    words = (
+        f"Difference: the method’s mean score less that of {against[0].reference}, in points, on the same seeds, data "
+        "and clients. "
     )
-    return f'<div class="box"><h3>Over several runs</h3>{table(heads, rows)}<p class="note">{note}</p></div>'
+    fewest = min(a.pairs for a in against)
+    if fewest < 2:
+        return f"{words}With a single pair there is nothing to test: run more seeds."
+    words += "p: two-sided paired t-test on the means of each seed"
+    words += ", adjusted after Holm for the number of methods. " if len(against) > 1 else ". "
+    if fewest < 6:
+        words += (
+            f"With {fewest} pairs it reaches 0.05 only for a difference of at least {_least(fewest):.1f} times the "
+            "standard deviation of the differences"
+            + (", before the adjustment" if len(against) > 1 else "")
+            + ": a large p says that nothing was shown, not that the methods are equal. "
+        )
+    return (
+        f"{words}Clients ahead: of all pairs of client and seed, those in which the method scores higher. They are "
+        "counted, not tested: clients of one seed share a model and are no independent trials."
+    )
+
+
+def _least(pairs: int) -> float:
+    """The mean difference, in standard deviations of the differences, at which the paired t-test has p = 0.05."""
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, pairs - 1)) / pairs**0.5
 
 
 def client_tables(runs: Sequence[RunRecord]) -> str:
     """One row a client; several runs side by side share the rows and differ in the score columns."""
     if len(runs) == 1:
         return f'<div class="box">{_one_run_clients(runs[0])}</div>'
-    scores, unable = [client_scores(run) for run in runs], [unable_clients(run) for run in runs]
+    groups = [[run for run in runs if run.method == name] for name in dict.fromkeys(run.method for run in runs)]
+    groups = groups if has_seeds(runs) else [[run] for run in runs]
+    scores, unable = [_mean_scores(group) for group in groups], [unable_clients(group[0]) for group in groups]
     clients = {c: run.clients[c] for run in reversed(runs) for c in run.order}
     ids = list(dict.fromkeys(c for run in runs for c in run.order))
     rows = []
@@ -112,12 +170,23 @@ def client_tables(runs: Sequence[RunRecord]) -> str:
         row = [cell(client, tag="th"), cell(clients[client].task, "wrap")]
         for value, out in zip(values, unable, strict=True):
             top = value is not None and round(value, 3) == max(known) and len(set(known)) > 1
-            shown = "cannot run" if client in out else format_score(value)
+            shown = "cannot run" if client in out and value is None else format_score(value)
             row.append(cell(shown, "num best" if top else "num"))
         rows.append(row)
-    heads = [("Client", ""), ("Task", ""), *((run.label, "num") for run in runs)]
+    over = has_seeds(runs)
+    heads = [("Client", ""), ("Task", ""), *((g[0].method if over else g[0].label, "num") for g in groups)]
     made = table(heads, rows, tall=len(rows) > 16, starred=True)
-    return f'<div class="box"><h3>Test score of each client</h3>{made}</div>'
+    title = "Test score of each client" + (", mean over the method’s runs" if over else "")
+    return f'<div class="box"><h3>{title}</h3>{made}</div>'
+
+
+def _mean_scores(runs: Sequence[RunRecord]) -> dict[str, float]:
+    """Test score per client, mean over the runs that scored it."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        for client, score in client_scores(run).items():
+            found.setdefault(client, []).append(score)
+    return {client: statistics.fmean(values) for client, values in found.items()}
 
 
 def _one_run_clients(run: RunRecord) -> str:

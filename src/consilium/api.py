@@ -1,0 +1,170 @@
+"""From Python what the command line does: compare methods, and read a run. `import consilium` gives both."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from consilium.experiment import Experiment, from_json
+from consilium.recipes import Recipe, find
+from consilium.report import methods, read_runs, rows, write_report
+from consilium.run import read_config, records
+from consilium.watch import Comparison, at_a_time
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Run", "compare", "load_run", "plan"]
+
+
+def plan(
+    recipe: Recipe, experiment: Experiment, names: Sequence[str], seeds: int, root: Path
+) -> dict[Path, Experiment]:
+    """Run directory -> experiment, for every algorithm and seed.
+
+    Raises:
+        ConfigError: for a name that is no algorithm's or rival's.
+    """
+    planned = {}
+    for name in names:
+        algorithm = recipe.algorithm(name)
+        if type(algorithm) is type(experiment.algorithm) and algorithm == recipe.make().algorithm:
+            algorithm = experiment.algorithm
+        for seed in range(experiment.seed, experiment.seed + seeds):
+            label = name if seeds == 1 else f"{name}-seed{seed}"
+            planned[root / label] = dataclasses.replace(experiment, name=label, algorithm=algorithm, seed=seed)
+    return planned
+
+
+def compare(
+    experiment: Experiment | str,
+    algorithms: Sequence[str] = (),
+    seeds: int = 1,
+    jobs: int = 0,
+    out: Path | str = "runs",
+    progress: bool = False,
+) -> "pd.DataFrame":
+    """Run several methods on the same data, weights and seeds, each run in a process of its own, and compare them.
+
+    Finished runs in `out` are kept and interrupted ones resumed. The report lies in `<out>/<name>/report.html`, with
+    report.csv and report.tex beside it; its path is in the frame's `attrs["report"]`.
+
+    Args:
+        experiment: one, or the name of a recipe, whose settings of its rivals are then used.
+        algorithms: names; the first is the one that the others are tested against. (): those of the recipe.
+        seeds: runs per method, with seeds from experiment.seed on, >= 1.
+        jobs: runs at a time; 0: as many as cores and free memory allow.
+        progress: show bars.
+
+    Returns:
+        One row a method, indexed by its name: scores in [0, 1] per task and their mean with "_sd" over seeds, bytes,
+        memory, seconds, and the paired test against the first: see `consilium.report.methods`.
+
+    Raises:
+        ConsiliumError: for what cannot run, before anything is run, and for a run that failed.
+    """
+    if isinstance(experiment, str):
+        recipe = find(experiment)
+        experiment = recipe.make()
+    else:
+        given = experiment
+        recipe = Recipe(given.name, lambda: given)
+    own = type(experiment.algorithm).__name__
+    names = list(algorithms) or (recipe.compared or f"{own},FedAvg,RandomMoE").split(",")
+    root = Path(out) / experiment.name
+    planned = plan(recipe, experiment, names, seeds, root)
+    console = Console(quiet=not progress)
+    Comparison(console, planned, jobs or at_a_time(list(planned.values()))).run()
+    return _frame(list(planned), write_report(list(planned), root / "report.html"))
+
+
+def _frame(folders: Sequence[Path], report: Path) -> "pd.DataFrame":
+    import pandas as pd
+
+    frame = pd.DataFrame(rows(methods(read_runs(folders)))).set_index("method")
+    frame.attrs["report"] = str(report)
+    return frame
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, read.
+
+    Args:
+        config: the experiment as JSON; `experiment` makes it one again.
+        summary: the result, as docs/run-directory.md describes it; None before the run has finished.
+        experts: client -> block -> ids of the experts that it held last; {} for methods that do not choose.
+        report: where the report is, once `consilium report` or the command line has written it.
+    """
+
+    folder: Path
+    status: str
+    config: Mapping[str, Any]
+    summary: Mapping[str, Any] | None
+    experts: Mapping[str, Mapping[str, tuple[int, ...]]]
+    report: Path
+
+    @property
+    def experiment(self) -> Experiment:
+        """Raises ConfigError where the run's algorithm is not registered (import its module first)."""
+        return from_json(self.config)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Test score in [0, 1] per task and their "mean", of the last round that was scored; {} before the first."""
+        return next((dict(r["scores"]) for r in reversed(list(records(self.folder))) if r["scores"]), {})
+
+    def rounds(self) -> "pd.DataFrame":
+        """One row a round, indexed by its number: scores (NaN where not tested), bytes, seconds, replies by fate."""
+        import pandas as pd
+
+        lines = [
+            {
+                "round": record["round"],
+                "stage": record["stage"],
+                **(record["scores"] or {}),
+                "bytes_down": record["bytes_down"],
+                "bytes_up": record["bytes_up"],
+                **{f"seconds_{part}": seconds for part, seconds in record["seconds"].items()},
+                "experts_mean": record["experts_mean"],
+                **{fate: record["ledger"][fate] for fate in ("ok", "error", "rejected", "missing")},
+            }
+            for record in records(self.folder)
+        ]
+        return pd.DataFrame(lines, columns=None if lines else ["round"]).set_index("round")
+
+    def clients(self) -> "pd.DataFrame":
+        """One row for each round and client that took part or was tested, indexed by both."""
+        import pandas as pd
+
+        lines = []
+        for record in records(self.folder):
+            test = record["test"] or {}
+            for client in sorted({*record["clients"], *test}):
+                told = record["clients"].get(client, {})
+                row = {key: value for key, value in told.items() if not isinstance(value, Mapping)}
+                lines.append({"round": record["round"], "client": client, "test": test.get(client), **row})
+        return pd.DataFrame(lines, columns=None if lines else ["round", "client"]).set_index(["round", "client"])
+
+
+def load_run(folder: Path | str) -> Run:
+    """Read a run directory, finished or not.
+
+    Raises:
+        CheckpointError: if the folder is not a run.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    summary, structure = (_json(folder / name) for name in ("summary.json", "structure.json"))
+    maps = (structure or {}).get("rounds") or {}
+    last = maps[max(maps, key=int)] if maps else {}
+    experts = {client: {block: tuple(ids) for block, ids in blocks.items()} for client, blocks in last.items()}
+    return Run(folder, config["status"], config["experiment"], summary, experts, folder / "report.html")
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.is_file() else None

@@ -1,0 +1,81 @@
+"""The comparison's table for other programs: CSV with plain numbers, LaTeX for a paper."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from consilium.report.methods import Method, format_p, method_columns, paired_columns, rows
+from consilium.report.results import best
+
+__all__ = ["table_files", "to_csv", "to_latex"]
+
+_SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "−": "$-$",
+            "±": r"$\pm$", "<": "$<$", ">": "$>$"} | {c: f"\\{c}" for c in "&%$#_{}"}  # fmt: skip
+_COST = ("traffic", "memory", "time")
+
+
+def table_files(page: Path) -> tuple[Path, Path]:
+    """Where the table of a page goes: report.csv and report.tex beside report.html."""
+    return page.with_suffix(".csv"), page.with_suffix(".tex")
+
+
+def to_csv(found: Sequence[Method]) -> str:
+    """One row a method, numbers in full: scores in [0, 1], bytes, seconds; empty where nothing is known."""
+    made = rows(found)
+    heads = list(dict.fromkeys(key for row in made for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, heads, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(made)
+    return text.getvalue()
+
+
+def to_latex(found: Sequence[Method]) -> str:
+    """A `tabular` for booktabs: mean ± deviation over seeds, the best of each column in bold, and the paired test."""
+    shown = method_columns(found)
+    heads = [c.head[:1].upper() + c.head[1:] for c in shown]
+    if reference := next((m.against.reference for m in found if m.against), ""):
+        difference, p = (c for c in paired_columns(found) if c.head in ("difference", "p"))  # the rest is commented
+        shown, heads = [*shown, difference, p], [*heads, f"Minus {reference}", "p"]
+    lines = [f"% {line}" for line in _comment(found)]
+    lines += [
+        r"\begin{tabular}{l" + "r" * (len(shown) - 1) + "}",
+        r"\toprule",
+        " & ".join(map(latex, heads)) + r" \\",
+        r"\midrule",
+    ]
+    marks = {c.head: best(c, [True] * len(found)) for c in shown}
+    for i in range(len(found)):
+        cells = []
+        for column in shown:
+            value, _, spread = column.texts[i].partition(" ± ")
+            told = rf"\textbf{{{latex(value)}}}" if i in marks[column.head] else latex(value)
+            if spread and column.head not in _COST:
+                told += rf" {{\scriptsize $\pm$ {latex(spread)}}}"
+            cells.append(told)
+        lines.append(" & ".join(cells) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def latex(text: str) -> str:
+    """Text with LaTeX's own characters written out."""
+    return "".join(_SPECIAL.get(letter, letter) for letter in text)
+
+
+def _comment(found: Sequence[Method]) -> list[str]:
+    """What the numbers are, for whoever writes the caption. Needs \\usepackage{booktabs}."""
+    several = any(m.runs > 1 for m in found)
+    said = [
+        r"\usepackage{booktabs}",
+        "scores in percent" + (", mean and standard deviation over seeds" if several else ""),
+    ]
+    for m in found:
+        if m.against and m.against.p is not None:
+            said.append(
+                f"{m.label} against {m.against.reference}: two-sided paired t-test over {m.against.pairs} seeds, "
+                f"p {format_p(m.against.p)} (Holm); ahead on {m.against.ahead} of {m.against.of} client-seed pairs"
+            )
+    return [" ".join(line.split()) for line in said]

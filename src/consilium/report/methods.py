@@ -1,0 +1,292 @@
+"""Methods over their seeds: means, deviations, and a paired test against the method that was named first.
+
+The test is the two-sided paired t-test on per-seed means: one pair per seed that both methods finished on the same
+data, n - 1 degrees of freedom. Clients of one seed share a server's model and are no independent trials, so they are
+counted ("ahead in 25 of 36") but not tested; Wilcoxon's signed-rank test is exact but cannot fall below p = 0.25 with
+three pairs. Where several methods are compared with the first, p is adjusted after Holm (1979).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from consilium.report.read import RunRecord
+from consilium.report.results import (
+    Column,
+    Result,
+    client_scores,
+    differ_in_clients,
+    format_bytes,
+    format_score,
+    format_seconds,
+    result,
+)
+
+__all__ = [
+    "TEST",
+    "Method",
+    "Paired",
+    "Spread",
+    "first_runs",
+    "has_seeds",
+    "method_columns",
+    "methods",
+    "paired_columns",
+    "rows",
+]
+
+TEST = "paired t-test over seeds"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation (n - 1) over a method's runs; sd is None for a single one."""
+
+    mean: float
+    sd: float | None
+    runs: int
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> Spread | None:
+        """Of the values that are known; None for none."""
+        known = [v for v in values if v is not None]
+        return (
+            cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
+            if known
+            else None
+        )
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A method against the first one: on the same seeds, data and clients.
+
+    pairs: seeds. difference: mean of this method's score minus the first one's, in [-1, 1]. low, high: its 95 %
+    confidence interval. p: of `TEST`, adjusted after Holm. All three are None for fewer than two pairs, or where all
+    differences are alike. ahead, behind: client x seed pairs in which it scores higher, or lower; of: all such pairs.
+    """
+
+    reference: str
+    pairs: int
+    difference: float
+    low: float | None
+    high: float | None
+    p: float | None
+    ahead: int
+    behind: int
+    of: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method over its finished runs. Scores in [0, 1], bytes, seconds; None = not recorded.
+
+    shared: of each run the mean over only those clients that every run of its seed scored; None where that is `mean`.
+    """
+
+    label: str
+    runs: int
+    tasks: Mapping[str, Spread]
+    mean: Spread | None
+    shared: Spread | None
+    served: Spread
+    clients: int
+    bytes_total: Spread | None
+    peak_bytes: Spread | None
+    seconds: Spread | None
+    against: Paired | None
+
+
+def has_seeds(runs: Sequence[RunRecord]) -> bool:
+    """Whether some method ran more than once, so that means over runs say something."""
+    return len({run.method for run in runs}) < len(runs)
+
+
+def first_runs(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """The first run of each method, in the order of the methods."""
+    firsts: dict[str, RunRecord] = {}
+    for run in runs:
+        firsts.setdefault(run.method, run)
+    return list(firsts.values())
+
+
+def methods(runs: Sequence[RunRecord]) -> list[Method]:
+    """One entry a method, over its finished runs, in the order in which they are given; the first is the reference."""
+    groups: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        if run.finished:
+            groups.setdefault(run.method, []).append(run)
+    if not groups:
+        return []
+    found = [_method(name, own, groups) for name, own in groups.items()]
+    adjusted = iter(_holm([m.against.p for m in found if m.against and m.against.p is not None]))
+    return [
+        replace(m, against=replace(m.against, p=next(adjusted))) if m.against and m.against.p is not None else m
+        for m in found
+    ]
+
+
+def _method(name: str, own: Sequence[RunRecord], groups: Mapping[str, Sequence[RunRecord]]) -> Method:
+    results: list[Result] = [result(run) for run in own]
+    every = [run for group in groups.values() for run in group]
+    tasks = dict.fromkeys(task for run in own for task in run.tasks)
+    scores = {task: Spread.of(r.tasks[task].mean if task in r.tasks else None for r in results) for task in tasks}
+    shared = None
+    if any(differ_in_clients(_of_seed(every, run)) for run in every):
+        shared = Spread.of(_mean_over(run, _shared(_of_seed(every, run))) for run in own)
+    reference = next(iter(groups))
+    served = Spread.of(r.served for r in results)
+    assert served is not None
+    return Method(
+        label=name,
+        runs=len(own),
+        tasks={task: spread for task, spread in scores.items() if spread},
+        mean=Spread.of(r.mean for r in results),
+        shared=shared,
+        served=served,
+        clients=max(r.clients for r in results),
+        bytes_total=Spread.of(r.bytes_total for r in results),
+        peak_bytes=Spread.of(r.peak_bytes for r in results),
+        seconds=Spread.of(r.seconds for r in results),
+        against=_paired(reference, groups[reference], own) if name != reference else None,
+    )
+
+
+def _of_seed(runs: Sequence[RunRecord], run: RunRecord) -> list[RunRecord]:
+    """The runs on the same seed and data, its own included."""
+    return [r for r in runs if (r.seed, r.fingerprint) == (run.seed, run.fingerprint)]
+
+
+def _shared(runs: Sequence[RunRecord]) -> set[str]:
+    return set.intersection(*(set(client_scores(run)) for run in runs))
+
+
+def _mean_over(run: RunRecord, clients: Iterable[str]) -> float | None:
+    """Mean over tasks of the mean over the named clients."""
+    scores, by_task = client_scores(run), {}
+    for client in sorted(clients):
+        by_task.setdefault(run.clients[client].task, []).append(scores[client])
+    return statistics.fmean(map(statistics.fmean, by_task.values())) if by_task else None
+
+
+def _paired(reference: str, theirs: Sequence[RunRecord], own: Sequence[RunRecord]) -> Paired | None:
+    gaps, ahead, behind, of = [], 0, 0, 0
+    for run in own:
+        other = next((o for o in theirs if (o.seed, o.fingerprint) == (run.seed, run.fingerprint)), None)
+        clients = sorted(_shared([run, other])) if other else []
+        if other is None or not clients:
+            continue
+        mine, its = client_scores(run), client_scores(other)
+        ahead += sum(mine[c] > its[c] for c in clients)
+        behind += sum(mine[c] < its[c] for c in clients)
+        of += len(clients)
+        gaps.append((_mean_over(run, clients) or 0.0) - (_mean_over(other, clients) or 0.0))
+    if not gaps:
+        return None
+    low, high, p = _t_test(gaps)
+    return Paired(reference, len(gaps), statistics.fmean(gaps), low, high, p, ahead, behind, of)
+
+
+def _t_test(gaps: Sequence[float]) -> tuple[float | None, float | None, float | None]:
+    """95 % confidence interval of the mean gap, and p of the two-sided test that it is 0."""
+    if len(gaps) < 2 or math.isclose(max(gaps), min(gaps), rel_tol=1e-9, abs_tol=1e-12):
+        return None, None, None
+    from scipy.stats import ttest_1samp  # on the differences: the paired test
+
+    told = ttest_1samp(gaps, 0.0)
+    interval = told.confidence_interval(0.95)
+    return float(interval.low), float(interval.high), float(told.pvalue)
+
+
+def _holm(ps: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment: the k-th smallest of m times m - k + 1, never below a smaller one, at most 1."""
+    adjusted, floor = [0.0] * len(ps), 0.0
+    for place, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        floor = max(floor, min(1.0, (len(ps) - place) * ps[i]))
+        adjusted[i] = floor
+    return adjusted
+
+
+def method_columns(found: Sequence[Method]) -> list[Column]:
+    """The table over seeds, column by column, one value per method; texts hold "mean ± deviation"."""
+    tasks = list(dict.fromkeys(task for m in found for task in m.tasks))
+    made = [Column("method", "", tuple(None for _ in found), tuple(m.label for m in found))]
+    made.append(_texts("seeds", [str(m.runs) for m in found]))
+    for task in tasks:
+        made.append(_spreads(task, "high", [m.tasks.get(task) for m in found], format_score))
+    if len(tasks) != 1:
+        made.append(_spreads("mean", "high", [m.mean for m in found], format_score))
+    if any(m.shared for m in found):
+        made.append(_spreads("shared", "high", [m.shared for m in found], format_score))
+    made.append(
+        Column("clients", "high", tuple(m.served.mean for m in found),
+               tuple(f"{m.served.mean:.3g}/{m.clients}" for m in found))
+    )  # fmt: skip
+    made.append(_spreads("traffic", "low", [m.bytes_total for m in found], format_bytes))
+    made.append(_spreads("memory", "low", [m.peak_bytes for m in found], format_bytes))
+    made.append(_spreads("time", "low", [m.seconds for m in found], format_seconds))
+    return made
+
+
+def paired_columns(found: Sequence[Method]) -> list[Column]:
+    """Each method against the first: the name, then difference in points, interval, p, pairs, clients ahead."""
+    against = [m.against for m in found]
+    return [
+        _texts("method", [m.label for m in found]),
+        _texts("difference", [_signed(a.difference) if a else "–" for a in against]),
+        _texts("95 % interval", [_interval(a) for a in against]),
+        _texts("p", [format_p(a.p) if a else "–" for a in against]),
+        _texts("pairs", [str(a.pairs) if a else "–" for a in against]),
+        _texts("clients ahead", [f"{a.ahead}/{a.of}" if a else "–" for a in against]),
+    ]
+
+
+def rows(found: Sequence[Method]) -> list[dict[str, Any]]:
+    """The same as plain numbers: scores in [0, 1], bytes, seconds; `_sd` is the deviation over seeds."""
+    made = []
+    for m in found:
+        row: dict[str, Any] = {"method": m.label, "seeds": m.runs}
+        spreads = {**m.tasks, "mean": m.mean, "shared": m.shared, "bytes": m.bytes_total, "memory": m.peak_bytes,
+                   "seconds": m.seconds}  # fmt: skip
+        for name, spread in spreads.items():
+            row |= {name: spread.mean if spread else None, f"{name}_sd": spread.sd if spread else None}
+        row |= {"served": m.served.mean, "clients": m.clients}
+        a = m.against
+        row |= {
+            "reference": a.reference if a else None, "difference": a.difference if a else None,
+            "low": a.low if a else None, "high": a.high if a else None, "p": a.p if a else None,
+            "test": TEST if a and a.p is not None else None, "pairs": a.pairs if a else None,
+            "ahead": a.ahead if a else None, "behind": a.behind if a else None, "of": a.of if a else None,
+        }  # fmt: skip
+        made.append(row)
+    return made
+
+
+def format_p(p: float | None) -> str:
+    """0.0312 -> "0.031"; 0.00004 -> "< 0.001"; None -> "–"."""
+    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.0995 else f"{p:.2f}"
+
+
+def _signed(value: float) -> str:
+    points = round(100 * value, 1)
+    return f"{'+' if points > 0 else '−' if points < 0 else '±'}{abs(points):.1f}"
+
+
+def _interval(a: Paired | None) -> str:
+    return "–" if a is None or a.low is None or a.high is None else f"{_signed(a.low)} to {_signed(a.high)}"
+
+
+def _texts(head: str, texts: Sequence[str]) -> Column:
+    return Column(head, "", tuple(None for _ in texts), tuple(texts))
+
+
+def _spreads(head: str, good: str, spreads: Sequence[Spread | None], text: Any) -> Column:
+    said = [
+        text(None) if s is None else text(s.mean) + (f" ± {text(s.sd)}" if s.sd is not None else "") for s in spreads
+    ]
+    digits = 3 if text is format_score else 0  # scores count as printed: nobody is best by what nobody can see
+    return Column(head, good, tuple(None if s is None else round(s.mean, digits) for s in spreads), tuple(said))

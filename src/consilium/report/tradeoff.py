@@ -1,0 +1,80 @@
+"""Figure: the score of each method against what its runs cost, a panel per cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from matplotlib.ticker import FuncFormatter
+
+from consilium.report.costs import second_axis
+from consilium.report.methods import Method, Spread, methods
+from consilium.report.read import RunRecord
+from consilium.report.results import format_bytes, format_score, format_seconds
+from consilium.report.style import (
+    Drawing,
+    Key,
+    NothingToDraw,
+    Panel,
+    clean_axes,
+    color,
+    drawing_style,
+    new_figure,
+    round_ticks,
+    series,
+)
+
+__all__ = ["score_for_cost"]
+
+Cost = tuple[str, str, Callable[[Method], "Spread | None"], Callable[[float | None], str]]
+COSTS: tuple[Cost, ...] = (
+    ("traffic", "bytes", lambda m: m.bytes_total, format_bytes),
+    ("time", "seconds", lambda m: m.seconds, format_seconds),
+    ("peak memory", "bytes", lambda m: m.peak_bytes, format_bytes),
+)
+
+
+def score_for_cost(runs: Sequence[RunRecord]) -> Drawing:
+    """Final mean score over traffic, time and memory; over the shared clients where methods serve different ones."""
+    found = methods(runs)
+    shared = any(m.shared for m in found)
+    names = list(dict.fromkeys(run.method for run in runs))
+    placed = [(names.index(m.label), m, s) for m in found if (s := m.shared if shared else m.mean)]
+    if len(placed) < 2:
+        raise NothingToDraw("Fewer than two methods have finished a run: there is nothing to weigh against each other.")
+    panels = []
+    for title, unit, cost, text in COSTS:
+        known = [(i, m, s, c) for i, m, s in placed if (c := cost(m))]
+        if len(known) > 1 and any(c.mean for *_, c in known):
+            panels.append(_panel(title, unit, known, text))
+    if not panels:
+        raise NothingToDraw("The runs recorded neither bytes nor seconds nor memory.")
+    keys = [Key(m.label, "ink", f"run {i}") for i, m, _ in placed]
+    note = "Scores are means over the clients that all runs scored." if shared else ""
+    return Drawing(panels, keys, note)
+
+
+def _panel(
+    title: str, unit: str, known: Sequence[tuple[int, Method, Spread, Spread]], text: Callable[[float | None], str]
+) -> Panel:
+    with drawing_style():
+        figure = new_figure(340, 215, left=38, bottom=36, right=16)
+        axes = figure.axes[0]
+        clean_axes(axes)
+        for i, _, score, cost in known:
+            style = series(i)
+            axes.errorbar(
+                cost.mean, 100 * score.mean, xerr=cost.sd or None, yerr=100 * score.sd if score.sd else None, ms=8,
+                elinewidth=1.4, capsize=0, zorder=3, color=style["color"], marker=style["marker"], linestyle="none",
+            )  # fmt: skip
+        axes.margins(x=0.06, y=0.14)
+        axes.set_xlim(left=-0.04 * axes.get_xlim()[1])  # a method that costs nothing is not cut in half
+        axes.yaxis.set_major_locator(round_ticks(5))
+        if unit == "seconds":
+            second_axis(axes.xaxis, axes.get_xlim()[1])
+        else:
+            axes.xaxis.set_major_locator(round_ticks(4))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value, trim=True)))
+        axes.set_xlabel(title)
+        axes.xaxis.label.set_color(color("muted"))
+    said = "; ".join(f"{m.label} {format_score(s.mean)} for {text(c.mean)}" for _, m, s, c in known)
+    return Panel(f"mean score, %, over {title}", figure, f"Mean score over {title}: {said}.")
