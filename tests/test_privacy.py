@@ -235,11 +235,11 @@ def test_a_crashed_round_gets_fresh_noise_and_is_charged_again(data, tmp_path, m
     the account has four attempts for three rounds."""
     experiment, released, real = private(data, sampling="fixed"), [], running.save_checkpoint
 
-    def save(folder, round, server, store):
+    def save(folder, round, server, *rest):
         released.append((round, server.group("params")["head.task.cat.weight"].clone()))
         if len(released) == 2:
             raise KeyboardInterrupt
-        real(folder, round, server, store)
+        real(folder, round, server, *rest)
 
     monkeypatch.setattr(running, "save_checkpoint", save)
     with pytest.raises(KeyboardInterrupt):
