@@ -742,6 +742,8 @@ def test_what_a_server_says_of_a_run_is_refused_unless_it_is_what_it_must_be(cha
         ({"seed": "x"}, "the server says seed 'x'; it must be int"),
         ({"cap": "lots"}, "size 'lots' is no number of bytes"),
         ({"zstd": 1}, "the server says zstd 1; it must be bool"),
+        ({"base": 1}, "the server says base 1; it must be str"),
+        ({"hold": 1}, "the server says hold 1; it must be bool"),
         ({"deadline": "soon"}, "the server says deadline 'soon'; it must be float"),
     ],
 )
@@ -756,6 +758,8 @@ def test_what_a_server_says_of_a_round_likewise(change, reason, data, sites):
         "reply": "exact",
         "zstd": False,
         "deadline": 9.0,
+        "base": "",
+        "hold": False,
     }
     told |= {"experiment": json.dumps(to_json(made)), **change}
     assert re.search(reason, asked(sites, "train", to_record(Payload({"params": {"w": torch.ones(3)}}), told)))
