@@ -160,7 +160,7 @@ def _x_axis(axes: Axes, along: str) -> None:
     elif along == "seconds":
         axes.set_xlim(left=0)
         second_axis(axes.xaxis, axes.get_xlim()[1])
-        axes.set_xlabel("time so far, one client after the other")
+        axes.set_xlabel("time so far")
     else:
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(round_ticks(4))

@@ -101,8 +101,8 @@ FIGURES: tuple[FigureKind, ...] = (
         "scores_over_seconds",
         "Scores",
         "Score for the time",
-        "The same test scores, placed by the seconds that the run had taken until then, in which clients train one "
-        "after the other: what the comparison cost on this machine, not how long a federation would wait.",
+        "The same test scores, placed by the seconds that the run had taken until then: "
+        "what the comparison cost on this machine, not how long a federation would wait.",
         "A method that ends higher but later may only have been given more time.",
         curves.scores_over_seconds,
         only_if_drawn=True,
@@ -129,6 +129,7 @@ FIGURES: tuple[FigureKind, ...] = (
         "close to chance.",
         maps.usage_heat_map,
         each_run=True,
+        only_if_drawn=True,
     ),
     FigureKind(
         "training_heat_map",
@@ -140,6 +141,7 @@ FIGURES: tuple[FigureKind, ...] = (
         "data shapes that expert. Columns without colour keep the value that the run began with.",
         maps.training_heat_map,
         each_run=True,
+        only_if_drawn=True,
     ),
     FigureKind(
         "expert_map",
@@ -152,6 +154,7 @@ FIGURES: tuple[FigureKind, ...] = (
         "that nobody trains: they keep the value of the model that the run began with.",
         maps.expert_map,
         each_run=True,
+        only_if_drawn=True,
     ),
     FigureKind(
         "expert_counts",
