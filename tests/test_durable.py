@@ -44,19 +44,19 @@ def test_changed_settings_are_refused_with_the_difference(copy, change, said):
     with pytest.raises(CheckpointError, match="the run was begun with other settings") as told:
         resume(copy)
     assert f"settings: {said};" in str(told.value)
-    assert "only rounds, wire.deadline, data.path, model.path may change" in str(told.value)
+    assert "only rounds, workers, wire.deadline, data.path, model.path may change" in str(told.value)
     assert everything(copy) == before
 
 
 def test_what_may_change(short, copy, tmp_path):
-    """More rounds, another deadline, the same data and model elsewhere: as if the run had been begun so."""
+    """More rounds, another deadline, clients side by side, the same data and model elsewhere: as if the run had been begun so."""
     data = shutil.copy(short[0].data.path, tmp_path / "moved.jsonl")
     model = shutil.copytree(short[0].model.path, tmp_path / "model")
 
     def change(experiment):
         experiment["wire"]["deadline"] = 9.0
         experiment["data"]["path"], experiment["model"]["path"] = str(data), str(model)
-        experiment["rounds"] = 4
+        experiment["rounds"], experiment["workers"] = 4, 2
 
     edit(copy, change)
     resume(copy)
