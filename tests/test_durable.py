@@ -49,7 +49,7 @@ def test_changed_settings_are_refused_with_the_difference(copy, change, said):
 
 
 def test_what_may_change(short, copy, tmp_path):
-    """More rounds, another deadline, clients side by side, the same data and model elsewhere: as if the run had been begun so."""
+    """More rounds, another deadline, other workers, the same data and model elsewhere: as if begun so."""
     data = shutil.copy(short[0].data.path, tmp_path / "moved.jsonl")
     model = shutil.copytree(short[0].model.path, tmp_path / "model")
 
