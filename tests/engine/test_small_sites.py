@@ -17,7 +17,7 @@ from consilium.core import Algorithm
 from consilium.data.arrays import ImageData
 from consilium.data.task import Federation
 from consilium.engine.flower.records import from_record
-from consilium.engine.flower.site import relabelled
+from consilium.engine.flower.site import check_model, relabelled
 from consilium.errors import ConfigError, DataError, RoundError
 from consilium.experiment import Experiment, from_json
 from consilium.export.deployed import Finished, of_site
@@ -161,3 +161,14 @@ def test_labels_of_all_sites_in_the_runs_order(sites, tmp_path):
     ]
     with pytest.raises(DataError, match=r"\['some'\] are not among those of the run: none"):
         relabelled(data, ["none"])
+
+
+@pytest.mark.parametrize("name", ["os:getcwd", "owner/model"])
+def test_a_server_has_nothing_imported_at_a_site(name, sites, tmp_path):
+    """A function or a model of the hub may be a site's own architecture; a server that names one is refused."""
+    made, grid = sites
+    theirs = replace(made, model=replace(made.model, architectures=("mlp-3", name)))
+    with pytest.raises(RoundError, match=f"the server names the architecture '{name}'; a site builds those of cnn-1"):
+        serve(theirs, tmp_path / "run", grid, NAMES, 1.0)
+    own = replace(made.model, architectures=(name,))
+    check_model(own, replace(own, architectures=("mlp-3", name)))

@@ -8,8 +8,8 @@
 
 A function is imported when its extractor is first built, never when a name is read, and names come from a command line,
 an `Experiment` or a config.json that its user runs on his own machine: run no config.json that you would not run as a
-program. No server can have anything imported: cohorts are not deployed to sites, and a site's model comes from its own
-settings in any case.
+program. Across sites nobody has anything imported for another: a site refuses a server that names an architecture which
+is neither in the package's table nor the site's own, and a server likewise what a site says.
 
 Of an encoder's outputs the pooled one is the representation; where pooling is a dense layer of the pre-training (ViT,
 BERT), which most checkpoints lack, that layer is left out: of images the first token counts, of texts the mean over the

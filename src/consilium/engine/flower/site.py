@@ -24,10 +24,11 @@ from consilium.engine.codec import decode, encode
 from consilium.engine.flower.limits import Limits
 from consilium.errors import ConfigError, ConsiliumError, DataError
 from consilium.experiment import Experiment, to_json
-from consilium.models.cohort import Cohort
+from consilium.models.cohort import ARCHITECTURES, Cohort
 
 __all__ = ["check_model", "read_site", "relabelled", "save_site"]
 
+ALLOWED = ", ".join(ARCHITECTURES)
 SPLITS = ("train", "validation", "test")
 
 
@@ -123,8 +124,13 @@ def relabelled(data: ClientData, labels: Sequence[str]) -> ClientData:
 
 
 def check_model(own: Cohort, theirs: Cohort) -> None:
-    """Raise ConfigError if a site's cohort and the server's differ in more than architectures, or if all clients have
-    the same one and the site another."""
+    """Raise ConfigError if a site's cohort and the server's differ in more than architectures, if all clients have the
+    same one and the site another, or if the server's are no names of the package's table: such a name may stand for a
+    function that is imported, or a model that is fetched, and that is for the site alone to say."""
+    if strange := [
+        name for name in theirs.architectures if name not in ARCHITECTURES and name not in own.architectures
+    ]:
+        raise ConfigError(f"the server names the architecture {strange[0]!r}; a site builds those of {ALLOWED} alone")
     for name in ("width", "small", "kernel", "padding"):
         if (here := getattr(own, name)) != (there := getattr(theirs, name)):
             raise ConfigError(f"model.{name} is {here} at the site and {there} at the server; it must be the same")
