@@ -153,16 +153,14 @@ def run_command(args: list[str]) -> None:
 def compare_command(args: list[str]) -> None:
     """consilium compare RECIPE [--algorithms A,B] [--seeds N] [--jobs N] [--out DIR] [--track TOOLS] [--quiet] [--json]
     [flags of the experiment]"""
-    from consilium.api import plan
+    from consilium.api import by_default, plan
     from consilium.recipes import find
     from consilium.watch import Comparison, at_a_time
 
     default, rest = _experiment(args, "compare")
     recipe = find(args[0])
-    compared = recipe.compared or f"{type(default.algorithm).__name__},FedAvg,RandomMoE"
-    options, rest = _split(
-        rest, {"--out": "runs", "--algorithms": compared, "--seeds": "1", "--jobs": "0", "--track": ""}
-    )
+    names = by_default(recipe, default)
+    options, rest = _split(rest, {"--out": "runs", "--algorithms": names, "--seeds": "1", "--jobs": "0", "--track": ""})
     quiet, as_json, rest = _voice(rest)
     own = {**options, "--quiet": None, "--json": None}
     experiment = _parse(type(default), rest, f"consilium compare {args[0]}", default, own)

@@ -18,7 +18,7 @@ from consilium.watch import Comparison, at_a_time
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Run", "compare", "load_run", "plan"]
+__all__ = ["Run", "by_default", "compare", "load_run", "plan"]
 
 
 def plan(
@@ -38,6 +38,11 @@ def plan(
             label = name if seeds == 1 else f"{name}-seed{seed}"
             planned[root / label] = dataclasses.replace(experiment, name=label, algorithm=algorithm, seed=seed)
     return planned
+
+
+def by_default(recipe: Recipe, experiment: Experiment) -> str:
+    """What is compared where nobody says what: names, separated by commas."""
+    return recipe.compared or f"{type(experiment.algorithm).__name__},FedAvg,RandomMoE"
 
 
 def compare(
@@ -73,8 +78,7 @@ def compare(
     else:
         given = experiment
         recipe = Recipe(given.name, lambda: given)
-    own = type(experiment.algorithm).__name__
-    names = list(algorithms) or (recipe.compared or f"{own},FedAvg,RandomMoE").split(",")
+    names = list(algorithms) or by_default(recipe, experiment).split(",")
     root = Path(out) / experiment.name
     planned = plan(recipe, experiment, names, seeds, root)
     console = Console(quiet=not progress)

@@ -9,7 +9,7 @@ folder beside the run (FLWR_HOME), install nothing, and end with the command tha
 """
 
 import contextlib
-import ctypes
+import functools
 import ipaddress
 import json
 import os
@@ -29,11 +29,14 @@ from consilium.core import CLIENT_ID
 from consilium.engine.checkpoint import write_atomic
 from consilium.engine.flower import Limits, save_site
 from consilium.engine.flower import server_app as flower_app
+from consilium.engine.interrupt import end_with_parent
 from consilium.errors import ConfigError, ConsiliumError, RoundError
 from consilium.experiment import Experiment, from_json, to_json
 from consilium.run import read_config, serve
 
 __all__ = ["Limits", "child", "client", "flower_environment", "listening", "program", "server", "server_app"]
+
+WITH_PARENT = functools.partial(end_with_parent, signal.SIGTERM)
 
 # --- the server -----------------------------------------------------------------------------------------------------
 
@@ -70,7 +73,7 @@ def server(
     with _superlink(host, port, keys, home, environment) as link:
         out.print(f"listening on {address}; waiting for {', '.join(sites)}", highlight=False, soft_wrap=True)
         asked = subprocess.Popen(
-            [program("flwr"), "run", str(home / "app"), "run", "--stream"], env=environment, preexec_fn=_with_parent
+            [program("flwr"), "run", str(home / "app"), "run", "--stream"], env=environment, preexec_fn=WITH_PARENT
         )
         try:
             while asked.poll() is None:
@@ -168,7 +171,7 @@ def _register(keys: Path, sites: Sequence[str], home: Path, environment: Mapping
     with _superlink("127.0.0.1", port, keys, home, environment):
         for site in new:
             command = [program("flwr"), "supernode", "register", str(keys / f"{site}.pub"), "run", "--name", site]
-            asked = subprocess.run(command, env=environment, capture_output=True, text=True, preexec_fn=_with_parent)
+            asked = subprocess.run(command, env=environment, capture_output=True, text=True, preexec_fn=WITH_PARENT)
             said = asked.stdout + asked.stderr
             if asked.returncode and "already in use" not in said:
                 raise RoundError(f"site {site} could not be registered: {' '.join(said.split())[-300:]}")
@@ -266,18 +269,13 @@ def flower_environment(home: Path) -> dict[str, str]:
     return {**os.environ, **off, "PATH": path, "FLWR_HOME": str(home.absolute())}
 
 
-def _with_parent() -> None:
-    """In a new process: end with SIGTERM when the parent does, however it ends."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-
-
 @contextlib.contextmanager
 def child(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen]:
     """One of Flower's programs with its output in a file; on leaving, it is asked to end, then killed."""
     with log.open("ab") as file:
         process = subprocess.Popen(
             [program(command[0]), *command[1:]],
-            env=environment, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, preexec_fn=_with_parent,
+            env=environment, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, preexec_fn=WITH_PARENT,
         )  # fmt: skip
     try:
         yield process

@@ -265,7 +265,7 @@ def differences(before: Experiment, now: Experiment, ignored: Collection[str] = 
     Args:
         ignored: fields that may differ, e.g. "wire.deadline".
     """
-    old, new = _fields(to_json(before)), _fields(to_json(now))
+    old, new = flat_fields(to_json(before)), flat_fields(to_json(now))
     told = [
         f"{name} was {old.get(name, 'absent')!r}, is {new.get(name, 'absent')!r}"
         for name in dict.fromkeys([*old, *new])
@@ -274,12 +274,13 @@ def differences(before: Experiment, now: Experiment, ignored: Collection[str] = 
     return "; ".join(told[:5]) + (f"; and {len(told) - 5} more" if len(told) > 5 else "")
 
 
-def _fields(saved: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted names -> values; a dataclass's own name stands for its type."""
+def flat_fields(saved: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A saved experiment as dotted names, like the command's flags ("fit.lr") -> values; a dataclass's own name
+    ("algorithm") stands for its type."""
     found: dict[str, Any] = {}
     for key, value in saved.items():
         name = prefix[:-1] if key == "type" else f"{prefix}{key}"
-        found |= _fields(value, f"{name}.") if isinstance(value, Mapping) else {name: value} if name else {}
+        found |= flat_fields(value, f"{name}.") if isinstance(value, Mapping) else {name: value} if name else {}
     return found
 
 

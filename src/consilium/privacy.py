@@ -43,7 +43,15 @@ from consilium.core import ClientInfo, Sampling
 from consilium.errors import ConfigError, PayloadError
 from consilium.params import Params
 
-__all__ = ["PoissonSampling", "Privacy", "PrivateMean", "epsilon_spent", "fresh_generator", "usage_told"]
+__all__ = [
+    "PoissonSampling",
+    "Privacy",
+    "PrivateMean",
+    "epsilon_spent",
+    "fresh_generator",
+    "sampling_rate",
+    "usage_told",
+]
 
 TOKENS = 1_000_000
 """Noised shares are told as counts of so many tokens."""
@@ -115,10 +123,15 @@ class Privacy:
             return sampling
         if sampling.distinct_tasks:
             raise ConfigError("sampling.distinct_tasks does not go with privacy.sampling poisson; take fixed")
-        rate = min(1.0, sampling.clients_per_round / max(clients, 1))
+        rate = sampling_rate(sampling.clients_per_round, clients)
         return PoissonSampling(
             sampling.clients_per_round, False, sampling.min_clients, sampling.min_fraction, rate=rate
         )
+
+
+def sampling_rate(at_once: int, clients: int) -> float:
+    """q: with which a client takes part where so many of so many are expected in a round."""
+    return min(1.0, at_once / max(clients, 1))
 
 
 # --- randomness -----------------------------------------------------------------------------------------------------
@@ -223,7 +236,7 @@ def epsilon_spent(privacy: Privacy, clients: int, cohort: int, rounds: int, usag
         from dp_accounting.pld import PLDAccountant
     except ModuleNotFoundError as error:
         raise ConfigError(f"privacy needs {error.name}: pip install 'consilium[privacy]'") from error
-    noised, rate = usage and privacy.usage == "noised", min(1.0, cohort / clients)
+    noised, rate = usage and privacy.usage == "noised", sampling_rate(cohort, clients)
     inverse = (weights and privacy.noise and privacy.noise**-2) + (noised and privacy.usage_noise**-2)
     if inverse * rounds > 1e4:  # epsilon of thousands promises nothing, and its distributions would fill the memory
         return math.inf

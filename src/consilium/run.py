@@ -49,7 +49,6 @@ from consilium.errors import BudgetError, CheckpointError, ConfigError, DataErro
 from consilium.experiment import Experiment, differences, from_json, to_json
 from consilium.models.cohort import Cohort
 from consilium.moe.budget import bytes_of, human
-from consilium.moe.build import ModelSource
 from consilium.params import checksum
 from consilium.setup import Setup
 
@@ -214,9 +213,9 @@ def _check_unchanged(begun: Mapping[str, Any], prepared: "_Prepared") -> None:
             f"the run was begun with other settings: {changed}; put them back in config.json, or start a new run "
             f"(only {', '.join(MAY_CHANGE)} may change)"
         )
-    if begun["model"] != prepared.model:
+    if begun["model"] != (model := prepared.experiment.model.fingerprint):
         raise CheckpointError(
-            f"the model has changed since the run began ({prepared.model[:19]}, was {begun['model'][:19]}): other "
+            f"the model has changed since the run began ({model[:19]}, was {begun['model'][:19]}): other "
             "weights, configuration or tokenizer; start a new run"
         )
     now = _versions()
@@ -266,15 +265,13 @@ class _Prepared:
     former: list[dict[str, str]] = field(default_factory=list)
 
     @property
-    def model(self) -> str:
-        """The fingerprint of the model's files; "" of small models, which begin with what the seed says."""
-        model = self.experiment.model
-        return model.fingerprint if isinstance(model, ModelSource) else ""
-
-    @property
     def begun(self) -> dict[str, Any]:
         """What every checkpoint says of the run it is of, see `_check_unchanged`."""
-        return {"experiment": to_json(self.experiment), "model": self.model, "versions": _versions()}
+        return {
+            "experiment": to_json(self.experiment),
+            "model": self.experiment.model.fingerprint,
+            "versions": _versions(),
+        }
 
     @classmethod
     def of(cls, experiment: Experiment) -> "_Prepared":
@@ -312,7 +309,7 @@ class _Prepared:
 
         torch.set_num_threads(experiment.threads)
         told = {"experiment": json.dumps(to_json(experiment)), "heads": "{}", "run": token}
-        told |= {"model": getattr(experiment.model, "fingerprint", ""), "protocol": PROTOCOL}
+        told |= {"model": experiment.model.fingerprint, "protocol": PROTOCOL}
         found = describe(roster, sites, told, wait)
         infos = tuple(
             ClientInfo(site, int(d["sizes"][0]), str(d["task"]), int(d["memory_bytes"]) or None, str(d["architecture"]))
@@ -403,7 +400,7 @@ class _Prepared:
                 "experiment": json.dumps(to_json(experiment)),
                 "heads": json.dumps(self.setup.heads),
                 "run": str(self.partition.get("run", "")),
-                "model": self.model,
+                "model": experiment.model.fingerprint,
                 "folder": str(store.folder.absolute()),
                 "seed": experiment.seed,
             }

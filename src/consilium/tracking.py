@@ -28,7 +28,7 @@ from typing import Any, Protocol
 from consilium.data.task import Federation
 from consilium.engine.checkpoint import write_atomic
 from consilium.errors import ConfigError
-from consilium.experiment import Experiment, to_json
+from consilium.experiment import Experiment, flat_fields, to_json
 from consilium.run import records
 from consilium.setup import Setup
 
@@ -40,15 +40,8 @@ PROJECT = "consilium"
 
 def parameters(experiment: Experiment) -> dict[str, bool | int | float | str]:
     """The experiment as flat hyper-parameters, named like the command's flags: "algorithm.K", "fit.lr"."""
-
-    def flat(value: Any, prefix: str) -> dict[str, Any]:
-        if isinstance(value, Mapping):
-            inner = {"" if key == "type" else f".{key}": item for key, item in value.items()}
-            return {k: v for key, item in inner.items() for k, v in flat(item, f"{prefix}{key}").items()}
-        plain = isinstance(value, bool | int | float | str)
-        return {prefix.removeprefix("."): value if plain else json.dumps(value)}
-
-    return {key: value for key, value in flat(to_json(experiment), "").items() if key}
+    found = flat_fields(to_json(experiment))
+    return {name: v if isinstance(v, bool | int | float | str) else json.dumps(v) for name, v in found.items()}
 
 
 def measures(record: Mapping[str, Any], spent: int) -> dict[str, float]:

@@ -46,21 +46,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def grid(monkeypatch):
-    """Runs with engine "flower" go over this Grid; three nodes, the partitions in no order."""
-    made = loopback.Loopback([{"partition-id": i, "num-partitions": 3} for i in (2, 0, 1)])
-
-    class Simulated:
-        def __init__(self, *_):
-            pass
-
-        def __enter__(self):
-            return made
-
-        def __exit__(self, *_):
-            pass
-
-    monkeypatch.setattr(flower, "simulation", Simulated)
-    return made
+    return loopback.in_place_of_ray(monkeypatch)
 
 
 # --- payloads as messages ---------------------------------------------------------------------------------------------

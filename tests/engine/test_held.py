@@ -9,7 +9,6 @@ import runs
 import tiny
 import torch
 
-import consilium.engine.flower as flower
 from consilium.algorithms.fedmoe import FedMoE
 from consilium.algorithms.scaffold import SCAFFOLD
 from consilium.core import Payload, Sampling
@@ -83,20 +82,7 @@ def test_a_base_that_is_not_held(tmp_path):
 
 @pytest.fixture
 def grid(monkeypatch):
-    made = loopback.Loopback([{"partition-id": i, "num-partitions": 3} for i in (2, 0, 1)])
-
-    class Simulated:
-        def __init__(self, *_):
-            pass
-
-        def __enter__(self):
-            return made
-
-        def __exit__(self, *_):
-            pass
-
-    monkeypatch.setattr(flower, "simulation", Simulated)
-    return made
+    return loopback.in_place_of_ray(monkeypatch)
 
 
 def experiment(tmp_path, method="FedAvg", **changes):

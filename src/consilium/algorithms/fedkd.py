@@ -75,10 +75,12 @@ class FedKD(Algorithm):
         """T in that round, from 1."""
         return self.T_s + (self.T_e - self.T_s) * min((round - 1) / self.rounds, 1.0)
 
-    def begun(self, setup: Setup) -> Params:
-        """What the small model is a change of: small_0, or zeros."""
+    def begun(self, setup: Setup) -> tuple[Params, str]:
+        """What the small model is a change of, small_0 or zeros, and its checksum."""
         begun = small_params(setup)
-        return begun if self.exchange == "changes" else {key: torch.zeros_like(t) for key, t in begun.items()}
+        if self.exchange != "changes":
+            begun = {key: torch.zeros_like(t) for key, t in begun.items()}
+        return begun, checksum(begun)
 
     def server(self, setup: Setup) -> Server:
         return FedKDServer(setup, self)
@@ -94,7 +96,7 @@ class FedKDServer(Server):
         self.averaging = FedAvgServer(setup, params=small_params(setup))
         self.setup = setup
         self.algorithm = algorithm
-        self.begun = algorithm.begun(setup)
+        self.begun, self.mark = algorithm.begun(setup)
         self.round = 1
 
     @property
@@ -119,7 +121,7 @@ class FedKDServer(Server):
     def deliver(self, client: ClientInfo) -> Payload:
         energy = self.algorithm.energy(self.round)
         groups, shapes = compressed(plus(self.params, self.begun, -1), energy)
-        return Payload(groups, {"energy": energy, "begun": checksum(self.begun), **shapes})
+        return Payload(groups, {"energy": energy, "begun": self.mark, **shapes})
 
     def expects(self, client: ClientInfo, sent: Payload) -> dict[str, dict[str, Like]]:
         """A tensor whole or as three factors, of whatever rank; `objection` sees that it is one of the two."""
@@ -178,14 +180,13 @@ class FedKDClient(Client):
 
     @cached_property
     def begun(self) -> tuple[Params, str]:
-        """What the small model is a change of, and its checksum."""
-        begun = self.algorithm.begun(self.setup)
-        return begun, checksum(begun)
+        """See `FedKD.begun`."""
+        return self.algorithm.begun(self.setup)
 
     def _small(self, payload: Payload) -> Params:
         """The shared model that a payload stands for."""
-        begun, known = self.begun
-        if payload.scalars["begun"] != known:
+        begun, mark = self.begun
+        if payload.scalars["begun"] != mark:
             raise PayloadError(
                 "the shared model begins otherwise here than at the server, by another version of torch or another "
                 'experiment: install the same, or use FedKD(exchange="weights")'

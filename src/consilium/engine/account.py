@@ -14,7 +14,7 @@ from typing import Any
 from consilium.engine.checkpoint import append_json
 from consilium.errors import CheckpointError, ConfigError
 from consilium.experiment import Experiment
-from consilium.privacy import epsilon_spent
+from consilium.privacy import epsilon_spent, sampling_rate
 
 __all__ = ["Account"]
 
@@ -93,7 +93,7 @@ class Account:
         if noised:
             told["epsilon_usage"] = self.spent(weights=False)
         if privacy.noise:
-            rate = min(1.0, self.experiment.sampling.clients_per_round / self.clients)
+            rate = sampling_rate(self.experiment.sampling.clients_per_round, self.clients)
             told |= {"noise": privacy.noise, "clip": privacy.clip, "sampling": privacy.sampling}
             told |= {"rate": rate if privacy.sampling == "poisson" else 1.0}
             removed = "added or removed" if privacy.sampling == "poisson" else "replaced by no change"

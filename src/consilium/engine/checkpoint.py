@@ -181,6 +181,10 @@ class ClientStore:
         else:
             self.versions.pop(client, None)
 
+    def rounds(self, client: ClientId) -> list[int]:
+        """Of which rounds there are states of a client, oldest first, whether they count or not."""
+        return [round for _, round in _numbered(self.folder / client)]
+
     def prune(self, oldest: int) -> None:
         """Remove the versions that were superseded before round `oldest`, the oldest one that may be resumed from."""
         for folder in self.folder.glob("*/"):

@@ -1,13 +1,14 @@
 """Ctrl-C that is not lost: Python swallows a KeyboardInterrupt in a destructor or in a weak reference's callback,
-and a library that is interrupted half-way may end in an error of its own."""
+and a library that is interrupted half-way may end in an error of its own. And processes that do not outlive theirs."""
 
+import ctypes
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["interruptible"]
+__all__ = ["end_with_parent", "interruptible"]
 
 
 @contextmanager
@@ -44,3 +45,11 @@ def interruptible() -> Iterator[Callable[[], None]]:
     finally:
         for number in ours:
             signal.signal(number, signal.default_int_handler)
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """In a new process: this signal comes when the parent ends, however it ends. Linux alone."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
+_PR_SET_PDEATHSIG = 1

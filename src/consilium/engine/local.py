@@ -8,7 +8,6 @@ and back on its way, as between machines. The results are the same to the bit, w
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,7 +58,7 @@ class LocalEngine(Engine):
             if failed := told.get("failed"):
                 record["errors"][client] = failed
                 continue
-            info = self._infos[client]
+            info = self.clients[client]
             rejected = objection(self.server, info, sent, reply)
             if rejected is None:
                 self.store.count(client, number, told["kept"])
@@ -125,7 +124,7 @@ class LocalEngine(Engine):
         """
         self.store.count(client, version, kept=version > 0)
         context = ClientContext(
-            info=self._infos[client],
+            info=self.clients[client],
             data=self.federation.clients[client],
             device=self.device,
             seed=derive_seed(self.seed, "client", number, client),
@@ -139,10 +138,6 @@ class LocalEngine(Engine):
         except OWN as error:
             return Payload(), {"failed": one_line(f"{type(error).__name__}: {error}")}
         return reply, {"seconds": seconds, "kept": self.store.write(client, context.state, number)}
-
-    @cached_property
-    def _infos(self) -> dict[ClientId, ClientInfo]:
-        return {info.id: info for info in self.infos}
 
     def _carry(self, payload: Payload) -> Payload:
         return decode(encode(payload)) if self.strict else payload

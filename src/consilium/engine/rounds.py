@@ -14,6 +14,7 @@ import resource
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from consilium.core import Client, ClientContext, ClientId, ClientInfo, Payload, Sampling, Scalar, Server, derive_seed
@@ -45,6 +46,11 @@ class Engine(ABC):
     store: ClientStore
     sampling: Sampling
     progress: Progress
+
+    @cached_property
+    def clients(self) -> dict[ClientId, ClientInfo]:
+        """All clients by their ids, in the order of `infos`."""
+        return {info.id: info for info in self.infos}
 
     @abstractmethod
     def _replies(

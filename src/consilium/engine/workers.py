@@ -6,7 +6,6 @@ machine several threads in one process wait for each other, a client per core do
 """
 
 import contextlib
-import ctypes
 import json
 import multiprocessing
 import signal
@@ -24,6 +23,7 @@ import torch
 from consilium import errors
 from consilium.core import ClientId, Payload
 from consilium.engine.codec import decode, encode
+from consilium.engine.interrupt import end_with_parent
 from consilium.engine.rounds import Progress
 from consilium.errors import RoundError
 
@@ -133,7 +133,7 @@ def _serve(pipe: Connection, others: list[Connection], work: Work) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the run's own decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with contextlib.suppress(AttributeError, OSError):  # not on Linux: then the closed pipe is the sign
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_parent(signal.SIGKILL)
     for other in others:
         other.close()
     torch.set_num_threads(1)
@@ -158,9 +158,6 @@ def _serve(pipe: Connection, others: list[Connection], work: Work) -> None:
                 return
             _send(pipe, told, answer)
             del answer
-
-
-_PR_SET_PDEATHSIG = 1
 
 
 def _send(pipe: Connection, told: Any, payload: Payload) -> None:

@@ -50,6 +50,7 @@ class Cohort:
 
     form: ClassVar[str] = "classification"
     counts: ClassVar[Mapping[str, int]] = {}
+    fingerprint: ClassVar[str] = ""  # of files: small models begin with what the seed says
     torch_dtype: ClassVar[torch.dtype] = torch.float32
 
     def __post_init__(self) -> None:

@@ -5,6 +5,8 @@ No remote code is ever run and nothing but safetensors is ever read.
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -27,7 +29,7 @@ from consilium.moe.partial import held_weights, sliced
 from consilium.moe.surgery import checked, slice_experts
 from consilium.params import Params
 
-__all__ = ["ModelSource", "shipped"]
+__all__ = ["ModelSource", "quietly", "shipped"]
 
 _SHIPPED = Path(__file__).parents[1] / "models"
 _TOKENIZER_FILES = tuple(
@@ -166,30 +168,24 @@ class ModelSource:
         """
         cls, where = getattr(transformers, self.family.classes[self.form]), self.location
         part: dict[str, Any] = {}
-        level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
         try:
-            if held is not None and held != all_experts(whole := self.skeleton("", ())):
-                held = checked(held, counts_of(all_experts(whole)), self.family)
-                part["state_dict"] = held_weights(where, self.revision, whole, held)
-                cls, where = sliced(cls, self.family, held), None
-            backbone, info = cls.from_pretrained(
-                where,
-                config=self.config,
-                revision=self.revision,
-                dtype=self.torch_dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **part,
-            )
+            with quietly():
+                if held is not None and held != all_experts(whole := self.skeleton("", ())):
+                    held = checked(held, counts_of(all_experts(whole)), self.family)
+                    part["state_dict"] = held_weights(where, self.revision, whole, held)
+                    cls, where = sliced(cls, self.family, held), None
+                backbone, info = cls.from_pretrained(
+                    where,
+                    config=self.config,
+                    revision=self.revision,
+                    dtype=self.torch_dtype,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                    **part,
+                )
         except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(f"model {self.path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-        finally:
-            transformers_logging.set_verbosity(level)
-            if bars:
-                transformers_logging.enable_progress_bar()
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             raise ModelError(
@@ -212,3 +208,17 @@ def _tokenizer(location: str, revision: str | None) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without transformers' progress bars and warnings: what matters of a model that is loaded is checked."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

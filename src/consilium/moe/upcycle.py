@@ -34,11 +34,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.initialization import no_init_weights
-from transformers.utils import logging as transformers_logging
 
 from consilium.core import derive_seed
 from consilium.errors import ConfigError, ModelError
-from consilium.moe.build import ModelSource
+from consilium.moe.build import ModelSource, quietly
 from consilium.moe.families import FAMILIES, Family, blocks
 
 __all__ = ["Upcycling", "upcycle"]
@@ -234,19 +233,13 @@ def _loaded(source: ModelSource) -> Any:
     """The dense model in its own dtype."""
     encoder_decoder = source.config.is_encoder_decoder
     cls = transformers.T5ForConditionalGeneration if encoder_decoder else transformers.AutoModelForCausalLM
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     try:
-        model, info = cls.from_pretrained(
-            source.location, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
+        with quietly():
+            model, info = cls.from_pretrained(
+                source.location, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            )
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"model {source.path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"model {source.path!r} lacks {len(missing)} weights, e.g. {missing[0]!r}")
     return model

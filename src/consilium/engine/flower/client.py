@@ -171,12 +171,11 @@ def train(message: Message, context: Context) -> RecordDict:
     sent = payload.group("params") if told["reply"] != "exact" else {}
     reply, seconds = trained(site.client, payload, work)
     del payload
-    rejected = diverged(reply)
+    rejected, kept = diverged(reply), False
     if rejected is None:
         reply, lost = rounded(reply, sent, str(told["reply"]), lost)
         state.params |= {f"{LOST}{key}": tensor for key, tensor in lost.items()}
-        store.save(site.info.id, state, int(told["round"]))
-    kept = rejected is None and site.info.id in store.versions
+        kept = store.write(site.info.id, state, int(told["round"]))
     answer = {"rejected": rejected or "", "kept": kept, "seconds": seconds, **stamp(told)}
     answer["reset"] = store.reset.get(site.info.id, "")
     content = to_record(reply if rejected is None else Payload(scalars=reply.scalars), answer, bool(told["zstd"]))

@@ -125,7 +125,7 @@ class FlowerEngine(Engine):
         self, client: ClientId, number: int, parked: _Parked, sent: Payload, down: int
     ) -> tuple[Payload, dict[str, Any]]:
         """A reply out of its files, and what to record; notes which state of the client counts from now on."""
-        told, info = parked.told, next(c for c in self.infos if c.id == client)
+        told, info = parked.told, self.clients[client]
         if self.wire.send != "exact":
             sent = self.held.sent(client, number, sent)
         try:
@@ -136,16 +136,16 @@ class FlowerEngine(Engine):
                     rejected = one_line(f"it answers {name} {told.get(name)!r}, this is {name} {expected!r}")
         except PayloadError as error:
             reply, rejected = Payload(), one_line(error)
-        if rejected is None and told.get("kept"):
-            self.store.versions[client] = number
-        elif rejected is None:
-            self.store.versions.pop(client, None)
+        if rejected is None:
+            self.store.count(client, number, bool(told.get("kept")))
         seconds = told["seconds"] if is_number(told.get("seconds"), 0) else 0.0
         reset = {"state_reset": one_line(told["reset"])} if told.get("reset") else {}
         return reply, told_of(reply, info, rejected, seconds, down, parked.size) | reset
 
     def _test(self, number: int, record: dict[str, Any]) -> dict[ClientId, Mapping[str, Scalar]]:
-        able = _Deliveries(self.server, [info for info in self.infos if self.server.unable(info) is None])
+        able = _Deliveries(
+            self.server, {c: info for c, info in self.clients.items() if self.server.unable(info) is None}
+        )
         noted = {key: {} for key in ("bytes_sent", "errors", "missing", "late", "duplicate")}
         with tempfile.TemporaryDirectory(prefix=".replies-", dir=self.folder) as inbox:
             arrived = self._exchange("evaluate", number, able, noted, Path(inbox))
@@ -251,13 +251,13 @@ class _Deliveries(Mapping[ClientId, Payload]):
     """Client -> the model it would deploy, cut when it is looked up: one is in memory at a time."""
 
     server: Server
-    infos: Sequence[ClientInfo]
+    infos: Mapping[ClientId, ClientInfo]
 
     def __getitem__(self, client: ClientId) -> Payload:
-        return self.server.deliver(next(info for info in self.infos if info.id == client))
+        return self.server.deliver(self.infos[client])
 
     def __iter__(self) -> Iterator[ClientId]:
-        return (info.id for info in self.infos)
+        return iter(self.infos)
 
     def __len__(self) -> int:
         return len(self.infos)

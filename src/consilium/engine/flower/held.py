@@ -10,7 +10,6 @@ SHA-256. Where a client does not hold it (a new disk, a message that never came)
     <folder>/<client>/round-00012.safetensors    what it holds since round 12
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +21,6 @@ from consilium.params import Params, checksum
 
 __all__ = ["Held"]
 
-_NAME = re.compile(r"round-(\d+)\.safetensors")
-
 
 @dataclass(frozen=True)
 class Held:
@@ -34,8 +31,7 @@ class Held:
     def before(self, client: ClientId, number: int) -> tuple[int, Params]:
         """(Round, params) of the newest base older than round `number`; (0, {}) without one. What an attempt at this
         round or at one that never counted has left is not one: a resumed run goes on from what the first one did."""
-        rounds = [int(m[1]) for path in (self.folder / client).glob("round-*") if (m := _NAME.fullmatch(path.name))]
-        for since in sorted((n for n in rounds if n < number), reverse=True):
+        for since in reversed([n for n in ClientStore(self.folder).rounds(client) if n < number]):
             if params := self.load(client, since):
                 return since, params
         return 0, {}

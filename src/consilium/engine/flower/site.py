@@ -60,7 +60,7 @@ def save_site(path: Path, name: str, experiment: Experiment, limits: Limits | No
     own = {
         "name": name,
         "fingerprint": Federation({name: data}).fingerprint,
-        "model": getattr(experiment.model, "fingerprint", ""),
+        "model": experiment.model.fingerprint,
         "limits": asdict(limits or Limits()),
         "experiment": to_json(experiment),
     }
