@@ -13,7 +13,7 @@ from consilium.report.export import table_files, to_csv, to_latex
 from consilium.report.methods import Method, Spread, first_runs, has_seeds, methods
 from consilium.report.page import STYLE
 from consilium.report.parts import caption, card, fold, one_figure, text
-from consilium.report.plots import FIGURES, FigureKind, NothingToDraw
+from consilium.report.plots import FIGURES, FigureKind
 from consilium.report.read import RunRecord, read_runs
 from consilium.report.results import (
     METRICS,
@@ -244,21 +244,15 @@ def _winner(what, pool, value, show, high=False) -> str:  # type: ignore[no-unty
     return card(what, f"{len(ties)} tie", f"{names}{top}{then}")
 
 
-def _draws(kind: FigureKind, what: RunRecord | Sequence[RunRecord]) -> bool:
-    try:
-        return bool(kind.draw(what))
-    except NothingToDraw:
-        return False
-
-
 def _figure(kind: FigureKind, runs: Sequence[RunRecord]) -> str:
     """One figure for all runs, or, for those that are about one run, a box with a figure for each."""
-    if kind.only_if_drawn and not any(_draws(kind, what) for what in (runs if kind.each_run else [runs])):
-        return ""
     if not kind.each_run or len(runs) == 1:
-        return one_figure(kind, runs[0] if kind.each_run else runs, "all")[0]
+        figure, drawn = one_figure(kind, runs[0] if kind.each_run else runs, "all")
+        return figure if drawn or not kind.only_if_drawn else ""
     said, runs = _of_firsts(runs), first_runs(runs)
     made = [(run, *one_figure(kind, run, f"run {i}", of=run.label)) for i, run in enumerate(runs)]
+    if kind.only_if_drawn and not any(drawn for _, _, drawn in made):
+        return ""
     made.sort(key=lambda three: not three[2])  # runs that have nothing to show come last
     folds = "".join(
         fold(run.label, figure, is_open=len(runs) <= 3 or not drawn or i == 0)
