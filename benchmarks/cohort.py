@@ -1,6 +1,6 @@
 """Seconds per round of a pFedMoE cohort: our engine against a plain PyTorch loop, and how both grow with clients.
 
-    python benchmarks/cohort.py --data fashion_mnist.npz [--rounds 5]
+    python benchmarks/cohort.py --data fashion_mnist.npz [--rounds 5] [--device cuda]
 
 Same models, batches and steps for all: CNN-1 to CNN-5, 2 classes per client, batch 64, SGD 0.01, one local epoch, and
 the same scoring on validation and test data after it. The plain loop is what one writes by hand: models that stay in
@@ -8,8 +8,11 @@ memory, one client after the other, two torch threads, torch's default layout. O
 everything it does besides (judging, client states on disk, a core per client). Interleaved round by round in one
 process. After the first round the shared extractors are compared, and the accuracies after the last.
 
-The second part is ours alone: 1,000 clients of CNN-1, of whom 100 take part in a round, against 100 of whom 10 do:
-seconds and peak memory of all processes together (proportional set size, looked at every 50 ms).
+With --device cuda the plain loop and all data are on the GPU too, and ours takes 100 clients in step: CNN-1 for all,
+and the five; one local epoch and five. Client states are written to disk by ours alone, --folder says where.
+
+The second part is ours alone, on the CPU: 1,000 clients of CNN-1, of whom 100 take part in a round, against 100 of whom
+10 do: seconds and peak memory of all processes together (proportional set size, looked at every 50 ms).
 """
 
 import json
@@ -20,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,6 +37,7 @@ from consilium.algorithms.pfedmoe import SHARED, PFedMoEClient, pFedMoE
 from consilium.core import ClientContext, ClientInfo, ClientState, Payload, Sampling, derive_seed
 from consilium.data.arrays import ImageData
 from consilium.data.task import Federation
+from consilium.data.tensor import on_device
 from consilium.engine.checkpoint import ClientStore
 from consilium.engine.local import LocalEngine
 from consilium.engine.workers import forked
@@ -55,6 +59,7 @@ class Benchmark:
         examples: rows dealt, 0: all; those of 100 clients hold as many each as those of 20.
         workers: processes of ours, threads of the plain loop.
         large: clients of the second part, 0: leave it out.
+        device: "cpu" or "cuda". folder: for client states; None: the system's for temporary files.
     """
 
     data: Path
@@ -62,18 +67,26 @@ class Benchmark:
     examples: int = 0
     workers: int = len(os.sched_getaffinity(0))
     large: int = 1000
+    device: str = "cpu"
+    folder: Path | None = None
 
 
-def experiment(benchmark: Benchmark, clients: int, at_once: int, precision: str = "float32") -> Experiment:
+FIVE = Cohort()
+
+
+def experiment(
+    benchmark: Benchmark, clients: int, at_once: int, precision: str = "float32", model: Cohort = FIVE, epochs: int = 1
+) -> Experiment:
     """Every client holds `examples / 20` rows."""
     rows = benchmark.examples * clients // 20 if benchmark.examples else 0
     return Experiment(
         name="cohort",
         algorithm=pFedMoE(),
         data=ImageData(benchmark.data, clients=clients, classes=2, examples=rows),
-        model=Cohort(),
-        fit=Fit(lr=0.01, head_lr=0.01, batch_size=64, precision=precision, **SMALL_FIT),
+        model=model,
+        fit=Fit(lr=0.01, head_lr=0.01, batch_size=64, epochs=epochs, precision=precision, **SMALL_FIT),
         sampling=Sampling(at_once),
+        device=benchmark.device,
     )
 
 
@@ -84,7 +97,8 @@ def prepared(made: Experiment) -> tuple[Setup, Federation]:
         for i, (client, data) in enumerate(federation.clients.items())
     )
     labels = [(data.task.name, data.task.labels) for data in federation.clients.values()]
-    return made.setup(labels, infos, federation.shape), federation
+    setup = made.setup(labels, infos, federation.shape)
+    return setup, on_device(federation, torch.device(made.device))
 
 
 class Plain:
@@ -93,6 +107,7 @@ class Plain:
     def __init__(self, made: Experiment, threads: int):
         self.setup, self.federation = prepared(made)
         self.algorithm, self.threads, self.models = made.algorithm, threads, {}
+        self.device = torch.device(made.device)
         self.shared = made.algorithm.server(self.setup).params
 
     def round(self, number: int) -> float:
@@ -103,8 +118,8 @@ class Plain:
             model, data = self.model(info), self.federation.clients[info.id]
             model.load_state_dict({f"backbone.{key}": tensor for key, tensor in self.shared.items()}, strict=False)
             self.train(model, data.train, derive_seed(self.setup.seed, "client", number, info.id))
-            accuracy(model, data.validation)
-            accuracy(model, data.test)
+            accuracy(model, data.validation, self.device)
+            accuracy(model, data.test, self.device)
             sent = {key: t for key, t in flatten(model).items() if key.startswith(SHARED)}
             mean.add(sent, info.num_examples)
         self.shared = mean.mean(self.shared)
@@ -118,7 +133,7 @@ class Plain:
         optimizer = torch.optim.SGD(model.parameters(), lr=fit.lr)
         generator = torch.Generator().manual_seed(derive_seed(seed, "batches"))
         for rows in split.epochs(fit.epochs, fit.batch_size, generator):
-            batch = split.batch(rows, torch.device("cpu"))
+            batch = split.batch(rows, self.device)
             optimizer.zero_grad()
             logits, labels = model(batch)
             F.cross_entropy(logits, labels).backward()
@@ -128,7 +143,7 @@ class Plain:
         """The client's own, with torch's default layout."""
         if info.id not in self.models:
             client, data = PFedMoEClient(self.setup, self.algorithm), self.federation.clients[info.id]
-            context = ClientContext(info, data, torch.device("cpu"), 0, ClientState())
+            context = ClientContext(info, data, self.device, 0, ClientState())
             made = client._model(Payload({"params": self.shared}), context)
             self.models[info.id] = made.to(memory_format=torch.contiguous_format)
         return self.models[info.id]
@@ -139,16 +154,16 @@ class Plain:
         for info in self.setup.clients:
             model = self.model(info)
             model.load_state_dict({f"backbone.{key}": tensor for key, tensor in self.shared.items()}, strict=False)
-            scores.append(accuracy(model, self.federation.clients[info.id].test))
+            scores.append(accuracy(model, self.federation.clients[info.id].test, self.device))
         return statistics.mean(scores)
 
 
-def accuracy(model: SplitModel, split) -> float:
+def accuracy(model: SplitModel, split, device: torch.device) -> float:
     model.eval()
     right = 0
     with torch.inference_mode():
         for rows in torch.arange(len(split)).split(256):
-            logits, labels = model(split.batch(rows, torch.device("cpu")))
+            logits, labels = model(split.batch(rows, device))
             right += int((logits.argmax(-1) == labels).sum())
     return right / len(split)
 
@@ -159,13 +174,15 @@ class Ours:
     def __init__(self, made: Experiment, folder: Path, workers: int):
         self.setup, federation = prepared(made)
         server, client = made.algorithm.server(self.setup), made.algorithm.client(self.setup)
-        store = ClientStore(folder)
-        self.engine = LocalEngine(server, client, self.setup.clients, federation, store, made.seed)
+        store, device = ClientStore(folder), torch.device(made.device)
+        self.engine = LocalEngine(server, client, self.setup.clients, federation, store, made.seed, device)
         self.workers = workers
+        if device.type != "cpu":
+            self.workers, self.engine.together = 0, 100
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        with forked(self.workers, self.engine.work) as self.engine.workers:
+        with forked(self.workers, self.engine.work) if self.workers else nullcontext() as self.engine.workers:
             yield
 
     def round(self, number: int, test: bool = False) -> float:
@@ -178,12 +195,12 @@ class Ours:
         return self.engine.server.params
 
 
-def against(benchmark: Benchmark, clients: int, at_once: int) -> dict:
+def against(benchmark: Benchmark, clients: int, at_once: int, model: Cohort = FIVE, epochs: int = 1) -> dict:
     """Seconds per round of the plain loop, ours, and ours in bfloat16; how far apart their results are."""
-    made = experiment(benchmark, clients, at_once)
-    low = experiment(benchmark, clients, at_once, "bfloat16")
+    made = experiment(benchmark, clients, at_once, model=model, epochs=epochs)
+    low = experiment(benchmark, clients, at_once, "bfloat16", model, epochs)
     plain = Plain(made, benchmark.workers)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=benchmark.folder) as folder:
         ours = {
             "ours": Ours(made, Path(folder) / "full", benchmark.workers),
             "ours, bfloat16": Ours(low, Path(folder) / "low", benchmark.workers),
@@ -207,6 +224,7 @@ def against(benchmark: Benchmark, clients: int, at_once: int) -> dict:
     return {
         "clients": clients,
         "at_once": at_once,
+        "models": f"{made.model.path}, {epochs} epoch{'s' if epochs > 1 else ''}",
         "seconds": {name: values[1:] for name, values in seconds.items()},
         "apart": apart,
         "scores": scores,
@@ -249,36 +267,52 @@ def memory() -> Iterator[list[int]]:
 
 def main(benchmark: Benchmark) -> None:
     """Measure and write benchmarks/results/cohort.md."""
-    pairs = [against(benchmark, 20, 20), against(benchmark, 100, 10)]
-    grown = [growth(benchmark, clients) for clients in (100, benchmark.large) if benchmark.large]
-    (RESULTS / "cohort.json").write_text(json.dumps({"pairs": pairs, "growth": grown}, indent=1))
-    lines = [
-        "# A cohort of small models: seconds per round",
-        "",
-        f"Made by `python benchmarks/cohort.py --data fashion_mnist.npz --rounds {benchmark.rounds}` on "
-        f"{benchmark.workers} cores ({platform.processor() or platform.machine()}), torch {torch.__version__}.",
+    if on_gpu := benchmark.device != "cpu":
+        torch.backends.cudnn.allow_tf32 = False  # float32 is float32, for both sides
+        one = Cohort(("cnn-1",))
+        pairs = [against(benchmark, 100, 100, model, n) for model, n in ((one, 1), (one, 5), (FIVE, 1), (FIVE, 5))]
+        grown, where, name = [], torch.cuda.get_device_name(), "cohort_gpu"
+    else:
+        pairs = [against(benchmark, 20, 20), against(benchmark, 100, 10)]
+        grown = [growth(benchmark, clients) for clients in (100, benchmark.large) if benchmark.large]
+        where, name = f"{benchmark.workers} cores ({platform.processor() or platform.machine()})", "cohort"
+    (RESULTS / f"{name}.json").write_text(json.dumps({"pairs": pairs, "growth": grown}, indent=1))
+    told = [
         "The plain loop has as many torch threads as ours has processes. Median [least, most] over rounds; ratios are",
         "of the same round.",
+    ]
+    if on_gpu:
+        told = [
+            "The plain loop is on the same GPU and writes no client states; ours has all clients of an architecture in",
+            "one computation. Median [least, most] over rounds; ratios are of the same round.",
+        ]
+    said = f"--rounds {benchmark.rounds}{' --device cuda' if on_gpu else ''}"
+    lines = [
+        f"# A cohort of small models{' on a GPU' if on_gpu else ''}: seconds per round",
         "",
-        "| clients | side | s per round | plain / side | apart after a round | accuracy |",
-        "|---|---|---|---|---|---|",
+        f"Made by `python benchmarks/cohort.py --data fashion_mnist.npz {said}` on {where}, torch {torch.__version__}.",
+        *told,
+        "",
+        "| clients | models | side | s per round | plain / side | apart after a round | accuracy |",
+        "|---|---|---|---|---|---|---|",
     ]
     for pair in pairs:
         for name, values in pair["seconds"].items():
             ratios = [a / b for a, b in zip(pair["seconds"]["plain"], values, strict=True)]
             apart = f"{pair['apart'][name]:.1e}" if name in pair["apart"] else "-"
             lines.append(
-                f"| {pair['at_once']} of {pair['clients']} | {name} | {spread(values)} | {spread(ratios)} | {apart} "
-                f"| {100 * pair['scores'][name]:.1f} |"
+                f"| {pair['at_once']} of {pair['clients']} | {pair['models']} | {name} | {spread(values)} "
+                f"| {spread(ratios)} | {apart} | {100 * pair['scores'][name]:.1f} |"
             )
-    lines += ["", "| CNN-1 clients | s per round | ms per step | peak MB of all processes |", "|---|---|---|---|"]
+    if grown:
+        lines += ["", "| CNN-1 clients | s per round | ms per step | peak MB of all processes |", "|---|---|---|---|"]
     for row in grown:
         step = [1000 * value / row["steps"][0] for value in row["seconds"]]
         lines.append(
             f"| {row['at_once']} of {row['clients']} | {spread(row['seconds'])} | {spread(step)} "
             f"| {row['bytes'] / 1e6:.0f} |"
         )
-    (RESULTS / "cohort.md").write_text("\n".join(lines) + "\n")
+    (RESULTS / f"{'cohort_gpu' if on_gpu else 'cohort'}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

@@ -14,14 +14,15 @@ FLOORS = {
     "errors": 0, "params": 0, "core": 0,
     "moe": 1, "models": 1, "data": 1, "privacy": 1,
     "setup": 2,
-    "training": 3,
-    "algorithms": 4,
-    "experiment": 5,
-    "engine": 6,
-    "certificates": 7, "run": 7,
-    "export": 8, "report": 8, "recipes": 8, "tracking": 8, "watch": 8,
-    "api": 9, "deployment": 9,
-    "__main__": 10,
+    "batched": 3,
+    "training": 4,
+    "algorithms": 5,
+    "experiment": 6,
+    "engine": 7,
+    "certificates": 8, "run": 8,
+    "export": 9, "report": 9, "recipes": 9, "tracking": 9, "watch": 9,
+    "api": 10, "deployment": 10,
+    "__main__": 11,
 }  # fmt: skip
 FILES = sorted(SRC.rglob("*.py"))
 MODULES = {".".join(path.relative_to(SRC).with_suffix("").parts): path for path in FILES}

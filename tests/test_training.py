@@ -8,7 +8,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consilium import training
 from consilium.core import Payload, experts_to_scalars
 from consilium.data.task import Split
 from consilium.errors import ConfigError, ModelError
@@ -442,8 +441,8 @@ def test_moments_are_kept_for_as_many_experts_as_are_chosen(monkeypatch):
     """Two experts a batch, other ones each time: never do more than two per block have moments."""
     setup = tiny.setup(tiny.source("olmoe"), epochs=4, batch_size=4)
     optimizers, kept, calls = [], [], []
-    made = training._optimizer
-    monkeypatch.setattr(training, "_optimizer", lambda *a: optimizers.append(made(*a)) or optimizers[-1])
+    made = Fit.descent
+    monkeypatch.setattr(Fit, "descent", lambda *a: optimizers.append(made(*a)) or optimizers[-1])
 
     def choose(tap):
         calls.append(2 * len(calls) % 8)

@@ -14,7 +14,7 @@ import hashlib
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -32,6 +32,7 @@ __all__ = [
     "ClientState",
     "ExpertMap",
     "ExpertSet",
+    "Meet",
     "Payload",
     "Sampling",
     "Scalar",
@@ -145,6 +146,7 @@ class ClientContext:
         seed: derived from the run's seed, the round and the client's id; the only source of randomness.
         state: what survives; mutate it in place.
         progress: called with (done, total) steps during training.
+        meet: with other clients at work on the same device: see `Meet`; None: it is alone.
     """
 
     info: ClientInfo
@@ -153,6 +155,11 @@ class ClientContext:
     seed: int
     state: ClientState
     progress: Any = lambda done, total: None
+    meet: "Meet | None" = None
+
+
+Meet = Callable[[Callable[[Sequence[Any]], Sequence[Any]], Any], Any]
+"""(work, job) -> this job's answer of `work(jobs)`, which is done once for all clients that come to the same point."""
 
 
 def counts_of(held: ExpertSet) -> dict[str, int]:

@@ -28,6 +28,8 @@ from consilium.setup import Fit, Setup
 
 __all__ = ["Experiment", "Wire", "differences", "from_json", "to_json"]
 
+IN_STEP = 64
+"""Small models that a GPU is given at a time, unless `workers` says otherwise."""
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 algorithms.register_all()
 DATA = {cls.__name__: cls for cls in (DocstringData, TextFileData, LanguageData, ImageData, TableData)}
@@ -84,9 +86,10 @@ class Experiment:
         seed: of everything random.
         strict: turn every payload into bytes and back, as between machines.
         threads: torch threads.
-        workers: with the engine "local": clients at work at a time, each in a process with one torch thread; 0: for a
-            cohort on the CPU as many as there are cores, or as OMP_NUM_THREADS says, else 1. A model per worker must
-            fit into memory; the weights are the same to the bit.
+        workers: with the engine "local": clients at work at a time, whose models must fit into memory together. On the
+            CPU each in a process with one torch thread; the weights are the same to the bit. On a GPU a cohort's work
+            in step, those of one architecture as one computation (see `batched`). 0: for a cohort on the CPU as many
+            as there are cores, or as OMP_NUM_THREADS says, on a GPU 64; else 1.
         device: "cpu", "cuda", "cuda:0".
         engine: "local" runs the clients on this machine, "flower" in processes of Flower's simulation (needs the extra
             "simulation"), which may be spread over machines; the weights are the same to the bit.
@@ -122,11 +125,12 @@ class Experiment:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.workers < 0:
             raise ConfigError(f"workers is {self.workers}; it must be at least 1, or 0 for as many as suit the model")
-        if self.workers > 1 and (self.threads > 1 or self.device != "cpu"):
+        if self.workers > 1 and self.device == "cpu" and self.threads > 1:
             raise ConfigError(
-                f"workers is {self.workers}, which is for one torch thread on the CPU each; threads is {self.threads}, "
-                f"device {self.device}"
+                f"workers is {self.workers}, which is for one torch thread on the CPU each; threads is {self.threads}"
             )
+        if self.workers > 1 and self.device != "cpu" and not isinstance(self.model, Cohort):
+            raise ConfigError(f"workers is {self.workers}: on {self.device} only small models work side by side")
         if self.engine not in ("local", "flower"):
             raise ConfigError(f"engine is {self.engine!r}; it must be local or flower")
         for text in self.memory:
@@ -184,12 +188,16 @@ class Experiment:
             privacy.sampled(self.sampling, 1)
 
     @property
-    def processes(self) -> int:
+    def at_once(self) -> int:
         """Clients at work at a time, see `workers`; no more than take part in a round."""
-        suited = isinstance(self.model, Cohort) and self.threads == 1 and self.device == "cpu"
-        said = os.environ.get("OMP_NUM_THREADS", "")
-        cores = max(int(said), 1) if said.isdecimal() else len(os.sched_getaffinity(0))
-        return min(self.workers or (cores if suited else 1), self.sampling.clients_per_round)
+        small = isinstance(self.model, Cohort)
+        if self.device != "cpu":
+            suited = IN_STEP if small else 1
+        else:
+            said = os.environ.get("OMP_NUM_THREADS", "")
+            cores = max(int(said), 1) if said.isdecimal() else len(os.sched_getaffinity(0))
+            suited = cores if small and self.threads == 1 else 1
+        return min(self.workers or suited, self.sampling.clients_per_round)
 
     def setup(
         self,

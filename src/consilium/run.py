@@ -31,6 +31,7 @@ import torch
 
 from consilium.core import ClientId, ClientInfo, Server
 from consilium.data.task import Federation
+from consilium.data.tensor import on_device
 from consilium.engine.account import Account
 from consilium.engine.checkpoint import (
     ClientStore,
@@ -375,20 +376,22 @@ class _Prepared:
         """What carries the payloads, as long as the rounds go on."""
         experiment = self.experiment
         if self.roster is None and experiment.engine == "local":
+            device, count = torch.device(experiment.device), min(experiment.at_once, len(self.infos))
+            processes = count if device.type == "cpu" else 1
             engine = LocalEngine(
                 server=self.server,
                 client=experiment.algorithm.client(self.setup),
                 infos=self.infos,
-                federation=self.federation,
+                federation=on_device(self.federation, device),
                 store=store,
                 seed=experiment.seed,
-                device=torch.device(experiment.device),
+                device=device,
                 strict=experiment.strict,
                 sampling=self.setup.sampling,
                 progress=progress,
+                together=count if processes == 1 else 1,
             )
-            count = min(experiment.processes, len(self.infos))
-            with forked(count, engine.work) if count > 1 else nullcontext() as engine.workers:
+            with forked(processes, engine.work) if processes > 1 else nullcontext() as engine.workers:
                 yield engine
             return
         from consilium.engine.flower import FlowerEngine, Roster, simulation

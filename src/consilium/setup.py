@@ -106,6 +106,16 @@ class Fit:
         """A context in which models compute in `precision`."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
+    def descent(self, trainable: Mapping[str, Tensor], rates: Mapping[str, float]) -> torch.optim.Optimizer:
+        """A new optimizer of these parameters; rates: beginning of a path -> learning rate, the first that fits."""
+        members: dict[str, list[Tensor]] = {prefix: [] for prefix in rates}
+        for path, p in trainable.items():
+            members[next(prefix for prefix in rates if path.startswith(prefix))].append(p)
+        groups = [{"params": members[prefix], "lr": lr} for prefix, lr in rates.items() if members[prefix]]
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        return torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay, fused=True)
+
     @property
     def lengths(self) -> dict[str, int]:
         """S and T of the memory model: tokens of a row that are only read, and that are predicted at most."""

@@ -87,7 +87,7 @@ def test_a_run_leaves_nobody_behind(status, tmp_path):
     """Over a mixture of experts, which by itself is trained in one process; the weights are those of one. A run whose
     process is killed takes its workers along."""
     made = runs.experiment(runs.table(tmp_path), FedAvg(), model=tiny.source(num_experts=4), rounds=2)
-    assert made.processes == 1
+    assert made.at_once == 1
     if status == "finished":
         run(made, tmp_path / "one")
         run(dataclasses.replace(made, workers=2), tmp_path / "two")
@@ -109,7 +109,7 @@ def test_a_run_leaves_nobody_behind(status, tmp_path):
 def test_how_many(said, count, monkeypatch):
     """A cohort takes a core per client of a round at most; OMP_NUM_THREADS is what one process may use."""
     monkeypatch.setenv("OMP_NUM_THREADS", said)
-    assert COHORT.processes == (count or min(4, len(os.sched_getaffinity(0))))
+    assert COHORT.at_once == (count or min(4, len(os.sched_getaffinity(0))))
 
 
 @pytest.mark.parametrize(("changes", "text"), [({"workers": -1}, "workers is -1"), ({"threads": 2}, "threads is 2")])

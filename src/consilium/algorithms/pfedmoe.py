@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from consilium.algorithms.fedavg import FedAvgServer
 from consilium.core import Algorithm, Client, ClientContext, Payload, Scalar, Server
 from consilium.errors import ConfigError
-from consilium.models.cohort import SplitModel, initial
+from consilium.models.cohort import SplitModel, initial, real_rows
 from consilium.moe.addressing import flatten, select
 from consilium.params import Params
 from consilium.setup import Setup
@@ -159,6 +159,8 @@ class Mixture(nn.Module):
         shared: G. private: F. inputs: numbers in one example, S.
     """
 
+    rowwise = True
+
     def __init__(self, shared: nn.Module, private: nn.Module, inputs: int, algorithm: pFedMoE):
         super().__init__()
         self.shared = shared
@@ -199,6 +201,8 @@ class Gate(nn.Module):
         inputs: S. m: hidden units. norm: see `pFedMoE`.
     """
 
+    rowwise = True
+
     def __init__(self, inputs: int, m: int, norm: str):
         super().__init__()
         self.norm0 = SwitchableNorm(inputs) if norm == "batch" else nn.LayerNorm(inputs)
@@ -219,18 +223,47 @@ class Gate(nn.Module):
 GROUPS = 4
 
 
+def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor | int]:
+    """Mean and biased variance [S] over the real rows of x [B, S], and how many they are."""
+    if (real := real_rows()) is None:
+        return x.mean(0), x.var(0, correction=0), len(x)
+    n, real_B1 = real.sum(), real[:, None]
+    mean = torch.where(real_B1, x, 0).sum(0) / n
+    return mean, torch.where(real_B1, x - mean, 0).square().sum(0) / n, n
+
+
+def kept(running: Tensor, new: Tensor, momentum: float, n: Tensor | int) -> None:
+    """Move a running statistic towards that of this batch; of a single example there is none."""
+    with torch.no_grad():
+        change = (new - running) * momentum
+        running += change if isinstance(n, int) else torch.where(n > 1, change, 0)
+
+
 class BatchNorm(nn.BatchNorm1d):
     """Batch normalisation that takes a single example by its running statistics; in evaluation, everything."""
 
+    rowwise = True
+
     def forward(self, x: Tensor) -> Tensor:
-        if len(x) > 1 or not self.training:
+        if not self.training or (real_rows() is None and len(x) > 1):
             return super().forward(x)
-        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        if real_rows() is None:
+            return nn.functional.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        mean, var, n = moments(x)
+        old_mean, old_var = self.running_mean.clone(), self.running_var.clone()
+        kept(self.running_mean, mean, self.momentum, n)
+        kept(self.running_var, var * n / (n - 1).clamp(min=1), self.momentum, n)
+        mean, var = torch.where(n > 1, mean, old_mean), torch.where(n > 1, var, old_var)
+        return (x - mean) / (var + self.eps).sqrt() * self.weight + self.bias
 
 
 class SwitchableNorm(nn.Module):
     """Luo et al., https://arxiv.org/abs/1806.10779, for vectors [B, S]: mean and variance are learned convex mixtures
     of those over the example and those over the batch (of a single example, and in evaluation: the running ones)."""
+
+    rowwise = True
 
     def __init__(self, inputs: int, eps: float = 1e-5, momentum: float = 0.1):
         super().__init__()
@@ -243,13 +276,14 @@ class SwitchableNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(inputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and len(x) > 1:
-            mean, var = x.mean(0), x.var(0, correction=0)
-            with torch.no_grad():
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(var, self.momentum)
-        else:
-            mean, var = self.running_mean, self.running_var
+        mean, var = self.running_mean, self.running_var
+        if self.training and (len(x) > 1 or real_rows() is not None):
+            old_mean, old_var = mean.clone(), var.clone()
+            mean, var, n = moments(x)
+            kept(self.running_mean, mean, self.momentum, n)
+            kept(self.running_var, var, self.momentum, n)
+            if not isinstance(n, int):
+                mean, var = torch.where(n > 1, mean, old_mean), torch.where(n > 1, var, old_var)
         (mean_own, mean_batch), (var_own, var_batch) = self.mean_weight.softmax(0), self.var_weight.softmax(0)
         mean = mean_own * x.mean(1, keepdim=True) + mean_batch * mean
         var = var_own * x.var(1, correction=0, keepdim=True) + var_batch * var

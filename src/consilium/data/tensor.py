@@ -7,7 +7,7 @@ import hashlib
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -18,7 +18,17 @@ from consilium.data.encode import Encoded
 from consilium.data.task import ClientData, Federation, Task
 from consilium.errors import DataError
 
-__all__ = ["AUGMENTATIONS", "Augment", "Augmented", "TensorSplit", "crop_flip", "cut", "federation", "of_texts"]
+__all__ = [
+    "AUGMENTATIONS",
+    "Augment",
+    "Augmented",
+    "TensorSplit",
+    "crop_flip",
+    "cut",
+    "federation",
+    "of_texts",
+    "on_device",
+]
 
 Augment = Literal["none", "crop", "flip", "crop-flip"]
 AUGMENTATIONS: tuple[Augment, ...] = get_args(Augment)
@@ -198,3 +208,24 @@ def cut(rows: Sequence[int], y: Tensor, shares: Sequence[float], rng: random.Ran
             left -= n
         parts[0] += members
     return [sorted(part) for part in parts]
+
+
+def on_device(federation: Federation, device: torch.device) -> Federation:
+    """The same clients over tensors on the device, where all of them fit into a quarter of its free memory; on a CPU,
+    and for texts, the federation as it is."""
+    splits = [split for data in federation.clients.values() for _, split in data.splits()]
+    if device.type != "cuda" or not all(isinstance(split, TensorSplit) for split in splits):
+        return federation
+    own = {id(t): t for split in splits for t in (split.x, split.y)}
+    if sum(t.nbytes for t in own.values()) > torch.cuda.mem_get_info(device)[0] / 4:
+        return federation
+    there = {key: t.to(device) for key, t in own.items()}
+
+    def moved(split: TensorSplit) -> TensorSplit:
+        return replace(split, x=there[id(split.x)], y=there[id(split.y)])
+
+    clients = {
+        name: replace(data, train=moved(data.train), validation=moved(data.validation), test=moved(data.test))
+        for name, data in federation.clients.items()
+    }
+    return replace(federation, clients=clients)

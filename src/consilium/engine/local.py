@@ -6,17 +6,35 @@ soon as the server asks for the next. With `strict`, and always between processe
 and back on its way, as between machines. The results are the same to the bit, whoever worked where.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 
-from consilium.core import Client, ClientContext, ClientId, ClientInfo, Payload, Sampling, Scalar, Server, derive_seed
+from consilium.core import (
+    Client,
+    ClientContext,
+    ClientId,
+    ClientInfo,
+    ClientState,
+    Meet,
+    Payload,
+    Sampling,
+    Scalar,
+    Server,
+    derive_seed,
+)
 from consilium.data.task import Federation
 from consilium.engine.checkpoint import ClientStore
 from consilium.engine.codec import decode, encode
 from consilium.engine.judge import objection, one_line
+from consilium.engine.meeting import in_step
 from consilium.engine.rounds import OWN, Engine, Progress, release, tested, told_of, trained
 from consilium.engine.workers import Workers
 
@@ -35,6 +53,7 @@ class LocalEngine(Engine):
         sampling: how many replies a round needs.
         progress: see `Progress`.
         workers: processes that do `work`, see `forked`; None: this one does.
+        together: clients that work in step in this process, see `meeting`; 1: one after the other.
     """
 
     server: Server
@@ -48,6 +67,7 @@ class LocalEngine(Engine):
     sampling: Sampling = field(default_factory=Sampling)
     progress: Progress = lambda client, phase, done, total: None
     workers: Workers | None = None
+    together: int = 1
 
     def _replies(
         self, number: int, tasks: dict[ClientId, Payload], record: dict[str, Any]
@@ -94,15 +114,31 @@ class LocalEngine(Engine):
         if self.workers is not None:
             yield from self.workers.each(kind, number, tasks, self.progress)
             return
+        while True:
+            some = deque((client, v, self._carry(payload)) for client, v, payload in islice(tasks, self.together))
+            if not some:
+                return
+            answers = deque(self._at_once(kind, number, some))
+            while some:
+                (client, _, sent), (answer, told) = some.popleft(), answers.popleft()
+                yield client, sent, self._carry(answer), told
+                del sent, answer
+
+    def _at_once(
+        self, kind: str, number: int, some: Collection[tuple[ClientId, int, Payload]]
+    ) -> list[tuple[Payload, dict[str, Any]]]:
+        """What `work` says of each of these clients: (client, version of its state, what it is sent)."""
         phase = "test" if kind == "evaluate" else kind
-        for client, version, payload in tasks:
-            sent = self._carry(payload)
-            del payload
-            answer, told = self.work(
-                kind, client, number, version, sent, lambda done, total, c=client: self.progress(c, phase, done, total)
-            )
-            yield client, sent, self._carry(answer), told
-            del sent, answer
+
+        def call(client: ClientId, version: int, payload: Payload, meet: Meet | None) -> tuple[Payload, dict[str, Any]]:
+            step = partial(self.progress, client, phase)
+            return self.work(kind, client, number, version, payload, step, meet)
+
+        if len(some) == 1:
+            return [call(*some[0], meet=None)]
+        start = time.perf_counter()
+        answers = in_step([partial(call, *task) for task in some])
+        return [_shared(*answer, (time.perf_counter() - start) / len(some)) for answer in answers]
 
     def work(
         self,
@@ -112,6 +148,7 @@ class LocalEngine(Engine):
         version: int,
         payload: Payload,
         progress: Callable[[int, int], None],
+        meet: Meet | None = None,
     ) -> tuple[Payload, dict[str, Any]]:
         """What a client does in a round, in this process or a worker's.
 
@@ -128,8 +165,9 @@ class LocalEngine(Engine):
             data=self.federation.clients[client],
             device=self.device,
             seed=derive_seed(self.seed, "client", number, client),
-            state=self.store.load(client),
+            state=meet(self._loaded, client) if meet else self.store.load(client),
             progress=progress,
+            meet=meet,
         )
         try:
             if kind == "evaluate":
@@ -137,7 +175,25 @@ class LocalEngine(Engine):
             reply, seconds = trained(self.client, payload, context)
         except OWN as error:
             return Payload(), {"failed": one_line(f"{type(error).__name__}: {error}")}
-        return reply, {"seconds": seconds, "kept": self.store.write(client, context.state, number)}
+        left = (client, context.state, number)
+        return reply, {"seconds": seconds, "kept": meet(self._kept, left) if meet else self.store.write(*left)}
+
+    def _loaded(self, clients: Sequence[ClientId]) -> list[ClientState]:
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(self.store.load, clients))
+
+    def _kept(self, left: Sequence[tuple[ClientId, ClientState, int]]) -> list[bool]:
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(self.store.write, *zip(*left, strict=True)))
 
     def _carry(self, payload: Payload) -> Payload:
         return decode(encode(payload)) if self.strict else payload
+
+
+def _shared(reply: Payload, told: dict[str, Any], seconds: float) -> tuple[Payload, dict[str, Any]]:
+    """The answer of a client that has worked in step with others, with its share of the seconds that all took."""
+    if "seconds" not in told:
+        return reply, told
+    part = float(reply.scalars.get("seconds_evaluate", 0.0)) / told["seconds"]
+    scalars = {**reply.scalars, "seconds_evaluate": part * seconds}
+    return Payload(reply.groups, scalars), {**told, "seconds": seconds}

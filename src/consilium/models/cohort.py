@@ -13,7 +13,9 @@ Shapes: B examples, *S the shape of one ((C, H, W) or (columns,)), d width of a 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,7 +27,24 @@ from consilium.errors import ConfigError
 from consilium.models import encoders
 from consilium.params import Params
 
-__all__ = ["ARCHITECTURES", "Cohort", "SplitModel", "initial"]
+__all__ = ["ARCHITECTURES", "Cohort", "SplitModel", "initial", "padded", "real_rows"]
+
+_REAL: ContextVar[Tensor | None] = ContextVar("real rows of the batch", default=None)
+
+
+@contextmanager
+def padded(real: Tensor | None) -> Iterator[None]:
+    """Inside, of the batch that a model is given only these rows are real [B] bool, see `batched`; None: all."""
+    token = _REAL.set(real)
+    try:
+        yield
+    finally:
+        _REAL.reset(token)
+
+
+def real_rows() -> Tensor | None:
+    """Which rows of the batch are real [B] bool, None: all. Modules that take statistics over a batch must ask."""
+    return _REAL.get()
 
 
 @dataclass(frozen=True)
@@ -112,6 +131,7 @@ class SplitModel(nn.Module):
         task: name of the task; labels: its label names.
     """
 
+    rowwise = True  # see `batched`
     family = None  # no sparse block, so nothing that `moe.families` could tell
     adapters = None
     dtype = torch.float32
@@ -155,6 +175,8 @@ class CNN(nn.Sequential):
         ConfigError: if the images are too small for the kernel.
     """
 
+    rowwise = True
+
     def __init__(self, shape: tuple[int, ...], cohort: Cohort, conv1: int, conv2: int, fc1: int):
         if len(shape) != 3:
             raise ConfigError(f"examples have shape {shape}; a CNN needs (channels, height, width): use mlp-1 .. mlp-3")
@@ -177,6 +199,8 @@ class CNN(nn.Sequential):
 
 class MLP(nn.Sequential):
     """FC1, ReLU, FC2, ReLU on the flattened example."""
+
+    rowwise = True
 
     def __init__(self, shape: tuple[int, ...], cohort: Cohort, fc1: int):
         layers = nn.Linear(math.prod(shape), fc1), nn.ReLU(), nn.Linear(fc1, cohort.width), nn.ReLU()

@@ -1,0 +1,244 @@
+"""Small models of one architecture as one computation: their weights are stacked, and every step is done for all.
+
+A GPU needs as long to start the kernels of a small model as a CPU to compute them: a hundred clients one after the
+other leave it idle. Stacked, the step of a hundred is the same few kernels on more numbers. What every client computes
+is what it computes alone, up to the order in which sums are taken. On a CPU it is slower than a client per core.
+
+Clients have batches of their own and unequal numbers of them: a short batch is filled up with rows that count for
+nothing (`models.cohort.real_rows`), and who has no more batches leaves the stack. Models are stacked if all their
+modules are known to treat every row for itself, or by the real ones alone (`ROWWISE`, or a class that says
+`rowwise = True` of itself); other models, and methods with a loss of their own, are trained one after the other.
+
+Shapes: K clients of one architecture, B rows of a batch, *S the shape of an example, C labels.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from consilium.core import ClientContext, derive_seed
+from consilium.data.tensor import TensorSplit
+from consilium.models.cohort import SplitModel, padded
+from consilium.setup import Fit
+
+__all__ = ["FitJob", "PredictJob", "fit_jobs", "predict_jobs", "stackable"]
+
+ROWWISE = (
+    nn.Sequential, nn.ModuleList, nn.Identity, nn.Flatten, nn.Linear, nn.Conv1d, nn.Conv2d, nn.LayerNorm, nn.GroupNorm,
+    nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
+    nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class FitJob:
+    """What `training.fit` would do for one client: see there."""
+
+    model: SplitModel
+    data: TensorSplit
+    config: Fit
+    context: ClientContext
+    epochs: int
+    rates: Mapping[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class PredictJob:
+    """The label that a model ranks first, for every row of a split, in batches of `size`."""
+
+    model: SplitModel
+    data: TensorSplit
+    config: Fit
+    context: ClientContext
+    size: int
+
+
+def stackable(model: nn.Module) -> bool:
+    """Whether rows that are filled in cannot change what the model makes of the others."""
+    return all(type(module) in ROWWISE or vars(type(module)).get("rowwise", False) for module in model.modules())
+
+
+def fit_jobs(jobs: Sequence[FitJob]) -> list[tuple[float, int, float] | None]:
+    """Train the models in place: the mean loss, steps and seconds of each; None for those that no other can join."""
+    answers: list[tuple[float, int, float] | None] = [None] * len(jobs)
+    for places in _alike(jobs):
+        for place, answer in zip(places, _fit([jobs[i] for i in places]), strict=True):
+            answers[place] = answer
+    return answers
+
+
+def predict_jobs(jobs: Sequence[PredictJob]) -> list[Tensor | None]:
+    """Places of the labels ranked first, int64 [n] on the CPU, of each job; None for those that no other can join."""
+    answers: list[Tensor | None] = [None] * len(jobs)
+    for places in _alike(jobs):
+        for place, answer in zip(places, _predict([jobs[i] for i in places]), strict=True):
+            answers[place] = answer
+    return answers
+
+
+def _alike(jobs: Sequence[FitJob | PredictJob]) -> list[list[int]]:
+    """Places of jobs whose models differ in nothing but their weights, two or more together."""
+    groups: dict[object, list[int]] = defaultdict(list)
+    for place, job in enumerate(jobs):
+        if stackable(job.model):
+            shapes = tuple((key, t.shape, t.dtype) for key, t in job.model.state_dict().items())
+            groups[repr(job.model), shapes, job.data.shape, job.data.x.dtype, job.config].append(place)
+    return [places for places in groups.values() if len(places) > 1]
+
+
+def _fit(jobs: Sequence[FitJob]) -> list[tuple[float, int, float]]:
+    start, config, device = time.perf_counter(), jobs[0].config, jobs[0].context.device
+    data = [job.data.augmented(derive_seed(job.context.seed, "augment")) for job in jobs]
+    plans = [
+        list(data.epochs(job.epochs, config.batch_size, _generator(job))) for job, data in zip(jobs, data, strict=True)
+    ]
+    steps = [len(plan) for plan in plans]
+    order = sorted(range(len(jobs)), key=lambda k: -steps[k])  # who has most batches first: who ends, ends the stack
+    model = jobs[0].model.train()
+    weights = _stacked([dict(jobs[k].model.named_parameters()) for k in order])
+    buffers = _stacked([dict(jobs[k].model.named_buffers()) for k in order])
+    weights = {path: w.requires_grad_(model.get_parameter(path).requires_grad) for path, w in weights.items()}
+    trainable = _trainable(weights)
+    optimizer = config.descent(trainable, jobs[0].rates)
+    losses = torch.full((max(steps), len(jobs)), float("nan"), device=device)
+
+    def loss_of(weights, buffers, batch, real):
+        with padded(real):
+            logits, labels = functional_call(model, {**weights, **buffers}, (batch,))
+        each = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing, reduction="none")
+        return each.mean() if real is None else (each * real).sum() / real.sum()
+
+    active = len(jobs)
+    lowered = config.lowered(device)
+    for step in range(max(steps)):
+        left = sum(n > step for n in steps)
+        if left < active:
+            _leave(jobs, order[left:active], left, model, weights, buffers)
+            weights, buffers = _shrunk(weights, buffers, optimizer, left)
+            trainable, active = _trainable(weights), left
+        optimizer.zero_grad(set_to_none=True)
+        batch, real = _batch([data[k] for k in order[:left]], [plans[k][step] for k in order[:left]], device)
+        with lowered:
+            loss = torch.vmap(loss_of, in_dims=(0, 0, 0, None if real is None else 0))(weights, buffers, batch, real)
+        loss.sum().backward()
+        if config.clip:
+            _clip(trainable, config.clip)
+        optimizer.step()
+        losses[step, :left] = loss.detach()
+        del loss
+        for k in order[:left]:
+            jobs[k].context.progress(step + 1, steps[k])
+    _leave(jobs, order[:active], 0, model, weights, buffers)
+    means = dict(zip(order, losses.nanmean(0).tolist(), strict=True))
+    seconds = (time.perf_counter() - start) / len(jobs)
+    return [(means[k], n, seconds) for k, n in enumerate(steps)]
+
+
+def _generator(job: FitJob) -> torch.Generator:
+    return torch.Generator().manual_seed(derive_seed(job.context.seed, "batches"))
+
+
+def _trainable(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By the paths that `Fit.descent` and `moe.addressing` know."""
+    return {path.removeprefix("backbone."): w for path, w in weights.items() if w.requires_grad}
+
+
+def _stacked(many: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.stack([tensors[key].detach() for tensors in many]) for key in many[0]}
+
+
+def _leave(
+    jobs: Sequence[FitJob],
+    leaving: Sequence[int],
+    first: int,
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+) -> None:
+    """Give those who have had their last batch, whose weights lie from place `first` on, what they have become."""
+    with torch.no_grad():
+        for key, stack in {**weights, **buffers}.items():
+            for place, k in enumerate(leaving, first):
+                own = jobs[k].model
+                (own.get_parameter(key) if key in weights else own.get_buffer(key)).copy_(stack[place])
+
+
+def _shrunk(
+    weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, left: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The stacks of the first `left` clients, and the optimizer's state with them."""
+    fewer = {path: w.detach()[:left].clone().requires_grad_(w.requires_grad) for path, w in weights.items()}
+    known = {id(old): fewer[path] for path, old in weights.items()}
+    for group in optimizer.param_groups:
+        for place, old in enumerate(group["params"]):
+            new = group["params"][place] = known[id(old)]
+            state = optimizer.state.pop(old, None)
+            if state is not None:
+                optimizer.state[new] = {
+                    name: value[:left].clone() if torch.is_tensor(value) and value.shape == old.shape else value
+                    for name, value in state.items()
+                }
+    return fewer, {key: b[:left].clone() for key, b in buffers.items()}
+
+
+def _batch(
+    splits: Sequence[TensorSplit], rows: Sequence[Sequence[int]], device: torch.device
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """`x` [K, B, *S] and `labels` [K, B], and which rows are real [K, B] bool; None: all."""
+    sizes = [len(part) for part in rows]
+    most = max(sizes)
+    first = splits[0]
+    if first.augment == "none" and all(split.x is first.x and split.y is first.y for split in splits):
+        index = [split.index[torch.tensor(_filled(part, most))] for split, part in zip(splits, rows, strict=True)]
+        whole = TensorSplit(first.x, first.y, torch.cat(index), first.labels)
+        batch = whole.batch(range(len(whole)), device)
+        batch = {key: t.view(len(splits), most, *t.shape[1:]) for key, t in batch.items()}
+    else:
+        parts = [split.batch(part, device) for split, part in zip(splits, rows, strict=True)]
+        batch = {key: torch.stack([_fill(part[key], most) for part in parts]) for key in parts[0]}
+    if min(sizes) == most:
+        return batch, None
+    return batch, torch.arange(most, device=device) < torch.tensor(sizes, device=device)[:, None]
+
+
+def _filled(rows: Sequence[int], size: int) -> list[int]:
+    return [*rows, *[rows[0]] * (size - len(rows))]
+
+
+def _fill(t: Tensor, size: int) -> Tensor:
+    return torch.cat([t, t[:1].expand(size - len(t), *t.shape[1:])])
+
+
+def _clip(trainable: Mapping[str, Tensor], largest: float) -> None:
+    """Of every client, the norm of all gradients together is brought down to `largest`."""
+    squares = [w.grad.flatten(1).square().sum(1) for w in trainable.values()]
+    norm_K = torch.stack(squares).sum(0).sqrt()
+    scale_K = (largest / (norm_K + 1e-6)).clamp(max=1.0)
+    for w in trainable.values():
+        w.grad *= scale_K.view(-1, *[1] * (w.dim() - 1))
+
+
+def _predict(jobs: Sequence[PredictJob]) -> Iterator[Tensor]:
+    config, device, size = jobs[0].config, jobs[0].context.device, jobs[0].size
+    model = jobs[0].model.eval()
+    weights = _stacked([dict(job.model.named_parameters()) for job in jobs])
+    buffers = _stacked([dict(job.model.named_buffers()) for job in jobs])
+    lengths = [len(job.data) for job in jobs]
+
+    def chosen(weights, buffers, batch):
+        return functional_call(model, {**weights, **buffers}, (batch,))[0].argmax(-1)
+
+    parts = []
+    with torch.inference_mode(), config.lowered(device):
+        for start in range(0, max(lengths), size):
+            rows = [list(range(min(start, n - 1), max(min(start + size, n), min(start, n - 1) + 1))) for n in lengths]
+            batch, _ = _batch([job.data for job in jobs], rows, device)
+            parts.append(torch.vmap(chosen)(weights, buffers, batch))
+    classes = torch.cat(parts, dim=1).cpu()
+    return (row[:n] for row, n in zip(classes, lengths, strict=True))

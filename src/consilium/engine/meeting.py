@@ -1,0 +1,107 @@
+"""Clients that work in step on one device, where many small models cost no more time than one.
+
+Each client runs as if it were alone, in a thread of its own, and only one thread at a time; where its work is such that
+it can be done for all clients at once (`batched`), it calls `meet` and waits for the others. When all wait or have
+ended, the work is done for all who wait for the same, and each goes on with its own answer.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import torch
+
+from consilium.core import Meet
+
+__all__ = ["in_step"]
+
+T = TypeVar("T")
+Work = Callable[[Sequence[Any]], Sequence[Any]]
+
+
+class _Over(BaseException):
+    """Raised in clients that wait, when the round ends without them."""
+
+
+class _Party:
+    """A call in a thread, that runs from one meeting to the next."""
+
+    def __init__(self, call: Callable[[Meet], Any]):
+        self.call = call
+        self.answers: SimpleQueue[Any] = SimpleQueue()
+        self.said: SimpleQueue[tuple[str, Any, Any]] = SimpleQueue()
+        self.waits: tuple[Work, Any] | None = None
+        self.result: Any = None
+        self.thread = threading.Thread(target=self._live, daemon=True)
+        self.thread.start()
+
+    def go_on(self, answer: Any) -> None:
+        """Run until it meets again or ends; what it raises is raised here."""
+        self.waits = None
+        self.answers.put(answer)
+        kind, *rest = self.said.get()
+        if kind == "raised":
+            raise rest[0]
+        if kind == "ended":
+            self.result = rest[0]
+        else:
+            self.waits = (rest[0], rest[1])
+
+    def end(self) -> None:
+        """Have it end, wherever it waits."""
+        self.answers.put(_Over())
+        self.thread.join()
+
+    def _live(self) -> None:
+        try:
+            if isinstance(self.answers.get(), _Over):
+                return
+            self.said.put(("ended", self.call(self._meet), None))
+        except _Over:
+            return
+        except BaseException as error:
+            self.said.put(("raised", error, None))
+
+    def _meet(self, work: Work, job: Any) -> Any:
+        random = _generators()
+        self.said.put(("met", work, job))
+        if isinstance(answer := self.answers.get(), _Over):
+            raise answer
+        _restore(random)
+        return answer
+
+
+def in_step(calls: Sequence[Callable[[Meet], T]]) -> list[T]:
+    """What the calls return, each run in a thread of its own and only one at a time; what any of them raises is raised.
+
+    Args:
+        calls: each is given `meet(work, job)`, which returns this job's answer of `work([job, ...])`, called with the
+            jobs of all who are at that point, in the order of the calls. Torch's generators are each call's own.
+    """
+    random, parties = _generators(), [_Party(call) for call in calls]
+    try:
+        for party in parties:
+            party.go_on(None)
+        while waiting := [party for party in parties if party.waits]:
+            work = waiting[0].waits[0]
+            met = [party for party in waiting if party.waits[0] == work]
+            answers = work([party.waits[1] for party in met])
+            for party, answer in zip(met, answers, strict=True):
+                party.go_on(answer)
+    finally:
+        for party in parties:
+            party.end()
+        _restore(random)
+    return [party.result for party in parties]
+
+
+def _generators() -> list[torch.Tensor]:
+    """The states of torch's generators: the CPU's, and each GPU's if any is in use."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
+
+
+def _restore(states: list[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state_all(states[1:])
