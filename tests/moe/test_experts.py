@@ -8,9 +8,11 @@ import tiny
 import torch
 from torch.nn import functional as F
 
+from consilium.moe import kernel
 from consilium.moe.addressing import expert_of, flatten, parameters, table, unpack
 from consilium.moe.experts import Experts
 from consilium.moe.families import FAMILIES
+from consilium.moe.lora import Lora, add_lora
 from consilium.moe.routing import Tap
 from consilium.moe.surgery import slice_experts
 
@@ -28,6 +30,14 @@ def build(model_type, form="classification", dtype="float32", **changes):
 @pytest.fixture(params=FAMILIES)
 def case(request):
     return build(request.param)
+
+
+@pytest.fixture(params=["one by one", "at once"], autouse=True)
+def way(request, monkeypatch):
+    """Everything here holds as on a CPU and as on a GPU, where families that keep experts in one tensor differ."""
+    if request.param == "at once":
+        monkeypatch.setattr(kernel, "GROUPED", ("cpu",))
+    return request.param
 
 
 def outcome(model, batch, leaves=None):
@@ -208,3 +218,21 @@ def test_generation_is_the_same():
     expected = model.generate(batch, 4)
     with Experts(model):
         assert torch.equal(model.generate(batch, 4), expected)
+
+
+@pytest.mark.parametrize("active", [None, ACTIVE], ids=["all", "some"])
+@pytest.mark.parametrize("targets", [(), ("down_proj",)], ids=["both", "one"])
+@pytest.mark.parametrize("model_type", ["olmoe", "gpt_oss"])
+def test_adapters_at_once_are_those_one_by_one(model_type, targets, active, monkeypatch, way):
+    model, batch = build(model_type)
+    add_lora(model, Lora(rank=8, targets=targets))
+    for name, p in model.adapters.named().items():
+        torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    products = []
+    monkeypatch.setattr(kernel, "grouped_mm", lambda *a, **k: products.append(a) or torch._grouped_mm(*a, **k))
+    chosen = active and {block: active for block in model.blocks()}
+    found = ours(model, batch, chosen)
+    assert bool(products) == (way == "at once")
+    monkeypatch.setattr(kernel, "GROUPED", ())
+    assert_same(found, ours(model, batch, chosen))
+    assert any("lora_A" in name for name in found[1]) and any("lora_B" in name for name in found[1])

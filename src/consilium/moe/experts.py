@@ -168,6 +168,7 @@ def _layer(owner: Experts, model: TaskModel, block: str, tensors: Mapping[str, T
 
     pairs = [tuple(linear(place, target) for target in family.lora_targets) for place in owner.places[block]]
     first, second = zip(*pairs, strict=True)
+    fused = not modules and first[0].state is None and second[0].state is None
     return Layer(
         module=module,
         keep=owner.keep,
@@ -178,4 +179,5 @@ def _layer(owner: Experts, model: TaskModel, block: str, tensors: Mapping[str, T
         first=first,
         second=second,
         activation=inner.act if modules else module._apply_gate,
+        whole=tuple(getattr(module, target).detach() for target in family.lora_targets) if fused else (),
     )

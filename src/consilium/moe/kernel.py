@@ -3,16 +3,21 @@
 Shapes: T tokens, D model width, E experts, K experts per token; S slots of the block, N of a group of experts; X and Y
 the input and output of a projection, H and F the width before and after the activation, R the rank of adapters.
 
+A CPU takes the experts one after the other, each a matmul on its own slots. A GPU would spend its time on starting
+those: there the experts of a block whose weights lie in one tensor are computed at once by torch's `grouped_mm`, slots
+in the order of experts, with a group for each (of those that a backward pass does not reach, an empty one).
+
 On CUDA a token's experts are summed in no fixed order, so with more than two of them the last bit may differ from run
 to run; on the CPU nothing does.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import grouped_mm
 
 from consilium.moe.quantise import dequantise
 
@@ -25,6 +30,8 @@ Spans = list[tuple[int, int]]
 
 SLOTS = 1024
 """Slots that are gathered, activated and weighted together: fewer cost more small operations, more cost memory."""
+GROUPED = ("cuda",)
+"""Kinds of devices on which a block's experts are computed at once."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,7 @@ class Layer:
     Args:
         keep: save h of all slots for the backward pass. reached: whether that pass reaches the expert of a place.
         dispatch: the router gives a mask instead of indices. dropout: rate behind the activation.
+        whole: the weights of each of the two projections in one tensor [E, ..]; (): they do not lie in one.
     """
 
     module: Any
@@ -108,6 +116,14 @@ class Layer:
     first: tuple[Linear, ...]
     second: tuple[Linear, ...]
     activation: Callable[[Tensor], Tensor]
+    whole: tuple[Tensor, ...] = ()
+
+    @property
+    def at_once(self) -> bool:
+        """Whether all experts are computed at once. `grouped_mm` wants rows of a multiple of 16 bytes."""
+        sides = [n for weight in self.whole for n in weight.shape[1:]]
+        ranks = [self.tensors[one.lora[0]].shape[0] for one in (self.first[0], self.second[0]) if one.lora]
+        return bool(self.whole) and self.whole[0].device.type in GROUPED and all(n % 8 == 0 for n in sides + ranks)
 
     def act(self, h_NH: Tensor, members: Members, seed: int | None) -> Tensor:
         """What lies between the projections, [N, F]; the mask of dropout follows from the seed, also the next time."""
@@ -122,11 +138,15 @@ class Layer:
 
 
 def _through(
-    linears: tuple[Linear, ...], x_NX: Tensor, members: Members, tensors: Tensors, out: Tensor | None = None
+    layer: Layer, which: int, x_NX: Tensor, members: Members, tensors: Tensors, out: Tensor | None = None
 ) -> Tensor:
-    """Each expert's projection of its own tokens, [N, Y]."""
+    """The first or second projection of each expert of its own slots, [N, Y]; they lie in the order of `members`."""
+    linears = (layer.first, layer.second)[which]
     like = linears[0]
     x_NX = x_NX.to(like.dtype)
+    if layer.at_once:
+        y_NY = _all_through(linears, layer.whole[which], x_NX, members, tensors)
+        return y_NY if out is None else out.copy_(y_NY)
     y_NY = x_NX.new_empty(len(x_NX), like.width) if out is None else out
     for place, start, end in members:
         linears[place].forward(x_NX[start:end], tensors, y_NY[start:end])
@@ -134,7 +154,8 @@ def _through(
 
 
 def _back(
-    linears: tuple[Linear, ...],
+    layer: Layer,
+    which: int,
     g_NY: Tensor,
     x_NX: Tensor,
     w_N1: Tensor | None,
@@ -145,11 +166,14 @@ def _back(
 ) -> Tensor | None:
     """Where the gradient of y is g: that of x, [N, X], if asked for. The experts' own gradients are those of w y (w
     None: of y)."""
+    linears = (layer.first, layer.second)[which]
     dtype = linears[0].dtype
     g_NY = g_NY.to(dtype)
     if w_N1 is not None and any(linears[place].weight in grads for place, _, _ in members):
         x_NX = x_NX * w_N1
     x_NX, w_N1 = x_NX.to(dtype), None if w_N1 is None else w_N1.to(dtype)
+    if layer.at_once:
+        return _all_back(linears, layer.whole[which], g_NY, x_NX, w_N1, members, tensors, grads, to_input)
     to_x = torch.empty_like(x_NX) if to_input else None
     for place, start, end in members:
         linear, g = linears[place], g_NY[start:end]
@@ -157,6 +181,83 @@ def _back(
         linear.backward(g, x_NX[start:end], w, tensors, grads, None if to_x is None else to_x[start:end])
         if linear.bias in grads:
             grads[linear.bias] = (g if w is None else g * w).sum(0).to(dtype)
+    return to_x
+
+
+def _ends(members: Members, device: torch.device, experts: int = 0) -> Tensor:
+    """Where each expert's slots end, int32: of the members, or of so many experts, most of which may have none."""
+    sizes = {place: end - start for place, start, end in members}
+    counts = torch.tensor([sizes.get(place, 0) for place in range(experts)] if experts else list(sizes.values()))
+    return counts.cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
+
+
+def _stack(linears: Sequence[Linear], tensors: Tensors) -> tuple[Tensor, Tensor]:
+    """A [E, R, X] and B [E, Y, R] of all experts."""
+    pairs = [one.lora for one in linears if one.lora is not None]
+    return torch.stack([tensors[a] for a, _ in pairs]), torch.stack([tensors[b] for _, b in pairs])
+
+
+def _owners(members: Members, device: torch.device) -> Tensor:
+    """The number among `members` of the expert of every slot [N]."""
+    sizes = torch.tensor([end - start for _, start, end in members], device=device)
+    return torch.repeat_interleave(torch.arange(len(members), device=device), sizes, output_size=members[-1][2])
+
+
+def _all_through(
+    linears: tuple[Linear, ...], whole: Tensor, x_NX: Tensor, members: Members, tensors: Tensors
+) -> Tensor:
+    """`Linear.forward` of all members at once."""
+    like, ends = linears[0], _ends(members, x_NX.device, len(linears))
+    y_NY = grouped_mm(x_NX, whole if like.transposed else whole.transpose(1, 2), offs=ends)
+    if like.bias is not None:
+        bias = torch.stack([tensors[linears[place].bias] for place, _, _ in members])
+        y_NY += bias[_owners(members, x_NX.device)]
+    if like.lora is not None:
+        a_ERX, b_EYR = _stack(linears, tensors)
+        u_NR = grouped_mm(x_NX, a_ERX.transpose(1, 2), offs=ends)
+        y_NY.add_(grouped_mm(u_NR, b_EYR.transpose(1, 2), offs=ends), alpha=like.scale)
+    return y_NY
+
+
+def _all_back(
+    linears: tuple[Linear, ...],
+    whole: Tensor,
+    g_NY: Tensor,
+    x_NX: Tensor,
+    w_N1: Tensor | None,
+    members: Members,
+    tensors: Tensors,
+    grads: Grads,
+    to_input: bool,
+) -> Tensor | None:
+    """`Linear.backward` of all members at once."""
+    like, device = linears[0], g_NY.device
+    ends, own = _ends(members, device, len(linears)), _ends(members, device)
+    to_x = grouped_mm(g_NY, whole.transpose(1, 2) if like.transposed else whole, offs=ends) if to_input else None
+
+    def give(index: Callable[[Linear], int | None], all_of_them: Tensor) -> None:
+        for (place, _, _), gradient in zip(members, all_of_them.unbind(), strict=True):
+            grads[index(linears[place])] = gradient
+
+    weighted = like.weight in grads  # then x is already w x
+    if weighted:
+        left, right = (x_NX, g_NY) if like.transposed else (g_NY, x_NX)
+        give(lambda one: one.weight, grouped_mm(left.t(), right, offs=own))
+    if like.bias in grads:
+        g = g_NY if w_N1 is None else g_NY * w_N1
+        total = g.new_zeros(len(members), g.shape[1], dtype=torch.float32)
+        give(lambda one: one.bias, total.index_add_(0, _owners(members, device), g.float()).to(g.dtype))
+    if like.lora is not None:
+        a_ERX, b_EYR = _stack(linears, tensors)
+        v_NR = grouped_mm(g_NY, b_EYR, offs=ends)
+        if to_x is not None:
+            to_x.add_(grouped_mm(v_NR, a_ERX, offs=ends), alpha=like.scale)
+        w_N1 = like.scale * (1 if weighted or w_N1 is None else w_N1)
+        if like.lora[0] in grads:
+            give(lambda one: one.lora[0], grouped_mm((v_NR * w_N1).t(), x_NX, offs=own))
+        if like.lora[1] in grads:
+            u_NR = grouped_mm(x_NX, a_ERX.transpose(1, 2), offs=ends)
+            give(lambda one: one.lora[1], grouped_mm(g_NY.t(), u_NR * w_N1, offs=own))
     return to_x
 
 
@@ -170,9 +271,9 @@ def compute(layer: Layer, hidden_TD: Tensor, routed: Tensor, weights_TK: Tensor)
     return _Compute.apply(hidden_TD, weights_TK, routed, layer, keep, seed, *layer.tensors)
 
 
-def _groups(counts: list[int], reached: Callable[[int], bool]) -> Iterator[tuple[Members, Spans]]:
-    """Experts in groups of about `SLOTS` slots: each one's place and part of the group, and where in the order of all
-    slots the group lies. `counts`: slots per expert; who is not reached, or has none, is left out."""
+def _groups(counts: list[int], reached: Callable[[int], bool], at_once: bool) -> Iterator[tuple[Members, Spans]]:
+    """Experts in groups of about `SLOTS` slots, or all in one: each one's place and part of the group, and where in the
+    order of all slots the group lies. `counts`: slots per expert; who is not reached, or has none, is left out."""
     members: Members = []
     spans: Spans = []
     position = size = 0
@@ -185,7 +286,7 @@ def _groups(counts: list[int], reached: Callable[[int], bool]) -> Iterator[tuple
                 spans.append((position, position + count))
             size += count
         position += count
-        if members and (size >= SLOTS or place == len(counts) - 1):
+        if members and ((size >= SLOTS and not at_once) or place == len(counts) - 1):
             yield members, spans
             members, spans, size = [], [], 0
 
@@ -216,12 +317,12 @@ class _Compute(torch.autograd.Function):
         out_TD, weights_S = torch.zeros_like(hidden_TD), weights_TK.flatten()
         like = layer.first[0]
         kept = [hidden_TD.new_empty(sum(counts), like.width, dtype=like.dtype)] if keep else []
-        for members, spans in _groups(counts, lambda place: True):
+        for members, spans in _groups(counts, lambda place: True, layer.at_once):
             slots = _take(spans, order_S)
             tokens = slots // k
             out = _take(spans, kept[0]) if keep else None  # neighbours all, so a view
-            h_NH = _through(layer.first, hidden_TD[tokens], members, tensors, out)
-            y_ND = _through(layer.second, layer.act(h_NH, members, seed), members, tensors)
+            h_NH = _through(layer, 0, hidden_TD[tokens], members, tensors, out)
+            y_ND = _through(layer, 1, layer.act(h_NH, members, seed), members, tensors)
             out_TD.index_add_(0, tokens, (y_ND * weights_S[slots, None]).to(out_TD.dtype))
         ctx.layer, ctx.counts, ctx.seed = layer, counts, seed
         ctx.save_for_backward(hidden_TD, weights_TK, order_S, *tensors, *kept)  # saved so that checkpointing sees it
@@ -237,21 +338,25 @@ class _Compute(torch.autograd.Function):
         to_hidden = torch.zeros_like(hidden_TD) if ctx.needs_input_grad[0] else None
         weights_S = weights_TK.flatten()
         to_weights = torch.zeros_like(weights_S)
-        for members, spans in _groups(ctx.counts, layer.reached):
+        for members, spans in _groups(ctx.counts, layer.reached, layer.at_once):
             slots = _take(spans, order_S)
             tokens = slots // k
             x_ND, g_ND, w_N1 = hidden_TD[tokens], grad_TD[tokens], weights_S[slots, None]
-            h_NH = _take(spans, kept[0]) if kept else _through(layer.first, x_ND, members, tensors)
+            h_NH = _take(spans, kept[0]) if kept else _through(layer, 0, x_ND, members, tensors)
             h_NH = h_NH.detach().requires_grad_()
             with torch.enable_grad():
                 a_NF = layer.act(h_NH, members, ctx.seed)
-            to_a = _back(layer.second, g_ND, a_NF.detach(), w_N1, members, tensors, grads)  # of y, before its weight
+            to_a = _back(layer, 1, g_ND, a_NF.detach(), w_N1, members, tensors, grads)  # of y, before its weight
             to_y = (to_a * a_NF.detach()).sum(-1)
-            for place, start, end in members if layer.second[0].bias is not None else ():
-                to_y[start:end] += g_ND[start:end] @ tensors[layer.second[place].bias]
+            if layer.second[0].bias is not None and layer.at_once:
+                bias = torch.stack([tensors[layer.second[place].bias] for place, _, _ in members])
+                to_y += (g_ND * bias[_owners(members, g_ND.device)]).sum(-1)
+            elif layer.second[0].bias is not None:
+                for place, start, end in members:
+                    to_y[start:end] += g_ND[start:end] @ tensors[layer.second[place].bias]
             to_weights[slots] = to_y.to(to_weights.dtype)
             (to_h,) = torch.autograd.grad(a_NF, h_NH, to_a.mul_(w_N1).to(a_NF.dtype))
-            to_x = _back(layer.first, to_h, x_ND, None, members, tensors, grads, to_hidden is not None)
+            to_x = _back(layer, 0, to_h, x_ND, None, members, tensors, grads, to_hidden is not None)
             if to_hidden is not None:
                 to_hidden.index_add_(0, tokens, to_x.to(to_hidden.dtype))
         own = (grads.get(i) for i in range(len(tensors)))
