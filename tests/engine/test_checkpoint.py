@@ -191,10 +191,10 @@ def test_checkpoints_of_earlier_versions_are_read(tmp_path, path):
 
 
 def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("consilium.engine.checkpoint.FORMAT", 2)
+    monkeypatch.setattr("consilium.engine.checkpoint.FORMAT", 3)
     commit(tmp_path, 1)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match=r"round-00001\.safetensors has format 2, this version reads 1"):
+    with pytest.raises(CheckpointError, match=r"round-00001\.safetensors has format 3, this version reads 2"):
         load_checkpoint(tmp_path / "checkpoints")
 
 

@@ -7,7 +7,7 @@ A round is committed when its checkpoint is renamed into place. Client states ar
 round before that, and the checkpoint says which version counts, so a run killed at any moment finds all parts of the
 last committed round and nothing else. The last two checkpoints are kept, with the client states that they name, so a
 broken newest one costs a round and not the run; and the best one, if the run tells which. Every file carries its own
-SHA-256, and every checkpoint what the run was begun with. A write that fails (a full disk) is an error that leaves what
+checksum, and every checkpoint what the run was begun with. A write that fails (a full disk) is an error that leaves what
 was there as it was.
 """
 
@@ -22,6 +22,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import xxhash
 
 from consilium.core import ClientId, ClientState, Payload
 from consilium.engine.codec import decode, encode
@@ -38,10 +40,11 @@ __all__ = [
 ]
 
 _NAME = re.compile(r"round-(\d{5,})\.safetensors")
-_ZEROS = "0" * 64
+_ZEROS = "0" * 32
+SHA256, XXH3 = "engine/sha256", "engine/xxh3"
 KEEP = 2
-FORMAT = 1
-"""Of checkpoints; whatever was written by a released version is read for ever. Before it had a number: 1 too."""
+FORMAT = 2
+"""Of checkpoints; whatever was written by a released version is read for ever. Up to 1 the checksum was a SHA-256."""
 
 
 class Checkpoint(NamedTuple):
@@ -260,7 +263,7 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
             warnings.warn(f"cannot read {', '.join(broken)}; continuing from {path.name}", stacklevel=2)
         scalars = dict(payload.scalars)
         own = {key: scalars.pop(key) for key in payload.scalars if key.startswith("engine/")}
-        if (form := own.get("engine/format", FORMAT)) != FORMAT:
+        if (form := own.get("engine/format", 1)) not in range(1, FORMAT + 1):
             raise CheckpointError(f"{path} has format {form}, this version reads {FORMAT}: resume with the newer one")
         versions = json.loads(str(own["engine/versions"]))
         return Checkpoint(
@@ -278,29 +281,32 @@ def _numbered(folder: Path) -> list[tuple[Path, int]]:
 
 
 def _seal(payload: Payload) -> bytes:
-    """The payload's bytes with a SHA-256 over them in the header, taken while its place held zeros."""
-    blob = encode(Payload(payload.groups, {"engine/sha256": _ZEROS, **payload.scalars}))
+    """The payload's bytes with their XXH3-128 in the header, taken while its place held zeros."""
+    blob = encode(Payload(payload.groups, {XXH3: _ZEROS, **payload.scalars}))
     place = blob.index(_ZEROS.encode())
-    return b"".join([blob[:place], _digest(blob, place).encode(), memoryview(blob)[place + len(_ZEROS) :]])
+    digest = _digest(xxhash.xxh3_128(), blob, place, len(_ZEROS))
+    return b"".join([blob[:place], digest.encode(), memoryview(blob)[place + len(_ZEROS) :]])
 
 
 def _unseal(blob: bytes) -> Payload:
-    """The payload that `_seal` was given.
+    """The payload that `_seal` was given; files of earlier versions have a SHA-256 instead.
 
     Raises:
         PayloadError: if a bit has changed since.
     """
     payload = decode(blob)
     scalars = dict(payload.scalars)
-    digest = str(scalars.pop("engine/sha256", ""))
-    if len(digest) != len(_ZEROS) or _digest(blob, blob.find(digest.encode("utf-8", "replace"))) != digest:
-        raise PayloadError("its SHA-256 does not match")
+    kind, made = (SHA256, hashlib.sha256) if SHA256 in scalars else (XXH3, xxhash.xxh3_128)
+    digest, size = str(scalars.pop(kind, "")), 2 * made().digest_size
+    if len(digest) != size or _digest(made(), blob, blob.find(digest.encode("utf-8", "replace")), size) != digest:
+        raise PayloadError(f"its {kind.removeprefix('engine/')} does not match")
     return Payload(payload.groups, scalars)
 
 
-def _digest(blob: bytes, place: int) -> str:
-    """SHA-256 in hex of a blob with zeros at the place of its own digest; nothing is copied."""
-    found, view = hashlib.sha256(blob[:place]), memoryview(blob)
-    found.update(_ZEROS.encode())
-    found.update(view[place + len(_ZEROS) :])
+def _digest(found: Any, blob: bytes, place: int, size: int) -> str:
+    """In hex, of a blob with zeros at the place of its own digest; nothing is copied."""
+    view = memoryview(blob)
+    found.update(view[:place])
+    found.update(b"0" * size)
+    found.update(view[place + size :])
     return found.hexdigest()
