@@ -92,13 +92,14 @@ def model_of(shape: Shape, dense: bool, device: str) -> TaskModel:
         max_position_embeddings=shape.length,
     )  # fmt: skip
     torch.manual_seed(0)
-    if dense:
-        backbone = MistralModel(MistralConfig(intermediate_size=TOP_K * shape.hidden, sliding_window=None, **common))
-    else:
-        config = MixtralConfig(
-            intermediate_size=shape.hidden, num_local_experts=shape.experts, num_experts_per_tok=TOP_K, **common
-        )  # fmt: skip
-        backbone = MixtralModel(config)
+    with torch.device(device):
+        if dense:
+            config = MistralConfig(intermediate_size=TOP_K * shape.hidden, sliding_window=None, **common)
+        else:
+            config = MixtralConfig(
+                intermediate_size=shape.hidden, num_local_experts=shape.experts, num_experts_per_tok=TOP_K, **common
+            )
+        backbone = MistralModel(config) if dense else MixtralModel(config)
     model = TaskModel(backbone.to(shape.dtype), family_of("mixtral"), "t", tuple("abcdefgh"), shape.dtype)
     return model.to(device).train()
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from consilium.core import ClientContext, derive_seed
 from consilium.data.tensor import TensorSplit
@@ -116,14 +117,13 @@ def _fit(jobs: Sequence[FitJob]) -> list[tuple[float, int, float]]:
 
     active = len(jobs)
     lowered = config.lowered(device)
-    for step in range(max(steps)):
-        left = sum(n > step for n in steps)
+    for step, (batch, real) in enumerate(_batches([data[k] for k in order], [plans[k] for k in order], device)):
+        left = len(batch["labels"])
         if left < active:
             _leave(jobs, order[left:active], left, model, weights, buffers)
             weights, buffers = _shrunk(weights, buffers, optimizer, left)
             trainable, active = _trainable(weights), left
         optimizer.zero_grad(set_to_none=True)
-        batch, real = _batch([data[k] for k in order[:left]], [plans[k][step] for k in order[:left]], device)
         with lowered:
             loss = torch.vmap(loss_of, in_dims=(0, 0, 0, None if real is None else 0))(weights, buffers, batch, real)
         loss.sum().backward()
@@ -187,32 +187,36 @@ def _shrunk(
     return fewer, {key: b[:left].clone() for key, b in buffers.items()}
 
 
-def _batch(
-    splits: Sequence[TensorSplit], rows: Sequence[Sequence[int]], device: torch.device
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """`x` [K, B, *S] and `labels` [K, B], and which rows are real [K, B] bool; None: all."""
-    sizes = [len(part) for part in rows]
-    most = max(sizes)
-    first = splits[0]
-    if first.augment == "none" and all(split.x is first.x and split.y is first.y for split in splits):
-        index = [split.index[torch.tensor(_filled(part, most))] for split, part in zip(splits, rows, strict=True)]
-        whole = TensorSplit(first.x, first.y, torch.cat(index), first.labels)
-        batch = whole.batch(range(len(whole)), device)
-        batch = {key: t.view(len(splits), most, *t.shape[1:]) for key, t in batch.items()}
-    else:
-        parts = [split.batch(part, device) for split, part in zip(splits, rows, strict=True)]
-        batch = {key: torch.stack([_fill(part[key], most) for part in parts]) for key in parts[0]}
-    if min(sizes) == most:
-        return batch, None
-    return batch, torch.arange(most, device=device) < torch.tensor(sizes, device=device)[:, None]
+def _batches(
+    splits: Sequence[TensorSplit], plans: Sequence[Sequence[Sequence[int]]], device: torch.device
+) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
+    """Per step `x` [K, B, *S] and `labels` [K, B] of those who have one, who come first, and which rows are real
+    [K, B] bool; None: all.
 
-
-def _filled(rows: Sequence[int], size: int) -> list[int]:
-    return [*rows, *[rows[0]] * (size - len(rows))]
-
-
-def _fill(t: Tensor, size: int) -> Tensor:
-    return torch.cat([t, t[:1].expand(size - len(t), *t.shape[1:])])
+    Args:
+        plans: the rows of every batch of each split, of none more batches than of the split before.
+    """
+    first, steps = splits[0], range(len(plans[0]))
+    sizes = [[len(plan[step]) for plan in plans if len(plan) > step] for step in steps]
+    filled = [
+        None if min(some) == max(some) else torch.arange(max(some)) < torch.tensor(some)[:, None] for some in sizes
+    ]
+    reals = [None if real is None else real.to(device, non_blocking=True) for real in filled]
+    if first.augment != "none" or any(split.x is not first.x or split.y is not first.y for split in splits):
+        for step, real in zip(steps, reals, strict=True):
+            asked = [(split, plan[step]) for split, plan in zip(splits, plans, strict=True) if len(plan) > step]
+            parts = [split.batch(rows, device) for split, rows in asked]
+            yield {key: pad_sequence([part[key] for part in parts], batch_first=True) for key in parts[0]}, real
+        return
+    # Rows of one data set: their places in it, of all steps, are sent to the device once.
+    places = []
+    for split, plan in zip(splits, plans, strict=True):
+        rows = split.index[torch.tensor([row for batch in plan for row in batch])]
+        places.append(rows.split([len(batch) for batch in plan]))
+    own = [pad_sequence([part[step] for part in places if len(part) > step], batch_first=True) for step in steps]
+    flat = torch.cat([step.flatten() for step in own]).to(first.x.device).split([step.numel() for step in own])
+    for step, there, real in zip(own, flat, reals, strict=True):
+        yield first.at(there.view_as(step), device), real
 
 
 def _clip(trainable: Mapping[str, Tensor], largest: float) -> None:
@@ -224,21 +228,25 @@ def _clip(trainable: Mapping[str, Tensor], largest: float) -> None:
         w.grad *= scale_K.view(-1, *[1] * (w.dim() - 1))
 
 
-def _predict(jobs: Sequence[PredictJob]) -> Iterator[Tensor]:
+def _predict(jobs: Sequence[PredictJob]) -> list[Tensor]:
     config, device, size = jobs[0].config, jobs[0].context.device, jobs[0].size
+    order = sorted(range(len(jobs)), key=lambda k: -len(jobs[k].data))
+    data = [jobs[k].data for k in order]
+    plans = [[range(i, min(i + size, len(own))) for i in range(0, len(own), size)] for own in data]
     model = jobs[0].model.eval()
-    weights = _stacked([dict(job.model.named_parameters()) for job in jobs])
-    buffers = _stacked([dict(job.model.named_buffers()) for job in jobs])
-    lengths = [len(job.data) for job in jobs]
+    weights = _stacked([dict(jobs[k].model.named_parameters()) for k in order])
+    buffers = _stacked([dict(jobs[k].model.named_buffers()) for k in order])
 
     def chosen(weights, buffers, batch):
         return functional_call(model, {**weights, **buffers}, (batch,))[0].argmax(-1)
 
-    parts = []
+    parts: list[list[Tensor]] = [[] for _ in jobs]
     with torch.inference_mode(), config.lowered(device):
-        for start in range(0, max(lengths), size):
-            rows = [list(range(min(start, n - 1), max(min(start + size, n), min(start, n - 1) + 1))) for n in lengths]
-            batch, _ = _batch([job.data for job in jobs], rows, device)
-            parts.append(torch.vmap(chosen)(weights, buffers, batch))
-    classes = torch.cat(parts, dim=1).cpu()
-    return (row[:n] for row, n in zip(classes, lengths, strict=True))
+        for batch, _ in _batches(data, plans, device):
+            left = len(batch["labels"])
+            weights, buffers = ({key: t[:left] for key, t in stack.items()} for stack in (weights, buffers))
+            for own, classes in zip(parts, torch.vmap(chosen)(weights, buffers, batch), strict=False):
+                own.append(classes)
+        found = torch.cat([torch.cat(part)[: len(own)] for part, own in zip(parts, data, strict=True)]).cpu()
+    answers = dict(zip(order, found.split([len(own) for own in data]), strict=True))
+    return [answers[k] for k in range(len(jobs))]

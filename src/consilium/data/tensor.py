@@ -96,10 +96,13 @@ class TensorSplit:
 
     def batch(self, rows: Sequence[int], device: torch.device) -> dict[str, Tensor]:
         """`x` [B, *S] float32 (of texts [B, L] int64) and `labels` [B] int64 of these places in the split."""
-        chosen = self.index[torch.as_tensor(rows)]
-        x = self._seen(self.x[chosen].to(device))
+        return self.at(self.index[torch.as_tensor(rows)], device)
+
+    def at(self, rows: Tensor, device: torch.device) -> dict[str, Tensor]:
+        """`x` and `labels` of these rows of the data set, of any shape."""
+        x = self._seen(self.x[rows].to(device))
         x = x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x
-        return {"x": x, "labels": self.y[chosen].to(device)}
+        return {"x": x, "labels": self.y[rows].to(device)}
 
     def _seen(self, x: Tensor) -> Tensor:
         return x

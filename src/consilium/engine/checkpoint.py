@@ -7,8 +7,8 @@ A round is committed when its checkpoint is renamed into place. Client states ar
 round before that, and the checkpoint says which version counts, so a run killed at any moment finds all parts of the
 last committed round and nothing else. The last two checkpoints are kept, with the client states that they name, so a
 broken newest one costs a round and not the run; and the best one, if the run tells which. Every file carries its own
-checksum, and every checkpoint what the run was begun with. A write that fails (a full disk) is an error that leaves what
-was there as it was.
+checksum, and every checkpoint what the run was begun with. A write that fails (a full disk) is an error that leaves
+what was there as it was.
 """
 
 import contextlib

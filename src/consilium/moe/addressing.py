@@ -207,8 +207,9 @@ def flatten(model: TaskModel, held: ExpertSet | None = None) -> Params:
         for path, t in tensors(model).items()
         if model.adapters is None or travels(_first(names[path]))
     }
+    here = {path: t.cpu() for path, t in found.items()}  # from a GPU in few large pieces
     form = torch.contiguous_format  # also of a row of one element, whose stride is then 1
-    return {key: t.to("cpu", copy=True, memory_format=form) for key, t in unpack(names, found).items()}
+    return {key: t.to("cpu", copy=True, memory_format=form) for key, t in unpack(names, here).items()}
 
 
 def load_flat(model: TaskModel, flat: Mapping[str, Tensor], held: ExpertSet | None = None) -> TaskModel:
