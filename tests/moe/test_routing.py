@@ -401,3 +401,16 @@ def test_gates_and_what_a_batch_was_served(model_type, form):
             weigh = (lambda x: 1 / (1 + exp(-x))) if model.family.choice == "sigmoid" else exp
             total = sum(map(weigh, token))
             assert gate == pytest.approx([weigh(x) / total for x in token], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ["switch_transformers", "olmoe"])
+def test_routers_that_answer_in_another_order_are_refused(model_type):
+    """As those of transformers 5.17 did: the first and the last of the three values changed places."""
+    source = tiny.source(model_type)
+    model, batch = source.build(source.load() | tiny.heads("animal", ("cat",)), "animal", ("cat",)), tiny.batch(source)
+    for block in model.blocks().values():
+        router = block.get_submodule(model.family.router)
+        router.register_forward_hook(lambda module, args, output: (output[1], output[0], *output[2:])[::-1])
+    refused = pytest.raises(ModelError, match=r"does not answer as it does in transformers 5\.23")
+    with Tap(model) as tap, refused, tap.batch(batch):
+        model(batch)

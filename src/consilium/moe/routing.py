@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from consilium.core import ExpertSet
@@ -143,7 +144,14 @@ class Tap:
             if not self._active:
                 return
             logits_TE = output[family.logits].reshape(-1, output[family.logits].shape[-1])
-            self.logits[block], self._routed[block] = logits_TE, output[family.routed].detach()
+            routed = output[family.routed].detach()
+            places = len(self.held[block])
+            if routed.is_floating_point() or (family.dispatch and routed.shape[-1] != places):
+                raise ModelError(
+                    f"the router of {block} does not answer as it does in transformers 5.23; installed is "
+                    f"{transformers.__version__}: install the version in constraints.txt"
+                )
+            self.logits[block], self._routed[block] = logits_TE, routed
             if self._counting:
                 with torch.no_grad():
                     self._count(block, args[0].reshape(-1, args[0].shape[-1]), logits_TE)
