@@ -53,7 +53,7 @@ PAGE = """\
 
 It is for {worlds}.
 
-```
+```bash
 {commands}
 ```
 
@@ -63,7 +63,7 @@ Set by `--algorithm.NAME VALUE`, in a recipe of the method's own or with a saved
 (`consilium run runs/.../config.json`).
 
 ```{{eval-rst}}
-.. autoclass:: consilium.{name}
+.. autoclass:: {place}.{name}
 ```
 """
 
@@ -74,9 +74,12 @@ def algorithm_page(algorithm: type[Algorithm]) -> str:
     title, text = inspect.getdoc(module).split("\n", 1)
     commands = [f"consilium run {r.name}" for r in RECIPES.values() if type(r.make().algorithm) is algorithm][:1]
     for recipe, rival in map(COMPARED.get, algorithm.worlds):
-        commands.append(f"consilium compare {recipe} --algorithms {','.join(dict.fromkeys([name, rival, 'Standalone']))}")
+        commands.append(
+            f"consilium compare {recipe} --algorithms {','.join(dict.fromkeys([name, rival, 'Standalone']))}"
+        )
     return PAGE.format(
         name=name,
+        place=algorithm.__module__,
         title=title,
         text=re.sub(r"https?://[^\s,;)]*[^\s,;).]", r"<\g<0>>", text),
         worlds="; or ".join(WORLDS[world] for world in algorithm.worlds),

@@ -36,12 +36,12 @@ def main() -> None:
     ends = {m: statistics.fmean(cells[f"std-T-{m}-{seed}"]["mean"] for seed in SEEDS) for m in METHODS}
     with drawing_style():
         figure, axes = panel.figure, panel.figure.axes[0]
-        figure.set_size_inches(8, 3.4)
-        axes.set_position((0.06, 0.16, 0.67, 0.72))
+        figure.set_size_inches(7.2, 5.2)
+        axes.set_position((0.07, 0.27, 0.9, 0.65))
         axes.set_title("mean test accuracy of the three tasks, %", loc="left", fontsize=11)
         keys = [Line2D([], [], lw=2.2, label=f"{m}  {ends[m]:.1f}", **series(i)) for i, m in enumerate(METHODS)]
-        axes.legend(handles=keys, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
-        figure.savefig(HERE / "result.png", dpi=120, facecolor="white", metadata={"Software": None})
+        axes.legend(handles=keys, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)
+        figure.savefig(HERE / "result.png", dpi=144, facecolor="white", metadata={"Software": None})
 
 
 if __name__ == "__main__":
