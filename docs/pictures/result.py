@@ -41,7 +41,8 @@ def main() -> None:
         axes.set_title("mean test accuracy of the three tasks, %", loc="left", fontsize=11)
         keys = [Line2D([], [], lw=2.2, label=f"{m}  {ends[m]:.1f}", **series(i)) for i, m in enumerate(METHODS)]
         axes.legend(handles=keys, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)
-        figure.savefig(HERE / "result.png", dpi=144, facecolor="white", metadata={"Software": None})
+        figure.patch.set(facecolor="white", alpha=1)
+        figure.savefig(HERE / "result.png", dpi=144, metadata={"Software": None})
 
 
 if __name__ == "__main__":
