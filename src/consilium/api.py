@@ -66,8 +66,8 @@ def compare(
         progress: show bars.
 
     Returns:
-        One row a method, indexed by its name: scores in [0, 1] per task and their mean with "_sd" over seeds, bytes,
-        memory, seconds, and the paired test against the first: see `consilium.report.methods`.
+        One row a method, indexed by its name, with scores in [0, 1] per task and their mean, "_sd" over seeds, bytes,
+        memory, seconds, and the paired test against the first; see `consilium.report.methods`.
 
     Raises:
         ConsiliumError: for what cannot run, before anything is run, and for a run that failed.

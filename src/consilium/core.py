@@ -98,7 +98,7 @@ class Payload:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensor elements: what the meter counts."""
+        """Bytes of all tensor elements, as the meter counts them."""
         return sum(nbytes(params.values()) for params in self.groups.values())
 
 
@@ -261,8 +261,8 @@ class Algorithm(ABC):
 
     registry: ClassVar[dict[str, type["Algorithm"]]] = {}
     worlds: ClassVar[tuple[str, ...]] = ("moe", "cohort")
-    """What it can train: "moe", one mixture-of-experts model for all; "cohort", one small model for all; "mixed",
-    small models of which every client has its own architecture."""
+    """What it can train. "moe" is one mixture-of-experts model for all, "cohort" one small model for all, "mixed" small
+    models of which every client has its own architecture."""
     merges: ClassVar[bool] = True
     """Whether replies change the server's model through `Setup.mean` alone, so that its rules can take their place."""
 

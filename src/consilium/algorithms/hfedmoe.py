@@ -92,7 +92,7 @@ class HFedMoE(Algorithm):
         experts: "usage" (Eq 17) or "plain" average.
         router: "importance" (Eq 20-21, normalised), "row" (a weight per row), "literal" (as printed) or "plain".
         coverage: multiply alpha(c) by r(c) (Eq 18).
-        weight: of a client in Eq 17: "examples" (|D_c|) or "batches" in which it trained the expert.
+        weight: of a client in Eq 17: "examples" (`|D_c|`) or "batches" in which it trained the expert.
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("moe",)

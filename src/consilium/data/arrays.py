@@ -129,7 +129,8 @@ class TableData:
         client: column that says which client a row belongs to.
         columns: of numbers; () takes all others.
         positive: the class is whether the target is above 0 ("no", "yes"), as with the grades of a disease.
-        validation, test: shares of a client's rows, class by class; the rest trains.
+        validation: share of a client's rows, class by class; what neither validates nor tests is for training.
+        test: share of a client's rows, likewise.
     """
 
     path: Path = Path("heart_disease.parquet")

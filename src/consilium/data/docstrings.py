@@ -70,10 +70,12 @@ def answer(task: str, doc: Doc) -> str | None:
 class DocstringData:
     """Clients whose data is documentation.
 
-    Attributes:
+    Args:
         tasks: the tasks, dealt to the clients in turn; all classification or all text-to-text.
         clients: number of clients, at least one per task.
-        train, validation, test: examples per client at most; a client whose packages hold less has less.
+        train: training examples per client at most; a client whose packages hold less has less.
+        validation: validation examples per client, likewise.
+        test: test examples per client, likewise.
         partition: "packages": a client is a team that owns a few packages (its labels in `topic`); "iid"; "dirichlet":
             label skew by `alpha`; "pathological": `labels` labels per client. The last three deal one label space
             per task (`topic`: the `topics` largest packages); for text-to-text their label is the package.

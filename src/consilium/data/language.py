@@ -28,9 +28,10 @@ _ROLES = ("system", "user", "assistant", "tool")
 class LanguageData:
     """Clients whose data is instructions with responses, conversations, or plain text, in one file.
 
-    Attributes:
+    Args:
         path: a .csv, .tsv, .jsonl, .ndjson or .parquet file.
-        prompt, response: columns of what is asked and what is to be answered.
+        prompt: column of what is asked.
+        response: column of what is to be answered.
         context: column of a text that the prompt is about, put before it; may be empty in a row. "": none.
         system: column of the system message; may be empty in a row. "": none.
         messages: instead of prompt and response, a column of conversations: lists of {role, content}, or such lists
@@ -46,7 +47,9 @@ class LanguageData:
             values of the column `kind`; used when `client` is "".
         kind: column of what the rows are about, for those two partitions.
         clients: number of clients when `client` is "".
-        validation, test: shares of a client's rows; the rest trains. Each split gets at least one row.
+        validation: share of a client's rows; what neither validates nor tests is for training. Each split gets at least
+            one row.
+        test: share of a client's rows, likewise.
     """
 
     form: ClassVar[Form] = "text-to-text"  # of the model

@@ -30,7 +30,7 @@ _READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".ndjson": "json", "
 class TextFileData:
     """Clients whose data lies in one file.
 
-    Attributes:
+    Args:
         path: a .csv, .tsv, .jsonl, .ndjson or .parquet file.
         text: column of the input text.
         target: column of the label (classification) or of the answer (text-to-text).
@@ -42,7 +42,9 @@ class TextFileData:
         partition: "iid", "dirichlet" (label skew by `alpha`) or "pathological" (`labels_per_client` labels each);
             used when `client` is "". Text-to-text has no labels, so only "iid".
         clients: number of clients when `client` is "".
-        validation, test: shares of a client's rows; the rest trains. Each split gets at least one row.
+        validation: share of a client's rows; what neither validates nor tests is for training. Each split gets at least
+            one row.
+        test: share of a client's rows, likewise.
         where: "COLUMN=VALUE" uses the rows with that value alone; "" all.
         rows: so many of the rows at most, drawn by the seed; 0: all.
         common: every client answers in all labels of the rows used, and is tested on an equal part of `test` of them,
