@@ -21,6 +21,7 @@ from flwr.common.constant import ErrorCode
 
 from consilium.core import ClientId, ClientInfo, Payload, Sampling, Scalar, Server
 from consilium.engine.checkpoint import ClientStore
+from consilium.engine.flower.heap import give_back
 from consilium.engine.flower.held import Held
 from consilium.engine.flower.records import PROTOCOL, blobs_of, payload_in, stamp, to_record, unfolded
 from consilium.engine.flower.roster import Roster, arrivals, failed
@@ -120,6 +121,7 @@ class FlowerEngine(Engine):
                 if told["rejected"] is None:
                     yield client, reply
                 release(reply)
+                give_back()
 
     def _take(
         self, client: ClientId, number: int, parked: _Parked, sent: Payload, down: int
@@ -179,6 +181,7 @@ class FlowerEngine(Engine):
                 else:
                     arrived[client] = _park(reply, inbox / client, bytes_of(self.wire.cap))
             del reply  # before the next is fetched
+            give_back()
         noted["missing"] |= {client: f"no answer within {self.wire.deadline:g} s" for client in sent}
         if kind == "train":
             self._late(number, noted)

@@ -1,7 +1,5 @@
 """The server's end: a Grid to drive, from Flower's simulation runtime or from a deployment, and its sites' words."""
 
-import contextlib
-import ctypes
 import importlib.util
 import os
 import tempfile
@@ -17,6 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from consilium.core import ClientId
 from consilium.engine.flower.client import client_app
+from consilium.engine.flower.heap import give_back_at_once
 from consilium.engine.flower.roster import Roster, ask
 from consilium.errors import ConfigError, RoundError
 from consilium.experiment import Experiment
@@ -114,20 +113,10 @@ def server_app(serve: Callable[[Grid, dict[str, Any]], None]) -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        _give_memory_back()
+        give_back_at_once()
         serve(grid, dict(context.run_config))
 
     return app
-
-
-def _give_memory_back() -> None:
-    """From now on all pieces of 128 kB and more go back to the system when they are freed. Left alone, glibc raises
-    that bound up to 32 MB as it sees larger ones go, and more than a model's worth of messages stays in the process."""
-    with contextlib.suppress(AttributeError, OSError):  # another libc
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
-
-
-_M_MMAP_THRESHOLD = -3
 
 
 def describe(
