@@ -12,10 +12,10 @@ M_MMAP_THRESHOLD = -3
 
 
 def give_back_at_once() -> None:
-    """From now on all pieces of 128 kB and more go back when they are freed. Left alone, glibc raises that bound up to
+    """From now on all pieces of 64 kB and more go back when they are freed. Left alone, glibc raises that bound up to
     32 MB as it sees larger ones go."""
     with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 64 * 1024)
 
 
 def give_back() -> None:
