@@ -226,7 +226,8 @@ GROUPS = 4
 def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor | int]:
     """Mean and biased variance [S] over the real rows of x [B, S], and how many they are."""
     if (real := real_rows()) is None:
-        return x.mean(0), x.var(0, correction=0), len(x)
+        mean = x.mean(0)
+        return mean, (x - mean).square().mean(0), len(x)  # several times as fast as torch's var
     n, real_B1 = real.sum(), real[:, None]
     mean = torch.where(real_B1, x, 0).sum(0) / n
     return mean, torch.where(real_B1, x - mean, 0).square().sum(0) / n, n
@@ -285,8 +286,9 @@ class SwitchableNorm(nn.Module):
             if not isinstance(n, int):
                 mean, var = torch.where(n > 1, mean, old_mean), torch.where(n > 1, var, old_var)
         (mean_own, mean_batch), (var_own, var_batch) = self.mean_weight.softmax(0), self.var_weight.softmax(0)
-        mean = mean_own * x.mean(1, keepdim=True) + mean_batch * mean
-        var = var_own * x.var(1, correction=0, keepdim=True) + var_batch * var
+        own = x.mean(1, keepdim=True)
+        mean = mean_own * own + mean_batch * mean
+        var = var_own * (x - own).square().mean(1, keepdim=True) + var_batch * var
         return (x - mean) / (var + self.eps).sqrt() * self.weight + self.bias
 
 
