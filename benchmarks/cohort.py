@@ -15,22 +15,27 @@ The second part is ours alone, on the CPU: 1,000 clients of CNN-1, of whom 100 t
 10 do: seconds and peak memory of all processes together (proportional set size, looked at every 50 ms).
 """
 
+import copy
 import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import psutil
 import torch
 import tyro
 from cells import RESULTS
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from consilium.algorithms.pfedmoe import SHARED, PFedMoEClient, pFedMoE
@@ -60,6 +65,7 @@ class Benchmark:
         workers: processes of ours, threads of the plain loop.
         large: clients of the second part, 0: leave it out.
         scores: run one round more, and score what it leaves.
+        peer: a clone of github.com/thuiaaa/MHPFL, whose pFedMoE is timed too.
         device: "cpu" or "cuda". folder: for client states; None: the system's for temporary files.
     """
 
@@ -69,6 +75,7 @@ class Benchmark:
     workers: int = len(os.sched_getaffinity(0))
     large: int = 1000
     scores: bool = True
+    peer: Path | None = None
     device: str = "cpu"
     folder: Path | None = None
 
@@ -170,6 +177,67 @@ def accuracy(model: SplitModel, split, device: torch.device) -> float:
     return right / len(split)
 
 
+class Peer:
+    """The pFedMoE of MHPFL, from a clone of github.com/thuiaaa/MHPFL: its client's training loop over its own data
+    loader and models, with the sizes of ours, and its server's sums. It trains and does no more: it is not scored,
+    drops a last short batch, and its optimizer has lost the shared extractor after the first round."""
+
+    def __init__(self, made: Experiment, threads: int, clone: Path):
+        self.setup, self.federation = prepared(made)
+        self.threads, self.clients = threads, {}
+        sys.path.insert(0, str(clone / "system"))
+        for name in ("torchvision", "flcore.trainmodel.models"):  # which what is used here does without
+            sys.modules.setdefault(name, ModuleType(name))
+        sys.modules["flcore.trainmodel.models"].BaseHeadSplit = None
+        from flcore.clients import clientbase, clientpfedmoe
+        from flcore.trainmodel import pFMcnn
+
+        def gate(m: int) -> nn.Module:
+            theirs = pFMcnn.pfedmoe_gate(m=64)
+            theirs.switchnorm, theirs.fc1 = nn.LayerNorm(28 * 28), nn.Linear(28 * 28, 64)
+            return theirs
+
+        clientpfedmoe.pFMCNN_5 = partial(pFMcnn.pFMCNN_5, in_channels=1, dim=512)
+        clientpfedmoe.pfedmoe_gate = gate
+        clientbase.read_client_data = self.read
+        sizes = (512, 256, 512, 512, 512)
+        settings = SimpleNamespace(
+            algorithm="pFedMoE", dataset="Fashion-MNIST", device="cpu", save_folder_name="temp/", lamda=1.0,
+            save_folder_name_full="temp/", num_classes=10, batch_size=64, local_learning_rate=0.01, local_epochs=1,
+            models=[f"pFMCNN_{i}(in_channels=1, dim={d})" for i, d in enumerate(sizes, 1)],
+        )  # fmt: skip
+        for number, info in enumerate(self.setup.clients):
+            made_by_them = partial(clientpfedmoe.clientpfedmoe, train_slow=False, send_slow=False)
+            self.clients[info.id] = made_by_them(settings, number, info.num_examples, 0)
+        self.shared = copy.deepcopy(next(iter(self.clients.values())).global_expert_model)
+
+    def read(self, dataset: str, number: int, is_train: bool) -> list[tuple[Tensor, Tensor]]:
+        """As its `read_client_data`, of arrays that are in memory already."""
+        split = self.federation.clients[self.setup.clients[number].id].train
+        batch = split.batch(range(len(split)), torch.device("cpu"))
+        return list(zip(batch["x"], batch["labels"], strict=True))
+
+    def round(self, number: int) -> float:
+        torch.set_num_threads(self.threads)
+        start = time.perf_counter()
+        chosen = self.setup.sampling.choose(self.setup.clients, number, self.setup.seed)
+        for client in self.clients.values():
+            client.global_expert_model = copy.deepcopy(self.shared)
+        for info in chosen:
+            self.clients[info.id].train()
+        total = sum(info.num_examples for info in chosen)
+        self.shared = copy.deepcopy(self.clients[chosen[0].id].global_expert_model)
+        for p in self.shared.parameters():
+            p.data.zero_()
+        for info in chosen:
+            theirs = self.clients[info.id].global_expert_model
+            for p, own in zip(self.shared.parameters(), theirs.parameters(), strict=True):
+                p.data += own.data.clone() * (info.num_examples / total)
+        seconds = time.perf_counter() - start
+        torch.set_num_threads(1)
+        return seconds
+
+
 class Ours:
     """The engine of a run, with its worker processes."""
 
@@ -208,7 +276,11 @@ def against(benchmark: Benchmark, clients: int, at_once: int, model: Cohort = FI
             "ours, bfloat16": Ours(low, Path(folder) / "low", benchmark.workers),
         }
         with ours["ours"].working(), ours["ours, bfloat16"].working():
-            sides = {"plain": plain, **ours}
+            sides = {
+                "plain": plain,
+                **({"MHPFL": Peer(made, benchmark.workers, benchmark.peer)} if benchmark.peer else {}),
+            }
+            sides |= ours
             seconds = {name: [side.round(1)] for name, side in sides.items()}
             apart = {
                 name: max((side.shared[key] - t).abs().max().item() for key, t in plain.shared.items())
@@ -296,17 +368,18 @@ def main(benchmark: Benchmark) -> None:
         f"Made by `python benchmarks/cohort.py --data fashion_mnist.npz {said}` on {where}, torch {torch.__version__}.",
         *told,
         "",
-        "| clients | models | side | s per round | plain / side | apart after a round | accuracy |",
-        "|---|---|---|---|---|---|---|",
+        "| clients | models | side | s per round | plain / side | MHPFL / side | apart after a round | accuracy |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for pair in pairs:
         for name, values in pair["seconds"].items():
             ratios = [a / b for a, b in zip(pair["seconds"]["plain"], values, strict=True)]
+            them = [a / b for a, b in zip(pair["seconds"].get("MHPFL", ()), values, strict=False)]
             apart = f"{pair['apart'][name]:.1e}" if name in pair["apart"] else "-"
-            score = f"{100 * pair['scores'][name]:.1f}" if pair["scores"] else "-"
+            score = f"{100 * pair['scores'][name]:.1f}" if name in pair["scores"] else "-"
             lines.append(
                 f"| {pair['at_once']} of {pair['clients']} | {pair['models']} | {name} | {spread(values)} "
-                f"| {spread(ratios)} | {apart} | {score} |"
+                f"| {spread(ratios)} | {spread(them) if them else '-'} | {apart} | {score} |"
             )
     if grown:
         lines += ["", "| CNN-1 clients | s per round | ms per step | peak MB of all processes |", "|---|---|---|---|"]
