@@ -26,11 +26,11 @@ class ImageData:
     """Clients that hold images of classes.
 
     Args:
-        path: "digits"; an .npz file; a folder of images per class; Parquet; a directory of `datasets` or owner/name on
-            the hub; CIFAR's binary version; MNIST's files. See `consilium.data.images`.
+        path: "digits"; an .npz file; a folder of images per class, or of such folders per client; Parquet; a directory
+            of `datasets` or owner/name on the hub; CIFAR's binary version; MNIST's files. See `consilium.data.images`.
         partition: "pathological" (`classes` per client, unequal shares of each), "dirichlet" (label skew by `alpha`),
-            "iid"; used when `client` is "".
-        clients: number of clients, >= 1, when `client` is "".
+            "iid"; used where neither `client` nor folders say whose an image is.
+        clients: number of clients, >= 1, where the images are dealt.
         classes: per client, pathological, >= 1.
         alpha: of the Dirichlet distribution, > 0.
         validation: share of a client's training rows, class by class, that is kept for validation, in (0, 1).
@@ -90,7 +90,7 @@ class ImageData:
         dealt = [self._deal(found, pool, task.name, seed) for pool in pools]
         names = sorted({name for part in dealt for name in part})
         train, *official = ({name: part.get(name, []) for name in names} for part in dealt)
-        told = {"type": "ImageData", "path": str(self.path), "partition": "" if self.client else self.partition}
+        told = {"type": "ImageData", "path": str(self.path), "partition": "" if found.owners else self.partition}
         return federation(
             torch.from_numpy(found.x),
             torch.from_numpy(found.y),
@@ -107,8 +107,9 @@ class ImageData:
         """Client -> those rows of the pool that are its own."""
         from consilium.data.partition import class_shares, deal
 
-        if self.client:
-            held = by_client([found.owners[row] for row in pool], self.client)
+        if found.owners:
+            where = f"column {self.client!r}" if self.client else str(self.path)
+            held = by_client([found.owners[row] for row in pool], where)
             return {name: [int(pool[i]) for i in rows] for name, rows in held.items()}
         shares = class_shares(len(found.labels), self.clients, self.partition, self.alpha, self.classes, seed)
         ids = [f"{task}-{i:0{max(2, len(str(self.clients - 1)))}d}" for i in range(self.clients)]
@@ -153,7 +154,7 @@ class TableData:
         table = read_rows(self.path, [self.target, self.client, *self.columns])
         columns = self.columns or [c for c in table.column_names if c not in (self.target, self.client)]
         x = np.stack([_numbers(self.path, name, table[name][:]) for name in columns], axis=1)
-        held = by_client(strings(self.path, self.client, table[self.client][:]), self.client)
+        held = by_client(strings(self.path, self.client, table[self.client][:]), f"column {self.client!r}")
         for rows in held.values():
             x[rows] = _standardised(x[rows])
         targets = _numbers(self.path, self.target, table[self.target][:]) if self.positive else table[self.target][:]

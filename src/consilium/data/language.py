@@ -154,7 +154,7 @@ class LanguageData:
         from consilium.data.partition import divide
 
         if self.client:
-            return by_client(strings(self.path, self.client, rows[self.client][:]), self.client)
+            return by_client(strings(self.path, self.client, rows[self.client][:]), f"column {self.client!r}")
         kinds = strings(self.path, self.kind, rows[self.kind][:]) if self.kind else [""] * len(rows)
         parts = divide(kinds, self.clients, self.partition, self.alpha, self.kinds_per_client, seed)
         digits = max(2, len(str(self.clients - 1)))

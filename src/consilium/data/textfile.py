@@ -121,7 +121,7 @@ class TextFileData:
             used, _, common = cut(used, texts, 0, self.test, random.Random(f"{seed}:common"))
             random.Random(f"{seed}:deal").shuffle(common)
         owners = [columns[self.client][row] for row in used] if self.client else []
-        parts = by_client(owners, self.client) if self.client else self._divide(used, targets, seed)
+        parts = by_client(owners, f"column {self.client!r}") if self.client else self._divide(used, targets, seed)
         held = {name: [used[i] for i in part] for name, part in parts.items()}
         clients, skipped, left_out = {}, {}, {}
         for place, (name, rows) in enumerate(held.items()):
@@ -299,17 +299,17 @@ def strings(path: Path, column: str, values: Sequence[Any]) -> list[str]:
     return [v.strip() if isinstance(v, str) else json.dumps(v) for v in values]
 
 
-def by_client(owners: Sequence[str], column: str) -> dict[str, list[int]]:
-    """Client id -> places of its rows, by the values of a client column.
+def by_client(owners: Sequence[str], where: str) -> dict[str, list[int]]:
+    """Client id -> places of its rows, by the client's name in each row, which stands `where`.
 
-    Raises DataError when two values become one id.
+    Raises DataError when two names become one id.
     """
     from consilium.data.partition import divide_by_client
 
     parts = divide_by_client(owners)
     held = {_client_id(name): part for name, part in parts.items()}
     if len(held) < len(parts):
-        raise DataError(f"column {column!r} has client names that differ only in characters not allowed")
+        raise DataError(f"{where} has client names that differ only in characters not allowed")
     return held
 
 
