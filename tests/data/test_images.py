@@ -15,8 +15,9 @@ from PIL import Image
 
 from consilium.data import columns, pixels
 from consilium.data.arrays import ImageData
-from consilium.data.images import is_hub_name, kind_of, read_images
+from consilium.data.images import kind_of, read_images
 from consilium.data.pixels import resized, stack
+from consilium.data.sets import is_hub_name
 from consilium.errors import ConfigError, DataError
 
 

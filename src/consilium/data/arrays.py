@@ -1,6 +1,5 @@
 """Images and tables as clients: `images` reads the one, `textfile` the other; here their rows are dealt."""
 
-import hashlib
 import math
 import re
 from collections.abc import Sequence
@@ -11,8 +10,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from consilium.data.images import is_hub_name, read_images
+from consilium.data.images import read_images
 from consilium.data.pixels import Images
+from consilium.data.sets import digest, located
 from consilium.data.task import Federation, Task
 from consilium.data.tensor import AUGMENTATIONS, Augment, federation
 from consilium.data.textfile import by_client, read_rows, strings
@@ -60,10 +60,7 @@ class ImageData:
     augment: Augment = "none"
 
     def __post_init__(self) -> None:
-        path = Path(self.path).expanduser()
-        if str(path) != "digits" and not is_hub_name(path):
-            path = path.absolute()  # a run may be resumed elsewhere
-        object.__setattr__(self, "path", path)
+        object.__setattr__(self, "path", Path("digits") if str(self.path) == "digits" else located(self.path))
         for name, least in (("clients", 1), ("classes", 1), ("examples", 0), ("size", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
@@ -125,8 +122,8 @@ class TableData:
     a column that a client never recorded is 0 throughout.
 
     Args:
-        path: a .csv, .tsv, .jsonl, .ndjson or .parquet file.
-        target: column of the class.
+        path: a .csv, .tsv, .jsonl, .ndjson or .parquet file, a directory of `datasets`, or owner/name on the hub.
+        target: column of the class; `--data.label` is taken too.
         client: column that says which client a row belongs to.
         columns: of numbers; () takes all others.
         positive: the class is whether the target is above 0 ("no", "yes"), as with the grades of a disease.
@@ -143,7 +140,7 @@ class TableData:
     test: float = 0.25
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path).expanduser().absolute())
+        object.__setattr__(self, "path", located(self.path))
         _check_shares(self.validation, self.test)
 
     def load(self, seed: int) -> Federation:
@@ -164,8 +161,13 @@ class TableData:
         names = [("no", "yes")[int(value > 0)] if self.positive else str(value) for value in targets]
         kinds, places = np.unique(names, return_inverse=True)
         task = Task(_task_name(self.path), "classification", tuple(str(kind) for kind in kinds), "accuracy")
-        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
-        source = {"type": "TableData", "path": str(self.path), "sha256": digest, "rows": len(x), "columns": [*columns]}
+        source = {
+            "type": "TableData",
+            "path": str(self.path),
+            "sha256": digest(self.path),
+            "rows": len(x),
+            "columns": [*columns],
+        }
         y = torch.from_numpy(places.astype(np.int64))
         shares = (self.validation, self.test)
         return federation(torch.from_numpy(x.astype(np.float32)), y, task, held, None, shares, seed, source)

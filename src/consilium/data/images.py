@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 
 from consilium.data.binaries import IDX, read_cifar, read_idx
-from consilium.data.columns import part_of, read_directory, read_hub, read_parquet
+from consilium.data.columns import part_of, read_parquet, read_set
 from consilium.data.pixels import ENDINGS, Images, labelled, resized, stack
+from consilium.data.sets import is_directory, is_hub_name
 from consilium.errors import ConfigError, DataError
 
-__all__ = ["is_hub_name", "kind_of", "read_images"]
+__all__ = ["kind_of", "read_images"]
 
 ALLOWED = (
     "an .npz file, a .parquet file or a directory of them, a folder of images per class, a directory of `datasets`, "
@@ -35,16 +36,6 @@ ALLOWED = (
 )
 TABLES = ("parquet", "datasets", "hub")
 _PICKLES = re.compile(r".*\.(pkl|pickle|p|pt|pth)|data_batch_\d+|test_batch|batches\.meta|meta")
-_FILES = {
-    ".npz", ".parquet", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".gz", ".zip", ".tar", ".bin", ".pkl",
-    *ENDINGS,
-}  # fmt: skip
-_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-def is_hub_name(path: Path) -> bool:
-    """Whether a path that is not there has the form owner/name."""
-    return bool(_HUB.fullmatch(str(path))) and path.suffix.lower() not in _FILES and not path.exists()
 
 
 def kind_of(path: Path) -> str:
@@ -69,7 +60,7 @@ def kind_of(path: Path) -> str:
             return "hub"
         raise DataError(f"{path} is not there; give {ALLOWED}")
     names = _names(path)
-    if {"dataset_dict.json", "dataset_info.json"} & {*names}:
+    if is_directory(path):
         return "datasets"
     if any(name.endswith(".parquet") for name in names):
         return "parquet"
@@ -111,10 +102,8 @@ def read_images(path: Path, size: int = 0, image: str = "", label: str = "", cli
             return read_idx(path, _names(path), size)
         case "parquet":
             return read_parquet(path, size, image, label, client)
-        case "datasets":
-            return read_directory(path, size, image, label, client)
-        case "hub":
-            return read_hub(str(path), size, image, label, client)
+        case "datasets" | "hub":
+            return read_set(path, size, image, label, client)
     return _folder(path, size)
 
 
