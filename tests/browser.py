@@ -49,6 +49,7 @@ PROBE = """<script>addEventListener("load", async () => {
     }
     return {left, top, right, bottom};
   };
+  const fixed = e => e && (getComputedStyle(e).position === "fixed" || fixed(e.parentElement));
   const texts = [], wide = [], empty = [], broken = [], boxes = [];
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   for (let node; node = walker.nextNode();) {
@@ -90,6 +91,7 @@ PROBE = """<script>addEventListener("load", async () => {
   for (const e of document.body.querySelectorAll("*")) {
     const b = e.getBoundingClientRect();
     if (!shown(e) || b.width < 1 || (e instanceof SVGElement && e.ownerSVGElement)) continue;
+    if (b.left >= innerWidth && fixed(e)) continue;  // a drawer that is shut: nobody can scroll to it
     const right = Math.round(Math.min(b.right, clip(e.parentElement).right));
     if (right > innerWidth + 1) wide.push(`${name(e)} to ${right}`);
   }
