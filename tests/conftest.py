@@ -26,6 +26,10 @@ _scratch = tempfile.TemporaryDirectory(prefix="hypothesis-")
 hypothesis.configuration.set_hypothesis_home_dir(_scratch.name)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--rewrite", action="store_true", help="of the pages of test_transcripts.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _tiny_models(tmp_path_factory):
     """Where `tiny` writes its models."""

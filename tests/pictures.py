@@ -20,10 +20,12 @@ def pixels(n: int = 24, side: int = 8, channels: int = 3, seed: int = 0) -> tupl
     return (x[..., 0] if channels == 1 else x), y
 
 
-def folder(root: Path, n: int = 24, splits: tuple[str, ...] = (), ending: str = "png", **options) -> Path:
+def folder(
+    root: Path, n: int = 24, splits: tuple[str, ...] = (), ending: str = "png", seed: int = 0, **options
+) -> Path:
     """root/<class>/000.png, or root/<split>/<class>/000.png with n images in each split."""
     for number, split in enumerate(splits or ("",)):
-        x, y = pixels(n, seed=number, **options)
+        x, y = pixels(n, seed=seed + number, **options)
         for i, (image, kind) in enumerate(zip(x, y, strict=True)):
             path = root / split / CLASSES[kind] / f"{i:03d}.{ending}"
             path.parent.mkdir(parents=True, exist_ok=True)

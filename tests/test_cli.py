@@ -154,6 +154,8 @@ def test_unknown_commands_and_recipes_get_a_suggestion(capsys):
         (["--data.path", "nowhere.csv"], r"nowhere\.csv is not a file"),
         (["--data.text", "txt"], r"no column 'txt' \(did you mean 'text'\?\); it has text \| label \| site"),
         (["--data.client", "sit"], r"no column 'sit'"),
+        (["--data.label", "labl"], r"no column 'labl' \(did you mean 'label'\?\)"),
+        (["--data.label=labl"], r"no column 'labl'"),
         (["--data.labels", "cat", "dog"], r"label 'fish' is not declared.*cat \| dog"),
         (["--data.form", "text-to-text"], r"asks for text-to-text, the model is set up for classification"),
         (["--memory", "1GB", "1MB"], r"site-1 cannot hold the smallest sub-MoE, one expert per layer: needs .*, has 1"),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import browser
 import pytest
 
 import consilium
@@ -63,3 +64,11 @@ def test_the_reference_has_every_public_name(site):
 def test_every_picture_says_what_it_shows(site):
     pictures = [p for page in site.rglob("*.html") for p in re.findall(r"<img\b[^>]*_images[^>]*>", page.read_text())]
     assert len(pictures) >= 4 and all(len(re.search(r'alt="([^"]*)"', p).group(1)) > 40 for p in pictures)
+
+
+@pytest.mark.skipif(browser.BROWSER is None, reason=browser.WITHOUT)
+@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("page", ["index", "systems", "own-images", "results", "algorithms/FedMoE"])
+def test_a_page_has_no_faults(site, page, width):
+    """Nothing is empty, lies on top of another, is too wide or does not load."""
+    assert browser.findings(site / f"docs/{page}.html", width) == {}

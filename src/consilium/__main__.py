@@ -523,8 +523,13 @@ def _experiment(args: list[str], command: str) -> "tuple[Experiment, list[str]]"
             raise ConfigError(f"{args[0]} is not a saved experiment: {type(error).__name__}") from error
         if not isinstance(saved, dict):
             raise ConfigError(f"{args[0]} is not a saved experiment: it holds a {type(saved).__name__}")
-        return from_json(saved.get("experiment", saved)), args[1:]
-    return find(args[0]).make(), args[1:]
+        experiment = from_json(saved.get("experiment", saved))
+    else:
+        experiment = find(args[0]).make()
+    rest = args[1:]
+    if hasattr(experiment.data, "target"):  # texts and tables say target for what images call label: both are taken
+        rest = [re.sub(r"^--data\.label(?=$|=)", "--data.target", arg) for arg in rest]
+    return experiment, rest
 
 
 def _split(args: list[str], defaults: dict[str, str]) -> tuple[dict[str, str], list[str]]:

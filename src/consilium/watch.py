@@ -83,7 +83,8 @@ class Terminal:
             f"[bold]{experiment.name}[/bold]: {type(experiment.algorithm).__name__}, {experiment.rounds} rounds"
             + (f", continuing with round {first}" if first > 1 else "")
         )
-        say(f"  {len(sizes)} clients, tasks {', '.join(tasks)}, {min(sizes)} to {max(sizes)} training examples each")
+        each = f"{min(sizes)} to {max(sizes)}" if min(sizes) < max(sizes) else str(min(sizes))
+        say(f"  {len(sizes)} clients, tasks {', '.join(tasks)}, {each} training examples each")
         counts = setup.model.counts
         memories = sorted({info.memory_bytes for info in setup.clients if info.memory_bytes})
         devices = ", ".join(human(m) for m in memories) or "not limited"

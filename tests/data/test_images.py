@@ -15,8 +15,9 @@ from PIL import Image
 
 from consilium.data import columns, pixels
 from consilium.data.arrays import ImageData
-from consilium.data.images import is_hub_name, kind_of, read_images
+from consilium.data.images import kind_of, read_images
 from consilium.data.pixels import resized, stack
+from consilium.data.sets import is_hub_name
 from consilium.errors import ConfigError, DataError
 
 
@@ -52,6 +53,25 @@ def test_a_folder_with_splits(tmp_path):
         assert (found.x[rows] == x).all() and (found.y[rows] == y).all()
     with pytest.raises(DataError, match="has the folder extra beside train; allowed are train, validation and test"):
         read_images(pictures.folder(tmp_path / "pets", 3, ("extra",)))
+
+
+def test_a_folder_per_client(tmp_path):
+    """DIR/<client>/<class>: each client holds its own images, also where a test set of each is apart."""
+    for seed, site in enumerate(("North 1", "south")):
+        pictures.folder(tmp_path / "pets" / site, seed=seed)
+    found, (x, y) = read_images(tmp_path / "pets"), by_class(seed=1)
+    assert (found.x[24:] == x).all() and (found.y[24:] == y).all() and found.labels == pictures.CLASSES
+    federation = ImageData(tmp_path / "pets", clients=7).load(0)
+    assert list(federation.clients) == ["North-1", "south"] and federation.source["partition"] == ""
+    for place, client in enumerate(federation.clients.values()):
+        rows = {int(row) for _, split in client.splits() for row in split.rows}
+        assert rows == {*range(24 * place, 24 * place + 24)}
+    for part, site in (("train", "a"), ("train", "b"), ("test", "b"), ("test", "a")):
+        pictures.folder(tmp_path / "apart" / part / site, n=12)
+    tests = {name: len(client.test) for name, client in ImageData(tmp_path / "apart").load(0).clients.items()}
+    assert tests == {"a": 12, "b": 12}
+    with pytest.raises(DataError, match="a folder per client in one of train, validation and test, and not in another"):
+        read_images(pictures.folder(tmp_path / "apart", 3, ("val",)))
 
 
 def test_grey_and_coloured_files_together(tmp_path):
@@ -221,7 +241,7 @@ def made(path, *names):
      (("train", "test", "meta"), "Python pickles"), (("a.pkl",), "Python pickles"),
      (("a.txt", "b.txt"), r"holds a.txt, b.txt; give an .npz file, a .parquet"), ((), "is empty; give"),
      (("cat/a.png", "cat/notes.txt"), r"cat/notes.txt is no image; a folder of a class holds images alone \(\.png"),
-     (("cat/in/a.png",), "cat/in is a folder"), (("train/a.png",), "train has no folders of classes"),
+     (("cat/in/a.png", "dog/a.png"), "cat/in is a folder"), (("train/a.png",), "train has no folders of classes"),
      (("data_batch_1.bin",), "has 10 bytes; it must be a whole number of records of 3073"),
      (("train.bin",), "records of 3074"), (("train-images-idx3-ubyte",), "but not train-labels-idx1-ubyte"),
      (("t10k-images-idx3-ubyte",), "give a directory with one training set"),

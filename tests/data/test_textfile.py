@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 from datasets import Dataset
 from hypothesis import given, settings
@@ -244,3 +245,25 @@ def test_one_test_set_for_all(tmp_path):
     assert set(federation.clients["site-1"].train.targets) == {"good"}
     alone = TextFileData(path, client="site").load(0)
     assert "site-1" in alone.skipped
+
+
+@pytest.mark.parametrize("form", ["disk", "splits", "hub"])
+def test_texts_of_a_datasets_directory_or_the_hub(tmp_path, monkeypatch, form):
+    """Splits are joined; classes have their names; a name on the hub stays what it is."""
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    rows = datasets.Dataset.from_dict(
+        {"text": [f"text {i}" for i in range(40)], "label": [i % 2 for i in range(40)]}, features
+    )
+    split = datasets.DatasetDict({"train": rows.select(range(30)), "test": rows.select(range(30, 40))})
+    path = tmp_path / "set"
+    if form == "hub":
+        monkeypatch.setattr(datasets, "load_dataset", lambda name: {"someone/notes": split}[name])
+        path = Path("someone/notes")
+    else:
+        (rows if form == "disk" else split).save_to_disk(path)
+    data = TextFileData(path, clients=2)
+    federation = data.load(0)
+    texts = [text for client in federation.clients.values() for _, part in client.splits() for text in part.texts]
+    assert sorted(texts) == sorted(rows["text"]) and data.path == path
+    assert {client.task.labels for client in federation.clients.values()} == {("no", "yes")}
+    assert federation.source["rows"] == 40 and bool(federation.source["sha256"]) == (form != "hub")

@@ -1,16 +1,20 @@
 """What is taken away: equal to what the run scored, loaded by the card's own lines, tried on the command line."""
 
+import contextlib
 import io
 import json
 import re
+import zipfile
 from pathlib import Path
 
+import pictures
 import pytest
 import runs
 import tiny
 import torch
 import transformers
 from huggingface_hub import ModelCard
+from PIL import Image
 
 from consilium.__main__ import main
 from consilium.algorithms.fedavg import FedAvg
@@ -79,11 +83,11 @@ def ours(deployed):
     return experiment.model.build(deployed.params, task, labels, deployed.held).eval()
 
 
-def as_the_card_says(folder, **names):
-    """The variables after the card's code has run, with `DIR` the folder and "..." a text."""
+def as_the_card_says(folder, given=TEXTS[0], **names):
+    """The variables after the card's code has run, with `DIR` the folder and "..." a text, or a file."""
     text = (folder / "README.md").read_text()
     ModelCard(text)  # its YAML can be read
-    code = re.search(r"```python\n(.*?)```", text, re.S)[1].replace("DIR", str(folder)).replace('"..."', repr(TEXTS[0]))
+    code = re.search(r"```python\n(.*?)```", text, re.S)[1].replace("DIR", str(folder)).replace('"..."', repr(given))
     exec(code, names)
     return names
 
@@ -230,8 +234,61 @@ def test_a_small_model_of_a_mixed_cohort(tmp_path, capsys):
     with torch.no_grad():
         hits = model.head(model.backbone(batch["x"])).argmax(-1) == batch["labels"]
     assert hits.float().mean().item() == pytest.approx(told[client]["test"])
+    # Plain torch has the same logits, for any number of examples.
+    plain = torch.export.load(tmp_path / "m/model.pt2").module()
+    for x in (batch["x"], batch["x"][:1]):
+        torch.testing.assert_close(plain(x), model.head(model.backbone(x)))
     assert "name a client" in call(capsys, "export", tmp_path / "run", "--out", tmp_path / "x")[2]
-    assert "images or tables" in call(capsys, "predict", tmp_path / "m", "--text", "x")[2]
+    with zipfile.ZipFile(tmp_path / "m/model.pt2") as file:  # of the client's data nothing goes along
+        assert not [e.filename for e in file.infolist() if "sample_inputs" in e.filename and e.file_size]
+
+
+def small(tmp_path, capsys, **changes):
+    """A run of pFedMoE on coloured images in folders of two clients, and what is exported of the first."""
+    for seed, site in enumerate(("a", "b")):
+        pictures.folder(tmp_path / "pets" / site, 60, seed=seed)
+    experiment = runs.experiment(
+        tmp_path,
+        pFedMoE(),
+        data=ImageData(tmp_path / "pets", **changes),
+        model=Cohort(("mnist-5",), "mlp-3", width=6, kernel=3, padding=1),
+        fit=Fit(batch_size=4, lr=0.1, head_lr=0.1, optimizer="sgd"),
+        sampling=Sampling(2),
+        rounds=4,
+    )
+    run(experiment, tmp_path / "run")
+    code, out, _ = call(capsys, "export", tmp_path / "run", "--client", "a", "--out", tmp_path / "m")
+    assert code == 0 and out.endswith(f"try it: consilium predict {tmp_path}/m --image FILE\n")
+    return tmp_path / "m"
+
+
+@pytest.mark.parametrize("size", [0, 6])
+def test_predict_images_as_the_run_and_the_card_do(tmp_path, capsys, size, monkeypatch):
+    """A line per image, from flags or standard input; the card's lines in plain torch find the same labels."""
+    folder = small(tmp_path, capsys, size=size)
+    files = [str(tmp_path / f"pets/a/{kind}/00{i}.png") for i, kind in enumerate(pictures.CLASSES)]
+    code, out, _ = call(capsys, "predict", folder, *(part for file in files for part in ("--image", file)))
+    found = [line.split("\t")[0] for line in out.splitlines()]
+    assert code == 0 and len(set(found)) > 1 and all(line.count("\t") == 2 for line in out.splitlines())
+    code, piped, _ = call(capsys, "predict", folder, typed="\n".join(files), monkeypatch=monkeypatch)
+    assert piped == out
+    for file, label in zip(files, found, strict=True):
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            as_the_card_says(folder, file)
+        assert said.getvalue() == f"{[label]}\n"
+
+
+def test_what_small_models_refuse(tmp_path, capsys):
+    folder, large = small(tmp_path, capsys), tmp_path / "large.png"
+    Image.new("RGB", (9, 8)).save(large)
+    for args, said in (
+        (("--image", large), "large.png is 9 x 8 pixels, in colour; the model was trained on 8 x 8, in colour"),
+        (("--image", tmp_path / "no.png"), "no.png cannot be decoded"),
+        (("--text", "x"), "m reads images: --image FILE"),
+    ):
+        code, out, err = call(capsys, "predict", folder, *args)
+        assert (code, out) == (2, "") and said in err and err.count("\n") == 1
+    assert "m holds a small model: use `consilium predict" in call(capsys, "chat", folder)[2]
 
 
 # --- what is refused, in one line, and leaves nothing -----------------------------------------------------------------

@@ -52,6 +52,7 @@ def make_run(
             "rounds": rounds,
             "seed": seed,
             "data": {"type": "DocstringData", "tasks": list(tasks), "clients": clients, "alpha": 0.3},
+            "fit": {"gradient_checkpointing": False, "lora": {"rank": 0}},
             "algorithm": {"type": algorithm, "k": 3, "patience": 2, "lr": 3e-4 if algorithm != "FedAvg" else 1e-3},
         },
         "versions": {"consilium": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "python": "3.11.2"},

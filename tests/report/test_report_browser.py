@@ -1,18 +1,24 @@
-"""The page in a real browser, where one is installed: every figure shows, nothing hangs out at either width."""
+"""Pages and pictures in a real browser, where one is installed: every figure shows, nothing is empty, lies on top of
+another or hangs out, on a desk and on a phone."""
 
+import html
 import json
 import re
-import shutil
-import subprocess
 
+import browser
+import matplotlib
+import pictures
 import pytest
+import runs
+import tiny
+from browser import FRAME, findings
 from report_runs import make_run
 
 from consilium.report import write_report
+from consilium.report.image_preview import preview_images
+from consilium.report.preview import preview, save_picture
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
+pytestmark = pytest.mark.skipif(browser.BROWSER is None, reason=browser.WITHOUT)
 
 PROBE = """<script>addEventListener("load", async () => {
   document.querySelectorAll("details").forEach(d => d.open = true);
@@ -43,22 +49,18 @@ PROBE = """<script>addEventListener("load", async () => {
 })</script>"""
 
 
-# A headless window cannot be narrower than 500 pixels, a frame can.
-FRAME = """<!doctype html><body><iframe src="{page}" style="width:{width}px;height:2000px;border:0"></iframe>
-<script>addEventListener("message", event => {{ document.body.dataset.probe = event.data; }})</script>"""
-
-
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("browser")
-    runs = [make_run(folder / name.lower(), name) for name in ("FedMoE", "FedAvg", "RandomMoE")]
+    three = [make_run(folder / name.lower(), name) for name in ("FedMoE", "FedAvg", "RandomMoE")]
     big = make_run(folder / "big", clients=30, blocks=12, experts=32)
     seeds = [
         make_run(folder / f"{name}-seed{s}", name, clients=6, seed=s, partition_seed=s)
         for name in ("FedMoE", "Standalone")
         for s in (0, 1)
     ]
-    made = {"one": runs[:1], "three": runs, "big": [big], "seeds": seeds}
+    half = make_run(folder / "half", finished=False)
+    made = {"one": three[:1], "half": [half], "three": three, "big": [big], "seeds": seeds}
     for name, paths in made.items():
         page = write_report(paths, folder / f"{name}.html").read_text()
         # The page forbids scripts; the copy that is probed carries one, and so not the ban.
@@ -71,16 +73,10 @@ def pages(tmp_path_factory):
 @pytest.mark.parametrize("name", ["one", "three", "big", "seeds"])
 def test_page_at_a_width(pages, tmp_path, name, width):
     frame = tmp_path / "frame.html"
-    frame.write_text(FRAME.format(page=(pages / f"{name}-probe.html").as_uri(), width=width))
-    done = subprocess.run(
-        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--hide-scrollbars",
-         "--window-size=1400,2000", "--virtual-time-budget=10000", "--dump-dom",
-         frame.as_uri()],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    found = re.search(r'data-probe="([^"]*)"', done.stdout)
-    assert found, done.stderr[-2000:]
-    probe = json.loads(found.group(1).replace("&quot;", '"').replace("&lt;", "<").replace("&amp;", "&"))
+    frame.write_text(FRAME.format(page=(pages / f"{name}-probe.html").as_uri(), width=width, height=2000))
+    found = re.search(r'data-probe="([^"]*)"', browser.shot(frame, 1400, 2000, "--dump-dom"))
+    assert found, "the probe said nothing"
+    probe = json.loads(html.unescape(found[1]))
     assert probe["inner"] == width
     assert probe["wide"] <= width, "the page is wider than the window"
     assert len(probe["figures"]) >= 9
@@ -93,3 +89,87 @@ def test_page_at_a_width(pages, tmp_path, name, width):
         assert figure["images_shown"] * 2 == figure["images"], where  # one of each light and dark pair
         assert figure["cut"] == [], where
         assert figure["smallest"] >= 8.5, where
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("name", ["one", "half", "big", "seeds"])
+def test_a_report_has_no_faults(pages, name, width):
+    assert findings(pages / f"{name}.html", width) == {}
+
+
+def test_every_fault_is_found(tmp_path):
+    """Of each kind one, on purpose; what is beside it is left alone."""
+    page = """<!doctype html><html><body style="margin:0;font:16px sans-serif">{}
+      <figure>a caption<svg width="90" height="40"><path d="M0 0L90 40" stroke="red"/></svg></figure>
+      <div style="overflow-x:auto"><div style="width:3000px">wide, and can be scrolled to</div></div>
+      <svg width="120" height="120"><text x="20" y="100" transform="rotate(-45 20 100)">turned text</text>
+      <text x="45" y="115" transform="rotate(-45 45 115)">beside it</text></svg></body></html>"""
+    faults = """<div style="position:relative">below<span style="position:absolute;left:4px;top:3px">above</span></div>
+      <svg width="120" height="120"><text x="20" y="100" transform="rotate(-45 20 100)">turned</text>
+      <text x="24" y="102" transform="rotate(-45 24 102)">upon it</text></svg>
+      <div style="width:1500px">too wide</div><div class="card"></div><img src="nowhere.png" width="30" height="30">
+      <svg width="90" height="40"><path d="M0 0L90 0"/></svg>"""
+    bad, good = tmp_path / "bad.html", tmp_path / "good.html"
+    bad.write_text(page.format(faults))
+    good.write_text(page.format(""))
+    assert findings(good, 1280) == {} and sorted(path.name for path in tmp_path.iterdir()) == ["bad.html", "good.html"]
+    found = findings(bad, 1280)
+    assert found["overlap"] == ["below | above", "upon it | turned"]
+    assert found["wide"] == ["div to 1500", "the page: 1500"]
+    assert found["empty"] == ["div.card", "svg"] and found["broken"] == ["img nowhere.png"]
+
+
+@pytest.mark.parametrize(
+    ("what", "broken", "fault"),
+    [
+        (r"<svg.*?</svg>", lambda svg: re.sub(r"<(path|use|g|text|image|rect|defs).*(?=</svg>)", "", svg), "empty"),
+        (r"</style>", lambda end: ".panel{width:1400px}" + end, "wide"),
+        (r"</style>", lambda end: "figcaption{margin-bottom:-25px}" + end, "overlap"),
+        (r"</style>", lambda end: ".card *{display:none!important}" + end, "empty"),
+    ],
+)
+def test_a_report_that_is_broken_on_purpose(pages, tmp_path, what, broken, fault):
+    text = (pages / "one.html").read_text()
+    panels = text.index('class="panel')
+    head, tail = (text[:panels], text[panels:]) if "svg" in what else ("", text)
+    page = tmp_path / "page.html"
+    page.write_text(head + re.sub(what, lambda found: broken(found[0]), tail, count=1, flags=re.S))
+    assert fault in findings(page, 400)
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def _texts(folder):
+    return runs.table(folder), {"text": "text", "label": "label", "client": "site"}
+
+
+def _many_texts(folder):
+    """40 hospitals with long names, 30 labels."""
+    rows = [f"note {i},a rather long label {i % 30},hospital number {i % 40} of the region" for i in range(3600)]
+    (folder / "many.csv").write_text("\n".join(["text,label,client", *rows]) + "\n")
+    return folder / "many.csv", {}
+
+
+def _images(folder):
+    for seed, site in enumerate(("north", "south")):
+        pictures.folder(folder / "pets" / site, 24, seed=seed)
+    return folder / "pets", {}
+
+
+@pytest.mark.parametrize("made", [_texts, _many_texts, _images])
+def test_a_picture_of_a_split_has_no_faults(tmp_path, made):
+    """As `consilium data` draws it; text stays text here, so that it can be measured."""
+    path, given = made(tmp_path)
+    if path.is_dir():
+        found = preview_images(path, given, {}, 0, 0)
+    else:
+        found = preview(path, given, tiny.source().tokenizer(), {}, 0)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        drawn = save_picture(found, tmp_path / "split.svg").read_text()
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1 style="max-width:100%;height:auto"', drawn[drawn.index("<svg") :])
+    page = tmp_path / "page.html"
+    page.write_text(
+        f'<!doctype html><html><body style="margin:0"><figure style="margin:0">{svg}</figure></body></html>'
+    )
+    assert findings(page, 1280) == {}

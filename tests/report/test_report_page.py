@@ -15,7 +15,7 @@ from consilium.report import print_table, read_runs, render, write_report
 from consilium.report.gains import gain_over_standalone
 from consilium.report.maps import block_names
 from consilium.report.plots import FIGURES
-from consilium.report.style import DARK, LIGHT, run_styles, shorten, shorten_all
+from consilium.report.style import DARK, LIGHT, round_ticks, run_styles, shorten, shorten_all
 
 THREE = ("FedMoE", "FedAvg", "RandomMoE")
 
@@ -319,3 +319,16 @@ def test_a_run_with_a_gate_draws_it(tmp_path):
     assert sorted(figures(page)["gate_weights"]) == [("FedAvg", "yes"), ("Standalone", "no")]
     assert "Standalone has no gate" in page and "25 to 75 %" in page
     assert figures(render(read_runs([folder])))["gate_weights"] == [(None, "yes")]
+
+
+def test_rounds_are_whole_also_where_there_is_one():
+    inside = [tick for tick in round_ticks(6, integer=True).tick_values(1.9, 2.1) if 1.9 <= tick <= 2.1]
+    assert inside == [2.0]
+    assert [tick for tick in round_ticks(6, integer=True).tick_values(0.5, 12.5) if 0 < tick < 13] == [
+        2,
+        4,
+        6,
+        8,
+        10,
+        12,
+    ]

@@ -1,6 +1,5 @@
 """Images and tables as clients: `images` reads the one, `textfile` the other; here their rows are dealt."""
 
-import hashlib
 import math
 import re
 from collections.abc import Sequence
@@ -11,8 +10,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from consilium.data.images import is_hub_name, read_images
+from consilium.data.images import read_images
 from consilium.data.pixels import Images
+from consilium.data.sets import digest, located
 from consilium.data.task import Federation, Task
 from consilium.data.tensor import AUGMENTATIONS, Augment, federation
 from consilium.data.textfile import by_client, read_rows, strings
@@ -26,11 +26,11 @@ class ImageData:
     """Clients that hold images of classes.
 
     Args:
-        path: "digits"; an .npz file; a folder of images per class; Parquet; a directory of `datasets` or owner/name on
-            the hub; CIFAR's binary version; MNIST's files. See `consilium.data.images`.
+        path: "digits"; an .npz file; a folder of images per class, or of such folders per client; Parquet; a directory
+            of `datasets` or owner/name on the hub; CIFAR's binary version; MNIST's files. See `consilium.data.images`.
         partition: "pathological" (`classes` per client, unequal shares of each), "dirichlet" (label skew by `alpha`),
-            "iid"; used when `client` is "".
-        clients: number of clients, >= 1, when `client` is "".
+            "iid"; used where neither `client` nor folders say whose an image is.
+        clients: number of clients, >= 1, where the images are dealt.
         classes: per client, pathological, >= 1.
         alpha: of the Dirichlet distribution, > 0.
         validation: share of a client's training rows, class by class, that is kept for validation, in (0, 1).
@@ -60,10 +60,7 @@ class ImageData:
     augment: Augment = "none"
 
     def __post_init__(self) -> None:
-        path = Path(self.path).expanduser()
-        if str(path) != "digits" and not is_hub_name(path):
-            path = path.absolute()  # a run may be resumed elsewhere
-        object.__setattr__(self, "path", path)
+        object.__setattr__(self, "path", Path("digits") if str(self.path) == "digits" else located(self.path))
         for name, least in (("clients", 1), ("classes", 1), ("examples", 0), ("size", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
@@ -90,7 +87,7 @@ class ImageData:
         dealt = [self._deal(found, pool, task.name, seed) for pool in pools]
         names = sorted({name for part in dealt for name in part})
         train, *official = ({name: part.get(name, []) for name in names} for part in dealt)
-        told = {"type": "ImageData", "path": str(self.path), "partition": "" if self.client else self.partition}
+        told = {"type": "ImageData", "path": str(self.path), "partition": "" if found.owners else self.partition}
         return federation(
             torch.from_numpy(found.x),
             torch.from_numpy(found.y),
@@ -107,8 +104,9 @@ class ImageData:
         """Client -> those rows of the pool that are its own."""
         from consilium.data.partition import class_shares, deal
 
-        if self.client:
-            held = by_client([found.owners[row] for row in pool], self.client)
+        if found.owners:
+            where = f"column {self.client!r}" if self.client else str(self.path)
+            held = by_client([found.owners[row] for row in pool], where)
             return {name: [int(pool[i]) for i in rows] for name, rows in held.items()}
         shares = class_shares(len(found.labels), self.clients, self.partition, self.alpha, self.classes, seed)
         ids = [f"{task}-{i:0{max(2, len(str(self.clients - 1)))}d}" for i in range(self.clients)]
@@ -124,8 +122,8 @@ class TableData:
     a column that a client never recorded is 0 throughout.
 
     Args:
-        path: a .csv, .tsv, .jsonl, .ndjson or .parquet file.
-        target: column of the class.
+        path: a .csv, .tsv, .jsonl, .ndjson or .parquet file, a directory of `datasets`, or owner/name on the hub.
+        target: column of the class; `--data.label` is taken too.
         client: column that says which client a row belongs to.
         columns: of numbers; () takes all others.
         positive: the class is whether the target is above 0 ("no", "yes"), as with the grades of a disease.
@@ -142,7 +140,7 @@ class TableData:
     test: float = 0.25
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path).expanduser().absolute())
+        object.__setattr__(self, "path", located(self.path))
         _check_shares(self.validation, self.test)
 
     def load(self, seed: int) -> Federation:
@@ -153,7 +151,7 @@ class TableData:
         table = read_rows(self.path, [self.target, self.client, *self.columns])
         columns = self.columns or [c for c in table.column_names if c not in (self.target, self.client)]
         x = np.stack([_numbers(self.path, name, table[name][:]) for name in columns], axis=1)
-        held = by_client(strings(self.path, self.client, table[self.client][:]), self.client)
+        held = by_client(strings(self.path, self.client, table[self.client][:]), f"column {self.client!r}")
         for rows in held.values():
             x[rows] = _standardised(x[rows])
         targets = _numbers(self.path, self.target, table[self.target][:]) if self.positive else table[self.target][:]
@@ -163,8 +161,13 @@ class TableData:
         names = [("no", "yes")[int(value > 0)] if self.positive else str(value) for value in targets]
         kinds, places = np.unique(names, return_inverse=True)
         task = Task(_task_name(self.path), "classification", tuple(str(kind) for kind in kinds), "accuracy")
-        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
-        source = {"type": "TableData", "path": str(self.path), "sha256": digest, "rows": len(x), "columns": [*columns]}
+        source = {
+            "type": "TableData",
+            "path": str(self.path),
+            "sha256": digest(self.path),
+            "rows": len(x),
+            "columns": [*columns],
+        }
         y = torch.from_numpy(places.astype(np.int64))
         shares = (self.validation, self.test)
         return federation(torch.from_numpy(x.astype(np.float32)), y, task, held, None, shares, seed, source)

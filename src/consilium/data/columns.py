@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from consilium.data.pixels import Images, labelled, stack
+from consilium.data.sets import is_directory, open_set
 from consilium.data.textfile import read_rows, strings
 from consilium.errors import DataError
 
-__all__ = ["part_of", "read_directory", "read_hub", "read_parquet", "table_of"]
+__all__ = ["part_of", "read_parquet", "read_set", "table_of"]
 
 _LABELS = ("label", "labels", "fine_label", "target", "class", "category", "y")
 _IMAGES = ("image", "img", "picture", "pixels", "x")
@@ -67,29 +68,11 @@ def read_parquet(path: Path, size: int, image: str, label: str, client: str) -> 
     return _read(path.name, joined, size, image, label, client, source)
 
 
-def read_directory(path: Path, size: int, image: str, label: str, client: str) -> Images:
-    """What `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote; raises as `read_parquet`."""
-    from datasets import load_from_disk
-
-    try:
-        found = load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} cannot be read as a datasets directory: {_line(error)}") from error
-    return _read(path.name, _parts(str(path), found), size, image, label, client, {"format": "datasets directory"})
-
-
-def read_hub(name: str, size: int, image: str, label: str, client: str) -> Images:
-    """A data set on the Hugging Face hub, owner/name, or in its cache; raises as `read_parquet`."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    try:
-        found = load_dataset(name)
-    except (OSError, ValueError, RuntimeError, DatasetGenerationError) as error:
-        raise DataError(
-            f"{name} is neither a file or directory here nor a data set on the hub: {_line(error)}"
-        ) from error
-    return _read(name, _parts(name, found), size, image, label, client, {"format": "hub"})
+def read_set(path: Path, size: int, image: str, label: str, client: str) -> Images:
+    """A directory of `datasets`, or a data set on the hub; raises as `read_parquet`."""
+    source = {"format": "datasets directory" if is_directory(path) else "hub"}
+    name = path.name if is_directory(path) else str(path)
+    return _read(name, _parts(str(path), open_set(path)), size, image, label, client, source)
 
 
 def _line(error: Exception) -> str:

@@ -3,6 +3,7 @@
     digits                       scikit-learn's, 1,797 of 8 x 8; no file, no network
     FILE.npz                     x_train, y_train, x_test, y_test, perhaps label_names; arrays of objects are refused
     DIR/<class>/*.png            a folder of images per class; or DIR/train/<class> and DIR/test/<class>
+    DIR/<client>/<class>/*.png   the same for every client, whose images they are; also below DIR/train and DIR/test
     FILE.parquet, DIR/*.parquet  a column of encoded images and one of classes; train-*.parquet and test-*.parquet
     DIR                          of `datasets` (save_to_disk), or owner/name on the hub
     DIR/*.bin                    CIFAR-10's and CIFAR-100's binary version
@@ -22,11 +23,12 @@ from typing import Any
 import numpy as np
 
 from consilium.data.binaries import IDX, read_cifar, read_idx
-from consilium.data.columns import part_of, read_directory, read_hub, read_parquet
+from consilium.data.columns import part_of, read_parquet, read_set
 from consilium.data.pixels import ENDINGS, Images, labelled, resized, stack
+from consilium.data.sets import is_directory, is_hub_name
 from consilium.errors import ConfigError, DataError
 
-__all__ = ["is_hub_name", "kind_of", "read_images"]
+__all__ = ["kind_of", "read_images"]
 
 ALLOWED = (
     "an .npz file, a .parquet file or a directory of them, a folder of images per class, a directory of `datasets`, "
@@ -34,16 +36,6 @@ ALLOWED = (
 )
 TABLES = ("parquet", "datasets", "hub")
 _PICKLES = re.compile(r".*\.(pkl|pickle|p|pt|pth)|data_batch_\d+|test_batch|batches\.meta|meta")
-_FILES = {
-    ".npz", ".parquet", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".gz", ".zip", ".tar", ".bin", ".pkl",
-    *ENDINGS,
-}  # fmt: skip
-_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-def is_hub_name(path: Path) -> bool:
-    """Whether a path that is not there has the form owner/name."""
-    return bool(_HUB.fullmatch(str(path))) and path.suffix.lower() not in _FILES and not path.exists()
 
 
 def kind_of(path: Path) -> str:
@@ -68,7 +60,7 @@ def kind_of(path: Path) -> str:
             return "hub"
         raise DataError(f"{path} is not there; give {ALLOWED}")
     names = _names(path)
-    if {"dataset_dict.json", "dataset_info.json"} & {*names}:
+    if is_directory(path):
         return "datasets"
     if any(name.endswith(".parquet") for name in names):
         return "parquet"
@@ -110,10 +102,8 @@ def read_images(path: Path, size: int = 0, image: str = "", label: str = "", cli
             return read_idx(path, _names(path), size)
         case "parquet":
             return read_parquet(path, size, image, label, client)
-        case "datasets":
-            return read_directory(path, size, image, label, client)
-        case "hub":
-            return read_hub(str(path), size, image, label, client)
+        case "datasets" | "hub":
+            return read_set(path, size, image, label, client)
     return _folder(path, size)
 
 
@@ -131,28 +121,46 @@ def _pickled(path: Path, found: Sequence[str]) -> str:
 
 
 def _folder(path: Path, size: int) -> Images:
-    """Folders of images: a class each; or train (and validation) and test, with the classes in them."""
+    """Folders of images: a class each; or clients with the classes in them; or train (and validation) and test, with
+    classes or clients in them."""
     roots = {"train": [path], "test": []}
-    names = [name for name in _names(path) if (path / name).is_dir()]
+    names = _folders(path)
     if any(part_of(name) == "train" for name in names):
         if odd := [name for name in names if part_of(name) is None]:
             raise DataError(f"{path} has the folder {odd[0]} beside train; allowed are train, validation and test")
         roots = {part: [path / name for name in names if part_of(name) == part] for part in roots}
-    files: list[tuple[Path, str]] = []
-    train = 0
-    for part in ("train", "test"):
-        files += [found for root in roots[part] for found in _classes(root)]
-        train = train or len(files)
-    x = stack(len(files), ((str(file), file) for file, _ in files), size)
-    places, labels = labelled(np.array([name for _, name in files]), None)
+    sites = {part: [site for root in roots[part] for site in _clients(root)] for part in roots}
+    owned = {bool(client) for found in sites.values() for client, _ in found}
+    if len(owned) > 1:
+        raise DataError(f"{path} has a folder per client in one of train, validation and test, and not in another")
+    parts = {
+        part: [(client, *found) for client, site in sites[part] for found in _classes(site)]
+        for part in ("train", "test")
+    }
+    files, train = parts["train"] + parts["test"], len(parts["train"])
+    x = stack(len(files), ((str(file), file) for _, file, _ in files), size)
+    places, labels = labelled(np.array([name for *_, name in files]), None)
     source = {"format": "image folder", "files": len(files)}
-    return Images(x, places, labels, train, source=source)
+    owners = [client for client, *_ in files] if owned == {True} else ()
+    return Images(x, places, labels, train, owners, source)
+
+
+def _folders(path: Path) -> list[str]:
+    return [name for name in _names(path) if (path / name).is_dir()]
+
+
+def _clients(root: Path) -> list[tuple[str, Path]]:
+    """(client, its folder of classes); ("", root) unless every folder has folders in it."""
+    names = _folders(root)
+    if names and all(_folders(root / name) for name in names):
+        return [(name, root / name) for name in names]
+    return [("", root)]
 
 
 def _classes(root: Path) -> list[tuple[Path, str]]:
     """(file, class) of every image; stray files beside the folders of classes are left alone."""
     found = []
-    for name in (name for name in _names(root) if (root / name).is_dir()):
+    for name in _folders(root):
         files = [root / name / file for file in _names(root / name)]
         for file in files:
             if file.is_dir() or file.suffix.lower() not in ENDINGS:

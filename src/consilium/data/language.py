@@ -5,7 +5,6 @@ by a partition, what cannot be used is refused with column and row. How conversa
 is on, is in `causal`.
 """
 
-import hashlib
 import json
 import math
 import random
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from consilium.data.sets import digest, located
 from consilium.data.task import ClientData, Federation, Form, Split, Task
 from consilium.data.textfile import by_client, cut, read_rows, strings
 from consilium.errors import ConfigError, DataError
@@ -29,7 +29,8 @@ class LanguageData:
     """Clients whose data is instructions with responses, conversations, or plain text, in one file.
 
     Args:
-        path: a .csv, .tsv, .jsonl, .ndjson or .parquet file.
+        path: a .csv, .tsv, .jsonl, .ndjson or .parquet file; or a directory of `datasets`, or owner/name on the hub,
+            whose splits are joined, and dealt anew.
         prompt: column of what is asked.
         response: column of what is to be answered.
         context: column of a text that the prompt is about, put before it; may be empty in a row. "": none.
@@ -74,7 +75,7 @@ class LanguageData:
     test: float = 0.1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path).expanduser().absolute())  # a run may be resumed elsewhere
+        object.__setattr__(self, "path", located(self.path))
         self._check_columns()
         for name, allowed in (
             ("turns", ("all", "last")),
@@ -142,10 +143,9 @@ class LanguageData:
 
     def source(self, rows: int) -> dict[str, Any]:
         """What a run was read from: the file with its sha256, the columns, and the number of rows."""
-        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
         names = ("prompt", "response", "context", "system", "messages", "text", "client", "kind", "partition")
         chosen = {name: getattr(self, name) for name in names}
-        return {"type": "LanguageData", "path": str(self.path), "sha256": digest, "rows": rows, **chosen}
+        return {"type": "LanguageData", "path": str(self.path), "sha256": digest(self.path), "rows": rows, **chosen}
 
     def _columns(self) -> list[str]:
         return [c for c in (self.prompt, self.response, self.context, self.system, self.messages, self.text) if c]
@@ -154,7 +154,7 @@ class LanguageData:
         from consilium.data.partition import divide
 
         if self.client:
-            return by_client(strings(self.path, self.client, rows[self.client][:]), self.client)
+            return by_client(strings(self.path, self.client, rows[self.client][:]), f"column {self.client!r}")
         kinds = strings(self.path, self.kind, rows[self.kind][:]) if self.kind else [""] * len(rows)
         parts = divide(kinds, self.clients, self.partition, self.alpha, self.kinds_per_client, seed)
         digits = max(2, len(str(self.clients - 1)))

@@ -6,7 +6,6 @@ is refused with the column and the row; nothing is dropped silently, and only wh
 
 import csv
 import difflib
-import hashlib
 import json
 import math
 import random
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from consilium.data.sets import digest, is_directory, is_hub_name, located, rows_of
 from consilium.data.task import ClientData, Federation, Form, Metric, Split, Task
 from consilium.errors import ConfigError, DataError
 
@@ -31,9 +31,10 @@ class TextFileData:
     """Clients whose data lies in one file.
 
     Args:
-        path: a .csv, .tsv, .jsonl, .ndjson or .parquet file.
+        path: a .csv, .tsv, .jsonl, .ndjson or .parquet file; or a directory of `datasets`, or owner/name on the hub,
+            whose splits are joined, and dealt anew.
         text: column of the input text.
-        target: column of the label (classification) or of the answer (text-to-text).
+        target: column of the label (classification; `--data.label` is taken too) or of the answer (text-to-text).
         form: "classification" or "text-to-text".
         task: name of the task; also the beginning of the clients' ids when there is no client column.
         client: column that says which client a row belongs to; "" deals the rows by `partition`.
@@ -72,7 +73,7 @@ class TextFileData:
     smallest: int = 2
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path).expanduser().absolute())  # a run may be resumed elsewhere
+        object.__setattr__(self, "path", located(self.path))
         if self.form not in ("classification", "text-to-text"):
             raise ConfigError(f"form {self.form!r}: use classification or text-to-text")
         if self.partition not in ("iid", "dirichlet", "pathological"):
@@ -121,7 +122,7 @@ class TextFileData:
             used, _, common = cut(used, texts, 0, self.test, random.Random(f"{seed}:common"))
             random.Random(f"{seed}:deal").shuffle(common)
         owners = [columns[self.client][row] for row in used] if self.client else []
-        parts = by_client(owners, self.client) if self.client else self._divide(used, targets, seed)
+        parts = by_client(owners, f"column {self.client!r}") if self.client else self._divide(used, targets, seed)
         held = {name: [used[i] for i in part] for name, part in parts.items()}
         clients, skipped, left_out = {}, {}, {}
         for place, (name, rows) in enumerate(held.items()):
@@ -146,9 +147,8 @@ class TextFileData:
         `load` adds "used", the rows that `where` and `rows` leave, and "left_out": client -> rows of labels too rare
         there to be trained and tested.
         """
-        digest = hashlib.sha256(Path(self.path).read_bytes()).hexdigest()
         chosen = {k: getattr(self, k) for k in ("text", "target", "client", "form", "partition", "where")}
-        return {"type": "TextFileData", "path": str(self.path), "sha256": digest, "rows": rows, **chosen}
+        return {"type": "TextFileData", "path": str(self.path), "sha256": digest(self.path), "rows": rows, **chosen}
 
     def _check_labels(self, targets: Sequence[str]) -> None:
         for row, target in enumerate(targets if self.labels else ()):
@@ -221,16 +221,19 @@ def read_columns(path: Path, wanted: Sequence[str]) -> dict[str, list[str]]:
 
 
 def read_rows(path: Path, wanted: Sequence[str]) -> Any:
-    """The file as a `datasets.Dataset` that has the wanted columns.
+    """The file, directory of `datasets` or data set on the hub as a `datasets.Dataset` that has the wanted columns.
 
     Raises DataError for a missing or unreadable file, an unknown ending, no rows, or a missing column (with what there
     is).
     """
-    if not path.is_file():
-        raise DataError(f"{path} is not a file; give a {', '.join(_READERS)} file")
-    if path.suffix.lower() not in _READERS:
+    if is_directory(path) or is_hub_name(path):
+        rows = rows_of(path)
+    elif not path.is_file():
+        raise DataError(f"{path} is not a file; give a {', '.join(_READERS)} file, or a directory of `datasets`")
+    elif path.suffix.lower() not in _READERS:
         raise DataError(f"{path.name} ends in {path.suffix!r}; readable are {', '.join(_READERS)}")
-    rows = _open(path)
+    else:
+        rows = _open(path)
     for column in wanted:
         if column not in rows.column_names:
             close = difflib.get_close_matches(column, rows.column_names, 1)
@@ -299,17 +302,17 @@ def strings(path: Path, column: str, values: Sequence[Any]) -> list[str]:
     return [v.strip() if isinstance(v, str) else json.dumps(v) for v in values]
 
 
-def by_client(owners: Sequence[str], column: str) -> dict[str, list[int]]:
-    """Client id -> places of its rows, by the values of a client column.
+def by_client(owners: Sequence[str], where: str) -> dict[str, list[int]]:
+    """Client id -> places of its rows, by the client's name in each row, which stands `where`.
 
-    Raises DataError when two values become one id.
+    Raises DataError when two names become one id.
     """
     from consilium.data.partition import divide_by_client
 
     parts = divide_by_client(owners)
     held = {_client_id(name): part for name, part in parts.items()}
     if len(held) < len(parts):
-        raise DataError(f"column {column!r} has client names that differ only in characters not allowed")
+        raise DataError(f"{where} has client names that differ only in characters not allowed")
     return held
 
 

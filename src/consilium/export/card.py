@@ -2,12 +2,15 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from consilium.experiment import Experiment
 from consilium.export.deployed import Deployed
 from consilium.moe.families import Family
 
-__all__ = ["card"]
+__all__ = ["card", "private"]
 
 TAGS = {
     "classification": "text-classification",
@@ -62,15 +65,14 @@ def _origin(deployed: Deployed, family: Family) -> str:
     many = f" of {deployed.clients} clients" if deployed.clients else ""
     return (
         f"`{base}` ({family.name}), fine-tuned by {method} in {deployed.rounds} rounds{many} with Consilium: "
-        f"the data stayed with the clients. {_private(deployed)}"
+        f"the data stayed with the clients. {private(deployed.privacy, experiment)}"
     )
 
 
-def _private(deployed: Deployed) -> str:
-    """What was spent of privacy."""
-    told = deployed.privacy
+def private(told: Mapping[str, Any] | None, experiment: Experiment) -> str:
+    """What was spent of privacy, as the summary tells it."""
     if not told:
-        if deployed.experiment.privacy.noise:
+        if experiment.privacy.noise:
             return "Client-level differential privacy was used; the server's summary.json tells what was spent."
         return "No differential privacy was used."
     spent = f"epsilon {told['epsilon']:.4g} at delta {told['delta']:.4g}"

@@ -1,7 +1,8 @@
-"""A client's own small model as a directory: model.safetensors (a state dict), config.json, a card.
+"""A client's own small model as a directory: model.safetensors (a state dict), config.json, model.pt2, a card.
 
 What is saved is the model that the client's half scores at the end of the run: its extractor and head, or with pFedMoE
-the mixture of the shared and its own extractor. transformers knows no such model: `load` reads it back.
+the mixture of the shared and its own extractor. transformers knows no such model. model.pt2 is the whole of it as
+`torch.export` writes it, which plain torch loads; `load` reads the other two, where this package is installed.
 """
 
 import json
@@ -15,16 +16,22 @@ from torch import Tensor, nn
 
 from consilium.algorithms.pfedmoe import Mixture
 from consilium.core import ClientContext, derive_seed
+from consilium.data.arrays import ImageData
+from consilium.data.encode import encode
+from consilium.data.pixels import stack
+from consilium.data.task import Split, Task
+from consilium.data.tensor import TensorSplit, of_texts
 from consilium.engine.rounds import tested
 from consilium.errors import ConfigError
-from consilium.experiment import from_json, to_json
+from consilium.experiment import Experiment, from_json, to_json
+from consilium.export.card import private
 from consilium.export.deployed import Finished
 from consilium.export.folder import USE, new_folder
 from consilium.models.cohort import SplitModel
 from consilium.models.encoders import is_function
 from consilium.setup import Setup
 
-__all__ = ["load", "write"]
+__all__ = ["Small", "load", "write"]
 
 
 @dataclass(frozen=True)
@@ -73,9 +80,86 @@ def write(out: Path, run: Finished, client: str | None) -> list[str]:
     with new_folder(out) as folder:
         save_file({key: t.contiguous() for key, t in model.state_dict().items()}, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(told, indent=1) + "\n")
+        x = setup.encode(context, data.test).batch([0, 0], context.device)["x"]
+        why_not = _exported(load(folder, own_code=True), x, folder)  # what has just run is the user's own
         (folder / USE).write_text(json.dumps({"format": "cohort"}) + "\n")
-        (folder / "README.md").write_text(_card(told, method, client, run.summary["rounds"], score))
-    return [f"{out}: the model of {client} after {run.summary['rounds']} rounds (accuracy {score:.3f})"]
+        spent = private(run.summary.get("privacy"), experiment)
+        (folder / "README.md").write_text(_card(told, method, client, run.summary["rounds"], score, spent, not why_not))
+    notes = [f"{out}: the model of {client} after {run.summary['rounds']} rounds (accuracy {score:.3f})"]
+    notes += [f"note: no model.pt2, torch.export cannot write this model ({why_not})"] if why_not else []
+    tries = {3: "--image FILE", 0: '--text "..."'}.get(len(setup.shape))
+    return notes + ([f"try it: consilium predict {out} {tries}"] if tries else [])
+
+
+class _Logits(nn.Module):
+    """[B, *S] -> logits [B, C], in one call."""
+
+    def __init__(self, model: SplitModel):
+        super().__init__()
+        self.backbone, self.head = model.backbone, model.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x))
+
+
+def _exported(model: SplitModel, x: Tensor, folder: Path) -> str:
+    """Write model.pt2 for any number of examples like x [2, *S]; or say why torch cannot."""
+    if x.dtype == torch.int64:
+        return "how many columns of token ids it reads depends on the texts"
+    try:
+        made = torch.export.export(_Logits(model), (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
+    except Exception as error:
+        return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    made.example_inputs = None  # rows of the client's data; and they would be pickled
+    torch.export.save(made, folder / "model.pt2")
+    return ""
+
+
+@dataclass(frozen=True)
+class Small:
+    """An exported small model, ready to answer."""
+
+    model: SplitModel
+    experiment: Experiment
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, folder: Path) -> "Small":
+        """Raises ConfigError as `load`."""
+        told = json.loads((folder / "config.json").read_text())
+        return cls(load(folder), from_json(told["experiment"]), tuple(told["shape"]))
+
+    def labelled(self, value: str | Path) -> tuple[str, float]:
+        """The most probable label of a text, or of the image in a file, and its probability.
+
+        Raises:
+            ConfigError: for a model that reads neither, or an image of another shape. DataError: for a broken file.
+        """
+        x = self._image(Path(value)) if self.shape else self._text(str(value))
+        with torch.inference_mode():
+            p_C = self.model.head(self.model.backbone(x))[0].softmax(-1)
+        best = int(p_C.argmax())
+        return self.model.labels[best], p_C[best].item()
+
+    def _image(self, path: Path) -> Tensor:
+        data = self.experiment.data
+        if not isinstance(data, ImageData) or len(self.shape) != 3:
+            raise ConfigError("this model reads rows of numbers; consilium.export.cohort.load gives it to you")
+        colours, height, width = self.shape
+        x = torch.from_numpy(stack(1, [(str(path), path)], data.size))
+        if x.shape[2:] != (height, width) or x.shape[1] > colours:
+            was = f"{x.shape[3]} x {x.shape[2]} pixels, {'grey' if x.shape[1] == 1 else 'in colour'}"
+            kind = "grey" if colours == 1 else "in colour"
+            raise ConfigError(f"{path} is {was}; the model was trained on {width} x {height}, {kind}")
+        split = TensorSplit(x.expand(1, colours, height, width), torch.zeros(1).long(), torch.tensor([0]), ("",))
+        return split.batch([0], torch.device("cpu"))["x"]
+
+    def _text(self, text: str) -> Tensor:
+        labels, fit = self.model.labels, self.experiment.fit
+        task = Task(self.model.task, "classification", labels, "accuracy")
+        tokens = encode(Split([text], [labels[0]]), task, self.experiment.model.tokenizer(), "classification",
+                        fit.max_length, fit.target_length)  # fmt: skip
+        return of_texts(tokens, labels, fit.max_length).x
 
 
 def load(folder: Path, own_code: bool = False) -> SplitModel:
@@ -113,19 +197,20 @@ def _score(model: SplitModel, setup: Setup, context: ClientContext) -> float:
     return evaluate(model, setup.encode(context, context.data.test), context, setup)
 
 
-def _card(told: dict[str, Any], method: str, client: str, rounds: int, score: float) -> str:
+def _card(told: dict[str, Any], method: str, client: str, rounds: int, score: float, private: str, plain: bool) -> str:
     labels, shape = told["labels"], ", ".join(map(str, told["shape"])) or "tokens"
     kind = {3: "image-classification", 0: "text-classification"}.get(len(told["shape"]), "tabular-classification")
+    use = _plain(told) if plain else _packaged(shape)
     return f"""---
-library_name: consilium
+library_name: {"pytorch" if plain else "consilium"}
 pipeline_tag: {kind}
 tags: ["consilium", "federated-learning"]
 ---
 
 # {told["experiment"]["name"]}: the model of client {client}
 
-`{told["architecture"]}` trained by {method} in {rounds} rounds with Consilium; the data stayed with the clients. No
-differential privacy was used.
+`{told["architecture"]}` trained by {method} in {rounds} rounds with Consilium; the data stayed with the clients.
+{private}
 
 | | |
 |---|---|
@@ -133,7 +218,11 @@ differential privacy was used.
 | Input | {" x ".join(map(str, told["shape"])) or "token ids"}, made as in training |
 | Accuracy | {score:.3f} on its own test examples |
 
-```python
+{use}"""
+
+
+def _packaged(shape: str) -> str:
+    return f"""```python
 from pathlib import Path
 from consilium.export.cohort import load
 
@@ -141,3 +230,21 @@ model = load(Path("DIR"))
 print([model.labels[i] for i in model.head(model.backbone(x)).argmax(-1)])  # x: [B, {shape}]
 ```
 """
+
+
+def _plain(told: dict[str, Any]) -> str:
+    """The lines that load it in plain torch; of an image, from the file on."""
+    shape, lines = told["shape"], ["import json", "from pathlib import Path", "", "import torch"]
+    reading: list[str] = []
+    if len(shape) == 3 and told["experiment"]["data"]["type"] == "ImageData":
+        lines = ["import json", "from pathlib import Path", "", "import numpy as np", "import torch"]
+        size, mode = told["experiment"]["data"]["size"], "L" if shape[0] == 1 else "RGB"
+        lines += ["from PIL import Image, ImageOps" if size else "from PIL import Image"]
+        fit = f"ImageOps.fit(image, ({size}, {size}), Image.Resampling.BILINEAR)"
+        back = "[None, None]" if shape[0] == 1 else ".transpose(2, 0, 1)[None]"
+        reading = [f'image = Image.open("...").convert("{mode}")', *([f"image = {fit}"] if size else [])]
+        reading += [f"x = torch.from_numpy(np.array(image, np.float32){back} / 127.5 - 1)"]
+    code = [*lines, "", 'model = torch.export.load("DIR/model.pt2").module()']
+    code += ['labels = json.loads(Path("DIR/config.json").read_text())["labels"]', *reading]
+    code += [f"print([labels[i] for i in model(x).argmax(-1)])  # x: [B, {', '.join(map(str, shape))}]"]
+    return "```python\n" + "\n".join(code) + "\n```\n"

@@ -69,25 +69,41 @@ def _tries(kind: str, folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Predict:
-    """Labels (task, label, probability, text) or generated texts of an exported model, a line per text.
+    """Labels (task, label, probability, text) or generated texts of an exported model, a line per text or image.
 
     Args:
         folder: what `consilium export` wrote.
         text: a text in quotes, as often as you like; none: the lines of standard input.
+        image: a file, likewise, of a model of images.
         tokens: generated at most; default: as in training.
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
     text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    image: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     tokens: int | None = None
 
     def lines(self) -> Iterator[str]:
-        """One line per text and task."""
+        """One line per text and task, or per image."""
+        from consilium.export.folder import use_of
         from consilium.export.predict import Taken
 
         _positive(self.tokens)
+        lines = (line.rstrip("\n") for line in sys.stdin if line.strip())
+        if use_of(self.folder)["format"] == "cohort":
+            from consilium.export.cohort import Small
+
+            small = Small.of(self.folder)
+            if self.text if small.shape else self.image:
+                raise ConfigError(f"{self.folder} reads {'images: --image FILE' if small.shape else 'texts: --text'}")
+            for value in self.text or self.image or lines:
+                label, probability = small.labelled(value)
+                yield f"{label}\t{probability:.3f}\t{' '.join(str(value).split())[:60]}"
+            return
         taken = Taken.of(self.folder)
-        for text in self.text or (line.rstrip("\n") for line in sys.stdin if line.strip()):
+        if self.image:
+            raise ConfigError(f"{self.folder} reads texts: --text")
+        for text in self.text or lines:
             if taken.kind != "classification":
                 yield " ".join(taken.written(text, self.tokens).split())
                 continue

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -38,7 +38,7 @@ from consilium.moe.model import TaskModel
 from consilium.moe.uniform import uniform
 from consilium.params import Params
 
-__all__ = ["Format", "new_folder", "write"]
+__all__ = ["Format", "new_folder", "use_of", "write"]
 
 Format = Literal["transformers", "adapter", "consilium"]
 USE = "consilium.json"
@@ -68,6 +68,14 @@ def new_folder(out: Path, keep: bool = True) -> Iterator[Path]:
             made.replace(out.absolute())
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def use_of(folder: Path) -> dict[str, Any]:
+    """What consilium.json of an exported folder says. Raises ConfigError for another folder."""
+    try:
+        return json.loads((folder / USE).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} is not what `consilium export` makes: {USE} {type(error).__name__}") from error
 
 
 def write(out: Path, deployed: Deployed, format: Format) -> list[str]:

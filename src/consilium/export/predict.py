@@ -14,7 +14,7 @@ from consilium.data.causal import encode_language
 from consilium.data.encode import Encoded, encode
 from consilium.data.task import Split, Task
 from consilium.errors import ConfigError, ModelError
-from consilium.export.folder import USE
+from consilium.export.folder import use_of
 from consilium.moe.build import ModelSource
 from consilium.moe.files import load_sub_moe
 from consilium.moe.model import TaskModel
@@ -51,14 +51,11 @@ class Taken:
     @classmethod
     def of(cls, folder: Path) -> "Taken":
         """Raises ConfigError for a folder that `consilium export` has not made, or adapters without their base."""
-        try:
-            use = json.loads((folder / USE).read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{folder} is not what `consilium export` makes: {USE} {type(error).__name__}") from error
+        use = use_of(folder)
         if use["format"] == "adapter":
             raise ConfigError(f"{folder} holds adapters alone; its README.md says how PEFT loads them on their base")
         if use["format"] == "cohort":
-            raise ConfigError(f"{folder} holds a model of images or tables: consilium.export.cohort.load reads it")
+            raise ConfigError(f"{folder} holds a small model: use `consilium predict {folder}`")
         if use["format"] == "consilium":
             source, model, _ = load_sub_moe(folder)
             models = {model.task: model}

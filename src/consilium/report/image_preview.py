@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from consilium.data.arrays import ImageData
-from consilium.data.images import is_hub_name
+from consilium.data.sets import is_directory, is_hub_name, open_set
 from consilium.data.task import Federation
 from consilium.errors import ConfigError
 from consilium.report.preview import Preview, counts_of
@@ -19,8 +19,14 @@ ROLES = ("image", "label", "client")
 
 
 def holds_images(path: Path) -> bool:
-    """Whether `consilium data` takes a path for images: a directory, .npz, a name, a table with a column of bytes."""
-    if str(path) == "digits" or path.is_dir() or path.suffix.lower() == ".npz" or is_hub_name(path):
+    """Whether `consilium data` takes a path for images: a directory, .npz, a data set or table with such a column."""
+    if is_directory(path) or is_hub_name(path):
+        from datasets import Dataset, Image
+
+        found = open_set(path)
+        features = (found if isinstance(found, Dataset) else next(iter(found.values()))).features
+        return any(isinstance(kind, Image) for kind in features.values())
+    if str(path) == "digits" or path.is_dir() or path.suffix.lower() == ".npz":
         return True
     if path.suffix.lower() != ".parquet" or not path.is_file():
         return False

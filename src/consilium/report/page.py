@@ -104,7 +104,7 @@ dt{font-weight:600}
 dd{margin:0 0 8px;color:var(--muted);max-width:88ch}
 footer{color:var(--muted);font-size:.86rem;padding-bottom:40px;margin-top:36px}
 @media (max-width:560px){
- tbody th{white-space:normal;min-width:14ch;max-width:40vw}
+ tbody th{white-space:normal;min-width:14ch;max-width:40vw;overflow-wrap:anywhere}
  th,td{padding:5px 8px}h2{margin-top:36px}.card b{font-size:1.25rem}
  .cards{grid-template-columns:repeat(2,minmax(0,1fr))}}
 """

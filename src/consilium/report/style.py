@@ -177,7 +177,8 @@ def clean_axes(axes: Axes, grid: str = "y", size: float = 10.5) -> None:
 
 def round_ticks(most: int, integer: bool = False) -> MaxNLocator:
     """At most so many intervals between ticks, at steps that people count in: 1, 2, 2.5, 5, 10."""
-    return MaxNLocator(most, steps=[1, 2, 5, 10] if integer else [1, 2, 2.5, 5, 10], integer=integer)
+    steps = [1, 2, 5, 10] if integer else [1, 2, 2.5, 5, 10]
+    return MaxNLocator(most, steps=steps, integer=integer, min_n_ticks=1 if integer else 2)
 
 
 def shorten(text: str, limit: int) -> str:

@@ -1,0 +1,88 @@
+"""Data sets of the library `datasets`: directories that `save_to_disk` wrote, owner/name on the hub or in its cache."""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+from consilium.errors import DataError
+
+__all__ = ["digest", "is_directory", "is_hub_name", "located", "open_set", "rows_of"]
+
+_FILES = {
+    ".npz", ".parquet", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".gz", ".zip", ".tar", ".bin", ".pkl",
+    ".png", ".jpg", ".jpeg", ".bmp", ".webp", ".pgm", ".ppm", ".tif", ".tiff",
+}  # fmt: skip
+_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def is_hub_name(path: Path) -> bool:
+    """Whether a path that is not there has the form owner/name."""
+    return bool(_HUB.fullmatch(str(path))) and path.suffix.lower() not in _FILES and not path.exists()
+
+
+def is_directory(path: Path) -> bool:
+    """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote it."""
+    return any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
+
+
+def located(path: Path | str) -> Path:
+    """A path as a data source keeps it: absolute, as a run may be resumed elsewhere; a hub name as it is."""
+    path = Path(path).expanduser()
+    return path if is_hub_name(path) else path.absolute()
+
+
+def open_set(path: Path) -> Any:
+    """The `datasets.Dataset`, or the `DatasetDict` of its splits.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    from datasets import load_dataset, load_from_disk
+    from datasets.exceptions import DatasetGenerationError
+
+    if is_directory(path):
+        try:
+            return load_from_disk(str(path))
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"{path} cannot be read as a datasets directory: {_line(error)}") from error
+    try:
+        return load_dataset(str(path))
+    except (OSError, ValueError, RuntimeError, DatasetGenerationError) as error:
+        raise DataError(
+            f"{path} is neither a file or directory here nor a data set on the hub: {_line(error)}"
+        ) from error
+
+
+def rows_of(path: Path) -> Any:
+    """All splits one after the other as one `datasets.Dataset`, with the names of classes in place of their numbers.
+
+    Raises:
+        DataError: as `open_set`, or if the splits differ in their columns.
+    """
+    from datasets import ClassLabel, Dataset, concatenate_datasets
+
+    found = open_set(path)
+    try:
+        rows = found if isinstance(found, Dataset) else concatenate_datasets(list(found.values()))
+    except ValueError as error:
+        raise DataError(f"the splits of {path} differ in their columns: {_line(error)}") from error
+    names = rows.column_names
+    for name, kind in list(rows.features.items()):
+        if isinstance(kind, ClassLabel):
+            values = [None if v is None or v < 0 else kind.int2str(v) for v in rows[name][:]]
+            rows = rows.remove_columns(name).add_column(name, values)
+    return rows.select_columns(names)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, or of the files of a directory in the order of their names; "" of a name on the hub."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    found = hashlib.sha256()
+    for file in files:
+        found.update(file.read_bytes())
+    return found.hexdigest() if files else ""
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
