@@ -18,6 +18,7 @@ from consilium.data.docstrings import DocstringData
 from consilium.data.language import LanguageData
 from consilium.data.textfile import TextFileData
 from consilium.errors import ConfigError
+from consilium.machine import cores
 from consilium.models.cohort import Cohort
 from consilium.moe.budget import bytes_of
 from consilium.moe.build import ModelSource
@@ -195,8 +196,8 @@ class Experiment:
             suited = IN_STEP if small else 1
         else:
             said = os.environ.get("OMP_NUM_THREADS", "")
-            cores = max(int(said), 1) if said.isdecimal() else len(os.sched_getaffinity(0))
-            suited = cores if small and self.threads == 1 else 1
+            many = max(int(said), 1) if said.isdecimal() else cores()
+            suited = many if small and self.threads == 1 else 1
         return min(self.workers or suited, self.sampling.clients_per_round)
 
     def setup(
