@@ -185,7 +185,7 @@ def _continue(folder: Path, watch: Watch | None, prepare: Callable[[Experiment],
     read_config(folder)
     with _locked(folder):
         config = read_config(folder)
-        if config["status"] == "finished":
+        if config["status"] == "finished" and (folder / "summary.json").exists():
             return _read_json(folder / "summary.json")
         fingerprint = _read_json(folder / "partition.json").get("fingerprint")
         prepared = prepare(from_json(config["experiment"]))
@@ -214,6 +214,11 @@ def _check_unchanged(begun: Mapping[str, Any], prepared: "_Prepared") -> None:
             f"the run was begun with other settings: {changed}; put them back in config.json, or start a new run "
             f"(only {', '.join(MAY_CHANGE)} may change)"
         )
+    if begun.get("data", data := prepared.partition["fingerprint"]) != data:
+        raise CheckpointError(
+            f"the data has changed since the run began (fingerprint {data[:12]}, was {begun['data'][:12]}), and "
+            "partition.json with it; start a new run"
+        )
     if begun["model"] != (model := prepared.experiment.model.fingerprint):
         raise CheckpointError(
             f"the model has changed since the run began ({model[:19]}, was {begun['model'][:19]}): other "
@@ -228,8 +233,10 @@ def _check_unchanged(begun: Mapping[str, Any], prepared: "_Prepared") -> None:
 
 
 def _check_room(folder: Path, prepared: "_Prepared") -> None:
-    """Raise ConfigError unless the disk has room for three checkpoints: two that are kept, and one being written."""
-    need = 3 * prepared.server.state().nbytes
+    """Raise ConfigError unless the disk has room for three checkpoints: two that are kept, and one being written. Those
+    that are there already need none."""
+    there = sum(path.stat().st_size for path in folder.glob("checkpoints/*.safetensors"))
+    need = 3 * prepared.server.state().nbytes - there
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(there).free
     if free < need:
@@ -239,7 +246,7 @@ def _check_room(folder: Path, prepared: "_Prepared") -> None:
 
 
 def _refuse_run(folder: Path) -> None:
-    if (folder / "config.json").exists():
+    if (folder / "config.json").exists() or any(folder.glob("checkpoints/*.safetensors")):
         raise ConfigError(f"{folder} already holds a run: resume it, or choose another --name or --out")
     if any(folder.glob("*/config.json")):
         raise ConfigError(f"{folder} holds a comparison of runs; choose another --name or --out")
@@ -271,6 +278,7 @@ class _Prepared:
         return {
             "experiment": to_json(self.experiment),
             "model": self.experiment.model.fingerprint,
+            "data": self.partition["fingerprint"],
             "versions": _versions(),
         }
 
@@ -533,22 +541,40 @@ def _truncate(folder: Path, first: int) -> dict[str, Any]:
     for name in ("metrics.jsonl", "events.jsonl"):
         path = folder / name
         if path.exists():
-            kept = [line for line in path.read_text().splitlines(keepends=True) if _before(line, first)]
-            write_atomic(path, "".join(kept).encode())
+            lines = path.read_bytes().splitlines(keepends=True)
+            told = [_told(path, number, line, len(lines)) for number, line in enumerate(lines, 1)]
+            kept = [line for line, what in zip(lines, told, strict=True) if what and _before(what, first)]
+            write_atomic(path, b"".join(kept))
+    if (found := [record["round"] for record in records(folder)]) != list(range(1, first)):
+        raise CheckpointError(
+            f"{folder / 'metrics.jsonl'} tells of the rounds {found}, committed are 1 to {first - 1}: a part of it is "
+            "lost; put the file back"
+        )
     path = folder / "structure.json"
     structure = {"blocks": {}, "rounds": {}, "usage": {}, "trained": {}}
     if path.exists():
-        structure = json.loads(path.read_text())
+        structure = _read_json(path)
         structure["rounds"] = {r: held for r, held in structure["rounds"].items() if int(r) < first}
     return structure
 
 
-def _before(line: str, first: int) -> bool:
-    """Whether what a line tells is past: of a round that was committed, or an abandoned one of the round to come."""
+def _told(path: Path, number: int, line: bytes, last: int) -> dict[str, Any] | None:
+    """What a line of a .jsonl file tells; None: the torn last line of a killed run.
+
+    Raises:
+        CheckpointError: for any other line that cannot be read.
+    """
     try:
         told = json.loads(line)
-    except json.JSONDecodeError:  # the torn last line of a killed run
-        return False
+        return {**told, "round": int(told["round"])}
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        if number == last:
+            return None
+        raise CheckpointError(f"{path}:{number} cannot be read ({type(error).__name__}); put the file back") from error
+
+
+def _before(told: Mapping[str, Any], first: int) -> bool:
+    """Whether what a line tells is past: of a round that was committed, or an abandoned one of the round to come."""
     return told["round"] < first or (told["round"] == first and bool(told.get("abandoned")))
 
 
@@ -691,7 +717,14 @@ def _check_device(name: str) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time in a run directory; the lock goes with the process, however it ends."""
+    """One process at a time in a run directory; the lock goes with the process, however it ends.
+
+    Raises:
+        CheckpointError: if there is another, or a part of the directory lies elsewhere: what is written and removed
+            there would be so outside of it.
+    """
+    if link := next((path for path in folder.rglob("*") if path.is_symlink()), None):
+        raise CheckpointError(f"{link} is a symbolic link, which a run directory must not hold; link to all of it")
     with (folder / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
