@@ -9,6 +9,7 @@ import re
 import threading
 from pathlib import Path
 
+import httpx
 import loopback
 import pytest
 import runs
@@ -308,6 +309,74 @@ def test_a_second_answer_counts_for_nothing(toys, grid, tmp_path):
     assert twice["summary"]["weights"] == once["summary"]["weights"]
 
 
+def test_who_is_slower_than_enough_others_is_not_waited_for(toys, grid, tmp_path):
+    """Nodes answer in the order in which they were asked; the third answers a round later, and counts for nothing."""
+    made = dataclasses.replace(toys, wire=Wire(deadline=600, enough=2))
+    run(made, tmp_path / "run")
+    records = metrics(tmp_path / "run")
+    slow = {"site-2": "the round had 2 answers before (wire.enough)"}
+    assert [m["missing"] for m in records] == [slow] * 4 and [m["ledger"]["ok"] for m in records] == [2] * 4
+    assert [m["late"] for m in records] == [{}, *({"site-2": [n]} for n in (1, 2, 3))]
+    assert all(len(m["test"]) == 3 for m in records)
+    grid.silent.add(("train", 100))
+    run(dataclasses.replace(made, wire=Wire(deadline=0.2)), tmp_path / "without")
+    assert (
+        runs.outcome(tmp_path / "run")["summary"]["weights"] == runs.outcome(tmp_path / "without")["summary"]["weights"]
+    )
+
+
+def broken(grid, monkeypatch, call, times, code=500):
+    """The first calls are answered with an error of the server's own, as while its database is locked."""
+    real, left = getattr(grid, call), [times]
+
+    def answer(*args):
+        if left[0] > 0:
+            left[0] -= 1
+            request = httpx.Request("POST", "http://127.0.0.1")
+            raise httpx.HTTPStatusError("locked", request=request, response=httpx.Response(code, request=request))
+        return real(*args)
+
+    monkeypatch.setattr(grid, call, answer)
+    return left
+
+
+@pytest.mark.parametrize("call", ["get_nodes", "push_messages", "pull_messages"])
+def test_a_server_that_fails_for_a_while_costs_nothing(toys, grid, tmp_path, monkeypatch, call):
+    run(toys, tmp_path / "whole")
+    monkeypatch.setattr("consilium.engine.flower.patience.exponential", lambda **_: iter(lambda: 0.001, None))
+    left = broken(grid, monkeypatch, call, 5)
+    run(dataclasses.replace(toys, wire=Wire(deadline=60)), tmp_path / "run")
+    assert left == [0]
+    assert runs.outcome(tmp_path / "run")["metrics"] == runs.outcome(tmp_path / "whole")["metrics"]
+
+
+def test_a_server_that_goes_on_failing_is_counted_and_then_an_error(toys, grid, tmp_path, monkeypatch):
+    """A message that is not taken is one client's; where nobody can be asked who is there, the run ends, resumable."""
+    monkeypatch.setattr("consilium.engine.flower.patience.PATIENCE", 0.05)
+    real = grid.push_messages
+
+    def refuse(*_):
+        request = httpx.Request("POST", "http://127.0.0.1")
+        raise httpx.HTTPStatusError("locked", request=request, response=httpx.Response(500, request=request))
+
+    def push(messages):
+        told = messages[0].metadata
+        return refuse() if (told.message_type, told.dst_node_id) == ("train", ONE) else real(messages)
+
+    monkeypatch.setattr(grid, "push_messages", push)
+    run(dataclasses.replace(toys, rounds=1), tmp_path / "run")
+    assert metrics(tmp_path / "run")[0]["missing"] == {"site-0": "its message was not taken"}
+    monkeypatch.setattr(grid, "get_nodes", refuse)
+    with pytest.raises(RoundError, match="Flower's server does not say which sites are connected: locked"):
+        run(dataclasses.replace(toys, rounds=1), tmp_path / "none")
+
+
+def test_an_error_that_is_ours_is_not_tried_again(toys, grid, tmp_path, monkeypatch):
+    broken(grid, monkeypatch, "push_messages", 1, code=400)
+    with pytest.raises(httpx.HTTPStatusError):
+        run(dataclasses.replace(toys, rounds=1), tmp_path / "run")
+
+
 def put(record, key, value):
     return lambda content: content[record].__setitem__(key, value)
 
@@ -340,7 +409,7 @@ def blob(group, payload):
         (put("engine", "protocol", 7), "it answers protocol 7, this is protocol 1"),
         (put("engine", "run", "other"), "it answers run 'other', this is run ''"),
         (put("engine", "config", "0" * 16), "it answers config '0000000000000000', this is config '"),
-        (put("engine", "rejected", "x " * 10**6), "^x x x"),
+        (put("engine", "rejected", "x " * 10**5), "^x x x"),
     ],
 )
 def test_a_malformed_reply_is_rejected_whole(toys, grid, tmp_path, spoil, reason):
@@ -403,6 +472,19 @@ def test_a_larger_reply_than_the_cap_is_rejected(toys, grid, tmp_path):
     grid.spoil["train", ONE] = blob("x", Payload({"x": {"w": torch.zeros(2000)}}))
     run(dataclasses.replace(toys, rounds=1, wire=Wire(deadline=0.2, cap="1KB")), tmp_path / "run")
     assert "8.5 kB, allowed are 1.0 kB (wire.cap)" in metrics(tmp_path / "run")[0]["clients"]["site-0"]["rejected"]
+
+
+def test_scalars_are_bounded_too(toys, grid, tmp_path):
+    grid.spoil["train", ONE] = put("scalars", "report/x", "x" * 16_000_001)
+    run(dataclasses.replace(toys, rounds=1), tmp_path / "run")
+    assert "scalars are 16.0 MB, allowed are 16.0 MB" in metrics(tmp_path / "run")[0]["clients"]["site-0"]["rejected"]
+
+
+def test_the_record_takes_a_hundred_numbers_of_a_reply(toys, grid, tmp_path):
+    grid.spoil["train", ONE] = lambda content: content["scalars"].update({f"report/\x1b{n}": n for n in range(1000)})
+    run(dataclasses.replace(toys, rounds=1), tmp_path / "run")
+    told = metrics(tmp_path / "run")[0]["clients"]["site-0"]
+    assert told["rejected"] is None and len(told["report"]) == 100 and "?7" in told["report"]
 
 
 def test_a_node_that_says_nonsense_of_itself_is_not_taken(toys, grid, tmp_path):
