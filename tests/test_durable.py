@@ -194,6 +194,15 @@ def test_a_run_does_not_begin_where_three_checkpoints_have_no_room(short, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_does_not_begin_where_the_memory_is_too_small(short, tmp_path, monkeypatch):
+    import consilium.run as module
+
+    monkeypatch.setattr(module, "free_memory", lambda: 1000)
+    with pytest.raises(ConfigError, match=r"has 1\.0 kB of memory free, merging and saving the model take [\d.]+ .B "):
+        run(short[0], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_a_killed_process_left_is_removed(copy, short):
     litter = [copy / "checkpoints/.round-00004.safetensors.tmp", copy / "clients/site-0/.round-00004.safetensors.tmp"]
     litter += [copy / ".config.json.tmp", copy / ".replies-abc/site-0/0"]

@@ -36,6 +36,11 @@ from consilium.run import read_config, serve
 
 __all__ = ["Limits", "child", "client", "flower_environment", "listening", "program", "server", "server_app"]
 
+RESTARTS = 3
+"""Times that a server starts Flower's processes again when one of them was killed."""
+STOPPED = "stopped"
+"""In Flower's folder: why the run ended by itself, so that nobody starts it again."""
+
 WITH_PARENT = functools.partial(end_with_parent, signal.SIGTERM)
 
 # --- the server -----------------------------------------------------------------------------------------------------
@@ -52,6 +57,8 @@ def server(
 ) -> None:
     """Run an experiment over sites, or go on with it: a SuperLink, the sites' keys, one run; all gone afterwards.
 
+    If one of Flower's processes is killed on the way, all are started again and the run goes on, `RESTARTS` times.
+
     Args:
         folder: the run directory; Flower's own files lie beside it, in `<name>.flower`.
         sites: who takes part. address: host:port to listen on.
@@ -63,30 +70,32 @@ def server(
         RoundError: if the run did not come to its end.
     """
     host, port = address_of(address)
-    home, keys = (folder.parent / f"{folder.name}.flower").absolute(), keys and keys.absolute()
+    home, keys = _home(folder), keys and keys.absolute()
     if keys:
         owners(keys, sites)
     _write_app(home / "app", experiment, folder, sites, wait, keys)
     environment = flower_environment(home)
     if keys:
         _register(keys, sites, home, environment)
-    with _superlink(host, port, keys, home, environment) as link:
-        out.print(f"listening on {address}; waiting for {', '.join(sites)}", highlight=False, soft_wrap=True)
-        asked = subprocess.Popen(
-            [program("flwr"), "run", str(home / "app"), "run", "--stream"], env=environment, preexec_fn=WITH_PARENT
-        )
-        try:
-            while asked.poll() is None:
-                if link.poll() is not None:
-                    raise RoundError(
-                        f"Flower's SuperLink has ended, see {home / 'superlink.log'}; start again to go on"
-                    )
-                time.sleep(0.5)
-        finally:
-            asked.kill()
-            asked.wait()
-    if not (folder / "config.json").exists() or read_config(folder)["status"] != "finished":
-        raise RoundError(f"the run has not finished, see above; the same command goes on with {folder}")
+    (home / STOPPED).unlink(missing_ok=True)
+    for left in range(RESTARTS, -1, -1):
+        with _superlink(host, port, keys, home, environment) as link:
+            out.print(f"listening on {address}; waiting for {', '.join(sites)}", highlight=False, soft_wrap=True)
+            asked = subprocess.Popen(
+                [program("flwr"), "run", str(home / "app"), "run", "--stream"], env=environment, preexec_fn=WITH_PARENT
+            )
+            try:
+                while asked.poll() is None and link.poll() is None:
+                    time.sleep(0.5)
+            finally:
+                asked.kill()
+                asked.wait()
+        if (folder / "config.json").exists() and read_config(folder)["status"] == "finished":
+            return
+        if (home / STOPPED).exists() or not left:
+            break
+        out.print(f"one of Flower's processes has ended, see {home / 'superlink.log'}; starting them again")
+    raise RoundError(f"the run has not finished, see above; the same command goes on with {folder}")
 
 
 def _write_app(
@@ -121,15 +130,22 @@ def _serve(grid: Any, config: Mapping[str, Any]) -> None:
     """In the process that the SuperLink starts: the rounds."""
     from consilium.watch import Terminal
 
-    experiment, sites = from_json(json.loads(config["experiment"])), config["sites"].split(",")
-    out = Console()
+    out, folder = Console(), Path(config["folder"])
     with Terminal(out) as watch:
         try:
+            experiment, sites = from_json(json.loads(config["experiment"])), config["sites"].split(",")
             keys = owners(Path(config["keys"]), sites) if config["keys"] else {}
-            serve(experiment, Path(config["folder"]), grid, sites, float(config["wait"]), watch, keys)
-        except ConsiliumError as error:
-            out.print(f"consilium: {error}", markup=False, highlight=False, soft_wrap=True)
+            serve(experiment, folder, grid, sites, float(config["wait"]), watch, keys)
+        except Exception as error:
+            write_atomic(_home(folder) / STOPPED, repr(error).encode())
+            if isinstance(error, ConsiliumError):
+                out.print(f"consilium: {error}", markup=False, highlight=False, soft_wrap=True)
             raise
+
+
+def _home(folder: Path) -> Path:
+    """Of Flower's own files, beside a run directory."""
+    return (folder.parent / f"{folder.name}.flower").absolute()
 
 
 server_app = flower_app(_serve)

@@ -24,7 +24,7 @@ def free_memory() -> int:
     told = [line.split() for line in Path("/proc/meminfo").read_text().splitlines()]
     free = [1024 * int(words[1]) for words in told if words[0] == "MemAvailable:"]
     if not free:
-        raise ConfigError("/proc/meminfo does not tell MemAvailable; say how many runs at a time with --jobs")
+        raise ConfigError("/proc/meminfo does not tell MemAvailable: this Linux is too old")
     group = Path("/sys/fs/cgroup")
     with suppress(OSError, ValueError):  # no limit ("max"), or no such control group
         free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))

@@ -48,6 +48,7 @@ from consilium.engine.rounds import Engine, nobody
 from consilium.engine.workers import forked
 from consilium.errors import BudgetError, CheckpointError, ConfigError, DataError, RoundError
 from consilium.experiment import Experiment, differences, from_json, to_json
+from consilium.machine import free_memory
 from consilium.models.cohort import Cohort
 from consilium.moe.budget import bytes_of, human
 from consilium.params import checksum
@@ -57,6 +58,8 @@ __all__ = ["Watch", "check", "read_config", "records", "resume", "run", "serve"]
 
 FAILED = 3
 """A run stops after so many abandoned rounds in a row."""
+GRACE = 60.0
+"""Seconds for which a deployment's server waits for the one before, whose SuperLink was killed, to notice and end."""
 SITES = {"type": "sites"}
 """What a deployment's run says of its data."""
 MAY_CHANGE = ("rounds", "workers", "wire.deadline", "data.path", "model.path")
@@ -165,7 +168,7 @@ def serve(
     if changed := differences(from_json(read_config(folder)["experiment"]), experiment, MAY_CHANGE):
         raise ConfigError(f"{folder} holds another experiment ({changed}); choose another --name or --out")
     token = str(_read_json(folder / "partition.json").get("run"))
-    return _continue(folder, watch, lambda _: _Prepared.across(experiment, roster, sites, wait, token))
+    return _continue(folder, watch, lambda _: _Prepared.across(experiment, roster, sites, wait, token), GRACE)
 
 
 def _new(prepared: "_Prepared", folder: Path, watch: Watch | None) -> dict[str, Any]:
@@ -181,9 +184,12 @@ def _new(prepared: "_Prepared", folder: Path, watch: Watch | None) -> dict[str, 
         return _rounds(prepared, folder, watch)
 
 
-def _continue(folder: Path, watch: Watch | None, prepare: Callable[[Experiment], "_Prepared"]) -> dict[str, Any]:
+def _continue(
+    folder: Path, watch: Watch | None, prepare: Callable[[Experiment], "_Prepared"], grace: float = 0.0
+) -> dict[str, Any]:
+    """Go on with a run. `grace`: seconds to wait for another process that has it."""
     read_config(folder)
-    with _locked(folder):
+    with _locked(folder, grace):
         config = read_config(folder)
         if config["status"] == "finished" and (folder / "summary.json").exists():
             return _read_json(folder / "summary.json")
@@ -233,10 +239,18 @@ def _check_unchanged(begun: Mapping[str, Any], prepared: "_Prepared") -> None:
 
 
 def _check_room(folder: Path, prepared: "_Prepared") -> None:
-    """Raise ConfigError unless the disk has room for three checkpoints: two that are kept, and one being written. Those
-    that are there already need none."""
-    there = sum(path.stat().st_size for path in folder.glob("checkpoints/*.safetensors"))
-    need = 3 * prepared.server.state().nbytes - there
+    """Raise ConfigError unless the memory has room for the model twice, and the disk for three checkpoints.
+
+    Twice: the mean, taken in float64, then a checkpoint's bytes without and with their SHA-256. Three: two that are
+    kept, and one being written; those that are there already need no more.
+    """
+    size = prepared.server.state().nbytes
+    if (free := free_memory()) < 2 * size:
+        raise ConfigError(
+            f"this machine has {human(free)} of memory free, merging and saving the model take {human(2 * size)} "
+            "beside it: end other programs, or take a smaller model"
+        )
+    need = 3 * size - sum(path.stat().st_size for path in folder.glob("checkpoints/*.safetensors"))
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(there).free
     if free < need:
@@ -716,20 +730,25 @@ def _check_device(name: str) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path, grace: float = 0.0) -> Iterator[None]:
     """One process at a time in a run directory; the lock goes with the process, however it ends.
 
     Raises:
-        CheckpointError: if there is another, or a part of the directory lies elsewhere: what is written and removed
-            there would be so outside of it.
+        CheckpointError: if there is another after so many seconds of grace, or if a part of the directory is a link:
+            what is written and removed there would be so elsewhere.
     """
     if link := next((path for path in folder.rglob("*") if path.is_symlink()), None):
         raise CheckpointError(f"{link} is a symbolic link, which a run directory must not hold; link to all of it")
     with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise CheckpointError(f"{folder} is in use by another process") from error
+        end = time.monotonic() + grace
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() >= end:
+                    raise CheckpointError(f"{folder} is in use by another process") from error
+            time.sleep(0.1)
         yield
 
 

@@ -1,12 +1,14 @@
 """The engine over Flower's messages, in this process: the same bits as the local engine, and who was missing."""
 
 import dataclasses
+import itertools
 import json
 import math
 import queue
 import random
 import re
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -244,6 +246,17 @@ def test_the_round_goes_on_without_who_is_missing(toys, grid, tmp_path, fault, r
 def test_a_message_lives_as_long_as_its_round(toys, grid, tmp_path):
     run(toys, tmp_path / "run")
     assert {ttl for kind, _, ttl in grid.log if kind != "query.name"} == {0.2}
+
+
+def test_a_clock_that_jumps_costs_nothing(toys, grid, tmp_path, monkeypatch):
+    """The machine's clock goes an hour ahead and back with every look at it: deadlines are of another one."""
+    run(toys, tmp_path / "whole")
+    real, jumps = time.time, itertools.cycle((3600.0, 0.0, -3600.0))
+    monkeypatch.setattr(time, "time", lambda: real() + next(jumps))
+    run(dataclasses.replace(toys, wire=Wire(deadline=60)), tmp_path / "run")
+    monkeypatch.undo()
+    whole, jumped = runs.outcome(tmp_path / "whole"), runs.outcome(tmp_path / "run")
+    assert jumped["metrics"] == whole["metrics"] and jumped["summary"] == whole["summary"]
 
 
 def test_a_round_without_a_quorum_is_tried_again_then_the_run_stops_and_can_go_on(toys, grid, tmp_path):
