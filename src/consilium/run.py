@@ -193,7 +193,8 @@ def _continue(
         config = read_config(folder)
         if config["status"] == "finished" and (folder / "summary.json").exists():
             return _read_json(folder / "summary.json")
-        fingerprint = _read_json(folder / "partition.json").get("fingerprint")
+        begun = _read_json(folder / "partition.json")
+        fingerprint = begun.get("fingerprint")
         prepared = prepare(from_json(config["experiment"]))
         now = prepared.partition["fingerprint"]
         if fingerprint != now:
@@ -201,6 +202,13 @@ def _continue(
                 f"the data has changed since the run began (fingerprint {now[:12]}, "
                 f"was {str(fingerprint)[:12]}): other packages or another file; start a new run"
             )
+        for client, told in prepared.partition["clients"].items():
+            before, threads = begun["clients"][client].get("threads"), told.get("threads")
+            if before != threads:
+                warnings.warn(
+                    f"site {client} trained with {before} torch threads, now with {threads}: perhaps to other bits",
+                    stacklevel=2,
+                )
         remove_unfinished(folder)
         _check_room(folder, prepared)
         prepared.former += config.get("former_versions", [])
@@ -345,6 +353,7 @@ class _Prepared:
                 "labels": list(d["labels"]),
                 "sizes": dict(zip(("train", "validation", "test"), d["sizes"], strict=True)),
                 "memory_bytes": int(d["memory_bytes"]) or None,
+                **({"threads": int(d["threads"])} if "threads" in d else {}),
                 **({"architecture": str(d["architecture"])} if d["architecture"] else {}),
             }
             for site, d in found.items()

@@ -656,9 +656,8 @@ def test_sites_with_their_own_data_give_the_bits_of_one_machine(method, data, si
     assert over["summary"]["weights"] == local["summary"]["weights"]
     assert over["structure"] == local["structure"] and over["summary"]["tasks"] == local["summary"]["tasks"]
     for site, told in over["partition"]["clients"].items():
-        assert told == {
-            key: local["partition"]["clients"][site][key] for key in ("task", "labels", "sizes", "memory_bytes")
-        }
+        same = ("task", "labels", "sizes", "memory_bytes")
+        assert told == {key: local["partition"]["clients"][site][key] for key in same} | {"threads": 1}
     for i, site in enumerate(NAMES):  # states stay at the sites
         kept = list((tmp_path / f"at-{i}").glob("*/*/round-*"))
         assert bool(kept) == (site in local["summary"]["clients"] and bool(local["summary"]["clients"][site]["state"]))
@@ -679,6 +678,26 @@ def test_a_server_that_starts_again_goes_on_to_the_same_bits(toys, sites, tmp_pa
         runs.outcome(tmp_path / "run")["summary"]["weights"] == runs.outcome(tmp_path / "whole")["summary"]["weights"]
     )
     assert [m["round"] for m in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_a_site_that_trains_with_another_number_of_threads_is_told_of(toys, sites, tmp_path):
+    """It is the site's own to choose, so the run goes on; partition.json says with how many it was begun."""
+    with pytest.raises(KeyboardInterrupt):
+        serve(toys, tmp_path / "run", sites, NAMES, 1.0, Between(_2=interrupt))
+    told = json.loads((tmp_path / "run/partition.json").read_text())["clients"]
+    assert [site["threads"] for site in told.values()] == [1, 1, 1]
+    path = Path(sites.configs[0]["site"])
+    own = json.loads(path.read_text())
+    (again := tmp_path / "again").mkdir()
+    for file in path.parent.glob("data.*"):
+        (again / file.name).write_bytes(file.read_bytes())
+    (again / "site.json").write_text(json.dumps({**own, "experiment": {**own["experiment"], "threads": 2}}))
+    sites.configs[0] = {"site": str(again / "site.json")}
+    try:
+        with pytest.warns(UserWarning, match=rf"site {own['name']} trained with 1 torch threads, now with 2: perhaps"):
+            serve(toys, tmp_path / "run", sites, NAMES, 1.0)
+    finally:
+        torch.set_num_threads(1)
 
 
 def says(sites, node, name):
