@@ -26,6 +26,7 @@ from rich.console import Console
 
 from consilium.certificates import owners
 from consilium.core import CLIENT_ID
+from consilium.engine import again
 from consilium.engine.checkpoint import write_atomic
 from consilium.engine.flower import Limits, save_site
 from consilium.engine.flower import server_app as flower_app
@@ -216,7 +217,7 @@ def listening(link: subprocess.Popen, port: int, log: Path) -> None:
 def client(
     experiment: Experiment, name: str, address: str, keys: Path | None, state: Path, port: int, limits: Limits
 ) -> NoReturn:
-    """Become a SuperNode for this site: this process is replaced by Flower's, until it is ended.
+    """Become a SuperNode for this site: this process is replaced by one that keeps Flower's going, until it is ended.
 
     Args:
         experiment: of which the data, the model, the first memory, the device and the threads are the site's own.
@@ -243,6 +244,7 @@ def client(
         command += ["--root-certificates", str(keys / "ca.crt"), "--auth-supernode-private-key", str(keys / "key")]
     else:
         command += ["--insecure"]
+    command = again.command(command)
     os.execve(command[0], command, flower_environment(state.absolute() / "flower"))
 
 
