@@ -20,9 +20,8 @@ calls = len(list(folder.glob("call-*")))
 threading.Thread(target=time.sleep, args=(600,)).start()
 if sys.argv[2] == "work":
     time.sleep(600)
-if calls == 2:
-    sys.exit(int(sys.argv[2]))
-sys.exit(None)
+codes = sys.argv[2].split(",")
+sys.exit(int(codes[calls]) if codes[calls] else None)
 """
 
 
@@ -30,7 +29,8 @@ sys.exit(None)
 def started(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     (tmp_path / "calls").mkdir()
-    code = "import sys; from consilium.engine import again; again.PAUSE = 0.1; sys.exit(again._again(sys.argv[1:]))"
+    code = "import sys; from consilium.engine import again; again.PAUSE, again.TRIES = 0.1, 2\n"
+    code += "sys.exit(again._again(sys.argv[1:]))"
     found = []
 
     def start(how):
@@ -44,12 +44,17 @@ def started(tmp_path):
         process.communicate()
 
 
-def test_started_again_until_it_ends_by_itself(started):
-    """Its other thread would have kept the process for ten minutes."""
-    process, calls = started("7")
+@pytest.mark.parametrize(
+    ("codes", "starts", "code"),
+    [("7", 1, 7), ("0", 1, 0), (",,0", 3, 0), (",7,7,,0", 5, 0), (",7,7,7,7,7", 4, 7)],
+    ids=["a mistake", "an end", "twice lost", "lost while the server is not well", "lost for good"],
+)
+def test_started_again_until_it_ends_by_itself(started, codes, starts, code):
+    """Its other thread would have kept the process for ten minutes. It may fail twice in a row here."""
+    process, calls = started(codes)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 7 and len(list(calls.iterdir())) == 3
-    assert said.count("has stopped working; it is started again") == 2
+    assert process.returncode == code and len(list(calls.iterdir())) == starts
+    assert said.count("has stopped working; it is started again") == starts - 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])

@@ -23,6 +23,8 @@ LOST = 75
 """Exit code of a program that has come to the end of its main thread."""
 PAUSE = 5.0
 """Seconds before it is started again."""
+TRIES = 60
+"""Times that it may then fail in a row, as it does while its server is not yet well."""
 
 
 def command(program: Sequence[str]) -> list[str]:
@@ -42,7 +44,9 @@ def _once(program: list[str]) -> None:
 
 
 def _again(program: list[str]) -> int:
-    """Start a program until it ends with another code than `LOST`; a signal to this process ends both."""
+    """Start a program until it ends by itself, or by a signal; a signal to this process ends both. One that was `LOST`
+    may fail `TRIES` times in a row before its code counts; one that fails at its first start has ended by itself."""
+    left = 0
 
     def strike(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -52,8 +56,7 @@ def _again(program: list[str]) -> int:
     while True:
         process = subprocess.Popen(command(["--once", *program]), preexec_fn=parent)
         try:
-            if (code := process.wait()) != LOST:
-                return code
+            code = process.wait()
         except KeyboardInterrupt:
             process.terminate()
             try:
@@ -61,6 +64,9 @@ def _again(program: list[str]) -> int:
             except subprocess.TimeoutExpired:
                 process.kill()
                 return process.wait()
+        left = TRIES if code == LOST else left - 1
+        if code <= 0 or left < 0:
+            return code
         print(f"{program[0]} has stopped working; it is started again in {PAUSE:g} s", flush=True)
         time.sleep(PAUSE)
 
