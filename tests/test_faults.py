@@ -181,6 +181,7 @@ def test_an_upload_is_cut_and_the_port_is_full_of_idle_connections(tmp_path):
     reply is merged whole or not at all. Sixty-four others hold connections open and say nothing, or half a word."""
     with Sites(tmp_path, deadline=45 * PATIENCE, length=7) as there:
         server, near = there.serving(), there.port
+        until(lambda: "listening on" in (tmp_path / "01-server.log").read_text(), 300 * PATIENCE, "the server", server)
         with Proxy(near) as proxy, contextlib.ExitStack() as idle:
             there.port = proxy.port
             site = there.site("site-0")
