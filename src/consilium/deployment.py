@@ -38,7 +38,7 @@ from consilium.run import read_config, serve
 __all__ = ["Limits", "child", "client", "flower_environment", "listening", "program", "server", "server_app"]
 
 RESTARTS = 3
-"""Times that a server starts Flower's processes again when one of them was killed."""
+"""Times in a row, without a round in between, that a server starts Flower's processes again when one was killed."""
 STOPPED = "stopped"
 """In Flower's folder: why the run ended by itself, so that nobody starts it again."""
 
@@ -58,7 +58,7 @@ def server(
 ) -> None:
     """Run an experiment over sites, or go on with it: a SuperLink, the sites' keys, one run; all gone afterwards.
 
-    If one of Flower's processes is killed on the way, all are started again and the run goes on, `RESTARTS` times.
+    If one of Flower's processes is killed on the way, all are started again and the run goes on (`RESTARTS`).
 
     Args:
         folder: the run directory; Flower's own files lie beside it, in `<name>.flower`.
@@ -79,7 +79,8 @@ def server(
     if keys:
         _register(keys, sites, home, environment)
     (home / STOPPED).unlink(missing_ok=True)
-    for left in range(RESTARTS, -1, -1):
+    left, reached = RESTARTS, _reached(folder)
+    while True:
         with _superlink(host, port, keys, home, environment) as link:
             out.print(f"listening on {address}; waiting for {', '.join(sites)}", highlight=False, soft_wrap=True)
             asked = subprocess.Popen(
@@ -93,10 +94,17 @@ def server(
                 asked.wait()
         if (folder / "config.json").exists() and read_config(folder)["status"] == "finished":
             return
-        if (home / STOPPED).exists() or not left:
+        before, reached = reached, _reached(folder)
+        left = left - 1 if reached == before else RESTARTS
+        if (home / STOPPED).exists() or left < 0:
             break
         out.print(f"one of Flower's processes has ended, see {home / 'superlink.log'}; starting them again")
     raise RoundError(f"the run has not finished, see above; the same command goes on with {folder}")
+
+
+def _reached(folder: Path) -> str:
+    """The newest checkpoint of a run."""
+    return max((path.name for path in folder.glob("checkpoints/round-*")), default="")
 
 
 def _write_app(
