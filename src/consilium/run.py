@@ -249,7 +249,7 @@ def _check_unchanged(begun: Mapping[str, Any], prepared: "_Prepared") -> None:
 def _check_room(folder: Path, prepared: "_Prepared") -> None:
     """Raise ConfigError unless the memory has room for the model twice, and the disk for three checkpoints.
 
-    Twice: the mean, taken in float64, then a checkpoint's bytes without and with their SHA-256. Three: two that are
+    Twice: the mean, taken in float64, then a checkpoint's bytes without and with their checksum. Three: two that are
     kept, and one being written; those that are there already need no more.
     """
     size = prepared.server.state().nbytes

@@ -385,6 +385,29 @@ def test_a_server_that_goes_on_failing_is_counted_and_then_an_error(toys, grid, 
         run(dataclasses.replace(toys, rounds=1), tmp_path / "none")
 
 
+def test_a_reply_of_which_half_was_sent_keeps_nobody_waiting(toys, grid, tmp_path, monkeypatch):
+    """Flower waits up to two hours for the rest of it; the others' replies lie there, and would expire."""
+    monkeypatch.setattr("consilium.engine.flower.patience.SLOW", 0.2)
+    real, gone = grid.pull_messages, threading.Event()
+
+    def pull(identifiers):
+        told = grid.queue[identifiers[0]].metadata
+        if (told.message_type, told.dst_node_id, told.group_id) == ("train", ONE, "2"):
+            gone.wait(60)
+        return real(identifiers)
+
+    monkeypatch.setattr(grid, "pull_messages", pull)
+
+    began = time.monotonic()
+    run(dataclasses.replace(toys, wire=Wire(deadline=3)), tmp_path / "run", Between(_3=gone.set))
+    assert time.monotonic() - began < 40
+    over = runs.outcome(tmp_path / "run")
+    assert [m["missing"] for m in over["metrics"]] == [{}, {"site-0": "no answer within 3 s"}, {}, {}]
+    assert over["metrics"][1]["ledger"]["ok"] == 2 and over["metrics"][3]["late"] == {"site-0": [2]}
+    grid.crashing.clear()
+    assert over["summary"]["weights"] == weights_without_site_0_in_round_2(toys, grid, tmp_path / "without")
+
+
 def test_an_error_that_is_ours_is_not_tried_again(toys, grid, tmp_path, monkeypatch):
     broken(grid, monkeypatch, "push_messages", 1, code=400)
     with pytest.raises(httpx.HTTPStatusError):
@@ -490,7 +513,7 @@ def test_a_larger_reply_than_the_cap_is_rejected(toys, grid, tmp_path):
 
 def test_scalars_are_bounded_too(toys, grid, tmp_path):
     grid.spoil["train", ONE] = put("scalars", "report/x", "x" * 16_000_001)
-    run(dataclasses.replace(toys, rounds=1), tmp_path / "run")
+    run(dataclasses.replace(toys, rounds=1, wire=Wire(deadline=60)), tmp_path / "run")
     assert "scalars are 16.0 MB, allowed are 16.0 MB" in metrics(tmp_path / "run")[0]["clients"]["site-0"]["rejected"]
 
 

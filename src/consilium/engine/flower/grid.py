@@ -197,7 +197,7 @@ class FlowerEngine(Engine):
     def _late(self, number: int, noted: dict[str, Any]) -> None:
         """Note who has answered a message of an earlier round, or attempt, by now: the answers count for nothing."""
         for identifier, (client, since) in list(self.overdue.items()):
-            for reply in self.roster.grid.pull_messages([identifier]):
+            for reply in self.roster.grid.pull_message(identifier):
                 self.overdue.pop(identifier, None)
                 if not reply.has_error():
                     noted["late"].setdefault(client, []).append(since)

@@ -1,6 +1,11 @@
-"""A Grid whose server may answer with an error of its own, as Flower's does while its database is locked or its disk is
-full: Flower itself tries again where there is no answer, and gives up where there is such a one."""
+"""A Grid with bounded patience.
 
+Its server may answer with an error of its own, as Flower's does while its database is locked or its disk is full:
+Flower tries again where there is no answer, and gives up where there is such a one. And a reply that was begun and is
+not there yet is waited for, up to two hours if its sender is gone: meanwhile the others are looked at.
+"""
+
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +21,8 @@ __all__ = ["PATIENCE", "Patient"]
 
 PATIENCE = 60.0
 """Seconds for which a call is tried again. Once that was in vain, calls are tried once, until one is answered."""
+SLOW = 5.0
+"""Seconds for which a reply is waited for before others are looked at."""
 
 
 class Patient:
@@ -24,6 +31,7 @@ class Patient:
 
     def __init__(self, grid: Grid):
         self.grid, self.seconds = grid, PATIENCE
+        self.pulls: dict[str, _Pull] = {}
 
     def get_nodes(self) -> list[Any]:
         """The connected nodes.
@@ -43,12 +51,21 @@ class Patient:
         except httpx.HTTPStatusError as error:
             return _none(error)
 
-    def pull_messages(self, identifiers: Sequence[str]) -> list[Message]:
-        """The replies that are there; whoever waits for more asks again."""
-        try:
-            return list(self.grid.pull_messages(identifiers))
-        except httpx.HTTPStatusError as error:
-            return _none(error)
+    def pull_message(self, identifier: str) -> list[Message]:
+        """The replies to a message that are there; whoever waits for more asks again."""
+        if pull := self.pulls.get(identifier):
+            pull.join(0)
+        else:
+            pull = self.pulls[identifier] = _Pull(self.grid, identifier)
+            pull.join(SLOW)
+        if pull.is_alive():
+            return []
+        del self.pulls[identifier]
+        if isinstance(pull.error, httpx.HTTPStatusError):
+            return _none(pull.error)
+        if pull.error:
+            raise pull.error
+        return pull.replies
 
     def _tried(self, call: Callable[..., Any], *args: Any) -> Any:
         def gave_up(_: Any) -> None:
@@ -64,6 +81,23 @@ class Patient:
         ).invoke(call, *args)
         self.seconds = PATIENCE
         return found
+
+
+class _Pull(threading.Thread):
+    """Fetches the replies to a message; it does not keep the process when that ends."""
+
+    def __init__(self, grid: Grid, identifier: str):
+        super().__init__(name="pull", daemon=True)
+        self.grid, self.identifier = grid, identifier
+        self.replies: list[Message] = []
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.replies = list(self.grid.pull_messages([self.identifier]))
+        except BaseException as error:  # raised where the reply is looked for
+            self.error = error
 
 
 def _none(error: httpx.HTTPStatusError) -> list[Any]:

@@ -129,13 +129,11 @@ def arrivals(grid: Patient, sent: dict[Any, str], end: float, poll: float) -> It
     while sent:
         found = False
         for key, identifier in list(sent.items()):
-            for reply in grid.pull_messages([identifier]):
+            for reply in grid.pull_message(identifier):
                 found = True
                 sent.pop(key, None)
                 yield key, reply
                 del reply
-            if time.monotonic() > end and not found:
-                return
         if time.monotonic() > end:
             return
         if not found:
