@@ -72,15 +72,17 @@ class Proxy:
         for end in (near, far):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+            end.close()
 
     def _reset(self):
         """As a router does that forgets a connection: the other side gets RST."""
-        while self.sockets:
-            with contextlib.suppress(OSError, IndexError):
-                end = self.sockets.pop()
+        with self.lock:
+            ends, self.sockets = self.sockets, []
+        for end in ends:
+            with contextlib.suppress(OSError):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 end.shutdown(socket.SHUT_RDWR)
-                end.close()
+            end.close()
 
 
 class Namespaces(contextlib.ExitStack):
