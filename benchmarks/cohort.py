@@ -17,7 +17,6 @@ The second part is ours alone, on the CPU: 1,000 clients of CNN-1, of whom 100 t
 
 import copy
 import json
-import os
 import platform
 import statistics
 import sys
@@ -47,6 +46,7 @@ from consilium.engine.checkpoint import ClientStore
 from consilium.engine.local import LocalEngine
 from consilium.engine.workers import forked
 from consilium.experiment import Experiment
+from consilium.machine import cores
 from consilium.models.cohort import Cohort, SplitModel
 from consilium.moe.addressing import flatten
 from consilium.params import WeightedMean
@@ -72,7 +72,7 @@ class Benchmark:
     data: Path
     rounds: int = 5
     examples: int = 0
-    workers: int = len(os.sched_getaffinity(0))
+    workers: int = cores()
     large: int = 1000
     scores: bool = True
     peer: Path | None = None

@@ -17,7 +17,6 @@ experiment and the same model is not run again.
 
 import dataclasses
 import json
-import os
 import statistics
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +32,7 @@ from consilium.algorithms.scaffold import SCAFFOLD
 from consilium.core import Algorithm, Sampling
 from consilium.data.docstrings import DocstringData
 from consilium.experiment import Experiment
+from consilium.machine import cores
 from consilium.recipes.docstrings import EQUAL_MEMORY
 from consilium.run import records
 from consilium.setup import Fit
@@ -86,7 +86,7 @@ class Benchmark:
     rounds: int = 24
     search: bool = False
     out: Path = Path("runs/benchmark-fedmoe")
-    jobs: int = os.cpu_count() or 1
+    jobs: int = cores()
     table_only: bool = False
 
 

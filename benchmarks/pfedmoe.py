@@ -15,7 +15,6 @@ experiment and the same file is not run again.
 """
 
 import json
-import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +39,7 @@ from consilium.algorithms.standalone import Standalone
 from consilium.core import Algorithm, Sampling
 from consilium.data.arrays import ImageData
 from consilium.experiment import Experiment
+from consilium.machine import cores
 from consilium.models.cohort import Cohort
 from consilium.recipes.digits import SMALL_FIT
 from consilium.run import records
@@ -94,7 +94,7 @@ class Benchmark:
     lr: float = 0.1
     rounds: int = 0
     out: Path = Path("runs/benchmark-pfedmoe")
-    jobs: int = os.cpu_count() or 1
+    jobs: int = cores()
     table_only: bool = False
 
 

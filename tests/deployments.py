@@ -23,6 +23,7 @@ class Deployment(contextlib.ExitStack):
     def __init__(self, folder):
         super().__init__()
         self.folder, self.port, self.count = Path(folder), free_port(), 0
+        self.host, self.within = "127.0.0.1", []  # what sites call the server, and what commands are started by
 
     def start(self, arguments, **environment):
         """A `consilium` command, as text or list; returns (process, its log)."""
@@ -32,19 +33,19 @@ class Deployment(contextlib.ExitStack):
         script = (
             f"import os, sys; os.chdir({str(self.folder)!r}); from consilium.__main__ import main; sys.exit(main())"
         )
-        command = [sys.executable, "-c", script, *words]
+        command = [*self.within, sys.executable, "-c", script, *words]
         cache = os.environ.get("CONSILIUM_CACHE") or str(Path.home() / ".cache/consilium")  # of documentation, a minute
         home = {"HOME": str(self.folder), "FLWR_HOME": str(self.folder / "flwr"), "CONSILIUM_CACHE": cache}
         return self.enter_context(processes.started(command, log, **home | environment)), log
 
-    def server(self, *arguments, sites, keys=True):
+    def server(self, *arguments, sites, keys=True, listen="127.0.0.1"):
         secure = ["--certificates", "keys"] if keys else ["--insecure"]
-        where = ["--sites", ",".join(sites), "--address", f"127.0.0.1:{self.port}", "--wait", "3000"]
+        where = ["--sites", ",".join(sites), "--address", f"{listen}:{self.port}", "--wait", "3000"]
         return self.start(["server", *arguments, *where, *secure])
 
     def client(self, *arguments, name, keys=True):
         secure = ["--certificates", f"keys/{name}"] if keys else ["--insecure"]
-        where = ["--name", name, "--server", f"127.0.0.1:{self.port}", "--state", f"state-{name}"]
+        where = ["--name", name, "--server", f"{self.host}:{self.port}", "--state", f"state-{name}"]
         return self.start(["client", *arguments, *where, "--port", str(free_port()), *secure])
 
     def logs(self):

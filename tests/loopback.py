@@ -1,6 +1,7 @@
 """A Flower Grid in this process: real Messages, turned into their objects' bytes and back on both ways, as between
 machines, and handed to the client's end, one after the other. Faults on demand."""
 
+import threading
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -52,6 +53,7 @@ class Loopback(Grid):
     spoil: dict = field(default_factory=dict)
     queue: dict = field(default_factory=dict)
     log: list = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
     app = staticmethod(client_app)
 
     def __post_init__(self):
@@ -78,6 +80,10 @@ class Loopback(Grid):
         return pushed
 
     def pull_messages(self, message_ids):
+        with self.lock:  # clients train in this process, one at a time
+            return self._pulled(message_ids)
+
+    def _pulled(self, message_ids):
         replies = []
         for identifier in message_ids:
             message = self.queue[identifier]

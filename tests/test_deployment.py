@@ -1,10 +1,14 @@
 """What docs/deployment.md says, executed: keys, a server and three sites as processes on loopback."""
 
+import io
 import json
 import os
 import re
 import stat
+import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import runs
@@ -12,6 +16,7 @@ import tables
 import tiny
 from deployments import Deployment, free_port
 from processes import until
+from rich.console import Console
 from transformers import SwitchTransformersEncoderModel
 
 from consilium.__main__ import main
@@ -24,7 +29,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from consilium.certificates import certificates, owners
-from consilium.errors import ConfigError
+from consilium.errors import ConfigError, RoundError
 from consilium.experiment import to_json
 from consilium.run import run
 
@@ -193,3 +198,45 @@ def test_refused_in_one_line(arguments, said, tmp_path, monkeypatch, capfd):
     assert main(arguments.split()) == 2
     error = capfd.readouterr().err
     assert said in error and len(error.strip().splitlines()) == 1
+
+
+FLWR = """#!{python}
+import sys
+from pathlib import Path
+folder, does = Path({folder!r}), {does!r}
+calls = folder / "calls"
+calls.write_text(calls.read_text() + "x" if calls.exists() else "x")
+what = does[len(calls.read_text()) - 1]
+if what == "round":
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    (folder / "checkpoints" / f"round-{{len(calls.read_text()):05d}}.safetensors").touch()
+if what == "error":
+    (folder.parent / "run.flower/stopped").touch()
+if what == "finish":
+    (folder / "config.json").write_text('{{"experiment": {{}}, "status": "finished"}}')
+"""
+
+
+@pytest.mark.parametrize(
+    ("does", "finishes"),
+    [(["finish"], True), (["killed"] * 3 + ["finish"], True), (["killed"] * 4, False), (["killed", "error"], False),
+     (["killed"] * 3 + ["round"] + ["killed"] * 3 + ["finish"], True)],
+    ids=["well", "killed three times", "killed four times", "ended by itself", "killed again after a round"],
+)  # fmt: skip
+def test_what_was_killed_is_started_again(does, finishes, tmp_path, monkeypatch):
+    """A program in place of Flower's that ends as if killed, after a round or before one, or as the run's own error."""
+    from consilium import deployment
+
+    (folder := tmp_path / "run").mkdir()
+    flwr = tmp_path / "flwr"
+    flwr.write_text(FLWR.format(python=sys.executable, folder=str(folder), does=does))
+    flwr.chmod(0o755)
+    link = SimpleNamespace(poll=lambda: None)
+    monkeypatch.setattr(deployment, "program", lambda _: str(flwr))
+    monkeypatch.setattr(deployment, "_superlink", lambda *_: nullcontext(link))
+    monkeypatch.setattr(deployment.time, "sleep", lambda _, real=deployment.time.sleep: real(0.01))
+    made, out = runs.experiment(tmp_path / "none"), Console(file=io.StringIO())
+    with nullcontext() if finishes else pytest.raises(RoundError, match="the same command goes on with"):
+        deployment.server(made, folder, ["a"], "127.0.0.1:9", None, 1.0, out)
+    assert len((folder / "calls").read_text()) == len(does)
+    assert out.file.getvalue().count("starting them again") == len(does) - 1

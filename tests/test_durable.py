@@ -194,6 +194,15 @@ def test_a_run_does_not_begin_where_three_checkpoints_have_no_room(short, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_does_not_begin_where_the_memory_is_too_small(short, tmp_path, monkeypatch):
+    import consilium.run as module
+
+    monkeypatch.setattr(module, "free_memory", lambda: 1000)
+    with pytest.raises(ConfigError, match=r"has 1\.0 kB of memory free, merging and saving the model take [\d.]+ .B "):
+        run(short[0], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_a_killed_process_left_is_removed(copy, short):
     litter = [copy / "checkpoints/.round-00004.safetensors.tmp", copy / "clients/site-0/.round-00004.safetensors.tmp"]
     litter += [copy / ".config.json.tmp", copy / ".replies-abc/site-0/0"]
@@ -202,4 +211,88 @@ def test_what_a_killed_process_left_is_removed(copy, short):
         path.write_bytes(b"half")
     resume(copy)
     assert not any(path.exists() for path in litter) and not (copy / ".replies-abc").exists()
+    assert runs.outcome(copy) == short[1]
+
+
+# --- a run directory that is not as it was left ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (
+            lambda lines: [lines[0][:9] + "#" + lines[0][10:], *lines[1:]],
+            r"metrics\.jsonl:1 cannot be read \(JSON",
+        ),
+        (lambda lines: ["7\n", *lines[1:]], r"metrics\.jsonl:1 cannot be read \(TypeError"),
+        (lambda lines: lines[1:], r"tells of the rounds \[2, 3\], committed are 1 to 3"),
+        (lambda lines: [*lines[:1], *lines], r"tells of the rounds \[1, 1, 2, 3\]"),
+        (lambda lines: [], r"tells of the rounds \[\], committed are 1 to 3: a part of it is lost"),
+    ],
+    ids=["a broken line", "no record", "a lost line", "a line twice", "empty"],
+)
+def test_records_that_are_lost_are_missed(copy, spoil, said):
+    """Who is benched and which round is the best follow from them: the run would go on to other bits."""
+    path = copy / "metrics.jsonl"
+    path.write_text("".join(spoil(path.read_text().splitlines(keepends=True))))
+    with pytest.raises(CheckpointError, match=said):
+        resume(copy)
+
+
+def test_a_broken_structure_is_named(copy):
+    (copy / "structure.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"structure\.json cannot be read"):
+        resume(copy)
+
+
+def test_other_data_with_its_own_partition_is_refused(short, copy, tmp_path):
+    """The checkpoint says what the run was begun with, whatever the files beside it say."""
+    data = tmp_path / "other.jsonl"
+    data.write_text(short[0].data.path.read_text().replace("purrs", "sleeps", 1))
+    run(dataclasses.replace(short[0], data=dataclasses.replace(short[0].data, path=data)), tmp_path / "other")
+    shutil.copy(tmp_path / "other/partition.json", copy)
+    edit(copy, lambda experiment: experiment["data"].update(path=str(data)))
+    with pytest.raises(CheckpointError, match=r"data has changed .* and partition\.json with it"):
+        resume(copy)
+
+
+def test_a_summary_that_is_lost_is_made_again(short, tmp_path):
+    folder = shutil.copytree(short[2], tmp_path / "run")
+    (folder / "summary.json").unlink()
+    resume(folder)
+    assert runs.outcome(folder) == short[1]
+
+
+def test_checkpoints_without_a_config_are_still_a_run(short, copy):
+    """Of another experiment, they would be what a new one went on with."""
+    (copy / "config.json").unlink()
+    before = everything(copy)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        run(short[0], copy)
+    assert everything(copy) == before
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "clients/site-0", "metrics.jsonl", ".lock"])
+def test_nothing_is_written_through_a_link(short, copy, tmp_path, name):
+    outside = tmp_path / "outside"
+    if (copy / name).exists():
+        (copy / name).rename(outside)
+    (copy / name).symlink_to(outside)
+    before = everything(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"{name} is a symbolic link"):
+        resume(copy)
+    assert everything(tmp_path) == before
+    with pytest.raises(CheckpointError, match="is a symbolic link"):
+        (copy / "config.json").unlink()
+        shutil.rmtree(outside, ignore_errors=True)
+        for path in copy.glob("checkpoints/*"):
+            path.unlink()
+        run(short[0], copy)
+
+
+def test_room_for_what_is_still_to_come(short, copy, monkeypatch):
+    """Two checkpoints are there: a disk with room for one more is enough to go on."""
+    size = next((copy / "checkpoints").iterdir()).stat().st_size
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, size))
+    resume(copy)
     assert runs.outcome(copy) == short[1]

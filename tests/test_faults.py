@@ -1,15 +1,21 @@
 """Faults of a deployment with real processes, minutes each. SCAFFOLD: states at the sites and at the server."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import signal
+import socket
+import sqlite3
+import time
 
 import loopback
+import psutil
 import pytest
 import runs
 import tiny
 from deployments import Deployment, rounds
+from network import Namespaces, Proxy, why_no_namespaces
 from processes import until
 
 pytest.importorskip("flwr")
@@ -30,9 +36,9 @@ NAMES = ["site-0", "site-1", "site-2"]
 class Sites(Deployment):
     """Three sites with a file of their own each, and one machine that has it all."""
 
-    def __init__(self, folder, deadline, length):
+    def __init__(self, folder, deadline, length, hosts=()):
         super().__init__(folder)
-        certificates(folder / "keys", [], NAMES)
+        certificates(folder / "keys", hosts, NAMES)
         data = runs.table(folder)
         wire = Wire(deadline=deadline)
         self.made = runs.experiment(
@@ -47,8 +53,8 @@ class Sites(Deployment):
     def site(self, name):
         return self.client("experiment.json", "--data.path", f"{name}.jsonl", name=name)[0]
 
-    def serving(self):
-        return self.server("experiment.json", sites=NAMES)[0]
+    def serving(self, **where):
+        return self.server("experiment.json", sites=NAMES, **where)[0]
 
     def after(self, number, process):
         """Wait until a round is in the record."""
@@ -126,3 +132,116 @@ def test_the_server_is_killed_and_goes_on(tmp_path):
     assert [m["round"] for m in over["metrics"]] == [1, 2, 3, 4] and not any(m["missing"] for m in over["metrics"])
     run(there.made, tmp_path / "local")
     assert over["summary"]["weights"] == runs.outcome(tmp_path / "local")["summary"]["weights"]
+
+
+def checked(there, folder):
+    """Every selected client is accounted for in every round, and what counted is what one machine makes of it."""
+    records = rounds(folder / "runs/short")
+    missing = [{**record["missing"], **record["errors"]} for record in records]
+    assert [record["round"] for record in records] == list(range(1, there.made.rounds + 1))
+    for record in records:
+        assert sorted([*record["clients"], *record["missing"], *record["errors"]]) == record["selected"] == NAMES
+        assert not any(told["rejected"] for told in record["clients"].values())
+    assert runs.outcome(folder / "runs/short")["summary"]["weights"] == replayed(there.made, missing, folder)
+    return missing
+
+
+def one(text):
+    """The one process whose command line has this."""
+
+    def found():
+        for p in psutil.process_iter():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                if text in " ".join(p.cmdline()):
+                    return p
+
+    return until(found, 60 * PATIENCE, text)
+
+
+def test_flowers_processes_are_killed_and_its_database_is_locked(tmp_path):
+    """The server's command notices, starts them again, and goes on: no round twice, none lost, the same bits."""
+    with Sites(tmp_path, deadline=120 * PATIENCE, length=6) as there:
+        server, _sites = there.serving(), [there.site(name) for name in NAMES]
+        there.after(1, server)
+        with contextlib.closing(sqlite3.connect(tmp_path / "runs/short.flower/state.db", timeout=60)) as database:
+            database.execute("BEGIN EXCLUSIVE")
+            time.sleep(30)
+            database.rollback()
+        there.after(len(rounds(tmp_path / "runs/short")) + 1, server)
+        one(f"flower-superlink --host 127.0.0.1 --port {there.port}").kill()
+        there.after(len(rounds(tmp_path / "runs/short")) + 1, server)
+        one(f"flwr-serverapp --runtime-api-address 127.0.0.1:{there.port}").kill()
+        there.finished(server, 1200 * PATIENCE)
+    assert (tmp_path / "01-server.log").read_text().count("starting them again") in (2, 3)  # the lock ends it, too
+    checked(there, tmp_path)
+
+
+def test_an_upload_is_cut_and_the_port_is_full_of_idle_connections(tmp_path):
+    """At the first byte, half-way, and just before the end of what a site sends in a round, once for good: a reply is
+    merged whole or not at all. Sixty-four others hold connections open and say nothing, or half a word."""
+    with Sites(tmp_path, deadline=45 * PATIENCE, length=14) as there:
+        server, near = there.serving(), there.port
+        until(lambda: "listening on" in (tmp_path / "01-server.log").read_text(), 300 * PATIENCE, "the server", server)
+
+        def back():
+            there.after(len(rounds(tmp_path / "runs/short")) + 1, server)
+            return "site-0" in rounds(tmp_path / "runs/short")[-1]["clients"]
+
+        with Proxy(near) as proxy, contextlib.ExitStack() as idle:
+            there.port = proxy.port
+            site = there.site("site-0")
+            there.port = near
+            _others = [there.site(name) for name in NAMES[1:]]
+            there.after(1, server)
+            for n in range(64):
+                lurker = idle.enter_context(socket.create_connection(("127.0.0.1", near)))
+                lurker.sendall(b"\x16\x03\x01" if n % 2 else b"")
+            before = proxy.sent
+            there.after(2, server)
+            whole = proxy.sent - before
+            for size in (whole // 2, 0, whole - 1000):
+                proxy.cut_after(size)
+                until(lambda: proxy.cut, 120 * PATIENCE, f"{size} of {whole} bytes", server)
+                if size == whole // 2:
+                    site.family.signal(signal.SIGKILL)
+                    there.port = proxy.port
+                    proxy.heal()
+                    there.site("site-0")
+                time.sleep(2)
+                proxy.heal()
+                until(back, 600 * PATIENCE, f"site-0 after {size} bytes", server)
+            there.finished(server, 900 * PATIENCE)
+    missing = checked(there, tmp_path)
+    assert not any(name in m for m in missing for name in NAMES[1:])
+    assert any("site-0" in m for m in missing) and "site-0" not in missing[0]
+
+
+def test_a_link_goes_down_and_up(tmp_path):
+    """Five seconds nobody notices; through a minute the others go on; then the site is back, never started again."""
+    if why := why_no_namespaces():
+        pytest.skip(why)
+    with Namespaces() as net, Sites(tmp_path, 40 * PATIENCE, length=10, hosts=[net.address]) as there:
+        there.within = net.here
+        server = there.serving(listen="0.0.0.0")
+        _near = [there.site(name) for name in ("site-0", "site-2")]
+        there.host, there.within = net.address, net.there
+        _far = there.site("site-1")
+        there.after(1, server)
+        net.link("down")
+        time.sleep(5)
+        net.link("up")
+        there.after(3, server)
+        net.link("down")
+        time.sleep(60)
+        net.link("up")
+        records = there.after(4, server)
+
+        def back():
+            found = rounds(tmp_path / "runs/short")
+            return "site-1" in found[-1]["clients"] and len(found) > len(records)
+
+        until(back, 300 * PATIENCE, "site-1 again", server)
+        there.finished(server, 900 * PATIENCE)
+    missing = checked(there, tmp_path)
+    assert not any("site-1" in m for m in missing[:2]) and any("site-1" in m for m in missing)
+    assert not any(name in m for m in missing for name in ("site-0", "site-2"))

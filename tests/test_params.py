@@ -54,14 +54,6 @@ def test_weight_by_key():
     assert (new["row"], new["trunk"], new["unused"]) == (9.0, 5.0, -1.0)
 
 
-@given(UPDATES, st.randoms())
-def test_arrival_order_does_not_matter_when_added_in_id_order(updates, rng):
-    arrived = list(enumerate(updates))
-    rng.shuffle(arrived)
-    again = mean_of([update for _, update in sorted(arrived, key=lambda item: item[0])])
-    assert checksum(mean_of(updates)) == checksum(again)
-
-
 @given(UPDATES)
 def test_within_the_contributors_or_untouched(updates):
     new = mean_of(updates)

@@ -192,6 +192,23 @@ def test_epsilon_grows_with_rounds_and_rate_and_falls_with_noise():
     assert Privacy(noise=1).delta_for(100) == pytest.approx(100**-1.1)
 
 
+@settings(max_examples=12, deadline=None)
+@given(
+    st.floats(0.7, 6), st.integers(1, 19), st.integers(1, 40), st.integers(1, 10), st.floats(1.05, 3),
+    st.sampled_from(["poisson", "fixed"]),
+)  # fmt: skip
+def test_epsilon_never_falls_with_rounds_or_rate_nor_rises_with_noise(z, cohort, rounds, more, factor, sampling):
+    """Whatever they are, within the accountant's own steps."""
+
+    def spent(z, cohort, rounds):
+        return epsilon_spent(Privacy(noise=z, delta=0.01, sampling=sampling), 20, cohort, rounds, False)
+
+    here, least = spent(z, cohort, rounds), 0.999
+    assert spent(z, cohort, rounds + more) >= least * here
+    assert spent(z, cohort + 1, rounds) >= least * here
+    assert here >= least * spent(factor * z, cohort, rounds)
+
+
 # --- in a run ---------------------------------------------------------------------------------------------------------
 
 

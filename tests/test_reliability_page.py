@@ -18,8 +18,9 @@ def test_the_page_names_tests_that_exist():
 
 
 def test_every_id_has_a_row():
-    """F1 to F22, B1 to B20, C1 to C6, properties 1 to 22."""
+    """F1 to F22, B1 to B20, C1 to C6, P1 to P8, properties 1 to 22."""
     rows = [row.split("|")[1].strip() for row in PAGE.read_text().splitlines() if row.startswith("| ")]
     ids = [part for row in rows for part in row.split(", ")]
-    wanted = [f"{letter}{n}" for letter, most in (("F", 22), ("B", 20), ("C", 6), ("", 22)) for n in range(1, most + 1)]
+    lists = {"F": 22, "B": 20, "C": 6, "P": 8, "": 22}
+    wanted = [f"{letter}{n}" for letter, most in lists.items() for n in range(1, most + 1)]
     assert [i for i in wanted if ids.count(i) != 1] == []

@@ -11,8 +11,9 @@ from rich.console import Console
 
 from consilium import watch
 from consilium.__main__ import main
+from consilium.engine.checkpoint import write_atomic
 from consilium.run import run
-from consilium.watch import Comparison, JsonLines, Several, Terminal
+from consilium.watch import Comparison, JsonLines, Several, Terminal, _Followed
 
 
 @pytest.fixture(autouse=True)
@@ -130,16 +131,19 @@ def test_json_of_a_comparison_names_the_run(tmp_path):
     """Rounds of earlier sittings are not told again; a resumed run that repeats a round tells it once."""
     folder, told = tmp_path / "FedAvg", []
     folder.mkdir()
-    write = lambda *numbers: (folder / "metrics.jsonl").write_text(  # noqa: E731
-        "".join(json.dumps({"round": n, "scores": None}) + "\n" for n in numbers)
-    )
+
+    def write(*numbers):
+        lines = [json.dumps({"round": n, "scores": None}) + "\n" for n in numbers]
+        write_atomic(folder / "metrics.jsonl", "".join(lines).encode())
+
     write(1, 2)
     comparison = Comparison(Console(file=io.StringIO()), {}, 1, rounded=lambda *what: told.append(what))
-    comparison._told[folder] = 2
+    comparison._followed[folder] = _Followed(folder / "metrics.jsonl")
     bars = type("Bars", (), {"update": lambda *args, **more: None})()
+    comparison._show(bars, 0, folder, None)
     for numbers in ((1, 2), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)):
         write(*numbers)
-        comparison._show(bars, 0, folder)
+        comparison._show(bars, 0, folder, comparison.rounded)
     assert [(name, record["round"]) for name, record in told] == [("FedAvg", 3), ("FedAvg", 4)]
     lines = JsonLines(io.StringIO())
     lines.rounded({"round": 1}, ({"event": "grow"},))

@@ -143,11 +143,11 @@ def test_as_many_runs_at_a_time_as_cores_and_memory_allow(tmp_path, monkeypatch)
     limited = watch._process_bytes(dataclasses.replace(cell, memory=("1MB", "2MB")))
     assert 2_000_000 < limited - watch.LIBRARIES < need - watch.LIBRARIES
     for cores, free, most in [(8, 100 * need, 4), (8, 2.5 * need, 2), (8, 0, 1), (1, 100 * need, 1)]:
-        monkeypatch.setattr(watch.os, "cpu_count", lambda cores=cores: cores)
-        monkeypatch.setattr(watch, "_free_memory", lambda free=free: int(free))
+        monkeypatch.setattr(watch, "cores", lambda cores=cores: cores)
+        monkeypatch.setattr(watch, "free_memory", lambda free=free: int(free))
         assert watch.at_a_time([cell]) == most
     monkeypatch.undo()
-    assert watch._free_memory() > 0
+    assert watch.free_memory() > 0
 
 
 # --- several runs, with a program in place of consilium ---------------------------------------------------------------
@@ -299,3 +299,19 @@ def test_a_terminal_shows_how_far_the_runs_are(plan, tmp_path):
     said = console.file.getvalue()
     assert "ok-1" in said and "3/3" in said and "test 0.200" in said
     assert said.rfind("\x1b[?25h") > said.rfind("\x1b[?25l")
+
+
+def test_every_record_is_read_once(tmp_path, monkeypatch):
+    """Also over a torn line, an abandoned round, and a file that a resumed run has put in place of the one before."""
+    path, parsed, real = tmp_path / "metrics.jsonl", [], json.loads
+    monkeypatch.setattr(watch.json, "loads", lambda line: parsed.append(line) or real(line))
+    followed = watch._Followed(path)
+    assert followed.new() == []
+    path.write_text('{"round": 1}\n{"round": 2, "abandoned": "few"}\n{"rou')
+    assert followed.new() == [{"round": 1}] and followed.new() == []
+    with path.open("a") as file:
+        file.write('nd": 2}\n{"round": 3}\n')
+    assert followed.new() == [{"round": 2}, {"round": 3}] and len(parsed) == 4
+    watch.write_atomic(path, b'{"round": 1}\n{"round": 2}\n')
+    assert [record["round"] for record in followed.new()] == [1, 2] and followed.new() == []
+    assert len(parsed) == 6

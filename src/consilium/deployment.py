@@ -26,6 +26,7 @@ from rich.console import Console
 
 from consilium.certificates import owners
 from consilium.core import CLIENT_ID
+from consilium.engine import again
 from consilium.engine.checkpoint import write_atomic
 from consilium.engine.flower import Limits, save_site
 from consilium.engine.flower import server_app as flower_app
@@ -35,6 +36,11 @@ from consilium.experiment import Experiment, from_json, to_json
 from consilium.run import read_config, serve
 
 __all__ = ["Limits", "child", "client", "flower_environment", "listening", "program", "server", "server_app"]
+
+RESTARTS = 3
+"""Times in a row, without a round in between, that a server starts Flower's processes again when one was killed."""
+STOPPED = "stopped"
+"""In Flower's folder: why the run ended by itself, so that nobody starts it again."""
 
 WITH_PARENT = functools.partial(end_with_parent, signal.SIGTERM)
 
@@ -52,6 +58,8 @@ def server(
 ) -> None:
     """Run an experiment over sites, or go on with it: a SuperLink, the sites' keys, one run; all gone afterwards.
 
+    If one of Flower's processes is killed on the way, all are started again and the run goes on (`RESTARTS`).
+
     Args:
         folder: the run directory; Flower's own files lie beside it, in `<name>.flower`.
         sites: who takes part. address: host:port to listen on.
@@ -63,30 +71,40 @@ def server(
         RoundError: if the run did not come to its end.
     """
     host, port = address_of(address)
-    home, keys = (folder.parent / f"{folder.name}.flower").absolute(), keys and keys.absolute()
+    home, keys = _home(folder), keys and keys.absolute()
     if keys:
         owners(keys, sites)
     _write_app(home / "app", experiment, folder, sites, wait, keys)
     environment = flower_environment(home)
     if keys:
         _register(keys, sites, home, environment)
-    with _superlink(host, port, keys, home, environment) as link:
-        out.print(f"listening on {address}; waiting for {', '.join(sites)}", highlight=False, soft_wrap=True)
-        asked = subprocess.Popen(
-            [program("flwr"), "run", str(home / "app"), "run", "--stream"], env=environment, preexec_fn=WITH_PARENT
-        )
-        try:
-            while asked.poll() is None:
-                if link.poll() is not None:
-                    raise RoundError(
-                        f"Flower's SuperLink has ended, see {home / 'superlink.log'}; start again to go on"
-                    )
-                time.sleep(0.5)
-        finally:
-            asked.kill()
-            asked.wait()
-    if not (folder / "config.json").exists() or read_config(folder)["status"] != "finished":
-        raise RoundError(f"the run has not finished, see above; the same command goes on with {folder}")
+    (home / STOPPED).unlink(missing_ok=True)
+    left, reached = RESTARTS, _reached(folder)
+    while True:
+        with _superlink(host, port, keys, home, environment) as link:
+            out.print(f"listening on {address}; waiting for {', '.join(sites)}", highlight=False, soft_wrap=True)
+            asked = subprocess.Popen(
+                [program("flwr"), "run", str(home / "app"), "run", "--stream"], env=environment, preexec_fn=WITH_PARENT
+            )
+            try:
+                while asked.poll() is None and link.poll() is None:
+                    time.sleep(0.5)
+            finally:
+                asked.kill()
+                asked.wait()
+        if (folder / "config.json").exists() and read_config(folder)["status"] == "finished":
+            return
+        before, reached = reached, _reached(folder)
+        left = left - 1 if reached == before else RESTARTS
+        if (home / STOPPED).exists() or left < 0:
+            break
+        out.print(f"one of Flower's processes has ended, see {home / 'superlink.log'}; starting them again")
+    raise RoundError(f"the run has not finished, see above; the same command goes on with {folder}")
+
+
+def _reached(folder: Path) -> str:
+    """The newest checkpoint of a run."""
+    return max((path.name for path in folder.glob("checkpoints/round-*")), default="")
 
 
 def _write_app(
@@ -121,15 +139,22 @@ def _serve(grid: Any, config: Mapping[str, Any]) -> None:
     """In the process that the SuperLink starts: the rounds."""
     from consilium.watch import Terminal
 
-    experiment, sites = from_json(json.loads(config["experiment"])), config["sites"].split(",")
-    out = Console()
+    out, folder = Console(), Path(config["folder"])
     with Terminal(out) as watch:
         try:
+            experiment, sites = from_json(json.loads(config["experiment"])), config["sites"].split(",")
             keys = owners(Path(config["keys"]), sites) if config["keys"] else {}
-            serve(experiment, Path(config["folder"]), grid, sites, float(config["wait"]), watch, keys)
-        except ConsiliumError as error:
-            out.print(f"consilium: {error}", markup=False, highlight=False, soft_wrap=True)
+            serve(experiment, folder, grid, sites, float(config["wait"]), watch, keys)
+        except Exception as error:
+            write_atomic(_home(folder) / STOPPED, repr(error).encode())
+            if isinstance(error, ConsiliumError):
+                out.print(f"consilium: {error}", markup=False, highlight=False, soft_wrap=True)
             raise
+
+
+def _home(folder: Path) -> Path:
+    """Of Flower's own files, beside a run directory."""
+    return (folder.parent / f"{folder.name}.flower").absolute()
 
 
 server_app = flower_app(_serve)
@@ -200,7 +225,7 @@ def listening(link: subprocess.Popen, port: int, log: Path) -> None:
 def client(
     experiment: Experiment, name: str, address: str, keys: Path | None, state: Path, port: int, limits: Limits
 ) -> NoReturn:
-    """Become a SuperNode for this site: this process is replaced by Flower's, until it is ended.
+    """Become a SuperNode for this site: this process is replaced by one that keeps Flower's going, until it is ended.
 
     Args:
         experiment: of which the data, the model, the first memory, the device and the threads are the site's own.
@@ -227,6 +252,7 @@ def client(
         command += ["--root-certificates", str(keys / "ca.crt"), "--auth-supernode-private-key", str(keys / "key")]
     else:
         command += ["--insecure"]
+    command = again.command(command)
     os.execve(command[0], command, flower_environment(state.absolute() / "flower"))
 
 

@@ -18,6 +18,7 @@ from consilium.data.docstrings import DocstringData
 from consilium.data.language import LanguageData
 from consilium.data.textfile import TextFileData
 from consilium.errors import ConfigError
+from consilium.machine import cores
 from consilium.models.cohort import Cohort
 from consilium.moe.budget import bytes_of
 from consilium.moe.build import ModelSource
@@ -46,6 +47,9 @@ class Wire:
 
     Args:
         deadline: seconds a round's training, and its scoring, may take; who has not answered by then is left out, > 0.
+        enough: answers to a round's training, 1 or more, after which no more are waited for; 0: for all, until the
+            deadline. Ask more clients than that (sampling.clients_per_round), and the slow ones delay nobody; they are
+            missing, and the bits depend on who was fast. Not with privacy.noise.
         cap: largest payload that is sent or returned, before compression, e.g. "512MB".
         send: how weights go out to train: "exact", or the change since the client was last sent some, as "bf16" or
             "int8"; what rounding loses is in the next change. The client then trains from the rounded weights.
@@ -55,6 +59,7 @@ class Wire:
     """
 
     deadline: float = 3600.0
+    enough: int = 0
     cap: str = "512MB"
     send: Literal["exact", "bf16", "int8"] = "exact"
     reply: Literal["exact", "bf16", "int8"] = "exact"
@@ -63,6 +68,8 @@ class Wire:
     def __post_init__(self) -> None:
         if not 0 < self.deadline < float("inf"):
             raise ConfigError(f"wire.deadline is {self.deadline}; it must be a number of seconds greater than 0")
+        if self.enough < 0:
+            raise ConfigError(f"wire.enough is {self.enough}; it must be at least 1, or 0 for all")
         for name in ("send", "reply"):
             if getattr(self, name) not in ("exact", "bf16", "int8"):
                 raise ConfigError(f"wire.{name} is {getattr(self, name)!r}; it must be exact, bf16 or int8")
@@ -159,6 +166,8 @@ class Experiment:
             raise ConfigError(f"the data asks for {form}, the model is set up for {self.model.form}")
         if isinstance(self.data, LanguageData):
             check_rows(self.fit.rows, plain=bool(self.data.text))
+        if self.wire.enough and self.wire.enough < (needed := self.sampling.quorum(self.sampling.clients_per_round)):
+            raise ConfigError(f"wire.enough is {self.wire.enough}, a round counts with {needed} answers and more")
         self._check_merging()
 
     def _check_merging(self) -> None:
@@ -176,6 +185,8 @@ class Experiment:
             )
         if (privacy.noise or merging.rule != "mean") and products:
             raise ConfigError("fit.lora.mean 'products' is a mean of its own; take 'factors' with merging or privacy")
+        if privacy.noise and self.wire.enough:  # who takes part may cost another its place: moves the sum twice
+            raise ConfigError("wire.enough lets one client take another's place, which privacy.noise does not cover")
         if privacy.noise and not merging.plain:
             raise ConfigError("privacy.noise has its own clipping and mean; leave merging as it is")
         if privacy.noise:
@@ -195,8 +206,8 @@ class Experiment:
             suited = IN_STEP if small else 1
         else:
             said = os.environ.get("OMP_NUM_THREADS", "")
-            cores = max(int(said), 1) if said.isdecimal() else len(os.sched_getaffinity(0))
-            suited = cores if small and self.threads == 1 else 1
+            many = max(int(said), 1) if said.isdecimal() else cores()
+            suited = many if small and self.threads == 1 else 1
         return min(self.workers or suited, self.sampling.clients_per_round)
 
     def setup(

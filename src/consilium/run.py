@@ -48,6 +48,7 @@ from consilium.engine.rounds import Engine, nobody
 from consilium.engine.workers import forked
 from consilium.errors import BudgetError, CheckpointError, ConfigError, DataError, RoundError
 from consilium.experiment import Experiment, differences, from_json, to_json
+from consilium.machine import free_memory
 from consilium.models.cohort import Cohort
 from consilium.moe.budget import bytes_of, human
 from consilium.params import checksum
@@ -57,6 +58,8 @@ __all__ = ["Watch", "check", "read_config", "records", "resume", "run", "serve"]
 
 FAILED = 3
 """A run stops after so many abandoned rounds in a row."""
+GRACE = 60.0
+"""Seconds for which a deployment's server waits for the one before, whose SuperLink was killed, to notice and end."""
 SITES = {"type": "sites"}
 """What a deployment's run says of its data."""
 MAY_CHANGE = ("rounds", "workers", "wire.deadline", "data.path", "model.path")
@@ -165,7 +168,7 @@ def serve(
     if changed := differences(from_json(read_config(folder)["experiment"]), experiment, MAY_CHANGE):
         raise ConfigError(f"{folder} holds another experiment ({changed}); choose another --name or --out")
     token = str(_read_json(folder / "partition.json").get("run"))
-    return _continue(folder, watch, lambda _: _Prepared.across(experiment, roster, sites, wait, token))
+    return _continue(folder, watch, lambda _: _Prepared.across(experiment, roster, sites, wait, token), GRACE)
 
 
 def _new(prepared: "_Prepared", folder: Path, watch: Watch | None) -> dict[str, Any]:
@@ -181,13 +184,17 @@ def _new(prepared: "_Prepared", folder: Path, watch: Watch | None) -> dict[str, 
         return _rounds(prepared, folder, watch)
 
 
-def _continue(folder: Path, watch: Watch | None, prepare: Callable[[Experiment], "_Prepared"]) -> dict[str, Any]:
+def _continue(
+    folder: Path, watch: Watch | None, prepare: Callable[[Experiment], "_Prepared"], grace: float = 0.0
+) -> dict[str, Any]:
+    """Go on with a run. `grace`: seconds to wait for another process that has it."""
     read_config(folder)
-    with _locked(folder):
+    with _locked(folder, grace):
         config = read_config(folder)
-        if config["status"] == "finished":
+        if config["status"] == "finished" and (folder / "summary.json").exists():
             return _read_json(folder / "summary.json")
-        fingerprint = _read_json(folder / "partition.json").get("fingerprint")
+        begun = _read_json(folder / "partition.json")
+        fingerprint = begun.get("fingerprint")
         prepared = prepare(from_json(config["experiment"]))
         now = prepared.partition["fingerprint"]
         if fingerprint != now:
@@ -195,6 +202,13 @@ def _continue(folder: Path, watch: Watch | None, prepare: Callable[[Experiment],
                 f"the data has changed since the run began (fingerprint {now[:12]}, "
                 f"was {str(fingerprint)[:12]}): other packages or another file; start a new run"
             )
+        for client, told in prepared.partition["clients"].items():
+            before, threads = begun["clients"][client].get("threads"), told.get("threads")
+            if before != threads:
+                warnings.warn(
+                    f"site {client} trained with {before} torch threads, now with {threads}: perhaps to other bits",
+                    stacklevel=2,
+                )
         remove_unfinished(folder)
         _check_room(folder, prepared)
         prepared.former += config.get("former_versions", [])
@@ -214,6 +228,11 @@ def _check_unchanged(begun: Mapping[str, Any], prepared: "_Prepared") -> None:
             f"the run was begun with other settings: {changed}; put them back in config.json, or start a new run "
             f"(only {', '.join(MAY_CHANGE)} may change)"
         )
+    if begun.get("data", data := prepared.partition["fingerprint"]) != data:
+        raise CheckpointError(
+            f"the data has changed since the run began (fingerprint {data[:12]}, was {begun['data'][:12]}), and "
+            "partition.json with it; start a new run"
+        )
     if begun["model"] != (model := prepared.experiment.model.fingerprint):
         raise CheckpointError(
             f"the model has changed since the run began ({model[:19]}, was {begun['model'][:19]}): other "
@@ -228,8 +247,18 @@ def _check_unchanged(begun: Mapping[str, Any], prepared: "_Prepared") -> None:
 
 
 def _check_room(folder: Path, prepared: "_Prepared") -> None:
-    """Raise ConfigError unless the disk has room for three checkpoints: two that are kept, and one being written."""
-    need = 3 * prepared.server.state().nbytes
+    """Raise ConfigError unless the memory has room for the model twice, and the disk for three checkpoints.
+
+    Twice: the mean, taken in float64, then a checkpoint's bytes without and with their checksum. Three: two that are
+    kept, and one being written; those that are there already need no more.
+    """
+    size = prepared.server.state().nbytes
+    if (free := free_memory()) < 2 * size:
+        raise ConfigError(
+            f"this machine has {human(free)} of memory free, merging and saving the model take {human(2 * size)} "
+            "beside it: end other programs, or take a smaller model"
+        )
+    need = 3 * size - sum(path.stat().st_size for path in folder.glob("checkpoints/*.safetensors"))
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(there).free
     if free < need:
@@ -239,7 +268,7 @@ def _check_room(folder: Path, prepared: "_Prepared") -> None:
 
 
 def _refuse_run(folder: Path) -> None:
-    if (folder / "config.json").exists():
+    if (folder / "config.json").exists() or any(folder.glob("checkpoints/*.safetensors")):
         raise ConfigError(f"{folder} already holds a run: resume it, or choose another --name or --out")
     if any(folder.glob("*/config.json")):
         raise ConfigError(f"{folder} holds a comparison of runs; choose another --name or --out")
@@ -271,6 +300,7 @@ class _Prepared:
         return {
             "experiment": to_json(self.experiment),
             "model": self.experiment.model.fingerprint,
+            "data": self.partition["fingerprint"],
             "versions": _versions(),
         }
 
@@ -323,6 +353,7 @@ class _Prepared:
                 "labels": list(d["labels"]),
                 "sizes": dict(zip(("train", "validation", "test"), d["sizes"], strict=True)),
                 "memory_bytes": int(d["memory_bytes"]) or None,
+                **({"threads": int(d["threads"])} if "threads" in d else {}),
                 **({"architecture": str(d["architecture"])} if d["architecture"] else {}),
             }
             for site, d in found.items()
@@ -533,22 +564,40 @@ def _truncate(folder: Path, first: int) -> dict[str, Any]:
     for name in ("metrics.jsonl", "events.jsonl"):
         path = folder / name
         if path.exists():
-            kept = [line for line in path.read_text().splitlines(keepends=True) if _before(line, first)]
-            write_atomic(path, "".join(kept).encode())
+            lines = path.read_bytes().splitlines(keepends=True)
+            told = [_told(path, number, line, len(lines)) for number, line in enumerate(lines, 1)]
+            kept = [line for line, what in zip(lines, told, strict=True) if what and _before(what, first)]
+            write_atomic(path, b"".join(kept))
+    if (found := [record["round"] for record in records(folder)]) != list(range(1, first)):
+        raise CheckpointError(
+            f"{folder / 'metrics.jsonl'} tells of the rounds {found}, committed are 1 to {first - 1}: a part of it is "
+            "lost; put the file back"
+        )
     path = folder / "structure.json"
     structure = {"blocks": {}, "rounds": {}, "usage": {}, "trained": {}}
     if path.exists():
-        structure = json.loads(path.read_text())
+        structure = _read_json(path)
         structure["rounds"] = {r: held for r, held in structure["rounds"].items() if int(r) < first}
     return structure
 
 
-def _before(line: str, first: int) -> bool:
-    """Whether what a line tells is past: of a round that was committed, or an abandoned one of the round to come."""
+def _told(path: Path, number: int, line: bytes, last: int) -> dict[str, Any] | None:
+    """What a line of a .jsonl file tells; None: the torn last line of a killed run.
+
+    Raises:
+        CheckpointError: for any other line that cannot be read.
+    """
     try:
         told = json.loads(line)
-    except json.JSONDecodeError:  # the torn last line of a killed run
-        return False
+        return {**told, "round": int(told["round"])}
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        if number == last:
+            return None
+        raise CheckpointError(f"{path}:{number} cannot be read ({type(error).__name__}); put the file back") from error
+
+
+def _before(told: Mapping[str, Any], first: int) -> bool:
+    """Whether what a line tells is past: of a round that was committed, or an abandoned one of the round to come."""
     return told["round"] < first or (told["round"] == first and bool(told.get("abandoned")))
 
 
@@ -690,13 +739,25 @@ def _check_device(name: str) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time in a run directory; the lock goes with the process, however it ends."""
+def _locked(folder: Path, grace: float = 0.0) -> Iterator[None]:
+    """One process at a time in a run directory; the lock goes with the process, however it ends.
+
+    Raises:
+        CheckpointError: if there is another after so many seconds of grace, or if a part of the directory is a link:
+            what is written and removed there would be so elsewhere.
+    """
+    if link := next((path for path in folder.rglob("*") if path.is_symlink()), None):
+        raise CheckpointError(f"{link} is a symbolic link, which a run directory must not hold; link to all of it")
     with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise CheckpointError(f"{folder} is in use by another process") from error
+        end = time.monotonic() + grace
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() >= end:
+                    raise CheckpointError(f"{folder} is in use by another process") from error
+            time.sleep(0.1)
         yield
 
 

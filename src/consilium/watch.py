@@ -21,9 +21,10 @@ from consilium.data.task import Federation
 from consilium.engine.checkpoint import write_atomic
 from consilium.errors import ConfigError, ConsiliumError
 from consilium.experiment import Experiment, from_json, to_json
+from consilium.machine import cores, free_memory
 from consilium.moe.budget import MemoryModel, bytes_of, human
 from consilium.moe.build import ModelSource
-from consilium.run import Watch, check, read_config, records
+from consilium.run import Watch, check, read_config
 from consilium.setup import Setup
 
 __all__ = ["Comparison", "JsonLines", "Several", "Terminal", "at_a_time"]
@@ -38,8 +39,8 @@ def at_a_time(experiments: Sequence[Experiment]) -> int:
     A process holds the libraries, four times the model (the server's, the mean that it forms, a checkpoint being
     written, the client's being built) and what the largest client needs to train by the memory model.
     """
-    cores = (os.cpu_count() or 2) // max(e.threads for e in experiments)
-    return max(1, min(cores, int(0.9 * _free_memory()) // max(map(_process_bytes, experiments))))
+    at_once = cores() // max(e.threads for e in experiments)
+    return max(1, min(at_once, int(0.9 * free_memory()) // max(map(_process_bytes, experiments))))
 
 
 def _process_bytes(experiment: Experiment) -> int:
@@ -52,14 +53,6 @@ def _process_bytes(experiment: Experiment) -> int:
     if experiment.memory:
         client = min(client, max(map(bytes_of, experiment.memory)))
     return LIBRARIES + 4 * model + client
-
-
-def _free_memory() -> int:
-    """Bytes that new processes can have without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])
-    raise ConfigError("/proc/meminfo does not tell MemAvailable; say how many runs at a time with --jobs")
 
 
 @dataclass
@@ -237,7 +230,7 @@ class Comparison:
     jobs: int
     flags: Sequence[str] = ()
     rounded: Callable[[str, Mapping[str, Any]], None] | None = None
-    _told: dict[Path, int] = field(default_factory=dict)
+    _followed: dict[Path, "_Followed"] = field(default_factory=dict)
 
     def run(self) -> None:
         """Run what is not finished. What cannot run is found before the first run starts.
@@ -263,8 +256,8 @@ class Comparison:
                 for folder, experiment in self.planned.items()
             }
             for folder, task in tasks.items():
-                self._told[folder] = max((record["round"] for record in self._records(folder)), default=0)
-                self._show(bars, task, folder)
+                self._followed[folder] = _Followed(folder / "metrics.jsonl")
+                self._show(bars, task, folder, None)  # what was made before
             try:
                 while waiting or running:
                     while waiting and len(running) < self.jobs:
@@ -273,7 +266,7 @@ class Comparison:
                     time.sleep(0.2)
                     for folder, process in list(running.items()):
                         ended = process.poll() is not None
-                        self._show(bars, tasks[folder], folder)
+                        self._show(bars, tasks[folder], folder, self.rounded)
                         if ended:
                             self._check(folder, running.pop(folder))
                             self._say(f"{folder.name}: finished")
@@ -309,8 +302,8 @@ class Comparison:
             saved = json.dumps(to_json(self.planned[folder]))
             write_atomic(folder / "experiment.json", saved.encode())
             command = ["run", str(folder / "experiment.json"), "--out", str(folder.parent)]
-        cores = len(os.sched_getaffinity(0)) // self.jobs  # a run of small models takes as many workers
-        threads = {"OMP_NUM_THREADS": str(max(self.planned[folder].threads, cores))}
+        each = cores() // self.jobs  # a run of small models takes as many workers
+        threads = {"OMP_NUM_THREADS": str(max(self.planned[folder].threads, each))}
         with (folder / "log.txt").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "consilium", *command, *self.flags],
@@ -330,18 +323,39 @@ class Comparison:
             last = lines[-1] if lines else "no output"
             raise ConsiliumError(f"{folder.name} failed with code {process.returncode} ({last}); see {folder}/log.txt")
 
-    def _show(self, bars: Progress, task: Any, folder: Path) -> None:
-        rounds = self._records(folder)
-        for record in rounds:
-            if self.rounded and record["round"] > self._told[folder]:
-                self.rounded(folder.name, record)
-                self._told[folder] = record["round"]
-        if rounds:
-            scored = [r["scores"]["mean"] for r in rounds if r["scores"]]
-            bars.update(task, completed=rounds[-1]["round"], at=f"test {scored[-1]:.3f}" if scored else "")
+    def _show(
+        self, bars: Progress, task: Any, folder: Path, rounded: Callable[[str, Mapping[str, Any]], None] | None
+    ) -> None:
+        followed = self._followed[folder]
+        for record in followed.new():
+            if rounded and record["round"] > followed.told:
+                rounded(folder.name, record)
+            followed.told = max(followed.told, record["round"])
+            scored = {"at": f"test {record['scores']['mean']:.3f}"} if record["scores"] else {}
+            bars.update(task, completed=record["round"], **scored)
 
-    def _records(self, folder: Path) -> list[dict[str, Any]]:
-        """The rounds so far; [] where the file is just being written."""
-        with contextlib.suppress(OSError, json.JSONDecodeError):
-            return list(records(folder))
+
+@dataclass
+class _Followed:
+    """A run's metrics.jsonl while it grows: every line is read once.
+
+    Args:
+        told: the highest round so far. inode, read: the file that was read, and its bytes; a run that is resumed puts
+            another in its place.
+    """
+
+    path: Path
+    told: int = 0
+    inode: int = 0
+    read: int = 0
+
+    def new(self) -> list[dict[str, Any]]:
+        """The rounds since the last look, without those that were abandoned; a line that is being written waits."""
+        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
+            if (inode := os.fstat(file.fileno()).st_ino) != self.inode:
+                self.inode, self.read = inode, 0
+            file.seek(self.read)
+            lines, _, _ = file.read().rpartition(b"\n")
+            self.read += len(lines) + 1 if lines else 0
+            return [record for record in map(json.loads, lines.splitlines()) if not record.get("abandoned")]
         return []

@@ -170,7 +170,7 @@ def test_a_broken_cache_is_read_anew(tmp_path, monkeypatch, cache, content):
 
 
 def test_warming_reads_what_is_missing_in_processes_of_their_own(monkeypatch, cache):
-    monkeypatch.setattr(source.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(source, "cores", lambda: 2)
     source.warm(("click", "tqdm", "no-such-package"))
     assert {file.name.split("-")[1] for file in cache.iterdir()} == {"click", "tqdm"}
     before = source._parse("click")
@@ -181,7 +181,7 @@ def test_warming_reads_what_is_missing_in_processes_of_their_own(monkeypatch, ca
 
 
 def test_a_package_that_cannot_be_warmed_is_read_all_the_same(monkeypatch, cache):
-    monkeypatch.setattr(source.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(source, "cores", lambda: 2)
     monkeypatch.setattr(source.sys, "executable", "false")
     source.warm(("click", "tqdm"))
     assert not cache.exists()

@@ -160,6 +160,35 @@ def test_the_best_checkpoint_is_kept_with_the_states_it_names(tmp_path):
     assert there() == ["checkpoints/6", "checkpoints/7", "a/5", "b/4"]
 
 
+def test_a_round_that_is_done_again_is_kept_in_place_of_the_broken_ones_after_it(tmp_path):
+    """It is older than they are, and yet the newest that can be read."""
+    for round in (1, 2, 3, 4):
+        commit(tmp_path, round, "a")
+    (tmp_path / "checkpoints/round-00003.safetensors").rename(tmp_path / "checkpoints/round-00005.safetensors")
+    for number in (4, 5):
+        spoil(tmp_path / f"checkpoints/round-0000{number}.safetensors", "torn")
+    store = ClientStore(tmp_path / "clients")
+    for number in (2, 3):
+        save_checkpoint(tmp_path / "checkpoints", number, server_state(number), store)
+    assert sorted(path.name[9:11] for path in (tmp_path / "checkpoints").iterdir()) == ["02", "03"]
+    assert resumed(tmp_path) == (3, 3.0, {})
+
+
+def test_new_folders_and_files_are_made_to_last(tmp_path, monkeypatch):
+    """A file's name is in its folder, a new folder's in the one above: each is synced, or a power cut takes it."""
+    synced, real = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda n: synced.append(Path(f"/proc/self/fd/{n}").resolve()) or real(n))
+    write_atomic(tmp_path / "clients/a/file", b"x")
+    assert {tmp_path, tmp_path / "clients", tmp_path / "clients/a"} < set(synced)
+    synced.clear()
+    write_atomic(tmp_path / "clients/a/file", b"y")
+    assert synced[1:] == [tmp_path / "clients/a"]
+    for _ in range(2):
+        synced.clear()
+        append_json(tmp_path / "lines.jsonl", {})
+    assert synced == [tmp_path / "lines.jsonl"]
+
+
 def test_a_flipped_bit_or_a_cut_anywhere_is_found(tmp_path):
     """Each 64th byte, and a hundred lengths: the checkpoint before it is taken, with a warning that names both."""
     folder = tmp_path / "checkpoints"

@@ -1,14 +1,17 @@
 """The engine over Flower's messages, in this process: the same bits as the local engine, and who was missing."""
 
 import dataclasses
+import itertools
 import json
 import math
 import queue
 import random
 import re
 import threading
+import time
 from pathlib import Path
 
+import httpx
 import loopback
 import pytest
 import runs
@@ -89,6 +92,7 @@ lists = st.one_of(st.lists(number), st.lists(st.floats()), st.lists(st.booleans(
 
 @given(st.dictionaries(text, st.one_of(scalar, lists), max_size=5))
 def test_scalars_come_back_with_their_types(scalars):
+    loopback.Loopback([])  # Flower messages are of a run
     got, _ = there_and_back(Payload(scalars=scalars))
     assert repr(got.scalars) == repr(scalars)
 
@@ -244,6 +248,17 @@ def test_a_message_lives_as_long_as_its_round(toys, grid, tmp_path):
     assert {ttl for kind, _, ttl in grid.log if kind != "query.name"} == {0.2}
 
 
+def test_a_clock_that_jumps_costs_nothing(toys, grid, tmp_path, monkeypatch):
+    """The machine's clock goes an hour ahead and back with every look at it: deadlines are of another one."""
+    run(toys, tmp_path / "whole")
+    real, jumps = time.time, itertools.cycle((3600.0, 0.0, -3600.0))
+    monkeypatch.setattr(time, "time", lambda: real() + next(jumps))
+    run(dataclasses.replace(toys, wire=Wire(deadline=60)), tmp_path / "run")
+    monkeypatch.undo()
+    whole, jumped = runs.outcome(tmp_path / "whole"), runs.outcome(tmp_path / "run")
+    assert jumped["metrics"] == whole["metrics"] and jumped["summary"] == whole["summary"]
+
+
 def test_a_round_without_a_quorum_is_tried_again_then_the_run_stops_and_can_go_on(toys, grid, tmp_path):
     run(dataclasses.replace(toys, name="whole"), tmp_path / "whole")
     grid.log.clear()
@@ -308,6 +323,97 @@ def test_a_second_answer_counts_for_nothing(toys, grid, tmp_path):
     assert twice["summary"]["weights"] == once["summary"]["weights"]
 
 
+def test_who_is_slower_than_enough_others_is_not_waited_for(toys, grid, tmp_path):
+    """Nodes answer in the order in which they were asked; the third answers a round later, and counts for nothing."""
+    made = dataclasses.replace(toys, wire=Wire(deadline=600, enough=2))
+    run(made, tmp_path / "run")
+    records = metrics(tmp_path / "run")
+    slow = {"site-2": "the round had 2 answers before (wire.enough)"}
+    assert [m["missing"] for m in records] == [slow] * 4 and [m["ledger"]["ok"] for m in records] == [2] * 4
+    assert [m["late"] for m in records] == [{}, *({"site-2": [n]} for n in (1, 2, 3))]
+    assert all(len(m["test"]) == 3 for m in records)
+    grid.silent.add(("train", 100))
+    run(dataclasses.replace(made, wire=Wire(deadline=0.2)), tmp_path / "without")
+    assert (
+        runs.outcome(tmp_path / "run")["summary"]["weights"] == runs.outcome(tmp_path / "without")["summary"]["weights"]
+    )
+
+
+def broken(grid, monkeypatch, call, times, code=500):
+    """The first calls are answered with an error of the server's own, as while its database is locked."""
+    real, left = getattr(grid, call), [times]
+
+    def answer(*args):
+        if left[0] > 0:
+            left[0] -= 1
+            request = httpx.Request("POST", "http://127.0.0.1")
+            raise httpx.HTTPStatusError("locked", request=request, response=httpx.Response(code, request=request))
+        return real(*args)
+
+    monkeypatch.setattr(grid, call, answer)
+    return left
+
+
+@pytest.mark.parametrize("call", ["get_nodes", "push_messages", "pull_messages"])
+def test_a_server_that_fails_for_a_while_costs_nothing(toys, grid, tmp_path, monkeypatch, call):
+    run(toys, tmp_path / "whole")
+    monkeypatch.setattr("consilium.engine.flower.patience.exponential", lambda **_: iter(lambda: 0.001, None))
+    left = broken(grid, monkeypatch, call, 5)
+    run(dataclasses.replace(toys, wire=Wire(deadline=60)), tmp_path / "run")
+    assert left == [0]
+    assert runs.outcome(tmp_path / "run")["metrics"] == runs.outcome(tmp_path / "whole")["metrics"]
+
+
+def test_a_server_that_goes_on_failing_is_counted_and_then_an_error(toys, grid, tmp_path, monkeypatch):
+    """A message that is not taken is one client's; where nobody can be asked who is there, the run ends, resumable."""
+    monkeypatch.setattr("consilium.engine.flower.patience.PATIENCE", 0.05)
+    real = grid.push_messages
+
+    def refuse(*_):
+        request = httpx.Request("POST", "http://127.0.0.1")
+        raise httpx.HTTPStatusError("locked", request=request, response=httpx.Response(500, request=request))
+
+    def push(messages):
+        told = messages[0].metadata
+        return refuse() if (told.message_type, told.dst_node_id) == ("train", ONE) else real(messages)
+
+    monkeypatch.setattr(grid, "push_messages", push)
+    run(dataclasses.replace(toys, rounds=1), tmp_path / "run")
+    assert metrics(tmp_path / "run")[0]["missing"] == {"site-0": "its message was not taken"}
+    monkeypatch.setattr(grid, "get_nodes", refuse)
+    with pytest.raises(RoundError, match="Flower's server does not say which sites are connected: locked"):
+        run(dataclasses.replace(toys, rounds=1), tmp_path / "none")
+
+
+def test_a_reply_of_which_half_was_sent_keeps_nobody_waiting(toys, grid, tmp_path, monkeypatch):
+    """Flower waits up to two hours for the rest of it; the others' replies lie there, and would expire."""
+    monkeypatch.setattr("consilium.engine.flower.patience.SLOW", 0.2)
+    real, gone = grid.pull_messages, threading.Event()
+
+    def pull(identifiers):
+        told = grid.queue[identifiers[0]].metadata
+        if (told.message_type, told.dst_node_id, told.group_id) == ("train", ONE, "2"):
+            gone.wait(60)
+        return real(identifiers)
+
+    monkeypatch.setattr(grid, "pull_messages", pull)
+
+    began = time.monotonic()
+    run(dataclasses.replace(toys, wire=Wire(deadline=3)), tmp_path / "run", Between(_3=gone.set))
+    assert time.monotonic() - began < 40
+    over = runs.outcome(tmp_path / "run")
+    assert [m["missing"] for m in over["metrics"]] == [{}, {"site-0": "no answer within 3 s"}, {}, {}]
+    assert over["metrics"][1]["ledger"]["ok"] == 2 and over["metrics"][3]["late"] == {"site-0": [2]}
+    grid.crashing.clear()
+    assert over["summary"]["weights"] == weights_without_site_0_in_round_2(toys, grid, tmp_path / "without")
+
+
+def test_an_error_that_is_ours_is_not_tried_again(toys, grid, tmp_path, monkeypatch):
+    broken(grid, monkeypatch, "push_messages", 1, code=400)
+    with pytest.raises(httpx.HTTPStatusError):
+        run(dataclasses.replace(toys, rounds=1), tmp_path / "run")
+
+
 def put(record, key, value):
     return lambda content: content[record].__setitem__(key, value)
 
@@ -340,7 +446,7 @@ def blob(group, payload):
         (put("engine", "protocol", 7), "it answers protocol 7, this is protocol 1"),
         (put("engine", "run", "other"), "it answers run 'other', this is run ''"),
         (put("engine", "config", "0" * 16), "it answers config '0000000000000000', this is config '"),
-        (put("engine", "rejected", "x " * 10**6), "^x x x"),
+        (put("engine", "rejected", "x " * 10**5), "^x x x"),
     ],
 )
 def test_a_malformed_reply_is_rejected_whole(toys, grid, tmp_path, spoil, reason):
@@ -403,6 +509,19 @@ def test_a_larger_reply_than_the_cap_is_rejected(toys, grid, tmp_path):
     grid.spoil["train", ONE] = blob("x", Payload({"x": {"w": torch.zeros(2000)}}))
     run(dataclasses.replace(toys, rounds=1, wire=Wire(deadline=0.2, cap="1KB")), tmp_path / "run")
     assert "8.5 kB, allowed are 1.0 kB (wire.cap)" in metrics(tmp_path / "run")[0]["clients"]["site-0"]["rejected"]
+
+
+def test_scalars_are_bounded_too(toys, grid, tmp_path):
+    grid.spoil["train", ONE] = put("scalars", "report/x", "x" * 16_000_001)
+    run(dataclasses.replace(toys, rounds=1, wire=Wire(deadline=60)), tmp_path / "run")
+    assert "scalars are 16.0 MB, allowed are 16.0 MB" in metrics(tmp_path / "run")[0]["clients"]["site-0"]["rejected"]
+
+
+def test_the_record_takes_a_hundred_numbers_of_a_reply(toys, grid, tmp_path):
+    grid.spoil["train", ONE] = lambda content: content["scalars"].update({f"report/\x1b{n}": n for n in range(1000)})
+    run(dataclasses.replace(toys, rounds=1), tmp_path / "run")
+    told = metrics(tmp_path / "run")[0]["clients"]["site-0"]
+    assert told["rejected"] is None and len(told["report"]) == 100 and "?7" in told["report"]
 
 
 def test_a_node_that_says_nonsense_of_itself_is_not_taken(toys, grid, tmp_path):
@@ -560,9 +679,8 @@ def test_sites_with_their_own_data_give_the_bits_of_one_machine(method, data, si
     assert over["summary"]["weights"] == local["summary"]["weights"]
     assert over["structure"] == local["structure"] and over["summary"]["tasks"] == local["summary"]["tasks"]
     for site, told in over["partition"]["clients"].items():
-        assert told == {
-            key: local["partition"]["clients"][site][key] for key in ("task", "labels", "sizes", "memory_bytes")
-        }
+        same = ("task", "labels", "sizes", "memory_bytes")
+        assert told == {key: local["partition"]["clients"][site][key] for key in same} | {"threads": 1}
     for i, site in enumerate(NAMES):  # states stay at the sites
         kept = list((tmp_path / f"at-{i}").glob("*/*/round-*"))
         assert bool(kept) == (site in local["summary"]["clients"] and bool(local["summary"]["clients"][site]["state"]))
@@ -583,6 +701,26 @@ def test_a_server_that_starts_again_goes_on_to_the_same_bits(toys, sites, tmp_pa
         runs.outcome(tmp_path / "run")["summary"]["weights"] == runs.outcome(tmp_path / "whole")["summary"]["weights"]
     )
     assert [m["round"] for m in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_a_site_that_trains_with_another_number_of_threads_is_told_of(toys, sites, tmp_path):
+    """It is the site's own to choose, so the run goes on; partition.json says with how many it was begun."""
+    with pytest.raises(KeyboardInterrupt):
+        serve(toys, tmp_path / "run", sites, NAMES, 1.0, Between(_2=interrupt))
+    told = json.loads((tmp_path / "run/partition.json").read_text())["clients"]
+    assert [site["threads"] for site in told.values()] == [1, 1, 1]
+    path = Path(sites.configs[0]["site"])
+    own = json.loads(path.read_text())
+    (again := tmp_path / "again").mkdir()
+    for file in path.parent.glob("data.*"):
+        (again / file.name).write_bytes(file.read_bytes())
+    (again / "site.json").write_text(json.dumps({**own, "experiment": {**own["experiment"], "threads": 2}}))
+    sites.configs[0] = {"site": str(again / "site.json")}
+    try:
+        with pytest.warns(UserWarning, match=rf"site {own['name']} trained with 1 torch threads, now with 2: perhaps"):
+            serve(toys, tmp_path / "run", sites, NAMES, 1.0)
+    finally:
+        torch.set_num_threads(1)
 
 
 def says(sites, node, name):

@@ -1,17 +1,26 @@
 """The judge, check by check: a good reply, one bad one for each check, and no check that could be left out."""
 
 import ast
+import dataclasses
 import inspect
 import math
 import textwrap
+from pathlib import Path
 
 import pytest
+import runs
 import torch
 
 from consilium import params
+from consilium.algorithms.fedmoe import FedMoE
+from consilium.algorithms.fedtgp import FedTGP
+from consilium.algorithms.pfedmoe import pFedMoE
+from consilium.algorithms.scaffold import SCAFFOLD
 from consilium.core import ClientInfo, Payload, Server
 from consilium.engine import judge
+from consilium.engine.flower import Limits, records
 from consilium.params import Like
+from consilium.setup import Fit
 
 INFO = ClientInfo("a", 12, "t")
 SENT = Payload({"params": {"w": torch.ones(2, 3), "head.t.x.bias": torch.ones(())}})
@@ -196,6 +205,10 @@ def verdicts():
     calls += [lambda reply=reply: judge.objection(Asking(), INFO, SENT, reply) is None for reply, _ in BAD]
     calls += [lambda check=check, end=end: check(end) for check in (judge.diverged, judge.check_sent) for end in ENDS]
     calls += [struck, lambda: judge.one_line("a\nb\x1b"), lambda: judge.numbers({"steps": 3, "cut": -1, "y": 1})]
+    return outcomes(calls)
+
+
+def outcomes(calls):
     found = []
     for call in calls:
         try:
@@ -205,10 +218,13 @@ def verdicts():
     return found
 
 
-def test_no_check_can_be_left_out(monkeypatch):
-    whole, mutants, survivors = verdicts(), 0, []
-    for check in CHECKS:
-        module, home = inspect.getmodule(check), params.Like if check is params.Like.objection else None
+def survivors(checks, verdicts, monkeypatch):
+    """What could be left out of the checks without another verdict; how many were tried."""
+    whole, tried, found = verdicts(), 0, []
+    for check in checks:
+        module = inspect.getmodule(check)
+        *owner, name = check.__qualname__.split(".")
+        home = getattr(module, owner[0]) if owner else module
         for n in range(99):
             tree, without = ast.parse(textwrap.dedent(inspect.getsource(check))), Without(n)
             tree = ast.fix_missing_locations(without.visit(tree))
@@ -217,8 +233,66 @@ def test_no_check_can_be_left_out(monkeypatch):
             names = dict(vars(module))
             exec(compile(tree, "<mutant>", "exec"), names)
             with monkeypatch.context() as patch:
-                patch.setattr(home or module, check.__name__, names[check.__name__])
+                patch.setattr(home, name, names[name])
                 if verdicts() == whole:
-                    survivors.append(f"{check.__qualname__} without {without.what}")
-            mutants += 1
-    assert mutants > 25 and not survivors
+                    found.append(f"{check.__qualname__} without {without.what}")
+            tried += 1
+    return found, tried
+
+
+def test_no_check_can_be_left_out(monkeypatch):
+    found, tried = survivors(CHECKS, verdicts, monkeypatch)
+    assert tried > 25 and not found
+
+
+# --- the same at a site: what a server says of itself, and what it may ask --------------------------------------------
+
+TOLD = {
+    "protocol": records.PROTOCOL, "experiment": "{}", "heads": "{}", "run": "", "model": "", "client": "a", "round": 2,
+    "version": 1, "seed": 0, "cap": "1GB", "reply": "exact", "zstd": False, "deadline": 9.0, "base": "", "hold": False,
+}  # fmt: skip
+SAYS = [
+    TOLD, *({**TOLD, name: other} for name in TOLD for other in (None, 1, "x", True)),
+    TOLD | {"protocol": 7}, TOLD | {"version": 2},
+    TOLD | {"version": 3}, TOLD | {"version": -1}, TOLD | {"round": 0, "version": 0}, {**TOLD, "more": 1},
+]  # fmt: skip
+WORDS = ["{", "[]", "1", "{}", '{"a": 1}', '{"a": []}', "[" * 100_000]
+MOST = Limits(lr=1, epochs=3, steps=20, batch_size=8, rounds=5, bytes="1KB")
+ASKS = [
+    {}, {"rounds": 6}, {"algorithm": FedMoE(stage1_epochs=4)}, {"algorithm": SCAFFOLD(eta_l=2)},
+    {"algorithm": pFedMoE()}, {"algorithm": SCAFFOLD(eta_g=2)}, {"algorithm": FedTGP(server_epochs=9, eta_s=2)},
+    *({"fit": Fit(**{"batch_size": 4, **fit})} for fit in (
+        {"lr": 2}, {"head_lr": 2}, {"epochs": 3}, {"epochs": 4}, {"batch_size": 9}, {"epochs": 3, "batch_size": 1})),
+]  # fmt: skip
+NO_LIMITS = [
+    {"lr": 0}, {"lr": -1}, {"lr": math.nan}, {"lr": math.inf}, {"lr": "1"}, {"lr": True}, {"lr": 1}, {"epochs": 0},
+    {"epochs": 1.5}, {"epochs": 2}, {"steps": True}, {"bytes": "much"}, {"bytes": 5}, {"bytes": "0KB"}, {"bytes": "1B"},
+]  # fmt: skip
+
+
+def verdicts_of_a_site():
+    base = runs.of_world("moe", Path("no-file.jsonl"), FedMoE(stage1_epochs=1), rounds=5)
+    small = runs.of_world("cohort", Path("no-file"), FedTGP(), rounds=5)
+    worlds = {"FedTGP": small, "pFedMoE": small}
+
+    def asks(change):
+        made = worlds.get(type(change.get("algorithm")).__name__, base)
+        return dataclasses.replace(made, **{"fit": Fit(batch_size=4, lr=0.1), **change})
+
+    calls = [lambda told=told: records.checked(told, records.TOLD) is told for told in SAYS]
+    calls += [lambda told=told: records.checked(told, records.SAID) is told for told in SAYS]
+    calls += [lambda w=w, what=what: records.parsed(what, w) for w in WORDS for what in ("experiment", "heads")]
+    calls += [lambda change=change: MOST.check(asks(change), 10) for change in ASKS]
+    calls += [lambda n=n: MOST.check_round(n) for n in (5, 6)] + [lambda n=n: MOST.check_bytes(n) for n in (1000, 1001)]
+    calls += [lambda cap=cap: MOST.cap(cap) for cap in ("1GB", "1B")] + [
+        lambda bad=bad: Limits(**bad) for bad in NO_LIMITS
+    ]
+    return outcomes(calls)
+
+
+def test_no_check_of_a_site_can_be_left_out(monkeypatch):
+    checks = [
+        records.checked, records.parsed, Limits.__post_init__, Limits.check, Limits.check_round, Limits.check_bytes,
+    ]  # fmt: skip
+    found, tried = survivors(checks, verdicts_of_a_site, monkeypatch)
+    assert tried > 15 and not found

@@ -30,6 +30,7 @@ from importlib import metadata
 from pathlib import Path
 
 from consilium.errors import DataError
+from consilium.machine import cores
 
 __all__ = ["PACKAGES", "PUBLIC", "Doc", "digests", "extract", "mask", "read", "version", "warm", "words"]
 
@@ -242,7 +243,7 @@ def read(package: str) -> list[Doc]:
 def warm(packages: Sequence[str]) -> None:
     """Cache the packages that are not cached yet, one process per core; what fails here is left to `read`."""
     missing = [p for p in packages if version(p) is not None and not _cache(p, "json").exists()]
-    workers = min(len(missing), os.cpu_count() or 1)
+    workers = min(len(missing), cores())
     if workers < 2:
         return
 

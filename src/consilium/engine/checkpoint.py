@@ -69,17 +69,15 @@ def write_atomic(path: Path, blob: bytes) -> None:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        made = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(blob)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        for folder in (path.parent, *(folder.parent for folder in made)):  # a new folder's name is in the one above
+            _sync(folder)
     except BaseException as error:  # also what a signal has interrupted
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -105,8 +103,19 @@ def append_json(path: Path, record: Mapping[str, object]) -> None:
             except OSError:
                 file.truncate(size)
                 raise
+        if not size:  # the file may be new: its name must last, too
+            _sync(path.parent)
     except OSError as error:
         raise _unwritten(path, len(line), error) from error
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder last."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _unwritten(path: Path, size: int, error: OSError) -> CheckpointError:
@@ -238,8 +247,9 @@ def save_checkpoint(
         "engine/begun": json.dumps(begun or {}, sort_keys=True),
     }
     write_atomic(folder / f"round-{round:05d}.safetensors", _seal(Payload(server.groups, {**server.scalars, **own})))
-    for path, number in _numbered(folder)[:-KEEP]:
-        if number != best:
+    kept = {best, *[number for _, number in _numbered(folder) if number <= round][-KEEP:]}
+    for path, number in _numbered(folder):  # later ones were broken, and are done again
+        if number not in kept:
             path.unlink()
     store.commit(best)
 

@@ -15,6 +15,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from consilium.core import Client, ClientContext, ClientId, ClientInfo, Payload, Sampling, Scalar, Server, derive_seed
@@ -27,6 +28,9 @@ __all__ = ["OWN", "Engine", "Progress", "ledger", "nobody", "release", "tested",
 
 OWN = (BudgetError, DataError, PayloadError)
 """Errors of one client, of its data, its device or what it was sent: the round goes on without it. Others end all."""
+
+REPORTED = 100
+"""Numbers of a method's own ("report/...") that the record takes of one reply."""
 
 Progress = Callable[[ClientId, str, int, int], None]
 """Called with (client, "train" or "test", steps done, steps in all)."""
@@ -177,10 +181,10 @@ def told_of(
     """What is recorded of one client's round. `seconds`: of its training, validation included."""
     told = numbers(reply.scalars)
     evaluate = min(told.get("seconds_evaluate", 0.0), seconds)
+    reported = ((key, value) for key, value in reply.scalars.items() if key.startswith("report/") and number(value))
     report = {
-        key[7:107]: float(value) if isinstance(value, float) else value
-        for key, value in reply.scalars.items()
-        if key.startswith("report/") and number(value)
+        one_line(key[7:107]): float(value) if isinstance(value, float) else value
+        for key, value in islice(reported, REPORTED)
     }
     return {
         "rejected": rejected,

@@ -25,11 +25,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GenerationConfig
-from transformers.utils import logging as transformers_logging
 
 from consilium.errors import ConfigError, ModelError
 from consilium.export.card import card
 from consilium.export.deployed import Deployed
+from consilium.machine import quietly
 from consilium.moe.adapter_files import save_adapters
 from consilium.moe.addressing import load_flat
 from consilium.moe.files import save_sub_moe
@@ -130,7 +130,7 @@ def _plain(folder: Path, deployed: Deployed) -> list[str]:
     backbone.config = config
     if backbone.can_generate():
         backbone.generation_config = _generation(source.location, source.revision, config)
-    with _quiet():
+    with quietly():
         backbone.save_pretrained(folder)
     _heads(folder, deployed, config.hidden_size)
     notes, rounded = [], source.dtype != "float32"
@@ -215,15 +215,3 @@ def _generation(location: str, revision: str | None, config: object) -> Generati
         return GenerationConfig.from_pretrained(location, revision=revision)
     except OSError:
         return GenerationConfig.from_model_config(config)
-
-
-@contextmanager
-def _quiet():
-    """Without transformers' progress bars."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

@@ -45,9 +45,9 @@ from transformers import (
 )
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.initialization import no_init_weights
-from transformers.utils import logging
 
 from consilium.errors import ConfigError, ModelError
+from consilium.machine import quietly
 
 __all__ = ["FORMS", "ImageEncoder", "TextEncoder", "extractor", "is_function", "is_model", "one_tokenizer", "resolved"]
 
@@ -195,20 +195,13 @@ def _model(name: str, config: Any) -> nn.Module:
         model.tie_weights()
         return _without_pooling(model)
     safe = {"use_safetensors": True, "trust_remote_code": False}
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
+    with quietly():
         model, info = _read(
             name,
             lambda: AutoModel.from_pretrained(
                 name, config=config, dtype=torch.float32, output_loading_info=True, **safe
             ),
         )
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
     own = {key for key, _ in _without_pooling(model).named_parameters()}
     if missing := sorted(own & set(info["missing_keys"])):
         raise ModelError(f"model {name!r} lacks {len(missing)} weights of its encoder, e.g. {missing[0]!r}")

@@ -5,8 +5,6 @@ No remote code is ever run and nothing but safetensors is ever read.
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,10 +16,10 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
-from transformers.utils import logging as transformers_logging
 
 from consilium.core import ExpertSet, counts_of
 from consilium.errors import ConfigError, ModelError
+from consilium.machine import quietly
 from consilium.moe.addressing import all_experts, flatten, load_flat
 from consilium.moe.families import Family, Form, family_of
 from consilium.moe.model import TaskModel
@@ -29,7 +27,7 @@ from consilium.moe.partial import held_weights, sliced
 from consilium.moe.surgery import checked, slice_experts
 from consilium.params import Params
 
-__all__ = ["ModelSource", "quietly", "shipped"]
+__all__ = ["ModelSource", "shipped"]
 
 _SHIPPED = Path(__file__).parents[1] / "models"
 _TOKENIZER_FILES = tuple(
@@ -208,17 +206,3 @@ def _tokenizer(location: str, revision: str | None) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Without transformers' progress bars and warnings: what matters of a model that is loaded is checked."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -37,7 +37,8 @@ from transformers.initialization import no_init_weights
 
 from consilium.core import derive_seed
 from consilium.errors import ConfigError, ModelError
-from consilium.moe.build import ModelSource, quietly
+from consilium.machine import quietly
+from consilium.moe.build import ModelSource
 from consilium.moe.families import FAMILIES, Family, blocks
 
 __all__ = ["Upcycling", "upcycle"]

@@ -2,6 +2,7 @@
 
     records   a payload as a message's content, to the bit
     roster    who is behind Flower's nodes, by name or by key
+    patience  a Grid whose server may fail for a while
     grid      the engine: rounds over a Grid, deadlines, who was missing
     held      what a client holds, where it is sent changes
     client    the client's end, a ClientApp

@@ -207,8 +207,8 @@ def name(message: Message, context: Context) -> RecordDict:
 
 
 def describe(message: Message, context: Context) -> RecordDict:
-    """What the server may know about a site: sizes, task, labels, memory, the architecture of its small model and the
-    shape of its examples; no rows and no counts of labels."""
+    """What the server may know about a site: sizes, task, labels, memory, the architecture of its small model, the
+    shape of its examples, and with how many torch threads it trains; no rows and no counts of labels."""
     site = _site_of(checked(dict(message.content["engine"]), SAID), context)
     task = site.data.task
     return RecordDict(
@@ -225,6 +225,7 @@ def describe(message: Message, context: Context) -> RecordDict:
                     "architecture": site.info.architecture,
                     "shape": list(site.data.train.shape),
                     "fingerprint": site.fingerprint,
+                    "threads": torch.get_num_threads(),
                 }
             )
         }

@@ -37,6 +37,8 @@ __all__ = ["FlowerEngine", "within"]
 
 LATE = 3
 """Rounds in which an answer that is overdue is still asked for."""
+WORDS = 16_000_000
+"""Bytes of a reply's scalars, which wait in memory for their turn."""
 NOBODY = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
 """Errors that Flower's own server gives in place of an answer that never came."""
 
@@ -163,7 +165,7 @@ class FlowerEngine(Engine):
             Client -> its reply in files. `noted`, a record, tells of all others.
         """
         nodes = self.roster.nodes()
-        end = time.monotonic() + self.wire.deadline
+        end, enough = time.monotonic() + self.wire.deadline, self.wire.enough if kind == "train" else 0
         sent = self._send(kind, number, tasks, nodes, noted)
         arrived: dict[ClientId, _Parked] = {}
         again: set[ClientId] = set()
@@ -182,7 +184,11 @@ class FlowerEngine(Engine):
                     arrived[client] = _park(reply, inbox / client, bytes_of(self.wire.cap))
             del reply  # before the next is fetched
             give_back()
-        noted["missing"] |= {client: f"no answer within {self.wire.deadline:g} s" for client in sent}
+            if 0 < enough <= len(arrived):
+                break
+        full = 0 < enough <= len(arrived)
+        slow = f"the round had {enough} answers before (wire.enough)" if full else "no answer within {:g} s"
+        noted["missing"] |= dict.fromkeys(sent, slow.format(self.wire.deadline))
         if kind == "train":
             self._late(number, noted)
             self.overdue |= {identifier: (client, number) for client, identifier in sent.items()}
@@ -191,7 +197,7 @@ class FlowerEngine(Engine):
     def _late(self, number: int, noted: dict[str, Any]) -> None:
         """Note who has answered a message of an earlier round, or attempt, by now: the answers count for nothing."""
         for identifier, (client, since) in list(self.overdue.items()):
-            for reply in self.roster.grid.pull_messages([identifier]):
+            for reply in self.roster.grid.pull_message(identifier):
                 self.overdue.pop(identifier, None)
                 if not reply.has_error():
                     noted["late"].setdefault(client, []).append(since)
@@ -271,8 +277,11 @@ def _park(reply: Message, folder: Path, cap: int) -> _Parked:
     is parked as rejected."""
     try:
         blobs, scalars, told = blobs_of(reply.content)
-        if (size := sum(map(len, blobs.values()))) > cap:
+        size = sum(map(len, blobs.values()))
+        if size > cap:
             raise PayloadError(f"the reply is {human(size)}, allowed are {human(cap)} (wire.cap)")
+        if (words := sum(len(record.deflate()) for record in reply.content.config_records.values())) > WORDS:
+            raise PayloadError(f"the reply's scalars are {human(words)}, allowed are {human(WORDS)}")
         folder.mkdir(exist_ok=True)
         files = {}
         for i, (group, blob) in enumerate(blobs.items()):

@@ -62,7 +62,7 @@ class Limits:
             value = getattr(experiment.algorithm, field.name)
             if field.name.endswith("epochs") and not field.name.startswith("server"):
                 asked[f"algorithm.{field.name}"] = ("epochs", value)
-            elif field.name.startswith("eta") and field.name != "eta_s" and value is not None:
+            elif field.name.startswith("eta") and field.name not in ("eta_s", "eta_g") and value is not None:
                 asked[f"algorithm.{field.name}"] = ("lr", value)
         for name, (limit, value) in asked.items():
             if not value <= getattr(self, limit):

@@ -16,6 +16,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from consilium.core import ClientId, Scalar
+from consilium.engine.flower.patience import Patient
 from consilium.engine.judge import number as is_number
 from consilium.engine.judge import one_line
 from consilium.errors import PayloadError, RoundError
@@ -33,7 +34,7 @@ class Roster:
         poll: seconds between looks for answers. patience: seconds that a node has to say who it is.
     """
 
-    grid: Grid
+    grid: Grid | Patient
     names: Sequence[ClientId] = ()
     keys: Mapping[bytes, ClientId] = field(default_factory=dict)
     poll: float = 0.05
@@ -46,6 +47,9 @@ class Roster:
     """Site -> why its node is refused."""
     news: dict[ClientId, str] = field(default_factory=dict)
     """Of these, what no record tells yet."""
+
+    def __post_init__(self) -> None:
+        self.grid = Patient(self.grid)
 
     def strangers(self) -> dict[int, tuple[int, str]]:
         """Nodes that are connected and have not said who they are, with their keys in `known`."""
@@ -100,7 +104,7 @@ class Roster:
 
 
 def ask(
-    grid: Grid, nodes: Sequence[int], what: str, told: Mapping[str, Scalar], seconds: float, poll: float
+    grid: Patient, nodes: Sequence[int], what: str, told: Mapping[str, Scalar], seconds: float, poll: float
 ) -> Iterator[tuple[int, Message]]:
     """Send every node the same small query; yields (node, reply) as they arrive, within so many seconds.
 
@@ -117,7 +121,7 @@ def ask(
         yield node, reply
 
 
-def arrivals(grid: Grid, sent: dict[Any, str], end: float, poll: float) -> Iterator[tuple[Any, Message]]:
+def arrivals(grid: Patient, sent: dict[Any, str], end: float, poll: float) -> Iterator[tuple[Any, Message]]:
     """Replies one at a time, as they arrive until `end` (of time.monotonic); what is still in `sent` then never came.
 
     A reply is released before the next is fetched. A message may be answered twice.
@@ -125,13 +129,11 @@ def arrivals(grid: Grid, sent: dict[Any, str], end: float, poll: float) -> Itera
     while sent:
         found = False
         for key, identifier in list(sent.items()):
-            for reply in grid.pull_messages([identifier]):
+            for reply in grid.pull_message(identifier):
                 found = True
                 sent.pop(key, None)
                 yield key, reply
                 del reply
-            if time.monotonic() > end and not found:
-                return
         if time.monotonic() > end:
             return
         if not found:

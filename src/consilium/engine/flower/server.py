@@ -19,6 +19,7 @@ from consilium.engine.flower.heap import give_back_at_once
 from consilium.engine.flower.roster import Roster, ask
 from consilium.errors import ConfigError, RoundError
 from consilium.experiment import Experiment
+from consilium.machine import cores
 from consilium.models.cohort import ARCHITECTURES
 
 __all__ = ["describe", "one_cohort", "server_app", "simulation"]
@@ -56,16 +57,15 @@ def simulation(experiment: Experiment, clients: int) -> Iterator[Grid]:
         grids.put(grid)
         done.wait()
 
-    cores = len(os.sched_getaffinity(0))
     resources = {
-        "num_cpus": min(experiment.threads, cores),
+        "num_cpus": min(experiment.threads, cores()),
         "num_gpus": float(experiment.device.startswith("cuda")),
         "max_restarts": -1,  # Flower hands these to the workers' options: Ray restarts one that dies
     }
 
     def work(folder: str) -> None:
         # The folder goes afterwards; its path must be short, as the sockets in it allow.
-        own = {"num_cpus": cores, "include_dashboard": False, "_temp_dir": folder}
+        own = {"num_cpus": cores(), "include_dashboard": False, "_temp_dir": folder}
         init = {} if "RAY_ADDRESS" in os.environ else own
         try:
             run_simulation(

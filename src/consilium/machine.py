@@ -1,0 +1,47 @@
+"""What this process may have of its machine, and what the libraries in it may say."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from consilium.errors import ConfigError
+
+__all__ = ["cores", "free_memory", "quietly"]
+
+
+def cores() -> int:
+    """Cores that this process may run on, at least 1: a container or `taskset` may leave it fewer than there are."""
+    return len(os.sched_getaffinity(0))
+
+
+def free_memory() -> int:
+    """Bytes that this process and new ones can have without swapping: of the machine, and of its control group (v2).
+
+    Raises:
+        ConfigError: if the machine does not tell.
+    """
+    told = [line.split() for line in Path("/proc/meminfo").read_text().splitlines()]
+    free = [1024 * int(words[1]) for words in told if words[0] == "MemAvailable:"]
+    if not free:
+        raise ConfigError("/proc/meminfo does not tell MemAvailable: this Linux is too old")
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # no limit ("max"), or no such control group
+        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(min(free), 0)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without transformers' progress bars and warnings: what matters of a model that is loaded is checked."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,77 @@
+"""A program that stops working without ending is started again; one that ends, ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from consilium.engine import again
+
+PROGRAM = """
+import os, sys, threading, time
+from pathlib import Path
+folder = Path(sys.argv[1])
+calls = len(list(folder.glob("call-*")))
+(folder / f"call-{calls}-{os.getpid()}").touch()
+threading.Thread(target=time.sleep, args=(600,)).start()
+if sys.argv[2] == "work":
+    time.sleep(600)
+codes = sys.argv[2].split(",")
+sys.exit(int(codes[calls]) if codes[calls] else None)
+"""
+
+
+@pytest.fixture
+def started(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "calls").mkdir()
+    code = "import sys; from consilium.engine import again; again.PAUSE, again.TRIES = 0.1, 2\n"
+    code += "sys.exit(again._again(sys.argv[1:]))"
+    found = []
+
+    def start(how):
+        command = [sys.executable, "-c", code, tmp_path / "program.py", tmp_path / "calls", how]
+        found.append(subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True))
+        return found[-1], tmp_path / "calls"
+
+    yield start
+    for process in found:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("codes", "starts", "code"),
+    [("7", 1, 7), ("0", 1, 0), (",,0", 3, 0), (",7,7,,0", 5, 0), (",7,7,7,7,7", 4, 7)],
+    ids=["a mistake", "an end", "twice lost", "lost while the server is not well", "lost for good"],
+)
+def test_started_again_until_it_ends_by_itself(started, codes, starts, code):
+    """Its other thread would have kept the process for ten minutes. It may fail twice in a row here."""
+    process, calls = started(codes)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == code and len(list(calls.iterdir())) == starts
+    assert said.count("has stopped working; it is started again") == starts - 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_both_end_together(started, number):
+    process, calls = started("work")
+    end = time.monotonic() + 60
+    while not (there := list(calls.iterdir())) and time.monotonic() < end:
+        time.sleep(0.05)
+    child = int(there[0].name.split("-")[2])
+    os.kill(process.pid, number)
+    process.wait(30)
+    _, left = psutil.wait_procs([psutil.Process(child)] if psutil.pid_exists(child) else [], timeout=30)
+    assert not left and len(list(calls.iterdir())) == 1
+
+
+def test_the_watching_process_is_small():
+    """It lives as long as the site takes part."""
+    code = "import consilium.engine.again, sys; print('torch' in sys.modules, 'flwr' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["False", "False"]
+    assert again.command(["x", "y"])[1:] == ["-m", "consilium.engine.again", "x", "y"]
