@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from consilium.errors import ConsiliumError
 from consilium.experiment import Experiment
 from consilium.moe.build import ModelSource
 from consilium.run import records
@@ -94,6 +95,8 @@ def finish(
     missing = {f: table[f] for f in wanted if cells.get(table[f].name, {}).get("digest") != key[f]}
     try:
         Comparison(Console(), missing, jobs).run()
+    except ConsiliumError as error:  # the table says of how many seeds it is
+        print(error, flush=True)
     finally:
         for folder, cell in missing.items():
             if (folder / "summary.json").exists():

@@ -199,7 +199,7 @@ class Peer:
 
         clientpfedmoe.pFMCNN_5 = partial(pFMcnn.pFMCNN_5, in_channels=1, dim=512)
         clientpfedmoe.pfedmoe_gate = gate
-        clientbase.read_client_data = self.read
+        clientbase.read_client_data = partial(self.read, self.setup, self.federation)
         sizes = (512, 256, 512, 512, 512)
         settings = SimpleNamespace(
             algorithm="pFedMoE", dataset="Fashion-MNIST", device="cpu", save_folder_name="temp/", lamda=1.0,
@@ -211,9 +211,12 @@ class Peer:
             self.clients[info.id] = made_by_them(settings, number, info.num_examples, 0)
         self.shared = copy.deepcopy(next(iter(self.clients.values())).global_expert_model)
 
-    def read(self, dataset: str, number: int, is_train: bool) -> list[tuple[Tensor, Tensor]]:
+    @staticmethod
+    def read(
+        setup: Setup, federation: Federation, dataset: str, number: int, is_train: bool
+    ) -> list[tuple[Tensor, Tensor]]:
         """As its `read_client_data`, of arrays that are in memory already."""
-        split = self.federation.clients[self.setup.clients[number].id].train
+        split = federation.clients[setup.clients[number].id].train
         batch = split.batch(range(len(split)), torch.device("cpu"))
         return list(zip(batch["x"], batch["labels"], strict=True))
 

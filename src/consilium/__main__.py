@@ -176,6 +176,12 @@ def compare_command(args: list[str]) -> None:
             Comparison(out, planned, jobs, track, told).run()
         except KeyboardInterrupt:
             raise KeyboardInterrupt("; the same command continues the comparison") from None
+        except ConfigError:  # before any run began
+            raise
+        except ConsiliumError:
+            if finished := [folder for folder in planned if (folder / "summary.json").exists()]:
+                _finish(finished, root / "report.html", lines)
+            raise
         _finish(list(planned), root / "report.html", lines)
 
 

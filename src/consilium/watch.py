@@ -235,10 +235,13 @@ class Comparison:
     def run(self) -> None:
         """Run what is not finished. What cannot run is found before the first run starts.
 
+        A run that fails keeps none of the others from going on.
+
         Raises:
             ConfigError: if a directory holds another experiment, or one of the experiments cannot run.
-            ConsiliumError: if a run failed, with the last line it printed.
+            ConsiliumError: in the end, if runs failed, with the last line that each printed.
         """
+        failed: list[str] = []
         waiting = [folder for folder, experiment in self.planned.items() if not self._finished(folder, experiment)]
         with self.console.status(f"Reading data and model for {len(waiting)} runs (the first time, a minute or two)"):
             self._check_new(waiting)
@@ -268,13 +271,17 @@ class Comparison:
                         ended = process.poll() is not None
                         self._show(bars, tasks[folder], folder, self.rounded)
                         if ended:
-                            self._check(folder, running.pop(folder))
-                            self._say(f"{folder.name}: finished")
+                            if reason := self._failure(folder, running.pop(folder)):
+                                failed.append(reason)
+                            self._say(reason or f"{folder.name}: finished")
             finally:
                 for process in running.values():
                     process.terminate()
                 for process in running.values():
                     process.wait()
+        if failed:
+            more = f"{len(failed)} of {len(self.planned)} runs failed: " if len(failed) > 1 else ""
+            raise ConsiliumError(more + "; ".join(failed))
 
     def _finished(self, folder: Path, experiment: Experiment) -> bool:
         if not (folder / "config.json").exists():
@@ -317,11 +324,12 @@ class Comparison:
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def _check(self, folder: Path, process: subprocess.Popen) -> None:
-        if process.returncode:
-            lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
-            last = lines[-1] if lines else "no output"
-            raise ConsiliumError(f"{folder.name} failed with code {process.returncode} ({last}); see {folder}/log.txt")
+    def _failure(self, folder: Path, process: subprocess.Popen) -> str | None:
+        if not process.returncode:
+            return None
+        lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
+        last = lines[-1] if lines else "no output"
+        return f"{folder.name} failed with code {process.returncode} ({last}); see {folder}/log.txt"
 
     def _show(
         self, bars: Progress, task: Any, folder: Path, rounded: Callable[[str, Mapping[str, Any]], None] | None
