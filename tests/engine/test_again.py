@@ -50,7 +50,7 @@ def started(tmp_path):
     ids=["a mistake", "not yet taken", "an end", "twice lost", "lost while the server is not well", "lost for good"],
 )
 def test_started_again_until_it_ends_by_itself(started, codes, starts, code):
-    """Its other thread would have kept the process for ten minutes. It may fail once at first, and twice in a row later."""
+    """Its other thread would have kept the process for ten minutes. It may fail once at first, twice in a row later."""
     process, calls = started(codes)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == code and len(list(calls.iterdir())) == starts

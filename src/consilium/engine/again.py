@@ -25,7 +25,7 @@ PAUSE = 5.0
 """Seconds before it is started again."""
 TRIES = 60
 """Times that it may then fail in a row, as it does while its server is not yet well."""
-FIRST = 18
+FIRST = 12
 """Times that it may fail at the start: for a minute a server takes a site that was killed for one that is there."""
 
 
