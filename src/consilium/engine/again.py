@@ -25,6 +25,8 @@ PAUSE = 5.0
 """Seconds before it is started again."""
 TRIES = 60
 """Times that it may then fail in a row, as it does while its server is not yet well."""
+FIRST = 12
+"""Times that it may fail at the start: for a minute a server takes a site that was killed for one that is there."""
 
 
 def command(program: Sequence[str]) -> list[str]:
@@ -44,9 +46,9 @@ def _once(program: list[str]) -> None:
 
 
 def _again(program: list[str]) -> int:
-    """Start a program until it ends by itself, or by a signal; a signal to this process ends both. One that was `LOST`
-    may fail `TRIES` times in a row before its code counts; one that fails at its first start has ended by itself."""
-    left = 0
+    """Start a program until it ends well, or by a signal; a signal to this process ends both. It may fail `FIRST` times
+    before its code counts, and once it was `LOST`, `TRIES` times in a row."""
+    left = FIRST
 
     def strike(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -67,7 +69,7 @@ def _again(program: list[str]) -> int:
         left = TRIES if code == LOST else left - 1
         if code <= 0 or left < 0:
             return code
-        print(f"{program[0]} has stopped working; it is started again in {PAUSE:g} s", flush=True)
+        print(f"{program[0]} has stopped working; it is started again in {PAUSE:g} s, {left} times more", flush=True)
         time.sleep(PAUSE)
 
 
