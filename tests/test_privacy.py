@@ -22,7 +22,7 @@ from consilium.core import Algorithm, Payload, Sampling
 from consilium.engine.account import Account
 from consilium.engine.checkpoint import load_checkpoint
 from consilium.errors import CheckpointError, ConfigError, DataError, PayloadError
-from consilium.export.card import _private
+from consilium.export import card
 from consilium.moe.merging import Merging
 from consilium.params import WeightedMean
 from consilium.privacy import PoissonSampling, Privacy, PrivateMean, epsilon_spent, usage_told
@@ -223,8 +223,8 @@ def test_a_run_tells_what_it_spent(data, tmp_path):
     told = summary["privacy"]
     assert told["epsilon"] == spent[-1] and told["covers"] == ["weights"] and told["rate"] == pytest.approx(2 / 3)
     assert told["delta"] == 1e-3 and told["neighbours"] == "one client added or removed"
-    card = _private(type("Deployed", (), {"privacy": told, "experiment": experiment}))
-    assert f"epsilon {told['epsilon']:.4g} at delta" in card and "poisson" in card
+    said = card.private(told, experiment)
+    assert f"epsilon {told['epsilon']:.4g} at delta" in said and "poisson" in said
 
 
 def test_two_runs_of_one_seed_have_other_noise(data, tmp_path):
@@ -417,9 +417,7 @@ def test_fedmoe_goes_by_what_it_is_told(mode, data, tmp_path):
     if mode.usage == "noised":
         told = summary["privacy"]
         assert told["covers"] == ["usage"] and told["epsilon"] == told["epsilon_usage"] > 0
-        assert "No differential privacy of the weights" in _private(
-            type("Deployed", (), {"privacy": told, "experiment": experiment})
-        )
+        assert "No differential privacy of the weights" in card.private(told, experiment)
     else:
         assert "privacy" not in summary
 
