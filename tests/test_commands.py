@@ -40,6 +40,7 @@ PARSED = {
     r"consilium compare .*": "runs of minutes each; tests of comparisons have smaller ones",
     r"consilium (server|client|certificates) .*": "processes over a network: test_deployment.py runs them",
     r"consilium export north .*": "a site's state comes of a deployment: test_deployment.py exports one",
+    r"consilium run .* --device cuda": "needs a GPU: test_gpu.py runs there",
     r"consilium upcycle .*": "moe/test_upcycle.py runs every family",
     r"consilium run pfedmoe-cifar10 .*": "a data set of 160 MB",
     r"scripts/(demo|test|setup|release-check|docs).*": "installs packages; the demo's own command is parsed",

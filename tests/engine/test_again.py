@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import psutil
 import pytest
@@ -13,6 +14,7 @@ from consilium.engine import again
 
 PROGRAM = """
 import os, sys, threading, time
+from functools import partial
 from pathlib import Path
 folder = Path(sys.argv[1])
 calls = len(list(folder.glob("call-*")))
@@ -35,7 +37,9 @@ def started(tmp_path):
 
     def start(how):
         command = [sys.executable, "-c", code, tmp_path / "program.py", tmp_path / "calls", how]
-        found.append(subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True))
+        words, heeded = [str(part) for part in command], partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        # Ctrl-C counts there also where this process was started in the background, which ignores it.
+        found.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True, preexec_fn=heeded))
         return found[-1], tmp_path / "calls"
 
     yield start
