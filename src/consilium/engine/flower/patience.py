@@ -21,8 +21,8 @@ __all__ = ["PATIENCE", "Patient"]
 
 PATIENCE = 60.0
 """Seconds for which a call is tried again. Once that was in vain, calls are tried once, until one is answered."""
-SLOW = 5.0
-"""Seconds for which a reply is waited for before others are looked at."""
+SLOW = 30.0
+"""Seconds for which a reply is waited for before others are looked at, which are then in memory beside it."""
 
 
 class Patient:
