@@ -14,8 +14,9 @@ Shapes: K clients of one architecture, B rows of a batch, *S the shape of an exa
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,18 +68,18 @@ def stackable(model: nn.Module) -> bool:
 
 def fit_jobs(jobs: Sequence[FitJob]) -> list[tuple[float, int, float] | None]:
     """Train the models in place: the mean loss, steps and seconds of each; None for those that no other can join."""
-    answers: list[tuple[float, int, float] | None] = [None] * len(jobs)
-    for places in _alike(jobs):
-        for place, answer in zip(places, _fit([jobs[i] for i in places]), strict=True):
-            answers[place] = answer
-    return answers
+    return _answered(jobs, _fit)
 
 
 def predict_jobs(jobs: Sequence[PredictJob]) -> list[Tensor | None]:
     """Places of the labels ranked first, int64 [n] on the CPU, of each job; None for those that no other can join."""
-    answers: list[Tensor | None] = [None] * len(jobs)
+    return _answered(jobs, _predict)
+
+
+def _answered(jobs: Sequence[Any], work: Callable[[Sequence[Any]], Sequence[Any]]) -> list[Any]:
+    answers: list[Any] = [None] * len(jobs)
     for places in _alike(jobs):
-        for place, answer in zip(places, _predict([jobs[i] for i in places]), strict=True):
+        for place, answer in zip(places, work([jobs[i] for i in places]), strict=True):
             answers[place] = answer
     return answers
 
@@ -97,7 +98,7 @@ def _fit(jobs: Sequence[FitJob]) -> list[tuple[float, int, float]]:
     start, config, device = time.perf_counter(), jobs[0].config, jobs[0].context.device
     data = [job.data.augmented(derive_seed(job.context.seed, "augment")) for job in jobs]
     plans = [
-        list(data.epochs(job.epochs, config.batch_size, _generator(job))) for job, data in zip(jobs, data, strict=True)
+        list(own.epochs(job.epochs, config.batch_size, _generator(job))) for job, own in zip(jobs, data, strict=True)
     ]
     steps = [len(plan) for plan in plans]
     order = sorted(range(len(jobs)), key=lambda k: -steps[k])  # who has most batches first: who ends, ends the stack

@@ -21,6 +21,7 @@ __all__ = [
     "ModelError",
     "PayloadError",
     "RoundError",
+    "first_line",
 ]
 
 
@@ -54,3 +55,8 @@ class RoundError(ConsiliumError):
 
 class CheckpointError(ConsiliumError):
     """A run directory or checkpoint that cannot be continued."""
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, for a message of one line; its name if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -223,21 +223,27 @@ class Gate(nn.Module):
 GROUPS = 4
 
 
-def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor | int]:
-    """Mean and biased variance [S] over the real rows of x [B, S], and how many they are."""
+def moments(norm: nn.Module, x: Tensor, unbiased: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [S] over the real rows of x [B, S], towards which the running ones of `norm` move; where
+    only one row is real, which has none, the running ones.
+
+    Args:
+        unbiased: the running variance moves towards the unbiased one.
+    """
     if (real := real_rows()) is None:
-        mean = x.mean(0)
-        return mean, (x - mean).square().mean(0), len(x)  # several times as fast as torch's var
-    n, real_B1 = real.sum(), real[:, None]
-    mean = torch.where(real_B1, x, 0).sum(0) / n
-    return mean, torch.where(real_B1, x - mean, 0).square().sum(0) / n, n
-
-
-def kept(running: Tensor, new: Tensor, momentum: float, n: Tensor | int) -> None:
-    """Move a running statistic towards that of this batch; of a single example there is none."""
+        mean, n, others = x.mean(0), len(x), max(len(x) - 1, 1)
+        var = (x - mean).square().mean(0)  # several times as fast as torch's var
+    else:
+        real_B1, n = real[:, None], real.sum()
+        others = (n - 1).clamp(min=1)
+        mean = torch.where(real_B1, x, 0).sum(0) / n
+        var = torch.where(real_B1, x - mean, 0).square().sum(0) / n
+        mean, var = torch.where(n > 1, mean, norm.running_mean), torch.where(n > 1, var, norm.running_var)
     with torch.no_grad():
-        change = (new - running) * momentum
-        running += change if isinstance(n, int) else torch.where(n > 1, change, 0)
+        told = var * n / others if unbiased else var
+        norm.running_mean += (mean - norm.running_mean) * norm.momentum
+        norm.running_var += (told - norm.running_var) * norm.momentum
+    return mean, var
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -249,14 +255,9 @@ class BatchNorm(nn.BatchNorm1d):
         if not self.training or (real_rows() is None and len(x) > 1):
             return super().forward(x)
         if real_rows() is None:
-            return nn.functional.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-            )
-        mean, var, n = moments(x)
-        old_mean, old_var = self.running_mean.clone(), self.running_var.clone()
-        kept(self.running_mean, mean, self.momentum, n)
-        kept(self.running_var, var * n / (n - 1).clamp(min=1), self.momentum, n)
-        mean, var = torch.where(n > 1, mean, old_mean), torch.where(n > 1, var, old_var)
+            running = self.running_mean, self.running_var
+            return nn.functional.batch_norm(x, *running, self.weight, self.bias, eps=self.eps)
+        mean, var = moments(self, x, unbiased=True)
         return (x - mean) / (var + self.eps).sqrt() * self.weight + self.bias
 
 
@@ -279,12 +280,7 @@ class SwitchableNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         mean, var = self.running_mean, self.running_var
         if self.training and (len(x) > 1 or real_rows() is not None):
-            old_mean, old_var = mean.clone(), var.clone()
-            mean, var, n = moments(x)
-            kept(self.running_mean, mean, self.momentum, n)
-            kept(self.running_var, var, self.momentum, n)
-            if not isinstance(n, int):
-                mean, var = torch.where(n > 1, mean, old_mean), torch.where(n > 1, var, old_var)
+            mean, var = moments(self, x)
         (mean_own, mean_batch), (var_own, var_batch) = self.mean_weight.softmax(0), self.var_weight.softmax(0)
         own = x.mean(1, keepdim=True)
         mean = mean_own * own + mean_batch * mean

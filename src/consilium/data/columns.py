@@ -5,7 +5,6 @@ the official test set; one for validation joins the training rows, of which each
 """
 
 import difflib
-import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
@@ -15,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from consilium.data.pixels import Images, labelled, stack
-from consilium.data.sets import is_directory, open_set
+from consilium.data.sets import digest, is_directory, open_set
 from consilium.data.textfile import read_rows, strings
-from consilium.errors import DataError
+from consilium.errors import DataError, first_line
 
 __all__ = ["part_of", "read_parquet", "read_set", "table_of"]
 
@@ -61,10 +60,10 @@ def read_parquet(path: Path, size: int, image: str, label: str, client: str) -> 
     try:
         joined = {part: concatenate_datasets(rows) for part, rows in tables.items() if rows}
     except ValueError as error:
-        raise DataError(f"the files of {path} differ in their columns: {str(error).splitlines()[0]}") from error
+        raise DataError(f"the files of {path} differ in their columns: {first_line(error)}") from error
     source = {"format": "Parquet", "files": [file.name for file in files]}
     if path.is_file():
-        source["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        source["sha256"] = digest(path)
     return _read(path.name, joined, size, image, label, client, source)
 
 
@@ -73,10 +72,6 @@ def read_set(path: Path, size: int, image: str, label: str, client: str) -> Imag
     source = {"format": "datasets directory" if is_directory(path) else "hub"}
     name = path.name if is_directory(path) else str(path)
     return _read(name, _parts(str(path), open_set(path)), size, image, label, client, source)
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _parts(name: str, found: Any) -> dict[str, Any]:
@@ -143,7 +138,7 @@ def _files(name: str, rows: Any, column: str) -> Iterator[tuple[str, BytesIO]]:
     try:
         rows = rows.select_columns([column]).cast_column(column, Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise DataError(f"{name} column {column!r} holds no encoded images: {_line(error)}") from error
+        raise DataError(f"{name} column {column!r} holds no encoded images: {first_line(error)}") from error
     place = 0
     for batch in rows.iter(batch_size=256):
         for value in batch[column]:

@@ -12,7 +12,6 @@
 Python pickles are refused: reading one runs whatever it says.
 """
 
-import hashlib
 import re
 import zipfile
 import zlib
@@ -25,7 +24,7 @@ import numpy as np
 from consilium.data.binaries import IDX, read_cifar, read_idx
 from consilium.data.columns import part_of, read_parquet, read_set
 from consilium.data.pixels import ENDINGS, Images, labelled, resized, stack
-from consilium.data.sets import is_directory, is_hub_name
+from consilium.data.sets import digest, is_directory, is_hub_name
 from consilium.errors import ConfigError, DataError
 
 __all__ = ["kind_of", "read_images"]
@@ -202,7 +201,7 @@ def _npz(path: Path, size: int) -> Images:
         raise DataError(f"{path.name}: x_train and x_test differ in the shape of one image")
     x = _channels(np.concatenate([found["x_train"], found["x_test"]]))
     places, labels = labelled(np.concatenate([found["y_train"], found["y_test"]]), found.get("label_names"))
-    source = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    source = {"sha256": digest(path)}
     return Images(resized(x, size), places, labels, len(found["y_train"]), source=source)
 
 

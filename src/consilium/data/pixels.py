@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from consilium.errors import DataError
+from consilium.errors import DataError, first_line
 
 __all__ = ["ENDINGS", "Images", "labelled", "resized", "stack"]
 
@@ -98,8 +98,7 @@ def _decoded(name: str, file: Path | IO[bytes], size: int) -> np.ndarray:
     except Image.UnidentifiedImageError as error:
         raise DataError(f"{name} is no image of the formats that are read: {', '.join(_FORMATS)}") from error
     except (*_BROKEN, Image.DecompressionBombWarning) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{name} cannot be decoded: {reason}; replace or remove it") from error
+        raise DataError(f"{name} cannot be decoded: {first_line(error)}; replace or remove it") from error
 
 
 def _fitted(image: Image.Image, size: int) -> Image.Image:

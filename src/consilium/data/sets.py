@@ -5,13 +5,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from consilium.errors import DataError
+from consilium.data.pixels import ENDINGS
+from consilium.errors import DataError, first_line
 
 __all__ = ["digest", "is_directory", "is_hub_name", "located", "open_set", "rows_of"]
 
 _FILES = {
     ".npz", ".parquet", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".gz", ".zip", ".tar", ".bin", ".pkl",
-    ".png", ".jpg", ".jpeg", ".bmp", ".webp", ".pgm", ".ppm", ".tif", ".tiff",
+    *ENDINGS,
 }  # fmt: skip
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -45,12 +46,12 @@ def open_set(path: Path) -> Any:
         try:
             return load_from_disk(str(path))
         except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{path} cannot be read as a datasets directory: {_line(error)}") from error
+            raise DataError(f"{path} cannot be read as a datasets directory: {first_line(error)}") from error
     try:
         return load_dataset(str(path))
     except (OSError, ValueError, RuntimeError, DatasetGenerationError) as error:
         raise DataError(
-            f"{path} is neither a file or directory here nor a data set on the hub: {_line(error)}"
+            f"{path} is neither a file or directory here nor a data set on the hub: {first_line(error)}"
         ) from error
 
 
@@ -66,7 +67,7 @@ def rows_of(path: Path) -> Any:
     try:
         rows = found if isinstance(found, Dataset) else concatenate_datasets(list(found.values()))
     except ValueError as error:
-        raise DataError(f"the splits of {path} differ in their columns: {_line(error)}") from error
+        raise DataError(f"the splits of {path} differ in their columns: {first_line(error)}") from error
     names = rows.column_names
     for name, kind in list(rows.features.items()):
         if isinstance(kind, ClassLabel):
@@ -82,7 +83,3 @@ def digest(path: Path) -> str:
     for file in files:
         found.update(file.read_bytes())
     return found.hexdigest() if files else ""
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

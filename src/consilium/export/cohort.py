@@ -22,7 +22,7 @@ from consilium.data.pixels import stack
 from consilium.data.task import Split, Task
 from consilium.data.tensor import TensorSplit, of_texts
 from consilium.engine.rounds import tested
-from consilium.errors import ConfigError
+from consilium.errors import ConfigError, first_line
 from consilium.experiment import Experiment, from_json, to_json
 from consilium.export.card import private
 from consilium.export.deployed import Finished
@@ -109,7 +109,7 @@ def _exported(model: SplitModel, x: Tensor, folder: Path) -> str:
     try:
         made = torch.export.export(_Logits(model), (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
     except Exception as error:
-        return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        return first_line(error)[:200]
     made.example_inputs = None  # rows of the client's data; and they would be pickled
     torch.export.save(made, folder / "model.pt2")
     return ""

@@ -13,6 +13,7 @@ to run; on the CPU nothing does.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ class Layer:
     activation: Callable[[Tensor], Tensor]
     whole: tuple[Tensor, ...] = ()
 
-    @property
+    @cached_property
     def at_once(self) -> bool:
         """Whether all experts are computed at once. `grouped_mm` wants rows of a multiple of 16 bytes."""
         sides = [n for weight in self.whole for n in weight.shape[1:]]
@@ -197,6 +198,12 @@ def _stack(linears: Sequence[Linear], tensors: Tensors) -> tuple[Tensor, Tensor]
     return torch.stack([tensors[a] for a, _ in pairs]), torch.stack([tensors[b] for _, b in pairs])
 
 
+def _biases(linears: Sequence[Linear], members: Members, tensors: Tensors, device: torch.device) -> Tensor:
+    """The bias of the expert of every slot [N, Y]."""
+    bias = torch.stack([tensors[linears[place].bias] for place, _, _ in members])
+    return bias[_owners(members, device)]
+
+
 def _owners(members: Members, device: torch.device) -> Tensor:
     """The number among `members` of the expert of every slot [N]."""
     sizes = torch.tensor([end - start for _, start, end in members], device=device)
@@ -210,8 +217,7 @@ def _all_through(
     like, ends = linears[0], _ends(members, x_NX.device, len(linears))
     y_NY = grouped_mm(x_NX, whole if like.transposed else whole.transpose(1, 2), offs=ends)
     if like.bias is not None:
-        bias = torch.stack([tensors[linears[place].bias] for place, _, _ in members])
-        y_NY += bias[_owners(members, x_NX.device)]
+        y_NY += _biases(linears, members, tensors, x_NX.device)
     if like.lora is not None:
         a_ERX, b_EYR = _stack(linears, tensors)
         u_NR = grouped_mm(x_NX, a_ERX.transpose(1, 2), offs=ends)
@@ -349,8 +355,7 @@ class _Compute(torch.autograd.Function):
             to_a = _back(layer, 1, g_ND, a_NF.detach(), w_N1, members, tensors, grads)  # of y, before its weight
             to_y = (to_a * a_NF.detach()).sum(-1)
             if layer.second[0].bias is not None and layer.at_once:
-                bias = torch.stack([tensors[layer.second[place].bias] for place, _, _ in members])
-                to_y += (g_ND * bias[_owners(members, g_ND.device)]).sum(-1)
+                to_y += (g_ND * _biases(layer.second, members, tensors, g_ND.device)).sum(-1)
             elif layer.second[0].bias is not None:
                 for place, start, end in members:
                     to_y[start:end] += g_ND[start:end] @ tensors[layer.second[place].bias]
