@@ -9,6 +9,7 @@ import random
 import re
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -19,6 +20,7 @@ import tiny
 import torch
 import toy
 from flwr.app import Array, ConfigRecord, Message, RecordDict
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -339,39 +341,54 @@ def test_who_is_slower_than_enough_others_is_not_waited_for(toys, grid, tmp_path
     )
 
 
-def broken(grid, monkeypatch, call, times, code=500):
+def failed(code=500):
+    request = httpx.Request("POST", "http://127.0.0.1")
+    return httpx.HTTPStatusError("locked", request=request, response=httpx.Response(code, request=request))
+
+
+def broken(grid, monkeypatch, call, times, error):
     """The first calls are answered with an error of the server's own, as while its database is locked."""
     real, left = getattr(grid, call), [times]
 
     def answer(*args):
         if left[0] > 0:
             left[0] -= 1
-            request = httpx.Request("POST", "http://127.0.0.1")
-            raise httpx.HTTPStatusError("locked", request=request, response=httpx.Response(code, request=request))
+            raise error
         return real(*args)
 
     monkeypatch.setattr(grid, call, answer)
     return left
 
 
-@pytest.mark.parametrize("call", ["get_nodes", "push_messages", "pull_messages"])
-def test_a_server_that_fails_for_a_while_costs_nothing(toys, grid, tmp_path, monkeypatch, call):
+NOT_STORED = ObjectPushError("0" * 64, 1, "session")
+
+
+@pytest.mark.parametrize(
+    "call, error",
+    [
+        ("get_nodes", failed()),
+        ("push_messages", failed()),
+        ("push_messages", NOT_STORED),
+        ("pull_messages", failed()),
+    ],
+)
+def test_a_server_that_fails_for_a_while_costs_nothing(toys, grid, tmp_path, monkeypatch, call, error):
     run(toys, tmp_path / "whole")
     monkeypatch.setattr("consilium.engine.flower.patience.exponential", lambda **_: iter(lambda: 0.001, None))
-    left = broken(grid, monkeypatch, call, 5)
+    left = broken(grid, monkeypatch, call, 5, error)
     run(dataclasses.replace(toys, wire=Wire(deadline=60)), tmp_path / "run")
     assert left == [0]
     assert runs.outcome(tmp_path / "run")["metrics"] == runs.outcome(tmp_path / "whole")["metrics"]
 
 
-def test_a_server_that_goes_on_failing_is_counted_and_then_an_error(toys, grid, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [failed(), NOT_STORED])
+def test_a_server_that_goes_on_failing_is_counted_and_then_an_error(toys, grid, tmp_path, monkeypatch, error):
     """A message that is not taken is one client's; where nobody can be asked who is there, the run ends, resumable."""
     monkeypatch.setattr("consilium.engine.flower.patience.PATIENCE", 0.05)
     real = grid.push_messages
 
-    def refuse(*_):
-        request = httpx.Request("POST", "http://127.0.0.1")
-        raise httpx.HTTPStatusError("locked", request=request, response=httpx.Response(500, request=request))
+    def refuse(*_, error=error):
+        raise error
 
     def push(messages):
         told = messages[0].metadata
@@ -380,7 +397,7 @@ def test_a_server_that_goes_on_failing_is_counted_and_then_an_error(toys, grid, 
     monkeypatch.setattr(grid, "push_messages", push)
     run(dataclasses.replace(toys, rounds=1), tmp_path / "run")
     assert metrics(tmp_path / "run")[0]["missing"] == {"site-0": "its message was not taken"}
-    monkeypatch.setattr(grid, "get_nodes", refuse)
+    monkeypatch.setattr(grid, "get_nodes", partial(refuse, error=failed()))
     with pytest.raises(RoundError, match="Flower's server does not say which sites are connected: locked"):
         run(dataclasses.replace(toys, rounds=1), tmp_path / "none")
 
@@ -409,7 +426,7 @@ def test_a_reply_of_which_half_was_sent_keeps_nobody_waiting(toys, grid, tmp_pat
 
 
 def test_an_error_that_is_ours_is_not_tried_again(toys, grid, tmp_path, monkeypatch):
-    broken(grid, monkeypatch, "push_messages", 1, code=400)
+    broken(grid, monkeypatch, "push_messages", 1, failed(400))
     with pytest.raises(httpx.HTTPStatusError):
         run(dataclasses.replace(toys, rounds=1), tmp_path / "run")
 

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 from flwr.app import Message
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.retry import RetryInvoker, exponential
 
 from consilium.engine.judge import one_line
@@ -26,8 +27,9 @@ SLOW = 30.0
 
 
 class Patient:
-    """Calls a Grid again where its server answers with an error of its own (HTTP 500 and above); when that is in vain a
-    message counts as not taken, and a reply as not there yet."""
+    """Calls a Grid again where its server answers with an error of its own (HTTP 500 and above), or has not stored what
+    it was sent (a message that it has already, it takes for the same); when that is in vain a message counts as not
+    taken, and a reply as not there yet."""
 
     def __init__(self, grid: Grid):
         self.grid, self.seconds = grid, PATIENCE
@@ -48,6 +50,8 @@ class Patient:
         """Ids of the messages; None, or nothing, for one that was not taken."""
         try:
             return list(self._tried(self.grid.push_messages, messages))
+        except ObjectPushError:
+            return []
         except httpx.HTTPStatusError as error:
             return _none(error)
 
@@ -73,10 +77,10 @@ class Patient:
 
         found = RetryInvoker(
             wait_gen_factory=lambda: exponential(max_delay=5),
-            recoverable_exceptions=httpx.HTTPStatusError,
+            recoverable_exceptions=(httpx.HTTPStatusError, ObjectPushError),
             max_tries=None,
             max_time=self.seconds,
-            should_giveup=lambda error: error.response.status_code < 500,
+            should_giveup=lambda error: isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500,
             on_giveup=gave_up,
         ).invoke(call, *args)
         self.seconds = PATIENCE
