@@ -219,9 +219,9 @@ if what == "finish":
 
 @pytest.mark.parametrize(
     ("does", "finishes"),
-    [(["finish"], True), (["killed"] * 3 + ["finish"], True), (["killed"] * 4, False), (["killed", "error"], False),
-     (["killed"] * 3 + ["round"] + ["killed"] * 3 + ["finish"], True)],
-    ids=["well", "killed three times", "killed four times", "ended by itself", "killed again after a round"],
+    [(["finish"], True), (["killed"] * 5 + ["finish"], True), (["killed"] * 6, False), (["killed", "error"], False),
+     (["killed"] * 5 + ["round"] + ["killed"] * 5 + ["finish"], True)],
+    ids=["well", "killed five times", "killed six times", "ended by itself", "killed again after a round"],
 )  # fmt: skip
 def test_what_was_killed_is_started_again(does, finishes, tmp_path, monkeypatch):
     """A program in place of Flower's that ends as if killed, after a round or before one, or as the run's own error."""

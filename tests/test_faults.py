@@ -172,7 +172,7 @@ def test_flowers_processes_are_killed_and_its_database_is_locked(tmp_path):
         there.after(len(rounds(tmp_path / "runs/short")) + 1, server)
         one(f"flwr-serverapp --runtime-api-address 127.0.0.1:{there.port}").kill()
         there.finished(server, 1200 * PATIENCE)
-    assert (tmp_path / "01-server.log").read_text().count("starting them again") in (2, 3)  # the lock ends it, too
+    assert 2 <= (tmp_path / "01-server.log").read_text().count("starting them again") <= 4  # the lock may end it, too
     checked(there, tmp_path)
 
 

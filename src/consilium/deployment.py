@@ -37,8 +37,10 @@ from consilium.run import read_config, serve
 
 __all__ = ["Limits", "child", "client", "flower_environment", "listening", "program", "server", "server_app"]
 
-RESTARTS = 3
-"""Times in a row, without a round in between, that a server starts Flower's processes again when one was killed."""
+RESTARTS = 5
+"""Times in a row, without a round in between, that a server starts Flower's processes again when one has ended."""
+PAUSE = 5.0
+"""Seconds before the second time in a row, twice as many before the third, and so on."""
 STOPPED = "stopped"
 """In Flower's folder: why the run ended by itself, so that nobody starts it again."""
 
@@ -58,7 +60,7 @@ def server(
 ) -> None:
     """Run an experiment over sites, or go on with it: a SuperLink, the sites' keys, one run; all gone afterwards.
 
-    If one of Flower's processes is killed on the way, all are started again and the run goes on (`RESTARTS`).
+    If one of Flower's processes ends on the way, all are started again and the run goes on (`RESTARTS`).
 
     Args:
         folder: the run directory; Flower's own files lie beside it, in `<name>.flower`.
@@ -99,6 +101,7 @@ def server(
         if (home / STOPPED).exists() or left < 0:
             break
         out.print(f"one of Flower's processes has ended, see {home / 'superlink.log'}; starting them again")
+        time.sleep(PAUSE * (RESTARTS - left))
     raise RoundError(f"the run has not finished, see above; the same command goes on with {folder}")
 
 
