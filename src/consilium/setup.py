@@ -27,6 +27,7 @@ from consilium.moe.merging import Merging, RobustMean
 from consilium.moe.model import TaskModel
 from consilium.params import Params, WeightedMean
 from consilium.privacy import Privacy, PrivateMean
+from consilium.products import quicken
 
 __all__ = ["EVALUATION", "Fit", "Setup"]
 
@@ -463,7 +464,7 @@ class Setup:
             if parameter.dim() == 4:
                 # Not `contiguous`, which leaves filters of one channel as they are, and with them all that follows.
                 parameter.data = parameter.data.to(memory_format=torch.channels_last)
-        return model
+        return quicken(model)
 
 
 def _check_dtypes(params: Params, known: Collection[torch.dtype]) -> None:

@@ -8,6 +8,7 @@ import tiny
 import torch
 from torch.nn import functional as F
 
+from consilium import products
 from consilium.moe import kernel
 from consilium.moe.addressing import expert_of, flatten, parameters, table, unpack
 from consilium.moe.experts import Experts
@@ -17,6 +18,7 @@ from consilium.moe.routing import Tap
 from consilium.moe.surgery import slice_experts
 
 ACTIVE = (1, 2, 5)
+ONEDNN = pytest.mark.skipif(not products.faster(), reason="on this processor torch's own products are as fast")
 
 
 def build(model_type, form="classification", dtype="float32", **changes):
@@ -32,11 +34,15 @@ def case(request):
     return build(request.param)
 
 
-@pytest.fixture(params=["one by one", "at once"], autouse=True)
+@pytest.fixture(params=["one by one", "at once", pytest.param("by oneDNN", marks=ONEDNN)], autouse=True)
 def way(request, monkeypatch):
-    """Everything here holds as on a CPU and as on a GPU, where families that keep experts in one tensor differ."""
+    """Everything here holds as on a CPU, also with all products by oneDNN, and as on a GPU, where families that keep
+    experts in one tensor differ."""
     if request.param == "at once":
         monkeypatch.setattr(kernel, "GROUPED", ("cpu",))
+    if request.param == "by oneDNN":
+        monkeypatch.setattr(products, "ENOUGH", 0)
+        monkeypatch.setattr(products, "NARROW", 1)
     return request.param
 
 

@@ -26,6 +26,7 @@ from consilium.moe.model import TaskModel
 from consilium.moe.partial import held_weights, sliced
 from consilium.moe.surgery import checked, slice_experts
 from consilium.params import Params
+from consilium.products import quicken
 
 __all__ = ["ModelSource", "shipped"]
 
@@ -153,7 +154,7 @@ class ModelSource:
         model = self.skeleton(task, labels)
         if held is not None:
             slice_experts(model, held)
-        return load_flat(model, params, held)
+        return quicken(load_flat(model, params, held))
 
     def load(self, held: ExpertSet | None = None) -> Params:
         """The pretrained backbone as flat parameters (no heads).

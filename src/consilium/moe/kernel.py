@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm
 
 from consilium.moe.quantise import dequantise
+from consilium.products import inner, rows
 
 __all__ = ["Layer", "Linear", "compute"]
 
@@ -33,6 +34,11 @@ SLOTS = 1024
 """Slots that are gathered, activated and weighted together: fewer cost more small operations, more cost memory."""
 GROUPED = ("cuda",)
 """Kinds of devices on which a block's experts are computed at once."""
+
+
+def _down(x_NX: Tensor, b_XR: Tensor) -> Tensor:
+    """x b, [N, R]."""
+    return rows(x_NX, b_XR, x_NX.new_empty(len(x_NX), b_XR.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -62,40 +68,46 @@ class Linear:
             weight = dequantise(weight, self.state)
         return weight.t() if self.transposed else weight
 
-    def forward(self, x_NX: Tensor, tensors: Tensors, out: Tensor) -> None:
-        """Write y [N, Y] into `out`."""
-        weight = self.matrix(tensors).t()
-        if self.bias is None:
-            torch.mm(x_NX, weight, out=out)
-        else:
-            torch.addmm(tensors[self.bias], x_NX, weight, out=out)
+    def forward(self, x_NX: Tensor, n: int, tensors: Tensors, out: Tensor) -> None:
+        """Write y of the first n rows into `out` [N, Y]; a few behind them may be written, too."""
+        rows(x_NX, self.matrix(tensors).t(), out, n, None if self.bias is None else tensors[self.bias])
         if self.lora is not None:
             a_RX, b_YR = (tensors[i] for i in self.lora)
-            out.addmm_(x_NX @ a_RX.t(), b_YR.t(), alpha=self.scale)
+            own = out[:n]
+            rows(_down(x_NX[:n], a_RX.t()), b_YR.t(), own, add=own, alpha=self.scale)
 
     def backward(
-        self, g_NY: Tensor, x_NX: Tensor, w_N1: Tensor | None, tensors: Tensors, grads: Grads, out: Tensor | None
+        self,
+        g_NY: Tensor,
+        x_NX: Tensor,
+        w_N1: Tensor | None,
+        n: int,
+        tensors: Tensors,
+        grads: Grads,
+        out: Tensor | None,
     ) -> None:
-        """Write the gradient of the input [N, X] into `out` (None: nobody asks), where that of y is g; and those of w y
-        (w None: of y) by the tensors that have a place in `grads`. Where the weight has one, x is already w x."""
+        """Of the first n rows, write the gradient of the input into `out` [N, X] (None: nobody asks), where that of y
+        is g, and perhaps something behind them; and those of w y (w None: of y) by the tensors that have a place in
+        `grads`. Where the weight has one, x is already w x."""
         if out is not None:
-            torch.mm(g_NY, self.matrix(tensors), out=out)
+            rows(g_NY, self.matrix(tensors), out, n)
+            out = out[:n]
+        g_NY, x_NX, w_N1 = g_NY[:n], x_NX[:n], None if w_N1 is None else w_N1[:n]
         if self.weight in grads:
-            grads[self.weight] = x_NX.t() @ g_NY if self.transposed else g_NY.t() @ x_NX
+            grads[self.weight] = inner(x_NX, g_NY) if self.transposed else inner(g_NY, x_NX)
             w_N1 = None
         if self.lora is not None:
             a_RX, b_YR = (tensors[i] for i in self.lora)
-            v_NR = g_NY @ b_YR
+            v_NR = _down(g_NY, b_YR)
             if out is not None:
-                out.addmm_(v_NR, a_RX, alpha=self.scale)
+                rows(v_NR, a_RX, out, add=out, alpha=self.scale)
             if self.lora[0] in grads:
                 v_NR = v_NR if w_N1 is None else v_NR.mul_(w_N1)
-                grads[self.lora[0]] = torch.addmm(a_RX, v_NR.t(), x_NX, beta=0, alpha=self.scale)
+                grads[self.lora[0]] = inner(v_NR, x_NX, self.scale)
             if self.lora[1] in grads:
-                u_NR = x_NX @ a_RX.t()
+                u_NR = _down(x_NX, a_RX.t())
                 u_NR = u_NR if w_N1 is None else u_NR.mul_(w_N1)
-                u_NR = u_NR if self.scale == 1 else u_NR.mul_(self.scale)
-                grads[self.lora[1]] = (u_NR.t() @ g_NY).t()  # laid out as B is
+                grads[self.lora[1]] = inner(u_NR, g_NY, self.scale).t()  # laid out as B is
 
 
 @dataclass(frozen=True)
@@ -149,8 +161,8 @@ def _through(
         y_NY = _all_through(linears, layer.whole[which], x_NX, members, tensors)
         return y_NY if out is None else out.copy_(y_NY)
     y_NY = x_NX.new_empty(len(x_NX), like.width) if out is None else out
-    for place, start, end in members:
-        linears[place].forward(x_NX[start:end], tensors, y_NY[start:end])
+    for place, start, end in members:  # in their order: what one writes behind its own slots, the next overwrites
+        linears[place].forward(x_NX[start:], end - start, tensors, y_NY[start:])
     return y_NY
 
 
@@ -176,11 +188,12 @@ def _back(
     if layer.at_once:
         return _all_back(linears, layer.whole[which], g_NY, x_NX, w_N1, members, tensors, grads, to_input)
     to_x = torch.empty_like(x_NX) if to_input else None
-    for place, start, end in members:
-        linear, g = linears[place], g_NY[start:end]
-        w = None if w_N1 is None else w_N1[start:end]
-        linear.backward(g, x_NX[start:end], w, tensors, grads, None if to_x is None else to_x[start:end])
+    for place, start, end in members:  # in their order, see above
+        linear, w = linears[place], None if w_N1 is None else w_N1[start:end]
+        here = None if to_x is None else to_x[start:]
+        linear.backward(g_NY[start:], x_NX[start:], w, end - start, tensors, grads, here)
         if linear.bias in grads:
+            g = g_NY[start:end]
             grads[linear.bias] = (g if w is None else g * w).sum(0).to(dtype)
     return to_x
 

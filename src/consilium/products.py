@@ -1,0 +1,158 @@
+"""float32 matrix products at the speed of the processor, where torch's usual library does not reach it.
+
+torch leaves the float32 products of a CPU to MKL, which uses no AVX-512 on processors that are not Intel's; oneDNN,
+which torch has for convolutions and for bfloat16, does, and is twice as fast there. torch hands it float32 products
+where it is allowed to compute them in bfloat16. A processor with units for that (AMX) would then do so; others have
+nothing to gain by it and compute in float32, which `faster` makes sure of.
+
+oneDNN compiles a kernel for every new shape, which takes longer than a small product. So only large ones go there, in
+as many rows as make one of few shapes: some more than are wanted, where there is room, or a multiple and the rest. What
+is computed follows from shapes alone, never from the clock.
+
+Shapes: N rows, X and Y columns.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+__all__ = ["QuickLinear", "faster", "inner", "quicken", "rows"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+ENOUGH = 2**21
+"""Multiplications from which on a product is worth it."""
+NARROW = 32
+"""Columns from which on it is."""
+
+
+@cache
+def faster() -> bool:
+    """Whether this processor computes float32 products faster by oneDNN, and no less exactly."""
+    libraries = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+    if not libraries or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    try:
+        if "vendor_id\t: AuthenticAMD" not in Path("/proc/cpuinfo").read_text():
+            return False
+    except OSError:
+        return False
+    a = torch.full((256, 256), 1 + 2**-12)  # bfloat16 would make it 1
+    return bool((_by_onednn(torch.mm, a, torch.ones(256, 256)) == 256 + 2**-4).all())
+
+
+def _by_onednn(product: Callable[..., Tensor], *tensors: Tensor, **how: Any) -> Tensor:
+    matmul = torch.backends.mkldnn.matmul
+    former, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        return product(*tensors, **how)
+    finally:
+        matmul.fp32_precision = former
+
+
+def _step(n: int, x: int, y: int, like: Tensor) -> int:
+    """A product [N, X] x [X, Y], or [X, N] x [N, Y], goes to oneDNN in multiples of so many of N; 0: not at all."""
+    if n * x * y < ENOUGH or min(x, y) < NARROW or like.dtype != torch.float32 or like.device.type != "cpu":
+        return 0
+    return max(16, (1 << n.bit_length()) >> 6) if faster() else 0  # at most 32 shapes between n and 2 n
+
+
+def rows(
+    x_NX: Tensor, b_XY: Tensor, out: Tensor, n: int | None = None, add: Tensor | None = None, alpha: float = 1.0
+) -> Tensor:
+    """Write alpha x b, or add + alpha x b, into `out` [N, Y], and return it.
+
+    Args:
+        n: rows that are wanted of x and `out`; a few behind them may be written, too. None: all.
+        add: [Y], or `out` itself.
+    """
+    n = len(x_NX) if n is None else n
+    step = _step(n, *b_XY.shape, x_NX)
+    whole = n if not step else -(-n // step) * step
+    if whole > len(x_NX):
+        whole = n // step * step
+    _rows(x_NX[:whole], b_XY, out[:whole], out[:whole] if add is out else add, alpha, step > 0)
+    if whole < n:
+        _rows(x_NX[whole:n], b_XY, out[whole:n], out[whole:n] if add is out else add, alpha, True)
+    return out
+
+
+def inner(left_NX: Tensor, right_NY: Tensor, alpha: float = 1.0) -> Tensor:
+    """alpha left^T right, [X, Y]: a sum over rows."""
+    n, left_XN = len(left_NX), left_NX.t()
+    out = left_NX.new_empty(len(left_XN), right_NY.shape[1])
+    step = _step(n, *out.shape, left_NX)
+    whole = n // step * step if step else n
+    _rows(left_XN[:, :whole], right_NY[:whole], out, None, alpha, step > 0)
+    if whole < n:
+        _rows(left_XN[:, whole:], right_NY[whole:], out, out, alpha, True)
+    return out
+
+
+def _rows(x_NX: Tensor, b_XY: Tensor, out: Tensor, add: Tensor | None, alpha: float, by_onednn: bool) -> None:
+    how: dict[str, Any] = {"out": out}
+    if add is None and alpha == 1:
+        product, tensors = torch.mm, (x_NX, b_XY)
+    else:
+        how |= {"alpha": alpha, "beta": 0 if add is None else 1}
+        product, tensors = torch.addmm, (out if add is None else add, x_NX, b_XY)
+    _by_onednn(product, *tensors, **how) if by_onednn else product(*tensors, **how)
+
+
+class _Linear(torch.autograd.Function):
+    """`torch.nn.functional.linear` by `rows` and `inner`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_YX: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight_YX)
+        x_NX = x.reshape(-1, x.shape[-1])
+        out = rows(x_NX, weight_YX.t(), x.new_empty(len(x_NX), len(weight_YX)), add=bias)
+        return out.view(*x.shape[:-1], len(weight_YX))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_YX = ctx.saved_tensors
+        g_NY = grad.reshape(-1, grad.shape[-1])
+        to_x, to_weight, to_bias = ctx.needs_input_grad
+        x_NX = x.reshape(-1, x.shape[-1])
+        return (
+            rows(g_NY, weight_YX, torch.empty_like(x_NX)).view(x.shape) if to_x else None,
+            inner(g_NY, x_NX) if to_weight else None,
+            g_NY.sum(0) if to_bias else None,
+        )
+
+
+class QuickLinear(nn.Linear):
+    """A linear layer whose large float32 products on a CPU are computed by what is faster there.
+
+    Gradients through it cannot be differentiated again.
+    """
+
+    rowwise = True  # see `batched`
+
+    def forward(self, input: Tensor) -> Tensor:
+        n = input.numel() // self.in_features
+        if (
+            not _step(n, self.in_features, self.out_features, input)
+            or self.weight.dtype != input.dtype
+            or torch.is_autocast_enabled("cpu")
+            or torch.compiler.is_compiling()
+            or torch._C._functorch.is_functorch_wrapped_tensor(input)
+        ):
+            return super().forward(input)
+        return _Linear.apply(input, self.weight, self.bias)
+
+
+def quicken(model: Model) -> Model:
+    """The same model, its linear layers turned into `QuickLinear` where that is faster."""
+    if faster():
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = QuickLinear
+    return model
