@@ -4,9 +4,14 @@ import io
 import json
 import os
 import re
+import ssl
 import stat
 import sys
+import threading
+import time
 from contextlib import nullcontext
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +33,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
+from consilium import deployment
 from consilium.certificates import certificates, owners
 from consilium.errors import ConfigError, RoundError
 from consilium.experiment import to_json
@@ -50,6 +56,16 @@ def test_the_page_has_the_commands_that_are_executed():
     ]
 
 
+def late(port, ca):
+    """Whether the server is there and tells a site whose clock is an hour off."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deployment.time, "time", lambda real=time.time: real() - 3600)
+        try:
+            deployment.in_time(f"localhost:{port}", ca)
+        except ConfigError as error:
+            return re.search(r"is 3[56]\d\d s behind that of localhost:\d+; .* allows 300", str(error))
+
+
 def test_three_sites_as_the_page_has_it(tmp_path, monkeypatch):
     """FedMoE on the documentation, three tasks, three memories, three sub-MoEs, TLS, keys; a stranger is refused. Then
     each site exports its own model, and plain transformers loads it."""
@@ -67,6 +83,7 @@ def test_three_sites_as_the_page_has_it(tmp_path, monkeypatch):
         stranger, refused = there.start(
             f"{clients[0].replace('north', 'east').replace('keys/', 'others/')} --port {free_port()} {SMALL}"
         )
+        until(lambda: late(there.port, tmp_path / "keys/north/ca.crt"), 3 * MINUTES, "the server's time", serving)
         there.finished(serving, 5 * MINUTES)
         assert "Failed to initialize the connection to the SuperLink" in refused.read_text(), stranger.poll()
     folder = tmp_path / "runs/fedmoe-docstrings"
@@ -225,8 +242,6 @@ if what == "finish":
 )  # fmt: skip
 def test_what_was_killed_is_started_again(does, finishes, tmp_path, monkeypatch):
     """A program in place of Flower's that ends as if killed, after a round or before one, or as the run's own error."""
-    from consilium import deployment
-
     (folder := tmp_path / "run").mkdir()
     flwr = tmp_path / "flwr"
     flwr.write_text(FLWR.format(python=sys.executable, folder=str(folder), does=does))
@@ -240,3 +255,43 @@ def test_what_was_killed_is_started_again(does, finishes, tmp_path, monkeypatch)
         deployment.server(made, folder, ["a"], "127.0.0.1:9", None, 1.0, out)
     assert len((folder / "calls").read_text()) == len(does)
     assert out.file.getvalue().count("starting them again") == len(does) - 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "ca", "says"),
+    [
+        ({"Date": 0}, "ours", None),
+        ({"Date": -280}, "ours", None),
+        ({"Date": -400}, "ours", r"(399|40\d) s ahead of"),
+        ({"Date": 4000}, "ours", r"(399\d|4000) s behind"),
+        ({}, "ours", None),
+        ({"Date": "yesterday"}, "ours", None),
+        ({"Date": 0}, "others", r"certificate of localhost:\d+ is refused \(.*issuer.*\): .*ca.crt is another"),
+    ],
+)
+def test_a_site_asks_for_the_time(tmp_path, headers, ca, says):
+    """A server that is not there is waited for; one with another clock, or another certificate, is not."""
+    for name in ("ours", "others"):
+        certificates(tmp_path / name, ["localhost"], ["site"])
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response_only(404)
+            for key, value in headers.items():
+                self.send_header(key, formatdate(time.time() + value, usegmt=True) if value != "yesterday" else value)
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tmp_path / "ours/server/server.crt", tmp_path / "ours/server/server.key")
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        address, file = f"localhost:{server.server_port}", tmp_path / ca / "site/ca.crt"
+        try:
+            with pytest.raises(ConfigError, match=says) if says else nullcontext():
+                deployment.in_time(address, file)
+        finally:
+            server.shutdown()
+            thread.join()
+    deployment.in_time(address, file)

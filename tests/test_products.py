@@ -1,6 +1,7 @@
 """Matrix products: the same numbers whoever computes them, nothing written where others are at work."""
 
 import copy
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ ONEDNN = pytest.mark.skipif(not faster(), reason="on this processor torch's own 
 
 @pytest.fixture(params=["usual", pytest.param("oneDNN", marks=ONEDNN)])
 def way(request, monkeypatch):
-    monkeypatch.setattr(products, "ENOUGH", 0)
+    monkeypatch.setattr(products, "LARGE", 0)
     monkeypatch.setattr(products, "NARROW", 1)
     monkeypatch.setattr(products, "faster", lambda: request.param == "oneDNN")
     return request.param
@@ -39,8 +40,8 @@ def test_rows_are_written_up_to_where_they_may_be(way, n, spare, add):
     expected = x[:n].double() @ b.double() * given["alpha"] + {"bias": bias, "out": 3.0}.get(add, 0.0)
     assert rows(x, b, out, n, **given) is out
     torch.testing.assert_close(out[:n], expected.float(), rtol=1e-5, atol=1e-5)
-    step = max(16, (1 << n.bit_length()) >> 6)
-    assert (out[n if way == "usual" else -(-n // step) * step :] == 3.0).all()
+    end = n if way == "usual" or n < 8 else list(products._pieces(0, n, n + spare))[-1][1]
+    assert n <= end <= n + 47 and (out[end:] == 3.0).all()
 
 
 @given(st.integers(1, 200), st.integers(1, 40), st.integers(1, 40), st.sampled_from([1.0, 0.25]))
@@ -48,20 +49,22 @@ def test_a_sum_over_rows_is_exact_to_float32(n, x, y, alpha):
     draw = torch.Generator().manual_seed(n)
     left, right = torch.randn(n, x, generator=draw), torch.randn(n, y, generator=draw)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "ENOUGH", 0)
+        patch.setattr(products, "LARGE", 0)
         patch.setattr(products, "NARROW", 1)
         found = inner(left, right, alpha)
     expected = alpha * left.double().t() @ right.double()
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=2e-5)
 
 
-def test_there_are_few_shapes(way):
-    """Of all numbers of rows between two powers of two, oneDNN compiles at most 33."""
-    if way == "usual":
-        pytest.skip("torch's own products are not compiled")
-    for low in (16, 64, 1024, 4096):
-        like = torch.zeros(1)
-        assert len({-(-n // step) for n in range(low, 2 * low) if (step := products._step(n, 99, 99, like))}) <= 33
+@given(st.integers(1, 3000), st.integers(0, 70))
+def test_pieces_are_of_three_sizes_and_hold_every_row_once(n, spare):
+    """oneDNN compiles no more than three kernels for a matrix; what is of no such size, the usual way takes."""
+    pieces = list(products._pieces(0, n, n + spare))
+    assert pieces[0][0] == 0 and n <= pieces[-1][1] <= n + spare
+    assert all(end == start for (_, end), (start, _) in pairwise(pieces)) and pieces[-1][0] < n
+    assert all(end - start in products.SIZES for start, end in pieces[:-1])
+    start, end = pieces[-1]
+    assert end - start in products.SIZES or (end == n and end - start < 16)
 
 
 @ONEDNN
@@ -73,8 +76,8 @@ def test_what_goes_to_onednn_are_large_float32_products_on_the_cpu(monkeypatch):
     for b, dtype, expected in (
         (wide, torch.float32, 1),
         (narrow, torch.float32, 0),
-        (wide[:, :32], torch.float32, 1),
-        (wide[:, :32][:64], torch.float32, 0),
+        (torch.ones(2048, 32), torch.float32, 1),
+        (torch.ones(2047, 32), torch.float32, 0),
         (wide, torch.bfloat16, 0),
         (wide, torch.float64, 0),
     ):

@@ -10,15 +10,19 @@ folder beside the run (FLWR_HOME), install nothing, and end with the command tha
 
 import contextlib
 import functools
+import http.client
 import ipaddress
 import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,12 +39,14 @@ from consilium.errors import ConfigError, ConsiliumError, RoundError
 from consilium.experiment import Experiment, from_json, to_json
 from consilium.run import read_config, serve
 
-__all__ = ["Limits", "child", "client", "flower_environment", "listening", "program", "server", "server_app"]
+__all__ = ["Limits", "child", "client", "flower_environment", "in_time", "listening", "program", "server", "server_app"]
 
 RESTARTS = 5
 """Times in a row, without a round in between, that a server starts Flower's processes again when one has ended."""
 PAUSE = 5.0
 """Seconds before the second time in a row, twice as many before the third, and so on."""
+CLOCKS = 290.0
+"""Seconds that the clocks of a site and its server may be apart; Flower's authentication allows 300."""
 STOPPED = "stopped"
 """In Flower's folder: why the run ended by itself, so that nobody starts it again."""
 
@@ -239,7 +245,8 @@ def client(
         limits: the most that the server may ask of the site.
 
     Raises:
-        ConsiliumError: if the data cannot be used, before anything is started.
+        ConsiliumError: if the data cannot be used, or the server is there and this machine's clock is not its, before
+            anything is started.
     """
     address_of(address)
     if not CLIENT_ID.fullmatch(name):
@@ -252,11 +259,42 @@ def client(
         for file in (keys / "ca.crt", keys / "key"):
             if not file.exists():
                 raise ConfigError(f"{file} is missing; --certificates is the folder that the server's side handed out")
+        in_time(address, keys / "ca.crt")
         command += ["--root-certificates", str(keys / "ca.crt"), "--auth-supernode-private-key", str(keys / "key")]
     else:
         command += ["--insecure"]
     command = again.command(command)
     os.execve(command[0], command, flower_environment(state.absolute() / "flower"))
+
+
+def in_time(address: str, ca: Path) -> None:
+    """Ask the server for the time, which Flower's authentication compares; silent where it is not there yet.
+
+    Raises:
+        ConfigError: if the clocks are too far apart, or the server's certificate is not valid here and now.
+    """
+    host, port = address_of(address)
+    connection = http.client.HTTPSConnection(host, port, timeout=5, context=ssl.create_default_context(cafile=ca))
+    try:
+        connection.request("HEAD", "/")
+        told = connection.getresponse().getheader("Date")
+        apart = time.time() - parsedate_to_datetime(told).timestamp()
+    except ssl.SSLCertVerificationError as error:
+        now = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+        raise ConfigError(
+            f"the certificate of {address} is refused ({error.verify_message}): {ca} is another server's, the "
+            f"certificate is not for that name, or the clock of this machine, {now}, is wrong"
+        ) from error
+    except (OSError, http.client.HTTPException, TypeError, ValueError):
+        return
+    finally:
+        connection.close()
+    if abs(apart) > CLOCKS:
+        way = "ahead of" if apart > 0 else "behind"
+        raise ConfigError(
+            f"the clock of this machine is {abs(apart):.0f} s {way} that of {address}; Flower's authentication allows "
+            f"300: set both, e.g. by NTP"
+        )
 
 
 # --- processes ------------------------------------------------------------------------------------------------------

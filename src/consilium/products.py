@@ -5,14 +5,14 @@ which torch has for convolutions and for bfloat16, does, and is twice as fast th
 where it is allowed to compute them in bfloat16. A processor with units for that (AMX) would then do so; others have
 nothing to gain by it and compute in float32, which `faster` makes sure of.
 
-oneDNN compiles a kernel for every new shape, which takes longer than a small product. So only large ones go there, in
-as many rows as make one of few shapes: some more than are wanted, where there is room, or a multiple and the rest. What
-is computed follows from shapes alone, never from the clock.
+oneDNN compiles a kernel for every new shape, which takes longer than a small product and 0.7 MB that it keeps. So only
+products with large matrices go there, in pieces of a few numbers of rows (`SIZES`): of a model there are some dozens of
+kernels, whatever its batches. What is computed follows from shapes alone, never from the clock.
 
 Shapes: N rows, X and Y columns.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,10 +25,12 @@ __all__ = ["QuickLinear", "faster", "inner", "quicken", "rows"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
-ENOUGH = 2**21
-"""Multiplications from which on a product is worth it."""
+LARGE = 2**16
+"""Numbers in a matrix from which on products with it are worth it."""
 NARROW = 32
-"""Columns from which on it is."""
+"""Its rows and columns, likewise."""
+SIZES = (256, 64, 16)
+"""Rows of x that are taken together."""
 
 
 @cache
@@ -55,11 +57,25 @@ def _by_onednn(product: Callable[..., Tensor], *tensors: Tensor, **how: Any) -> 
         matmul.fp32_precision = former
 
 
-def _step(n: int, x: int, y: int, like: Tensor) -> int:
-    """A product [N, X] x [X, Y], or [X, N] x [N, Y], goes to oneDNN in multiples of so many of N; 0: not at all."""
-    if n * x * y < ENOUGH or min(x, y) < NARROW or like.dtype != torch.float32 or like.device.type != "cpu":
-        return 0
-    return max(16, (1 << n.bit_length()) >> 6) if faster() else 0  # at most 32 shapes between n and 2 n
+def _quick(n: int, x: int, y: int, like: Tensor) -> bool:
+    """Whether a product of n rows with a matrix [X, Y], or of their sum over rows, goes to oneDNN."""
+    few = n < 8 or x * y < LARGE or min(x, y) < NARROW
+    return not few and like.dtype == torch.float32 and like.device.type == "cpu" and faster()
+
+
+def _pieces(start: int, n: int, room: int) -> Iterator[tuple[int, int]]:
+    """Rows start .. n in pieces (from, to) of `SIZES`; the last may reach beyond n, but not beyond `room`, or it is
+    shorter than any."""
+    least = SIZES[-1]
+    for size in SIZES:
+        while n - start >= size:
+            if size == least and n - start > least and start + SIZES[-2] <= room:
+                break  # one that is a little too long, in place of several
+            yield start, start + size
+            start += size
+    if start < n:
+        end = start + (least if n - start <= least else SIZES[-2])
+        yield start, end if end <= room else n
 
 
 def rows(
@@ -72,13 +88,10 @@ def rows(
         add: [Y], or `out` itself.
     """
     n = len(x_NX) if n is None else n
-    step = _step(n, *b_XY.shape, x_NX)
-    whole = n if not step else -(-n // step) * step
-    if whole > len(x_NX):
-        whole = n // step * step
-    _rows(x_NX[:whole], b_XY, out[:whole], out[:whole] if add is out else add, alpha, step > 0)
-    if whole < n:
-        _rows(x_NX[whole:n], b_XY, out[whole:n], out[whole:n] if add is out else add, alpha, True)
+    quick = _quick(n, *b_XY.shape, x_NX)
+    for start, end in _pieces(0, n, len(x_NX)) if quick else ((0, n),):
+        here = out[start:end]
+        _rows(x_NX[start:end], b_XY, here, here if add is out else add, alpha, quick and end - start in SIZES)
     return out
 
 
@@ -86,11 +99,10 @@ def inner(left_NX: Tensor, right_NY: Tensor, alpha: float = 1.0) -> Tensor:
     """alpha left^T right, [X, Y]: a sum over rows."""
     n, left_XN = len(left_NX), left_NX.t()
     out = left_NX.new_empty(len(left_XN), right_NY.shape[1])
-    step = _step(n, *out.shape, left_NX)
-    whole = n // step * step if step else n
-    _rows(left_XN[:, :whole], right_NY[:whole], out, None, alpha, step > 0)
-    if whole < n:
-        _rows(left_XN[:, whole:], right_NY[whole:], out, out, alpha, True)
+    quick = _quick(n, *out.shape, left_NX)
+    for start, end in _pieces(0, n, n) if quick else ((0, n),):
+        add = out if start else None
+        _rows(left_XN[:, start:end], right_NY[start:end], out, add, alpha, quick and end - start in SIZES)
     return out
 
 
@@ -139,7 +151,7 @@ class QuickLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         n = input.numel() // self.in_features
         if (
-            not _step(n, self.in_features, self.out_features, input)
+            not _quick(n, self.in_features, self.out_features, input)
             or self.weight.dtype != input.dtype
             or torch.is_autocast_enabled("cpu")
             or torch.compiler.is_compiling()

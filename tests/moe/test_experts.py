@@ -41,7 +41,7 @@ def way(request, monkeypatch):
     if request.param == "at once":
         monkeypatch.setattr(kernel, "GROUPED", ("cpu",))
     if request.param == "by oneDNN":
-        monkeypatch.setattr(products, "ENOUGH", 0)
+        monkeypatch.setattr(products, "LARGE", 0)
         monkeypatch.setattr(products, "NARROW", 1)
     return request.param
 
