@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
 import statistics
 from collections.abc import Callable, Collection, Mapping
 from functools import cache
@@ -93,8 +94,15 @@ def finish(
     cells = json.loads(file.read_text()) if file.is_file() else {}
     key = {folder: digest(cell) for folder, cell in table.items()}
     missing = {f: table[f] for f in wanted if cells.get(table[f].name, {}).get("digest") != key[f]}
+
+    def tidy(name: str, record: Mapping[str, Any]) -> None:
+        """After each round of anybody: states of clients whose run is over go, which are most of what a table writes."""
+        for folder in missing:
+            if (folder / "summary.json").exists():
+                shutil.rmtree(folder / "clients", ignore_errors=True)
+
     try:
-        Comparison(Console(), missing, jobs).run()
+        Comparison(Console(), missing, jobs, rounded=tidy).run()
     except ConsiliumError as error:  # the table says of how many seeds it is
         print(error, flush=True)
     finally:
