@@ -96,7 +96,7 @@ def finish(
     missing = {f: table[f] for f in wanted if cells.get(table[f].name, {}).get("digest") != key[f]}
 
     def tidy(name: str, record: Mapping[str, Any]) -> None:
-        """After each round of anybody: states of clients whose run is over go, which are most of what a table writes."""
+        """After each round of anybody: client states of runs that are over go, most of what a table writes."""
         for folder in missing:
             if (folder / "summary.json").exists():
                 shutil.rmtree(folder / "clients", ignore_errors=True)

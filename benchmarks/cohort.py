@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import psutil
 import torch
@@ -182,8 +183,8 @@ def accuracy(model: SplitModel, split, device: torch.device) -> float:
 
 class Peer:
     """The pFedMoE of MHPFL, from a clone of github.com/thuiaaa/MHPFL: its client's training loop over its own data
-    loader and models, with the sizes of ours, and its server's sums. It trains and does no more: it is not scored,
-    drops a last short batch, and its optimizer has lost the shared extractor after the first round."""
+    loader and models, with the sizes of ours, its server's sums, and the scoring that all sides have. It drops a last
+    short batch, and its optimizer has lost the shared extractor after the first round."""
 
     def __init__(self, made: Experiment, threads: int, clone: Path):
         self.setup, self.federation = prepared(made)
@@ -231,6 +232,8 @@ class Peer:
             client.global_expert_model = copy.deepcopy(self.shared)
         for info in chosen:
             self.clients[info.id].train()
+            for split in (self.federation.clients[info.id].validation, self.federation.clients[info.id].test):
+                accuracy(TheirModel(self.clients[info.id]), split, torch.device("cpu"))
         total = sum(info.num_examples for info in chosen)
         self.shared = copy.deepcopy(self.clients[chosen[0].id].global_expert_model)
         for p in self.shared.parameters():
@@ -242,6 +245,20 @@ class Peer:
         seconds = time.perf_counter() - start
         torch.set_num_threads(1)
         return seconds
+
+
+class TheirModel(nn.Module):
+    """The parts of a client of theirs as one model."""
+
+    def __init__(self, client: Any):
+        super().__init__()
+        self.shared, self.private = client.global_expert_model, client.local_expert_model
+        self.gate, self.head = client.gate, client.head
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        a = self.gate(batch["x"])
+        g, f = self.shared.forward_nohead(batch["x"]), self.private.forward_nohead(batch["x"])
+        return self.head(a[:, :1] * g + a[:, 1:] * f), batch["labels"]
 
 
 class Ours:
@@ -354,8 +371,8 @@ def main(benchmark: Benchmark) -> None:
         pairs = [against(benchmark, 100, 100, model, n) for model, n in ((one, 1), (one, 10), (FIVE, 10))]
         grown, where, name = [], torch.cuda.get_device_name(), "cohort_gpu"
     else:
-        pairs = [against(benchmark, 20, 20), against(benchmark, 100, 10)]
         grown = [growth(benchmark, clients) for clients in (100, benchmark.large) if benchmark.large]
+        pairs = [against(benchmark, 20, 20), against(benchmark, 100, 10)]
         where, name = f"{benchmark.workers} cores ({platform.processor() or platform.machine()})", "cohort"
     (RESULTS / f"{name}.json").write_text(json.dumps({"pairs": pairs, "growth": grown}, indent=1))
     told = [

@@ -447,7 +447,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def _measured(again: bool) -> dict[str, tuple[int, int]]:
-    """Bytes of every point, by its fields as JSON: its peak and what the libraries keep; kept in results/memory.json."""
+    """Bytes of every point by its fields as JSON, kept in results/memory.json: its peak, what the libraries keep."""
     file = RESULTS / "memory.json"
     peaks = json.loads(file.read_text()) if file.exists() and not again else {}
     missing = [point for point in ALL if json.dumps(asdict(point)) not in peaks]
@@ -484,8 +484,8 @@ point in a process of its own with `{settings}` and one thread.
 kept: share of the experts in every layer. trained: share of the model's experts that a batch trains, chosen anew each
 time (`fit(choose=...)`). lora: adapters of our own, rank 8; peft: PEFT's. ratio: promised to measured; above 1 the
 promise is on the safe side. libraries: what they keep of the first step, oneDNN's kernels above all; it is no part of
-the promise, as the libraries themselves, 250 MB, are not. bfloat16 on a CPU is not covered: there PyTorch works with float32 copies, and the promise
-is far too low.
+the promise, as the libraries themselves, 250 MB, are not. bfloat16 on a CPU is not covered: there PyTorch works with
+float32 copies, and the promise is far too low.
 
 No float32 row is over its promise. Switch and OLMoE: four batches, none padded; the few coefficients of Switch were
 fitted on these points. All later rows: two batches, half of the examples one token shorter; `moe/parts.py` counts what

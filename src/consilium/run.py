@@ -46,7 +46,7 @@ from consilium.engine.judge import BENCH, tally
 from consilium.engine.local import LocalEngine
 from consilium.engine.rounds import Engine, nobody
 from consilium.engine.workers import forked
-from consilium.errors import BudgetError, CheckpointError, ConfigError, DataError, RoundError
+from consilium.errors import BudgetError, CheckpointError, ConfigError, DataError, RoundError, first_line
 from consilium.experiment import Experiment, differences, from_json, to_json
 from consilium.machine import free_memory
 from consilium.models.cohort import Cohort
@@ -734,8 +734,7 @@ def _check_device(name: str) -> None:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device {name!r} cannot be used ({reason}); use cpu, cuda or cuda:N") from error
+        raise ConfigError(f"device {name!r} cannot be used ({first_line(error)}); use cpu, cuda or cuda:N") from error
 
 
 @contextmanager

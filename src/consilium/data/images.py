@@ -25,7 +25,7 @@ from consilium.data.binaries import IDX, read_cifar, read_idx
 from consilium.data.columns import part_of, read_parquet, read_set
 from consilium.data.pixels import ENDINGS, Images, labelled, resized, stack
 from consilium.data.sets import digest, is_directory, is_hub_name
-from consilium.errors import ConfigError, DataError
+from consilium.errors import ConfigError, DataError, first_line
 
 __all__ = ["kind_of", "read_images"]
 
@@ -210,7 +210,7 @@ def _arrays(path: Path) -> dict[str, Any]:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise DataError(f"{path} cannot be read as .npz: {reason}") from error
 
 

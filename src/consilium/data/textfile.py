@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from consilium.data.sets import digest, is_directory, is_hub_name, located, rows_of
 from consilium.data.task import ClientData, Federation, Form, Metric, Split, Task
-from consilium.errors import ConfigError, DataError
+from consilium.errors import ConfigError, DataError, first_line
 
 __all__ = ["TextFileData", "by_client", "cut", "read_columns", "read_rows", "strings"]
 
@@ -263,7 +263,7 @@ def _open(path: Path) -> Any:
         raise DataError(f"{path.name} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
     except (DatasetGenerationError, ValueError, OSError, KeyError) as error:
         cause = error.__cause__ or error
-        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        reason = first_line(cause)
         raise DataError(f"{path.name} cannot be read as {kind}: {reason}") from error
     finally:
         if not quiet:

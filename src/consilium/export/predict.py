@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from consilium.data.causal import encode_language
 from consilium.data.encode import Encoded, encode
 from consilium.data.task import Split, Task
-from consilium.errors import ConfigError, ModelError
+from consilium.errors import ConfigError, ModelError, first_line
 from consilium.export.folder import use_of
 from consilium.moe.build import ModelSource
 from consilium.moe.files import load_sub_moe
@@ -118,7 +118,7 @@ def _with_heads(folder: Path, source: ModelSource, tasks: dict[str, list[str]]) 
     try:
         heads = load_file(folder / "head.safetensors")
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{folder / 'head.safetensors'} cannot be read: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{folder / 'head.safetensors'} cannot be read: {first_line(error)}") from error
     models = {}
     for task, labels in tasks.items():
         rows = {

@@ -46,7 +46,7 @@ from transformers import (
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.initialization import no_init_weights
 
-from consilium.errors import ConfigError, ModelError
+from consilium.errors import ConfigError, ModelError, first_line
 from consilium.machine import quietly
 
 __all__ = ["FORMS", "ImageEncoder", "TextEncoder", "extractor", "is_function", "is_model", "one_tokenizer", "resolved"]
@@ -184,7 +184,7 @@ def _read(name: str, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except (OSError, ValueError, KeyError, HfHubHTTPError, SafetensorError, json.JSONDecodeError) as error:
-        raise ModelError(f"model {name!r} cannot be read: {(str(error) or repr(error)).splitlines()[0]}") from error
+        raise ModelError(f"model {name!r} cannot be read: {first_line(error)}") from error
 
 
 def _model(name: str, config: Any) -> nn.Module:

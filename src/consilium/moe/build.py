@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from consilium.core import ExpertSet, counts_of
-from consilium.errors import ConfigError, ModelError
+from consilium.errors import ConfigError, ModelError, first_line
 from consilium.machine import quietly
 from consilium.moe.addressing import all_experts, flatten, load_flat
 from consilium.moe.families import Family, Form, family_of
@@ -99,7 +99,7 @@ class ModelSource:
         try:
             return AutoConfig.from_pretrained(self.location, revision=self.revision, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise ModelError(f"model {self.path!r} cannot be read: {str(error).splitlines()[0]}") from error
+            raise ModelError(f"model {self.path!r} cannot be read: {first_line(error)}") from error
 
     @cached_property
     def family(self) -> Family:
@@ -184,7 +184,7 @@ class ModelSource:
                     **part,
                 )
         except (OSError, ValueError, SafetensorError) as error:
-            raise ModelError(f"model {self.path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise ModelError(f"model {self.path!r} cannot be loaded: {first_line(error)}") from error
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             raise ModelError(
@@ -203,7 +203,7 @@ def _tokenizer(location: str, revision: str | None) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise ModelError(f"{location!r} has no tokenizer: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{location!r} has no tokenizer: {first_line(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from consilium.core import ExpertSet
-from consilium.errors import ConfigError, ModelError
+from consilium.errors import ConfigError, ModelError, first_line
 from consilium.moe.addressing import expert_of, flatten
 from consilium.moe.build import ModelSource
 from consilium.moe.model import TaskModel
@@ -67,7 +67,7 @@ def load_sub_moe(folder: Path) -> tuple[ModelSource, TaskModel, dict[str, tuple[
     try:
         params = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{folder / WEIGHTS} cannot be read: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{folder / WEIGHTS} cannot be read: {first_line(error)}") from error
     stored = {place for key in params if (place := expert_of(key))}
     named = {(block, i) for block, ids in held.items() for i in ids}
     if odd := sorted(stored ^ named):
