@@ -4,11 +4,11 @@
     python benchmarks/memory.py --promise     new promises beside the measured numbers in results/memory.json
 
 Every point runs in a process of its own, forked off one that has imported the libraries: a warm-up step on a tiny
-model, one of the model itself, of which nothing stays but what the libraries keep (kernels that oneDNN has compiled for
-its matrices: "libraries"), then the resident set is noted, the model is built from parameters as a client builds it and
-trained with `training.fit` on batches of the greatest length; measured is the peak of the resident set (VmHWM, reset
-after the warm-up) above that note. A client with adapters reads its experts from a checkpoint, whose pages the kernel
-may take back at any time: there it is the peak of anonymous memory (RssAnon), looked at every millisecond. Linux only.
+model, products with matrices of the model's shapes, for which oneDNN compiles kernels that it keeps ("libraries"), then
+the resident set is noted, the model is built from parameters as a client builds it and trained with `training.fit` on
+batches of the greatest length; measured is the peak of the resident set (VmHWM, reset after the warm-up) above that
+note. A client with adapters reads its experts from a checkpoint, whose pages the kernel may take back at any time:
+there it is the peak of anonymous memory (RssAnon), looked at every millisecond. Linux only.
 
 MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ make glibc give freed tensors back at once; without them it keeps
 them for later, up to its own dynamic threshold, and the peak says as much about glibc as about the model.
@@ -395,9 +395,6 @@ def _work(points: Sequence[Point]) -> None:
 
 
 def _peak(point: Point) -> None:
-    import ctypes
-    import gc
-
     import torch
 
     torch.manual_seed(0)
@@ -406,22 +403,52 @@ def _peak(point: Point) -> None:
             warm = replace(point, **WARM_UP)
             for each, name in ((warm, "warm"), (point, "model")) if point.mode == "lora" else ():
                 _saved(each, Path(folder) / name)
-            lora, noted = point.mode == "lora", []
-            for each, name in ((warm, "warm"), (point, "model")):
-                _train(each, Path(folder) / name)
-                gc.collect()
-                ctypes.CDLL("libc.so.6").malloc_trim(0)
-                noted.append(_status("RssAnon" if lora else "VmRSS"))
-            if lora:
+            _train(warm, Path(folder) / "warm")
+            kept = -_settled()
+            _compile(source(point, Path(folder) / "model"))
+            kept += _settled()
+            if point.mode == "lora":
                 peak = _anonymous(lambda: _train(point, Path(folder) / "model"))
             else:
                 Path("/proc/self/clear_refs").write_text("5")
+                before = _status("VmRSS")
                 _train(point, Path(folder) / "model")
-                peak = _status("VmHWM") - noted[1]
-            print(peak, max(noted[1] - noted[0], 0), flush=True)
+                peak = _status("VmHWM") - before
+            print(peak, max(kept, 0), flush=True)
     except BaseException:
         traceback.print_exc()
         os._exit(1)
+
+
+def _settled() -> int:
+    """The resident set without what nobody uses."""
+    import ctypes
+    import gc
+
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return _status("VmRSS")
+
+
+def _compile(model_source) -> None:
+    """Have oneDNN compile what it will for the products of training, in all the numbers of rows that they come in."""
+    import torch
+
+    from consilium.moe.addressing import tensors
+    from consilium.products import SIZES, inner, rows
+
+    model = model_source.skeleton("task", LABELS if model_source.form == "classification" else ())
+    matrices = {
+        p: t for p, t in tensors(model).items() if t.dim() > 1 and "embed" not in p and "shared.weight" not in p
+    }
+    for y, x in {tuple(t.shape[-2:]) for t in matrices.values()}:
+        weight = torch.zeros(y, x)
+        for n in (sum(SIZES), *SIZES):
+            left, right = torch.zeros(n, y), torch.zeros(n, x)
+            rows(right, weight.t(), torch.zeros(n, y))
+            rows(left, weight, torch.zeros(n, x))
+            inner(left, right)
+            inner(right, left)
 
 
 def _anonymous(work) -> int:

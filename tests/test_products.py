@@ -138,9 +138,10 @@ def test_a_quick_layer_is_a_linear_layer(way, shape, bias):
     assert quick.state_dict().keys() == layer.state_dict().keys()
     for found, expected in zip(steps(quick, x), steps(layer, x), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    for frozen in quick.parameters():
-        frozen.requires_grad_(False)
+    quick.requires_grad_(False)
     assert quick(x).requires_grad is False
+    if type(quick) is QuickLinear and x.numel() >= 40:
+        assert quick(x.requires_grad_()).grad_fn.saved_tensors == (None, quick.weight)  # nothing for what is frozen
 
 
 def test_a_quick_layer_is_as_any_other_where_torch_does_more_than_compute(way):

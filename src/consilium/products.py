@@ -88,10 +88,13 @@ def rows(
         add: [Y], or `out` itself.
     """
     n = len(x_NX) if n is None else n
-    quick = _quick(n, *b_XY.shape, x_NX)
-    for start, end in _pieces(0, n, len(x_NX)) if quick else ((0, n),):
+    if not _quick(n, *b_XY.shape, x_NX):
+        x_NX, here = (x_NX, out) if n == len(x_NX) else (x_NX[:n], out[:n])
+        _rows(x_NX, b_XY, here, here if add is out else add, alpha)
+        return out
+    for start, end in _pieces(0, n, len(x_NX)):
         here = out[start:end]
-        _rows(x_NX[start:end], b_XY, here, here if add is out else add, alpha, quick and end - start in SIZES)
+        _rows(x_NX[start:end], b_XY, here, here if add is out else add, alpha, end - start in SIZES)
     return out
 
 
@@ -99,21 +102,24 @@ def inner(left_NX: Tensor, right_NY: Tensor, alpha: float = 1.0) -> Tensor:
     """alpha left^T right, [X, Y]: a sum over rows."""
     n, left_XN = len(left_NX), left_NX.t()
     out = left_NX.new_empty(len(left_XN), right_NY.shape[1])
-    quick = _quick(n, *out.shape, left_NX)
-    for start, end in _pieces(0, n, n) if quick else ((0, n),):
+    if not _quick(n, *out.shape, left_NX):
+        _rows(left_XN, right_NY, out, None, alpha)
+        return out
+    for start, end in _pieces(0, n, n):
         add = out if start else None
-        _rows(left_XN[:, start:end], right_NY[start:end], out, add, alpha, quick and end - start in SIZES)
+        _rows(left_XN[:, start:end], right_NY[start:end], out, add, alpha, end - start in SIZES)
     return out
 
 
-def _rows(x_NX: Tensor, b_XY: Tensor, out: Tensor, add: Tensor | None, alpha: float, by_onednn: bool) -> None:
-    how: dict[str, Any] = {"out": out}
-    if add is None and alpha == 1:
-        product, tensors = torch.mm, (x_NX, b_XY)
-    else:
-        how |= {"alpha": alpha, "beta": 0 if add is None else 1}
+def _rows(x_NX: Tensor, b_XY: Tensor, out: Tensor, add: Tensor | None, alpha: float, by_onednn: bool = False) -> None:
+    product, tensors, how = torch.mm, (x_NX, b_XY), {"out": out}
+    if add is not None or alpha != 1:
         product, tensors = torch.addmm, (out if add is None else add, x_NX, b_XY)
-    _by_onednn(product, *tensors, **how) if by_onednn else product(*tensors, **how)
+        how |= {"alpha": alpha, "beta": 0 if add is None else 1}
+    if by_onednn:
+        _by_onednn(product, *tensors, **how)
+    else:
+        product(*tensors, **how)
 
 
 class _Linear(torch.autograd.Function):
@@ -121,7 +127,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_YX: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight_YX)
+        to_x, to_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if to_weight else None, weight_YX if to_x else None)
+        ctx.shape = x.shape
         x_NX = x.reshape(-1, x.shape[-1])
         out = rows(x_NX, weight_YX.t(), x.new_empty(len(x_NX), len(weight_YX)), add=bias)
         return out.view(*x.shape[:-1], len(weight_YX))
@@ -132,10 +140,9 @@ class _Linear(torch.autograd.Function):
         x, weight_YX = ctx.saved_tensors
         g_NY = grad.reshape(-1, grad.shape[-1])
         to_x, to_weight, to_bias = ctx.needs_input_grad
-        x_NX = x.reshape(-1, x.shape[-1])
         return (
-            rows(g_NY, weight_YX, torch.empty_like(x_NX)).view(x.shape) if to_x else None,
-            inner(g_NY, x_NX) if to_weight else None,
+            rows(g_NY, weight_YX, g_NY.new_empty(len(g_NY), ctx.shape[-1])).view(ctx.shape) if to_x else None,
+            inner(g_NY, x.reshape(len(g_NY), -1)) if to_weight else None,
             g_NY.sum(0) if to_bias else None,
         )
 

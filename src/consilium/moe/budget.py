@@ -9,8 +9,9 @@ MALLOC_MMAP_THRESHOLD_=65536 and MALLOC_TRIM_THRESHOLD_=65536 in the client's en
 it (`benchmarks/memory.py` measures it); as glibc comes, it keeps freed blocks of up to 32 MB for later, and the
 resident set is 1.2 to 1.7 times as large. Not counted are: the parameters the model was built from, if somebody holds
 them during training (one reference more; `training.local_round` lets go of them, but whoever called it in the same
-process, as the local engine does, still has them); the cache of text generation; and oneDNN's kernels for bfloat16 on
-a CPU, one per shape met, which took 100 to 200 MB.
+process, as the local engine does, still has them); the cache of text generation; and what oneDNN keeps of the kernels
+that it compiles: for bfloat16 on a CPU one per shape met, which took 100 to 200 MB, for float32 where `products` asks
+it some dozens, up to 20 MB.
 
 Two budgets. `counts` experts are resident. Without `trained`, all of them get gradients and optimiser state. With it,
 only so many do in any one batch, as `training.fit(choose=...)` makes it: the experts are then computed by
@@ -198,7 +199,8 @@ class MemoryModel:
         batch = (batch_size, max_length, target_length)
         active = self._activations(counts, mode, batch, gradient_checkpointing, learning, trained is not None)
         moments = (2 if optimizer == "adamw" else int(momentum > 0)) * learning
-        plain = trained is None and not gradient_checkpointing  # the others count the first layer, where they peak
+        all_learn = trained is None or trained >= sum(counts.values())
+        plain = all_learn and not gradient_checkpointing  # the others count the first layer, where they peak
         between = min(learning, active) // (2 * sum(stack.layers for stack in self.stacks)) if plain else 0
         live = weights + moments + copies + max(learning, active) + between
         return Footprint(weights, learning, moments, copies, active, between, OVERHEAD + live // SLACK)
