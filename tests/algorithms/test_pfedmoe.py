@@ -214,11 +214,15 @@ def test_all_methods_begin_alike():
     """A client's own model is the one that Standalone begins with; the shared extractor is the server's."""
     setup = tiny.small_setup()
     context = tiny.small_context("animal-00")
-    begun = pFedMoE().client(setup)._initial(context)
+    half = pFedMoE().client(setup)
+    begun = half._initial(context)
     own = setup.initial_params(context.info)
     assert tiny.same({k: begun[k if k.startswith("head.") else f"private.{k}"] for k in own}, own)
     server = pFedMoE().server(tiny.small_setup())
     assert tiny.same({k: begun[k] for k in server.params}, server.params)
+    for tensor in begun.values():  # as training would
+        tensor.add_(1)
+    assert tiny.same(half._initial(context), pFedMoE().client(setup)._initial(context))
 
 
 def test_the_three_learning_rates_are_the_three_parts():

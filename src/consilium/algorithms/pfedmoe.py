@@ -113,6 +113,7 @@ class PFedMoEClient(Client):
     def __init__(self, setup: Setup, algorithm: pFedMoE):
         self.setup = setup
         self.algorithm = algorithm
+        self.begun: dict[str, Params] = {}  # architecture -> gate and projection as they begin
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         model = self._model(payload, context)
@@ -146,7 +147,10 @@ class PFedMoEClient(Client):
         setup = self.setup
         own = select(setup.initial_params(context.info), context.data.task.name)
         heads = {key: t for key, t in own.items() if key.startswith("head.")}
-        begun = initial(lambda: self._mixture(context), setup.seed, "pFedMoE", context.info.architecture)
+        if (architecture := context.info.architecture) not in self.begun:
+            mixture = initial(lambda: self._mixture(context), setup.seed, "pFedMoE", architecture)
+            self.begun[architecture] = {k: t for k, t in mixture.items() if not k.startswith((SHARED, "private."))}
+        begun = {key: tensor.clone() for key, tensor in self.begun[architecture].items()}
         begun |= _prefixed("private.", {key: t for key, t in own.items() if key not in heads})
         begun |= _prefixed(SHARED, setup.small_params())
         return {**begun, **heads}

@@ -39,6 +39,8 @@ __all__ = [
     "write_atomic",
 ]
 
+Buffer = bytes | memoryview
+
 _NAME = re.compile(r"round-(\d{5,})\.safetensors")
 _ZEROS = "0" * 32
 SHA256, XXH3 = "engine/sha256", "engine/xxh3"
@@ -61,8 +63,9 @@ class Checkpoint(NamedTuple):
     begun: dict[str, Any]
 
 
-def write_atomic(path: Path, blob: bytes) -> None:
-    """Write a file so that its name holds either the old or the whole new content, whatever happens.
+def write_atomic(path: Path, *parts: Buffer) -> None:
+    """Write a file, of one part or several, so that its name holds either the old or the whole new content, whatever
+    happens.
 
     Raises:
         CheckpointError: if it cannot be written; what it held before is untouched.
@@ -72,7 +75,8 @@ def write_atomic(path: Path, blob: bytes) -> None:
         made = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(blob)
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -82,7 +86,7 @@ def write_atomic(path: Path, blob: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise _unwritten(path, len(blob), error) from error
+            raise _unwritten(path, sum(map(len, parts)), error) from error
         raise
 
 
@@ -183,7 +187,7 @@ class ClientStore:
         """Write a state, which does not count yet; an empty one leaves no file. Returns whether there is one."""
         if not (state.params or state.scalars):
             return False
-        write_atomic(self._path(client, round), _seal(Payload({"params": state.params}, state.scalars)))
+        write_atomic(self._path(client, round), *_seal(Payload({"params": state.params}, state.scalars)))
         return True
 
     def count(self, client: ClientId, round: int, kept: bool) -> None:
@@ -246,7 +250,7 @@ def save_checkpoint(
         "engine/versions": json.dumps(store.versions, sort_keys=True),
         "engine/begun": json.dumps(begun or {}, sort_keys=True),
     }
-    write_atomic(folder / f"round-{round:05d}.safetensors", _seal(Payload(server.groups, {**server.scalars, **own})))
+    write_atomic(folder / f"round-{round:05d}.safetensors", *_seal(Payload(server.groups, {**server.scalars, **own})))
     kept = {best, *[number for _, number in _numbered(folder) if number <= round][-KEEP:]}
     for path, number in _numbered(folder):  # later ones were broken, and are done again
         if number not in kept:
@@ -290,12 +294,12 @@ def _numbered(folder: Path) -> list[tuple[Path, int]]:
     return sorted(((path, int(match[1])) for path, match in files if match), key=lambda item: item[1])
 
 
-def _seal(payload: Payload) -> bytes:
-    """The payload's bytes with their XXH3-128 in the header, taken while its place held zeros."""
+def _seal(payload: Payload) -> list[Buffer]:
+    """The payload's bytes in parts, with their XXH3-128 in the header, taken while its place held zeros."""
     blob = encode(Payload(payload.groups, {XXH3: _ZEROS, **payload.scalars}))
     place = blob.index(_ZEROS.encode())
     digest = _digest(xxhash.xxh3_128(), blob, place, len(_ZEROS))
-    return b"".join([blob[:place], digest.encode(), memoryview(blob)[place + len(_ZEROS) :]])
+    return [blob[:place], digest.encode(), memoryview(blob)[place + len(_ZEROS) :]]
 
 
 def _unseal(blob: bytes) -> Payload:

@@ -11,7 +11,7 @@ resident set is 1.2 to 1.7 times as large. Not counted are: the parameters the m
 them during training (one reference more; `training.local_round` lets go of them, but whoever called it in the same
 process, as the local engine does, still has them); the cache of text generation; and what oneDNN keeps of the kernels
 that it compiles: for bfloat16 on a CPU one per shape met, which took 100 to 200 MB, for float32 where `products` asks
-it some dozens, up to 20 MB.
+it some dozens, up to 32 MB.
 
 Two budgets. `counts` experts are resident. Without `trained`, all of them get gradients and optimiser state. With it,
 only so many do in any one batch, as `training.fit(choose=...)` makes it: the experts are then computed by
