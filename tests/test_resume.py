@@ -61,7 +61,7 @@ def test_killed_at_random_moments(server, tmp_path, algorithm, wanted):
     assert outcome(tmp_path / "first") == whole
     rng = random.Random(type(algorithm).__name__)
     kills, rounds = 0, set()
-    for chain in range(wanted):
+    for chain in range(4 * wanted):  # some come too late: a machine that has become faster
         folder = tmp_path / f"chain-{chain}"
         for _ in range(3):
             status, _, _ = server.job(saved, folder, after=rng.uniform(0.02, 0.9) * seconds)
