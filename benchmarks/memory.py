@@ -521,7 +521,7 @@ layer's backward pass (a choice), half a layer of gradients beside half a layer 
 input more per layer of the demo's model with PEFT. lora: the client reads the experts it holds from a checkpoint on its
 disk, which is measured too, as anonymous memory: pages mapped from that file are the kernel's to take back.
 With a choice, and with adapters, the promise assumes that all tokens of a batch want the same expert, which these
-random routers do not: it is up to a quarter above what was measured.
+random routers do not: it is up to a fifth above what was measured.
 
 Slices against a leaf per expert: a slice also saves the weights of whom it leaves out, a leaf per expert only their
 gradients and moments, so a device holds a slice and chooses among it. With adapters a choice saves next to nothing:
