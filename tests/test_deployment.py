@@ -295,3 +295,6 @@ def test_a_site_asks_for_the_time(tmp_path, headers, ca, says):
             server.shutdown()
             thread.join()
     deployment.in_time(address, file)
+    file.write_text("no certificate")
+    with pytest.raises(ConfigError, match=r"ca\.crt cannot be read as a certificate: "):
+        deployment.in_time(address, file)

@@ -40,7 +40,7 @@ def test_rows_are_written_up_to_where_they_may_be(way, n, spare, add):
     expected = x[:n].double() @ b.double() * given["alpha"] + {"bias": bias, "out": 3.0}.get(add, 0.0)
     assert rows(x, b, out, n, **given) is out
     torch.testing.assert_close(out[:n], expected.float(), rtol=1e-5, atol=1e-5)
-    end = n if way == "usual" or n < 8 else list(products._pieces(0, n, n + spare))[-1][1]
+    end = n if way == "usual" or n < 8 else list(products._pieces(n, n + spare))[-1][1]
     assert n <= end <= n + 47 and (out[end:] == 3.0).all()
 
 
@@ -59,7 +59,7 @@ def test_a_sum_over_rows_is_exact_to_float32(n, x, y, alpha):
 @given(st.integers(1, 3000), st.integers(0, 70))
 def test_pieces_are_of_three_sizes_and_hold_every_row_once(n, spare):
     """oneDNN compiles no more than three kernels for a matrix; what is of no such size, the usual way takes."""
-    pieces = list(products._pieces(0, n, n + spare))
+    pieces = list(products._pieces(n, n + spare))
     assert pieces[0][0] == 0 and n <= pieces[-1][1] <= n + spare
     assert all(end == start for (_, end), (start, _) in pairwise(pieces)) and pieces[-1][0] < n
     assert all(end - start in products.SIZES for start, end in pieces[:-1])

@@ -35,7 +35,7 @@ from consilium.engine.checkpoint import write_atomic
 from consilium.engine.flower import Limits, save_site
 from consilium.engine.flower import server_app as flower_app
 from consilium.engine.interrupt import end_with_parent
-from consilium.errors import ConfigError, ConsiliumError, RoundError
+from consilium.errors import ConfigError, ConsiliumError, RoundError, first_line
 from consilium.experiment import Experiment, from_json, to_json
 from consilium.run import read_config, serve
 
@@ -274,7 +274,11 @@ def in_time(address: str, ca: Path) -> None:
         ConfigError: if the clocks are too far apart, or the server's certificate is not valid here and now.
     """
     host, port = address_of(address)
-    connection = http.client.HTTPSConnection(host, port, timeout=5, context=ssl.create_default_context(cafile=ca))
+    try:
+        context = ssl.create_default_context(cafile=ca)
+    except ssl.SSLError as error:
+        raise ConfigError(f"{ca} cannot be read as a certificate: {first_line(error)}") from error
+    connection = http.client.HTTPSConnection(host, port, timeout=5, context=context)
     try:
         connection.request("HEAD", "/")
         told = connection.getresponse().getheader("Date")
@@ -293,7 +297,7 @@ def in_time(address: str, ca: Path) -> None:
         way = "ahead of" if apart > 0 else "behind"
         raise ConfigError(
             f"the clock of this machine is {abs(apart):.0f} s {way} that of {address}; Flower's authentication allows "
-            f"300: set both, e.g. by NTP"
+            "300: set both, e.g. by NTP"
         )
 
 

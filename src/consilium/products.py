@@ -63,10 +63,10 @@ def _quick(n: int, x: int, y: int, like: Tensor) -> bool:
     return not few and like.dtype == torch.float32 and like.device.type == "cpu" and faster()
 
 
-def _pieces(start: int, n: int, room: int) -> Iterator[tuple[int, int]]:
-    """Rows start .. n in pieces (from, to) of `SIZES`; the last may reach beyond n, but not beyond `room`, or it is
-    shorter than any."""
-    least = SIZES[-1]
+def _pieces(n: int, room: int) -> Iterator[tuple[int, int]]:
+    """Rows 0 .. n in pieces (from, to) of `SIZES`; the last may reach beyond n, but not beyond `room`, or it is shorter
+    than any."""
+    start, least = 0, SIZES[-1]
     for size in SIZES:
         while n - start >= size:
             if size == least and n - start > least and start + SIZES[-2] <= room:
@@ -92,7 +92,7 @@ def rows(
         x_NX, here = (x_NX, out) if n == len(x_NX) else (x_NX[:n], out[:n])
         _rows(x_NX, b_XY, here, here if add is out else add, alpha)
         return out
-    for start, end in _pieces(0, n, len(x_NX)):
+    for start, end in _pieces(n, len(x_NX)):
         here = out[start:end]
         _rows(x_NX[start:end], b_XY, here, here if add is out else add, alpha, end - start in SIZES)
     return out
@@ -105,7 +105,7 @@ def inner(left_NX: Tensor, right_NY: Tensor, alpha: float = 1.0) -> Tensor:
     if not _quick(n, *out.shape, left_NX):
         _rows(left_XN, right_NY, out, None, alpha)
         return out
-    for start, end in _pieces(0, n, n):
+    for start, end in _pieces(n, n):
         add = out if start else None
         _rows(left_XN[:, start:end], right_NY[start:end], out, add, alpha, end - start in SIZES)
     return out
