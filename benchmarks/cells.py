@@ -85,7 +85,8 @@ def finish(
     jobs: int,
 ) -> dict[str, Result]:
     """Run the wanted cells of the table that results/<name>.json lacks, keep them there, and return by their names all
-    cells of the table that are up to date. An interrupted benchmark keeps what is finished.
+    cells of the table that are up to date. An interrupted benchmark keeps what is finished; of a finished run all stays
+    but the states of its clients.
 
     Args:
         table: run directory -> cell. wanted: directories of those to run, none to make the table alone.

@@ -247,8 +247,7 @@ def measure(points: Sequence[Point], malloc: Mapping[str, str] = MALLOC) -> Iter
             line = work.stdout.readline()
             if not line:
                 raise RuntimeError(f"{point.name} {point.how} failed: {work.stderr.read()[-2000:]}")
-            peak, kept = map(int, line.split())
-            yield peak, kept
+            yield tuple(map(int, line.split()))
 
 
 def _params(model_source, keep) -> dict:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consilium.errors import ModelError
+from consilium.errors import ModelError, first_line
 
 __all__ = ["Scheme", "dequantise", "quantise"]
 
@@ -54,7 +54,7 @@ def quantise(weight: Tensor) -> tuple[Tensor, Scheme]:
     except (RuntimeError, NotImplementedError, ValueError) as error:
         raise ModelError(
             f"bitsandbytes cannot store {weight.dtype} on {weight.device} in 4 bits "
-            f"({str(error).splitlines()[0]}); set fit.lora.base to 'full'"
+            f"({first_line(error)}); set fit.lora.base to 'full'"
         ) from error
 
 

@@ -36,7 +36,7 @@ from transformers import AutoConfig
 from transformers.initialization import no_init_weights
 
 from consilium.core import derive_seed
-from consilium.errors import ConfigError, ModelError
+from consilium.errors import ConfigError, ModelError, first_line
 from consilium.machine import quietly
 from consilium.moe.build import ModelSource
 from consilium.moe.families import FAMILIES, Family, blocks
@@ -240,7 +240,7 @@ def _loaded(source: ModelSource) -> Any:
                 source.location, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
     except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"model {source.path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"model {source.path!r} cannot be loaded: {first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"model {source.path!r} lacks {len(missing)} weights, e.g. {missing[0]!r}")
     return model
