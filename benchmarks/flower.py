@@ -1,6 +1,6 @@
 """Seconds and bytes of a round over Flower, and the server's memory: our engine against stock Flower FedAvg.
 
-    python benchmarks/flower.py [--sizes 1,10,100] [--clients 2] [--rounds 2] [--out benchmarks/results/flower.json]
+    python benchmarks/flower.py [--sizes 1,10,100,400] [--stock 400] [--rounds 2] [--out benchmarks/results/flower.json]
 
 A SuperLink and SuperNodes as processes on loopback, without TLS for both. Per size (MB per client and direction) and
 round, the server sends the model and every client answers with random numbers of its own, so nothing can be stored
@@ -182,21 +182,22 @@ def run(options) -> None:
                     "--port", str(port + 1 + i), "--node-config", f"partition-id={i}"]  # fmt: skip
             stack.enter_context(child(node, flower_environment(home / f"node-{i}"), home / f"node-{i}.log"))
         subprocess.run([program("flwr"), "run", str(app), "run", "--stream"], env=environment, check=True)
+    rows = json.loads(options.out.read_text())
+    if len(rows) != (expected := write(rows, options)):
+        sys.exit(f"only {len(rows)} of {expected} rounds came to their end, see {home}")
     shutil.rmtree(home)
-    write(json.loads(options.out.read_text()), options)
 
 
-def write(rows: list[dict], options) -> None:
-    """The table as Markdown beside the numbers; what did not come to its end is an error."""
+def write(rows: list[dict], options) -> int:
+    """The table as Markdown beside the numbers. Returns how many rounds there should be."""
     sizes = [int(text) for text in options.sizes.split(",")]
-    expected = options.rounds * (len(sizes) + sum(size <= options.stock for size in sizes))
     lines = [
         "# A round over Flower: our engine against stock FedAvg",
         "",
-        f"Made by `python benchmarks/flower.py --sizes {options.sizes}`: {options.clients} clients on loopback, every",
-        "payload random numbers of its own. Stock: FedAvg, one array per tensor of 64 kB. Seconds: mean [least, most]",
-        "over rounds. Server: what its process holds at most beside what it holds before the first round; three models",
-        "are the new one's sums in float64 and the old one.",
+        f"Made by `python benchmarks/flower.py --sizes {options.sizes} --stock {options.stock}`: {options.clients}",
+        "clients on loopback, every payload random numbers of its own. Stock: FedAvg, one array per tensor of 64 kB.",
+        "Seconds: mean [least, most] over rounds. Server: what its process holds at most beside what it holds before",
+        "the first round; three models are the new one's sums in float64 and the old one.",
         "",
         "| MB per client and way | side | s per round | stock / ours | MB crossed | server MB | models + 300 MB |",
         "|---|---|---|---|---|---|---|",
@@ -217,8 +218,7 @@ def write(rows: list[dict], options) -> None:
                 )
     options.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    if len(rows) != expected:
-        sys.exit(f"only {len(rows)} of {expected} rounds came to their end, see the messages above")
+    return options.rounds * (len(sizes) + sum(size <= options.stock for size in sizes))
 
 
 if __name__ == "__main__":
