@@ -3,10 +3,11 @@
     python benchmarks/cohort.py --data fashion_mnist.npz [--rounds 5] [--device cuda]
 
 Same models, batches and steps for all: CNN-1 to CNN-5, 2 classes per client, batch 64, SGD 0.01, one local epoch, and
-the same scoring on validation and test data after it. The plain loop is what one writes by hand: models that stay in
-memory, one client after the other, two torch threads, torch's default layout. Ours is the engine that a run uses, with
-everything it does besides (judging, client states on disk, a core per client). Interleaved round by round in one
-process. After the first round the shared extractors are compared, and the accuracies after the last.
+the same scoring on validation and test data after it. The plain loop is what one writes by hand: models that are made
+beforehand and stay in memory, one client after the other, two torch threads, torch's default layout. Ours is the engine
+that a run uses, with everything it does besides (making and judging, client states on disk, a core per client).
+Interleaved round by round in one process. After the first round the shared extractors are compared, and the accuracies
+after the last.
 
 With --device cuda the plain loop and all data are on the GPU too, and ours takes 100 clients in step: CNN-1 for all,
 and the five; one local epoch and ten. Client states are written to disk by ours alone, --folder says where.
@@ -37,8 +38,9 @@ import tyro
 from cells import RESULTS
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
-from consilium.algorithms.pfedmoe import SHARED, PFedMoEClient, pFedMoE
+from consilium.algorithms.pfedmoe import SHARED, PFedMoEClient, SwitchableNorm, pFedMoE
 from consilium.core import ClientContext, ClientInfo, ClientState, Payload, Sampling, derive_seed
 from consilium.data.arrays import ImageData
 from consilium.data.task import Federation
@@ -116,16 +118,17 @@ class Plain:
 
     def __init__(self, made: Experiment, threads: int):
         self.setup, self.federation = prepared(made)
-        self.algorithm, self.threads, self.models = made.algorithm, threads, {}
-        self.device = torch.device(made.device)
+        self.threads, self.device = threads, torch.device(made.device)
         self.shared = made.algorithm.server(self.setup).params
+        client = PFedMoEClient(self.setup, made.algorithm)
+        self.models = {info.id: self.model(client, info) for info in self.setup.clients}
 
     def round(self, number: int) -> float:
         torch.set_num_threads(self.threads)
         start = time.perf_counter()
         mean = WeightedMean()
         for info in self.setup.sampling.choose(self.setup.clients, number, self.setup.seed):
-            model, data = self.model(info), self.federation.clients[info.id]
+            model, data = self.models[info.id], self.federation.clients[info.id]
             model.load_state_dict({f"backbone.{key}": tensor for key, tensor in self.shared.items()}, strict=False)
             self.train(model, data.train, derive_seed(self.setup.seed, "client", number, info.id))
             accuracy(model, data.validation, self.device)
@@ -149,23 +152,20 @@ class Plain:
             F.cross_entropy(logits, labels).backward()
             optimizer.step()
 
-    def model(self, info: ClientInfo) -> SplitModel:
-        """The client's own, with torch's default layout and linear layers."""
-        if info.id not in self.models:
-            client, data = PFedMoEClient(self.setup, self.algorithm), self.federation.clients[info.id]
-            context = ClientContext(info, data, self.device, 0, ClientState())
-            made = client._model(Payload({"params": self.shared}), context)
-            for module in made.modules():
-                if isinstance(module, nn.Linear):
-                    module.__class__ = nn.Linear
-            self.models[info.id] = made.to(memory_format=torch.contiguous_format)
-        return self.models[info.id]
+    def model(self, client: PFedMoEClient, info: ClientInfo) -> SplitModel:
+        """A client's own, with torch's default layout and linear layers."""
+        context = ClientContext(info, self.federation.clients[info.id], self.device, 0, ClientState())
+        made = client._model(Payload({"params": self.shared}), context)
+        for module in made.modules():
+            if isinstance(module, nn.Linear):
+                module.__class__ = nn.Linear
+        return made.to(memory_format=torch.contiguous_format)
 
     def score(self) -> float:
         """Mean test accuracy with the newest shared extractor."""
         scores = []
         for info in self.setup.clients:
-            model = self.model(info)
+            model = self.models[info.id]
             model.load_state_dict({f"backbone.{key}": tensor for key, tensor in self.shared.items()}, strict=False)
             scores.append(accuracy(model, self.federation.clients[info.id].test, self.device))
         return statistics.mean(scores)
@@ -183,8 +183,9 @@ def accuracy(model: SplitModel, split, device: torch.device) -> float:
 
 class Peer:
     """The pFedMoE of MHPFL, from a clone of github.com/thuiaaa/MHPFL: its client's training loop over its own data
-    loader and models, with the sizes of ours, its server's sums, and the scoring that all sides have. It drops a last
-    short batch, and its optimizer has lost the shared extractor after the first round."""
+    loader and models, with the sizes of ours, its server's sums, and the scoring that all sides have. For its steps to
+    be those of all sides, its gate has the switchable norm, which it leaves out; it learns from the last short batch,
+    which it drops; and after the first round its optimizer still knows the shared extractor."""
 
     def __init__(self, made: Experiment, threads: int, clone: Path):
         self.setup, self.federation = prepared(made)
@@ -198,12 +199,13 @@ class Peer:
 
         def gate(m: int) -> nn.Module:
             theirs = pFMcnn.pfedmoe_gate(m=64)
-            theirs.switchnorm, theirs.fc1 = nn.LayerNorm(28 * 28), nn.Linear(28 * 28, 64)
+            theirs.switchnorm, theirs.fc1 = SwitchableNorm(28 * 28), nn.Linear(28 * 28, 64)
             return theirs
 
         clientpfedmoe.pFMCNN_5 = partial(pFMcnn.pFMCNN_5, in_channels=1, dim=512)
         clientpfedmoe.pfedmoe_gate = gate
         clientbase.read_client_data = partial(self.read, self.setup, self.federation)
+        clientbase.DataLoader = self.batches
         sizes = (512, 256, 512, 512, 512)
         settings = SimpleNamespace(
             algorithm="pFedMoE", dataset="Fashion-MNIST", device="cpu", save_folder_name="temp/", lamda=1.0,
@@ -214,6 +216,11 @@ class Peer:
             made_by_them = partial(clientpfedmoe.clientpfedmoe, train_slow=False, send_slow=False)
             self.clients[info.id] = made_by_them(settings, number, info.num_examples, 0)
         self.shared = copy.deepcopy(next(iter(self.clients.values())).global_expert_model)
+
+    @staticmethod
+    def batches(rows: list, size: int, drop_last: bool, shuffle: bool) -> DataLoader:
+        """With the last batch, if it has two rows, which its batch norm needs."""
+        return DataLoader(rows, size, drop_last=drop_last and len(rows) % size == 1, shuffle=shuffle)
 
     @staticmethod
     def read(
@@ -229,7 +236,7 @@ class Peer:
         start = time.perf_counter()
         chosen = self.setup.sampling.choose(self.setup.clients, number, self.setup.seed)
         for client in self.clients.values():
-            client.global_expert_model = copy.deepcopy(self.shared)
+            client.global_expert_model.load_state_dict(self.shared.state_dict())
         for info in chosen:
             self.clients[info.id].train()
             for split in (self.federation.clients[info.id].validation, self.federation.clients[info.id].test):

@@ -134,6 +134,11 @@ class ClientState:
     params: Params = field(default_factory=dict)
     scalars: dict[str, Scalar] = field(default_factory=dict)
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to keep."""
+        return not (self.params or self.scalars)
+
 
 @dataclass
 class ClientContext:

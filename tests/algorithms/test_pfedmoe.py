@@ -220,9 +220,9 @@ def test_all_methods_begin_alike():
     assert tiny.same({k: begun[k if k.startswith("head.") else f"private.{k}"] for k in own}, own)
     server = pFedMoE().server(tiny.small_setup())
     assert tiny.same({k: begun[k] for k in server.params}, server.params)
-    for tensor in begun.values():  # as training would
-        tensor.add_(1)
-    assert tiny.same(half._initial(context), pFedMoE().client(setup)._initial(context))
+    half.train(Payload({"params": server.params}), context)  # the next of its kind begins as it has begun
+    assert half._initial(context) is begun
+    assert tiny.same(begun, pFedMoE().client(setup)._initial(context))
 
 
 def test_the_three_learning_rates_are_the_three_parts():

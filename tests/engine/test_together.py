@@ -5,19 +5,21 @@ from dataclasses import replace
 import pytest
 import torch
 
+from consilium import training
 from consilium.algorithms.fedavg import FedAvg
 from consilium.algorithms.fedprox import FedProx
 from consilium.algorithms.fml import FML
 from consilium.algorithms.lgfedavg import LGFedAvg
 from consilium.algorithms.pfedmoe import pFedMoE
 from consilium.algorithms.standalone import Standalone
+from consilium.batched import stackable
 from consilium.core import ClientInfo, Sampling
 from consilium.data.arrays import ImageData
 from consilium.engine.checkpoint import ClientStore
 from consilium.engine.local import LocalEngine
 from consilium.engine.meeting import in_step
 from consilium.experiment import Experiment
-from consilium.models.cohort import Cohort
+from consilium.models.cohort import CNN, Cohort, SplitModel
 from consilium.recipes.digits import SMALL_FIT
 from consilium.setup import Fit
 
@@ -96,10 +98,27 @@ def test_a_method_with_a_loss_or_a_correction_of_its_own_is_trained_one_by_one_t
     assert all(torch.equal(tensor, together.server.params[key]) for key, tensor in alone.server.params.items())
 
 
-def test_a_model_whose_rows_may_see_each_other_is_not_stacked():
-    from consilium.batched import stackable
-    from consilium.models.cohort import CNN, SplitModel
+@pytest.mark.parametrize("name", CASES)
+def test_rows_filled_in_for_the_cpu_change_nothing(name, tmp_path, monkeypatch):
+    """A batch's rows come in sixteens, whatever the clients hold: last batches, of one row too, and evaluation."""
+    seen, called = [], SplitModel.forward
+    monkeypatch.setattr(
+        SplitModel, "forward", lambda model, batch: seen.append(len(batch["x"])) or called(model, batch)
+    )
+    filled, plain = (engine_of(*CASES[name], tmp_path / kind, 1) for kind in ("filled", "plain"))
+    records = [filled.round(1, test=True)]
+    assert seen and not any(rows % 16 for rows in seen)
+    monkeypatch.setattr(training, "EVEN", 1)
+    records.append(plain.round(1, test=True))
+    assert any(rows % 16 for rows in seen)
+    assert records[0]["test"] == records[1]["test"]
+    for client in filled.clients:
+        ours, theirs = (engine.store.load(client).params for engine in (filled, plain))
+        for key, tensor in [*theirs.items(), *plain.server.params.items()]:
+            assert torch.allclose(tensor, ours.get(key, filled.server.params.get(key)), rtol=1e-5, atol=1e-5), key
 
+
+def test_a_model_whose_rows_may_see_each_other_is_not_stacked():
     class Centred(CNN):
         def forward(self, x):
             return super().forward(x - x.mean(0))

@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import signal
+import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -14,7 +16,7 @@ from consilium.algorithms.fedavg import FedAvg
 from consilium.core import Payload, Sampling
 from consilium.data.arrays import ImageData
 from consilium.engine.workers import forked
-from consilium.errors import BudgetError, ConfigError, RoundError
+from consilium.errors import BudgetError, CheckpointError, ConfigError, RoundError
 from consilium.experiment import Experiment
 from consilium.models.cohort import Cohort
 from consilium.run import run
@@ -26,8 +28,12 @@ def children():
     return [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
 
 
-def double(kind, client, number, version, payload, progress):
+def double(kind, client, number, version, payload, progress, later):
     progress(1, 1)
+    if client == "full":
+        later(full_disk)
+    if client.startswith("/"):
+        later(lambda: time.sleep(0.3) or Path(client).write_text(str(os.getpid())))
     if client == "bad":
         raise BudgetError("too small")
     if client == "odd":
@@ -35,6 +41,10 @@ def double(kind, client, number, version, payload, progress):
     if client == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     return Payload({"w": {"w": payload.group("w")["w"] * 2}}, {"pid": os.getpid()}), {"number": number, "of": version}
+
+
+def full_disk():
+    raise CheckpointError("No space left on device")
 
 
 def tasks(*names):
@@ -73,6 +83,7 @@ def test_tasks_are_made_when_there_is_room_for_them():
     [
         ("bad", BudgetError, "too small"),
         ("odd", RuntimeError, "division by zero"),
+        ("full", CheckpointError, "No space left on device"),
         ("killed", RoundError, "worker process of client killed has ended with code -9"),
     ],
 )
@@ -80,6 +91,16 @@ def test_an_error_in_a_worker_is_one_here(name, error, text):
     with pytest.raises(error, match=text), forked(2, double) as workers:
         list(workers.each("train", 1, tasks("a", name, "c"), lambda *_: None))
     assert not children()
+
+
+def test_what_clients_leave_is_written_when_all_have_answered(tmp_path):
+    names = [str(tmp_path / name) for name in "abcde"]
+    with forked(2, double) as workers:
+        for round in (1, 2):
+            answers = list(workers.each("train", round, tasks(*names), lambda *_: None))
+            for client, _, reply, _ in answers:
+                assert Path(client).read_text() == str(reply.scalars["pid"])
+                Path(client).unlink()
 
 
 @pytest.mark.parametrize("status", ["finished", "killed"])

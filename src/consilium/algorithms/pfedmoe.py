@@ -39,13 +39,15 @@ from consilium.core import Algorithm, Client, ClientContext, Payload, Scalar, Se
 from consilium.errors import ConfigError
 from consilium.models.cohort import SplitModel, initial, real_rows
 from consilium.moe.addressing import flatten, select
-from consilium.params import Params
+from consilium.params import Params, nbytes
 from consilium.setup import Setup
 from consilium.training import tested, trained
 
 __all__ = ["Gate", "Mixture", "pFedMoE"]
 
 SHARED = "shared."
+SMALL = 2**25
+"""Bytes of a model up to which how it begins is drawn once and kept."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class PFedMoEClient(Client):
     def __init__(self, setup: Setup, algorithm: pFedMoE):
         self.setup = setup
         self.algorithm = algorithm
-        self.begun: dict[str, Params] = {}  # architecture -> gate and projection as they begin
+        self.begun: dict[tuple[str, str], Params] = {}  # architecture and task -> a client's own as it begins
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         model = self._model(payload, context)
@@ -144,16 +146,18 @@ class PFedMoEClient(Client):
 
     def _initial(self, context: ClientContext) -> Params:
         """F_k and header as every method begins with them, G as the server does; gate and projection of their own."""
-        setup = self.setup
+        setup, kind = self.setup, (context.info.architecture, context.data.task.name)
+        if kind in self.begun:
+            return self.begun[kind]
         own = select(setup.initial_params(context.info), context.data.task.name)
         heads = {key: t for key, t in own.items() if key.startswith("head.")}
-        if (architecture := context.info.architecture) not in self.begun:
-            mixture = initial(lambda: self._mixture(context), setup.seed, "pFedMoE", architecture)
-            self.begun[architecture] = {k: t for k, t in mixture.items() if not k.startswith((SHARED, "private."))}
-        begun = {key: tensor.clone() for key, tensor in self.begun[architecture].items()}
+        mixture = initial(lambda: self._mixture(context), setup.seed, "pFedMoE", context.info.architecture)
+        begun = {k: t for k, t in mixture.items() if not k.startswith((SHARED, "private."))}
         begun |= _prefixed("private.", {key: t for key, t in own.items() if key not in heads})
-        begun |= _prefixed(SHARED, setup.small_params())
-        return {**begun, **heads}
+        begun |= _prefixed(SHARED, setup.small_params()) | heads
+        if nbytes(begun.values()) <= SMALL:
+            self.begun[kind] = begun
+        return begun
 
 
 class Mixture(nn.Module):

@@ -185,7 +185,7 @@ class ClientStore:
 
     def write(self, client: ClientId, state: ClientState, round: int) -> bool:
         """Write a state, which does not count yet; an empty one leaves no file. Returns whether there is one."""
-        if not (state.params or state.scalars):
+        if state.empty:
             return False
         write_atomic(self._path(client, round), *_seal(Payload({"params": state.params}, state.scalars)))
         return True

@@ -36,7 +36,7 @@ from consilium.engine.codec import decode, encode
 from consilium.engine.judge import objection, one_line
 from consilium.engine.meeting import in_step
 from consilium.engine.rounds import OWN, Engine, Progress, release, tested, told_of, trained
-from consilium.engine.workers import Workers
+from consilium.engine.workers import Later, Workers, at_once
 
 __all__ = ["LocalEngine"]
 
@@ -132,7 +132,7 @@ class LocalEngine(Engine):
 
         def call(client: ClientId, version: int, payload: Payload, meet: Meet | None) -> tuple[Payload, dict[str, Any]]:
             step = partial(self.progress, client, phase)
-            return self.work(kind, client, number, version, payload, step, meet)
+            return self.work(kind, client, number, version, payload, step, meet=meet)
 
         if len(some) == 1:
             return [call(*some[0], meet=None)]
@@ -148,16 +148,18 @@ class LocalEngine(Engine):
         version: int,
         payload: Payload,
         progress: Callable[[int, int], None],
+        later: Later = at_once,
         meet: Meet | None = None,
     ) -> tuple[Payload, dict[str, Any]]:
         """What a client does in a round, in this process or a worker's.
 
         Args:
             kind: "train" or "evaluate". version: the round of its state that counts, 0: it has none.
+            later: is given the writing of its state, which waits for the disk.
 
         Returns:
             The reply, and {"failed"}: an error of the client's own, or {"seconds", "kept"}: of training, and whether it
-            wrote a state under this round, which does not count yet.
+            leaves a state under this round, which does not count yet.
         """
         self.store.count(client, version, kept=version > 0)
         context = ClientContext(
@@ -176,7 +178,11 @@ class LocalEngine(Engine):
         except OWN as error:
             return Payload(), {"failed": one_line(f"{type(error).__name__}: {error}")}
         left = (client, context.state, number)
-        return reply, {"seconds": seconds, "kept": meet(self._kept, left) if meet else self.store.write(*left)}
+        if meet:
+            meet(self._kept, left)
+        else:
+            later(partial(self.store.write, *left))
+        return reply, {"seconds": seconds, "kept": not context.state.empty}
 
     def _loaded(self, clients: Sequence[ClientId]) -> list[ClientState]:
         with ThreadPoolExecutor() as pool:

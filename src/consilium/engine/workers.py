@@ -2,7 +2,8 @@
 
 They are forked from the run's process when it is ready, so data and code are there without being read or sent again.
 What they are sent and answer crosses a pipe as the codec's bytes and JSON. A worker has one torch thread: on a busy
-machine several threads in one process wait for each other, a client per core does not.
+machine several threads in one process wait for each other, a client per core does not. What a client leaves on disk is
+written beside the work of the next; when all have answered, it is there.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -27,14 +29,23 @@ from consilium.engine.interrupt import end_with_parent
 from consilium.engine.rounds import Progress
 from consilium.errors import RoundError
 
-__all__ = ["Work", "Workers", "forked"]
+__all__ = ["Later", "Work", "Workers", "at_once", "forked"]
 
-Work = Callable[[str, ClientId, int, int, Payload, Callable[[int, int], None]], tuple[Payload, dict[str, Any]]]
-"""(kind, client, round, version of its state, payload, progress) -> its answer, and what to tell of it as JSON."""
+Later = Callable[[Callable[[], object]], None]
+"""Takes what may be done beside the work of the next client."""
+Work = Callable[[str, ClientId, int, int, Payload, Callable[[int, int], None], Later], tuple[Payload, dict[str, Any]]]
+"""(kind, client, round, version of its state, payload, progress, later) -> its answer, and what to tell, as JSON."""
 AHEAD = 2
 """Clients per worker that may be at work or done before their turn to be merged."""
 PAUSE = 0.2
 """Seconds between two messages of progress."""
+SETTLE = "settle"
+"""What a worker is told to have everything written, and answers when it is."""
+
+
+def at_once(call: Callable[[], object]) -> None:
+    """`Later` where there is no other thread."""
+    call()
 
 
 class Workers:
@@ -61,6 +72,7 @@ class Workers:
 
         Raises:
             RoundError: if a worker ends before it has answered.
+            CheckpointError: if what a client leaves could not be written.
         """
         tasks, idle = iter(tasks), list(self.pipes)
         busy: dict[Connection, ClientId] = {}
@@ -74,6 +86,7 @@ class Workers:
                 busy[pipe] = client
                 turns.append((client, payload))
             if not turns:
+                self._settle()
                 return
             if (first := turns[0])[0] in done:
                 turns.popleft()
@@ -81,7 +94,7 @@ class Workers:
                 continue
             for pipe in wait(list(busy)):
                 client = busy[pipe]
-                told = self._heard(pipe, client)
+                told = self._heard(pipe, f"of client {client}")
                 if "progress" in told:
                     progress(client, "test" if kind == "evaluate" else kind, *told["progress"])
                     continue
@@ -89,14 +102,21 @@ class Workers:
                 idle.append(pipe)
                 del busy[pipe]
 
-    def _heard(self, pipe: Connection, client: ClientId) -> dict[str, Any]:
+    def _settle(self) -> None:
+        """Wait until everything is written."""
+        for pipe in self.pipes:
+            pipe.send_bytes(json.dumps([SETTLE]).encode())
+        for pipe in self.pipes:
+            self._heard(pipe, "that wrote the states of clients")
+
+    def _heard(self, pipe: Connection, whose: str) -> dict[str, Any]:
         try:
             told = json.loads(pipe.recv_bytes())
         except (EOFError, OSError) as error:
             process = self.processes[self.pipes.index(pipe)]
             process.join(5)
             raise RoundError(
-                f"the worker process of client {client} has ended with code {process.exitcode} (-9: killed, perhaps "
+                f"the worker process {whose} has ended with code {process.exitcode} (-9: killed, perhaps "
                 "for want of memory); resume the run"
             ) from error
         if "raised" in told:
@@ -145,12 +165,26 @@ def _serve(pipe: Connection, others: list[Connection], work: Work) -> None:
             last = now
             pipe.send_bytes(json.dumps({"progress": [done, total]}).encode())
 
+    writer, left = ThreadPoolExecutor(1), deque[Future[object]]()
+
+    def settle() -> None:
+        while left:
+            left.popleft().result()
+
+    def later(call: Callable[[], object]) -> None:
+        settle()  # what is written lies in memory until then: of one client at most
+        left.append(writer.submit(call))
+
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
-            kind, client, number, version = json.loads(pipe.recv_bytes())
-            payload = decode(pipe.recv_bytes())
+            kind, *task = json.loads(pipe.recv_bytes())
+            payload = Payload() if kind == SETTLE else decode(pipe.recv_bytes())
             try:
-                answer, told = work(kind, client, number, version, payload, progress)
+                if kind == SETTLE:
+                    settle()
+                    pipe.send_bytes(b"{}")
+                    continue
+                answer, told = work(kind, *task, payload, progress, later)
                 del payload
             except Exception as error:
                 raised = [type(error).__name__, str(error), traceback.format_exc()]

@@ -159,7 +159,7 @@ class SplitModel(nn.Module):
 def initial(make: Callable[[], nn.Module], *seed: Any) -> Params:
     """The weights with which `make`'s module begins, by its own initialisation; the same for the same seed parts."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(*seed))
+        torch.default_generator.manual_seed(derive_seed(*seed))
         module = make()
     found = dict(module.named_parameters()) | {k: t for k, t in module.named_buffers() if t.is_floating_point()}
     return {key: tensor.detach().clone() for key, tensor in found.items()}
