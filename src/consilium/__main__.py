@@ -45,7 +45,7 @@ HELP = """[bold]consilium[/bold]: federated fine-tuning of mixture-of-experts mo
   consilium upcycle MODEL --out DIR          a dense model as a mixture of experts: copies of its feed-forward networks
   consilium data PATH                        columns, labels and split of a file or of images, and the command to run
   consilium export RUN --client A --out DIR  a client's model for plain transformers; at a site: of its --state folder
-  consilium predict DIR --text "..."         labels or texts from an exported model
+  consilium predict DIR --text "..."         labels or texts of an exported model; --image, --table
   consilium chat DIR                         talk to an exported language model
 
   consilium certificates DIR --sites A,B     keys for a server and its sites, on machines of their own

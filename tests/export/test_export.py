@@ -3,13 +3,16 @@
 import contextlib
 import io
 import json
+import math
 import re
 import zipfile
 from pathlib import Path
 
+import pandas
 import pictures
 import pytest
 import runs
+import tables
 import tiny
 import torch
 import transformers
@@ -278,6 +281,39 @@ def test_predict_images_as_the_run_and_the_card_do(tmp_path, capsys, size, monke
         assert said.getvalue() == f"{[label]}\n"
 
 
+def test_predict_the_rows_of_a_table_as_the_run_and_the_card_do(tmp_path, capsys):
+    """Columns in another order and one more, a value that is missing: the client's own mean and deviation make numbers
+    of them, and 0 of what is missing, as in training. The card's lines in plain torch find the same labels."""
+    experiment = tables.experiment(tables.written(tmp_path))
+    run(experiment, tmp_path / "run")
+    code, out, _ = call(capsys, "export", tmp_path / "run", "--client", "west", "--out", tmp_path / "m")
+    assert code == 0 and out.endswith(f"try it: consilium predict {tmp_path}/m --table FILE\n")
+    scale = json.loads((tmp_path / "m/config.json").read_text())["table"]
+    frame = pandas.read_csv(tmp_path / "west/ill.csv")[["grade", "b", "a"]]
+    assert scale["columns"] == ["a", "b"] and scale["mean"] == pytest.approx([frame["a"].mean(), frame["b"].mean()])
+    assert scale["deviation"] == pytest.approx([frame["a"].std(ddof=0), frame["b"].std(ddof=0)])
+    frame.loc[0, "b"] = math.nan
+    frame.to_csv(tmp_path / "new.csv", index=False)
+    code, out, _ = call(capsys, "predict", tmp_path / "m", "--table", tmp_path / "new.csv")
+    lines = [line.split("\t") for line in out.splitlines()]
+    assert code == 0 and [line[2] for line in lines] == [f"row {i}" for i in range(1, 31)]
+    model = cohort.load(tmp_path / "m")
+    x = (frame[["a", "b"]] - scale["mean"]) / scale["deviation"]
+    logits = model.head(model.backbone(torch.tensor(x.fillna(0).to_numpy("float32"))))
+    assert [line[0] for line in lines] == [model.labels[i] for i in logits.argmax(-1)]
+    assert [line[1] for line in lines] == [f"{p:.3f}" for p in logits.softmax(-1).amax(-1)]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        as_the_card_says(tmp_path / "m", str(tmp_path / "new.csv"))
+    assert said.getvalue() == f"{[line[0] for line in lines]}\n"
+    frame[["grade", "b"]].to_csv(tmp_path / "less.csv", index=False)
+    for args, said in (
+        (("--table", tmp_path / "less.csv"), "no column 'a'"),
+        (("--text", "x"), "reads a table: --table"),
+    ):
+        code, out, err = call(capsys, "predict", tmp_path / "m", *args)
+        assert (code, out) == (2, "") and said in err and err.count("\n") == 1
+
+
 def test_what_small_models_refuse(tmp_path, capsys):
     folder, large = small(tmp_path, capsys), tmp_path / "large.png"
     Image.new("RGB", (9, 8)).save(large)
@@ -285,6 +321,7 @@ def test_what_small_models_refuse(tmp_path, capsys):
         (("--image", large), "large.png is 9 x 8 pixels, in colour; the model was trained on 8 x 8, in colour"),
         (("--image", tmp_path / "no.png"), "no.png cannot be decoded"),
         (("--text", "x"), "m reads images: --image FILE"),
+        (("--table", large), "reads images: --image FILE"),
     ):
         code, out, err = call(capsys, "predict", folder, *args)
         assert (code, out) == (2, "") and said in err and err.count("\n") == 1

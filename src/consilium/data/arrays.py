@@ -148,12 +148,9 @@ class TableData:
 
         Raises DataError when the file, a column or a value cannot be used, or no client has enough rows.
         """
-        table = read_rows(self.path, [self.target, self.client, *self.columns])
-        columns = self.columns or [c for c in table.column_names if c not in (self.target, self.client)]
-        x = np.stack([_numbers(self.path, name, table[name][:]) for name in columns], axis=1)
-        held = by_client(strings(self.path, self.client, table[self.client][:]), f"column {self.client!r}")
+        table, columns, x, held = self._read()
         for rows in held.values():
-            x[rows] = _standardised(x[rows])
+            x[rows] = Scale.of(columns, x[rows]).standardised(x[rows])
         targets = _numbers(self.path, self.target, table[self.target][:]) if self.positive else table[self.target][:]
         empty = [row for row, value in enumerate(targets) if value is None or value != value]
         if empty:
@@ -171,6 +168,54 @@ class TableData:
         y = torch.from_numpy(places.astype(np.int64))
         shares = (self.validation, self.test)
         return federation(torch.from_numpy(x.astype(np.float32)), y, task, held, None, shares, seed, source)
+
+    def scale(self, client: str) -> "Scale":
+        """What `load` has standardised the rows of this client by; raises as `load`."""
+        _, columns, x, held = self._read()
+        return Scale.of(columns, x[held[client]])
+
+    def _read(self) -> tuple[Any, tuple[str, ...], np.ndarray, dict[str, list[int]]]:
+        """The table, the names of the columns of numbers, these [N, S] float64, and the rows of every client."""
+        table = read_rows(self.path, [self.target, self.client, *self.columns])
+        columns = self.columns or tuple(c for c in table.column_names if c not in (self.target, self.client))
+        held = by_client(strings(self.path, self.client, table[self.client][:]), f"column {self.client!r}")
+        return table, columns, numbers(self.path, table, columns), held
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How a client's columns become numbers around 0.
+
+    Args:
+        columns: their names. mean, deviation: of each, over the client's rows; 0 and 1 of a column that it never
+            recorded, and a deviation of 1 where all rows are alike.
+    """
+
+    columns: tuple[str, ...]
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+    @classmethod
+    def of(cls, columns: Sequence[str], x: np.ndarray) -> "Scale":
+        """Of rows x [n, S], with nan for what is missing."""
+        known = ~np.isnan(x)
+        n = np.maximum(known.sum(0), 1)
+        mean = np.where(known, x, 0).sum(0) / n
+        deviation = np.sqrt((np.where(known, x - mean, 0) ** 2).sum(0) / n)
+        return cls(tuple(columns), tuple(mean.tolist()), tuple(np.where(deviation > 0, deviation, 1).tolist()))
+
+    def standardised(self, x: np.ndarray) -> np.ndarray:
+        """(x - mean) / deviation, and 0 where x is nan, [n, S] float64."""
+        return np.where(np.isnan(x), 0, (x - np.array(self.mean)) / np.array(self.deviation))
+
+
+def numbers(path: Path, table: Any, columns: Sequence[str]) -> np.ndarray:
+    """These columns of the table that was read from the file, [N, S] float64, with nan for what is missing.
+
+    Raises:
+        DataError: for what is no number.
+    """
+    return np.stack([_numbers(path, name, table[name][:]) for name in columns], axis=1)
 
 
 def _check_shares(validation: float, test: float) -> None:
@@ -193,11 +238,3 @@ def _numbers(path: Path, name: str, values: Sequence[Any]) -> np.ndarray:
                 f"{path.name} column {name!r} does not hold numbers: row {row} is {value!r}; leave the column out"
             ) from error
     return numbers
-
-
-def _standardised(x: np.ndarray) -> np.ndarray:
-    known = ~np.isnan(x)
-    n = np.maximum(known.sum(0), 1)
-    centred = np.where(known, x - np.where(known, x, 0).sum(0) / n, 0)
-    deviation = np.sqrt((centred**2).sum(0) / n)
-    return centred / np.where(deviation > 0, deviation, 1)

@@ -6,21 +6,23 @@ the mixture of the shared and its own extractor. transformers knows no such mode
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from consilium.algorithms.pfedmoe import Mixture
 from consilium.core import ClientContext, derive_seed
-from consilium.data.arrays import ImageData
+from consilium.data.arrays import ImageData, Scale, TableData, numbers
 from consilium.data.encode import encode
 from consilium.data.pixels import stack
 from consilium.data.task import Split, Task
 from consilium.data.tensor import TensorSplit, of_texts
+from consilium.data.textfile import read_rows
 from consilium.engine.rounds import tested
 from consilium.errors import ConfigError, first_line
 from consilium.experiment import Experiment, from_json, to_json
@@ -70,44 +72,51 @@ def write(out: Path, run: Finished, client: str | None) -> list[str]:
     # The score of what is saved must be the score that the run tells, or else it is not what the client predicts with.
     if len(setup.made) != 1 or _score(model, setup, context) != score:
         raise ConfigError(f"with {method} a client predicts by more than one model and its head: there is none to take")
+    scale = experiment.data.scale(client) if isinstance(experiment.data, TableData) else None
     told = {
         "experiment": to_json(experiment),
         "architecture": info.architecture,
         "shape": list(setup.shape),
         "task": data.task.name,
         "labels": list(data.task.labels),
+        **({"table": asdict(scale)} if scale else {}),
     }
     with new_folder(out) as folder:
         save_file({key: t.contiguous() for key, t in model.state_dict().items()}, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(told, indent=1) + "\n")
         x = setup.encode(context, data.test).batch([0, 0], context.device)["x"]
-        why_not = _exported(load(folder, own_code=True), x, folder)  # what has just run is the user's own
+        why_not = _exported(load(folder, own_code=True), x, folder, scale)  # what has just run is the user's own
         (folder / USE).write_text(json.dumps({"format": "cohort"}) + "\n")
         spent = private(run.summary.get("privacy"), experiment)
         (folder / "README.md").write_text(_card(told, method, client, run.summary["rounds"], score, spent, not why_not))
     notes = [f"{out}: the model of {client} after {run.summary['rounds']} rounds (accuracy {score:.3f})"]
     notes += [f"note: no model.pt2, torch.export cannot write this model ({why_not})"] if why_not else []
-    tries = {3: "--image FILE", 0: '--text "..."'}.get(len(setup.shape))
+    tries = {3: "--image FILE", 0: '--text "..."'}.get(len(setup.shape), "--table FILE" if scale else "")
     return notes + ([f"try it: consilium predict {out} {tries}"] if tries else [])
 
 
 class _Logits(nn.Module):
-    """[B, *S] -> logits [B, C], in one call."""
+    """[B, *S] -> logits [B, C], in one call; of a table, the numbers are those of its columns, nan what is missing."""
 
-    def __init__(self, model: SplitModel):
+    def __init__(self, model: SplitModel, scale: Scale | None):
         super().__init__()
-        self.backbone, self.head = model.backbone, model.head
+        self.backbone, self.head, self.scaled = model.backbone, model.head, scale is not None
+        if scale:
+            self.register_buffer("mean", torch.tensor(scale.mean))
+            self.register_buffer("deviation", torch.tensor(scale.deviation))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.scaled:
+            x = torch.where(x.isnan(), 0, (x - self.mean) / self.deviation)
         return self.head(self.backbone(x))
 
 
-def _exported(model: SplitModel, x: Tensor, folder: Path) -> str:
+def _exported(model: SplitModel, x: Tensor, folder: Path, scale: Scale | None) -> str:
     """Write model.pt2 for any number of examples like x [2, *S]; or say why torch cannot."""
     if x.dtype == torch.int64:
         return "how many columns of token ids it reads depends on the texts"
     try:
-        made = torch.export.export(_Logits(model), (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
+        made = torch.export.export(_Logits(model, scale), (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
     except Exception as error:
         return first_line(error)[:200]
     made.example_inputs = None  # rows of the client's data; and they would be pickled
@@ -117,34 +126,62 @@ def _exported(model: SplitModel, x: Tensor, folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Small:
-    """An exported small model, ready to answer."""
+    """An exported small model, ready to answer.
+
+    Args:
+        shape: of an example. scale: of a table's columns; None: it reads none, or was exported without.
+    """
 
     model: SplitModel
     experiment: Experiment
     shape: tuple[int, ...]
+    scale: Scale | None = None
 
     @classmethod
     def of(cls, folder: Path) -> "Small":
         """Raises ConfigError as `load`."""
         told = json.loads((folder / "config.json").read_text())
-        return cls(load(folder), from_json(told["experiment"]), tuple(told["shape"]))
+        scale = Scale(**{key: tuple(values) for key, values in told["table"].items()}) if "table" in told else None
+        return cls(load(folder), from_json(told["experiment"]), tuple(told["shape"]), scale)
+
+    @property
+    def reads(self) -> str:
+        """What it reads, and the flag of `consilium predict` for it."""
+        if self.scale is not None:
+            return "a table: --table FILE"
+        kinds = {0: 'texts: --text "..."', 3: "images: --image FILE"}
+        return kinds.get(len(self.shape), "arrays: consilium.export.cohort.load gives it to you")
 
     def labelled(self, value: str | Path) -> tuple[str, float]:
         """The most probable label of a text, or of the image in a file, and its probability.
 
         Raises:
-            ConfigError: for a model that reads neither, or an image of another shape. DataError: for a broken file.
+            ConfigError: for a model of a table, or an image of another shape. DataError: for a broken file.
         """
-        x = self._image(Path(value)) if self.shape else self._text(str(value))
+        return self._labels(self._image(Path(value)) if self.shape else self._text(str(value)))[0]
+
+    def labelled_rows(self, path: Path) -> list[tuple[str, float]]:
+        """Likewise of every row of a table, in a file that `TableData` could read; columns that it has besides are left
+        out.
+
+        Raises:
+            ConfigError: for a model of something else. DataError: for a file, a column or a value that cannot be used.
+        """
+        if self.scale is None:
+            raise ConfigError(f"this model reads {self.reads}")
+        x = numbers(path, read_rows(path, self.scale.columns), self.scale.columns)
+        return self._labels(torch.from_numpy(self.scale.standardised(x).astype(np.float32)))
+
+    def _labels(self, x: Tensor) -> list[tuple[str, float]]:
         with torch.inference_mode():
-            p_C = self.model.head(self.model.backbone(x))[0].softmax(-1)
-        best = int(p_C.argmax())
-        return self.model.labels[best], p_C[best].item()
+            best = self.model.head(self.model.backbone(x)).softmax(-1).max(-1)
+        labels = self.model.labels
+        return [(labels[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
     def _image(self, path: Path) -> Tensor:
         data = self.experiment.data
         if not isinstance(data, ImageData) or len(self.shape) != 3:
-            raise ConfigError("this model reads rows of numbers; consilium.export.cohort.load gives it to you")
+            raise ConfigError(f"this model reads {self.reads}")
         colours, height, width = self.shape
         x = torch.from_numpy(stack(1, [(str(path), path)], data.size))
         if x.shape[2:] != (height, width) or x.shape[1] > colours:
@@ -215,10 +252,17 @@ tags: ["consilium", "federated-learning"]
 | | |
 |---|---|
 | Task | {told["task"]}: {len(labels)} labels, {", ".join(map(str, labels[:12]))} |
-| Input | {" x ".join(map(str, told["shape"])) or "token ids"}, made as in training |
+| Input | {_input(told)} |
 | Accuracy | {score:.3f} on its own test examples |
 
 {use}"""
+
+
+def _input(told: dict[str, Any]) -> str:
+    if "table" in told:
+        columns = ", ".join(told["table"]["columns"])
+        return f"the columns {columns}; mean and deviation of the client's rows are in config.json and model.pt2"
+    return f"{' x '.join(map(str, told['shape'])) or 'token ids'}, made as in training"
 
 
 def _packaged(shape: str) -> str:
@@ -244,6 +288,10 @@ def _plain(told: dict[str, Any]) -> str:
         back = "[None, None]" if shape[0] == 1 else ".transpose(2, 0, 1)[None]"
         reading = [f'image = Image.open("...").convert("{mode}")', *([f"image = {fit}"] if size else [])]
         reading += [f"x = torch.from_numpy(np.array(image, np.float32){back} / 127.5 - 1)"]
+    if "table" in told:
+        lines.insert(3, "import pandas")
+        reading = ['columns = json.loads(Path("DIR/config.json").read_text())["table"]["columns"]']
+        reading += ['x = torch.tensor(pandas.read_csv("...")[columns].to_numpy("float32"))  # missing: NaN']
     code = [*lines, "", 'model = torch.export.load("DIR/model.pt2").module()']
     code += ['labels = json.loads(Path("DIR/config.json").read_text())["labels"]', *reading]
     code += [f"print([labels[i] for i in model(x).argmax(-1)])  # x: [B, {', '.join(map(str, shape))}]"]

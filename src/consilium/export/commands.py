@@ -69,22 +69,24 @@ def _tries(kind: str, folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Predict:
-    """Labels (task, label, probability, text) or generated texts of an exported model, a line per text or image.
+    """Labels (task, label, probability, text) or generated texts of an exported model, a line per text, image or row.
 
     Args:
         folder: what `consilium export` wrote.
         text: a text in quotes, as often as you like; none: the lines of standard input.
         image: a file, likewise, of a model of images.
+        table: a file with the columns that the model was trained on.
         tokens: generated at most; default: as in training.
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
     text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     image: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    table: Path | None = None
     tokens: int | None = None
 
     def lines(self) -> Iterator[str]:
-        """One line per text and task, or per image."""
+        """One line per text and task, per image, or per row."""
         from consilium.export.folder import use_of
         from consilium.export.predict import Taken
 
@@ -94,14 +96,18 @@ class Predict:
             from consilium.export.cohort import Small
 
             small = Small.of(self.folder)
-            if self.text if small.shape else self.image:
-                raise ConfigError(f"{self.folder} reads {'images: --image FILE' if small.shape else 'texts: --text'}")
+            if self.table:
+                for row, (label, probability) in enumerate(small.labelled_rows(self.table), 1):
+                    yield f"{label}\t{probability:.3f}\trow {row}"
+                return
+            if small.scale or (self.text if small.shape else self.image):
+                raise ConfigError(f"{self.folder} reads {small.reads}")
             for value in self.text or self.image or lines:
                 label, probability = small.labelled(value)
                 yield f"{label}\t{probability:.3f}\t{' '.join(str(value).split())[:60]}"
             return
         taken = Taken.of(self.folder)
-        if self.image:
+        if self.image or self.table:
             raise ConfigError(f"{self.folder} reads texts: --text")
         for text in self.text or lines:
             if taken.kind != "classification":
