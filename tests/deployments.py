@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import shlex
 import socket
 import sys
@@ -12,9 +13,11 @@ import processes
 
 
 def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    """Below those that the system gives to outgoing connections, which could be given this one before it is used."""
+    while True:
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("127.0.0.1", random.SystemRandom().randrange(10_000, 32_000)))
+            return found.getsockname()[1]
 
 
 class Deployment(contextlib.ExitStack):

@@ -296,7 +296,7 @@ def test_predict_the_rows_of_a_table_as_the_run_and_the_card_do(tmp_path, capsys
     frame.to_csv(tmp_path / "new.csv", index=False)
     code, out, _ = call(capsys, "predict", tmp_path / "m", "--table", tmp_path / "new.csv")
     lines = [line.split("\t") for line in out.splitlines()]
-    assert code == 0 and [line[2] for line in lines] == [f"row {i}" for i in range(1, 31)]
+    assert code == 0 and [line[2] for line in lines] == [f"row {i}" for i in range(30)]
     model = cohort.load(tmp_path / "m")
     x = (frame[["a", "b"]] - scale["mean"]) / scale["deviation"]
     logits = model.head(model.backbone(torch.tensor(x.fillna(0).to_numpy("float32"))))

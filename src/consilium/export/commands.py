@@ -75,7 +75,7 @@ class Predict:
         folder: what `consilium export` wrote.
         text: a text in quotes, as often as you like; none: the lines of standard input.
         image: a file, likewise, of a model of images.
-        table: a file with the columns that the model was trained on.
+        table: a file with the columns that the model was trained on; its rows count from 0.
         tokens: generated at most; default: as in training.
     """
 
@@ -97,7 +97,7 @@ class Predict:
 
             small = Small.of(self.folder)
             if self.table:
-                for row, (label, probability) in enumerate(small.labelled_rows(self.table), 1):
+                for row, (label, probability) in enumerate(small.labelled_rows(self.table)):
                     yield f"{label}\t{probability:.3f}\trow {row}"
                 return
             if small.scale or (self.text if small.shape else self.image):
