@@ -1,6 +1,7 @@
 """Worker processes: the same bits and records as in one process, errors and deaths told, nobody left behind."""
 
 import dataclasses
+import itertools
 import os
 import signal
 import time
@@ -28,6 +29,9 @@ def children():
     return [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
 
 
+calls = itertools.count(1)  # of each worker
+
+
 def double(kind, client, number, version, payload, progress, later):
     progress(1, 1)
     if client == "full":
@@ -40,7 +44,8 @@ def double(kind, client, number, version, payload, progress, later):
         raise ZeroDivisionError("division by zero")
     if client == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    return Payload({"w": {"w": payload.group("w")["w"] * 2}}, {"pid": os.getpid()}), {"number": number, "of": version}
+    answer = {"pid": os.getpid(), "call": next(calls)}
+    return Payload({"w": {"w": payload.group("w")["w"] * 2}}, answer), {"number": number, "of": version}
 
 
 def full_disk():
@@ -64,8 +69,10 @@ def test_answers_come_in_the_order_of_the_tasks_from_several_processes():
     assert set(seen) <= {(client, "train", 1, 1) for client in "abcdef"} and seen
 
 
-def test_tasks_are_made_when_there_is_room_for_them():
-    """Two workers: at most four payloads and answers at a time, however many clients."""
+@pytest.mark.parametrize(("room", "most"), [(0, 4), (96, 8)])
+def test_tasks_are_made_when_there_is_room_for_them(room, most, monkeypatch):
+    """Two workers: at most four payloads and answers at a time, or eight of 12 bytes in 96, however many clients."""
+    monkeypatch.setattr("consilium.engine.workers.ROOM", room)
     made = []
 
     def counted():
@@ -75,7 +82,18 @@ def test_tasks_are_made_when_there_is_room_for_them():
 
     with forked(2, double) as workers:
         for done, _ in enumerate(workers.each("train", 1, counted(), lambda *_: None)):
-            assert len(made) <= done + 4
+            assert len(made) <= done + most
+        assert done == 19
+
+
+def test_of_the_last_the_longest_begin(monkeypatch):
+    """One worker, room for four tasks: in turn, until there is room and no more come; answers are in turn always."""
+    monkeypatch.setattr("consilium.engine.workers.ROOM", 48)
+    takes = {"a": 1, "b": 9, "c": 2, "d": 4, "e": 5}.__getitem__
+    with forked(1, double) as workers:
+        answers = list(workers.each("train", 1, tasks(*"abcde"), lambda *_: None, takes))
+    assert [client for client, *_ in answers] == list("abcde")
+    assert [reply.scalars["call"] for *_, reply, _ in answers] == [1, 2, 3, 5, 4]
 
 
 @pytest.mark.parametrize(

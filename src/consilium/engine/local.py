@@ -54,6 +54,7 @@ class LocalEngine(Engine):
         progress: see `Progress`.
         workers: processes that do `work`, see `forked`; None: this one does.
         together: clients that work in step in this process, see `meeting`; 1: one after the other.
+        pace: architecture -> seconds of training per example, as last told.
     """
 
     server: Server
@@ -68,6 +69,7 @@ class LocalEngine(Engine):
     progress: Progress = lambda client, phase, done, total: None
     workers: Workers | None = None
     together: int = 1
+    pace: dict[str, float] = field(default_factory=dict)
 
     def _replies(
         self, number: int, tasks: dict[ClientId, Payload], record: dict[str, Any]
@@ -85,6 +87,7 @@ class LocalEngine(Engine):
             else:
                 self.store.drop(client, number - 1, number + 1)
             record["clients"][client] = told_of(reply, info, rejected, told["seconds"], sent.nbytes, reply.nbytes)
+            self.pace[info.architecture] = told["seconds"] / max(info.num_examples, 1)
             reply = Payload(reply.groups, reply.scalars)  # which `release` may empty
             if rejected is None:
                 yield client, reply
@@ -112,7 +115,7 @@ class LocalEngine(Engine):
         """(Client, what it was sent, its answer, what `work` tells), one at a time in the order of `jobs`."""
         tasks = ((client, self.store.versions.get(client, 0), payload) for client, payload in jobs)
         if self.workers is not None:
-            yield from self.workers.each(kind, number, tasks, self.progress)
+            yield from self.workers.each(kind, number, tasks, self.progress, self._takes)
             return
         while True:
             some = deque((client, v, self._carry(payload)) for client, v, payload in islice(tasks, self.together))
@@ -123,6 +126,11 @@ class LocalEngine(Engine):
                 (client, _, sent), (answer, told) = some.popleft(), answers.popleft()
                 yield client, sent, self._carry(answer), told
                 del sent, answer
+
+    def _takes(self, client: ClientId) -> float:
+        """About how many seconds a client works; of an architecture that has not worked yet, more than of others."""
+        info = self.clients[client]
+        return info.num_examples * self.pace.get(info.architecture, 1.0)
 
     def _at_once(
         self, kind: str, number: int, some: Collection[tuple[ClientId, int, Payload]]

@@ -3,7 +3,8 @@
 They are forked from the run's process when it is ready, so data and code are there without being read or sent again.
 What they are sent and answer crosses a pipe as the codec's bytes and JSON. A worker has one torch thread: on a busy
 machine several threads in one process wait for each other, a client per core does not. What a client leaves on disk is
-written beside the work of the next; when all have answered, it is there.
+written beside the work of the next; when all have answered, it is there. The last clients begin with those that take
+longest, so that all cores end together.
 """
 
 import contextlib
@@ -35,8 +36,9 @@ Later = Callable[[Callable[[], object]], None]
 """Takes what may be done beside the work of the next client."""
 Work = Callable[[str, ClientId, int, int, Payload, Callable[[int, int], None], Later], tuple[Payload, dict[str, Any]]]
 """(kind, client, round, version of its state, payload, progress, later) -> its answer, and what to tell, as JSON."""
-AHEAD = 2
-"""Clients per worker that may be at work or done before their turn to be merged."""
+AHEAD, ROOM = 2, 2**26
+"""Clients per worker, and bytes of what they were sent, that may be at work or done before their turn to be merged: as
+many as one of the two allows."""
 PAUSE = 0.2
 """Seconds between two messages of progress."""
 SETTLE = "settle"
@@ -60,12 +62,18 @@ class Workers:
         self.processes = processes
 
     def each(
-        self, kind: str, number: int, tasks: Iterable[tuple[ClientId, int, Payload]], progress: Progress
+        self,
+        kind: str,
+        number: int,
+        tasks: Iterable[tuple[ClientId, int, Payload]],
+        progress: Progress,
+        takes: Callable[[ClientId], float] = lambda client: 0.0,
     ) -> Iterator[tuple[ClientId, Payload, Payload, dict[str, Any]]]:
-        """Have every client do its work; no more payloads and answers are in memory than `AHEAD` per worker.
+        """Have every client do its work; no more payloads and answers are in memory than `AHEAD` or `ROOM` allows.
 
         Args:
             kind, number: "train" or "evaluate", the round. tasks: (client, version of its state, what it is sent).
+            takes: how long a client takes, in any unit.
 
         Yields:
             (client, what it was sent, its answer, what the worker tells), in the order of `tasks`.
@@ -74,17 +82,22 @@ class Workers:
             RoundError: if a worker ends before it has answered.
             CheckpointError: if what a client leaves could not be written.
         """
-        tasks, idle = iter(tasks), list(self.pipes)
+        tasks, idle, more = iter(tasks), list(self.pipes), True
+        waiting: list[tuple[ClientId, int, Payload]] = []
         busy: dict[Connection, ClientId] = {}
         turns: deque[tuple[ClientId, Payload]] = deque()
         done: dict[ClientId, tuple[Payload, dict[str, Any]]] = {}
         while True:
-            while idle and len(turns) < AHEAD * len(self.pipes) and (task := next(tasks, None)) is not None:
-                client, version, payload = task
+            while more and (len(turns) < AHEAD * len(self.pipes) or sum(sent.nbytes for _, sent in turns) < ROOM):
+                if more := (task := next(tasks, None)) is not None:
+                    waiting.append(task)
+                    turns.append((task[0], task[2]))
+            while idle and waiting:
+                longest = 0 if more else max(range(len(waiting)), key=lambda place: takes(waiting[place][0]))
+                client, version, payload = waiting.pop(longest)
                 pipe = idle.pop()
                 _send(pipe, [kind, client, number, version], payload)
                 busy[pipe] = client
-                turns.append((client, payload))
             if not turns:
                 self._settle()
                 return
