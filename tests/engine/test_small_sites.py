@@ -1,6 +1,7 @@
 """Sites with small models of their own architectures and a table each, over Flower's messages in this process."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from consilium.engine.flower.records import from_record
 from consilium.engine.flower.site import check_model, relabelled
 from consilium.errors import ConfigError, DataError, RoundError
 from consilium.experiment import Experiment, from_json
-from consilium.export.deployed import Finished, of_site
+from consilium.export.cohort import Own, Small
+from consilium.export.cohort import write as write_own
+from consilium.export.deployed import Finished
 from consilium.models.cohort import Cohort
 from consilium.run import run, serve
 
@@ -78,10 +81,31 @@ def test_what_is_private_stays_at_the_site(sites, tmp_path, monkeypatch):
     assert len(replies) == 3 * 2 + 3 * 2 and keys and all(key.startswith("shared.") for key in keys)
     (kept,) = (tmp_path / "west/state").glob("*/west/round-00002*")
     assert b"private." in kept.read_bytes() and b"gate." in kept.read_bytes()
-    with pytest.raises(ConfigError, match="are at its sites, and stay there"):
+    with pytest.raises(ConfigError, match="are at its sites: export them there"):
         Finished.of(tmp_path / "run")
-    with pytest.raises(ConfigError, match="only mixtures of experts can be exported at a site"):
-        of_site(tmp_path / "west/state")
+
+
+@pytest.mark.parametrize("method", MIXED)
+def test_a_site_exports_the_model_that_one_machine_would(method, sites, tmp_path):
+    """To the bit, with the scale of its columns; or, where clients predict with several, for the same reason not."""
+    made, grid = replace(sites[0], algorithm=Algorithm.registry[method]()), sites[1]
+    run(made, tmp_path / "local")
+    with pytest.raises(ConfigError, match="has no model yet"):
+        Own.of_site(tmp_path / "west/state")
+    serve(made, tmp_path / "run", grid, NAMES, 1.0)
+    there, here = Own.of_site(tmp_path / "west/state"), Own.of_run(Finished.of(tmp_path / "local"), "west")
+    assert (there.rounds, there.scale) == (here.rounds, here.scale) and there.scale.columns == ("a", "b")
+    try:
+        said = write_own(tmp_path / "m", here)
+    except ConfigError as error:
+        with pytest.raises(ConfigError, match=re.escape(str(error))):
+            write_own(tmp_path / "n", there)
+        return
+    assert write_own(tmp_path / "n", there) == [note.replace("/m", "/n") for note in said]
+    for name in ("model.safetensors", "README.md"):
+        assert (tmp_path / "m" / name).read_bytes() == (tmp_path / "n" / name).read_bytes()
+    rows = tmp_path / "west/ill.csv"
+    assert Small.of(tmp_path / "n").labelled_rows(rows) == Small.of(tmp_path / "m").labelled_rows(rows)
 
 
 def test_what_is_kept_is_what_was_read(sites, tmp_path):

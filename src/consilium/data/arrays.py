@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -203,6 +203,11 @@ class Scale:
         mean = np.where(known, x, 0).sum(0) / n
         deviation = np.sqrt((np.where(known, x - mean, 0) ** 2).sum(0) / n)
         return cls(tuple(columns), tuple(mean.tolist()), tuple(np.where(deviation > 0, deviation, 1).tolist()))
+
+    @classmethod
+    def of_json(cls, told: Mapping[str, Sequence[Any]]) -> "Scale":
+        """What `dataclasses.asdict` made of one, from JSON."""
+        return cls(*(tuple(told[name]) for name in ("columns", "mean", "deviation")))
 
     def standardised(self, x: np.ndarray) -> np.ndarray:
         """(x - mean) / deviation, and 0 where x is nan, [n, S] float64."""

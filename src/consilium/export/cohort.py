@@ -6,7 +6,8 @@ the mixture of the shared and its own extractor. transformers knows no such mode
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from consilium.algorithms.pfedmoe import Mixture
-from consilium.core import ClientContext, derive_seed
+from consilium.core import ClientContext, ClientInfo, ClientState, Payload, derive_seed
 from consilium.data.arrays import ImageData, Scale, TableData, numbers
 from consilium.data.encode import encode
 from consilium.data.pixels import stack
-from consilium.data.task import Split, Task
+from consilium.data.task import ClientData, Split, Task
 from consilium.data.tensor import TensorSplit, of_texts
 from consilium.data.textfile import read_rows
 from consilium.engine.rounds import tested
 from consilium.errors import ConfigError, first_line
 from consilium.experiment import Experiment, from_json, to_json
 from consilium.export.card import private
-from consilium.export.deployed import Finished
+from consilium.export.deployed import Finished, delivered
 from consilium.export.folder import USE, new_folder
 from consilium.models.cohort import SplitModel
 from consilium.models.encoders import is_function
 from consilium.setup import Setup
 
-__all__ = ["Small", "load", "write"]
+__all__ = ["Own", "Small", "load", "write"]
 
 
 @dataclass(frozen=True)
@@ -47,51 +48,101 @@ class _Watching(Setup):
         return self.made[-1]
 
 
-def write(out: Path, run: Finished, client: str | None) -> list[str]:
-    """Write the model of a client of a finished run; returns what is to be said.
+@dataclass(frozen=True)
+class Own:
+    """A client of a cohort as it stands, at the end of a run or at its site.
+
+    Args:
+        setup: with its task's labels. context: its data and state. sent: what it was last delivered to predict with.
+        rounds: after how many. spent: of privacy, as the summary tells it. scale: of its columns; None: no table.
+    """
+
+    experiment: Experiment
+    setup: Setup
+    context: ClientContext
+    sent: Payload
+    rounds: int
+    spent: Mapping[str, Any] | None
+    scale: Scale | None
+
+    @classmethod
+    def of_run(cls, run: Finished, client: str | None) -> "Own":
+        """Raises ConfigError without a client, or for an unknown one."""
+        if client is None:
+            names = ", ".join(info.id for info in run.setup.clients)
+            raise ConfigError(f"small models are the clients' own: name a client, --client: {names}")
+        info, experiment, rounds = run.info(client), run.experiment, run.summary["rounds"]
+        data = experiment.data.load(experiment.seed).clients[client]
+        context = _context(experiment, rounds, info, data, run.store.load(client))
+        scale = experiment.data.scale(client) if isinstance(experiment.data, TableData) else None
+        sent = run.server().deliver(info)
+        return cls(experiment, run.setup, context, sent, rounds, run.summary.get("privacy"), scale)
+
+    @classmethod
+    def of_site(cls, folder: Path) -> "Own":
+        """Of a site's state folder; raises as `delivered`."""
+        from consilium.engine.flower import OWN, relabelled
+
+        given, data, sent, told = delivered(folder)
+        here, heads = from_json(given["experiment"]), json.loads(str(told["heads"]))
+        data = relabelled(data, heads.get(data.task.name, data.task.labels))
+        experiment, task = replace(from_json(json.loads(str(told["experiment"]))), data=here.data), data.task.name
+        setup = experiment.setup(heads.items() or [(task, data.task.labels)], shape=data.train.shape)
+        info = ClientInfo(str(given["name"]), len(data.train), task, architecture=here.model.architecture(0))
+        kept = {key.removeprefix(f"{OWN}/"): v for key, v in sent.scalars.items() if key.startswith(f"{OWN}/")}
+        context = _context(experiment, int(told["round"]), info, data, ClientState(sent.group(OWN), kept))
+        scalars = {k: v for k, v in sent.scalars.items() if not k.startswith((f"{OWN}/", "engine/"))}
+        sent = Payload({name: params for name, params in sent.groups.items() if name != OWN}, scalars)
+        scale = Scale.of_json(given["scale"]) if "scale" in given else None
+        return cls(experiment, setup, context, sent, int(told["round"]), None, scale)
+
+
+def _context(
+    experiment: Experiment, rounds: int, info: ClientInfo, data: ClientData, state: ClientState
+) -> ClientContext:
+    seed = derive_seed(experiment.seed, "client", rounds, info.id)
+    return ClientContext(info=info, data=data, device=torch.device("cpu"), seed=seed, state=state)
+
+
+def write(out: Path, own: Own) -> list[str]:
+    """Write a client's model; returns what is to be said.
 
     Raises:
-        ConfigError: without a client, or where a client predicts with more than one model, or not by its head.
+        ConfigError: where a client holds or predicts with more than one model, or not by its head.
     """
-    if client is None:
-        names = ", ".join(info.id for info in run.setup.clients)
-        raise ConfigError(f"small models are the clients' own: name a client, --client: {names}")
-    info, experiment = run.info(client), run.experiment
-    setup = _Watching(**{name: getattr(run.setup, name) for name in Setup.__dataclass_fields__})
-    data = experiment.data.load(experiment.seed).clients[client]
-    context = ClientContext(
-        info=info,
-        data=data,
-        device=torch.device("cpu"),
-        seed=derive_seed(experiment.seed, "client", experiment.rounds, client),
-        state=run.store.load(client),
-    )
-    method = type(experiment.algorithm).__name__
-    score = tested(experiment.algorithm.client(setup), run.server().deliver(info), context).scalars["score"]
+    setup = _Watching(**{name: getattr(own.setup, name) for name in Setup.__dataclass_fields__})
+    experiment, context, client = own.experiment, own.context, own.context.info.id
+    task, method = context.data.task, type(experiment.algorithm).__name__
+    score = tested(experiment.algorithm.client(setup), own.sent, context).scalars["score"]
     model = setup.made[-1].eval()
     # The score of what is saved must be the score that the run tells, or else it is not what the client predicts with.
     if len(setup.made) != 1 or _score(model, setup, context) != score:
         raise ConfigError(f"with {method} a client predicts by more than one model and its head: there is none to take")
-    scale = experiment.data.scale(client) if isinstance(experiment.data, TableData) else None
     told = {
         "experiment": to_json(experiment),
-        "architecture": info.architecture,
+        "architecture": context.info.architecture,
         "shape": list(setup.shape),
-        "task": data.task.name,
-        "labels": list(data.task.labels),
-        **({"table": asdict(scale)} if scale else {}),
+        "task": task.name,
+        "labels": list(task.labels),
+        **({"table": asdict(own.scale)} if own.scale else {}),
     }
     with new_folder(out) as folder:
         save_file({key: t.contiguous() for key, t in model.state_dict().items()}, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(told, indent=1) + "\n")
-        x = setup.encode(context, data.test).batch([0, 0], context.device)["x"]
-        why_not = _exported(load(folder, own_code=True), x, folder, scale)  # what has just run is the user's own
+        x = setup.encode(context, context.data.test).batch([0, 0], context.device)["x"]
+        try:
+            saved = load(folder, own_code=True)  # what has just run is the user's own
+        except RuntimeError as error:
+            raise ConfigError(
+                f"with {method} a client holds more than one model and its head, which cannot be exported"
+            ) from error
+        why_not = _exported(saved, x, folder, own.scale)
         (folder / USE).write_text(json.dumps({"format": "cohort"}) + "\n")
-        spent = private(run.summary.get("privacy"), experiment)
-        (folder / "README.md").write_text(_card(told, method, client, run.summary["rounds"], score, spent, not why_not))
-    notes = [f"{out}: the model of {client} after {run.summary['rounds']} rounds (accuracy {score:.3f})"]
+        spent = private(own.spent, experiment)
+        (folder / "README.md").write_text(_card(told, method, client, own.rounds, score, spent, not why_not))
+    notes = [f"{out}: the model of {client} after {own.rounds} rounds (accuracy {score:.3f})"]
     notes += [f"note: no model.pt2, torch.export cannot write this model ({why_not})"] if why_not else []
-    tries = {3: "--image FILE", 0: '--text "..."'}.get(len(setup.shape), "--table FILE" if scale else "")
+    tries = {3: "--image FILE", 0: '--text "..."'}.get(len(setup.shape), "--table FILE" if own.scale else "")
     return notes + ([f"try it: consilium predict {out} {tries}"] if tries else [])
 
 
@@ -141,7 +192,7 @@ class Small:
     def of(cls, folder: Path) -> "Small":
         """Raises ConfigError as `load`."""
         told = json.loads((folder / "config.json").read_text())
-        scale = Scale(**{key: tuple(values) for key, values in told["table"].items()}) if "table" in told else None
+        scale = Scale.of_json(told["table"]) if "table" in told else None
         return cls(load(folder), from_json(told["experiment"]), tuple(told["shape"]), scale)
 
     @property

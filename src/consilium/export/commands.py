@@ -32,6 +32,7 @@ class Export:
 
     def lines(self) -> Iterator[str]:
         """Do it; what is to be said about it, line by line."""
+        from consilium.experiment import from_json
         from consilium.export import cohort
         from consilium.export.deployed import Finished, of_run, of_site
         from consilium.export.folder import new_folder, write
@@ -40,13 +41,19 @@ class Export:
         with new_folder(self.out, keep=False):  # before the weights are read, which takes its time
             pass
         if (self.run / "site.json").exists():
+            from consilium.engine.flower import read_site
+
+            given, _ = read_site(self.run / "site.json")
+            if self.client not in (None, given["name"]):
+                raise ConfigError(f"{self.run} is the state of site {given['name']}, not of {self.client!r}")
+            if isinstance(from_json(given["experiment"]).model, Cohort):
+                yield from cohort.write(self.out, cohort.Own.of_site(self.run))
+                return
             deployed = of_site(self.run)
-            if self.client not in (None, deployed.client):
-                raise ConfigError(f"{self.run} is the state of site {deployed.client}, not of {self.client!r}")
         else:
             run = Finished.of(self.run)
             if isinstance(run.experiment.model, Cohort):
-                yield from cohort.write(self.out, run, self.client)
+                yield from cohort.write(self.out, cohort.Own.of_run(run, self.client))
                 return
             deployed = of_run(run, self.client)
         notes = write(self.out, deployed, self.format)

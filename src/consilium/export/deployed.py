@@ -9,6 +9,7 @@ from typing import Any
 
 from consilium.core import ClientInfo, ClientState, ExpertSet, Payload, experts_from_scalars
 from consilium.data.language import LanguageData
+from consilium.data.task import ClientData
 from consilium.engine.checkpoint import ClientStore, load_checkpoint
 from consilium.engine.codec import decode
 from consilium.errors import CheckpointError, ConfigError, PayloadError
@@ -19,7 +20,7 @@ from consilium.params import Params
 from consilium.run import SITES, read_config
 from consilium.setup import Setup
 
-__all__ = ["Deployed", "Finished", "of_run", "of_site"]
+__all__ = ["Deployed", "Finished", "delivered", "of_run", "of_site"]
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Finished:
         labels = [(told["task"], told["labels"]) for told in partition["clients"].values()]
         small, away = isinstance(experiment.model, Cohort), config.get("data") == SITES
         if small and away:
-            raise ConfigError(f"the small models of {folder} are at its sites, and stay there")
+            raise ConfigError(f"the small models of {folder} are at its sites: export them there, from their --state")
         setup = experiment.setup(labels, infos, experiment.data.load(experiment.seed).shape if small else ())
         store = ClientStore(folder / "clients", found[2])
         return cls(folder, experiment, partition, summary, setup, store, away, found[1])
@@ -147,8 +148,8 @@ def of_run(run: Finished, client: str | None) -> Deployed:
     )
 
 
-def of_site(folder: Path) -> Deployed:
-    """What a site was last delivered; `folder` is its state folder.
+def delivered(folder: Path) -> tuple[dict[str, Any], ClientData, Payload, dict[str, Any]]:
+    """A site's settings and data, what it was last delivered, and what was told with it; `folder` is its state folder.
 
     Raises:
         ConfigError: if the server has not yet had the site's model scored.
@@ -156,11 +157,6 @@ def of_site(folder: Path) -> Deployed:
     from consilium.engine.flower import DELIVERED, read_site
 
     given, data = read_site(folder / "site.json")
-    name, own = str(given["name"]), from_json(given["experiment"])
-    if isinstance(own.model, Cohort):
-        raise ConfigError(
-            f"{folder} is of a site with a small model; only mixtures of experts can be exported at a site"
-        )
     try:
         payload = decode((folder / DELIVERED).read_bytes())
     except FileNotFoundError as error:
@@ -169,15 +165,23 @@ def of_site(folder: Path) -> Deployed:
         ) from error
     except PayloadError as error:
         raise CheckpointError(f"{folder / DELIVERED} cannot be read: {error}") from error
-    told = {key[7:]: value for key, value in payload.scalars.items() if key.startswith("engine/")}
+    return given, data, payload, {key[7:]: v for key, v in payload.scalars.items() if key.startswith("engine/")}
+
+
+def of_site(folder: Path) -> Deployed:
+    """What a site was last delivered, of a mixture of experts; raises as `delivered`."""
+    from consilium.engine.flower import OWN
+
+    given, data, payload, told = delivered(folder)
+    own = from_json(given["experiment"])
     # What counts is the server's; data and model are where the site has them.
     experiment = replace(from_json(json.loads(str(told["experiment"]))), data=own.data, model=own.model)
     labels = {data.task.name: data.task.labels} if data.task.labels else {}
     return Deployed(
         experiment=experiment,
-        client=name,
+        client=str(given["name"]),
         labels=labels,
-        params=payload.group("params"),
+        params=_params(payload, ClientState(payload.group(OWN))),
         held=experts_from_scalars(payload.scalars),
         scores={data.task.name: (data.task.metric, float(told["score"]))},
         sizes={key: len(split) for key, split in data.splits()},

@@ -18,16 +18,17 @@ import os
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when flwr is imported
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
-from consilium.engine.flower.client import DELIVERED, client_app
+from consilium.engine.flower.client import DELIVERED, OWN, client_app
 from consilium.engine.flower.grid import FlowerEngine
 from consilium.engine.flower.limits import Limits
 from consilium.engine.flower.records import PROTOCOL
 from consilium.engine.flower.roster import Roster
 from consilium.engine.flower.server import describe, one_cohort, server_app, simulation
-from consilium.engine.flower.site import read_site, save_site
+from consilium.engine.flower.site import read_site, relabelled, save_site
 
 __all__ = [
     "DELIVERED",
+    "OWN",
     "PROTOCOL",
     "FlowerEngine",
     "Limits",
@@ -36,6 +37,7 @@ __all__ = [
     "describe",
     "one_cohort",
     "read_site",
+    "relabelled",
     "save_site",
     "server_app",
     "simulation",

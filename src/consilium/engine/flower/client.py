@@ -39,10 +39,11 @@ from consilium.moe.budget import bytes_of
 LOST = "engine/lost/"
 """In a client's state: what rounding has taken from its replies; the method does not see it."""
 
-DELIVERED = "delivered.safetensors"
-"""In a site's state folder: the payload that was last scored there, with what the server said of the run."""
+DELIVERED, OWN = "delivered.safetensors", "own"
+"""In a site's state folder: the payload that was last scored there, with what the server said of the run; in it, where
+the payload is not all of the model, the group of the state that it was scored with, whose scalars are `own/...`."""
 
-__all__ = ["DELIVERED", "Site", "client_app"]
+__all__ = ["DELIVERED", "OWN", "Site", "client_app"]
 
 
 @dataclass(frozen=True)
@@ -189,11 +190,14 @@ def evaluate(message: Message, context: Context) -> RecordDict:
     for key in [key for key in work.state.params if key.startswith(LOST)]:
         del work.state.params[key]
     answer = tested(site.client, payload, work)
-    params = payload.group("params") or work.state.params
-    if site.folder is not None and params and not site.info.architecture:
-        about = {key: told[key] for key in ("experiment", "round")} | {"score": answer.scalars["score"]}
+    if site.folder is not None:
+        about = {key: told[key] for key in ("experiment", "heads", "round")} | {"score": answer.scalars["score"]}
         scalars = {**payload.scalars, **{f"engine/{key}": value for key, value in about.items()}}
-        write_atomic(site.folder.parent / DELIVERED, codec.encode(Payload({"params": params}, scalars)))
+        groups = dict(payload.groups)
+        if site.info.architecture or not payload.group("params"):
+            groups[OWN] = work.state.params
+            scalars |= {f"{OWN}/{key}": value for key, value in work.state.scalars.items()}
+        write_atomic(site.folder.parent / DELIVERED, codec.encode(Payload(groups, scalars)))
     return to_record(answer, {"rejected": ""})
 
 

@@ -108,6 +108,7 @@ class FlowerEngine(Engine):
         """See `Engine.round`; the record says also whose node has been "refused", and why."""
         record, news = super().round(number, test, benched), self.roster.news
         self.roster.news = {}
+        give_back()  # the model that this round has replaced, in small tensors
         return record | ({"refused": news} if news else {})
 
     def _replies(
@@ -233,6 +234,7 @@ class FlowerEngine(Engine):
             if client not in sent:
                 noted["missing"][client] = "its message was not taken"
             del message  # before the next is built
+            give_back()
         return sent
 
     def _message(

@@ -129,11 +129,11 @@ def arrivals(grid: Patient, sent: dict[Any, str], end: float, poll: float) -> It
     while sent:
         found = False
         for key, identifier in list(sent.items()):
-            for reply in grid.pull_message(identifier):
+            replies = grid.pull_message(identifier)
+            while replies:
                 found = True
                 sent.pop(key, None)
-                yield key, reply
-                del reply
+                yield key, replies.pop(0)
         if time.monotonic() > end:
             return
         if not found:

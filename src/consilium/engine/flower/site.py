@@ -1,7 +1,7 @@
 """What a site keeps in its state folder: its settings, and its data as it was read at the start.
 
     site.json           its name, its experiment (of which data, model, memory, device and threads are its own), the
-                        fingerprint of its model, its limits
+                        fingerprint of its model, its limits; of a table, the means and deviations of its columns
     data.json           its task; of texts, its three splits
     data.safetensors    of images and tables: x [N, *S] and y [N] of its own rows, and each split's places in them
 
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from consilium.core import Payload
+from consilium.data.arrays import TableData
 from consilium.data.task import ClientData, Federation, Split, Task
 from consilium.data.tensor import TensorSplit
 from consilium.engine.checkpoint import write_atomic
@@ -49,7 +50,8 @@ def save_site(path: Path, name: str, experiment: Experiment, limits: Limits | No
             f"the data of site {name} has the clients {', '.join(federation.clients)}: name the site like one of them, "
             "or give data with one client (data.clients 1)"
         )
-    data = federation.clients.get(name) or next(iter(federation.clients.values()))
+    client = name if name in federation.clients else next(iter(federation.clients))
+    data = federation.clients[client]
     if isinstance(experiment.model, Cohort):
         if experiment.model.world != "cohort":
             raise ConfigError(
@@ -62,6 +64,7 @@ def save_site(path: Path, name: str, experiment: Experiment, limits: Limits | No
         "fingerprint": Federation({name: data}).fingerprint,
         "model": experiment.model.fingerprint,
         "limits": asdict(limits or Limits()),
+        **({"scale": asdict(experiment.data.scale(client))} if isinstance(experiment.data, TableData) else {}),
         "experiment": to_json(experiment),
     }
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
