@@ -204,6 +204,9 @@ def test_a_site_exports_what_it_was_delivered(root, tmp_path, capsys):
     run = Finished.of(root / "fm")
     payload = run.server().deliver(run.info("site-2"))
     about = {"engine/experiment": json.dumps(to_json(experiment)), "engine/round": 3, "engine/score": 0.25}
+    (tmp_path / "state" / flower.DELIVERED).write_bytes(encode(Payload({flower.OWN: {}}, about)))
+    code, _, err = call(capsys, "export", tmp_path / "state", "--out", tmp_path / "m")
+    assert code == 2 and "has no model yet" in err
     blob = encode(Payload(payload.groups, {**payload.scalars, **about}))
     (tmp_path / "state" / flower.DELIVERED).write_bytes(blob)
     code, _, err = call(capsys, "export", tmp_path / "state", "--client", "site-1", "--out", tmp_path / "m")

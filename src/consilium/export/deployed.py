@@ -173,6 +173,8 @@ def of_site(folder: Path) -> Deployed:
     from consilium.engine.flower import OWN
 
     given, data, payload, told = delivered(folder)
+    if not any(payload.groups.values()):
+        raise ConfigError(f"{folder} has no model yet: with its method a site has none before it has trained")
     own = from_json(given["experiment"])
     # What counts is the server's; data and model are where the site has them.
     experiment = replace(from_json(json.loads(str(told["experiment"]))), data=own.data, model=own.model)
