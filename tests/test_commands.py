@@ -139,15 +139,18 @@ def shelf(tmp_path_factory):
     rng = np.random.default_rng(0)
     heart = {"age": rng.random(60), "pulse": rng.random(60), "disease": [i % 2 for i in range(60)]}
     pandas.DataFrame(heart | {"hospital": hospitals}).to_parquet(folder / "heart.parquet")
+    pandas.DataFrame(heart).head(3).to_csv(folder / "new.csv", index=False)
     pictures.folder(folder / "photos", 60, side=16)
     made = {path.name: path for path in folder.iterdir()}
     qa = ["--data.path", folder / "qa.jsonl", "--data.prompt", "question", "--data.response", "answer"]
+    table = ["--data.path", folder / "heart.parquet", "--data.target", "disease"]
     olmoe = tiny.directory("olmoe", "text-to-text")
     for recipe, flags, client, exported in (
         ("fedmoe-docstrings", [], "topic-00", "mine"),
         ("fedmoe-text", ["--data.path", folder / "notes.csv", "--data.client", "hospital"], "north", "north-model"),
         ("fedmoe-instructions", [*qa, "--model.path", olmoe], "answer-00", "chat"),
         ("pfedmoe-images", ["--data.path", folder / "photos"], "photos-00", "small"),
+        ("pfedmoe-table", [*table, "--data.client", "hospital"], "north", "of-rows"),
     ):
         run = ["run", recipe, *flags, *SMALL[recipe].split(), "--out", folder / "runs", "--quiet"]
         export = ["export", folder / "runs" / recipe, "--client", client, "--out", folder / exported]
@@ -166,8 +169,10 @@ def desk(shelf, tmp_path, monkeypatch):
     def lay(command):
         words = shlex.split(command)
         outs = {words[i + 1] for i, word in enumerate(words[:-1]) if word == "--out"}
-        model = shelf["chat"] if words[1] == "chat" else shelf["small"] if "--image" in words else shelf["mine"]
+        kinds = {"chat": "chat", "--image": "small", "--table": "of-rows"}
+        model = shelf[next((kind for word, kind in kinds.items() if word in words), "mine")]
         taken = {name: model for name in ("mine", "DIR") if words[1] in ("chat", "predict")}
+        taken |= {"north-model": model} if "--table" in words else {}
         for name, path in (shelf | taken).items():
             if any(word == name or word.startswith(f"{name}/") for word in words) and name not in outs:
                 place = tmp_path / name
@@ -218,7 +223,7 @@ def test_a_command_is_taken(command, tmp_path, monkeypatch):
     monkeypatch.setattr(Algorithm, "registry", dict(Algorithm.registry) | {"MyMethod": Algorithm.registry["FedProx"]})
     monkeypatch.setattr(watch, "Comparison", stop)
     monkeypatch.setattr(command_line, "_deployment", Deployment)
-    for name in ("consilium.run.run", "consilium.moe.upcycle.upcycle", "consilium.export.deployed.of_site"):
+    for name in ("consilium.run.run", "consilium.moe.upcycle.upcycle"):
         monkeypatch.setattr(name, stop)
     words = shlex.split(command)
     if words[0].startswith("scripts/"):
@@ -235,6 +240,8 @@ def test_a_command_is_taken(command, tmp_path, monkeypatch):
     if words[1] == "export":
         Path("north").mkdir()
         Path("north/site.json").touch()
+        pytest.importorskip("flwr")
+        monkeypatch.setattr("consilium.engine.flower.read_site", stop)
     with pytest.raises(Taken):
         main(words[1:])
 
