@@ -179,7 +179,7 @@ class TableData:
         table = read_rows(self.path, [self.target, self.client, *self.columns])
         columns = self.columns or tuple(c for c in table.column_names if c not in (self.target, self.client))
         held = by_client(strings(self.path, self.client, table[self.client][:]), f"column {self.client!r}")
-        return table, columns, numbers(self.path, table, columns), held
+        return table, columns, matrix(self.path, table, columns), held
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ class Scale:
         return np.where(np.isnan(x), 0, (x - np.array(self.mean)) / np.array(self.deviation))
 
 
-def numbers(path: Path, table: Any, columns: Sequence[str]) -> np.ndarray:
+def matrix(path: Path, table: Any, columns: Sequence[str]) -> np.ndarray:
     """These columns of the table that was read from the file, [N, S] float64, with nan for what is missing.
 
     Raises:

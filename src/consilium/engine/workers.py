@@ -82,16 +82,17 @@ class Workers:
             RoundError: if a worker ends before it has answered.
             CheckpointError: if what a client leaves could not be written.
         """
-        tasks, idle, more = iter(tasks), list(self.pipes), True
+        tasks, idle, more, room = iter(tasks), list(self.pipes), True, ROOM
         waiting: list[tuple[ClientId, int, Payload]] = []
         busy: dict[Connection, ClientId] = {}
         turns: deque[tuple[ClientId, Payload]] = deque()
         done: dict[ClientId, tuple[Payload, dict[str, Any]]] = {}
         while True:
-            while more and (len(turns) < AHEAD * len(self.pipes) or sum(sent.nbytes for _, sent in turns) < ROOM):
+            while more and (len(turns) < AHEAD * len(self.pipes) or room > 0):
                 if more := (task := next(tasks, None)) is not None:
                     waiting.append(task)
                     turns.append((task[0], task[2]))
+                    room -= task[2].nbytes
             while idle and waiting:
                 longest = 0 if more else max(range(len(waiting)), key=lambda place: takes(waiting[place][0]))
                 client, version, payload = waiting.pop(longest)
@@ -103,6 +104,7 @@ class Workers:
                 return
             if (first := turns[0])[0] in done:
                 turns.popleft()
+                room += first[1].nbytes
                 yield *first, *done.pop(first[0])
                 continue
             for pipe in wait(list(busy)):

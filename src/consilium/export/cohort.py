@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from consilium.algorithms.pfedmoe import Mixture
 from consilium.core import ClientContext, ClientInfo, ClientState, Payload, derive_seed
-from consilium.data.arrays import ImageData, Scale, TableData, numbers
+from consilium.data.arrays import ImageData, Scale, TableData, matrix
 from consilium.data.encode import encode
 from consilium.data.pixels import stack
 from consilium.data.task import ClientData, Split, Task
@@ -142,8 +142,8 @@ def write(out: Path, own: Own) -> list[str]:
         (folder / "README.md").write_text(_card(told, method, client, own.rounds, score, spent, not why_not))
     notes = [f"{out}: the model of {client} after {own.rounds} rounds (accuracy {score:.3f})"]
     notes += [f"note: no model.pt2, torch.export cannot write this model ({why_not})"] if why_not else []
-    tries = {3: "--image FILE", 0: '--text "..."'}.get(len(setup.shape), "--table FILE" if own.scale else "")
-    return notes + ([f"try it: consilium predict {out} {tries}"] if tries else [])
+    flag = Small(saved, experiment, setup.shape, own.scale).flag
+    return notes + ([f"try it: consilium predict {out} {flag}"] if flag else [])
 
 
 class _Logits(nn.Module):
@@ -180,7 +180,7 @@ class Small:
     """An exported small model, ready to answer.
 
     Args:
-        shape: of an example. scale: of a table's columns; None: it reads none, or was exported without.
+        shape: of an example. scale: of a table's columns; None: it reads none.
     """
 
     model: SplitModel
@@ -196,12 +196,16 @@ class Small:
         return cls(load(folder), from_json(told["experiment"]), tuple(told["shape"]), scale)
 
     @property
+    def flag(self) -> str:
+        """Of `consilium predict`, for what it reads; "" where that cannot be given there."""
+        kinds = {0: '--text "..."', 3: "--image FILE"}
+        return "--table FILE" if self.scale else kinds.get(len(self.shape), "")
+
+    @property
     def reads(self) -> str:
-        """What it reads, and the flag of `consilium predict` for it."""
-        if self.scale is not None:
-            return "a table: --table FILE"
-        kinds = {0: 'texts: --text "..."', 3: "images: --image FILE"}
-        return kinds.get(len(self.shape), "arrays: consilium.export.cohort.load gives it to you")
+        """What it reads, and the flag for it."""
+        kind = "a table" if self.scale else {0: "texts", 3: "images"}.get(len(self.shape), "arrays")
+        return f"{kind}: {self.flag or 'consilium.export.cohort.load gives it to you'}"
 
     def labelled(self, value: str | Path) -> tuple[str, float]:
         """The most probable label of a text, or of the image in a file, and its probability.
@@ -220,7 +224,7 @@ class Small:
         """
         if self.scale is None:
             raise ConfigError(f"this model reads {self.reads}")
-        x = numbers(path, read_rows(path, self.scale.columns), self.scale.columns)
+        x = matrix(path, read_rows(path, self.scale.columns), self.scale.columns)
         return self._labels(torch.from_numpy(self.scale.standardised(x).astype(np.float32)))
 
     def _labels(self, x: Tensor) -> list[tuple[str, float]]:
