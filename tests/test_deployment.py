@@ -25,7 +25,7 @@ from rich.console import Console
 from transformers import SwitchTransformersEncoderModel
 
 from consilium.__main__ import main
-from consilium.export.deployed import Finished, of_run, of_site
+from consilium.export.deployed import Finished, delivered, of_run, of_site
 
 pytest.importorskip("flwr")
 from cryptography import x509
@@ -104,7 +104,7 @@ def test_three_sites_as_the_page_has_it(tmp_path, monkeypatch):
         assert main(export.replace("north", site).split()) == 0
         model, said = SwitchTransformersEncoderModel.from_pretrained(f"{site}-model", output_loading_info=True)
         assert not any(said.values()) and model.config.num_experts == max(map(len, held[site].values()))
-        assert tiny.same(of_site(tmp_path / site).params, of_run(Finished.of(folder), site).params)
+        assert tiny.same(of_site(*delivered(tmp_path / site)).params, of_run(Finished.of(folder), site).params)
         assert f"{outcome['metrics'][1]['test'][site]:.3f} on its own" in Path(f"{site}-model/README.md").read_text()
         assert json.loads(Path(f"{site}-model/labels.json").read_text()).keys() == {
             outcome["partition"]["clients"][site]["task"]

@@ -23,7 +23,7 @@ from consilium.errors import ConfigError, DataError, RoundError
 from consilium.experiment import Experiment, from_json
 from consilium.export.cohort import Own, Small
 from consilium.export.cohort import write as write_own
-from consilium.export.deployed import Finished
+from consilium.export.deployed import Finished, delivered
 from consilium.models.cohort import Cohort
 from consilium.run import run, serve
 
@@ -91,9 +91,9 @@ def test_a_site_exports_the_model_that_one_machine_would(method, sites, tmp_path
     made, grid = replace(sites[0], algorithm=Algorithm.registry[method]()), sites[1]
     run(made, tmp_path / "local")
     with pytest.raises(ConfigError, match="has no model yet"):
-        Own.of_site(tmp_path / "west/state")
+        Own.of_site(*delivered(tmp_path / "west/state"))
     serve(made, tmp_path / "run", grid, NAMES, 1.0)
-    there, here = Own.of_site(tmp_path / "west/state"), Own.of_run(Finished.of(tmp_path / "local"), "west")
+    there, here = Own.of_site(*delivered(tmp_path / "west/state")), Own.of_run(Finished.of(tmp_path / "local"), "west")
     assert (there.rounds, there.scale) == (here.rounds, here.scale) and there.scale.columns == ("a", "b")
     try:
         said = write_own(tmp_path / "m", here)

@@ -28,7 +28,7 @@ from consilium.engine.rounds import tested
 from consilium.errors import ConfigError, first_line
 from consilium.experiment import Experiment, from_json, to_json
 from consilium.export.card import private
-from consilium.export.deployed import Finished, delivered
+from consilium.export.deployed import Finished
 from consilium.export.folder import USE, new_folder
 from consilium.models.cohort import SplitModel
 from consilium.models.encoders import is_function
@@ -79,11 +79,10 @@ class Own:
         return cls(experiment, run.setup, context, sent, rounds, run.summary.get("privacy"), scale)
 
     @classmethod
-    def of_site(cls, folder: Path) -> "Own":
-        """Of a site's state folder; raises as `delivered`."""
+    def of_site(cls, given: dict[str, Any], data: ClientData, sent: Payload, told: dict[str, Any]) -> "Own":
+        """Of what a site was `delivered`."""
         from consilium.engine.flower import OWN, relabelled
 
-        given, data, sent, told = delivered(folder)
         here, heads = from_json(given["experiment"]), json.loads(str(told["heads"]))
         data = relabelled(data, heads.get(data.task.name, data.task.labels))
         experiment, task = replace(from_json(json.loads(str(told["experiment"]))), data=here.data), data.task.name

@@ -34,22 +34,21 @@ class Export:
         """Do it; what is to be said about it, line by line."""
         from consilium.experiment import from_json
         from consilium.export import cohort
-        from consilium.export.deployed import Finished, of_run, of_site
+        from consilium.export.deployed import Finished, delivered, of_run, of_site
         from consilium.export.folder import new_folder, write
         from consilium.models.cohort import Cohort
 
         with new_folder(self.out, keep=False):  # before the weights are read, which takes its time
             pass
         if (self.run / "site.json").exists():
-            from consilium.engine.flower import read_site
-
-            given, _ = read_site(self.run / "site.json")
+            at_site = delivered(self.run)
+            given = at_site[0]
             if self.client not in (None, given["name"]):
                 raise ConfigError(f"{self.run} is the state of site {given['name']}, not of {self.client!r}")
             if isinstance(from_json(given["experiment"]).model, Cohort):
-                yield from cohort.write(self.out, cohort.Own.of_site(self.run))
+                yield from cohort.write(self.out, cohort.Own.of_site(*at_site))
                 return
-            deployed = of_site(self.run)
+            deployed = of_site(*at_site)
         else:
             run = Finished.of(self.run)
             if isinstance(run.experiment.model, Cohort):

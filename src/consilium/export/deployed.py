@@ -168,13 +168,16 @@ def delivered(folder: Path) -> tuple[dict[str, Any], ClientData, Payload, dict[s
     return given, data, payload, {key[7:]: v for key, v in payload.scalars.items() if key.startswith("engine/")}
 
 
-def of_site(folder: Path) -> Deployed:
-    """What a site was last delivered, of a mixture of experts; raises as `delivered`."""
+def of_site(given: dict[str, Any], data: ClientData, payload: Payload, told: dict[str, Any]) -> Deployed:
+    """Of a mixture of experts, what a site was `delivered`.
+
+    Raises:
+        ConfigError: if that is nothing.
+    """
     from consilium.engine.flower import OWN
 
-    given, data, payload, told = delivered(folder)
     if not any(payload.groups.values()):
-        raise ConfigError(f"{folder} has no model yet: with its method a site has none before it has trained")
+        raise ConfigError(f"{given['name']} has no model yet: with its method a site has none before it has trained")
     own = from_json(given["experiment"])
     # What counts is the server's; data and model are where the site has them.
     experiment = replace(from_json(json.loads(str(told["experiment"]))), data=own.data, model=own.model)
