@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from consilium.blocked import through
 from consilium.core import derive_seed
 from consilium.errors import ConfigError
 from consilium.models import encoders
@@ -195,6 +196,9 @@ class CNN(nn.Sequential):
             nn.Linear(fc1, cohort.width), nn.ReLU(),
         )  # fmt: skip
         self.width = cohort.width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return through(self, x)
 
 
 class MLP(nn.Sequential):

@@ -1,0 +1,72 @@
+"""Filters of small models on a CPU, in the layout that is fastest there.
+
+torch leaves convolutions on a CPU to oneDNN, but pools by a kernel of its own, which writes eight bytes of place beside
+every number that it keeps. Here the convolutions, max-pools and ReLUs that follow each other all are oneDNN's, and stay
+in its own layout, blocks of channels. What comes out is the same up to the order of sums.
+
+Shapes: B examples, C channels, H and W sides.
+"""
+
+from collections.abc import Iterable
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["through"]
+
+BLOCKED = nn.MaxPool2d, nn.ReLU
+"""Layers, beside convolutions, that take and give the layout."""
+
+
+def through(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """x through the layers in turn, [B, C, H, W] before the first convolution."""
+    for layer in layers:
+        if type(layer) is nn.Conv2d and (dtype := _dtype(layer, x)):
+            x = _convolved(layer, x if x.is_mkldnn else x.to_mkldnn(dtype), dtype)
+        else:
+            x = layer(x.to_dense() if x.is_mkldnn and type(layer) not in BLOCKED else x)
+    return x.to_dense() if x.is_mkldnn else x
+
+
+def _dtype(layer: nn.Conv2d, x: Tensor) -> torch.dtype | None:
+    """In which to compute the convolution by oneDNN; None: it is torch's to decide how."""
+    if (
+        x.device.type != "cpu"
+        or isinstance(layer.padding, str)
+        or layer.padding_mode != "zeros"
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    ):
+        return None
+    low = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if low else layer.weight.dtype
+    return dtype if (low or x.dtype == dtype) and _works(dtype) else None
+
+
+def _convolved(layer: nn.Conv2d, x: Tensor, dtype: torch.dtype) -> Tensor:
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    sizes = layer.padding, layer.stride, layer.dilation, layer.groups
+    return torch.ops.aten.mkldnn_convolution(x, layer.weight.to(dtype), bias, *sizes)
+
+
+@cache
+def _works(dtype: torch.dtype) -> bool:
+    """Whether this processor and this torch compute so, and as they do otherwise, gradients too."""
+    if not torch.backends.mkldnn.is_available() or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return False
+    if dtype not in (torch.float32, torch.bfloat16):
+        return False
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        x, w = (torch.arange(float(n)).cos().to(dtype) for n in (2 * 2 * 8 * 8, 4 * 2 * 3 * 3))
+        x, w = x.view(2, 2, 8, 8), w.view(4, 2, 3, 3).requires_grad_()
+        expected = F.max_pool2d(F.conv2d(x, w), 2).relu()
+        try:
+            y = torch.ops.aten.mkldnn_convolution(x.to_mkldnn(), w, None, [0, 0], [1, 1], [1, 1], 1)
+            found = F.max_pool2d(y, 2, 2).relu().to_dense()
+            gradients = [torch.autograd.grad(out.sum(), w)[0] for out in (expected, found)]
+        except (RuntimeError, NotImplementedError, AttributeError):
+            return False
+    close = {"atol": 0.1, "rtol": 0.1} if dtype == torch.bfloat16 else {}
+    return torch.allclose(found, expected, **close) and torch.allclose(*gradients, **close)
