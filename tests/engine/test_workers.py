@@ -16,6 +16,7 @@ import torch
 from consilium.algorithms.fedavg import FedAvg
 from consilium.core import Payload, Sampling
 from consilium.data.arrays import ImageData
+from consilium.engine import workers as workers_of
 from consilium.engine.workers import forked
 from consilium.errors import BudgetError, CheckpointError, ConfigError, RoundError
 from consilium.experiment import Experiment
@@ -67,6 +68,38 @@ def test_answers_come_in_the_order_of_the_tasks_from_several_processes():
     pids = {reply.scalars["pid"] for _, _, reply, _ in answers}
     assert len(pids) == 2 and os.getpid() not in pids and not any(map(psutil.pid_exists, pids))
     assert set(seen) <= {(client, "train", 1, 1) for client in "abcdef"} and seen
+
+
+@pytest.mark.parametrize("bytes", [1, 300, 2**26])
+@pytest.mark.parametrize("alike", [True, False])
+def test_payloads_arrive_through_memory_and_through_the_pipe(bytes, alike, monkeypatch):
+    """Also where all clients are sent the very same tensors, which then are encoded once, and other scalars, which are
+    not; 2,000 numbers are more than a pipe holds at once, and more than 300 bytes."""
+    made, encode = [], workers_of.encode
+    monkeypatch.setattr(workers_of, "MEMORY", bytes)
+    monkeypatch.setattr(workers_of, "encode", lambda payload: made.append(payload) or encode(payload))
+    one = torch.arange(2_000_000.0)
+
+    def sent():
+        for i in range(12):
+            w = one if alike else one[: 2 if i % 2 else 2_000_000] + i
+            yield f"c{i:02}", 0, Payload({"w": {"w": w}}, {"later": i >= 6})
+
+    with forked(2, double) as workers:
+        for _ in range(2):
+            for i, (_, payload, reply, _) in enumerate(workers.each("train", 1, sent(), lambda *_: None)):
+                assert payload.scalars["later"] == (i >= 6)
+                assert torch.equal(reply.group("w")["w"], payload.group("w")["w"] * 2)
+    assert len(made) == (4 if alike and bytes == 2**26 else 24)
+
+
+def test_a_tensor_that_has_changed_by_the_next_round_is_sent_anew():
+    w = torch.ones(3)
+    with forked(1, double) as workers:
+        for value in (1.0, 5.0):
+            w.fill_(value)
+            ((_, _, reply, _),) = workers.each("train", 1, [("a", 0, Payload({"w": {"w": w}}))], lambda *_: None)
+            assert reply.group("w")["w"].tolist() == [2 * value] * 3
 
 
 @pytest.mark.parametrize(("room", "most"), [(0, 4), (96, 8)])

@@ -1,7 +1,8 @@
 """Worker processes of the local engine: a client each, on a core each, so that many small clients train side by side.
 
 They are forked from the run's process when it is ready, so data and code are there without being read or sent again.
-What they are sent and answer crosses a pipe as the codec's bytes and JSON. A worker has one torch thread: on a busy
+What they are sent and answer crosses a pipe as JSON, and memory that both see as the codec's bytes; what many clients
+are sent, like the weights that all begin a round with, is written there once. A worker has one torch thread: on a busy
 machine several threads in one process wait for each other, a client per core does not. What a client leaves on disk is
 written beside the work of the next; when all have answered, it is there. The last clients begin with those that take
 longest, so that all cores end together.
@@ -9,6 +10,7 @@ longest, so that all cores end together.
 
 import contextlib
 import json
+import mmap
 import multiprocessing
 import signal
 import time
@@ -39,6 +41,8 @@ Work = Callable[[str, ClientId, int, int, Payload, Callable[[int, int], None], L
 AHEAD, ROOM = 2, 2**26
 """Clients per worker, and bytes of what they were sent, that may be at work or done before their turn to be merged: as
 many as one of the two allows."""
+MEMORY = 2**26
+"""Bytes up to which a payload lies in memory that both sides see; larger ones go through the pipe."""
 PAUSE = 0.2
 """Seconds between two messages of progress."""
 SETTLE = "settle"
@@ -50,15 +54,43 @@ def at_once(call: Callable[[], object]) -> None:
     call()
 
 
+class Line:
+    """One end of what joins the run's process and a worker.
+
+    Args:
+        pipe: for what is told, as JSON. out, into: memory that both see, which this end writes and reads.
+    """
+
+    def __init__(self, pipe: Connection, out: mmap.mmap, into: mmap.mmap):
+        self.pipe, self.out, self.into = pipe, out, into
+
+    def fileno(self) -> int:
+        """To wait for."""
+        return self.pipe.fileno()
+
+    def send(self, told: Any, blob: bytes = b"", there: bool = False) -> None:
+        """there: the blob was the last that was sent."""
+        if len(blob) <= len(self.out) and not there:
+            self.out[: len(blob)] = blob
+        self.pipe.send_bytes(json.dumps([told, len(blob)]).encode())
+        if len(blob) > len(self.out):
+            self.pipe.send_bytes(blob)
+
+    def receive(self) -> tuple[Any, bytes]:
+        """What was sent; the blob is a copy."""
+        told, size = json.loads(self.pipe.recv_bytes())
+        return told, self.into[:size] if size <= len(self.into) else self.pipe.recv_bytes()
+
+
 class Workers:
     """Hands clients to whoever is free, and gives their answers in the order of the clients.
 
     Args:
-        pipes: one to each worker. processes: the workers.
+        lines: one to each worker. processes: the workers.
     """
 
-    def __init__(self, pipes: list[Connection], processes: list[multiprocessing.process.BaseProcess]):
-        self.pipes = pipes
+    def __init__(self, lines: list[Line], processes: list[multiprocessing.process.BaseProcess]):
+        self.lines = lines
         self.processes = processes
 
     def each(
@@ -82,13 +114,14 @@ class Workers:
             RoundError: if a worker ends before it has answered.
             CheckpointError: if what a client leaves could not be written.
         """
-        tasks, idle, more, room = iter(tasks), list(self.pipes), True, ROOM
+        tasks, idle, more, room = iter(tasks), list(self.lines), True, ROOM
         waiting: list[tuple[ClientId, int, Payload]] = []
-        busy: dict[Connection, ClientId] = {}
+        busy: dict[Line, ClientId] = {}
+        last, blob, holding = None, b"", set[Line]()  # who holds the blob of the last payload
         turns: deque[tuple[ClientId, Payload]] = deque()
         done: dict[ClientId, tuple[Payload, dict[str, Any]]] = {}
         while True:
-            while more and (len(turns) < AHEAD * len(self.pipes) or room > 0):
+            while more and (len(turns) < AHEAD * len(self.lines) or room > 0):
                 if more := (task := next(tasks, None)) is not None:
                     waiting.append(task)
                     turns.append((task[0], task[2]))
@@ -96,9 +129,14 @@ class Workers:
             while idle and waiting:
                 longest = 0 if more else max(range(len(waiting)), key=lambda place: takes(waiting[place][0]))
                 client, version, payload = waiting.pop(longest)
-                pipe = idle.pop()
-                _send(pipe, [kind, client, number, version], payload)
-                busy[pipe] = client
+                if not _same(payload, last):
+                    last, blob, holding = payload, encode(payload), set()
+                line = idle.pop()
+                line.send([kind, client, number, version], blob, there=line in holding)
+                holding.add(line)
+                busy[line] = client
+                if len(blob) > MEMORY:
+                    last, blob = None, b""
             if not turns:
                 self._settle()
                 return
@@ -107,28 +145,28 @@ class Workers:
                 room += first[1].nbytes
                 yield *first, *done.pop(first[0])
                 continue
-            for pipe in wait(list(busy)):
-                client = busy[pipe]
-                told = self._heard(pipe, f"of client {client}")
+            for line in wait(list(busy)):
+                client = busy[line]
+                told, answer = self._heard(line, f"of client {client}")
                 if "progress" in told:
                     progress(client, "test" if kind == "evaluate" else kind, *told["progress"])
                     continue
-                done[client] = decode(pipe.recv_bytes()), told
-                idle.append(pipe)
-                del busy[pipe]
+                done[client] = decode(answer), told
+                idle.append(line)
+                del busy[line], answer
 
     def _settle(self) -> None:
         """Wait until everything is written."""
-        for pipe in self.pipes:
-            pipe.send_bytes(json.dumps([SETTLE]).encode())
-        for pipe in self.pipes:
-            self._heard(pipe, "that wrote the states of clients")
+        for line in self.lines:
+            line.send([SETTLE])
+        for line in self.lines:
+            self._heard(line, "that wrote the states of clients")
 
-    def _heard(self, pipe: Connection, whose: str) -> dict[str, Any]:
+    def _heard(self, line: Line, whose: str) -> tuple[dict[str, Any], bytes]:
         try:
-            told = json.loads(pipe.recv_bytes())
+            told, blob = line.receive()
         except (EOFError, OSError) as error:
-            process = self.processes[self.pipes.index(pipe)]
+            process = self.processes[self.lines.index(line)]
             process.join(5)
             raise RoundError(
                 f"the worker process {whose} has ended with code {process.exitcode} (-9: killed, perhaps "
@@ -137,33 +175,42 @@ class Workers:
         if "raised" in told:
             name, text, trace = told["raised"]
             raise getattr(errors, name, RuntimeError)(text) from RuntimeError(f"in a worker process:\n{trace}")
-        return told
+        return told, blob
+
+
+def _same(payload: Payload, other: Payload | None) -> bool:
+    """Whether they hold the very same tensors, and equal scalars."""
+    if other is None or payload.groups.keys() != other.groups.keys() or payload.scalars != other.scalars:
+        return False
+    pairs = [(params, other.groups[group]) for group, params in payload.groups.items()]
+    return all(a.keys() == b.keys() and all(a[key] is b[key] for key in a) for a, b in pairs)
 
 
 @contextmanager
 def forked(count: int, work: Work) -> Iterator[Workers]:
     """So many worker processes, gone afterwards, also if this process is killed."""
     context = multiprocessing.get_context("fork")
-    pipes, processes = [], []
+    lines, processes = [], []
     try:
         for _ in range(count):
-            pipe, far = context.Pipe()
-            pipes.append(pipe)
-            processes.append(context.Process(target=_serve, args=(far, list(pipes), work), daemon=True))
+            (near, far), down, up = context.Pipe(), mmap.mmap(-1, MEMORY), mmap.mmap(-1, MEMORY)
+            lines.append(Line(near, down, up))
+            others = [line.pipe for line in lines]
+            processes.append(context.Process(target=_serve, args=(Line(far, up, down), others, work), daemon=True))
             with warnings.catch_warnings():  # of threads, which are the progress bars' and hold no lock a worker needs
                 warnings.simplefilter("ignore", DeprecationWarning)
                 processes[-1].start()
             far.close()
-        yield Workers(pipes, processes)
+        yield Workers(lines, processes)
     finally:
         for process in processes:
             process.terminate()
-        for pipe, process in zip(pipes, processes, strict=False):
+        for line, process in zip(lines, processes, strict=False):
             process.join()
-            pipe.close()
+            line.pipe.close()
 
 
-def _serve(pipe: Connection, others: list[Connection], work: Work) -> None:
+def _serve(line: Line, others: list[Connection], work: Work) -> None:
     """A worker's life: one client after the other, until the run's process closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the run's own decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -178,9 +225,10 @@ def _serve(pipe: Connection, others: list[Connection], work: Work) -> None:
         nonlocal last
         if (now := time.monotonic()) - last >= PAUSE:
             last = now
-            pipe.send_bytes(json.dumps({"progress": [done, total]}).encode())
+            line.send({"progress": [done, total]})
 
     writer, left = ThreadPoolExecutor(1), deque[Future[object]]()
+    calls: list[Callable[[], object]] = []
 
     def settle() -> None:
         while left:
@@ -188,27 +236,24 @@ def _serve(pipe: Connection, others: list[Connection], work: Work) -> None:
 
     def later(call: Callable[[], object]) -> None:
         settle()  # what is written lies in memory until then: of one client at most
-        left.append(writer.submit(call))
+        calls.append(call)
 
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
-            kind, *task = json.loads(pipe.recv_bytes())
-            payload = Payload() if kind == SETTLE else decode(pipe.recv_bytes())
+            (kind, *task), blob = line.receive()
             try:
                 if kind == SETTLE:
                     settle()
-                    pipe.send_bytes(b"{}")
+                    line.send({})
                     continue
+                payload = decode(blob)
+                del blob
                 answer, told = work(kind, *task, payload, progress, later)
                 del payload
             except Exception as error:
-                raised = [type(error).__name__, str(error), traceback.format_exc()]
-                pipe.send_bytes(json.dumps({"raised": raised}).encode())
+                line.send({"raised": [type(error).__name__, str(error), traceback.format_exc()]})
                 return
-            _send(pipe, told, answer)
+            line.send(told, encode(answer))
             del answer
-
-
-def _send(pipe: Connection, told: Any, payload: Payload) -> None:
-    pipe.send_bytes(json.dumps(told).encode())
-    pipe.send_bytes(encode(payload))
+            while calls:  # not before: to begin with, writing holds up what else is done here
+                left.append(writer.submit(calls.pop()))
