@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from consilium.core import ClientId, ClientState, Payload
-from consilium.engine.codec import decode, encode
+from consilium.engine.codec import Buffer, decode, parts
 from consilium.errors import CheckpointError, PayloadError
 
 __all__ = [
@@ -38,8 +38,6 @@ __all__ = [
     "save_checkpoint",
     "write_atomic",
 ]
-
-Buffer = bytes | memoryview
 
 _NAME = re.compile(r"round-(\d{5,})\.safetensors")
 _ZEROS = "0" * 32
@@ -296,10 +294,11 @@ def _numbered(folder: Path) -> list[tuple[Path, int]]:
 
 def _seal(payload: Payload) -> list[Buffer]:
     """The payload's bytes in parts, with their XXH3-128 in the header, taken while its place held zeros."""
-    blob = encode(Payload(payload.groups, {XXH3: _ZEROS, **payload.scalars}))
-    place = blob.index(_ZEROS.encode())
-    digest = _digest(xxhash.xxh3_128(), blob, place, len(_ZEROS))
-    return [blob[:place], digest.encode(), memoryview(blob)[place + len(_ZEROS) :]]
+    header, *rest = parts(Payload(payload.groups, {XXH3: _ZEROS, **payload.scalars}))
+    found = xxhash.xxh3_128(header)
+    for part in rest:
+        found.update(part)
+    return [header.replace(_ZEROS.encode(), found.hexdigest().encode(), 1), *rest]
 
 
 def _unseal(blob: bytes) -> Payload:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -13,15 +14,33 @@ from consilium.core import Payload
 from consilium.errors import PayloadError
 from consilium.params import Params
 
-__all__ = ["decode", "encode", "mapped"]
+__all__ = ["Buffer", "decode", "encode", "mapped", "parts"]
+
+
+Buffer = bytes | memoryview
 
 
 def encode(payload: Payload) -> bytes:
     """The payload's bytes; `decode` gives the same payload back, bit for bit, bfloat16 and 0-d tensors included."""
+    return b"".join(parts(payload))
+
+
+def parts(payload: Payload) -> list[Buffer]:
+    """The payload's bytes in parts: the header, and then every tensor as it lies in memory, of which nothing is copied
+    (safetensors' own writer copies everything, more than once, while no other thread can work)."""
     tensors = {f"{group}/{key}": t for group, params in payload.groups.items() for key, t in params.items()}
-    # One entry: safetensors writes several in any order, and equal payloads shall be equal bytes.
-    header = {"payload": json.dumps({"groups": list(payload.groups), "scalars": dict(payload.scalars)})}
-    return safetensors.torch.save(_unshared(tensors), metadata=header)
+    # One entry, so that it has one order: equal payloads shall be equal bytes.
+    about = {"payload": json.dumps({"groups": list(payload.groups), "scalars": dict(payload.scalars)})}
+    header: dict[str, Any] = {"__metadata__": about}
+    end, buffers = 0, []
+    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):  # so that all are aligned
+        tensor = tensors[name].detach().contiguous()
+        buffers.append(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+        start, end = end, end + len(buffers[-1])
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    told = json.dumps(header, separators=(",", ":")).encode()
+    told += b" " * (-len(told) % 8)
+    return [len(told).to_bytes(8, "little") + told, *buffers]
 
 
 def decode(blob: bytes) -> Payload:
@@ -52,6 +71,10 @@ def mapped(path: Path) -> Payload:
         raise PayloadError(_not_one(path.stat().st_size, error)) from error
 
 
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 _BROKEN = (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError)
 
 
@@ -67,17 +90,3 @@ def _payload(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Payl
         group, _, key = name.partition("/")
         groups[group][key] = tensor
     return Payload(groups, scalars)
-
-
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors that share no storage, which safetensors asks for; most pass through uncopied."""
-    seen: set[int] = set()
-    own = {}
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage()
-        alone = tensor.is_contiguous() and storage.nbytes() == tensor.numel() * tensor.element_size()
-        own[name] = (
-            tensor if alone and storage.data_ptr() not in seen else tensor.clone(memory_format=torch.contiguous_format)
-        )
-        seen.add(storage.data_ptr())
-    return own

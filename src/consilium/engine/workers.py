@@ -17,7 +17,7 @@ import time
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
@@ -27,7 +27,7 @@ import torch
 
 from consilium import errors
 from consilium.core import ClientId, Payload
-from consilium.engine.codec import decode, encode
+from consilium.engine.codec import Buffer, decode, parts
 from consilium.engine.interrupt import end_with_parent
 from consilium.engine.rounds import Progress
 from consilium.errors import RoundError
@@ -68,13 +68,16 @@ class Line:
         """To wait for."""
         return self.pipe.fileno()
 
-    def send(self, told: Any, blob: bytes = b"", there: bool = False) -> None:
-        """there: the blob was the last that was sent."""
-        if len(blob) <= len(self.out) and not there:
-            self.out[: len(blob)] = blob
-        self.pipe.send_bytes(json.dumps([told, len(blob)]).encode())
-        if len(blob) > len(self.out):
-            self.pipe.send_bytes(blob)
+    def send(self, told: Any, blob: Sequence[Buffer] = (), there: bool = False) -> None:
+        """blob: in parts. there: it was the last that was sent."""
+        size = sum(map(len, blob))
+        if size <= len(self.out) and not there:
+            self.out.seek(0)
+            for part in blob:
+                self.out.write(part)
+        self.pipe.send_bytes(json.dumps([told, size]).encode())
+        if size > len(self.out):
+            self.pipe.send_bytes(b"".join(blob))
 
     def receive(self) -> tuple[Any, bytes]:
         """What was sent; the blob is a copy."""
@@ -117,7 +120,9 @@ class Workers:
         tasks, idle, more, room = iter(tasks), list(self.lines), True, ROOM
         waiting: list[tuple[ClientId, int, Payload]] = []
         busy: dict[Line, ClientId] = {}
-        last, blob, holding = None, b"", set[Line]()  # who holds the blob of the last payload
+        last: Payload | None = None
+        blob: list[Buffer] = []
+        holding: set[Line] = set()  # who holds the blob of the last payload
         turns: deque[tuple[ClientId, Payload]] = deque()
         done: dict[ClientId, tuple[Payload, dict[str, Any]]] = {}
         while True:
@@ -130,13 +135,13 @@ class Workers:
                 longest = 0 if more else max(range(len(waiting)), key=lambda place: takes(waiting[place][0]))
                 client, version, payload = waiting.pop(longest)
                 if not _same(payload, last):
-                    last, blob, holding = payload, encode(payload), set()
+                    last, blob, holding = payload, parts(payload), set()
                 line = idle.pop()
                 line.send([kind, client, number, version], blob, there=line in holding)
                 holding.add(line)
                 busy[line] = client
-                if len(blob) > MEMORY:
-                    last, blob = None, b""
+                if payload.nbytes > MEMORY:
+                    last, blob = None, []
             if not turns:
                 self._settle()
                 return
@@ -253,7 +258,7 @@ def _serve(line: Line, others: list[Connection], work: Work) -> None:
             except Exception as error:
                 line.send({"raised": [type(error).__name__, str(error), traceback.format_exc()]})
                 return
-            line.send(told, encode(answer))
+            line.send(told, parts(answer))
             del answer
             while calls:  # not before: to begin with, writing holds up what else is done here
                 left.append(writer.submit(calls.pop()))
