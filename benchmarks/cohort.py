@@ -153,12 +153,13 @@ class Plain:
             optimizer.step()
 
     def model(self, client: PFedMoEClient, info: ClientInfo) -> SplitModel:
-        """A client's own, with torch's default layout and linear layers."""
+        """A client's own, with torch's default layout, filters and linear layers."""
         context = ClientContext(info, self.federation.clients[info.id], self.device, 0, ClientState())
         made = client._model(Payload({"params": self.shared}), context)
         for module in made.modules():
-            if isinstance(module, nn.Linear):
-                module.__class__ = nn.Linear
+            for kind in (nn.Linear, nn.Sequential):
+                if isinstance(module, kind):
+                    module.__class__ = kind
         return made.to(memory_format=torch.contiguous_format)
 
     def score(self) -> float:

@@ -8,9 +8,9 @@ them: FedProx's penalty and SCAFFOLD's control variates are such corrections.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -208,8 +208,8 @@ def assess(
         return _teacher_forced(model, data, context, EVALUATION * setup.fit.batch_size, tap)
     size = EVALUATION * setup.fit.batch_size
     if isinstance(data, TensorSplit) and tap is None:
-        predictions = [model.labels[i] for i in _first_ranked(model, data, setup.fit, context, size)]
-        return {"score": score(context.data.task.metric, predictions, data.texts)}
+        (places,) = _first_ranked(model, [data], setup.fit, context, size)
+        return {"score": _scored(model, data, places, context)}
     predictions = []
     model.eval()
     order = data.order()
@@ -230,17 +230,27 @@ def assess(
     return {"score": score(context.data.task.metric, predictions, [data.texts[i] for i in order])}
 
 
-def _first_ranked(model: SplitModel, data: TensorSplit, config: Fit, context: ClientContext, size: int) -> list[int]:
-    """Place of the label that the model ranks first, per row; computed in batches of `size`."""
+def _first_ranked(
+    model: SplitModel, splits: Sequence[TensorSplit], config: Fit, context: ClientContext, size: int
+) -> list[list[int]]:
+    """Of each split the place of the label that the model ranks first, per row; computed in batches of `size`."""
+    counts = [len(split) for split in splits]
+    if all(split.x is splits[0].x for split in splits):  # at once
+        splits = [replace(splits[0], index=torch.cat([split.index for split in splits]))]
+    ranked = torch.cat([_ranked(model, split, config, context, size) for split in splits])
+    return [places.tolist() for places in ranked.split(counts)]
+
+
+def _ranked(model: SplitModel, data: TensorSplit, config: Fit, context: ClientContext, size: int) -> Tensor:
     if context.meet:
         done = context.meet(predict_jobs, PredictJob(model, data, config, context, size))
         if done is not None:
-            return done.tolist()
+            return done
     model.eval()
     logits = partial(_even, model) if _evened(model, context) else model
     with torch.inference_mode(), config.lowered(context.device):
         batches = (data.batch(range(i, min(i + size, len(data))), context.device) for i in range(0, len(data), size))
-        return torch.cat([logits(batch)[0].argmax(-1) for batch in batches]).tolist()
+        return torch.cat([torch.empty(0).long(), *(logits(batch)[0].argmax(-1).cpu() for batch in batches)])
 
 
 def _evened(model: nn.Module, context: ClientContext) -> bool:
@@ -323,7 +333,11 @@ def local_round(
     validation = setup.encode(context, context.data.validation)
     with Tap(model, held, outside, setup.model.counts) as tap:
         scores = assess(model, validation, context, setup, tap if usage else None)
-    told = _before_aggregation(setup, model, context)
+    told: dict[str, Scalar] = {}
+    if isinstance(setup.model, Cohort):
+        test = setup.encode(context, context.data.test)
+        (places,) = _first_ranked(model, [test], setup.fit, context, EVALUATION * setup.fit.batch_size)
+        told = _before_aggregation(setup, test, places)
     seconds_evaluate = time.perf_counter() - start
     groups: dict[str, Params] = {"params": flatten(model, held)}  # after evaluation, which needs room itself
     if usage:
@@ -358,28 +372,35 @@ def trained(
     train = setup.encode(context, data.train)
     fitted = fit(model, train, setup.fit, context, objective=objective, rates=rates)
     start = time.perf_counter()
-    accuracy = evaluate(model, setup.encode(context, data.validation), context, setup)
-    told = _before_aggregation(setup, model, context)
+    validation, test = (setup.encode(context, split) for split in (data.validation, data.test))
+    size = EVALUATION * setup.fit.batch_size
+    places, others = _first_ranked(model, [validation, test], setup.fit, context, size)
     return {
         "num_examples": context.info.num_examples,
-        "validation": accuracy,
+        "validation": _scored(model, validation, places, context),
         "train_loss": fitted.loss,
         "steps": fitted.steps,
         "cut": train.cut,
+        **_before_aggregation(setup, test, others),
         "seconds_evaluate": time.perf_counter() - start,
-        **told,
     }
 
 
-def _before_aggregation(setup: Setup, model: nn.Module, context: ClientContext) -> dict[str, Scalar]:
+def _scored(model: SplitModel, data: TensorSplit, places: Sequence[int], context: ClientContext) -> float:
+    """The task's metric of the labels at these places, in [0, 1]."""
+    return score(context.data.task.metric, [model.labels[i] for i in places], data.texts)
+
+
+def _before_aggregation(setup: Setup, test: TensorSplit, places: Sequence[int]) -> dict[str, Scalar]:
     """The metric of the pFedMoE family's own code, in a cohort: after local training and before aggregation, the mean
-    over the test batches of the accuracy of each (so the short last one weighs as much as the others), in [0, 1]."""
-    if not isinstance(setup.model, Cohort):
-        return {}
-    test, size = setup.encode(context, context.data.test), setup.fit.batch_size
-    classes = torch.tensor(_first_ranked(model, test, setup.fit, context, size))
-    right = (classes == test.y[test.index].cpu()).float()
-    return {"report/test before aggregation": torch.stack([part.mean() for part in right.split(size)]).mean().item()}
+    over the test batches of the accuracy of each (so the short last one weighs as much as the others), in [0, 1].
+
+    Args:
+        places: of the labels that the model ranks first.
+    """
+    right = (torch.tensor(places) == test.y[test.index].cpu()).float()
+    means = [part.mean() for part in right.split(setup.fit.batch_size)]
+    return {"report/test before aggregation": torch.stack(means).mean().item()}
 
 
 def local_test(setup: Setup, payload: Payload, context: ClientContext) -> Payload:

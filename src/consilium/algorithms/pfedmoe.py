@@ -292,8 +292,8 @@ class SwitchableNorm(nn.Module):
         (mean_own, mean_batch), (var_own, var_batch) = self.mean_weight.softmax(0), self.var_weight.softmax(0)
         own = x.mean(1, keepdim=True)
         mean = mean_own * own + mean_batch * mean
-        var = var_own * (x - own).square().mean(1, keepdim=True) + var_batch * var
-        return (x - mean) / (var + self.eps).sqrt() * self.weight + self.bias
+        var = var_own * (x - own).square().mean(1, keepdim=True) + (var_batch * var + self.eps)
+        return torch.addcmul(self.bias, (x - mean) * var.rsqrt(), self.weight)
 
 
 def gate_by_class(model: SplitModel, setup: Setup, context: ClientContext) -> Mapping[str, Scalar]:

@@ -124,7 +124,7 @@ class Workers:
         blob: list[Buffer] = []
         holding: set[Line] = set()  # who holds the blob of the last payload
         turns: deque[tuple[ClientId, Payload]] = deque()
-        done: dict[ClientId, tuple[Payload, dict[str, Any]]] = {}
+        done: dict[ClientId, tuple[bytes, dict[str, Any]]] = {}
         while True:
             while more and (len(turns) < AHEAD * len(self.lines) or room > 0):
                 if more := (task := next(tasks, None)) is not None:
@@ -148,7 +148,11 @@ class Workers:
             if (first := turns[0])[0] in done:
                 turns.popleft()
                 room += first[1].nbytes
-                yield *first, *done.pop(first[0])
+                answer, told = done.pop(first[0])
+                reply = decode(answer)
+                del answer
+                yield *first, reply, told
+                del reply
                 continue
             for line in wait(list(busy)):
                 client = busy[line]
@@ -156,7 +160,7 @@ class Workers:
                 if "progress" in told:
                     progress(client, "test" if kind == "evaluate" else kind, *told["progress"])
                     continue
-                done[client] = decode(answer), told
+                done[client] = answer, told
                 idle.append(line)
                 del busy[line], answer
 
