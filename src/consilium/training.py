@@ -38,6 +38,8 @@ __all__ = [
     "Objective",
     "assess",
     "evaluate",
+    "even",
+    "evened",
     "fit",
     "local_round",
     "local_test",
@@ -132,7 +134,7 @@ def fit(
         model.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     lowered = config.lowered(context.device)
-    even = _evened(model, context)
+    fill = evened(model, context)
     losses: list[Tensor] = []
     trained: dict[tuple[str, int], int] = {}  # (block, place) -> in how many batches; the most recent are the last
     with seeded(derive_seed(context.seed, "fit")), Tap(model) as tap, experts or nullcontext():
@@ -144,7 +146,7 @@ def fit(
                     loss = objective(model, batch)
             else:
                 with tap.batch(batch), lowered:
-                    logits, labels = _even(model, batch) if even else model(batch)
+                    logits, labels = _even(model, batch) if fill else model(batch)
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
                 del logits  # the graph keeps what it needs of them
                 if config.balance:
@@ -247,25 +249,30 @@ def _ranked(model: SplitModel, data: TensorSplit, config: Fit, context: ClientCo
         if done is not None:
             return done
     model.eval()
-    logits = partial(_even, model) if _evened(model, context) else model
+    logits = partial(_even, model) if evened(model, context) else model
     with torch.inference_mode(), config.lowered(context.device):
         batches = (data.batch(range(i, min(i + size, len(data))), context.device) for i in range(0, len(data), size))
         return torch.cat([torch.empty(0).long(), *(logits(batch)[0].argmax(-1).cpu() for batch in batches)])
 
 
-def _evened(model: nn.Module, context: ClientContext) -> bool:
-    """Whether `_even` can be used, and is of use."""
+def evened(model: nn.Module, context: ClientContext) -> bool:
+    """Whether rows may be filled in, see `even`, and that is of use."""
     return context.device.type == "cpu" and isinstance(model, SplitModel) and stackable(model)
 
 
+def even(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The batch with its last row again up to a multiple of `EVEN` rows: a CPU's libraries compile kernels for every
+    number of rows, and clients differ in their last batch."""
+    more = -len(next(iter(batch.values()))) % EVEN
+    return {key: torch.cat([t, t[-1:].expand(more, *t.shape[1:])]) if more else t for key, t in batch.items()}
+
+
 def _even(model: SplitModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """What the model says of a batch, computed with rows filled in up to a multiple of `EVEN`: a CPU's libraries
-    compile kernels for every number of rows, and clients differ in their last batch."""
-    labels = batch["labels"]
-    if not (more := -len(labels) % EVEN):
+    """What the model says of a batch, computed with an even one."""
+    labels, filled = batch["labels"], even(batch)
+    if (rows := len(filled["labels"])) == len(labels):
         return model(batch)
-    filled = {key: torch.cat([t, t[-1:].expand(more, *t.shape[1:])]) for key, t in batch.items()}
-    with padded(torch.arange(len(labels) + more) < len(labels)):
+    with padded(torch.arange(rows) < len(labels)):
         logits, _ = model(filled)
     return logits[: len(labels)], labels
 

@@ -40,8 +40,8 @@ from consilium.errors import ConfigError
 from consilium.models.cohort import SplitModel, initial, real_rows
 from consilium.moe.addressing import flatten, select
 from consilium.params import Params, nbytes
-from consilium.setup import Setup
-from consilium.training import tested, trained
+from consilium.setup import EVALUATION, Setup
+from consilium.training import even, evened, tested, trained
 
 __all__ = ["Gate", "Mixture", "pFedMoE"]
 
@@ -299,14 +299,12 @@ class SwitchableNorm(nn.Module):
 def gate_by_class(model: SplitModel, setup: Setup, context: ClientContext) -> Mapping[str, Scalar]:
     """For the record: class -> mean weight a_G of the shared extractor over the client's validation examples of it."""
     data = setup.encode(context, context.data.validation)
+    filled = even if evened(model, context) else dict
     model.eval()
     with torch.inference_mode(), setup.fit.lowered(context.device):
-        a_B = torch.cat(
-            [
-                model.backbone.weights(data.batch(rows, context.device)["x"])[:, 0]
-                for rows in torch.arange(len(data)).split(4 * setup.fit.batch_size)
-            ]
-        )
+        size = EVALUATION * setup.fit.batch_size
+        batches = ((data.batch(rows, context.device), len(rows)) for rows in torch.arange(len(data)).split(size))
+        a_B = torch.cat([model.backbone.weights(filled(batch)["x"])[:n, 0] for batch, n in batches])
     y_B = data.batch(range(len(data)), context.device)["labels"]
     return {f"report/gate {model.labels[c]}": a_B[y_B == c].mean().item() for c in y_B.unique().tolist()}
 
