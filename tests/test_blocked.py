@@ -100,8 +100,10 @@ def test_filters_learn_the_same_by_either_way():
         lambda: (filters(), torch.randn(4, 3, 17, 19, dtype=torch.float64)),
         lambda: (filters(padding="same"), torch.randn(4, 3, 17, 19)),
         lambda: (filters(padding=1, padding_mode="reflect"), torch.randn(4, 3, 17, 19)),
+        lambda: (filters(), torch.randn(3, 17, 19)),
+        lambda: (filters(), torch.randn(0, 3, 17, 19)),
     ],
-    ids=["float64", "same", "reflect"],
+    ids=["float64", "same", "reflect", "one image", "none"],
 )
 def test_what_onednn_does_not_have_is_torchs_to_compute(make):
     layers, x = make()

@@ -34,6 +34,8 @@ def _dtype(layer: nn.Conv2d, x: Tensor) -> torch.dtype | None:
     """In which to compute the convolution by oneDNN; None: it is torch's to decide how."""
     if (
         x.device.type != "cpu"
+        or x.dim() != 4
+        or not len(x)
         or isinstance(layer.padding, str)
         or layer.padding_mode != "zeros"
         or torch.compiler.is_compiling()
