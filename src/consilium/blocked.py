@@ -32,15 +32,10 @@ def through(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
 
 def _dtype(layer: nn.Conv2d, x: Tensor) -> torch.dtype | None:
     """In which to compute the convolution by oneDNN; None: it is torch's to decide how."""
-    if (
-        x.device.type != "cpu"
-        or x.dim() != 4
-        or not len(x)
-        or isinstance(layer.padding, str)
-        or layer.padding_mode != "zeros"
-        or torch.compiler.is_compiling()
-        or torch._C._functorch.is_functorch_wrapped_tensor(x)
-    ):
+    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return None
+    plain = x.device.type == "cpu" and x.dim() == 4 and len(x) > 0
+    if not plain or isinstance(layer.padding, str) or layer.padding_mode != "zeros":
         return None
     low = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if low else layer.weight.dtype
