@@ -63,7 +63,7 @@ def _works(dtype: torch.dtype) -> bool:
             y = torch.ops.aten.mkldnn_convolution(x.to_mkldnn(), w, None, [0, 0], [1, 1], [1, 1], 1)
             found = F.max_pool2d(y, 2, 2).relu().to_dense()
             gradients = [torch.autograd.grad(out.sum(), w)[0] for out in (expected, found)]
-        except (RuntimeError, NotImplementedError, AttributeError):
+        except (RuntimeError, AttributeError):
             return False
     close = {"atol": 0.1, "rtol": 0.1} if dtype == torch.bfloat16 else {}
     return torch.allclose(found, expected, **close) and torch.allclose(*gradients, **close)

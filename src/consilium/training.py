@@ -252,7 +252,7 @@ def _ranked(model: SplitModel, data: TensorSplit, config: Fit, context: ClientCo
     logits = partial(_even, model) if evened(model, context) else model
     with torch.inference_mode(), config.lowered(context.device):
         batches = (data.batch(range(i, min(i + size, len(data))), context.device) for i in range(0, len(data), size))
-        return torch.cat([torch.empty(0).long(), *(logits(batch)[0].argmax(-1).cpu() for batch in batches)])
+        return torch.cat([logits(batch)[0].argmax(-1) for batch in batches]).cpu()
 
 
 def evened(model: nn.Module, context: ClientContext) -> bool:
@@ -337,14 +337,12 @@ def local_round(
         choose=choose,
     )
     start = time.perf_counter()
-    validation = setup.encode(context, context.data.validation)
     with Tap(model, held, outside, setup.model.counts) as tap:
-        scores = assess(model, validation, context, setup, tap if usage else None)
-    told: dict[str, Scalar] = {}
-    if isinstance(setup.model, Cohort):
-        test = setup.encode(context, context.data.test)
-        (places,) = _first_ranked(model, [test], setup.fit, context, EVALUATION * setup.fit.batch_size)
-        told = _before_aggregation(setup, test, places)
+        if isinstance(setup.model, Cohort):
+            scores, told = _after_training(model, context, setup)
+        else:
+            validation = setup.encode(context, context.data.validation)
+            scores, told = assess(model, validation, context, setup, tap if usage else None), {}
     seconds_evaluate = time.perf_counter() - start
     groups: dict[str, Params] = {"params": flatten(model, held)}  # after evaluation, which needs room itself
     if usage:
@@ -375,39 +373,39 @@ def trained(
     rates: Mapping[str, float] | None = None,
 ) -> dict[str, Scalar]:
     """`fit` and validate the model of a method that builds it itself; returns the scalars of `local_round`'s reply."""
-    data = context.data
-    train = setup.encode(context, data.train)
+    train = setup.encode(context, context.data.train)
     fitted = fit(model, train, setup.fit, context, objective=objective, rates=rates)
     start = time.perf_counter()
-    validation, test = (setup.encode(context, split) for split in (data.validation, data.test))
-    size = EVALUATION * setup.fit.batch_size
-    places, others = _first_ranked(model, [validation, test], setup.fit, context, size)
+    scores, told = _after_training(model, context, setup)
     return {
         "num_examples": context.info.num_examples,
-        "validation": _scored(model, validation, places, context),
+        "validation": scores["score"],
         "train_loss": fitted.loss,
         "steps": fitted.steps,
         "cut": train.cut,
-        **_before_aggregation(setup, test, others),
         "seconds_evaluate": time.perf_counter() - start,
+        **told,
     }
+
+
+def _after_training(
+    model: SplitModel, context: ClientContext, setup: Setup
+) -> tuple[dict[str, float], dict[str, Scalar]]:
+    """Of a small model, in one pass: what `assess` says on the validation data; and, to be told, the metric of the
+    pFedMoE family's own code: after local training and before aggregation, the mean over the test batches of the
+    accuracy of each (so the short last one weighs as much as the others), in [0, 1]."""
+    validation, test = (setup.encode(context, split) for split in (context.data.validation, context.data.test))
+    size = EVALUATION * setup.fit.batch_size
+    places, others = _first_ranked(model, [validation, test], setup.fit, context, size)
+    right = (torch.tensor(others) == test.y[test.index].cpu()).float()
+    means = [part.mean() for part in right.split(setup.fit.batch_size)]
+    told = {"report/test before aggregation": torch.stack(means).mean().item()}
+    return {"score": _scored(model, validation, places, context)}, told
 
 
 def _scored(model: SplitModel, data: TensorSplit, places: Sequence[int], context: ClientContext) -> float:
     """The task's metric of the labels at these places, in [0, 1]."""
     return score(context.data.task.metric, [model.labels[i] for i in places], data.texts)
-
-
-def _before_aggregation(setup: Setup, test: TensorSplit, places: Sequence[int]) -> dict[str, Scalar]:
-    """The metric of the pFedMoE family's own code, in a cohort: after local training and before aggregation, the mean
-    over the test batches of the accuracy of each (so the short last one weighs as much as the others), in [0, 1].
-
-    Args:
-        places: of the labels that the model ranks first.
-    """
-    right = (torch.tensor(places) == test.y[test.index].cpu()).float()
-    means = [part.mean() for part in right.split(setup.fit.batch_size)]
-    return {"report/test before aggregation": torch.stack(means).mean().item()}
 
 
 def local_test(setup: Setup, payload: Payload, context: ClientContext) -> Payload:

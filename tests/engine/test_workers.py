@@ -74,7 +74,7 @@ def test_answers_come_in_the_order_of_the_tasks_from_several_processes():
 @pytest.mark.parametrize("alike", [True, False])
 def test_payloads_arrive_through_memory_and_through_the_pipe(bytes, alike, monkeypatch):
     """Also where all clients are sent the very same tensors, which then are encoded once, and other scalars, which are
-    not; 2,000 numbers are more than a pipe holds at once, and more than 300 bytes."""
+    not; two million numbers are more than a pipe holds at once, and than 300 bytes."""
     made, parts = [], workers_of.parts
     monkeypatch.setattr(workers_of, "MEMORY", bytes)
     monkeypatch.setattr(workers_of, "parts", lambda payload: made.append(payload) or parts(payload))

@@ -295,10 +295,8 @@ def _numbered(folder: Path) -> list[tuple[Path, int]]:
 def _seal(payload: Payload) -> list[Buffer]:
     """The payload's bytes in parts, with their XXH3-128 in the header, taken while its place held zeros."""
     header, *rest = parts(Payload(payload.groups, {XXH3: _ZEROS, **payload.scalars}))
-    found = xxhash.xxh3_128(header)
-    for part in rest:
-        found.update(part)
-    return [header.replace(_ZEROS.encode(), found.hexdigest().encode(), 1), *rest]
+    digest = _digest(xxhash.xxh3_128(), header, *rest)
+    return [header.replace(_ZEROS.encode(), digest.encode(), 1), *rest]
 
 
 def _unseal(blob: bytes) -> Payload:
@@ -311,15 +309,14 @@ def _unseal(blob: bytes) -> Payload:
     scalars = dict(payload.scalars)
     kind, made = (SHA256, hashlib.sha256) if SHA256 in scalars else (XXH3, xxhash.xxh3_128)
     digest, size = str(scalars.pop(kind, "")), 2 * made().digest_size
-    if len(digest) != size or _digest(made(), blob, blob.find(digest.encode("utf-8", "replace")), size) != digest:
+    place, view = blob.find(digest.encode("utf-8", "replace")), memoryview(blob)
+    if len(digest) != size or _digest(made(), view[:place], b"0" * size, view[place + size :]) != digest:
         raise PayloadError(f"its {kind.removeprefix('engine/')} does not match")
     return Payload(payload.groups, scalars)
 
 
-def _digest(found: Any, blob: bytes, place: int, size: int) -> str:
-    """In hex, of a blob with zeros at the place of its own digest; nothing is copied."""
-    view = memoryview(blob)
-    found.update(view[:place])
-    found.update(b"0" * size)
-    found.update(view[place + size :])
+def _digest(found: Any, *parts: Buffer) -> str:
+    """In hex, of the parts as if they were one; nothing is copied."""
+    for part in parts:
+        found.update(part)
     return found.hexdigest()
