@@ -7,7 +7,8 @@ is what it computes alone, up to the order in which sums are taken. On a CPU it 
 Clients have batches of their own and unequal numbers of them: a short batch is filled up with rows that count for
 nothing (`models.cohort.real_rows`), and who has no more batches leaves the stack. Models are stacked if all their
 modules are known to treat every row for itself, or by the real ones alone (`ROWWISE`, or a class that says
-`rowwise = True` of itself); other models, and methods with a loss of their own, are trained one after the other.
+`rowwise = True` of itself; it then also uses the weights of its layers by calling these alone, see `masters`). Other
+models, and methods with a loss of their own, are trained one after the other.
 
 Shapes: K clients of one architecture, B rows of a batch, *S the shape of an example, C labels.
 """
@@ -189,7 +190,7 @@ def _shrunk(
 
 
 def _batches(
-    splits: Sequence[TensorSplit], plans: Sequence[Sequence[Sequence[int]]], device: torch.device
+    splits: Sequence[TensorSplit], plans: Sequence[Sequence[Tensor]], device: torch.device
 ) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
     """Per step `x` [K, B, *S] and `labels` [K, B] of those who have one, who come first, and which rows are real
     [K, B] bool; None: all.
@@ -212,7 +213,7 @@ def _batches(
     # Rows of one data set: their places in it, of all steps, are sent to the device once.
     places = []
     for split, plan in zip(splits, plans, strict=True):
-        rows = split.index[torch.tensor([row for batch in plan for row in batch])]
+        rows = split.index[torch.cat(plan)]
         places.append(rows.split([len(batch) for batch in plan]))
     own = [pad_sequence([part[step] for part in places if len(part) > step], batch_first=True) for step in steps]
     flat = torch.cat([step.flatten() for step in own]).to(first.x.device).split([step.numel() for step in own])
@@ -233,7 +234,7 @@ def _predict(jobs: Sequence[PredictJob]) -> list[Tensor]:
     config, device, size = jobs[0].config, jobs[0].context.device, jobs[0].size
     order = sorted(range(len(jobs)), key=lambda k: -len(jobs[k].data))
     data = [jobs[k].data for k in order]
-    plans = [[range(i, min(i + size, len(own))) for i in range(0, len(own), size)] for own in data]
+    plans = [torch.arange(len(own)).split(size) for own in data]
     model = jobs[0].model.eval()
     weights = _stacked([dict(jobs[k].model.named_parameters()) for k in order])
     buffers = _stacked([dict(jobs[k].model.named_buffers()) for k in order])

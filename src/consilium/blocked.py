@@ -22,24 +22,29 @@ BLOCKED = nn.MaxPool2d, nn.ReLU
 
 def through(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
     """x through the layers in turn, [B, C, H, W] before the first convolution."""
+    dtype = _dtype(x)
     for layer in layers:
-        if type(layer) is nn.Conv2d and (dtype := _dtype(layer, x)):
+        if dtype and type(layer) is nn.Conv2d and _simple(layer, dtype):
             x = _convolved(layer, x if x.is_mkldnn else x.to_mkldnn(dtype), dtype)
         else:
             x = layer(x.to_dense() if x.is_mkldnn and type(layer) not in BLOCKED else x)
     return x.to_dense() if x.is_mkldnn else x
 
 
-def _dtype(layer: nn.Conv2d, x: Tensor) -> torch.dtype | None:
-    """In which to compute the convolution by oneDNN; None: it is torch's to decide how."""
+def _dtype(x: Tensor) -> torch.dtype | None:
+    """In which to compute convolutions by oneDNN; None: it is torch's to decide how."""
     if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x):
         return None
-    plain = x.device.type == "cpu" and x.dim() == 4 and len(x) > 0
-    if not plain or isinstance(layer.padding, str) or layer.padding_mode != "zeros":
+    if x.device.type != "cpu" or x.dim() != 4 or len(x) == 0:
         return None
-    low = torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if low else layer.weight.dtype
-    return dtype if (low or x.dtype == dtype) and _works(dtype) else None
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    return dtype if _works(dtype) else None
+
+
+def _simple(layer: nn.Conv2d, dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes this one: its padding is of zeros, and told in numbers."""
+    own = layer.weight.dtype == dtype or torch.is_autocast_enabled("cpu")
+    return own and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
 def _convolved(layer: nn.Conv2d, x: Tensor, dtype: torch.dtype) -> Tensor:

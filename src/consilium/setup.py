@@ -119,6 +119,11 @@ class Fit:
         return torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay, fused=True)
 
     @property
+    def plain(self) -> bool:
+        """Whether training only ever moves a weight by its rate times its gradient."""
+        return self.optimizer == "sgd" and not (self.momentum or self.weight_decay or self.clip)
+
+    @property
     def lengths(self) -> dict[str, int]:
         """S and T of the memory model: tokens of a row that are only read, and that are predicted at most."""
         if self.rows == "examples":
@@ -450,17 +455,25 @@ class Setup:
         params: Params,
         context: ClientContext,
         kind: type[SplitModel] = SplitModel,
+        used: SplitModel | None = None,
     ) -> SplitModel:
         """A live model on the client's device with weights `params`: `make`'s extractor and the client's head.
+
+        Args:
+            used: a model that was made so before, for a client with the same labels, and is done with: it is filled.
 
         Filters of convolutions lie channels last, which torch takes as a wish for the whole computation: on a CPU,
         where `blocked` does not compute them, a step then takes 0.82 of the time.
         """
-        task = context.data.task
-        with init_empty_weights(include_buffers=False), no_init_weights():
-            model = kind(make(), task.name, task.labels)
+        model, task = used, context.data.task
+        if model is None:
+            with init_empty_weights(include_buffers=False), no_init_weights():
+                model = kind(make(), task.name, task.labels)
         _check_dtypes(params, {tensor.dtype for tensor in model.state_dict().values()})
-        model = load_flat(model, params).to(context.device)
+        load_flat(model, params)
+        if model is used:
+            return model
+        model.to(context.device)
         for parameter in model.parameters():
             if parameter.dim() == 4:
                 # Not `contiguous`, which leaves filters of one channel as they are, and with them all that follows.

@@ -24,6 +24,7 @@ from consilium.data.encode import Encoded
 from consilium.data.task import score
 from consilium.data.tensor import TensorSplit
 from consilium.errors import DataError
+from consilium.masters import Masters
 from consilium.models.cohort import Cohort, SplitModel, padded
 from consilium.moe.addressing import flatten, parameters
 from consilium.moe.experts import Active, Experts
@@ -123,7 +124,7 @@ def fit(
         trainable = {path: p for path, p in parameters(model).items() if p.requires_grad}
     else:
         trainable = experts.trainable(model)
-    optimizer = config.descent(trainable, rates)
+    descent = config.descent(trainable, rates)
     if config.rows == "packed":
         data = Packed.of(data, config.max_length + config.target_length)
     if isinstance(data, TensorSplit):
@@ -135,9 +136,14 @@ def fit(
     model.train()
     lowered = config.lowered(context.device)
     fill = evened(model, context)
+    if fill and alone and config.plain and config.precision == "bfloat16":
+        optimizing = Masters(model, descent.param_groups)
+    else:
+        optimizing = nullcontext(descent)
     losses: list[Tensor] = []
     trained: dict[tuple[str, int], int] = {}  # (block, place) -> in how many batches; the most recent are the last
-    with seeded(derive_seed(context.seed, "fit")), Tap(model) as tap, experts or nullcontext():
+    drawn = seeded(derive_seed(context.seed, "fit"))
+    with drawn, Tap(model) as tap, experts or nullcontext(), optimizing as optimizer:
         for rows in data.epochs(epochs, config.batch_size, generator):
             optimizer.zero_grad(set_to_none=True)  # before the forward pass: gradients never lie beside activations
             batch = data.batch(rows, context.device)
@@ -162,7 +168,7 @@ def fit(
             losses.append(loss.detach())
             del loss  # and with it the graph
             context.progress(len(losses), total)
-    optimizer.zero_grad(set_to_none=True)  # what comes next needs none
+        optimizer.zero_grad(set_to_none=True)  # what comes next needs none
     mean = torch.stack(losses).mean().item() if losses else float("nan")
     shares = {} if experts is None else {block: torch.zeros(len(ids)).long() for block, ids in experts.places.items()}
     for (block, place), batches in trained.items():

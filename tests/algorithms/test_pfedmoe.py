@@ -3,6 +3,7 @@
 The hand-made mixture: x = [[1, 2], [0, 1]], G(x) = x, F(x) = x W with F = [[4, 8], [2, 0]].
 """
 
+import dataclasses
 import math
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 
 from consilium.algorithms.pfedmoe import BatchNorm, Gate, Mixture, SwitchableNorm, pFedMoE
 from consilium.core import Payload
-from consilium.errors import ConfigError
+from consilium.errors import ConfigError, PayloadError
 from consilium.models.cohort import ARCHITECTURES
 
 X = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
@@ -223,6 +224,82 @@ def test_all_methods_begin_alike():
     half.train(Payload({"params": server.params}), context)  # the next of its kind begins as it has begun
     assert half._initial(context) is begun
     assert tiny.same(begun, pFedMoE().client(setup)._initial(context))
+
+
+# --- one model for clients of a kind ----------------------------------------------------------------------------------
+
+
+def rounds(fresh):
+    """Two rounds of two clients of one architecture, trained and scored; fresh: each by a client's half of its own."""
+    setup, told, states = tiny.small_setup("cohort", batch_size=8), [], {}
+    server, half = pFedMoE(m=4).server(setup), pFedMoE(m=4).client(setup)
+    for number in (1, 2):
+        for client in ("animal-00", "animal-01"):
+            half = pFedMoE(m=4).client(setup) if fresh else half
+            context = tiny.small_context(client, "cohort", number, states.get(client))
+            told.append(half.train(server.deliver(context.info), context))
+            told.append(half.evaluate(server.deliver(context.info), context))
+            states[client] = context.state
+    return told, states, half
+
+
+def test_a_model_that_is_used_again_remembers_nothing():
+    """Weights, running statistics and scores are those of a model made anew, to the bit."""
+    (told, states, half), (expected, others, _) = rounds(fresh=False), rounds(fresh=True)
+    assert len(half.used) == 1
+    for a, b in zip(told, expected, strict=True):
+        assert tiny.same(a.group("params"), b.group("params"))
+        assert {k: v for k, v in a.scalars.items() if "seconds" not in k} == {
+            k: v for k, v in b.scalars.items() if "seconds" not in k
+        }
+    assert all(tiny.same(states[client].params, others[client].params) for client in states)
+
+
+def test_what_a_client_sent_and_kept_stays_when_its_model_goes_on():
+    sent, reply, context, (_, half) = trained()
+    kept = {key: t.clone() for key, t in {**context.state.params, **reply.group("params")}.items()}
+    (model,) = half.used.values()
+    half.train(sent, tiny.small_context("colour-01"))
+    assert [*half.used.values()] == [model]  # another client has had it
+    assert tiny.same({**context.state.params, **reply.group("params")}, kept)
+
+
+def test_models_are_kept_by_architecture_and_labels():
+    sent, _, _, (_, half) = trained()
+    half.train(sent, tiny.small_context("animal-00"))  # a CNN
+    assert len(half.used) == 2
+    relabelled = tiny.small_context("colour-01")
+    task = dataclasses.replace(relabelled.data.task, labels=("c", "b", "a"))
+    data = dataclasses.replace(relabelled.data, task=task)
+    assert half._model(sent, dataclasses.replace(relabelled, data=data)).labels == ("c", "b", "a")
+    assert len(half.used) == 2
+
+
+def test_a_used_model_refuses_what_a_new_one_would():
+    sent, _, context, (_, half) = trained()
+    low = Payload({"params": {key: t.half() for key, t in sent.group("params").items()}})
+    with pytest.raises(PayloadError, match="float16"):
+        half.train(low, context)
+    assert not half.used
+
+
+def test_a_module_of_the_users_is_made_anew(monkeypatch):
+    """It may remember anything."""
+    setup = tiny.small_setup("cohort")
+    own = dataclasses.replace(setup.model, architectures=(f"{__name__}:flat",))
+    setup = dataclasses.replace(setup, model=own)
+    server, half = pFedMoE(m=4).server(setup), pFedMoE(m=4).client(setup)
+    context = tiny.small_context("animal-00", "cohort")
+    info = dataclasses.replace(context.info, architecture=own.architecture(0))
+    half.train(server.deliver(info), dataclasses.replace(context, info=info))
+    assert not half.used
+
+
+def flat(shape):
+    """An architecture of the user's."""
+    made = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 6))
+    made.width = 6
+    return made
 
 
 def test_the_three_learning_rates_are_the_three_parts():

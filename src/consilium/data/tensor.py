@@ -94,13 +94,15 @@ class TensorSplit:
         """All rows; tensors need no sorting by length."""
         return list(range(len(self)))
 
-    def batch(self, rows: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+    def batch(self, rows: Sequence[int] | Tensor, device: torch.device) -> dict[str, Tensor]:
         """`x` [B, *S] float32 (of texts [B, L] int64) and `labels` [B] int64 of these places in the split."""
-        return self.at(self.index[torch.as_tensor(rows)], device)
+        return self.at(self.index.index_select(0, torch.as_tensor(rows)), device)
 
     def at(self, rows: Tensor, device: torch.device) -> dict[str, Tensor]:
         """`x` and `labels` of these rows of the data set, of any shape."""
-        x = self._seen(self.x[rows].to(device))
+        # Not `x[rows]`, which on a CPU goes through the pixels one by one.
+        x = self.x.index_select(0, rows.flatten().to(self.x.device)).view(*rows.shape, *self.shape)
+        x = self._seen(x.to(device))
         x = x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x
         return {"x": x, "labels": self.y[rows].to(device)}
 
@@ -115,11 +117,10 @@ class TensorSplit:
         given = {f.name: getattr(self, f.name) for f in fields(TensorSplit)}
         return Augmented(**given, generator=torch.Generator().manual_seed(seed))
 
-    def epochs(self, epochs: int, batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
-        """Rows of each batch: `epochs` shuffled passes, the last batch of a pass may be short."""
+    def epochs(self, epochs: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """Rows of each batch [B] int64: `epochs` shuffled passes, the last batch of a pass may be short."""
         for _ in range(epochs):
-            for part in torch.randperm(len(self), generator=generator).split(batch_size):
-                yield part.tolist()
+            yield from torch.randperm(len(self), generator=generator).split(batch_size)
 
 
 def of_texts(tokens: Encoded, labels: tuple[str, ...], length: int) -> TensorSplit:

@@ -1,0 +1,120 @@
+"""Plain SGD on a CPU for layers that compute in bfloat16 and have float32 masters.
+
+Under autocast alone a forward pass makes bfloat16 copies of all weights, a backward pass float32 copies of all
+gradients, and the optimiser then reads both weights and gradients again: small models wait for memory longer than they
+compute. Here a layer holds its weights in bfloat16 and its gradients come so; gradient, master and the next bfloat16
+weight meet in one pass, in pieces that a core's own cache holds. What is computed is the same to the bit.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Masters"]
+
+LAYERS = nn.Linear, nn.Conv1d, nn.Conv2d
+"""Layers whose weights autocast makes copies of, and uses for nothing else."""
+PIECE = 2**17
+"""Numbers of a weight that are updated at once."""
+
+
+class Masters:
+    """A context in which the layers of a model hold bfloat16, and SGD without momentum and weight decay, which moves
+    their float32 masters; those are the layers' weights again afterwards.
+
+    Args:
+        model: float32; it must be computed under autocast to bfloat16.
+        groups: parameters that learn, with their rates, as an optimiser of torch has them (`param_groups`).
+    """
+
+    def __init__(self, model: nn.Module, groups: Iterable[Mapping[str, Any]]):
+        layers = (module for module in model.modules() if isinstance(module, LAYERS))
+        lower = {id(p) for layer in layers for p in layer.parameters(recurse=False) if _plain(p)}
+        self.others: list[tuple[nn.Parameter, float]] = []
+        self.members: list[tuple[list[nn.Parameter], float]] = []
+        for group in groups:
+            rate, own = group["lr"], [p for p in group["params"] if id(p) in lower]
+            self.others += [(p, rate) for p in group["params"] if id(p) not in lower]
+            self.members += [([p], rate) for p in own if p.numel() >= PIECE]
+            if small := [p for p in own if p.numel() < PIECE]:
+                self.members.append((small, rate))
+
+    def __enter__(self) -> Self:
+        room = torch.empty(PIECE)
+        self.together = [_Together(*some, room) for some in self.members]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for some in self.together:
+            some.restore()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Gradients never stay: what torch's optimisers do by default, and here always."""
+        for some in self.together:
+            for p in some.parameters:
+                p.grad = None
+        for p, _ in self.others:
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """w <- w - rate * gradient, of all parameters that have one."""
+        for some in self.together:
+            some.step()
+        for p, rate in self.others:
+            if p.grad is not None:
+                p.add_(p.grad, alpha=-rate)
+
+
+class _Together:
+    """Parameters that are updated as if they were one; room [PIECE] float32 is for what is forgotten at once."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], rate: float, room: Tensor):
+        self.parameters, self.rate = parameters, rate
+        self.weights = [p.data for p in parameters]
+        flat = [_flat(weight) for weight in self.weights]
+        self.master = flat[0] if len(flat) == 1 else torch.cat(flat)
+        self.low = self.master.to(torch.bfloat16)
+        pieces = zip(self.master.split(PIECE), self.low.split(PIECE), strict=True)
+        self.pieces = [(master, low, room[: len(low)]) for master, low in pieces]
+        for p, low in zip(parameters, self._parts(self.low), strict=True):
+            p.data = low
+
+    def _parts(self, flat: Tensor) -> list[Tensor]:
+        """What `flat` holds of each parameter, laid out as its weight is."""
+        ends = torch.tensor([weight.numel() for weight in self.weights]).cumsum(0).tolist()
+        return [
+            flat.as_strided(w.shape, w.stride(), end - w.numel()) for w, end in zip(self.weights, ends, strict=True)
+        ]
+
+    def step(self) -> None:
+        gradients = [_flat(_gradient(p)) for p in self.parameters]
+        gradient = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+        for (master, low, room), part in zip(self.pieces, gradient.split(PIECE), strict=True):
+            low.copy_(master.add_(room.copy_(part), alpha=-self.rate))
+
+    def restore(self) -> None:
+        for p, weight, master in zip(self.parameters, self.weights, self._parts(self.master), strict=True):
+            if master.data_ptr() != weight.data_ptr():
+                weight.copy_(master)
+            p.data = weight
+
+
+def _plain(p: nn.Parameter) -> bool:
+    """Whether it can lie in memory as a part of something longer: float32, no gaps."""
+    dense = p.is_contiguous() or (p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last))
+    return p.dtype == torch.float32 and dense and p.numel() > 0
+
+
+def _flat(t: Tensor) -> Tensor:
+    """A dense tensor as it lies in memory."""
+    return t.as_strided((t.numel(),), (1,))
+
+
+def _gradient(p: nn.Parameter) -> Tensor:
+    """Laid out as p is; zeros if the batch has not reached it."""
+    if p.grad is None:
+        return torch.zeros_like(p)
+    return p.grad if p.grad.stride() == p.stride() else torch.empty_like(p).copy_(p.grad)
