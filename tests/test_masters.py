@@ -83,6 +83,16 @@ def test_a_weight_with_gaps_in_memory_learns_as_it_is():
     assert (layer.weight == 0.5).all()
 
 
+def test_a_weight_that_is_a_part_of_something_longer_learns_in_its_place():
+    layer, longer = nn.Linear(3, 2, bias=False), torch.arange(10.0)
+    layer.weight.data = longer[2:8].view(2, 3)
+    with Masters(layer, [{"params": [layer.weight], "lr": 1.0}]) as optimizer:
+        layer.weight.grad = torch.full((2, 3), 0.5, dtype=torch.bfloat16)
+        optimizer.step()
+    assert longer.tolist() == [0, 1, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 8, 9]
+    assert layer.weight.data_ptr() == longer[2:].data_ptr()
+
+
 def test_after_an_error_the_weights_are_there():
     model = net()
     with pytest.raises(ValueError, match="stop"), Masters(model, groups(model)) as optimizer:

@@ -84,10 +84,11 @@ class _Together:
 
     def _parts(self, flat: Tensor) -> list[Tensor]:
         """What `flat` holds of each parameter, laid out as its weight is."""
-        ends = torch.tensor([weight.numel() for weight in self.weights]).cumsum(0).tolist()
-        return [
-            flat.as_strided(w.shape, w.stride(), end - w.numel()) for w, end in zip(self.weights, ends, strict=True)
-        ]
+        parts, start = [], flat.storage_offset()
+        for weight in self.weights:
+            parts.append(flat.as_strided(weight.shape, weight.stride(), start))
+            start += weight.numel()
+        return parts
 
     def step(self) -> None:
         gradients = [_flat(_gradient(p)) for p in self.parameters]
