@@ -31,7 +31,7 @@ class Masters:
 
     def __init__(self, model: nn.Module, groups: Iterable[Mapping[str, Any]]):
         layers = (module for module in model.modules() if isinstance(module, LAYERS))
-        lower = {id(p) for layer in layers for p in layer.parameters(recurse=False) if _plain(p)}
+        lower = {id(p) for layer in layers for p in layer.parameters(recurse=False) if _dense(p)}
         self.others: list[tuple[nn.Parameter, float]] = []
         self.members: list[tuple[list[nn.Parameter], float]] = []
         for group in groups:
@@ -50,8 +50,8 @@ class Masters:
         for some in self.together:
             some.restore()
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Gradients never stay: what torch's optimisers do by default, and here always."""
+    def zero_grad(self) -> None:
+        """Forget all gradients, as torch's optimisers do."""
         for some in self.together:
             for p in some.parameters:
                 p.grad = None
@@ -103,7 +103,7 @@ class _Together:
             p.data = weight
 
 
-def _plain(p: nn.Parameter) -> bool:
+def _dense(p: nn.Parameter) -> bool:
     """Whether it can lie in memory as a part of something longer: float32, no gaps."""
     dense = p.is_contiguous() or (p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last))
     return p.dtype == torch.float32 and dense and p.numel() > 0

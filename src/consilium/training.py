@@ -145,7 +145,7 @@ def fit(
     drawn = seeded(derive_seed(context.seed, "fit"))
     with drawn, Tap(model) as tap, experts or nullcontext(), optimizing as optimizer:
         for rows in data.epochs(epochs, config.batch_size, generator):
-            optimizer.zero_grad(set_to_none=True)  # before the forward pass: gradients never lie beside activations
+            optimizer.zero_grad()  # before the forward pass: gradients never lie beside activations
             batch = data.batch(rows, context.device)
             if objective is not None:
                 with lowered:
@@ -168,7 +168,7 @@ def fit(
             losses.append(loss.detach())
             del loss  # and with it the graph
             context.progress(len(losses), total)
-        optimizer.zero_grad(set_to_none=True)  # what comes next needs none
+        optimizer.zero_grad()  # what comes next needs none
     mean = torch.stack(losses).mean().item() if losses else float("nan")
     shares = {} if experts is None else {block: torch.zeros(len(ids)).long() for block, ids in experts.places.items()}
     for (block, place), batches in trained.items():
@@ -257,7 +257,7 @@ def _ranked(model: SplitModel, data: TensorSplit, config: Fit, context: ClientCo
     model.eval()
     logits = partial(_even, model) if evened(model, context) else model
     with torch.inference_mode(), config.lowered(context.device):
-        batches = (data.batch(range(i, min(i + size, len(data))), context.device) for i in range(0, len(data), size))
+        batches = (data.batch(rows, context.device) for rows in torch.arange(len(data)).split(size))
         return torch.cat([logits(batch)[0].argmax(-1) for batch in batches]).cpu()
 
 

@@ -283,7 +283,7 @@ def test_a_used_model_refuses_what_a_new_one_would():
     assert not half.used
 
 
-def test_a_module_of_the_users_is_made_anew(monkeypatch):
+def test_a_module_of_the_users_is_made_anew():
     """It may remember anything."""
     setup = tiny.small_setup("cohort")
     own = dataclasses.replace(setup.model, architectures=(f"{__name__}:flat",))
