@@ -347,6 +347,8 @@ def data_command(args: list[str]) -> None:
         alpha: float | None = None,
         classes: int | None = None,
         size: int = 0,
+        pages: str | None = None,
+        axes: str | None = None,
         seed: int = 0,
         out: Path | None = None,
     ) -> dict[str, Any]:
@@ -369,6 +371,8 @@ def data_command(args: list[str]) -> None:
             alpha: of dirichlet.
             classes: per client, of images, pathological.
             size: of a side, to which images are scaled and cut; 0: as they are.
+            pages: of image files with several pages or frames: first or all.
+            axes: of one image in an .npz file: CHW or HWC.
             seed: of the split.
             out: where the picture of the split goes; default: NAME-split.png here.
         """
@@ -379,8 +383,11 @@ def data_command(args: list[str]) -> None:
     given = {role: told[role] for role in (*NAMES, "image") if told[role]}
     settings = {key: told[key] for key in ("clients", "partition", "alpha")}
     if holds_images(path):
-        found = preview_images(path, given, settings | {"classes": told["classes"]}, told["size"], seed)
-    elif odd := [name for name in ("image", "classes", "size") if told[name]]:
+        settings |= {key: told[key] for key in ("classes", "pages", "axes")}
+        sheet = told["out"] or Path(f"{path.stem}-split.png")
+        sheet = sheet.with_name(f"{sheet.stem}-images.png" if told["out"] else f"{path.stem}-images.png")
+        found = preview_images(path, given, settings, told["size"], seed, sheet)
+    elif odd := [name for name in ("image", "classes", "size", "pages", "axes") if told[name]]:
         raise ConfigError(f"--{odd[0]} is for images; {path} is a table without a column of encoded images")
     else:
         found = preview(path, given, ModelSource(told["model"]).tokenizer(), settings, seed)

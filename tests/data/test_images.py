@@ -51,7 +51,7 @@ def test_a_folder_with_splits(tmp_path):
     for rows, seed in ((slice(0, 12), 1), (slice(12, 24), 2), (slice(24, 36), 0)):
         x, y = by_class(12, seed=seed)
         assert (found.x[rows] == x).all() and (found.y[rows] == y).all()
-    with pytest.raises(DataError, match="has the folder extra beside train; allowed are train, validation and test"):
+    with pytest.raises(DataError, match=r"has the folder extra beside test, .*if test is a split, all must be: train"):
         read_images(pictures.folder(tmp_path / "pets", 3, ("extra",)))
 
 
@@ -75,19 +75,19 @@ def test_a_folder_per_client(tmp_path):
 
 
 def test_grey_and_coloured_files_together(tmp_path):
-    """Grey becomes three equal channels, whichever comes first; alpha is left out; a turned photo stands upright."""
+    """Grey becomes three equal channels, whichever comes first; a turned photo stands upright."""
     grey = np.arange(6, dtype=np.uint8).reshape(2, 3)
     colour = np.stack([grey, 2 * grey, 3 * grey], axis=-1)
-    alpha = np.concatenate([colour, np.full((2, 3, 1), 7, np.uint8)], axis=-1)
     files = [tmp_path / f"{i}.png" for i in range(3)]
-    for file, array in zip(files, (grey, colour, alpha), strict=True):
+    for file, array in zip(files, (grey, colour, 4 * colour), strict=True):
         Image.fromarray(array).save(file)
-    x = stack(3, [(file.name, file) for file in files])
-    assert (x[0] == grey).all() and (x[1:] == colour.transpose(2, 0, 1)).all()
+    x, counts = stack(3, [(file.name, file) for file in files])
+    assert counts == [1, 1, 1] and (x[2] == 4 * x[1]).all()
+    assert (x[0] == grey).all() and (x[1] == colour.transpose(2, 0, 1)).all()
     turned, exif = tmp_path / "turned.jpg", Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
     Image.new("RGB", (5, 9)).save(turned, exif=exif)
-    assert stack(1, [("turned", turned)]).shape == (1, 3, 5, 9)
+    assert stack(1, [("turned", turned)])[0].shape == (1, 3, 5, 9)
 
 
 @pytest.mark.parametrize("form", ["file", "directory", "shards", "disk", "disk with splits", "hub"])
@@ -196,9 +196,9 @@ def png(width, height, data=b""):
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def deep():
+def negative():
     file = io.BytesIO()
-    Image.fromarray(np.full((4, 4), 300, np.uint16)).save(file, "PNG")
+    Image.fromarray(np.full((4, 4), -3, np.int32)).save(file, "TIFF")
     return file.getvalue()
 
 
@@ -206,7 +206,7 @@ def deep():
     ("content", "message"),
     [(png(10**5, 10**5), "pixels"), (png(12000, 9000), "pixels"), (png(8, 8, b"\0"), "cannot be decoded"),
      (b"not an image", "is no image of the formats that are read: PNG"), (b"", "no image"),
-     (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "no image"), (deep(), "more than 8 bits per pixel"),
+     (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "no image"), (negative(), "a pixel cannot be negative"),
      (png(8, 8)[:40], "cannot be decoded|no image")],
 )  # fmt: skip
 def test_files_that_cannot_be_decoded_are_named(tmp_path, content, message):
@@ -338,3 +338,49 @@ def test_a_name_of_nothing():
         ImageData(client="site").load(0)
     with pytest.raises(ConfigError, match="the digits are 8 x 8"):
         ImageData(size=4).load(0)
+
+
+def test_litter_of_operating_systems_is_skipped_and_counted(tmp_path):
+    """In every folder: Windows, macOS, NAS; also beside Parquet files, and folders that hold images of their own."""
+    root = pictures.folder(tmp_path / "pets", 12)
+    for name in ("Thumbs.db", "cat/Thumbs.db", "cat/desktop.ini", "cat/.DS_Store", "cat/._000.png", "dog/._000.png",
+                 "__MACOSX/cat/._000.png", "@eaDir/cat/000.png", "cat/@eaDir/000.png/x.jpg"):  # fmt: skip
+        made(root, name)
+    found = read_images(root)
+    assert found.labels == pictures.CLASSES and len(found) == 12
+    assert found.source["litter"] == {
+        "Thumbs.db": 2, "@eaDir": 2, "._*": 2, "desktop.ini": 1, ".DS_Store": 1, "__MACOSX": 1
+    }  # fmt: skip
+    pictures.table(6).to_parquet(made(tmp_path / "table", "._a.parquet", "Thumbs.db") / "a.parquet")
+    assert len(read_images(tmp_path / "table")) == 6
+
+
+def test_classes_called_like_splits(tmp_path):
+    """Folders are splits only if all are called so: vehicles have trains, and states may be called test and dev."""
+    for kind in ("bus", "car", "train", "Test"):
+        pictures.folder(tmp_path / "pets" / kind, 3)
+        (tmp_path / "vehicles" / kind).mkdir(parents=True)
+        for i, file in enumerate(sorted((tmp_path / "pets" / kind).rglob("*.png"))):
+            file.rename(tmp_path / "vehicles" / kind / f"{i}.png")
+    assert read_images(tmp_path / "vehicles").labels == ("Test", "bus", "car", "train")
+    pictures.folder(tmp_path / "alone", 3, ("test",))
+    with pytest.raises(DataError, match=r"alone has folders for test alone \(test\)"):
+        read_images(tmp_path / "alone")
+
+
+@pytest.mark.parametrize(
+    "name", ["a.npz", "a.parquet", "pets/cat/0.png", "mnist/train-images-idx3-ubyte", "c/train.bin"]
+)
+def test_pointers_of_git_lfs(tmp_path, name):
+    """What a clone without Git LFS leaves is named, with what to do."""
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 244104\n"
+    (made(tmp_path, name) / name).write_bytes(pointer)
+    with pytest.raises(DataError, match=rf"{name} is a Git LFS pointer of 131 bytes: run git lfs pull"):
+        read_images(tmp_path / name if "/" not in name else tmp_path / name.split("/")[0])
+
+
+def test_few_rows_of_many_classes_are_not_all_for_validation(tmp_path):
+    """Two images of each of three classes: a client of six rows has some for test too."""
+    root = pictures.folder(tmp_path / "pets", 6)
+    (client,) = ImageData(root, partition="iid", clients=1).load(0).clients.values()
+    assert [len(split) for _, split in client.splits()] == [3, 2, 1]

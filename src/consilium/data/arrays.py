@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from consilium.data.images import read_images
-from consilium.data.pixels import Images
+from consilium.data.images import AXES, Axes, read_images
+from consilium.data.pixels import PAGES, Images, Pages
 from consilium.data.sets import digest, located
 from consilium.data.task import Federation, Task
 from consilium.data.tensor import AUGMENTATIONS, Augment, federation
@@ -41,6 +41,9 @@ class ImageData:
         image, label: columns of a table (Parquet, `datasets`); "": guessed. Of CIFAR-100, label is "fine_label" (or "")
             or "coarse_label".
         client: column of a table that says which client a row belongs to; "": dealt by `partition`.
+        pages: of a file with several pages or frames (TIFF, GIF, WebP, APNG): "refuse" it, or take the "first" or "all"
+            as images. The pages of one file may then lie in different splits.
+        axes: of one image in an .npz file: "CHW" or "HWC" (channels, height, width); "": by its shape, if that says it.
         augment: of training batches alone: "crop" (a random window after padding by 4), "flip" (left to right, every
             other image), "crop-flip", "none". Drawn from the seed of client and round.
     """
@@ -57,6 +60,8 @@ class ImageData:
     image: str = ""
     label: str = ""
     client: str = ""
+    pages: Pages = "refuse"
+    axes: Axes = ""
     augment: Augment = "none"
 
     def __post_init__(self) -> None:
@@ -68,6 +73,9 @@ class ImageData:
             raise ConfigError(f"alpha is {self.alpha}; it must be a positive number")
         if self.partition not in ("pathological", "dirichlet", "iid"):
             raise ConfigError(f"partition {self.partition!r}: use pathological, dirichlet or iid")
+        for name, allowed in (("pages", PAGES), ("axes", AXES)):
+            if (given := getattr(self, name)) not in allowed:
+                raise ConfigError(f"data.{name} is {given!r}; use {', '.join(filter(None, allowed))}")
         if self.augment not in AUGMENTATIONS:
             raise ConfigError(f"augment {self.augment!r}: use {', '.join(AUGMENTATIONS)}")
         _check_shares(self.validation, self.test)
@@ -77,7 +85,14 @@ class ImageData:
 
         Raises DataError when the file, an image or a label cannot be used, or no client has enough rows.
         """
-        found = read_images(self.path, self.size, self.image, self.label, self.client)
+        return self.deal(self.read(), seed)
+
+    def read(self) -> Images:
+        """Read all images; raises DataError when the file, an image or a label cannot be used."""
+        return read_images(self.path, self.size, self.image, self.label, self.client, self.pages, self.axes)
+
+    def deal(self, found: Images, seed: int) -> Federation:
+        """Deal the images that `read` returned; raises DataError if no client has enough rows."""
         if self.augment != "none" and found.x.ndim != 4:
             raise DataError(f"data.augment is for images (channels, height, width); these are {found.x.shape[1:]}")
         task = Task(_task_name(self.path), "classification", found.labels, "accuracy")

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from consilium.data.pixels import Images, labelled, stack
-from consilium.data.sets import digest, is_directory, open_set
+from consilium.data.pixels import Images, Pages, labelled, stack
+from consilium.data.sets import digest, is_directory, is_litter, open_set
 from consilium.data.textfile import read_rows, strings
 from consilium.errors import DataError, first_line
 
@@ -33,7 +33,7 @@ def part_of(name: str) -> str | None:
     return _PARTS.get(name.lower())
 
 
-def read_parquet(path: Path, size: int, image: str, label: str, client: str) -> Images:
+def read_parquet(path: Path, size: int, image: str, label: str, client: str, pages: Pages = "refuse") -> Images:
     """One Parquet file, or a directory of them: train-*.parquet, test-*.parquet, or shards of one table.
 
     Args:
@@ -45,7 +45,9 @@ def read_parquet(path: Path, size: int, image: str, label: str, client: str) -> 
     from datasets import concatenate_datasets
 
     wanted = [column for column in (image, label, client) if column]
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.glob("*.parquet") if not is_litter(file.name))
     words = {file: map(part_of, re.split(r"[^a-z]+", file.stem.lower())) for file in files}
     parts = {file: next(filter(None, found), None) for file, found in words.items()}
     if path.is_file() or not any(parts.values()):
@@ -64,14 +66,14 @@ def read_parquet(path: Path, size: int, image: str, label: str, client: str) -> 
     source = {"format": "Parquet", "files": [file.name for file in files]}
     if path.is_file():
         source["sha256"] = digest(path)
-    return _read(path.name, joined, size, image, label, client, source)
+    return _read(path.name, joined, size, image, label, client, source, pages)
 
 
-def read_set(path: Path, size: int, image: str, label: str, client: str) -> Images:
+def read_set(path: Path, size: int, image: str, label: str, client: str, pages: Pages = "refuse") -> Images:
     """A directory of `datasets`, or a data set on the hub; raises as `read_parquet`."""
     source = {"format": "datasets directory" if is_directory(path) else "hub"}
     name = path.name if is_directory(path) else str(path)
-    return _read(name, _parts(str(path), open_set(path)), size, image, label, client, source)
+    return _read(name, _parts(str(path), open_set(path)), size, image, label, client, source, pages)
 
 
 def _parts(name: str, found: Any) -> dict[str, Any]:
@@ -86,21 +88,29 @@ def _parts(name: str, found: Any) -> dict[str, Any]:
 
 
 def _read(
-    name: str, parts: dict[str, Any], size: int, image: str, label: str, client: str, source: dict[str, Any]
+    name: str,
+    parts: dict[str, Any],
+    size: int,
+    image: str,
+    label: str,
+    client: str,
+    source: dict[str, Any],
+    pages: Pages = "refuse",
 ) -> Images:
-    """The columns of both parts, one after the other."""
+    """Read the columns of both parts, one after the other."""
     if "train" not in parts:
         raise DataError(f"{name} has rows for test alone; there must be some for training")
     tables = list(parts.values())
     image, label = table_of(name, tables[0], image, label, client)
     n = sum(len(rows) for rows in tables)
     named = [(f"{name} ({part})" if len(parts) > 1 else name, rows) for part, rows in parts.items()]
-    x = stack(n, (file for told, rows in named for file in _files(told, rows, image)), size)
+    x, counts = stack(n, (file for told, rows in named for file in _files(told, rows, image)), size, pages)
     y = np.concatenate([_labels(told, rows, label) for told, rows in named])
     owners = [o for told, rows in named for o in strings(Path(told), client, rows[client][:])] if client else ()
     places, labels = labelled(y, getattr(tables[0].features[label], "names", None))
     chosen = {"image": image, "label": label, "client": client}
-    return Images(x, places, labels, len(parts["train"]), owners, source | chosen)
+    owners = np.repeat(owners, counts).tolist() if client else ()
+    return Images(x, np.repeat(places, counts), labels, sum(counts[: len(parts["train"])]), owners, source | chosen)
 
 
 def table_of(name: str, rows: Any, image: str = "", label: str = "", client: str = "") -> tuple[str, str]:

@@ -1,7 +1,8 @@
 """Images from wherever they lie: what a path is, is recognised by what is in it.
 
     digits                       scikit-learn's, 1,797 of 8 x 8; no file, no network
-    FILE.npz                     x_train, y_train, x_test, y_test, perhaps label_names; arrays of objects are refused
+    FILE.npz                     x_train, y_train, x_test, y_test, perhaps label_names; arrays of objects are refused;
+                                 where a shape does not say which axis is that of the channels, `axes` must
     DIR/<class>/*.png            a folder of images per class; or DIR/train/<class> and DIR/test/<class>
     DIR/<client>/<class>/*.png   the same for every client, whose images they are; also below DIR/train and DIR/test
     FILE.parquet, DIR/*.parquet  a column of encoded images and one of classes; train-*.parquet and test-*.parquet
@@ -9,25 +10,33 @@
     DIR/*.bin                    CIFAR-10's and CIFAR-100's binary version
     DIR/*-idx3-ubyte[.gz]        MNIST's files
 
-Python pickles are refused: reading one runs whatever it says.
+What operating systems leave in folders (Thumbs.db, __MACOSX, ...) and hidden files are skipped and counted. Folders are
+splits only if all of them are called so: a class may be called train. Python pickles are refused: reading one runs
+whatever it says.
 """
 
+import os
 import re
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from consilium.data.binaries import IDX, read_cifar, read_idx
 from consilium.data.columns import part_of, read_parquet, read_set
-from consilium.data.pixels import ENDINGS, Images, labelled, resized, stack
-from consilium.data.sets import digest, is_directory, is_hub_name
+from consilium.data.pixels import ENDINGS, Images, Pages, finite, labelled, resized, scaled, stack
+from consilium.data.sets import digest, is_directory, is_hub_name, is_litter
 from consilium.errors import ConfigError, DataError, first_line
+from consilium.pointers import refuse_pointer, refuse_pointers
 
-__all__ = ["kind_of", "read_images"]
+__all__ = ["AXES", "Axes", "kind_of", "read_images"]
+
+Axes = Literal["", "CHW", "HWC"]
+AXES: tuple[Axes, ...] = get_args(Axes)
 
 ALLOWED = (
     "an .npz file, a .parquet file or a directory of them, a folder of images per class, a directory of `datasets`, "
@@ -46,6 +55,7 @@ def kind_of(path: Path) -> str:
     if str(path) == "digits":
         return "digits"
     if path.is_file() or path.suffix.lower() in (".npz", ".parquet"):
+        refuse_pointer(path, DataError)
         if path.suffix.lower() in (".npz", ".parquet"):
             return path.suffix.lower()[1:]
         if _PICKLES.fullmatch(path.name.lower()):
@@ -58,6 +68,7 @@ def kind_of(path: Path) -> str:
         if is_hub_name(path):
             return "hub"
         raise DataError(f"{path} is not there; give {ALLOWED}")
+    refuse_pointers(path, DataError)
     names = _names(path)
     if is_directory(path):
         return "datasets"
@@ -75,12 +86,22 @@ def kind_of(path: Path) -> str:
     raise DataError(f"{path} {found}; give {ALLOWED}")
 
 
-def read_images(path: Path, size: int = 0, image: str = "", label: str = "", client: str = "") -> Images:
-    """All images of a source as one array, see `Images`.
+def read_images(
+    path: Path,
+    size: int = 0,
+    image: str = "",
+    label: str = "",
+    client: str = "",
+    pages: Pages = "refuse",
+    axes: Axes = "",
+) -> Images:
+    """Read all images of a source as one array, see `Images`.
 
     Args:
         size: of a side, after scaling and cutting (`pixels.resized`); 0: as they are, all equal.
         image, label, client: columns, of a table; "": guessed, and no client. label of CIFAR-100: "coarse_label".
+        pages: what to do with a file of several pages or frames, see `pixels.stack`.
+        axes: of one image of an .npz file; "": told by its shape, where that is possible.
 
     Raises:
         DataError: for what cannot be read, naming file, row or column.
@@ -90,25 +111,36 @@ def read_images(path: Path, size: int = 0, image: str = "", label: str = "", cli
     given = [f"data.{name}" for name, column in (("image", image), ("label", label), ("client", client)) if column]
     if kind not in TABLES and given and (kind != "cifar" or given != ["data.label"]):
         raise ConfigError(f"{', '.join(given)} names a column; {path.name} is no table: leave it out")
+    if axes and kind != "npz":
+        raise ConfigError(f"data.axes is for the arrays of an .npz file; {path.name} has none: leave it out")
     match kind:
         case "digits":
             return _digits(size)
         case "npz":
-            return _npz(path, size)
+            return _npz(path, size, axes)
         case "cifar":
             return read_cifar(path, _names(path), label, size)
         case "idx":
             return read_idx(path, _names(path), size)
         case "parquet":
-            return read_parquet(path, size, image, label, client)
+            return read_parquet(path, size, image, label, client, pages)
         case "datasets" | "hub":
-            return read_set(path, size, image, label, client)
-    return _folder(path, size)
+            return read_set(path, size, image, label, client, pages)
+    return _folder(path, size, pages)
 
 
 def _names(path: Path) -> list[str]:
-    """What lies in a directory, but for what is hidden."""
-    return sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+    """Return the names in a directory, without what is hidden and the litter of operating systems."""
+    return sorted(entry.name for entry in path.iterdir() if not is_litter(entry.name))
+
+
+def _litter(path: Path) -> dict[str, int]:
+    """Count the files and folders below a directory that `_names` leaves out: name -> number, the largest first."""
+    found: Counter[str] = Counter()
+    for _, folders, files in os.walk(path):
+        found.update("._*" if name.startswith("._") else name for name in (*folders, *files) if is_litter(name))
+        folders[:] = [name for name in folders if not is_litter(name)]
+    return dict(found.most_common())
 
 
 def _pickled(path: Path, found: Sequence[str]) -> str:
@@ -119,15 +151,10 @@ def _pickled(path: Path, found: Sequence[str]) -> str:
     )
 
 
-def _folder(path: Path, size: int) -> Images:
-    """Folders of images: a class each; or clients with the classes in them; or train (and validation) and test, with
-    classes or clients in them."""
-    roots = {"train": [path], "test": []}
-    names = _folders(path)
-    if any(part_of(name) == "train" for name in names):
-        if odd := [name for name in names if part_of(name) is None]:
-            raise DataError(f"{path} has the folder {odd[0]} beside train; allowed are train, validation and test")
-        roots = {part: [path / name for name in names if part_of(name) == part] for part in roots}
+def _folder(path: Path, size: int, pages: Pages) -> Images:
+    """Read folders of images: a class each; or clients with the classes in them; or train (and validation) and test,
+    with classes or clients in them."""
+    roots = _roots(path)
     sites = {part: [site for root in roots[part] for site in _clients(root)] for part in roots}
     owned = {bool(client) for found in sites.values() for client, _ in found}
     if len(owned) > 1:
@@ -136,12 +163,36 @@ def _folder(path: Path, size: int) -> Images:
         part: [(client, *found) for client, site in sites[part] for found in _classes(site)]
         for part in ("train", "test")
     }
-    files, train = parts["train"] + parts["test"], len(parts["train"])
-    x = stack(len(files), ((str(file), file) for _, file, _ in files), size)
+    files = parts["train"] + parts["test"]
+    x, counts = stack(len(files), ((str(file), file) for _, file, _ in files), size, pages)
     places, labels = labelled(np.array([name for *_, name in files]), None)
-    source = {"format": "image folder", "files": len(files)}
-    owners = [client for client, *_ in files] if owned == {True} else ()
-    return Images(x, places, labels, train, owners, source)
+    source: dict[str, Any] = {"format": "image folder", "files": len(files)}
+    if litter := _litter(path):
+        source["litter"] = litter
+    owners = np.repeat([client for client, *_ in files], counts).tolist() if owned == {True} else ()
+    return Images(x, np.repeat(places, counts), labels, sum(counts[: len(parts["train"])]), owners, source)
+
+
+def _roots(path: Path) -> dict[str, list[Path]]:
+    """Return the folders of the training and of the test part. Folders are splits only if all are called so.
+
+    Raises:
+        DataError: for folders of clients or classes beside folders of splits.
+    """
+    names = _folders(path)
+    split = {name: part_of(name) for name in names}
+    if all(split.values()):
+        roots = {part: [path / name for name in names if split[name] == part] for part in ("train", "test")}
+        if not roots["train"]:
+            raise DataError(f"{path} has folders for test alone ({', '.join(names)}); there must be one for training")
+        return roots
+    called = [name for name in names if split[name] and _folders(path / name)]
+    if called and (odd := [name for name in names if not split[name]]):
+        raise DataError(
+            f"{path} has the folder {odd[0]} beside {called[0]}, which holds folders; if {called[0]} is a split, all "
+            "must be: train, validation and test; if it is a client, rename it"
+        )
+    return {"train": [path], "test": []}
 
 
 def _folders(path: Path) -> list[str]:
@@ -188,41 +239,70 @@ def _digits(size: int) -> Images:
     return Images(x, places, labels, len(y), source={"scikit-learn": __version__})
 
 
-def _npz(path: Path, size: int) -> Images:
+_ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+def _npz(path: Path, size: int, axes: Axes) -> Images:
     found = _arrays(path)
-    missing = [name for name in ("x_train", "y_train", "x_test", "y_test") if name not in found]
-    if missing:
-        raise DataError(f"{path.name} has no {', '.join(missing)}; it has {', '.join(found)}")
     for part in ("train", "test"):
         x, y = found[f"x_{part}"], found[f"y_{part}"]
         if len(x) != len(y) or y.ndim != 1:
             raise DataError(f"{path.name}: x_{part} is {x.shape}, y_{part} {y.shape}; give one label per image")
+        if x.dtype.kind == "f":
+            finite(f"{path.name}: x_{part}", x)
     if found["x_train"].shape[1:] != found["x_test"].shape[1:]:
         raise DataError(f"{path.name}: x_train and x_test differ in the shape of one image")
-    x = _channels(np.concatenate([found["x_train"], found["x_test"]]))
-    places, labels = labelled(np.concatenate([found["y_train"], found["y_test"]]), found.get("label_names"))
+    x = np.concatenate([found["x_train"], found["x_test"]])
+    x = _channels_first(path.name, scaled(x), axes)
+    if x.dtype == np.float32:
+        finite(f"{path.name}, as float32: x", x)  # float64 may be too large for it
+    y = np.concatenate([_class_of(path.name, name, found[name]) for name in ("y_train", "y_test")])
+    places, labels = labelled(y, found.get("label_names"))
     source = {"sha256": digest(path)}
     return Images(resized(x, size), places, labels, len(found["y_train"]), source=source)
 
 
-def _arrays(path: Path) -> dict[str, Any]:
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of an .npz file that are used; no other is unpacked."""
+    refuse_pointer(path, DataError)
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        reason = first_line(error)
-        raise DataError(f"{path} cannot be read as .npz: {reason}") from error
+            if missing := [name for name in _ARRAYS if name not in file.files]:
+                raise DataError(f"{path.name} has no {', '.join(missing)}; it has {', '.join(file.files)}")
+            return {name: file[name] for name in (*_ARRAYS, "label_names") if name in file.files}
+    except (OSError, ValueError, EOFError, TypeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} cannot be read as .npz: {first_line(error)}") from error
 
 
-def _channels(x: np.ndarray) -> np.ndarray:
-    """[N, C, H, W] of [N, H, W], [N, H, W, C] or [N, C, H, W], C is 1 or 3 (other shapes stay); whole numbers in
-    0..255 are pixels (uint8), others float32."""
-    if x.dtype.kind in "iu" and len(x) and x.min() >= 0 and x.max() <= 255:
-        x = x.astype(np.uint8)
-    elif x.dtype != np.uint8:
-        x = x.astype(np.float32)
-    if x.ndim == 3:
+def _class_of(name: str, array: str, y: np.ndarray) -> np.ndarray:
+    """Return labels as whole numbers or texts, which they must be."""
+    if y.dtype.kind == "S":
+        return np.char.decode(y, "utf-8", "replace")
+    if y.dtype.kind == "f" and len(wrong := np.flatnonzero(~np.isfinite(y) | (y != np.round(y)))):
+        raise DataError(f"{name}: {array} is {y[wrong[0]]} in row {wrong[0]}; a class must be a whole number or a text")
+    return y.astype(np.int64) if y.dtype.kind == "f" else y
+
+
+def _channels_first(name: str, x: np.ndarray, axes: Axes) -> np.ndarray:
+    """Return [N, C, H, W] of images [N, H, W], [N, H, W, C] or [N, C, H, W]; rows [N, S] of numbers stay.
+
+    Args:
+        axes: of one image; "": the axis of 1 or 3 at one end is that of the channels.
+
+    Raises:
+        DataError: if the shape does not say which axis is which, or is not of `axes`.
+    """
+    shape = x.shape[1:]
+    if axes and len(shape) != 3:
+        raise DataError(f"{name}: an image is {shape}; data.axes {axes} is for three axes: leave it out")
+    if len(shape) == 2:
         return x[:, None]
-    if x.ndim == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
-        return np.ascontiguousarray(x.transpose(0, 3, 1, 2))
-    return x
+    if len(shape) != 3:
+        return x
+    ends = [axis for axis, side in (("CHW", shape[0]), ("HWC", shape[2])) if side in (1, 3)]
+    if not axes and len(ends) != 1:
+        raise DataError(
+            f"{name}: an image is {shape}; that does not say which axis is that of the channels: give --data.axes CHW "
+            "or --data.axes HWC"
+        )
+    return np.ascontiguousarray(x.transpose(0, 3, 1, 2)) if (axes or ends[0]) == "HWC" else x

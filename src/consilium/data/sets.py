@@ -8,13 +8,23 @@ from typing import Any
 from consilium.data.pixels import ENDINGS
 from consilium.errors import DataError, first_line
 
-__all__ = ["digest", "is_directory", "is_hub_name", "located", "open_set", "rows_of"]
+__all__ = ["digest", "is_directory", "is_hub_name", "is_litter", "located", "open_set", "rows_of"]
+
+_LITTER = {
+    "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "__macosx", "@eadir", "#recycle", "$recycle.bin",
+    "system volume information", "icon\r", "lost+found", "network trash folder", "temporary items",
+}  # fmt: skip
 
 _FILES = {
     ".npz", ".parquet", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".gz", ".zip", ".tar", ".bin", ".pkl",
     *ENDINGS,
 }  # fmt: skip
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def is_litter(name: str) -> bool:
+    """Return whether an operating system or a file server leaves files or folders of this name, or it is hidden."""
+    return name.startswith(".") or name.lower() in _LITTER or name.lower().startswith("thumbs.db:")
 
 
 def is_hub_name(path: Path) -> bool:

@@ -197,7 +197,8 @@ def federation(
 def cut(rows: Sequence[int], y: Tensor, shares: Sequence[float], rng: random.Random) -> list[list[int]]:
     """Rows for training and for each of `shares`, class by class, so that all parts have the same mixture.
 
-    A class gives a part at least one row as long as one is left to train on; of a single row, it trains.
+    A class gives a part at least one row as long as one is left to train on; of a single row, it trains. A part that
+    nevertheless gets none is given a row of the largest of the others but training, if that has two.
     """
     classes = defaultdict(list)
     for row in sorted(rows):
@@ -211,6 +212,9 @@ def cut(rows: Sequence[int], y: Tensor, shares: Sequence[float], rng: random.Ran
             parts[part] += [members.pop() for _ in range(n)]
             left -= n
         parts[0] += members
+    for part in parts[1:]:
+        if not part and len(largest := max(parts[1:], key=len)) > 1:
+            part.append(largest.pop())
     return [sorted(part) for part in parts]
 
 

@@ -20,7 +20,7 @@ from consilium.algorithms.pfedmoe import Mixture
 from consilium.core import ClientContext, ClientInfo, ClientState, Payload, derive_seed
 from consilium.data.arrays import ImageData, Scale, TableData, matrix
 from consilium.data.encode import encode
-from consilium.data.pixels import stack
+from consilium.data.pixels import Pages, stack
 from consilium.data.task import ClientData, Split, Task
 from consilium.data.tensor import TensorSplit, of_texts
 from consilium.data.textfile import read_rows
@@ -237,7 +237,8 @@ class Small:
         if not isinstance(data, ImageData) or len(self.shape) != 3:
             raise ConfigError(f"this model reads {self.reads}")
         colours, height, width = self.shape
-        x = torch.from_numpy(stack(1, [(str(path), path)], data.size))
+        pages: Pages = "first" if data.pages == "first" else "refuse"
+        x = torch.from_numpy(stack(1, [(str(path), path)], data.size, pages)[0])
         if x.shape[2:] != (height, width) or x.shape[1] > colours:
             was = f"{x.shape[3]} x {x.shape[2]} pixels, {'grey' if x.shape[1] == 1 else 'in colour'}"
             kind = "grey" if colours == 1 else "in colour"

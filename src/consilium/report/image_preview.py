@@ -1,21 +1,27 @@
 """A look at images before they are used: what lies there, how a run would deal it, and the command that runs on it."""
 
+from collections import defaultdict
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from consilium.data.arrays import ImageData
+from consilium.data.pixels import Images
 from consilium.data.sets import is_directory, is_hub_name, open_set
 from consilium.data.task import Federation
 from consilium.errors import ConfigError
-from consilium.report.preview import Preview, counts_of
+from consilium.report.preview import Preview, counts_of, write_figure
 
 __all__ = ["holds_images", "preview_images"]
 
 ROLES = ("image", "label", "client")
+ROWS, COLUMNS = 24, 8
+"""Of a contact sheet: classes, and images of each, at most."""
 
 
 def holds_images(path: Path) -> bool:
@@ -42,21 +48,27 @@ def _is_image(kind: pa.DataType) -> bool:
     return pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
 
 
-def preview_images(path: Path, given: Mapping[str, str], settings: Mapping[str, Any], size: int, seed: int) -> Preview:
+def preview_images(
+    path: Path, given: Mapping[str, str], settings: Mapping[str, Any], size: int, seed: int, sheet: Path | None = None
+) -> Preview:
     """Read the images and deal them as `consilium run pfedmoe-images` would.
 
     Args:
-        given: role -> column, of "image", "label", "client". settings: clients, partition, alpha, classes of the split.
+        given: role -> column, of "image", "label", "client".
+        settings: clients, partition, alpha, classes of the split; pages, axes of the images.
         size: of a side, 0: as they are.
+        sheet: where to draw some images of each class, as they were read; None: nowhere.
 
     Raises:
         ConfigError: for a role that images do not have. DataError: as the data source does.
     """
     if odd := [role for role in given if role not in ROLES]:
         raise ConfigError(f"--{odd[0]} is a column of texts; {path.name} holds images, with {', '.join(ROLES)}")
-    chosen = {key: value for key, value in settings.items() if value is not None and "client" not in given}
+    dealt = () if "client" not in given else ("clients", "partition", "alpha", "classes")
+    chosen = {key: value for key, value in settings.items() if value is not None and key not in dealt}
     data = ImageData(path, size=size, **given, **chosen)
-    federation = data.load(seed)
+    found = data.read()
+    federation = data.deal(found, seed)
     source = federation.source
     roles = {role: source[role] for role in ROLES if source.get(role)}
     told = {"path": str(path)} | dict(given) | {key: str(value) for key, value in chosen.items()}
@@ -65,6 +77,9 @@ def preview_images(path: Path, given: Mapping[str, str], settings: Mapping[str, 
     facts = [_shape(federation), *([", ".join(f"{role}: {column}" for role, column in roles.items())] if roles else [])]
     if left := source["rows"] - sum(sum(of_client.values()) for of_client in counts.values()):
         facts.append(f"{left} of {source['rows']} belong to no client of this split")
+    facts += _oddities(found)
+    if sheet is not None and found.x.ndim == 4:
+        facts.append(f"images as they were read: {_draw(found, sheet)}")
     return Preview(
         source["rows"],
         {},
@@ -84,6 +99,49 @@ def _shape(federation: Federation) -> str:
     colours, height, width = (1, 1, 1, *federation.shape)[-3:]
     where = source.get("format", "arrays")
     return f"{where}: {width} x {height} pixels, {'grey' if colours == 1 else f'{colours} channels'}"
+
+
+def _oddities(found: Images) -> list[str]:
+    """Return a line each for files that were skipped, for images that are blank and for images that are identical."""
+    facts = []
+    if litter := found.source.get("litter"):
+        names = ", ".join(f"{name} ({n})" if n > 1 else name for name, n in list(litter.items())[:5])
+        facts.append(f"skipped {sum(litter.values())} of the operating system or hidden: {names}")
+    flat = found.x.reshape(len(found), -1)
+    if blank := int((flat == flat[:, :1]).all(1).sum()):
+        facts.append(f"warning: blank images (all pixels alike): {blank} of {len(found)}")
+    places: dict[bytes, list[int]] = defaultdict(list)
+    for row, pixels in enumerate(flat):
+        places[sha256(pixels.tobytes()).digest()].append(row)
+    if copies := [rows for rows in places.values() if len(rows) > 1]:
+        torn = sum(len(rows) for rows in copies if len(set(found.y[rows].tolist())) > 1)
+        facts.append(
+            f"warning: images that are identical to another: {sum(map(len, copies))} of {len(found)}"
+            + (f", {torn} of them to one of another class" if torn else "")
+        )
+    return facts
+
+
+def _draw(found: Images, target: Path) -> Path:
+    """Draw a contact sheet: of each class a row of images, evenly chosen."""
+    from matplotlib.figure import Figure
+
+    classes = range(min(len(found.labels), ROWS))
+    figure = Figure(figsize=(COLUMNS + 1.6, 1.05 * len(classes) + 0.3), layout="constrained")
+    axes = figure.subplots(len(classes), COLUMNS, squeeze=False)
+    span = (0, 255) if found.x.dtype == np.uint8 else (found.x.min(), found.x.max())
+    for row, kind in enumerate(classes):
+        members = np.flatnonzero(found.y == kind)
+        chosen = members[np.linspace(0, len(members) - 1, min(COLUMNS, len(members))).round().astype(int)]
+        for column, panel in enumerate(axes[row]):
+            panel.set_axis_off()
+            if column < len(chosen):
+                x = found.x[chosen[column]]
+                shown = (x.transpose(1, 2, 0) - span[0]) / ((span[1] - span[0]) or 1) if len(x) == 3 else x[0]
+                panel.imshow(shown, cmap="gray", vmin=span[0], vmax=span[1], interpolation="nearest")
+        name = found.labels[kind][:24].replace("$", r"\$")
+        axes[row, 0].text(-0.1, 0.5, name, ha="right", va="center", fontsize=8, transform=axes[row, 0].transAxes)
+    return write_figure(figure, target)
 
 
 def _model(federation: Federation) -> tuple[str, ...]:

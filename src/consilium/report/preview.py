@@ -23,7 +23,7 @@ from consilium.errors import ConfigError
 from consilium.report.maps import RAMP
 from consilium.report.style import shorten_all
 
-__all__ = ["Preview", "counts_of", "guess", "preview", "save_picture", "show"]
+__all__ = ["Preview", "counts_of", "guess", "preview", "save_picture", "show", "write_figure"]
 
 NAMES = {
     "messages": ("messages", "conversations", "conversation", "chat"),
@@ -236,6 +236,11 @@ def save_picture(found: Preview, target: Path) -> Path:
                 )
     axes.set_title(f"{len(values)} clients, {sum(map(sum, values))} rows", fontsize=10)
     figure.colorbar(image, label="rows", fraction=0.05, pad=0.02, aspect=12 if len(values) < 12 else 40)
+    return write_figure(figure, target)
+
+
+def write_figure(figure: Any, target: Path) -> Path:
+    """Save a figure of matplotlib; raises ConfigError if it cannot be written."""
     try:
         figure.savefig(target, dpi=110, metadata={"Software": None} if target.suffix == ".png" else None)
     except (OSError, ValueError) as error:
