@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from consilium.core import Algorithm, Sampling
 from consilium.data.causal import Packed
+from consilium.data.encode import token_bytes
 from consilium.data.language import LanguageData
 from consilium.data.task import ClientData, Split, Task
 from consilium.errors import ConfigError
@@ -134,6 +135,10 @@ def test_token_accuracy_and_perplexity_from_the_full_logits(plain):
         told = assess(model, data, owner, setup, tap)
     assert told["score"] == sum(hits) / len(hits)
     assert told["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+    predicted = [id for s, t in zip(data.sources, data.targets, strict=True) for id in (t if s else t[1:])]
+    sizes = token_bytes(setup.model.tokenizer())
+    expected = sum(losses) / math.log(2) / int(sizes[predicted].sum())
+    assert told["bits_per_byte"] == pytest.approx(expected, rel=1e-4)
     again = assess(model, data, owner, dataclasses.replace(setup, fit=dataclasses.replace(setup.fit, batch_size=5)))
     assert again["score"] == told["score"]
     read = sum(len(s) + len(t) for s, t in zip(data.sources, data.targets, strict=True))

@@ -22,7 +22,7 @@ _PLACES = {
     "algorithms.standalone": ("Standalone",),
     "api": ("Run", "compare", "load_run"),
     "core": ("Algorithm", "Client", "ClientInfo", "Payload", "Sampling", "Server"),
-    "data.arrays": ("ImageData", "TableData"), "data.docstrings": ("DocstringData",),
+    "data.arrays": ("ImageData", "TableData"), "data.code": ("CodeData",), "data.docstrings": ("DocstringData",),
     "data.language": ("LanguageData",), "data.textfile": ("TextFileData",),
     "errors": ("ConsiliumError",), "experiment": ("Experiment",), "models.cohort": ("Cohort",),
     "moe.build": ("ModelSource",), "moe.surgery": ("slice_experts",), "run": ("resume",), "setup": ("Fit",),

@@ -30,6 +30,7 @@ from consilium.core import Sampling as Sampling
 from consilium.core import Server as Server
 from consilium.data.arrays import ImageData as ImageData
 from consilium.data.arrays import TableData as TableData
+from consilium.data.code import CodeData as CodeData
 from consilium.data.docstrings import DocstringData as DocstringData
 from consilium.data.language import LanguageData as LanguageData
 from consilium.data.textfile import TextFileData as TextFileData

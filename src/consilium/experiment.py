@@ -14,6 +14,7 @@ from consilium import algorithms
 from consilium.core import Algorithm, ClientInfo, Sampling
 from consilium.data.arrays import ImageData, TableData
 from consilium.data.causal import check_rows
+from consilium.data.code import CodeData
 from consilium.data.docstrings import DocstringData
 from consilium.data.language import LanguageData
 from consilium.data.textfile import TextFileData
@@ -33,7 +34,7 @@ IN_STEP = 64
 """Small models that a GPU is given at a time, unless `workers` says otherwise."""
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 algorithms.register_all()
-DATA = {cls.__name__: cls for cls in (DocstringData, TextFileData, LanguageData, ImageData, TableData)}
+DATA = {cls.__name__: cls for cls in (CodeData, DocstringData, TextFileData, LanguageData, ImageData, TableData)}
 WORLDS = {
     "moe": "one mixture-of-experts model for all",
     "cohort": "one small model for all (--model.architectures with one name)",
@@ -107,7 +108,7 @@ class Experiment:
 
     name: str
     algorithm: Algorithm
-    data: DocstringData | TextFileData | LanguageData | ImageData | TableData
+    data: CodeData | DocstringData | TextFileData | LanguageData | ImageData | TableData
     model: ModelSource | Cohort = field(default_factory=ModelSource)
     fit: Fit = field(default_factory=Fit)
     sampling: Sampling = field(default_factory=Sampling)
@@ -145,7 +146,7 @@ class Experiment:
         if isinstance(self.data, ImageData | TableData):
             fits = isinstance(self.model, Cohort)
         else:
-            texts = not isinstance(self.data, LanguageData)
+            texts = not isinstance(self.data, LanguageData | CodeData)
             fits = not isinstance(self.model, Cohort) or (texts and self.model.reads_texts)
         if not fits:
             raise ConfigError(
@@ -164,8 +165,8 @@ class Experiment:
         form = getattr(self.data, "form", self.model.form)
         if form != self.model.form:
             raise ConfigError(f"the data asks for {form}, the model is set up for {self.model.form}")
-        if isinstance(self.data, LanguageData):
-            check_rows(self.fit.rows, plain=bool(self.data.text))
+        if isinstance(self.data, LanguageData | CodeData):
+            check_rows(self.fit.rows, plain=self.data.plain)
         if self.wire.enough and self.wire.enough < (needed := self.sampling.quorum(self.sampling.clients_per_round)):
             raise ConfigError(f"wire.enough is {self.wire.enough}, a round counts with {needed} answers and more")
         self._check_merging()

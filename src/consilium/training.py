@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from consilium.batched import FitJob, PredictJob, fit_jobs, predict_jobs, stackable
 from consilium.core import ClientContext, Payload, Scalar, counts_of, derive_seed, experts_from_scalars
 from consilium.data.causal import Packed
-from consilium.data.encode import Encoded
+from consilium.data.encode import Encoded, token_bytes
 from consilium.data.task import score
 from consilium.data.tensor import TensorSplit
 from consilium.errors import DataError
@@ -207,13 +207,15 @@ def evaluate(model: TaskModel, data: Encoded, context: ClientContext, setup: Set
 def assess(
     model: TaskModel, data: Encoded, context: ClientContext, setup: Setup, tap: Tap | None = None
 ) -> dict[str, float]:
-    """The task's metric on a split, "score" in [0, 1]; where it is the accuracy of tokens, "perplexity" as well.
+    """The task's metric on a split, "score" in [0, 1]; where it is the accuracy of tokens, "perplexity" and
+    "bits_per_byte" (the loss of all predicted tokens in bits, divided by the bytes of text they stand for) as well.
 
     Args:
         tap: counts the usage of experts over the split (teacher-forced for text-to-text).
     """
     if context.data.task.metric == "token_accuracy":
-        return _teacher_forced(model, data, context, EVALUATION * setup.fit.batch_size, tap)
+        sizes = token_bytes(setup.model.tokenizer()).to(context.device)
+        return _teacher_forced(model, data, context, EVALUATION * setup.fit.batch_size, sizes, tap)
     size = EVALUATION * setup.fit.batch_size
     if isinstance(data, TensorSplit) and tap is None:
         (places,) = _first_ranked(model, [data], setup.fit, context, size)
@@ -284,12 +286,16 @@ def _even(model: SplitModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tenso
 
 
 def _teacher_forced(
-    model: TaskModel, data: Encoded, context: ClientContext, size: int, tap: Tap | None
+    model: TaskModel, data: Encoded, context: ClientContext, size: int, bytes_V: Tensor, tap: Tap | None
 ) -> dict[str, float]:
-    """Share of the predicted tokens that rank first after the true ones before them, and exp of their mean loss."""
+    """Score every predicted token after the true ones before it: how many rank first, and their loss.
+
+    Args:
+        size: rows per batch. bytes_V: bytes that each token stands for, int64 [V].
+    """
     model.eval()
     order = sorted(range(len(data)), key=lambda i: len(data.sources[i]) + len(data.targets[i]))
-    hits = tokens = 0
+    hits = tokens = written = 0
     loss = 0.0
     with torch.inference_mode():
         for rows in (order[i : i + size] for i in range(0, len(order), size)):
@@ -298,11 +304,13 @@ def _teacher_forced(
                 logits, labels = model(batch)
             hits += int((logits.argmax(-1) == labels).sum())
             tokens += labels.numel()
+            written += int(bytes_V[labels].sum())
             loss += F.cross_entropy(logits.float(), labels, reduction="sum").item()
             del logits
     if not tokens:
         raise DataError("nothing to score: no token of these rows is predicted; raise fit.target_length")
-    return {"score": hits / tokens, "perplexity": math.exp(min(loss / tokens, 700.0))}
+    scores = {"score": hits / tokens, "perplexity": math.exp(min(loss / tokens, 700.0))}
+    return scores | ({"bits_per_byte": loss / math.log(2) / written} if written else {})
 
 
 def local_round(
@@ -328,7 +336,8 @@ def local_round(
     Returns:
         The trained model, and the reply: group "params", and scalars num_examples, validation (the task's metric),
         train_loss, steps, experts, footprint (bytes by the memory model), seconds_evaluate, cut (training examples
-        longer than max_length or target_length), perplexity (if the metric is of tokens).
+        longer than max_length or target_length), perplexity and bits_per_byte (if the
+        metric is of tokens).
     """
     held, outside = experts_from_scalars(payload.scalars), payload.group("router")
     model = setup.build(payload.group("params"), context, held)
@@ -415,7 +424,8 @@ def _scored(model: SplitModel, data: TensorSplit, places: Sequence[int], context
 
 
 def local_test(setup: Setup, payload: Payload, context: ClientContext) -> Payload:
-    """Score a delivered model on the client's test split: scalars score, (perplexity,) examples, seconds_evaluate."""
+    """Score a delivered model on the client's test split: scalars score, (perplexity, bits_per_byte,) examples,
+    seconds_evaluate."""
     start = time.perf_counter()
     model = setup.build(payload.group("params"), context, experts_from_scalars(payload.scalars))
     return tested(setup, model, context, start)

@@ -3,6 +3,7 @@
 Shapes: B examples, S source tokens, T target tokens; padded to the longest in the batch.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from consilium.data.task import Split, Task
 from consilium.errors import DataError
 
-__all__ = ["Encoded", "encode", "pad", "shuffled"]
+__all__ = ["Encoded", "encode", "pad", "shuffled", "token_bytes"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,27 @@ def _truncated(
         return encoded["input_ids"], {i for i, text in enumerate(encoded.encodings) if text.overflowing}
     whole = tokenizer(list(texts), verbose=False, **options)["input_ids"]  # a tokenizer written in Python
     return encoded["input_ids"], {i for i, ids in enumerate(whole) if len(ids) > length}
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Return how many bytes of UTF-8 each token of the vocabulary stands for, int64 [V]; special tokens have none.
+
+    Byte-level tokenizers write one character per byte; others write a blank as "▁", a byte as "<0x0A>", and the
+    continuation of a word as "##".
+    """
+    names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    special = set(tokenizer.all_special_ids)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    byte_level = backend is not None and '"ByteLevel"' in json.dumps(json.loads(backend.to_str()).get("decoder"))
+
+    def size(name: str) -> int:
+        if byte_level:
+            return len(name)
+        if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
+            return 1
+        return len(name.removeprefix("##").replace("▁", " ").encode())
+
+    return torch.tensor([0 if i in special or name is None else size(name) for i, name in enumerate(names)])
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor:

@@ -100,6 +100,11 @@ class LanguageData:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,58}", self.task):
             raise ConfigError(f"task {self.task!r}: use 1 to 58 of letters, digits, '_', '-'")
 
+    @property
+    def plain(self) -> bool:
+        """Whether the data is plain text, without prompts."""
+        return bool(self.text)
+
     def _check_columns(self) -> None:
         given = [
             name for name in ("prompt", "response", "context", "system", "messages", "text") if getattr(self, name)

@@ -15,7 +15,7 @@ from consilium.core import ClientId, ClientInfo, Payload, Scalar, Server
 from consilium.errors import PayloadError
 from consilium.params import finite
 
-__all__ = ["BENCH", "check_sent", "diverged", "number", "numbers", "objection", "one_line", "tally"]
+__all__ = ["BENCH", "MEASURES", "check_sent", "diverged", "number", "numbers", "objection", "one_line", "tally"]
 
 BENCH = 3
 """A client whose replies were rejected so many times in a row is not selected any more."""
@@ -25,6 +25,7 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
     "validation": (float, 0, 1),
     "train_loss": (float, -math.inf, math.inf),
     "perplexity": (float, 0, math.inf),
+    "bits_per_byte": (float, 0, math.inf),
     "steps": (int, 0, 2**53),
     "experts": (int, 0, 2**53),
     "footprint": (int, 0, 2**63),
@@ -34,7 +35,9 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
 """Scalars of a reply that the engines and servers read: kind (a whole number is a float, a bool is no number), least,
 most. `num_examples` must be there, and not be more than the client has registered."""
 
-RECORDED = {"perplexity", "experts", "footprint", "cut", "seconds_evaluate"}
+MEASURES = ("perplexity", "bits_per_byte")
+"""What language models are measured by, next to the score of their task."""
+RECORDED = {*MEASURES, "experts", "footprint", "cut", "seconds_evaluate"}
 """Those of them that nothing but the record is made of."""
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from consilium.core import Client, ClientContext, ClientId, ClientInfo, Payload, Sampling, Scalar, Server, derive_seed
 from consilium.engine.checkpoint import ClientStore
-from consilium.engine.judge import check_sent, number, numbers, one_line
+from consilium.engine.judge import MEASURES, check_sent, number, numbers, one_line
 from consilium.errors import BudgetError, DataError, PayloadError, RoundError
 from consilium.training import seeded
 
@@ -118,11 +118,13 @@ class Engine(ABC):
         test = test and not record["abandoned"]
         told = _scored(self._test(number, record), record) if test else {}
         scores = {client: float(scalars["score"]) for client, scalars in told.items()} if test else None
-        perplexity = {c: _plain(scalars["perplexity"]) for c, scalars in told.items() if "perplexity" in scalars}
+        measures = {
+            name: {c: _plain(scalars[name]) for c, scalars in told.items() if name in scalars} for name in MEASURES
+        }
         return record | {
             "test": scores,
             "scores": self._by_task(scores) if scores is not None else None,
-            **({"perplexity": perplexity} if perplexity else {}),
+            **{name: values for name, values in measures.items() if values},
             **_measured(record, start, aggregated),
             "experts_mean": _experts(self.server),
             "server": metrics,
@@ -194,7 +196,7 @@ def told_of(
         "steps": told.get("steps"),
         "experts": told.get("experts"),
         "cut": told.get("cut"),
-        **({"perplexity": told.get("perplexity")} if "perplexity" in reply.scalars else {}),
+        **{name: told.get(name) for name in MEASURES if name in reply.scalars},
         "peak_bytes_model": told.get("footprint"),
         "bytes_down": bytes_down,
         "bytes_up": bytes_up,

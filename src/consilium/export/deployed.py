@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from consilium.core import ClientInfo, ClientState, ExpertSet, Payload, experts_from_scalars
+from consilium.data.code import CodeData
 from consilium.data.language import LanguageData
 from consilium.data.task import ClientData
 from consilium.engine.checkpoint import ClientStore, load_checkpoint
@@ -54,8 +55,8 @@ class Deployed:
     def kind(self) -> str:
         """How it is used: "classification", "text-to-text", "conversation" or "document" (goes on with a text)."""
         data = self.experiment.data
-        if isinstance(data, LanguageData):
-            return "document" if data.text else "conversation"
+        if isinstance(data, LanguageData | CodeData):
+            return "document" if data.plain else "conversation"
         return self.experiment.model.form
 
 

@@ -1,0 +1,162 @@
+"""The embedded testbed: clients whose data is code and technical text of one domain, or of several.
+
+The task is the next token; it is scored in bits per byte of text, and by the share of tokens that rank first. Which
+texts there are, and which of them are public, is said in `domains`. Of a client's documents none is in the public shard
+or in another client's training data; the validation and test documents of a domain are the same for all its clients.
+"""
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+from consilium.data.domains import DOMAINS, PRIVATE, PUBLIC, documents, versions
+from consilium.data.task import ClientData, Federation, Form, Split, Task
+from consilium.errors import ConfigError, DataError
+
+__all__ = ["CodeData"]
+
+CHUNK = 2_000
+"""Characters of a piece of a training document at most: what clients are dealt."""
+SHORTEST = {"train": 3_000, "validation": 3_000, "test": 3_000}
+"""Characters without which a client has no such split."""
+
+
+@dataclass(frozen=True)
+class CodeData:
+    """Clients whose data is code and technical text that every installation has.
+
+    Args:
+        domains: names of domains; "public" and "private" stand for all of a kind (see `domains.DOMAINS`).
+        clients: number of clients, >= 1; under partition "domain" at least one per domain.
+        partition: "domain": a client has one domain, and the domains are dealt in turn; "dirichlet": every client has a
+            mixture of all domains, drawn from a Dirichlet distribution.
+        alpha: concentration of that distribution, > 0; smaller is more skewed.
+        train: kilobytes of training text of a client on average, >= 4; a client has 0.5 to 1.5 times as much.
+        validation, test: kilobytes of validation and test text, >= 4.
+    """
+
+    form: ClassVar[Form] = "text-to-text"  # of the model
+    plain: ClassVar[bool] = True
+
+    domains: tuple[str, ...] = ("private",)
+    clients: int = 22
+    partition: Literal["domain", "dirichlet"] = "domain"
+    alpha: float = 0.3
+    train: int = 24
+    validation: int = 24
+    test: int = 80
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.domains if name not in DOMAINS and name not in ("public", "private")]
+        if unknown or not self.domains:
+            raise ConfigError(
+                f"data.domains has {unknown}; allowed are public, private, {', '.join(DOMAINS)}, at least one"
+            )
+        if self.partition not in ("domain", "dirichlet"):
+            raise ConfigError(f"data.partition is {self.partition!r}; it must be domain or dirichlet")
+        for name in ("train", "validation", "test"):
+            if getattr(self, name) < 4:
+                raise ConfigError(f"data.{name} is {getattr(self, name)} kB; it must be at least 4")
+        least = len(self.chosen) if self.partition == "domain" else 1
+        if self.clients < least:
+            raise ConfigError(f"data.clients is {self.clients}; it must be at least {least}, one per domain")
+        if not 0 < self.alpha < math.inf:
+            raise ConfigError(f"data.alpha is {self.alpha}; it must be greater than 0")
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The names of the domains, each once."""
+        groups = {"public": [d.name for d in PUBLIC], "private": [d.name for d in PRIVATE]}
+        return tuple(dict.fromkeys(name for given in self.domains for name in groups.get(given, [given])))
+
+    def load(self, seed: int) -> Federation:
+        """Deal the documents to the clients; equal for equal seeds and installed versions.
+
+        Raises:
+            DataError: if no client gets text for all of its splits.
+        """
+        clients, skipped = {}, {}
+        pools = {name: _Pool(name, seed) for name in self.chosen}
+        for client, shares in self._shares(seed).items():
+            rng = random.Random(f"{seed}:{client}")
+            sizes = {
+                "train": 1000 * self.train * rng.uniform(0.5, 1.5),
+                "validation": 1000 * self.validation,
+                "test": 1000 * self.test,
+            }
+            parts = {split: [] for split in sizes}
+            for domain, share in shares.items():
+                for split, size in sizes.items():
+                    parts[split] += pools[domain].take(split, share * size)
+            short = [split for split, found in parts.items() if sum(len(t) for _, t in found) < SHORTEST[split]]
+            if short:
+                skipped[client] = f"too little text for {', '.join(short)}; ask for fewer clients"
+            else:
+                task = Task("next", "language", (), "token_accuracy")
+                clients[client] = ClientData(task, *(_split(parts[split]) for split in sizes))
+        if not clients:
+            raise DataError(f"no client got text ({dict(list(skipped.items())[:3])}); are the packages installed?")
+        return Federation(clients, skipped, self.source())
+
+    def source(self) -> dict[str, Any]:
+        """Return what a run was read from: these settings and the installed versions."""
+        return {"type": "CodeData", **asdict(self), "versions": versions()}
+
+    def _shares(self, seed: int) -> dict[str, dict[str, float]]:
+        """Client -> domain -> share of its text."""
+        names = self.chosen
+        if self.partition == "domain":
+            owners = [names[i % len(names)] for i in range(self.clients)]
+            return {f"{name}-{owners[:i].count(name)}": {name: 1.0} for i, name in enumerate(owners)}
+        rng = random.Random(f"{seed}:shares")
+        digits = max(2, len(str(self.clients - 1)))
+        shares = {}
+        for i in range(self.clients):
+            drawn = [rng.gammavariate(self.alpha, 1.0) for _ in names]
+            total = sum(drawn) or 1.0
+            shares[f"mix-{i:0{digits}d}"] = {
+                n: d / total for n, d in zip(names, drawn, strict=True) if d > 0.02 * total
+            }
+        return {client: {n: s / sum(own.values()) for n, s in own.items()} for client, own in shares.items()}
+
+
+class _Pool:
+    """The clients' documents of one domain, shuffled by the seed. Training text is dealt once, other text is shared."""
+
+    def __init__(self, domain: str, seed: int):
+        self._pieces: dict[str, list[tuple[str, str]]] = {}  # of a split: (place, text), those of a file together
+        for split in ("train", "validation", "test"):
+            found = documents(domain, split)
+            random.Random(f"{seed}:{domain}:{split}").shuffle(found)
+            self._pieces[split] = [piece for d in found for piece in _chunks(d.place, d.text)]
+        self._next = 0
+
+    def take(self, split: str, size: float) -> list[tuple[str, str]]:
+        """Return pieces (place, text) of `size` characters or a little more; fewer if there are no more."""
+        pieces, start = self._pieces[split], self._next if split == "train" else 0
+        total, end = 0, start
+        while end < len(pieces) and total < size:
+            total += len(pieces[end][1])
+            end += 1
+        if split == "train":
+            self._next = end
+        return pieces[start:end]
+
+
+def _chunks(place: str, text: str) -> Iterator[tuple[str, str]]:
+    """A document in pieces of about `CHUNK` characters, cut between lines; (place and line, text) of each."""
+    lines, first, size = [], 0, 0
+    for number, line in enumerate(text.splitlines(keepends=True)):
+        lines.append(line)
+        size += len(line)
+        if size >= CHUNK:
+            yield f"{place}:{first}", "".join(lines)
+            lines, first, size = [], number + 1, 0
+    if lines:
+        yield f"{place}:{first}", "".join(lines)
+
+
+def _split(pieces: Sequence[tuple[str, str]]) -> Split:
+    return Split([""] * len(pieces), [text for _, text in pieces], [place for place, _ in pieces])
