@@ -22,6 +22,7 @@ import torch
 
 from consilium.errors import ConfigError, PayloadError
 from consilium.params import Like, Params, nbytes
+from consilium.work import Work, check_settings, setting
 
 __all__ = [
     "Algorithm",
@@ -37,10 +38,12 @@ __all__ = [
     "Sampling",
     "Scalar",
     "Server",
+    "Work",
     "counts_of",
     "derive_seed",
     "experts_from_scalars",
     "experts_to_scalars",
+    "setting",
 ]
 
 ClientId = str
@@ -151,6 +154,7 @@ class ClientContext:
         seed: derived from the run's seed, the round and the client's id; the only source of randomness.
         state: what survives; mutate it in place.
         progress: called with (done, total) steps during training.
+        work: what the client may spend, counted by whoever spends it; without limits in a simulation.
         meet: with other clients at work on the same device: see `Meet`; None: it is alone.
     """
 
@@ -160,6 +164,7 @@ class ClientContext:
     seed: int
     state: ClientState
     progress: Any = lambda done, total: None
+    work: Work = field(default_factory=Work)
     meet: "Meet | None" = None
 
 
@@ -261,7 +266,9 @@ class Client(ABC):
 class Algorithm(ABC):
     """A method: hyper-parameters under the paper's symbols, and the two halves built from a `setup.Setup`.
 
-    Subclasses are frozen dataclasses and are registered under their class name as soon as they are defined.
+    Subclasses are frozen dataclasses and are registered under their class name as soon as they are defined. A field is
+    a `setting`, which says what it costs a client and its range: a server sends it, and a site refuses what it does not
+    allow. A subclass that checks more calls `super().__post_init__()` first.
     """
 
     registry: ClassVar[dict[str, type["Algorithm"]]] = {}
@@ -274,6 +281,9 @@ class Algorithm(ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         Algorithm.registry[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     def reads(self) -> frozenset[str]:
         """What the server goes by of single clients' replies beside what it merges, in words: no noise covers that,

@@ -27,6 +27,7 @@ from consilium.moe.lora import Lora
 from consilium.moe.merging import Merging
 from consilium.privacy import Privacy
 from consilium.setup import Fit, Setup
+from consilium.work import MISSING, check_settings, setting
 
 __all__ = ["Experiment", "Wire", "differences", "from_json", "to_json"]
 
@@ -59,21 +60,15 @@ class Wire:
         zstd: compress payloads; pays for "int8", hardly for weights.
     """
 
-    deadline: float = 3600.0
-    enough: int = 0
-    cap: str = "512MB"
-    send: Literal["exact", "bf16", "int8"] = "exact"
-    reply: Literal["exact", "bf16", "int8"] = "exact"
-    zstd: bool = False
+    deadline: float = setting(3600.0, "seconds", "(0, 1e8]")
+    enough: int = setting(0, "server", "[0, 1e12]")
+    cap: str = setting("512MB", "bytes")
+    send: Literal["exact", "bf16", "int8"] = setting("exact", "free")
+    reply: Literal["exact", "bf16", "int8"] = setting("exact", "free")
+    zstd: bool = setting(False, "free")
 
     def __post_init__(self) -> None:
-        if not 0 < self.deadline < float("inf"):
-            raise ConfigError(f"wire.deadline is {self.deadline}; it must be a number of seconds greater than 0")
-        if self.enough < 0:
-            raise ConfigError(f"wire.enough is {self.enough}; it must be at least 1, or 0 for all")
-        for name in ("send", "reply"):
-            if getattr(self, name) not in ("exact", "bf16", "int8"):
-                raise ConfigError(f"wire.{name} is {getattr(self, name)!r}; it must be exact, bf16 or int8")
+        check_settings(self, "wire.")
         bytes_of(self.cap)
 
 
@@ -106,21 +101,21 @@ class Experiment:
         privacy: differential privacy of the weights, and how clients tell their usage of experts.
     """
 
-    name: str
+    name: str = setting(MISSING, "free")
     algorithm: Algorithm
     data: CodeData | DocstringData | TextFileData | LanguageData | ImageData | TableData
     model: ModelSource | Cohort = field(default_factory=ModelSource)
     fit: Fit = field(default_factory=Fit)
     sampling: Sampling = field(default_factory=Sampling)
-    rounds: int = 20
-    memory: tuple[str, ...] = ()
-    evaluate_every: int = 1
-    seed: int = 0
-    strict: bool = False
-    threads: int = 1
-    workers: int = 0
-    device: str = "cpu"
-    engine: Literal["local", "flower"] = "local"
+    rounds: int = setting(20, "rounds", "[1, 1e12]")
+    memory: tuple[str, ...] = setting((), "server")
+    evaluate_every: int = setting(1, "free", "[1, 1e12]")
+    seed: int = setting(0, "free")
+    strict: bool = setting(False, "server")
+    threads: int = setting(1, "server", "[1, 1e12]")
+    workers: int = setting(0, "server", "[0, 1e12]")
+    device: str = setting("cpu", "server")
+    engine: Literal["local", "flower"] = setting("local", "server")
     wire: Wire = field(default_factory=Wire)
     merging: Merging = field(default_factory=Merging)
     privacy: Privacy = field(default_factory=Privacy)
@@ -128,19 +123,13 @@ class Experiment:
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise ConfigError(f"name is {self.name!r}; use 1 to 64 of A-Z a-z 0-9 . _ - and no leading dot")
-        for name in ("rounds", "evaluate_every", "threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.workers < 0:
-            raise ConfigError(f"workers is {self.workers}; it must be at least 1, or 0 for as many as suit the model")
+        check_settings(self)
         if self.workers > 1 and self.device == "cpu" and self.threads > 1:
             raise ConfigError(
                 f"workers is {self.workers}, which is for one torch thread on the CPU each; threads is {self.threads}"
             )
         if self.workers > 1 and self.device != "cpu" and not isinstance(self.model, Cohort):
             raise ConfigError(f"workers is {self.workers}: on {self.device} only small models work side by side")
-        if self.engine not in ("local", "flower"):
-            raise ConfigError(f"engine is {self.engine!r}; it must be local or flower")
         for text in self.memory:
             bytes_of(text)
         if isinstance(self.data, ImageData | TableData):

@@ -6,7 +6,7 @@ model and its data as tokens or tensors.
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from accelerate import init_empty_weights
@@ -29,6 +29,7 @@ from consilium.moe.model import TaskModel
 from consilium.params import Params, WeightedMean
 from consilium.privacy import Privacy, PrivateMean
 from consilium.products import quicken
+from consilium.work import check_settings, setting
 
 __all__ = ["EVALUATION", "Fit", "Setup"]
 
@@ -63,46 +64,27 @@ class Fit:
             travel, and every client has the rest from the model's own place.
     """
 
-    lr: float = 1e-3
-    head_lr: float = 1e-2
-    epochs: int = 1
-    batch_size: int = 16
-    max_length: int = 96
-    target_length: int = 16
-    rows: Rows = "examples"
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    label_smoothing: float = 0.1
-    balance: float = 0.01
-    gradient_checkpointing: bool = False
-    precision: Literal["float32", "bfloat16"] = "float32"
+    lr: float = setting(1e-3, "lr", "(0, 1e38]")
+    head_lr: float = setting(1e-2, "lr", "(0, 1e38]")
+    epochs: int = setting(1, "epochs", "[1, 1e12]")
+    batch_size: int = setting(16, "batch_size", "[1, 1e12]")
+    max_length: int = setting(96, "tokens", "[1, 1e12]")
+    target_length: int = setting(16, "tokens", "[2, 1e12]")
+    rows: Rows = setting("examples", "free")
+    optimizer: Literal["adamw", "sgd"] = setting("adamw", "free")
+    momentum: float = setting(0.0, "factor", "[0, 1)")
+    weight_decay: float = setting(0.0, "factor", "[0, 1e4]")
+    clip: float = setting(1.0, "free", "[0, 1e12]")
+    label_smoothing: float = setting(0.1, "factor", "[0, 1]")
+    balance: float = setting(0.01, "factor", "[0, 1e4]")
+    gradient_checkpointing: bool = setting(False, "free")
+    precision: Literal["float32", "bfloat16"] = setting("float32", "free")
     lora: Lora = field(default_factory=Lora)
 
     def __post_init__(self) -> None:
-        for name in ("lr", "head_lr"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"fit.{name} is {getattr(self, name)}; it must be greater than 0")
-        for name, least in (("epochs", 1), ("batch_size", 1), ("max_length", 1), ("target_length", 2)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"fit.{name} is {getattr(self, name)}; it must be at least {least}")
-        for name, top in (
-            ("label_smoothing", 1.0),
-            ("balance", float("inf")),
-            ("weight_decay", float("inf")),
-            ("clip", float("inf")),
-        ):
-            if not 0 <= getattr(self, name) <= top:
-                raise ConfigError(f"fit.{name} is {getattr(self, name)}; it must be within 0..{top:g}")
-        if self.optimizer not in ("adamw", "sgd"):
-            raise ConfigError(f"fit.optimizer is {self.optimizer!r}; it must be adamw or sgd")
-        if self.precision not in ("float32", "bfloat16"):
-            raise ConfigError(f"fit.precision is {self.precision!r}; it must be float32 or bfloat16")
-        if not 0 <= self.momentum < 1 or (self.momentum and self.optimizer != "sgd"):
-            raise ConfigError(f"fit.momentum is {self.momentum}; it must be at least 0, below 1, and 0 with adamw")
-        if self.rows not in get_args(Rows):
-            raise ConfigError(f"fit.rows is {self.rows!r}; it must be {', '.join(get_args(Rows))}")
+        check_settings(self, "fit.")
+        if self.momentum and self.optimizer != "sgd":
+            raise ConfigError(f"fit.momentum is {self.momentum}; with adamw it must be 0")
 
     def lowered(self, device: torch.device) -> torch.autocast:
         """A context in which models compute in `precision`."""

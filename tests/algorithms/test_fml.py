@@ -73,5 +73,5 @@ def test_averaging_by_hand(method):
 
 @pytest.mark.parametrize("options", [{"alpha": -0.1}, {"beta": 1.1}])
 def test_refused(options):
-    with pytest.raises(ConfigError, match=r"must be within 0\.\.1"):
+    with pytest.raises(ConfigError, match=r"must be within \[0, 1\]"):
         FML(**options)

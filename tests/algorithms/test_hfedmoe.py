@@ -226,9 +226,9 @@ def test_router_weights_sum_to_one(table, tau, how, coverage):
     ("wrong", "message"),
     [
         ({"lam": 1.5}, r"lam is 1.5; it must be within \[0, 1\]"),
-        ({"beta": -1}, "beta is -1; it must be a finite number >= 0"),
+        ({"beta": -1}, "beta is -1; it must be at least 0"),
         ({"tau": float("inf")}, "tau is inf"),
-        ({"budget": (0.5, 0.0)}, r"budget is \(0.5, 0.0\); every share must be within \(0, 1\]"),
+        ({"budget": (0.5, 0.0)}, r"budget is \(0.5, 0.0\); it must be within \(0, 1\]"),
         ({"resident": (0.5,)}, "resident is given without budget"),
         ({"router": "rows"}, "router is 'rows'; it must be one of importance, row, literal, plain"),
     ],

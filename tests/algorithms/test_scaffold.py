@@ -131,5 +131,5 @@ def test_the_state_holds_the_control():
 
 @pytest.mark.parametrize(("name", "value"), [("eta_l", 0), ("eta_g", -1.0), ("eta_l", float("nan"))])
 def test_refused(name, value):
-    with pytest.raises(ConfigError, match=f"{name} is .*; it must be greater than 0"):
+    with pytest.raises(ConfigError, match=f"{name} is .*; it must be (greater than 0|within)"):
         SCAFFOLD(**{name: value})

@@ -27,8 +27,7 @@ from torch.nn import functional as F
 
 from consilium.algorithms.fedproto import PrototypeServer, class_means
 from consilium.algorithms.fml import kl
-from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInfo, Payload, Server
-from consilium.errors import ConfigError
+from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInfo, Payload, Server, setting
 from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
 from consilium.params import Params
@@ -51,15 +50,9 @@ class FD(Algorithm):
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
     merges: ClassVar[bool] = False
-    gamma: float = 1.0
-    distance: Literal["mse", "kl", "ce"] = "mse"
-    own: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.gamma < float("inf"):
-            raise ConfigError(f"gamma is {self.gamma}; it must be a finite number >= 0")
-        if self.distance not in ("mse", "kl", "ce"):
-            raise ConfigError(f"distance is {self.distance!r}; allowed are mse, kl, ce")
+    gamma: float = setting(1.0, "factor", "[0, 1e4]")
+    distance: Literal["mse", "kl", "ce"] = setting("mse", "free")
+    own: bool = setting(False, "server")
 
     def server(self, setup: Setup) -> Server:
         return FDServer(setup, self)

@@ -28,9 +28,8 @@ from torch.nn import functional as F
 
 from consilium.algorithms.fedavg import FedAvgServer
 from consilium.algorithms.fml import SMALL, Pair, kl, pair_model, small_params
-from consilium.core import Algorithm, Client, ClientContext, Payload, Server, derive_seed
+from consilium.core import Algorithm, Client, ClientContext, Payload, Server, derive_seed, setting
 from consilium.data.tensor import TensorSplit
-from consilium.errors import ConfigError
 from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
 from consilium.params import Params
@@ -53,16 +52,10 @@ class FedAPEN(Algorithm):
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
-    slice: float = 0.05
-    steps: int = 10
-    eta: float = 0.001
-    ensemble: bool = True
-
-    def __post_init__(self) -> None:
-        if not 0 < self.slice <= 0.5:
-            raise ConfigError(f"slice is {self.slice}; it must be within (0, 0.5]")
-        if self.steps < 1 or not 0 < self.eta < float("inf"):
-            raise ConfigError(f"steps is {self.steps} and eta {self.eta}; they must be at least 1 and above 0")
+    slice: float = setting(0.05, "free", "(0, 0.5]")
+    steps: int = setting(10, "steps", "[1, 1e12]")
+    eta: float = setting(0.001, "lr", "(0, 1e38]")
+    ensemble: bool = setting(True, "free")
 
     def server(self, setup: Setup) -> Server:
         return FedAvgServer(setup, params=small_params(setup))

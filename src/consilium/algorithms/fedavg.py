@@ -27,6 +27,7 @@ from consilium.core import (
     Server,
     counts_of,
     experts_to_scalars,
+    setting,
 )
 from consilium.errors import BudgetError, ConfigError
 from consilium.moe.addressing import select
@@ -47,7 +48,7 @@ class FedAvg(Algorithm):
             tokens are kept.
     """
 
-    experts: int | Literal["all", "fit"] = "all"
+    experts: int | Literal["all", "fit"] = setting("all", "server")
 
     def server(self, setup: Setup) -> Server:
         return FedAvgServer(setup, common_experts(setup, self.experts))

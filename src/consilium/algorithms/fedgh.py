@@ -25,8 +25,7 @@ from torch.nn import functional as F
 
 from consilium.algorithms.fedavg import FedAvgServer
 from consilium.algorithms.fedproto import class_means
-from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInfo, Payload, Server, derive_seed
-from consilium.errors import ConfigError
+from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInfo, Payload, Server, derive_seed, setting
 from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
 from consilium.params import Like
@@ -47,14 +46,8 @@ class FedGH(Algorithm):
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
     merges: ClassVar[bool] = False
-    eta_s: float = 0.01
-    epochs: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.eta_s < float("inf"):
-            raise ConfigError(f"eta_s is {self.eta_s}; it must be a finite number >= 0")
-        if self.epochs < 1:
-            raise ConfigError(f"epochs is {self.epochs}; it must be at least 1")
+    eta_s: float = setting(0.01, "server", "[0, 1e6]")
+    epochs: int = setting(1, "server", "[1, 1e12]")
 
     def server(self, setup: Setup) -> Server:
         return FedGHServer(setup, self)

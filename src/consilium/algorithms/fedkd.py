@@ -34,8 +34,8 @@ from torch.nn import functional as F
 
 from consilium.algorithms.fedavg import FedAvgServer
 from consilium.algorithms.fml import SMALL, Pair, kl, pair_model, small_params
-from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInfo, Payload, Scalar, Server
-from consilium.errors import ConfigError, PayloadError
+from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInfo, Payload, Scalar, Server, setting
+from consilium.errors import PayloadError
 from consilium.models.cohort import SplitModel, initial
 from consilium.moe.addressing import flatten
 from consilium.params import Like, Params, checksum
@@ -57,19 +57,10 @@ class FedKD(Algorithm):
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
-    T_s: float = 0.95
-    T_e: float = 0.98
-    rounds: int = 20
-    exchange: Literal["changes", "weights"] = "changes"
-
-    def __post_init__(self) -> None:
-        for name in ("T_s", "T_e"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be within (0, 1]")
-        if self.rounds < 1:
-            raise ConfigError(f"rounds is {self.rounds}; it must be at least 1")
-        if self.exchange not in ("changes", "weights"):
-            raise ConfigError(f"exchange is {self.exchange!r}; it must be changes or weights")
+    T_s: float = setting(0.95, "server", "(0, 1]")
+    T_e: float = setting(0.98, "server", "(0, 1]")
+    rounds: int = setting(20, "server", "[1, 1e12]")
+    exchange: Literal["changes", "weights"] = setting("changes", "free")
 
     def energy(self, round: int) -> float:
         """T in that round, from 1."""

@@ -42,7 +42,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -60,6 +60,7 @@ from consilium.core import (
     counts_of,
     derive_seed,
     experts_to_scalars,
+    setting,
 )
 from consilium.errors import BudgetError, ConfigError
 from consilium.moe.addressing import expert_of, router_row_of, select
@@ -101,30 +102,18 @@ class FedMoE(Algorithm):
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("moe",)
-    alpha: float = 0.9
-    K: int = 3
-    patience: int = 2
-    stage1: Literal["lora", "forward", "none"] = "lora"
-    stage1_epochs: int = 5
-    lora_rank: int = 8
-    stage2: bool = True
-    freeze: bool = True
-    usage: Literal["demand", "served"] = "demand"
-    rank: Literal["joint", "layer"] = "joint"
-    weight: Literal["examples", "tokens"] = "examples"
-    floor: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 0 < self.alpha <= 1:
-            raise ConfigError(f"alpha is {self.alpha}; it must be within (0, 1]")
-        if not 0 <= self.floor < 1:
-            raise ConfigError(f"floor is {self.floor}; it must be within [0, 1)")
-        for name in ("K", "patience", "stage1_epochs", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name, hint in get_type_hints(type(self)).items():
-            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(hint))}")
+    alpha: float = setting(0.9, "server", "(0, 1]")
+    K: int = setting(3, "server", "[1, 1e12]")
+    patience: int = setting(2, "server", "[1, 1e12]")
+    stage1: Literal["lora", "forward", "none"] = setting("lora", "free")
+    stage1_epochs: int = setting(5, "epochs", "[1, 1e12]")
+    lora_rank: int = setting(8, "memory", "[1, 1e12]")
+    stage2: bool = setting(True, "server")
+    freeze: bool = setting(True, "server")
+    usage: Literal["demand", "served"] = setting("demand", "server")
+    rank: Literal["joint", "layer"] = setting("joint", "server")
+    weight: Literal["examples", "tokens"] = setting("examples", "server")
+    floor: float = setting(0.5, "server", "[0, 1)")
 
     def rank_for(self, setup: Setup) -> int:
         """Of the adapters in stage one."""

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from consilium.algorithms.fedavg import FedAvgServer
 from consilium.algorithms.fml import SMALL, small_params
-from consilium.core import Algorithm, Client, ClientContext, Payload, Server
+from consilium.core import Algorithm, Client, ClientContext, Payload, Server, setting
 from consilium.errors import ConfigError
 from consilium.models.cohort import SplitModel, initial
 from consilium.moe.addressing import flatten
@@ -43,11 +43,7 @@ class FedMRL(Algorithm):
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
-    d1: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.d1 is not None and self.d1 < 1:
-            raise ConfigError(f"d1 is {self.d1}; it must be at least 1, or None for a fifth of the width")
+    d1: int | None = setting(None, "memory", "[1, 1e12]")
 
     def server(self, setup: Setup) -> Server:
         return FedAvgServer(setup, params=small_params(self.narrow(setup)))

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInfo, Payload, Scalar, Server
-from consilium.errors import ConfigError
+from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInfo, Payload, Scalar, Server, setting
 from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
 from consilium.params import Like, Params, WeightedMean
@@ -45,14 +44,8 @@ class FedProto(Algorithm):
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
     merges: ClassVar[bool] = False
-    lam: float = 1.0
-    infer: Literal["head", "prototype"] = "head"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.lam < float("inf"):
-            raise ConfigError(f"lam is {self.lam}; it must be a finite number >= 0")
-        if self.infer not in ("head", "prototype"):
-            raise ConfigError(f"infer is {self.infer!r}; allowed are head, prototype")
+    lam: float = setting(1.0, "factor", "[0, 1e4]")
+    infer: Literal["head", "prototype"] = setting("head", "free")
 
     def server(self, setup: Setup) -> Server:
         return PrototypeServer(setup)

@@ -17,8 +17,7 @@ from typing import Literal
 import torch
 
 from consilium.algorithms.fedavg import FedAvgServer, common_experts
-from consilium.core import Algorithm, Client, ClientContext, Payload, Server
-from consilium.errors import ConfigError
+from consilium.core import Algorithm, Client, ClientContext, Payload, Server, setting
 from consilium.moe.addressing import parameters
 from consilium.moe.model import TaskModel
 from consilium.setup import Setup
@@ -38,12 +37,8 @@ class FedProx(Algorithm):
         experts: see FedAvg.
     """
 
-    mu: float = 0.01
-    experts: int | Literal["all", "fit"] = "all"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.mu < float("inf"):
-            raise ConfigError(f"mu is {self.mu}; it must be a finite number >= 0")
+    mu: float = setting(0.01, "factor", "[0, 1e4]")
+    experts: int | Literal["all", "fit"] = setting("all", "server")
 
     def server(self, setup: Setup) -> Server:
         return FedAvgServer(setup, common_experts(setup, self.experts, REFERENCES), REFERENCES)

@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from consilium.algorithms.fedavg import FedAvgServer
-from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInfo, Payload, Server
-from consilium.errors import ConfigError
+from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInfo, Payload, Server, setting
 from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
 from consilium.params import Params
@@ -41,12 +40,8 @@ class FedSSA(Algorithm):
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
-    mu0: float = 0.5
-    T_stable: int = 10
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.mu0 <= 1 or self.T_stable < 1:
-            raise ConfigError(f"mu0 is {self.mu0} and T_stable {self.T_stable}; they must be in 0..1 and at least 1")
+    mu0: float = setting(0.5, "free", "[0, 1]")
+    T_stable: int = setting(10, "free", "[1, 1e12]")
 
     def mu(self, t: int) -> float:
         """mu_t of round t, from 0."""

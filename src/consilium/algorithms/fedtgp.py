@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from consilium.algorithms.fedproto import FedProtoClient
-from consilium.core import Algorithm, Client, ClientId, ClientInfo, Payload, Server, derive_seed
-from consilium.errors import ConfigError
+from consilium.core import Algorithm, Client, ClientId, ClientInfo, Payload, Server, derive_seed, setting
 from consilium.models.cohort import initial
 from consilium.params import Like
 from consilium.setup import Setup
@@ -50,22 +49,11 @@ class FedTGP(Algorithm):
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
     merges: ClassVar[bool] = False
-    lam: float = 1.0
-    tau: float = 100.0
-    gap: Literal["largest", "nearest"] = "largest"
-    server_epochs: int = 100
-    eta_s: float = 0.01
-
-    def __post_init__(self) -> None:
-        for name in ("lam", "tau"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be a finite number >= 0")
-        if self.gap not in ("largest", "nearest"):
-            raise ConfigError(f"gap is {self.gap!r}; it must be largest or nearest")
-        if self.server_epochs < 1 or not 0 < self.eta_s < float("inf"):
-            raise ConfigError(
-                f"server_epochs is {self.server_epochs} and eta_s {self.eta_s}; they must be at least 1 and above 0"
-            )
+    lam: float = setting(1.0, "factor", "[0, 1e4]")
+    tau: float = setting(100.0, "server", "[0, 1e12]")
+    gap: Literal["largest", "nearest"] = setting("largest", "server")
+    server_epochs: int = setting(100, "server", "[1, 1e12]")
+    eta_s: float = setting(0.01, "server", "(0, 1e6]")
 
     def server(self, setup: Setup) -> Server:
         return FedTGPServer(setup, self)

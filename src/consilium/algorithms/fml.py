@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from consilium.algorithms.fedavg import FedAvgServer
-from consilium.core import Algorithm, Client, ClientContext, Payload, Server
-from consilium.errors import ConfigError
+from consilium.core import Algorithm, Client, ClientContext, Payload, Server, setting
 from consilium.models.cohort import SplitModel, initial
 from consilium.moe.addressing import flatten
 from consilium.params import Params
@@ -46,13 +45,8 @@ class FML(Algorithm):
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
-    alpha: float = 0.5
-    beta: float = 0.5
-
-    def __post_init__(self) -> None:
-        for name in ("alpha", "beta"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be within 0..1")
+    alpha: float = setting(0.5, "factor", "[0, 1]")
+    beta: float = setting(0.5, "factor", "[0, 1]")
 
     def server(self, setup: Setup) -> Server:
         return FedAvgServer(setup, params=small_params(setup))

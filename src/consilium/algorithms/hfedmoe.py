@@ -43,7 +43,7 @@ budget, and averages by |D_c| over all that hold an expert, trained or not, and 
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -61,6 +61,7 @@ from consilium.core import (
     derive_seed,
     experts_from_scalars,
     experts_to_scalars,
+    setting,
 )
 from consilium.errors import ConfigError
 from consilium.moe.addressing import expert_of, router_row_of, select
@@ -97,33 +98,23 @@ class HFedMoE(Algorithm):
 
     worlds: ClassVar[tuple[str, ...]] = ("moe",)
 
-    lam: float = 0.5
-    beta: float = 0.1
-    tau: float = 0.5
-    budget: tuple[float, ...] = ()
-    resident: tuple[float, ...] = ()
-    per_layer: bool = False
-    kl: Literal["paper", "bernoulli"] = "paper"
-    select: Literal["information", "random"] = "information"
-    experts: Literal["usage", "plain"] = "usage"
-    router: Literal["importance", "row", "literal", "plain"] = "importance"
-    coverage: bool = False
-    weight: Literal["examples", "batches"] = "examples"
+    lam: float = setting(0.5, "factor", "[0, 1]")
+    beta: float = setting(0.1, "factor", "[0, 1e4]")
+    tau: float = setting(0.5, "server", "[0, 1e12]")
+    budget: tuple[float, ...] = setting((), "server", "(0, 1]")
+    resident: tuple[float, ...] = setting((), "server", "(0, 1]")
+    per_layer: bool = setting(False, "free")
+    kl: Literal["paper", "bernoulli"] = setting("paper", "free")
+    select: Literal["information", "random"] = setting("information", "free")
+    experts: Literal["usage", "plain"] = setting("usage", "free")
+    router: Literal["importance", "row", "literal", "plain"] = setting("importance", "server")
+    coverage: bool = setting(False, "server")
+    weight: Literal["examples", "batches"] = setting("examples", "server")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.lam <= 1:
-            raise ConfigError(f"lam is {self.lam}; it must be within [0, 1]")
-        for name in ("beta", "tau"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be a finite number >= 0")
-        for name in ("budget", "resident"):
-            if not all(0 < share <= 1 for share in getattr(self, name)):
-                raise ConfigError(f"{name} is {getattr(self, name)}; every share must be within (0, 1]")
+        super().__post_init__()
         if self.resident and not self.budget:
             raise ConfigError("resident is given without budget; give both, or neither for budgets by memory")
-        for name, hint in get_type_hints(type(self)).items():
-            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(get_args(hint))}")
 
     def reads(self) -> frozenset[str]:
         return frozenset({"usage", "importance", "counts of trained batches"})

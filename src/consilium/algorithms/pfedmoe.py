@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from consilium.algorithms.fedavg import FedAvgServer
-from consilium.core import Algorithm, Client, ClientContext, Payload, Scalar, Server
+from consilium.core import Algorithm, Client, ClientContext, Payload, Scalar, Server, setting
 from consilium.errors import ConfigError
 from consilium.models.cohort import ARCHITECTURES, SplitModel, initial, real_rows
 from consilium.moe.addressing import flatten, select
@@ -68,29 +68,19 @@ class pFedMoE(Algorithm):
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
-    eta_theta: float | None = None
-    eta_omega: float | None = None
-    eta_phi: float | None = None
-    m: int = 64
-    mixing: Literal["gate", "static", "shared", "local"] = "gate"
-    norm: Literal["batch", "layer", "group"] = "batch"
-    gate_input: Literal["raw", "features"] = "raw"
-    deploy: Literal["aggregated", "trained"] = "aggregated"
+    eta_theta: float | None = setting(None, "lr", "(0, 1e38]")
+    eta_omega: float | None = setting(None, "lr", "(0, 1e38]")
+    eta_phi: float | None = setting(None, "lr", "(0, 1e38]")
+    m: int = setting(64, "memory", "[1, 1e12]")
+    mixing: Literal["gate", "static", "shared", "local"] = setting("gate", "free")
+    norm: Literal["batch", "layer", "group"] = setting("batch", "free")
+    gate_input: Literal["raw", "features"] = setting("raw", "free")
+    deploy: Literal["aggregated", "trained"] = setting("aggregated", "free")
 
     def __post_init__(self) -> None:
-        for name in ("eta_theta", "eta_omega", "eta_phi"):
-            if (rate := getattr(self, name)) is not None and not 0 < rate < float("inf"):
-                raise ConfigError(f"{name} is {rate}; it must be greater than 0, or None for fit.lr")
-        if self.m < 1 or (self.norm == "group" and self.m % GROUPS):
-            raise ConfigError(f"m is {self.m}; it must be at least 1, and with group norms a multiple of {GROUPS}")
-        for name, allowed in (
-            ("mixing", ("gate", "static", "shared", "local")),
-            ("norm", ("batch", "layer", "group")),
-            ("gate_input", ("raw", "features")),
-            ("deploy", ("aggregated", "trained")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}")
+        super().__post_init__()
+        if self.norm == "group" and self.m % GROUPS:
+            raise ConfigError(f"m is {self.m}; with group norms it must be a multiple of {GROUPS}")
 
     def server(self, setup: Setup) -> Server:
         if setup.shape == () and self.gate_input == "raw" and self.mixing in ("gate", "local"):

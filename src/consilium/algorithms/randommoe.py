@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 
 from consilium.algorithms.fedavg import FedAvgClient, FedAvgServer
-from consilium.core import Algorithm, Client, ClientId, ClientInfo, ExpertMap, ExpertSet, Server, derive_seed
+from consilium.core import Algorithm, Client, ClientId, ClientInfo, ExpertMap, ExpertSet, Server, derive_seed, setting
 from consilium.errors import ConfigError
 from consilium.setup import Setup
 
@@ -34,12 +34,8 @@ class RandomMoE(Algorithm):
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("moe",)
-    experts: int | None = None
-    share: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ConfigError(f"share is {self.share}; it must be within (0, 1]")
+    experts: int | None = setting(None, "server")
+    share: float = setting(1.0, "server", "(0, 1]")
 
     def server(self, setup: Setup) -> Server:
         least, most = setup.model.family.least, max(setup.model.counts.values())

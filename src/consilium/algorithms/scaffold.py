@@ -30,8 +30,8 @@ from consilium.core import (
     Payload,
     Server,
     experts_from_scalars,
+    setting,
 )
-from consilium.errors import ConfigError
 from consilium.moe.addressing import pack, parameters, select, table, unpack
 from consilium.moe.model import TaskModel
 from consilium.params import Like, Params, WeightedMean
@@ -54,14 +54,9 @@ class SCAFFOLD(Algorithm):
     """
 
     merges: ClassVar[bool] = False
-    eta_l: float = 0.1
-    eta_g: float = 1.0
-    experts: int | Literal["all", "fit"] = "all"
-
-    def __post_init__(self) -> None:
-        for name in ("eta_l", "eta_g"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be greater than 0")
+    eta_l: float = setting(0.1, "lr", "(0, 1e38]")
+    eta_g: float = setting(1.0, "server", "(0, 1e6]")
+    experts: int | Literal["all", "fit"] = setting("all", "server")
 
     def server(self, setup: Setup) -> Server:
         return ScaffoldServer(self._sgd(setup), self)

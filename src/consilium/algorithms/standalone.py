@@ -21,6 +21,7 @@ from consilium.core import (
     Server,
     experts_from_scalars,
     experts_to_scalars,
+    setting,
 )
 from consilium.moe.addressing import select
 from consilium.setup import Setup
@@ -37,7 +38,7 @@ class Standalone(Algorithm):
         experts: see FedAvg.
     """
 
-    experts: int | Literal["all", "fit"] = "all"
+    experts: int | Literal["all", "fit"] = setting("all", "server")
     worlds: ClassVar[tuple[str, ...]] = ("moe", "cohort", "mixed")
     merges: ClassVar[bool] = False
 

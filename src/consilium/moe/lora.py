@@ -25,6 +25,7 @@ from consilium.moe.experts import Experts
 from consilium.moe.model import TaskModel
 from consilium.moe.quantise import dequantise, quantise
 from consilium.params import Params, WeightedMean
+from consilium.work import check_settings, setting
 
 __all__ = [
     "Adapters",
@@ -53,21 +54,15 @@ class Lora:
             the updates B A, cut back to rank R by a singular value decomposition.
     """
 
-    rank: int = 0
-    alpha: float = 0.0
-    targets: tuple[str, ...] = ()
-    router: bool = True
-    base: Literal["full", "nf4"] = "full"
-    mean: Literal["factors", "products"] = "factors"
+    rank: int = setting(0, "memory", "[0, 1e12]")
+    alpha: float = setting(0.0, "factor", "[0, 1e6]")
+    targets: tuple[str, ...] = setting((), "free")
+    router: bool = setting(True, "free")
+    base: Literal["full", "nf4"] = setting("full", "free")
+    mean: Literal["factors", "products"] = setting("factors", "server")
 
     def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ConfigError(f"lora.rank is {self.rank}; it must be at least 1, or 0 for no adapters")
-        if not 0 <= self.alpha < float("inf"):
-            raise ConfigError(f"lora.alpha is {self.alpha}; it must be greater than 0, or 0 for the rank")
-        for name, allowed in (("base", ("full", "nf4")), ("mean", ("factors", "products"))):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"lora.{name} is {getattr(self, name)!r}; it must be {' or '.join(allowed)}")
+        check_settings(self, "lora.")
 
     @property
     def scale(self) -> float:
