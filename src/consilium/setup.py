@@ -13,7 +13,16 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
-from consilium.core import ClientContext, ClientInfo, ExpertSet, Sampling, derive_seed
+from consilium.core import (
+    ClientContext,
+    ClientInfo,
+    ExpertSet,
+    Payload,
+    Sampling,
+    Scalar,
+    derive_seed,
+    experts_to_scalars,
+)
 from consilium.data.causal import Rows, encode_language
 from consilium.data.encode import Encoded, encode
 from consilium.data.task import Split, Task
@@ -23,6 +32,7 @@ from consilium.models.cohort import Cohort, SplitModel, initial
 from consilium.moe.addressing import load_flat, select, travels
 from consilium.moe.budget import Footprint, MemoryModel, Mode, human
 from consilium.moe.build import ModelSource
+from consilium.moe.gates import NEED_ROWS, Gates, Kind, absent_rows, gates_to_scalars
 from consilium.moe.lora import Lora, ProductMean, add_lora, initial_adapters
 from consilium.moe.merging import Merging, RobustMean
 from consilium.moe.model import TaskModel
@@ -60,6 +70,12 @@ class Fit:
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         precision: in which small models compute, in training and in scoring: "float32", or "bfloat16" by torch's
             autocast; weights and their updates stay float32. A mixture of experts has `model.dtype` for it.
+        gates: how a client that lacks experts weighs those that it holds, in families whose gates are shares of a
+            softmax over all experts; the others are not touched, see `moe.gates`. "constant": the softmax over the held
+            experts times one number per layer, which keeps the mean total gate; the only one that plain transformers
+            can hold exactly. "full": the softmax over all experts. "mass": the softmax over the held experts times the
+            total gate that the full router gives this token. "slice": the softmax over the held experts as it is, up to
+            E times too large.
         lora: train adapters on the experts instead of all parameters. Then only adapters, router rows and head rows
             travel, and every client has the rest from the model's own place.
     """
@@ -79,6 +95,7 @@ class Fit:
     balance: float = setting(0.01, "factor", "[0, 1e4]")
     gradient_checkpointing: bool = setting(False, "free")
     precision: Literal["float32", "bfloat16"] = setting("float32", "free")
+    gates: Kind = setting("constant", "free")
     lora: Lora = field(default_factory=Lora)
 
     def __post_init__(self) -> None:
@@ -393,10 +410,37 @@ class Setup:
         if self.fit.rows == "packed" and not family.packs:
             raise ConfigError(f"fit.rows is 'packed': in {family.name} examples in one row would see each other")
 
-    def build(self, params: Params, context: ClientContext, held: ExpertSet | None = None) -> TaskModel | SplitModel:
+    def sub_moe(self, params: Params, task: str, held: ExpertSet | None) -> Payload:
+        """Return what a client of `task` needs to build the sub-MoE with the experts `held` (None: all).
+
+        Group "params", scalars that name the experts and the scale of their gates, and, where `fit.gates` needs them,
+        group "router": the router rows of the absent experts.
+        """
+        groups = {"params": select(params, task, held)}
+        if held is None:
+            return Payload(groups)
+        if self.fit.gates in NEED_ROWS:
+            groups["router"] = absent_rows(params, held)
+        return Payload(groups, self.slice_scalars(held))
+
+    def slice_scalars(self, held: ExpertSet) -> dict[str, Scalar]:
+        """Return the scalars of a payload that say which experts a sub-MoE holds and how its gates are scaled."""
+        scale = self.model.gate_scales(held) if self.fit.gates == "constant" else {}
+        return {**experts_to_scalars(held), **gates_to_scalars(scale)}
+
+    def build(
+        self,
+        params: Params,
+        context: ClientContext,
+        held: ExpertSet | None = None,
+        gates: Gates | None = None,
+    ) -> TaskModel | SplitModel:
         """The client's live model on its device, holding only `held` experts.
 
         With `fit.lora` the base is read from the model's own place, and `params` are what travels.
+
+        Args:
+            gates: of a payload, see `gates.gates_from_scalars`; None: gates are not scaled.
 
         Raises:
             ModelError: for a name that is missing, another shape, or experts that the model does not have.
@@ -410,8 +454,9 @@ class Setup:
         exact = {torch.float32} if self.model.family.choice else set()  # of a correction bias
         _check_dtypes(params, {self.model.torch_dtype} | exact)
         if not lora.rank:
-            return self.model.build(params, task.name, task.labels, held).to(context.device)
-        model = self.model.build(self.model.load(held) | params, task.name, task.labels, held).to(context.device)
+            return self.model.build(params, task.name, task.labels, held, gates).to(context.device)
+        whole = self.model.load(held) | params
+        model = self.model.build(whole, task.name, task.labels, held, gates).to(context.device)
         return load_flat(add_lora(model, lora), params, held)
 
     def mean(self, previous: Params) -> WeightedMean | RobustMean | PrivateMean:

@@ -28,6 +28,7 @@ from consilium.masters import Masters
 from consilium.models.cohort import Cohort, SplitModel, padded
 from consilium.moe.addressing import flatten, parameters
 from consilium.moe.experts import Active, Experts
+from consilium.moe.gates import gates_from_scalars
 from consilium.moe.model import TaskModel
 from consilium.moe.routing import Tap
 from consilium.params import Params
@@ -326,7 +327,8 @@ def local_round(
 
     Args:
         payload: group "params" (trunk, held experts, their router rows, the task's head rows), scalars naming the
-            held experts (none: all); optionally group "router", the rows of the experts that are not held.
+            held experts (none: all) and the scale of their gates; optionally group "router", the rows of the experts
+            that are not held.
         correct: given the live model, returns the correction for `fit`.
         references: copies of the weights that `correct` keeps, for the footprint reported.
         usage: also report the usage of experts over the validation data, groups "demand" and "served", int64 [E].
@@ -340,7 +342,8 @@ def local_round(
         metric is of tokens).
     """
     held, outside = experts_from_scalars(payload.scalars), payload.group("router")
-    model = setup.build(payload.group("params"), context, held)
+    gates = gates_from_scalars(setup.fit.gates, payload.scalars, outside)
+    model = setup.build(payload.group("params"), context, held, gates)
     del payload  # a full copy of the weights, unless the caller still holds it
     train = setup.encode(context, context.data.train)
     fitted = fit(
@@ -427,7 +430,8 @@ def local_test(setup: Setup, payload: Payload, context: ClientContext) -> Payloa
     """Score a delivered model on the client's test split: scalars score, (perplexity, bits_per_byte,) examples,
     seconds_evaluate."""
     start = time.perf_counter()
-    model = setup.build(payload.group("params"), context, experts_from_scalars(payload.scalars))
+    gates = gates_from_scalars(setup.fit.gates, payload.scalars, payload.group("router"))
+    model = setup.build(payload.group("params"), context, experts_from_scalars(payload.scalars), gates)
     return tested(setup, model, context, start)
 
 

@@ -83,7 +83,7 @@ def ours(deployed):
     """The live model, as the run's clients build it."""
     experiment = deployed.experiment
     task, labels = next(iter(deployed.labels.items()), ("", ()))
-    return experiment.model.build(deployed.params, task, labels, deployed.held).eval()
+    return experiment.model.build(deployed.params, task, labels, deployed.held, deployed.gates).eval()
 
 
 def as_the_card_says(folder, given=TEXTS[0], **names):
@@ -161,7 +161,7 @@ def test_adapters_merged_and_apart_are_the_model_of_the_run(root, tmp_path, caps
     source, fit = deployed.experiment.model, deployed.experiment.fit
     context = tiny.context(form="text-to-text")
     setup = tiny.setup(source, lora=fit.lora)
-    model = setup.build(deployed.params, context, deployed.held).eval()
+    model = setup.build(deployed.params, context, deployed.held, deployed.gates).eval()
     batch = tiny.batch(source)
     with torch.no_grad():
         want = model(batch)[0]

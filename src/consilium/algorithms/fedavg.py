@@ -26,11 +26,9 @@ from consilium.core import (
     Payload,
     Server,
     counts_of,
-    experts_to_scalars,
     setting,
 )
 from consilium.errors import BudgetError, ConfigError
-from consilium.moe.addressing import select
 from consilium.params import Params, WeightedMean
 from consilium.setup import Setup
 from consilium.training import local_round, local_test
@@ -92,8 +90,7 @@ class FedAvgServer(Server):
         return mean.told()
 
     def deliver(self, client: ClientInfo) -> Payload:
-        held = self.held_by(client)
-        return Payload({"params": select(self.params, client.task, held)}, experts_to_scalars(held) if held else {})
+        return self.setup.sub_moe(self.params, client.task, self.held_by(client))
 
 
 class FedAvgClient(Client):

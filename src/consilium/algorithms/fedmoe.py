@@ -59,12 +59,12 @@ from consilium.core import (
     Server,
     counts_of,
     derive_seed,
-    experts_to_scalars,
     setting,
 )
 from consilium.errors import BudgetError, ConfigError
 from consilium.moe.addressing import expert_of, router_row_of, select
 from consilium.moe.budget import Mode
+from consilium.moe.gates import absent_rows
 from consilium.moe.lora import add_expert_lora
 from consilium.moe.routing import Tap
 from consilium.params import Like, Params
@@ -290,9 +290,7 @@ class FedMoEServer(Server):
         return {"experts": sum(held) / len(held), **mean.told()}
 
     def deliver(self, client: ClientInfo) -> Payload:
-        held = self.map.get(client.id)
-        scalars = experts_to_scalars(held) if held else {}
-        return Payload({"params": select(self.params, client.task, held)}, scalars)
+        return self.setup.sub_moe(self.params, client.task, self.map.get(client.id))
 
     def unable(self, client: ClientInfo) -> str | None:
         """In stage one: why the client cannot profile the full MoE. Later everybody has a sub-MoE that fits."""
@@ -311,8 +309,8 @@ class FedMoEServer(Server):
 
     def _sub_moe(self, client: ClientInfo) -> Payload:
         sent = self.deliver(client)
-        outside = {k: t for k, t in self.params.items() if router_row_of(k) and k not in sent.groups["params"]}
-        return Payload({**sent.groups, "router": outside}, {**sent.scalars, "stage": "two"})
+        absent = absent_rows(self.params, self.map[client.id])
+        return Payload({**sent.groups, "router": absent}, {**sent.scalars, "stage": "two"})
 
     def _weight(self, reply: Payload) -> float | Callable[[str], float]:
         n_k = float(reply.scalars["num_examples"])

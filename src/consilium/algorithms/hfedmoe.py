@@ -60,11 +60,11 @@ from consilium.core import (
     counts_of,
     derive_seed,
     experts_from_scalars,
-    experts_to_scalars,
     setting,
 )
 from consilium.errors import ConfigError
-from consilium.moe.addressing import expert_of, router_row_of, select
+from consilium.moe.addressing import expert_of, router_row_of
+from consilium.moe.gates import absent_rows
 from consilium.moe.routing import Tap
 from consilium.params import Like, Params
 from consilium.setup import Setup
@@ -364,7 +364,7 @@ class HFedMoEServer(Server):
 
     def deliver(self, client: ClientInfo) -> Payload:
         held = self.resident(client)
-        return Payload({"params": select(self.params, client.task, held)}, experts_to_scalars(held))
+        return self.setup.sub_moe(self.params, client.task, held)
 
     def resident(self, client: ClientInfo) -> Held:
         """The experts this client holds now: those its data asks for most, as many as its forward budget.
@@ -411,8 +411,8 @@ class HFedMoEServer(Server):
 
     def _task(self, client: ClientInfo) -> Payload:
         sent = self.deliver(client)
-        outside = {k: t for k, t in self.params.items() if router_row_of(k) and k not in sent.groups["params"]}
-        return Payload({**sent.groups, "router": outside}, {**sent.scalars, "budget": self.budgets[client.id][1]})
+        absent = absent_rows(self.params, experts_from_scalars(sent.scalars))
+        return Payload({**sent.groups, "router": absent}, {**sent.scalars, "budget": self.budgets[client.id][1]})
 
     def _expert_weights(self, reply: Payload) -> Params:
         """Block -> weight of this client in the mean of each expert, float64 [E] (Eq 17)."""

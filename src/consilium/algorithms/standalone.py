@@ -20,10 +20,8 @@ from consilium.core import (
     Payload,
     Server,
     experts_from_scalars,
-    experts_to_scalars,
     setting,
 )
-from consilium.moe.addressing import select
 from consilium.setup import Setup
 from consilium.training import local_round, local_test
 
@@ -54,7 +52,7 @@ class StandaloneServer(FedAvgServer):
 
     def __init__(self, setup: Setup, held: ExpertSet | None):
         super().__init__(setup, held, params={})
-        self.sent = Payload(scalars=experts_to_scalars(held) if held else {})
+        self.sent = Payload(scalars=setup.slice_scalars(held) if held else {})
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
         for _ in replies:
@@ -72,16 +70,16 @@ class StandaloneClient(Client):
         self.setup = setup
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
-        _, reply = local_round(self.setup, self._own(payload, context), context)
-        context.state.params = reply.group("params")
+        own = self._own(payload, context)
+        _, reply = local_round(self.setup, own, context)
+        context.state.params = {**reply.group("params"), **own.group("router")}
         return Payload(scalars=reply.scalars)
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         return local_test(self.setup, self._own(payload, context), context)
 
     def _own(self, payload: Payload, context: ClientContext) -> Payload:
-        params = context.state.params
-        if not params:
-            held = experts_from_scalars(payload.scalars)
-            params = select(self.setup.initial_params(context.info), context.data.task.name, held)
-        return Payload({"params": params}, payload.scalars)
+        held = experts_from_scalars(payload.scalars)
+        params = context.state.params or self.setup.initial_params(context.info)
+        mine = self.setup.sub_moe(params, context.data.task.name, held)
+        return Payload(mine.groups, payload.scalars)

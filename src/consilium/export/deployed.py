@@ -16,7 +16,7 @@ from consilium.engine.codec import decode
 from consilium.errors import CheckpointError, ConfigError, PayloadError
 from consilium.experiment import Experiment, from_json
 from consilium.models.cohort import Cohort
-from consilium.moe.addressing import select
+from consilium.moe.gates import Gates, absent_rows, gates_from_scalars
 from consilium.params import Params
 from consilium.run import SITES, read_config
 from consilium.setup import Setup
@@ -33,7 +33,7 @@ class Deployed:
         client: its id; "": the global model.
         labels: task -> labels, of the heads that go along; {} without heads.
         params: flat names -> tensors; with `fit.lora` adapters, router rows and head rows.
-        held: experts per block; None: all.
+        held: experts per block; None: all. gates: how theirs are scaled.
         scores: task -> (metric, score in [0, 1]) on test data; of the global model the mean over the task's clients.
         sizes: split -> examples; of the global model, of all clients together.
         clients: of the whole run. rounds: that it took.
@@ -50,6 +50,7 @@ class Deployed:
     clients: int
     rounds: int
     privacy: Mapping[str, Any] = field(default_factory=dict)
+    gates: Gates = field(default_factory=Gates)
 
     @property
     def kind(self) -> str:
@@ -132,6 +133,7 @@ def of_run(run: Finished, client: str | None) -> Deployed:
         if not server.params:
             raise ConfigError(f"{name} has no global model; name a client, --client: {', '.join(told)}")
         labels, params, held, scores, members = run.setup.heads, server.params, None, metrics, list(told)
+        gates = Gates()
     else:
         info = run.info(client)
         payload = server.deliver(info)
@@ -139,13 +141,17 @@ def of_run(run: Finished, client: str | None) -> Deployed:
         if not payload.groups and run.away:
             raise ConfigError(f"{name} keeps the model of {client} at the site: export it there, from its --state")
         state = ClientState() if run.away else run.store.load(client)
-        params = _params(payload, state) or select(run.setup.initial_params(), info.task, held)
+        params = _params(payload, state)
+        if not params:
+            payload = Payload(run.setup.sub_moe(run.setup.initial_params(), info.task, held).groups, payload.scalars)
+            params = payload.group("params")
+        gates = _gates(run.experiment, payload, params)
         labels = {info.task: tuple(told[client]["labels"])} if told[client]["labels"] else {}
         scores, members = {info.task: (metrics[info.task][0], summary["clients"][client]["test"])}, [client]
     sizes = {key: sum(told[c]["sizes"][key] for c in members) for key in ("train", "validation", "test")}
     spent = summary.get("privacy", {})
     return Deployed(
-        run.experiment, client or "", labels, params, held, scores, sizes, len(told), summary["rounds"], spent
+        run.experiment, client or "", labels, params, held, scores, sizes, len(told), summary["rounds"], spent, gates
     )
 
 
@@ -183,16 +189,18 @@ def of_site(given: dict[str, Any], data: ClientData, payload: Payload, told: dic
     # What counts is the server's; data and model are where the site has them.
     experiment = replace(from_json(json.loads(str(told["experiment"]))), data=own.data, model=own.model)
     labels = {data.task.name: data.task.labels} if data.task.labels else {}
+    params, held = _params(payload, ClientState(payload.group(OWN))), experts_from_scalars(payload.scalars)
     return Deployed(
         experiment=experiment,
         client=str(given["name"]),
         labels=labels,
-        params=_params(payload, ClientState(payload.group(OWN))),
-        held=experts_from_scalars(payload.scalars),
+        params=params,
+        held=held,
         scores={data.task.name: (data.task.metric, float(told["score"]))},
         sizes={key: len(split) for key, split in data.splits()},
         clients=0,
         rounds=int(told["round"]),
+        gates=_gates(experiment, payload, params),
     )
 
 
@@ -200,6 +208,13 @@ def _params(payload: Payload, state: ClientState) -> Params:
     """The delivered weights, or what the client keeps (without what an engine has put there)."""
     own = {key: tensor for key, tensor in state.params.items() if not key.startswith("engine/")}
     return payload.group("params") or own
+
+
+def _gates(experiment: Experiment, payload: Payload, params: Params) -> Gates:
+    """Return how the gates are scaled; a client that keeps its model keeps the rows of absent experts with it."""
+    held = experts_from_scalars(payload.scalars)
+    rows = payload.group("router") or (absent_rows(params, held) if held else {})
+    return gates_from_scalars(experiment.fit.gates, payload.scalars, rows)
 
 
 def _read(path: Path) -> dict[str, Any]:

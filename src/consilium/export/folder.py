@@ -33,6 +33,7 @@ from consilium.machine import quietly
 from consilium.moe.adapter_files import save_adapters
 from consilium.moe.addressing import load_flat
 from consilium.moe.files import save_sub_moe
+from consilium.moe.gates import fold_gates
 from consilium.moe.lora import add_lora, merged
 from consilium.moe.model import TaskModel
 from consilium.moe.uniform import uniform
@@ -121,9 +122,9 @@ def _whole(deployed: Deployed) -> Params:
 def _plain(folder: Path, deployed: Deployed) -> list[str]:
     """Merged, and with one number of experts in all layers."""
     source = deployed.experiment.model
-    model = source.build(_whole(deployed), "", (), deployed.held)
+    model = source.build(_whole(deployed), "", (), deployed.held, deployed.gates)
     try:
-        config, longest = uniform(model)
+        config, longest = uniform(fold_gates(model))
     except ModelError as error:
         raise ConfigError(f"{error}; use --format consilium, which keeps every layer as it is") from error
     backbone = model.backbone  # perhaps a wider one
@@ -134,6 +135,11 @@ def _plain(folder: Path, deployed: Deployed) -> list[str]:
         backbone.save_pretrained(folder)
     _heads(folder, deployed, config.hidden_size)
     notes, rounded = [], source.dtype != "float32"
+    if any(c != 1 for c in deployed.gates.scale.values()):
+        notes.append(
+            "the constants that keep the gates of a slice on the scale of the full model (fit.gates) were "
+            "multiplied into the experts" + (f", which rounds them to {source.dtype}" if rounded else "")
+        )
     if longest is not None:
         notes.append(
             f"the layers serve up to {longest} to {config.expert_capacity} tokens per expert, and the configuration "
@@ -188,7 +194,7 @@ def _sub_moe(folder: Path, deployed: Deployed) -> list[str]:
     if len(deployed.labels) > 1:
         raise ConfigError("a directory with a keep-map has one task: name a client, --client")
     task, labels = next(iter(deployed.labels.items()), ("", ()))
-    model = source.build(_whole(deployed), task, labels, deployed.held)
+    model = source.build(_whole(deployed), task, labels, deployed.held, deployed.gates)
     held = deployed.held or {block: tuple(range(n)) for block, n in source.counts.items()}
     save_sub_moe(folder, source, model, held)
     return ["plain transformers cannot read it: consilium.moe.files.load_sub_moe does"]

@@ -22,6 +22,7 @@ from consilium.errors import ConfigError, ModelError, first_line
 from consilium.machine import quietly
 from consilium.moe.addressing import all_experts, flatten, load_flat
 from consilium.moe.families import Family, Form, family_of
+from consilium.moe.gates import Gates, attach_gates, default_scale, shares_gates
 from consilium.moe.model import TaskModel
 from consilium.moe.partial import held_weights, sliced
 from consilium.moe.surgery import checked, slice_experts
@@ -121,8 +122,30 @@ class ModelSource:
 
     def public_usage(self) -> dict[str, list[float]]:
         """Block -> share of public tokens per expert, from the model's card (`card.json`); {} where it says nothing."""
+        return self._card.get("usage_public", {})
+
+    def gate_scales(self, held: ExpertSet) -> dict[str, float]:
+        """Return the constant c of every layer that lacks experts, see `moe.gates`: block -> c.
+
+        It is what the model's card says ("gates_public"), otherwise `default_scale`. {} for a family whose gates do not
+        depend on absent experts.
+        """
+        if not shares_gates(self.family, self.config):
+            return {}
+        known, top_k = self._card.get("gates_public", {}), int(getattr(self.config, "num_experts_per_tok", 1))
+        scales = {}
+        for block, ids in held.items():
+            total = self.counts[block]
+            if len(ids) < total:
+                measured = known.get(block, ())
+                found = len(measured) == total
+                scales[block] = measured[len(ids) - 1] if found else default_scale(len(ids), total, top_k)
+        return scales
+
+    @cached_property
+    def _card(self) -> dict[str, Any]:
         card = Path(self.location) / "card.json"
-        return json.loads(card.read_text()).get("usage_public", {}) if card.is_file() else {}
+        return json.loads(card.read_text()) if card.is_file() else {}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -149,12 +172,24 @@ class ModelSource:
         backbone.tie_weights()  # accelerate gives every module its own meta parameter
         return model
 
-    def build(self, params: Params, task: str, labels: tuple[str, ...], held: ExpertSet | None = None) -> TaskModel:
-        """A live model from flat parameters, with only the held experts (None: all) ever in memory."""
+    def build(
+        self,
+        params: Params,
+        task: str,
+        labels: tuple[str, ...],
+        held: ExpertSet | None = None,
+        gates: Gates | None = None,
+    ) -> TaskModel:
+        """Build a live model from flat parameters, with only the held experts (None: all) ever in memory.
+
+        Args:
+            gates: how the gates of a slice are scaled; None: they are not.
+        """
         model = self.skeleton(task, labels)
         if held is not None:
             slice_experts(model, held)
-        return quicken(load_flat(model, params, held))
+        model = quicken(load_flat(model, params, held))
+        return model if gates is None else attach_gates(model, gates)
 
     def load(self, held: ExpertSet | None = None) -> Params:
         """The pretrained backbone as flat parameters (no heads).

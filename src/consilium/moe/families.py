@@ -44,6 +44,8 @@ class Family:
         capacity: attribute with the tokens per expert and sequence that are served at most, None: no limit.
         classes: transformers class per form of task.
         divisor: attribute of the configuration by which text-to-text logits are divided; None: by nothing.
+        normalised: whether the gates of the chosen experts do not depend on the others: True, False, or the name of the
+            field of the configuration that says so. Where they do, `moe.gates` keeps a slice's gates on their scale.
         packs: whether position ids that start again keep the examples packed into one row apart, in attention too.
     """
 
@@ -69,6 +71,7 @@ class Family:
     capacity: str | None = None
     lora_targets: tuple[str, ...] = ()
     divisor: str | None = None
+    normalised: bool | str = True
     packs: bool = False
 
 
@@ -116,12 +119,20 @@ FAMILIES: dict[str, Family] = {
                 "text-to-text": "SwitchTransformersForConditionalGeneration",
             },
             lora_targets=("wi", "wo"),
+            normalised=False,
         ),
-        _fused("OLMoE", "olmoe", "Olmoe", "SparseMoeBlock"),
+        _fused("OLMoE", "olmoe", "Olmoe", "SparseMoeBlock", normalised="norm_topk_prob"),
         _fused("Mixtral", "mixtral", "Mixtral", "SparseMoeBlock", number="num_local_experts"),
         # The shared expert and its gate are trunk, and so are the layers that `mlp_only_layers` keeps dense.
-        _fused("Qwen2-MoE", "qwen2_moe", "Qwen2Moe", "SparseMoeBlock"),
-        _fused("Qwen3-MoE", "qwen3_moe", "Qwen3Moe", "SparseMoeBlock", number="num_local_experts"),
+        _fused("Qwen2-MoE", "qwen2_moe", "Qwen2Moe", "SparseMoeBlock", normalised="norm_topk_prob"),
+        _fused(
+            "Qwen3-MoE",
+            "qwen3_moe",
+            "Qwen3Moe",
+            "SparseMoeBlock",
+            number="num_local_experts",
+            normalised="norm_topk_prob",
+        ),
         _fused(
             "GraniteMoE",
             "granitemoe",
@@ -137,7 +148,15 @@ FAMILIES: dict[str, Family] = {
         # Of both DeepSeeks the first layers may be dense, and shared experts are trunk. A sliced block has one group:
         # it equals the full model with its router masked to the kept experts where groups do not restrict
         # (`topk_group` = `n_group`), and otherwise the full model masked so and with the groups of that block lifted.
-        _fused("DeepSeek-V2", "deepseek_v2", "DeepseekV2", "Moe", number="n_routed_experts", groups=1),
+        _fused(
+            "DeepSeek-V2",
+            "deepseek_v2",
+            "DeepseekV2",
+            "Moe",
+            number="n_routed_experts",
+            groups=1,
+            normalised=False,  # transformers 5.23 does not read `norm_topk_prob`
+        ),
         _fused(
             "DeepSeek-V3",
             "deepseek_v3",

@@ -1,13 +1,17 @@
 """A sub-MoE in a directory of its own: safetensors and a keep-map, exact to the bit.
 
     config.json, tokenizer files   of the full model, as transformers writes them
-    sub-moe.safetensors            the sub-model's parameters under flat names, which say the ids of the full model
-    sub-moe.json                   the keep-map (block -> ids), the form, the dtype, the task and its labels
+    sub-moe.safetensors            the sub-model's parameters under flat names, which say the ids of the full model, and
+                                   the router rows of absent experts if its gates depend on them
+    sub-moe.json                   the keep-map (block -> ids), the form, the dtype, the task and its labels, and how
+                                   gates are scaled (see `gates`); a file that does not say so has "slice"
 
 No configuration can say that layers have different numbers of experts, so transformers cannot read such a model back.
 """
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from consilium.core import ExpertSet
-from consilium.errors import ConfigError, ModelError, first_line
+from consilium.errors import ConfigError, ModelError, PayloadError, first_line
 from consilium.moe.addressing import expert_of, flatten
 from consilium.moe.build import ModelSource
+from consilium.moe.gates import KINDS, Gates, absent_rows, gates_from_scalars, gates_to_scalars
 from consilium.moe.model import TaskModel
 from consilium.moe.surgery import checked
 
@@ -32,7 +37,8 @@ def save_sub_moe(folder: Path, source: ModelSource, model: TaskModel, held: Expe
     Raises:
         ModelError: if `held` does not name as many experts as the model has, or `source` has no tokenizer.
     """
-    params = flatten(model, held)
+    gates = model.gates or Gates()
+    params = {**gates.rows, **flatten(model, held)}
     folder.mkdir(parents=True, exist_ok=True)
     source.config.save_pretrained(folder)
     source.tokenizer().save_pretrained(folder)
@@ -43,6 +49,7 @@ def save_sub_moe(folder: Path, source: ModelSource, model: TaskModel, held: Expe
         "task": model.task,
         "labels": list(model.labels),
         "experts": {block: list(ids) for block, ids in held.items()},
+        "gates": {"kind": gates.kind, "scale": dict(gates.scale)},
     }
     (folder / MAP).write_text(json.dumps(told, indent=1) + "\n")
 
@@ -59,7 +66,8 @@ def load_sub_moe(folder: Path) -> tuple[ModelSource, TaskModel, dict[str, tuple[
         source = ModelSource(str(folder.resolve()), told["form"], told["dtype"])
         keep = {block: tuple(ids) for block, ids in told["experts"].items()}
         task, labels = told["task"], tuple(told["labels"])
-    except (KeyError, TypeError, AttributeError, ConfigError) as error:
+        gates = _gates(told.get("gates", {"kind": "slice", "scale": {}}))
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigError, PayloadError) as error:
         raise ModelError(
             f"{folder / MAP} is no keep-map ({type(error).__name__}: {error}); save the model anew"
         ) from error
@@ -74,7 +82,15 @@ def load_sub_moe(folder: Path) -> tuple[ModelSource, TaskModel, dict[str, tuple[
         block, i = odd[0]
         where = "the weights but not in the map" if (block, i) in stored else "the map but not in the weights"
         raise ModelError(f"expert {i} of {block} is in {where} of {folder}; they are not of the same model")
-    return source, source.build(params, task, labels, held), held
+    gates = replace(gates, rows=absent_rows(params, held))
+    return source, source.build(params, task, labels, held, gates), held
+
+
+def _gates(told: Mapping[str, Any]) -> Gates:
+    """Return the gates that a keep-map names, without the rows of absent experts."""
+    if told["kind"] not in KINDS:
+        raise ValueError(f"gates are {told['kind']!r}; they must be one of {', '.join(KINDS)}")
+    return gates_from_scalars(told["kind"], gates_to_scalars(told["scale"]), {})
 
 
 def _map(folder: Path) -> dict[str, Any]:

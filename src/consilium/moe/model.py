@@ -33,6 +33,7 @@ class TaskModel(nn.Module):
 
     Attributes:
         adapters: `lora.Adapters` on the experts, or None.
+        gates: `gates.Gates` that were attached to a slice, or None.
         quantised: flat local name of an expert tensor in 4 bits -> what `quantise` made of it; its parameter is a
             shape on the meta device.
     """
@@ -46,6 +47,7 @@ class TaskModel(nn.Module):
         self.dtype = dtype
         self.config: Any = backbone.config
         self.adapters: Any = None
+        self.gates: Any = None
         self.quantised: dict[str, tuple[Tensor, Any]] = {}
         self.head = nn.Linear(backbone.config.hidden_size, len(labels), dtype=dtype) if labels else None
 
