@@ -11,6 +11,7 @@ from consilium.data.arrays import ImageData
 from consilium.data.textfile import TextFileData
 from consilium.experiment import Experiment
 from consilium.models.cohort import Cohort
+from consilium.run import read_structure
 from consilium.setup import Fit
 
 WORDS = {"cat": "purrs at the old house", "dog": "barks near a tree", "fish": "swims in some water"}
@@ -60,13 +61,12 @@ def outcome(folder: Path) -> dict:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else None
 
     summary = json.loads((folder / "summary.json").read_text())
-    structure = folder / "structure.json"
     return _timeless(
         {
             "summary": summary,
             "metrics": lines("metrics.jsonl"),
             "events": lines("events.jsonl"),
-            "structure": json.loads(structure.read_text()) if structure.exists() else None,
+            "structure": read_structure(folder) if (folder / "structure.jsonl").exists() else None,
             "partition": json.loads((folder / "partition.json").read_text()),
             "status": json.loads((folder / "config.json").read_text())["status"],
         }

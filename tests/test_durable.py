@@ -240,8 +240,8 @@ def test_records_that_are_lost_are_missed(copy, spoil, said):
 
 
 def test_a_broken_structure_is_named(copy):
-    (copy / "structure.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"structure\.json cannot be read"):
+    (copy / "structure.jsonl").write_text('{\n{"round": 1}\n')
+    with pytest.raises(CheckpointError, match=r"structure\.jsonl:1 cannot be read"):
         resume(copy)
 
 

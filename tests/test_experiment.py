@@ -30,7 +30,7 @@ from consilium.models.cohort import Cohort
 from consilium.moe.build import ModelSource
 from consilium.params import checksum
 from consilium.recipes.digits import pfedmoe_table
-from consilium.run import _git, _Prepared, read_config, resume, run
+from consilium.run import _git, _Prepared, read_config, read_structure, resume, run
 from consilium.setup import Fit
 
 # --- as JSON and back -------------------------------------------------------------------------------------------------
@@ -299,7 +299,7 @@ def lines(path):
 def test_the_files_of_a_finished_run(fedmoe):
     experiment, folder, summary, _ = fedmoe
     assert {p.name for p in folder.iterdir()} == {
-        "config.json", "partition.json", "metrics.jsonl", "events.jsonl", "structure.json", "summary.json",
+        "config.json", "partition.json", "metrics.jsonl", "events.jsonl", "structure.jsonl", "summary.json",
         "checkpoints", ".lock",
     }  # fmt: skip
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {
@@ -339,7 +339,7 @@ def test_the_summary_adds_up(fedmoe):
     assert summary["mean"] == last["scores"]["mean"]
     for id, client in summary["clients"].items():
         assert client["test"] == last["test"][id] and client["reason"] is None and client["state"] is None
-        held = list(json.loads((folder / "structure.json").read_text())["rounds"].values())[-1][id]
+        held = list(read_structure(folder)["rounds"].values())[-1][id]
         assert client["experts"] == [len(ids) for ids in held.values()]
         assert client["peak_bytes_model"] <= client["memory_bytes"]
     sizes = {client: sum(values["experts"]) for client, values in summary["clients"].items()}
@@ -363,7 +363,7 @@ def test_seconds_add_up(fedmoe):
 
 def test_structure_and_events_tell_the_same_story(fedmoe):
     _, folder, _, _ = fedmoe
-    structure = json.loads((folder / "structure.json").read_text())
+    structure = read_structure(folder)
     assert next(iter(structure["rounds"])) == "1" and len(structure["blocks"]) == 2
     for held in structure["rounds"].values():
         assert set(held) == {"site-0", "site-1", "site-2"}
@@ -391,7 +391,7 @@ def test_clients_that_cannot_hold_the_model_are_named_and_counted(tmp_path):
     first, second = lines(tmp_path / "run/metrics.jsonl")
     assert first["test"] is None and set(second["test"]) == {"site-0", "site-2"}
     assert set(first["unable"]) == {"site-1"}
-    assert not (tmp_path / "run/structure.json").exists()
+    assert not (tmp_path / "run/structure.jsonl").exists()
 
 
 def test_standalone_sends_nothing_and_keeps_its_models_on_disk(tmp_path):

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from consilium.core import Algorithm, Payload, Sampling, Server
-from consilium.engine.judge import BENCH, check_sent, number, one_line, tally
+from consilium.engine.judge import BENCH, check_sent, number, tally
 from consilium.engine.rounds import ledger
 from consilium.errors import BudgetError, ConfigError, ConsiliumError, DataError, ModelError, PayloadError, RoundError
+from consilium.escape import one_line
 from consilium.experiment import from_json, to_json
 from consilium.run import FAILED, records, resume, run
 from consilium.watch import Terminal

@@ -26,7 +26,7 @@ from consilium.export import card
 from consilium.moe.merging import Merging
 from consilium.params import WeightedMean
 from consilium.privacy import PoissonSampling, Privacy, PrivateMean, epsilon_spent, usage_told
-from consilium.run import resume, run
+from consilium.run import read_structure, resume, run
 
 pytest.importorskip("dp_accounting", reason="the extra 'privacy' is not installed")
 
@@ -408,7 +408,7 @@ def test_fedmoe_goes_by_what_it_is_told(mode, data, tmp_path):
         data, FedMoE(stage1="forward"), rounds=2, privacy=dataclasses.replace(mode, epsilon=1e4)
     )
     summary = run(experiment, tmp_path / "run")
-    usage = json.loads((tmp_path / "run/structure.json").read_text())["usage"]
+    usage = read_structure(tmp_path / "run")["usage"]
     for blocks in usage.values():
         for p_E in blocks.values():
             assert sum(p_E) == pytest.approx(1)

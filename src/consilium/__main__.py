@@ -25,6 +25,7 @@ import tyro
 from rich.console import Console
 
 from consilium.errors import ConfigError, ConsiliumError
+from consilium.escape import one_line, terminal
 
 if TYPE_CHECKING:
     from consilium.experiment import Experiment
@@ -133,7 +134,12 @@ OWN = {
 
 def _say(text: str) -> None:
     """One line on stderr."""
-    err.print(f"consilium: {' '.join(text.split())}", markup=False, highlight=False)
+    err.print(f"consilium: {one_line(text, 4000)}", markup=False, highlight=False)
+
+
+def _tell(text: str) -> None:
+    """Print one line on stdout as it stands, whatever its length, without colours."""
+    out.print(one_line(text, 4000), markup=False, highlight=False, soft_wrap=True)
 
 
 def run_command(args: list[str]) -> None:
@@ -204,7 +210,7 @@ def resume_command(args: list[str]) -> None:
     finished = read_config(folder)["status"] == "finished"
     with _speaking(quiet, as_json) as lines:
         if finished:
-            out.print(f"{folder} is finished", markup=False, highlight=False, soft_wrap=True)
+            _tell(f"{folder} is finished")
             print_table([folder], out)
             if lines:
                 summary = json.loads((folder / "summary.json").read_text())
@@ -322,7 +328,7 @@ def upcycle_command(args: list[str]) -> None:
     with new_folder(folder) as new:
         told = upcycle(model, new, how)
     for line in (*told, f"see it: consilium inspect {folder}"):
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
+        _tell(line)
 
 
 def data_command(args: list[str]) -> None:
@@ -393,7 +399,7 @@ def data_command(args: list[str]) -> None:
         found = preview(path, given, ModelSource(told["model"]).tokenizer(), settings, seed)
     show(found, out)
     target = save_picture(found, told["out"] or Path(f"{path.stem}-split.png"))
-    out.print(f"picture: {target}", markup=False, highlight=False, soft_wrap=True)
+    _tell(f"picture: {target}")
 
 
 def _taken(command: str, args: list[str]) -> None:
@@ -401,7 +407,7 @@ def _taken(command: str, args: list[str]) -> None:
     from consilium.export import commands
 
     for line in _parse(getattr(commands, command), args, f"consilium {command.lower()}").lines():
-        print(line, flush=True)  # as it stands, tabs too
+        print(terminal(line, keep="\t\n"), flush=True)  # no line of rich's: tabs stay, and nothing is wrapped
 
 
 def certificates_command(args: list[str]) -> None:
@@ -418,8 +424,8 @@ def certificates_command(args: list[str]) -> None:
         raise ConfigError(f"{error.name} is missing: pip install 'consilium[flower]'") from error
     folder, hosts = Path(args[0]), [host for host in options["--hosts"].split(",") if host]
     for made in certificates(folder, hosts, _names(options["--sites"])):
-        out.print(f"{made} is for that site alone: hand it over on a safe way", highlight=False, soft_wrap=True)
-    out.print(f"{folder / 'server'} is for the server", highlight=False, soft_wrap=True)
+        _tell(f"{made} is for that site alone: send it over a secure channel")
+    _tell(f"{folder / 'server'} is for the server")
 
 
 def server_command(args: list[str]) -> None:
@@ -704,11 +710,11 @@ def _finish(folders: list[Path], target: Path | None = None, lines: "JsonLines |
         more = {"table": rows(methods(read_runs(folders))), "tables": tables} if several else {}
         lines.line({"summary": told if several else told[folders[0].name], **more, "report": str(page)})
     elif out.quiet:
-        print(f"report: {page}")
+        print(one_line(f"report: {page}", 4000))
     else:
         if tables:
-            out.print(f"table: {', '.join(tables)}", markup=False, highlight=False, soft_wrap=True)
-        out.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
+            _tell(f"table: {', '.join(tables)}")
+        _tell(f"report: {page}")
     return page
 
 

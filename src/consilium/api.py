@@ -12,7 +12,7 @@ from rich.console import Console
 from consilium.experiment import Experiment, from_json
 from consilium.recipes import Recipe, find
 from consilium.report import methods, read_runs, rows, write_report
-from consilium.run import read_config, records
+from consilium.run import read_config, read_structure, records
 from consilium.watch import Comparison, at_a_time
 
 if TYPE_CHECKING:
@@ -163,8 +163,7 @@ def load_run(folder: Path | str) -> Run:
     """
     folder = Path(folder)
     config = read_config(folder)
-    summary, structure = (_json(folder / name) for name in ("summary.json", "structure.json"))
-    maps = (structure or {}).get("rounds") or {}
+    summary, maps = _json(folder / "summary.json"), read_structure(folder)["rounds"]
     last = maps[max(maps, key=int)] if maps else {}
     experts = {client: {block: tuple(ids) for block, ids in blocks.items()} for client, blocks in last.items()}
     return Run(folder, config["status"], config["experiment"], summary, experts, folder / "report.html")

@@ -36,6 +36,7 @@ from consilium.engine.flower import Limits, save_site
 from consilium.engine.flower import server_app as flower_app
 from consilium.engine.interrupt import end_with_parent
 from consilium.errors import ConfigError, ConsiliumError, RoundError, first_line
+from consilium.escape import one_line
 from consilium.experiment import Experiment, from_json, to_json
 from consilium.run import read_config, serve
 
@@ -90,7 +91,7 @@ def server(
     left, reached = RESTARTS, _reached(folder)
     while True:
         with _superlink(host, port, keys, home, environment) as link:
-            out.print(f"listening on {address}; waiting for {', '.join(sites)}", highlight=False, soft_wrap=True)
+            _tell(out, f"listening on {address}; waiting for {', '.join(sites)}")
             asked = subprocess.Popen(
                 [program("flwr"), "run", str(home / "app"), "run", "--stream"], env=environment, preexec_fn=WITH_PARENT
             )
@@ -106,7 +107,7 @@ def server(
         left = left - 1 if reached == before else RESTARTS
         if (home / STOPPED).exists() or left < 0:
             break
-        out.print(f"one of Flower's processes has ended, see {home / 'superlink.log'}; starting them again")
+        _tell(out, f"one of Flower's processes has ended, see {home / 'superlink.log'}; starting them again")
         time.sleep(PAUSE * (RESTARTS - left))
     raise RoundError(f"the run has not finished, see above; the same command goes on with {folder}")
 
@@ -157,8 +158,13 @@ def _serve(grid: Any, config: Mapping[str, Any]) -> None:
         except Exception as error:
             write_atomic(_home(folder) / STOPPED, repr(error).encode())
             if isinstance(error, ConsiliumError):
-                out.print(f"consilium: {error}", markup=False, highlight=False, soft_wrap=True)
+                _tell(out, f"consilium: {error}")
             raise
+
+
+def _tell(out: Console, text: str) -> None:
+    """Print one line as it stands."""
+    out.print(one_line(text, 4000), markup=False, highlight=False, soft_wrap=True)
 
 
 def _home(folder: Path) -> Path:

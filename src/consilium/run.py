@@ -4,7 +4,7 @@ runs/<name>/
   config.json       the resolved experiment, library versions, git revision, status
   partition.json    who holds what data
   metrics.jsonl     one record per round, with its ledger       events.jsonl   what happened to whom
-  structure.json    who holds which experts        summary.json   the result
+  structure.jsonl   who holds which experts        summary.json   the result
   checkpoints/  clients/  report.html
 """
 
@@ -45,6 +45,9 @@ from consilium.engine.interrupt import interruptible
 from consilium.engine.judge import BENCH, tally
 from consilium.engine.local import LocalEngine
 from consilium.engine.rounds import Engine, nobody
+from consilium.engine.structure import NAME as STRUCTURE
+from consilium.engine.structure import OLD as OLD_STRUCTURE
+from consilium.engine.structure import StructureLog, convert, fold
 from consilium.engine.workers import forked
 from consilium.errors import BudgetError, CheckpointError, ConfigError, DataError, RoundError, first_line
 from consilium.experiment import Experiment, differences, from_json, to_json
@@ -54,7 +57,7 @@ from consilium.moe.budget import bytes_of, human
 from consilium.params import checksum
 from consilium.setup import Setup
 
-__all__ = ["Watch", "check", "read_config", "records", "resume", "run", "serve"]
+__all__ = ["Watch", "check", "read_config", "read_structure", "records", "resume", "run", "serve"]
 
 FAILED = 3
 """A run stops after so many abandoned rounds in a row."""
@@ -465,7 +468,8 @@ def _all_rounds(prepared: _Prepared, folder: Path, watch: Watch | None, check: C
     del found
     _write_config(folder, "running", prepared)
     store = ClientStore(folder / "clients", versions)
-    structure, begun = _truncate(folder, first), prepared.begun
+    _truncate(folder, first)
+    structure, begun = StructureLog(folder / STRUCTURE, _lines(folder / STRUCTURE)), prepared.begun
     account = Account(folder, experiment, len(prepared.infos))
     account.check(first - 1)
     if watch:
@@ -542,26 +546,23 @@ def _events(record: Mapping[str, Any], server: Server, strikes: dict[ClientId, i
     return [{"round": record["round"], **event} for event in [*own, *benched, *refused]]
 
 
-def _record(folder: Path, number: int, record, events, server: Server, structure: dict[str, Any]) -> None:
+def _record(
+    folder: Path, number: int, record: Mapping[str, Any], events: Sequence[Mapping[str, Any]], server: Server,
+    structure: StructureLog,
+) -> None:  # fmt: skip
     """Write what a round left, before its checkpoint commits it; a redone round writes it anew."""
     append_json(folder / "metrics.jsonl", record)
     for event in events:
         append_json(folder / "events.jsonl", event)
-    held = server.structure() if not record["abandoned"] else None
-    if held is None:
-        return
-    held = {c: {block: list(ids) for block, ids in blocks.items()} for c, blocks in held.items()}
-    latest = next(reversed(structure["rounds"].values()), None)
-    if held != latest:
-        structure["rounds"][str(number)] = held
-    structure["usage"], structure["trained"] = server.usage(), server.trained()
-    structure["blocks"] = dict(server.setup.model.counts)
-    _write_json(folder / "structure.json", structure)
+    if not record["abandoned"]:
+        structure.add(number, server)
 
 
-def _truncate(folder: Path, first: int) -> dict[str, Any]:
-    """Drop what rounds after the last commit wrote; returns the structure record to go on with."""
-    for name in ("metrics.jsonl", "events.jsonl"):
+def _truncate(folder: Path, first: int) -> None:
+    """Drop what rounds after the last commit wrote."""
+    if (old := folder / OLD_STRUCTURE).exists():
+        convert(old, first)
+    for name in ("metrics.jsonl", "events.jsonl", STRUCTURE):
         path = folder / name
         if path.exists():
             lines = path.read_bytes().splitlines(keepends=True)
@@ -573,12 +574,6 @@ def _truncate(folder: Path, first: int) -> dict[str, Any]:
             f"{folder / 'metrics.jsonl'} tells of the rounds {found}, committed are 1 to {first - 1}: a part of it is "
             "lost; put the file back"
         )
-    path = folder / "structure.json"
-    structure = {"blocks": {}, "rounds": {}, "usage": {}, "trained": {}}
-    if path.exists():
-        structure = _read_json(path)
-        structure["rounds"] = {r: held for r, held in structure["rounds"].items() if int(r) < first}
-    return structure
 
 
 def _told(path: Path, number: int, line: bytes, last: int) -> dict[str, Any] | None:
@@ -588,11 +583,19 @@ def _told(path: Path, number: int, line: bytes, last: int) -> dict[str, Any] | N
         CheckpointError: for any other line that cannot be read.
     """
     try:
+        return _record_in(path, number, line)
+    except CheckpointError:
+        if number == last:
+            return None
+        raise
+
+
+def _record_in(path: Path, number: int, line: bytes | str) -> dict[str, Any]:
+    """Return the record in one line, with its "round" as an integer."""
+    try:
         told = json.loads(line)
         return {**told, "round": int(told["round"])}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        if number == last:
-            return None
         raise CheckpointError(f"{path}:{number} cannot be read ({type(error).__name__}); put the file back") from error
 
 
@@ -606,10 +609,26 @@ def records(folder: Path) -> Iterator[dict[str, Any]]:
     return (record for record in _lines(folder / "metrics.jsonl") if not record.get("abandoned"))
 
 
+def read_structure(folder: Path) -> dict[str, Any]:
+    """Return who holds which experts, as `engine.structure.fold` does; also of a run of an earlier version."""
+    old = folder / OLD_STRUCTURE
+    if old.exists() and not (folder / STRUCTURE).exists():
+        return fold([]) | _read_json(old)
+    return fold(_lines(folder / STRUCTURE))
+
+
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if path.exists():
-        with path.open() as file:
-            yield from map(json.loads, file)
+    """The lines of a .jsonl file of rounds, without the torn last one of a killed run.
+
+    Raises:
+        CheckpointError: for a line that cannot be read.
+    """
+    if not path.exists():
+        return
+    with path.open() as file:
+        for number, line in enumerate(file, 1):
+            if line.endswith("\n"):
+                yield _record_in(path, number, line)
 
 
 def _summary(prepared: _Prepared, folder: Path, store: ClientStore, writing: float) -> dict[str, Any]:

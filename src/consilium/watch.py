@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from consilium.core import Algorithm
 from consilium.data.task import Federation
 from consilium.engine.checkpoint import write_atomic
 from consilium.errors import ConfigError, ConsiliumError
+from consilium.escape import one_line, terminal
 from consilium.experiment import Experiment, from_json, to_json
 from consilium.machine import cores, free_memory
 from consilium.moe.budget import MemoryModel, bytes_of, human
@@ -73,8 +74,9 @@ class Terminal:
         tasks = sorted({info.task for info in setup.clients})
         say = self._say
         say(
-            f"[bold]{experiment.name}[/bold]: {type(experiment.algorithm).__name__}, {experiment.rounds} rounds"
-            + (f", continuing with round {first}" if first > 1 else "")
+            (experiment.name, "bold"),
+            f": {type(experiment.algorithm).__name__}, {experiment.rounds} rounds"
+            + (f", continuing with round {first}" if first > 1 else ""),
         )
         each = f"{min(sizes)} to {max(sizes)}" if min(sizes) < max(sizes) else str(min(sizes))
         say(f"  {len(sizes)} clients, tasks {', '.join(tasks)}, {each} training examples each")
@@ -83,13 +85,13 @@ class Terminal:
         devices = ", ".join(human(m) for m in memories) or "not limited"
         experts = f"{sum(counts.values())} experts in {len(counts)} layers; " if counts else ""
         needs = f"training all needs {human(setup.footprint(counts).total)}; " if counts else ""
-        say(f"  model {escape(experiment.model.path)}: {experts}{needs}devices: {devices}")
+        say(f"  model {experiment.model.path}: {experts}{needs}devices: {devices}")
         for client, reason in federation.skipped.items() if federation else ():
-            say(f"  skipped {client}: {escape(reason)}")
+            say(f"  skipped {client}: {reason}")
         for client, rows in federation.source.get("left_out", {}).items() if federation else ():
             say(f"  {client}: {rows} rows of labels too rare there are left out")
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -101,12 +103,17 @@ class Terminal:
         self._tasks["rounds"] = self._bars.add_task("rounds", total=experiment.rounds, completed=first - 1)
         self._tasks["client"] = self._bars.add_task("", total=None)
 
-    def _say(self, text: str, **style: Any) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True, **style)
+    def _say(self, *parts: str | tuple[str, str], style: str = "") -> None:
+        """Print one line of texts, or (text, style), as they stand: no markup is read."""
+        pairs = [(part, "") if isinstance(part, str) else part for part in parts]
+        line = Text.assemble(*((terminal(text), of_part) for text, of_part in pairs), style=style)
+        self.console.print(line, highlight=False, soft_wrap=True)
 
     def step(self, client: str, phase: str, done: int, total: int) -> None:
         if self._bars:
-            self._bars.update(self._tasks["client"], description=f"{phase} {client}", completed=done, total=total)
+            self._bars.update(
+                self._tasks["client"], description=one_line(f"{phase} {client}", 200), completed=done, total=total
+            )
 
     def rounded(self, record: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> None:
         say, more = self._say, ""
@@ -117,12 +124,13 @@ class Terminal:
         scores = record["scores"] or {}
         test = "  ".join(f"{task} {score:.3f}" for task, score in scores.items())
         stage = f" (stage {record['stage']})" if record["stage"] else ""
-        abandoned = f"  abandoned: {escape(record['abandoned'])}" if record.get("abandoned") else ""
+        abandoned = f"  abandoned: {record['abandoned']}" if record.get("abandoned") else ""
         say(
-            f"[bold]round {record['round']}[/bold]{stage}: {len(record['clients'])} clients"
-            + (f", {len(record['unable'])} unable" if record["unable"] else "")
-            + (f"  [green]test {test}[/green]" if test else "")
-            + f"  {record['seconds']['round']:.1f} s{more}{abandoned}"
+            (f"round {record['round']}", "bold"),
+            f"{stage}: {len(record['clients'])} clients",
+            f", {len(record['unable'])} unable" if record["unable"] else "",
+            (f"  test {test}" if test else "", "green"),
+            f"  {record['seconds']['round']:.1f} s{more}{abandoned}",
         )
         if self._bars:
             self._bars.update(self._tasks["rounds"], completed=record["round"] - bool(abandoned))
@@ -138,7 +146,7 @@ class Terminal:
         if cut:
             examples = (sum(clients[name][key] for name in cut) for key in ("cut", "examples"))
             said.append("{} of {} examples cut to fit.max_length, fit.target_length".format(*examples))
-        benched = [f"{e['client']} benched: {escape(e['reason'])}" for e in events if e["event"] == "benched"]
+        benched = [f"{e['client']} benched: {e['reason']}" for e in events if e["event"] == "benched"]
         return "".join(f"  {words}" for words in [*said, *benched])
 
     def _details(self, record: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> None:
@@ -155,15 +163,15 @@ class Terminal:
                 self._cut.add(client)
                 say(f"  {client:12} {c['cut']} of {c['examples']} examples cut to fit.max_length, fit.target_length")
             if c["rejected"]:
-                say(f"  {client:12} left out of this round: {escape(c['rejected'])}", style="red")
+                say(f"  {client:12} left out of this round: {c['rejected']}", style="red")
         for what, key in (("missing", "missing"), ("missing", "untested"), ("failed", "errors")):
             for client, reason in record.get(key, {}).items():
-                say(f"  {client:12} {what}: {escape(reason)}", style="red")
+                say(f"  {client:12} {what}: {reason}", style="red")
         for client, rounds in record.get("late", {}).items():
             say(f"  {client:12} late: its answer of round {', '.join(map(str, rounds))} is not used", style="red")
         for event in events:
             if event["event"] == "benched":
-                say(f"  {event['client']:12} benched, not selected any more: {escape(event['reason'])}", style="red")
+                say(f"  {event['client']:12} benched, not selected any more: {event['reason']}", style="red")
                 continue
             if event["event"] != "structure":
                 more = f" to {event['experts']} experts" if "experts" in event else ""
@@ -247,15 +255,15 @@ class Comparison:
             self._check_new(waiting)
         running: dict[Path, subprocess.Popen] = {}
         columns = (
-            TextColumn("{task.description:16}"),
+            TextColumn("{task.description:16}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[at]}"),
+            TextColumn("{task.fields[at]}", markup=False),
         )
         hidden = not self.console.is_terminal
         with Progress(*columns, TimeRemainingColumn(), console=self.console, disable=hidden) as bars:
             tasks = {
-                folder: bars.add_task(folder.name, total=experiment.rounds, at="")
+                folder: bars.add_task(one_line(folder.name, 200), total=experiment.rounds, at="")
                 for folder, experiment in self.planned.items()
             }
             for folder, task in tasks.items():
@@ -322,7 +330,7 @@ class Comparison:
             )
 
     def _say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(one_line(text), markup=False, highlight=False, soft_wrap=True)
 
     def _failure(self, folder: Path, process: subprocess.Popen) -> str | None:
         if not process.returncode:

@@ -23,7 +23,7 @@ from consilium.experiment import from_json, to_json
 from consilium.moe.lora import Lora
 from consilium.moe.merging import Merging, RobustMean, group_of, krum, median_of, trimmed_mean
 from consilium.params import WeightedMean
-from consilium.run import run
+from consilium.run import read_structure, run
 from consilium.setup import Fit
 
 TRUNK, EXPERT, OTHER, ROW = "layer.q", "b.experts.0.w", "b.experts.1.w", "b.router.0.weight"
@@ -304,7 +304,7 @@ def test_experts_of_few_stay_in_a_run(data, tmp_path):
     experiment = runs.experiment(data, RandomMoE(experts=2), rounds=1, sampling=Sampling(5), merging=Merging("median"))
     folder = tmp_path / "few"
     run(experiment, folder)
-    held = json.loads((folder / "structure.json").read_text())["rounds"]["1"]
+    held = read_structure(folder)["rounds"]["1"]
     holders = {}
     for blocks in held.values():
         for block, ids in blocks.items():

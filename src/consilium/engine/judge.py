@@ -13,9 +13,10 @@ from typing import Any
 
 from consilium.core import ClientId, ClientInfo, Payload, Scalar, Server
 from consilium.errors import PayloadError
+from consilium.escape import one_line
 from consilium.params import finite
 
-__all__ = ["BENCH", "MEASURES", "check_sent", "diverged", "number", "numbers", "objection", "one_line", "tally"]
+__all__ = ["BENCH", "MEASURES", "check_sent", "diverged", "number", "numbers", "objection", "tally"]
 
 BENCH = 3
 """A client whose replies were rejected so many times in a row is not selected any more."""
@@ -125,9 +126,3 @@ def tally(strikes: dict[ClientId, int], record: Mapping[str, Any]) -> dict[Clien
         if strikes[client] == BENCH:
             benched[client] = str(told["rejected"])
     return benched
-
-
-def one_line(text: object) -> str:
-    """What the other side has said, fit for a record and a screen: one line, at most 1,000 printable characters."""
-    line = " ".join(str(text)[:4000].split())[:1000]
-    return "".join(c if c.isprintable() else "?" for c in line)

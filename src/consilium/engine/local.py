@@ -33,10 +33,11 @@ from consilium.core import (
 from consilium.data.task import Federation
 from consilium.engine.checkpoint import ClientStore
 from consilium.engine.codec import decode, encode
-from consilium.engine.judge import objection, one_line
+from consilium.engine.judge import objection
 from consilium.engine.meeting import in_step
 from consilium.engine.rounds import OWN, Engine, Progress, release, tested, told_of, trained
 from consilium.engine.workers import Later, Workers, at_once
+from consilium.escape import one_line
 
 __all__ = ["LocalEngine"]
 

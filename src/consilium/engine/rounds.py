@@ -20,8 +20,9 @@ from typing import Any
 
 from consilium.core import Client, ClientContext, ClientId, ClientInfo, Payload, Sampling, Scalar, Server, derive_seed
 from consilium.engine.checkpoint import ClientStore
-from consilium.engine.judge import MEASURES, check_sent, number, numbers, one_line
+from consilium.engine.judge import MEASURES, check_sent, number, numbers
 from consilium.errors import BudgetError, DataError, PayloadError, RoundError
+from consilium.escape import one_line
 from consilium.training import seeded
 
 __all__ = ["OWN", "Engine", "Progress", "ledger", "nobody", "release", "tested", "told_of", "trained"]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from consilium.escape import markdown, markdown_code, python_literal
 from consilium.experiment import Experiment
 from consilium.export.deployed import Deployed
 from consilium.moe.families import Family
@@ -26,7 +27,7 @@ def card(deployed: Deployed, format: str, family: Family, notes: list[str]) -> s
     who = f"client {deployed.client}" if deployed.client else "all clients together"
     sections = [
         _front(deployed, format),
-        f"# {experiment.name}: the model of {who}\n",
+        f"# {markdown(experiment.name)}: the model of {markdown(who)}\n",
         f"{_origin(deployed, family)}\n",
         "\n".join(_facts(deployed)) + "\n",
         *(["\n".join(f"Note: {note}." for note in notes) + "\n"] if notes else []),
@@ -64,8 +65,8 @@ def _origin(deployed: Deployed, family: Family) -> str:
     method = type(experiment.algorithm).__name__
     many = f" of {deployed.clients} clients" if deployed.clients else ""
     return (
-        f"`{base}` ({family.name}), fine-tuned by {method} in {deployed.rounds} rounds{many} with Consilium: "
-        f"the data stayed with the clients. {private(deployed.privacy, experiment)}"
+        f"{markdown_code(base)} ({family.name}), fine-tuned by {method} in {deployed.rounds} rounds{many} with "
+        f"Consilium: the data stayed with the clients. {private(deployed.privacy, experiment)}"
     )
 
 
@@ -78,9 +79,10 @@ def private(told: Mapping[str, Any] | None, experiment: Experiment) -> str:
     spent = f"epsilon {told['epsilon']:.4g} at delta {told['delta']:.4g}"
     if "weights" not in told["covers"]:
         return f"No differential privacy of the weights was used; of the clients' usage of experts: {spent}."
+    covers, neighbours, sampling = map(markdown, (" and ".join(told["covers"]), told["neighbours"], told["sampling"]))
     return (
-        f"Client-level differential privacy of the {' and '.join(told['covers'])}: {spent}; neighbours differ by "
-        f"{told['neighbours']}, {told['sampling']} sampling at rate {told['rate']:.3g}, noise multiplier "
+        f"Client-level differential privacy of the {covers}: {spent}; neighbours differ by {neighbours}, {sampling} "
+        f"sampling at rate {told['rate']:.3g}, noise multiplier "
         f"{told['noise']:g}, clipping norm {told['clip']:g}. Labels, tasks and numbers of examples are not covered."
     )
 
@@ -112,7 +114,7 @@ def _facts(deployed: Deployed) -> list[str]:
     return [
         "| | |",
         "|---|---|",
-        *(f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in rows.items()),
+        *(f"| {markdown(key)} | {markdown(value)} |" for key, value in rows.items()),
     ]
 
 
@@ -127,9 +129,10 @@ def _use(deployed: Deployed, format: str, family: Family) -> str:
     head = _head(deployed)
     if format == "adapter":
         lines = ["from peft import PeftModel", f"from transformers import AutoTokenizer, {cls}", ""]
-        lines += [f"base = {cls}.from_pretrained({_base(deployed)!r})", 'base.config.model_type = "custom"']
+        base = python_literal(_base(deployed))
+        lines += [f"base = {cls}.from_pretrained({base})", 'base.config.model_type = "custom"']
         lines += ['model = PeftModel.from_pretrained(base, "DIR").eval()']
-        lines += [f"base.config.model_type = {model.config.model_type!r}"]
+        lines += [f"base.config.model_type = {python_literal(model.config.model_type)}"]
         text = '\n`"custom"` keeps PEFT 0.21 from taking the names of experts for those of other layers.\n'
         return _code([*lines, 'tokenizer = AutoTokenizer.from_pretrained("DIR")', *head]) + text
     lines = [f"from transformers import AutoTokenizer, {cls}", ""]
@@ -163,8 +166,8 @@ def _head(deployed: Deployed) -> list[str]:
         f'inputs = tokenizer(["..."], padding=True, truncation=True, max_length={length}, return_tensors="pt")',
         'hidden, mask = model(**inputs).last_hidden_state, inputs["attention_mask"].unsqueeze(-1)',
         "pooled = (hidden * mask).sum(1) / mask.sum(1)",
-        f'logits = pooled @ head["{task}.weight"].T + head["{task}.bias"]',
-        f'print([labels["{task}"][i] for i in logits.argmax(-1)])',
+        f"logits = pooled @ head[{python_literal(f'{task}.weight')}].T + head[{python_literal(f'{task}.bias')}]",
+        f"print([labels[{python_literal(task)}][i] for i in logits.argmax(-1)])",
     ]
 
 

@@ -26,6 +26,7 @@ from consilium.data.tensor import TensorSplit, of_texts
 from consilium.data.textfile import read_rows
 from consilium.engine.rounds import tested
 from consilium.errors import ConfigError, first_line
+from consilium.escape import markdown, markdown_code, one_line
 from consilium.experiment import Experiment, from_json, to_json
 from consilium.export.card import private
 from consilium.export.deployed import Finished
@@ -142,7 +143,8 @@ def write(out: Path, own: Own) -> list[str]:
     notes = [f"{out}: the model of {client} after {own.rounds} rounds (accuracy {score:.3f})"]
     notes += [f"note: no model.pt2, torch.export cannot write this model ({why_not})"] if why_not else []
     flag = Small(saved, experiment, setup.shape, own.scale).flag
-    return notes + ([f"try it: consilium predict {out} {flag}"] if flag else [])
+    notes += [f"try it: consilium predict {out} {flag}"] if flag else []
+    return [one_line(note) for note in notes]
 
 
 class _Logits(nn.Module):
@@ -299,15 +301,16 @@ pipeline_tag: {kind}
 tags: ["consilium", "federated-learning"]
 ---
 
-# {told["experiment"]["name"]}: the model of client {client}
+# {markdown(told["experiment"]["name"])}: the model of client {markdown(client)}
 
-`{told["architecture"]}` trained by {method} in {rounds} rounds with Consilium; the data stayed with the clients.
+{markdown_code(told["architecture"])} trained by {method} in {rounds} rounds with Consilium; the data stayed with the
+clients.
 {private}
 
 | | |
 |---|---|
-| Task | {told["task"]}: {len(labels)} labels, {", ".join(map(str, labels[:12]))} |
-| Input | {_input(told)} |
+| Task | {markdown(told["task"])}: {len(labels)} labels, {markdown(", ".join(map(str, labels[:12])))} |
+| Input | {markdown(_input(told))} |
 | Accuracy | {score:.3f} on its own test examples |
 
 {use}"""

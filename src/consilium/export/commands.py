@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from consilium.errors import ConfigError
+from consilium.escape import one_line, terminal
 
 __all__ = ["Chat", "Export", "Predict"]
 
@@ -61,11 +62,11 @@ class Export:
             f"{task} {metric} {'not scored' if score is None else f'{score:.3f}'}"
             for task, (metric, score) in deployed.scores.items()
         )
-        yield f"{self.out}: {whose} after {deployed.rounds} rounds ({scores})"
+        yield one_line(f"{self.out}: {whose} after {deployed.rounds} rounds ({scores})")
         for note in notes:
-            yield f"note: {note}"
+            yield one_line(f"note: {note}")
         if self.format != "adapter":
-            yield f"try it: consilium {_tries(deployed.kind, self.out)}"
+            yield one_line(f"try it: consilium {_tries(deployed.kind, self.out)}")
 
 
 def _tries(kind: str, folder: Path) -> str:
@@ -104,24 +105,24 @@ class Predict:
             small = Small.of(self.folder)
             if self.table:
                 for row, (label, probability) in enumerate(small.labelled_rows(self.table)):
-                    yield f"{label}\t{probability:.3f}\trow {row}"
+                    yield f"{terminal(label)}\t{probability:.3f}\trow {row}"
                 return
             if small.scale or (self.text if small.shape else self.image):
                 raise ConfigError(f"{self.folder} reads {small.reads}")
             for value in self.text or self.image or lines:
                 label, probability = small.labelled(value)
-                yield f"{label}\t{probability:.3f}\t{' '.join(str(value).split())[:60]}"
+                yield f"{terminal(label)}\t{probability:.3f}\t{one_line(value, 60)}"
             return
         taken = Taken.of(self.folder)
         if self.image or self.table:
             raise ConfigError(f"{self.folder} reads texts: --text")
         for text in self.text or lines:
             if taken.kind != "classification":
-                yield " ".join(taken.written(text, self.tokens).split())
+                yield terminal(" ".join(taken.written(text, self.tokens).split()))
                 continue
             for found in next(taken.labelled([text])):
-                task = f"{found.task}\t" if len(taken.models) > 1 else ""
-                yield f"{task}{found.label}\t{found.probability:.3f}\t{' '.join(text.split())[:60]}"
+                task = f"{terminal(found.task)}\t" if len(taken.models) > 1 else ""
+                yield f"{task}{terminal(found.label)}\t{found.probability:.3f}\t{one_line(text, 60)}"
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class Chat:
             if line.strip():
                 said.append({"role": "user", "content": line.strip()})
                 said.append({"role": "assistant", "content": taken.answered(said, self.tokens)})
-                yield said[-1]["content"]
+                yield terminal(said[-1]["content"], keep="\n\t")
 
 
 def _positive(tokens: int | None) -> None:

@@ -7,13 +7,12 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from consilium.escape import csv_cell, latex, one_line
 from consilium.report.methods import Method, format_p, method_columns, paired_columns, rows
 from consilium.report.results import best
 
 __all__ = ["table_files", "to_csv", "to_latex"]
 
-_SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "−": "$-$",
-            "±": r"$\pm$", "<": "$<$", ">": "$>$"} | {c: f"\\{c}" for c in "&%$#_{}"}  # fmt: skip
 _COST = ("traffic", "memory", "time")
 
 
@@ -27,9 +26,9 @@ def to_csv(found: Sequence[Method]) -> str:
     made = rows(found)
     heads = list(dict.fromkeys(key for row in made for key in row))
     text = io.StringIO()
-    writer = csv.DictWriter(text, heads, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(made)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(map(csv_cell, heads))
+    writer.writerows([csv_cell(row.get(head)) for head in heads] for row in made)
     return text.getvalue()
 
 
@@ -60,11 +59,6 @@ def to_latex(found: Sequence[Method]) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
-def latex(text: str) -> str:
-    """Text with LaTeX's own characters written out."""
-    return "".join(_SPECIAL.get(letter, letter) for letter in text)
-
-
 def _comment(found: Sequence[Method]) -> list[str]:
     """What the numbers are, for whoever writes the caption. Needs \\usepackage{booktabs}."""
     several = any(m.runs > 1 for m in found)
@@ -78,4 +72,4 @@ def _comment(found: Sequence[Method]) -> list[str]:
                 f"{m.label} against {m.against.reference}: two-sided paired t-test over {m.against.pairs} seeds, "
                 f"p {format_p(m.against.p)} (Holm); ahead on {m.against.ahead} of {m.against.of} client-seed pairs"
             )
-    return [" ".join(line.split()) for line in said]
+    return [one_line(line) for line in said]

@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from consilium.errors import ConfigError
+from consilium.escape import html
 from consilium.report.export import table_files, to_csv, to_latex
 from consilium.report.methods import Method, Spread, first_runs, has_seeds, methods
 from consilium.report.page import STYLE
-from consilium.report.parts import caption, card, fold, one_figure, text
+from consilium.report.parts import caption, card, fold, one_figure
 from consilium.report.plots import FIGURES, FigureKind
 from consilium.report.read import RunRecord, read_runs
 from consilium.report.results import (
@@ -27,6 +28,7 @@ from consilium.report.results import (
     shared_mean,
     unable_clients,
 )
+from consilium.report.style import any_glyph
 from consilium.report.tables import (
     client_tables,
     comparison,
@@ -48,7 +50,8 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
     Raises ConfigError when a directory is not a run, when none is given, or when `out` cannot be written.
     """
     runs, out = read_runs(run_dirs), Path(out)
-    made = {out: render(runs)}
+    with any_glyph():
+        made = {out: render(runs)}
     if len(runs) > 1 and (found := methods(runs)):
         csv, latex = table_files(out)
         made |= {csv: to_csv(found), latex: to_latex(found)}
@@ -67,15 +70,15 @@ def render(runs: Sequence[RunRecord]) -> str:
     """The whole page as text."""
     rows = [result(run) for run in runs]
     title = _title(runs)
-    body = "".join(f"<p class='warn'>{text(line)}</p>" for line in _warnings(runs))
+    body = "".join(f"<p class='warn'>{html(line)}</p>" for line in _warnings(runs))
     cards = _cards_of_one(runs[0], rows[0]) if len(runs) == 1 else _cards_of_many(runs, rows)
-    parts = [f'<header><h1>{text(title)}</h1><p class="sub">{_subtitle(runs)}</p>{_nav(runs)}']
+    parts = [f'<header><h1>{html(title)}</h1><p class="sub">{_subtitle(runs)}</p>{_nav(runs)}']
     parts.append(f'{body}<div class="cards">{cards}</div></header><main>')
     if len(runs) > 1:
         parts.append(f'<h2 id="comparison">Comparison</h2>{over_seeds(runs)}{comparison(runs)}')
     sections = list(dict.fromkeys(kind.section for kind in FIGURES))
     for section in sections:
-        parts.append(f'<h2 id="{_anchor(section)}">{text(section)}</h2>')
+        parts.append(f'<h2 id="{_anchor(section)}">{html(section)}</h2>')
         parts += [_figure(kind, runs) for kind in FIGURES if kind.section == section]
     parts.append(f'<h2 id="clients">Clients</h2>{client_tables(runs)}{left_out(runs)}')
     parts.append(f'<h2 id="events">Events</h2>{_of_firsts(runs)}{event_tables(first_runs(runs))}')
@@ -89,7 +92,7 @@ def render(runs: Sequence[RunRecord]) -> str:
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
         'img-src data:"><link rel="icon" href="data:,">'
-        f"<title>{text(title)}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+        f"<title>{html(title)}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
 
 
@@ -98,7 +101,7 @@ def _of_firsts(runs: Sequence[RunRecord]) -> str:
     if not has_seeds(runs):
         return ""
     names = ", ".join(run.label for run in first_runs(runs))
-    return f'<p class="note">Shown for the first run of each method: {text(names)}.</p>'
+    return f'<p class="note">Shown for the first run of each method: {html(names)}.</p>'
 
 
 def _title(runs: Sequence[RunRecord]) -> str:
@@ -115,15 +118,15 @@ def _subtitle(runs: Sequence[RunRecord]) -> str:
     said = f"{len(first.clients)} clients; tasks and their clients: {tasks}"
     if len(runs) == 1:
         rounds = f"{len(first.rounds)} round{'s' if len(first.rounds) != 1 else ''}"
-        return f'{rounds}, {text(said)} <span class="badge">{text(first.status)}</span>'
+        return f'{rounds}, {html(said)} <span class="badge">{html(first.status)}</span>'
     seeds = f" of {len({run.method for run in runs})} methods" if has_seeds(runs) else ""
-    return f"{len(runs)} runs{seeds}. {text(said)}"
+    return f"{len(runs)} runs{seeds}. {html(said)}"
 
 
 def _nav(runs: Sequence[RunRecord]) -> str:
     names = ["Comparison"] if len(runs) > 1 else []
     names += [*dict.fromkeys(kind.section for kind in FIGURES), "Clients", "Events", "Set-up"]
-    return f"<nav>{''.join(f'<a href={chr(34)}#{_anchor(n)}{chr(34)}>{text(n)}</a>' for n in names)}</nav>"
+    return f"<nav>{''.join(f'<a href={chr(34)}#{_anchor(n)}{chr(34)}>{html(n)}</a>' for n in names)}</nav>"
 
 
 def _anchor(name: str) -> str:

@@ -4,11 +4,12 @@ import itertools
 from collections.abc import Mapping
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from consilium.core import ClientInfo
 from consilium.errors import BudgetError
+from consilium.escape import one_line, terminal
 from consilium.moe.budget import MemoryModel, human
 from consilium.setup import Setup
 
@@ -24,13 +25,13 @@ def print_model(setup: Setup, limit: int | None, rank: int, out: Console) -> Non
         rank: of the adapters.
     """
 
-    def say(text: str) -> None:
-        out.print(text, highlight=False, soft_wrap=True)
+    def say(text: str, head: str = "") -> None:
+        out.print(Text.assemble((one_line(head), "bold"), terminal(text)), highlight=False, soft_wrap=True)
 
     source, memory = setup.model, MemoryModel.of(setup.model)
     size, counts = source.torch_dtype.itemsize, memory.counts
     whole = memory.params(counts)
-    say(f"[bold]{escape(source.path)}[/bold]  {source.family.name}, {source.form}")
+    say(f"  {source.family.name}, {source.form}", head=source.path)
     say(f"  {whole / 1e6:,.1f} M parameters, {human(whole * size)} in {source.dtype}")
     say(f"  without experts: {memory.dense_params / 1e6:,.1f} M parameters, {human(memory.dense_params * size)}")
     say(f"  {sum(stack.layers for stack in memory.stacks)} layers, of which {len(counts)} are sparse:")
@@ -46,7 +47,7 @@ def print_model(setup: Setup, limit: int | None, rank: int, out: Console) -> Non
     fit = setup.fit
     tokens = f"{fit.batch_size} x {fit.max_length} tokens" + ("" if setup.heads else f", {fit.target_length} of target")
     how = fit.optimizer + (", checkpointing" if fit.gradient_checkpointing else "")
-    say(f"[bold]Memory of a client[/bold] ({tokens}, {how})")
+    say(f" ({tokens}, {how})", head="Memory of a client")
     say("  experts per layer: held (rows) and trained in a batch (columns);")
     say(f"  plain: all, without a choice; LoRA: all, rank {rank}")
     out.print(_budgets(setup, limit, rank))

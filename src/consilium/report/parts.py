@@ -1,28 +1,23 @@
-"""Building blocks of the page: escaped text, tables, legends, figures. Every string from data passes `text`."""
+"""Building blocks of the page: escaped text, tables, legends, figures. Every string from data passes `html`."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from typing import Any
 
+from consilium.escape import html
 from consilium.report.plots import FigureKind
 from consilium.report.style import DASHES, MARKERS, SERIES, Drawing, Key, NothingToDraw, Panel, to_svg
 
-__all__ = ["Cell", "caption", "card", "cell", "fold", "legend", "one_figure", "table", "text"]
+__all__ = ["Cell", "caption", "card", "cell", "fold", "legend", "one_figure", "table"]
 
 Cell = str  # a finished <td> or <th>
-
-
-def text(value: Any) -> str:
-    """Escape anything for use between tags or in a quoted attribute."""
-    return html.escape(str(value), quote=True)
 
 
 def cell(value: Any, kind: str = "", tag: str = "td") -> Cell:
     """One table cell; kind: classes such as "num" or "wrap"."""
     scope = ' scope="row"' if tag == "th" else ""
-    return f"<{tag}{scope}{f' class={chr(34)}{kind}{chr(34)}' if kind else ''}>{text(value)}</{tag}>"
+    return f"<{tag}{scope}{f' class={chr(34)}{kind}{chr(34)}' if kind else ''}>{html(value)}</{tag}>"
 
 
 def table(heads: Sequence[tuple[str, str]], rows: Sequence[Sequence[Cell]], row_kinds: Sequence[str] = (),
@@ -31,7 +26,7 @@ def table(heads: Sequence[tuple[str, str]], rows: Sequence[Sequence[Cell]], row_
 
     tall: many rows, shown in a box of their own height. starred: leave room for the mark of the best.
     """
-    head = "".join(f'<th scope="col" class="{kind}">{text(name)}</th>' for name, kind in heads)
+    head = "".join(f'<th scope="col" class="{kind}">{html(name)}</th>' for name, kind in heads)
     kinds = row_kinds or [""] * len(rows)
     body = "".join(
         f'<tr class="{kind}">{"".join(row)}</tr>' if kind else f"<tr>{''.join(row)}</tr>"
@@ -44,20 +39,20 @@ def table(heads: Sequence[tuple[str, str]], rows: Sequence[Sequence[Cell]], row_
 def card(what: str, value: str, note: str = "") -> str:
     """One summary card."""
     return (
-        f'<div class="card"><span class="what">{text(what)}</span><b>{text(value)}</b><span>{text(note)}</span></div>'
+        f'<div class="card"><span class="what">{html(what)}</span><b>{html(value)}</b><span>{html(note)}</span></div>'
     )
 
 
 def fold(summary: str, body: str, is_open: bool = False) -> str:
     """A part that the reader can open and close; works without JavaScript."""
-    return f"<details{' open' if is_open else ''}><summary>{text(summary)}</summary>{body}</details>"
+    return f"<details{' open' if is_open else ''}><summary>{html(summary)}</summary>{body}</details>"
 
 
 def caption(kind: FigureKind) -> str:
     """How to read a figure, and what to look for in it."""
     return (
-        f"<h3>{text(kind.title)}</h3><figcaption><p>{text(kind.read)}</p>"
-        f"<p><b>Look for:</b> {text(kind.look)}</p></figcaption>"
+        f"<h3>{html(kind.title)}</h3><figcaption><p>{html(kind.read)}</p>"
+        f"<p><b>Look for:</b> {html(kind.look)}</p></figcaption>"
     )
 
 
@@ -67,23 +62,23 @@ def one_figure(kind: FigureKind, runs: Any, salt: str, of: str = "") -> tuple[st
     runs: what `kind.draw` takes. salt: unique on the page. of: the run's label where its caption stands elsewhere.
     """
     top = "" if of else caption(kind)
-    name = f'class="figure" data-name="{text(kind.name)}"' + (f' data-run="{text(of)}"' if of else "")
+    name = f'class="figure" data-name="{html(kind.name)}"' + (f' data-run="{html(of)}"' if of else "")
     try:
         drawing = kind.draw(runs)
     except NothingToDraw as why:
-        return f'<figure {name} data-drawn="no">{top}<p class="none">{text(why)}</p></figure>', False
+        return f'<figure {name} data-drawn="no">{top}<p class="none">{html(why)}</p></figure>', False
     return f'<figure {name} data-drawn="yes">{top}{_body(drawing, f"{salt} {kind.name}")}</figure>', True
 
 
 def _panel(panel: Panel, salt: str) -> str:
     svg = to_svg(panel.figure, salt, panel.alt or panel.title)
-    return f'<div class="panel"><h4>{text(panel.title)}</h4>{svg}</div>'
+    return f'<div class="panel"><h4>{html(panel.title)}</h4>{svg}</div>'
 
 
 def _body(drawing: Drawing, salt: str) -> str:
     panels = "".join(_panel(panel, f"{salt} {i}") for i, panel in enumerate(drawing.panels))
     two = " two" if len(drawing.panels) in (1, 2, 4) else ""
-    note = f'<p class="note">{text(drawing.note)}</p>' if drawing.note else ""
+    note = f'<p class="note">{html(drawing.note)}</p>' if drawing.note else ""
     return f'{legend(drawing.keys)}{note}<div class="panels{two}">{panels}</div>'
 
 
@@ -96,14 +91,14 @@ def legend(keys: Sequence[Key]) -> str:
 
 def _swatch(key: Key) -> str:
     if key.mark == "ramp":
-        what, low, middle, high = (text(part) for part in key.text.split("|"))
+        what, low, middle, high = (html(part) for part in key.text.split("|"))
         scale = f'<span class="scale"><span>{low}</span><span>{middle}</span><span>{high}</span></span>'
         return f'<span>{what}<br><span class="ramp"></span>{scale}</span>'
     ink = f"var(--{key.role})"
     wide = key.mark.startswith("run ") or key.mark in ("line", "thin", "faint", "dots")
     drawn = _line(key.mark, ink) if wide else _mark(key.mark, ink)
     width = 30 if wide else 14
-    return f'<svg width="{width}" height="14" viewBox="0 0 {width} 14" aria-hidden="true">{drawn}</svg>{text(key.text)}'
+    return f'<svg width="{width}" height="14" viewBox="0 0 {width} 14" aria-hidden="true">{drawn}</svg>{html(key.text)}'
 
 
 def _line(mark: str, ink: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from consilium.data.arrays import TableData
@@ -20,8 +21,9 @@ from consilium.data.language import LanguageData
 from consilium.data.task import Federation
 from consilium.data.textfile import TextFileData, read_rows
 from consilium.errors import ConfigError
+from consilium.escape import one_line, terminal
 from consilium.report.maps import RAMP
-from consilium.report.style import shorten_all
+from consilium.report.style import any_glyph, shorten_all
 
 __all__ = ["Preview", "counts_of", "guess", "preview", "save_picture", "show", "write_figure"]
 
@@ -170,7 +172,7 @@ def show(found: Preview, console: Console) -> None:
     """Print it: columns, lengths, clients by labels, the command."""
 
     def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(terminal(text), markup=False, highlight=False, soft_wrap=True)
 
     say(f"{found.rows} rows")
     for fact in found.facts:
@@ -178,7 +180,9 @@ def show(found: Preview, console: Console) -> None:
     of_column = {column: role for role, column in found.roles.items()}
     table = Table("column", "used as", "empty", "different", "for instance", box=None)
     for column, (empty, different, example) in found.columns.items():
-        table.add_row(column, of_column.get(column, ""), str(empty), str(different), example.replace("[", "\\["))
+        table.add_row(
+            Text(one_line(column)), of_column.get(column, ""), str(empty), str(different), Text(one_line(example))
+        )
     if found.columns:
         console.print(table)
     for role, (least, median, most95, most) in found.lengths.items():
@@ -187,18 +191,20 @@ def show(found: Preview, console: Console) -> None:
     for counts in found.counts.values():
         totals.update(counts)
     clients = list(found.counts)[:_SHOWN]
-    room = console.width - max(map(len, [*clients, "client"])) - 10
+    room = console.width - max(map(len, [*map(one_line, clients), "client"])) - 10
     shown = max(min(_SHOWN, room // 10), 2)
     labels = [label for label, _ in totals.most_common(shown)]
     if len(totals) > 1:
         (most, n), (least, k) = totals.most_common(1)[0], min(totals.items(), key=lambda entry: entry[1])
         say(f"{len(totals)} labels, " + (f"{k} rows each" if k == n else f"from {k} rows ({least}) to {n} ({most})"))
     say(f"{len(found.counts)} clients, rows by label" + (f" (the {shown} largest)" if len(totals) > shown else ""))
-    heads = (name.replace("[", "\\[") for name in shorten_all(labels, 9))
+    heads = (Column(Text(name)) for name in shorten_all([one_line(label) for label in labels], 9))
     split = Table(Column("client", no_wrap=True), *heads, "rows", box=None)
     for client in clients:
         counts = found.counts[client]
-        split.add_row(client, *(str(counts.get(label, 0)) for label in labels), str(sum(counts.values())))
+        split.add_row(
+            Text(one_line(client)), *(str(counts.get(label, 0)) for label in labels), str(sum(counts.values()))
+        )
     split.add_row("all", *(str(totals[label]) for label in labels), str(sum(totals.values())))
     console.print(split)
     if len(found.counts) > _SHOWN:
@@ -225,7 +231,8 @@ def save_picture(found: Preview, target: Path) -> Path:
         (values, high, axes.yaxis, list(found.counts)),
     ):
         step = max(1, round(0.17 / size))  # names that would overlap are left out
-        axis.set_ticks(range(0, len(cells), step), [name[:24] for name in names[::step]], fontsize=8)
+        shown = [one_line(name, 24) for name in names[::step]]
+        axis.set_ticks(range(0, len(cells), step), shown, fontsize=8, parse_math=False)
     axes.tick_params(axis="x", rotation=60)
     if min(wide / 0.55, high / 0.25) >= 1:
         top = max(max(row) for row in values)
@@ -242,7 +249,8 @@ def save_picture(found: Preview, target: Path) -> Path:
 def write_figure(figure: Any, target: Path) -> Path:
     """Save a figure of matplotlib; raises ConfigError if it cannot be written."""
     try:
-        figure.savefig(target, dpi=110, metadata={"Software": None} if target.suffix == ".png" else None)
+        with any_glyph():
+            figure.savefig(target, dpi=110, metadata={"Software": None} if target.suffix == ".png" else None)
     except (OSError, ValueError) as error:
         near = difflib.get_close_matches(target.suffix, (".png", ".svg", ".pdf"), n=1)
         raise ConfigError(f"{target} cannot be written: {error}" + (f"; use {near[0]}" if near else "")) from error

@@ -3,7 +3,8 @@
 `config.json` and `partition.json` make a directory a run; everything else may be missing or unfinished and is
 then named in `RunRecord.notes`, so that a report never hides what it could not see. A torn last line of a
 `.jsonl` file (a run killed while writing) is dropped; a broken line in the middle is an error, because totals
-computed around it would be wrong.
+computed around it would be wrong. What a file holds is compared with the shape that a run writes there, and its texts
+are cleaned of characters that no page or screen can show, so that the figures need not doubt either.
 """
 
 from __future__ import annotations
@@ -15,11 +16,28 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from consilium.errors import ConfigError
+from consilium.engine.structure import NAME, OLD, fold
+from consilium.errors import ConfigError, first_line
+from consilium.escape import one_line, terminal
 
 __all__ = ["ClientRecord", "RunRecord", "label_runs", "read_run", "read_runs"]
 
 Json = Mapping[str, Any]
+
+_USAGE = {"*": {"*": [float]}}
+_HELD = {"*": {"*": [int]}}
+_SHAPES: dict[str, dict[str, Any]] = {
+    "config.json": {"experiment": {"algorithm": {"type": str}}, "versions": {}, "status": str, "git": str},
+    "partition.json": {"clients": {"*": {"task": str, "sizes": {}, "label_counts": {}}}, "skipped": {}},
+    "summary.json": {"tasks": {"*": {"metric": str}}, "clients": {"*": {}}, "seconds": {}, "experts": {}},
+    "metrics.jsonl": {"stage": str, "clients": {"*": {"seconds": {}, "report": {}}}}
+    | {key: {} for key in ("unable", "test", "scores", "seconds", "server")},
+    "events.jsonl": {"event": str, "client": str},
+    OLD: {"blocks": {}, "rounds": {"*": _HELD}, "usage": _USAGE, "trained": _USAGE},
+    NAME: {"round": int, "blocks": {}, "held": _HELD, "usage": _USAGE, "trained": _USAGE},
+}
+"""File -> what it holds, as far as the report builds on it: a dict is an object ("*": of any key, {}: of any values), a
+list an array of that kind, str a text, float a number, int a whole one. A key may be missing, and a value null."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +142,7 @@ def read_run(path: Path | str) -> RunRecord:
         fingerprint=str(partition.get("fingerprint") or ""),
         rounds=rounds,
         events=tuple(_json_lines(path / "events.jsonl", notes)),
-        structure=_optional_json(path / "structure.json", notes),
+        structure=_structure(path, notes),
         summary=summary,
         notes=tuple(notes),
     )
@@ -226,19 +244,18 @@ def _json_lines(path: Path, notes: list[str]) -> list[Json]:
                 ) from None
             notes.append(f"the last line of {path.name} is torn and was left out")
             continue
-        if isinstance(value, dict):
-            found.append(value)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path}: line {number} cannot be read ({_why(error)}); restore the file") from None
+        found.append(_checked(value, path, f"line {number}: "))
     return found
 
 
 def _required_json(path: Path) -> Json:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error}); restore the file or start the run again") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds a JSON {type(value).__name__}; a run holds an object there")
-    return value
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON ({_why(error)}); restore the file or start the run again") from None
+    return _checked(value, path)
 
 
 def _optional_json(path: Path, notes: list[str]) -> Json | None:
@@ -246,9 +263,66 @@ def _optional_json(path: Path, notes: list[str]) -> Json | None:
         return None
     try:
         return _required_json(path)
-    except ConfigError:
-        notes.append(f"{path.name} cannot be read and was left out")
+    except ConfigError as error:
+        notes.append(f"{path.name} cannot be read and was left out: {error}")
         return None
+
+
+def _structure(path: Path, notes: list[str]) -> Json | None:
+    """Return who holds which experts, as `engine.structure.fold` says it; None where the run has no such record."""
+    if not (path / NAME).is_file():
+        return _optional_json(path / OLD, notes)
+    try:
+        return fold(_json_lines(path / NAME, notes))
+    except ConfigError as error:
+        notes.append(f"{NAME} cannot be read and was left out: {error}")
+        return None
+
+
+def _why(error: Exception) -> str:
+    return "it is nested too deeply" if isinstance(error, RecursionError) else first_line(error)
+
+
+def _checked(value: Any, path: Path, where: str = "") -> dict[str, Any]:
+    """Return what a file or a line of it holds, with its texts cleaned.
+
+    Raises:
+        ConfigError: if it has not the shape that a run writes there.
+    """
+    try:
+        odd = _odd(value, _SHAPES[path.name], "")
+        if not odd:
+            return _cleaned(value)
+    except RecursionError:
+        odd = "it is nested too deeply"
+    raise ConfigError(f"{path}: {where}{odd}; restore the file")
+
+
+_KINDS = {dict: "an object", list: "an array", str: "a text", float: "a number", int: "a whole number"}
+
+
+def _odd(value: Any, shape: Any, name: str) -> str:
+    """Return what is wrong with a value of that name, "" if nothing is."""
+    if value is None and name:
+        return ""
+    kind = type(shape) if isinstance(shape, dict | list) else shape
+    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+        shown = type(value).__name__ if isinstance(value, dict | list) else one_line(json.dumps(value), 60)
+        return f"{one_line(name, 200) or 'it'} is {shown}; it must be {_KINDS[kind]}"
+    items = value.items() if isinstance(shape, dict) else [("*", item) for item in value] if kind is list else []
+    for key, item in items:
+        inner = shape[0] if kind is list else shape.get(key, shape.get("*"))
+        if inner is not None and (odd := _odd(item, inner, name if kind is list else f"{name}.{key}".strip("."))):
+            return odd
+    return ""
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {terminal(key, keep="\n\t"): _cleaned(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_cleaned(item) for item in value]
+    return terminal(value, keep="\n\t") if isinstance(value, str) else value
 
 
 def _dict(value: Any) -> dict[str, Any]:

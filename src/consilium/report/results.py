@@ -234,9 +234,13 @@ def format_seconds(value: float | None) -> str:
 
 def number(value: Any) -> float | None:
     """A finite number, or None: what a figure can place."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        value = float(value)
+    except OverflowError:
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _printed(scores: Sequence[float | None]) -> tuple[float | None, ...]:
@@ -264,7 +268,7 @@ def _peak(run: RunRecord) -> int | None:
 
 def _sum(values: Any) -> float | None:
     known = [v for v in map(number, values) if v is not None]
-    return sum(known) if known else None
+    return number(sum(known)) if known else None
 
 
 def _get(value: Any, *keys: str) -> Any:

@@ -14,10 +14,10 @@ import hashlib
 import io
 import os.path
 import re
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import matplotlib
@@ -25,6 +25,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from consilium.escape import html
 
 __all__ = [
     "DARK",
@@ -36,6 +38,7 @@ __all__ = [
     "Key",
     "NothingToDraw",
     "Panel",
+    "any_glyph",
     "clean_axes",
     "color",
     "drawing_style",
@@ -201,6 +204,15 @@ def shorten_all(texts: Sequence[str], limit: int) -> list[str]:
     return [f"{i + 1}·{shorten(text, limit - len(str(len(texts))) - 1)}" for i, text in enumerate(texts)]
 
 
+@contextmanager
+def any_glyph() -> Iterator[None]:
+    """Draw names in any script without warnings: matplotlib's font lacks many, the reader's browser does not."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
+        warnings.filterwarnings("ignore", message="Matplotlib currently does not support", category=UserWarning)
+        yield
+
+
 def to_svg(figure: Figure, salt: str, alt: str = "") -> str:
     """Inline SVG of a figure, without ids that could clash with another figure's.
 
@@ -253,5 +265,5 @@ def _head(tag: str, alt: str) -> str:
     width = float(size.split()[2])
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{size}" '
-        f'style="--natural:{width:.0f}px" role="img" aria-label="{escape(alt, quote=True)}">'
+        f'style="--natural:{width:.0f}px" role="img" aria-label="{html(alt)}">'
     )

@@ -11,6 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from consilium.escape import one_line
 from consilium.report.methods import Method, has_seeds, method_columns, methods, paired_columns
 from consilium.report.read import RunRecord, label_runs, read_runs
 from consilium.report.results import Column, best, columns
@@ -62,9 +63,9 @@ def _print_methods(found: Sequence[Method], console: Console) -> None:
         wanted += [f"minus {reference}", "p", "pairs"]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for head in wanted:
-        table.add_column(Text(shorten(head, 16)), justify="left" if head == "method" else "right", overflow="fold")
+        table.add_column(_text(shorten(head, 16)), justify="left" if head == "method" else "right", overflow="fold")
     for i in range(len(found)):
-        table.add_row(*(Text(shown[head].texts[i]) for head in wanted))
+        table.add_row(*(_text(shown[head].texts[i]) for head in wanted))
     console.print(table)
     if "p" in wanted:
         tested = "two-sided paired t-test on the means of each seed"
@@ -76,14 +77,14 @@ def _table(records: Sequence[RunRecord], shown: Sequence[Column], marks: Mapping
     for column in shown:
         left = column.head == "run"
         table.add_column(
-            Text(shorten(column.head, 10)),
+            _text(shorten(column.head, 10)),
             justify="left" if left else "right",
             overflow="fold",
             no_wrap=not left,
             min_width=6 if left else None,
         )
     for i, run in enumerate(records):
-        name = Text(shown[0].texts[i] if run.finished else f"{shown[0].texts[i]} (unfinished)")
+        name = _text(shown[0].texts[i] if run.finished else f"{shown[0].texts[i]} (unfinished)")
         cells = [_cell(column.texts[i], i in marks[column.head], bool(marks[column.head])) for column in shown[1:]]
         table.add_row(name, *cells)
     return table
@@ -93,10 +94,10 @@ def _task_table(records: Sequence[RunRecord], shown: Sequence[Column], marks: Ma
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("task", overflow="fold")
     for run in records:
-        table.add_column(Text(run.label), justify="right", overflow="fold", min_width=6)
+        table.add_column(_text(run.label), justify="right", overflow="fold", min_width=6)
     for column in shown:
         cells = [_cell(t, i in marks[column.head], bool(marks[column.head])) for i, t in enumerate(column.texts)]
-        table.add_row(Text(column.head), *cells)
+        table.add_row(_text(column.head), *cells)
     return table
 
 
@@ -107,7 +108,12 @@ def _width(table: Table, console: Console) -> int:
 def _cell(value: str, is_best: bool, marked_column: bool) -> Text:
     head, _, spread = value.partition(" ± ")
     room = " " if marked_column else ""
-    text = Text(f"{head}*" if is_best else f"{head}{room}", "bold" if is_best else "")
+    text = Text(one_line(f"{head}*") if is_best else f"{one_line(head)}{room}", "bold" if is_best else "")
     if spread:
-        text.append(f"\n±{spread}{room}", "dim")
+        text.append(f"\n±{one_line(spread)}{room}", "dim")
     return text
+
+
+def _text(value: str) -> Text:
+    """Return a name as a cell: as it stands, without markup."""
+    return Text(one_line(value))

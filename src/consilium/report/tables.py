@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from consilium.escape import html
 from consilium.report.maps import block_names
 from consilium.report.methods import Paired, has_seeds, method_columns, methods, paired_columns
-from consilium.report.parts import cell, fold, table, text
+from consilium.report.parts import cell, fold, table
 from consilium.report.read import RunRecord
 from consilium.report.results import (
     Column,
@@ -68,11 +69,11 @@ def comparison(runs: Sequence[RunRecord]) -> str:
     rows, styles = [], run_styles([run.method for run in runs])
     for i in range(len(runs)):
         dot = f'<span class="dot" style="background:var(--{SERIES[styles[i] % len(SERIES)]})"></span>'
-        row = [f'<th scope="row">{dot}{text(shown[0].texts[i])}</th>']
+        row = [f'<th scope="row">{dot}{html(shown[0].texts[i])}</th>']
         for column in shown[1:]:
             score, _, spread = column.texts[i].partition(" ± ")
-            below = f"<small>± {text(spread)}</small>" if spread else ""
-            row.append(f'<td class="num{" best" if i in marks[column.head] else ""}">{text(score)}{below}</td>')
+            below = f"<small>± {html(spread)}</small>" if spread else ""
+            row.append(f'<td class="num{" best" if i in marks[column.head] else ""}">{html(score)}{below}</td>')
         rows.append(row)
     heads = [(_HEADS.get(c.head, c.head), "" if c.head == "run" else "num") for c in shown]
     words = (
@@ -102,8 +103,8 @@ def over_seeds(runs: Sequence[RunRecord]) -> str:
     against = [m.against for m in others if m.against]
     if against:
         dots = [dot for dot, m in zip(dots, found, strict=True) if m.against]
-        made += f'<h3 class="next">Against {text(against[0].reference)}, pair by pair</h3>'
-        made += f'{_method_table(paired_columns(others), dots)}<p class="note below">{text(_test_words(against))}</p>'
+        made += f'<h3 class="next">Against {html(against[0].reference)}, pair by pair</h3>'
+        made += f'{_method_table(paired_columns(others), dots)}<p class="note below">{html(_test_words(against))}</p>'
     return f'<div class="box">{made}</div>'
 
 
@@ -112,12 +113,12 @@ def _method_table(shown: Sequence[Column], dots: Sequence[str]) -> str:
     rows = []
     for i, shade in enumerate(dots):
         row = [
-            f'<th scope="row"><span class="dot" style="background:var(--{shade})"></span>{text(shown[0].texts[i])}</th>'
+            f'<th scope="row"><span class="dot" style="background:var(--{shade})"></span>{html(shown[0].texts[i])}</th>'
         ]
         for column in shown[1:]:
             value, _, spread = column.texts[i].partition(" ± ")
-            below = f"<small>± {text(spread)}</small>" if spread else ""
-            row.append(f'<td class="num{" best" if i in marks[column.head] else ""}">{text(value)}{below}</td>')
+            below = f"<small>± {html(spread)}</small>" if spread else ""
+            row.append(f'<td class="num{" best" if i in marks[column.head] else ""}">{html(value)}{below}</td>')
         rows.append(row)
     heads = [(_HEADS.get(c.head, c.head), "" if c.head == "method" else "num") for c in shown]
     return table(heads, rows, starred=any(marks.values()))
@@ -248,7 +249,7 @@ def event_tables(runs: Sequence[RunRecord]) -> str:
         made.append(fold(f"{run.label}: {said}", table(heads, rows, tall=len(rows) > 12), is_open=len(runs) <= 3))
     if without:
         one = len(without) == 1
-        made.append(f'<p class="muted">{text(", ".join(without))} recorded no {"event" if one else "events"}: '
+        made.append(f'<p class="muted">{html(", ".join(without))} recorded no {"event" if one else "events"}: '
                     "nothing changed a client’s structure.</p>")  # fmt: skip
     return "".join(f'<div class="box">{part}</div>' for part in made)
 
@@ -321,7 +322,7 @@ def glossary() -> str:
         "Accuracy, token F1, ROUGE-2": "Share of right answers; overlap in words with the right answer; overlap in "
         "pairs of neighbouring words. All from 0 to 100 %.",
     }
-    said = "".join(f"<dt>{text(word)}</dt><dd>{text(meaning)}</dd>" for word, meaning in words.items())
+    said = "".join(f"<dt>{html(word)}</dt><dd>{html(meaning)}</dd>" for word, meaning in words.items())
     return f'<div class="box">{fold("Words used on this page", f"<dl>{said}</dl>")}</div>'
 
 

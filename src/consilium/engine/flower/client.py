@@ -28,10 +28,11 @@ from consilium.engine.flower.held import Held
 from consilium.engine.flower.limits import Limits
 from consilium.engine.flower.records import SAID, TOLD, blobs_of, checked, parsed, payload_of, stamp, to_record
 from consilium.engine.flower.site import check_model, read_site, relabelled
-from consilium.engine.judge import diverged, one_line
+from consilium.engine.judge import diverged
 from consilium.engine.rounding import rounded
 from consilium.engine.rounds import tested, trained
 from consilium.errors import ConfigError, ConsiliumError, DataError, PayloadError, RoundError
+from consilium.escape import one_line
 from consilium.experiment import Experiment, from_json
 from consilium.models.cohort import Cohort
 from consilium.moe.budget import bytes_of

@@ -26,10 +26,11 @@ from consilium.engine.flower.held import Held
 from consilium.engine.flower.records import PROTOCOL, blobs_of, payload_in, stamp, to_record, unfolded
 from consilium.engine.flower.roster import Roster, arrivals, failed
 from consilium.engine.judge import number as is_number
-from consilium.engine.judge import objection, one_line
+from consilium.engine.judge import objection
 from consilium.engine.rounding import restored
 from consilium.engine.rounds import Engine, Progress, release, told_of
 from consilium.errors import PayloadError
+from consilium.escape import one_line
 from consilium.experiment import Wire
 from consilium.moe.budget import bytes_of, human
 

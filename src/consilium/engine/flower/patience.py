@@ -15,8 +15,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.retry import RetryInvoker, exponential
 
-from consilium.engine.judge import one_line
 from consilium.errors import RoundError
+from consilium.escape import one_line
 
 __all__ = ["PATIENCE", "Patient"]
 

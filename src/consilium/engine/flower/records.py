@@ -19,8 +19,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from consilium.core import Payload, Scalar
 from consilium.engine.codec import decode, encode, mapped
-from consilium.engine.judge import one_line
 from consilium.errors import PayloadError
+from consilium.escape import one_line
 
 __all__ = [
     "PROTOCOL",

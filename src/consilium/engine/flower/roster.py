@@ -18,8 +18,8 @@ from flwr.serverapp import Grid
 from consilium.core import ClientId, Scalar
 from consilium.engine.flower.patience import Patient
 from consilium.engine.judge import number as is_number
-from consilium.engine.judge import one_line
 from consilium.errors import PayloadError, RoundError
+from consilium.escape import one_line
 
 __all__ = ["Roster", "arrivals", "ask", "failed"]
 

@@ -1,0 +1,111 @@
+"""structure.jsonl: who holds which experts, how often they are asked for, and how often they were trained.
+
+A line is written for each round that changed something, and holds what it changed:
+
+    {"round": 3, "blocks": {block: experts}, "held": {client: {block: [ids]}}, "usage": {client: {block: [shares]}},
+     "trained": {client: {block: [shares]}}}
+
+`blocks` stands in the first line alone; null in place of a client's value says that it holds nothing any more.
+`fold` makes one record of all lines, in the form of structure.json, which earlier versions rewrote in every round.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from consilium.core import Server
+from consilium.engine.checkpoint import append_json, write_atomic
+from consilium.errors import CheckpointError
+
+__all__ = ["NAME", "OLD", "StructureLog", "convert", "fold"]
+
+NAME, OLD = "structure.jsonl", "structure.json"
+_KINDS = ("held", "usage", "trained")
+
+
+def fold(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the lines say together: "blocks", "usage" and "trained" as they were last, and "rounds", round ->
+    client -> block -> ids, for each round in which a client's experts changed."""
+    found: dict[str, Any] = {"blocks": {}, "rounds": {}, "usage": {}, "trained": {}}
+    held: dict[str, Any] = {}
+    for line in lines:
+        found["blocks"] |= line.get("blocks") or {}
+        for kind in ("usage", "trained"):
+            found[kind] = _merged(found[kind], line.get(kind) or {})
+        if line.get("held"):
+            held = _merged(held, line["held"])
+            found["rounds"][str(line["round"])] = held
+    return found
+
+
+def _merged(old: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    return {client: value for client, value in {**old, **changes}.items() if value is not None}
+
+
+class StructureLog:
+    """The file of a run while rounds are added to it.
+
+    Args:
+        path: of structure.jsonl. lines: those that are in it.
+    """
+
+    def __init__(self, path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+        self.path = path
+        self.texts: dict[str, dict[str, str]] = {kind: {} for kind in _KINDS}
+        self.blocks: dict[str, int] = {}
+        for line in lines:
+            self.blocks |= line.get("blocks") or {}
+            for kind in _KINDS:
+                self._changed(kind, line.get(kind) or {})
+
+    def add(self, number: int, server: Server) -> None:
+        """Append what round `number` changed; a method without a client-expert map writes nothing."""
+        held = server.structure()
+        if held is None:
+            return
+        told = {
+            "held": {client: {block: list(ids) for block, ids in blocks.items()} for client, blocks in held.items()},
+            "usage": server.usage(),
+            "trained": server.trained(),
+        }
+        gone = {kind: dict.fromkeys(self.texts[kind].keys() - told[kind].keys()) for kind in _KINDS}
+        changes = {kind: self._changed(kind, {**told[kind], **gone[kind]}) for kind in _KINDS}
+        blocks = dict(server.setup.model.counts)
+        line = {"blocks": blocks if blocks != self.blocks else {}, **changes}
+        line = {kind: values for kind, values in line.items() if values}
+        self.blocks = blocks
+        if line:
+            append_json(self.path, {"round": number, **line})
+
+    def _changed(self, kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the clients whose value differs from the last one, and keep the new ones."""
+        texts, changed = self.texts[kind], {}
+        for client, value in values.items():
+            text = json.dumps(value)
+            if texts.get(client) != text:
+                changed[client] = value
+            if value is None:
+                texts.pop(client, None)
+            else:
+                texts[client] = text
+        return changed
+
+
+def convert(old: Path, first: int) -> None:
+    """Write structure.jsonl in place of a structure.json of an earlier version, for the rounds before `first`.
+
+    Raises:
+        CheckpointError: if the old file cannot be read.
+    """
+    new = old.with_name(NAME)
+    if not new.exists():
+        try:
+            told = json.loads(old.read_text())
+            lines = [{"round": int(n), "held": held} for n, held in told["rounds"].items() if int(n) < first]
+            last = {kind: dict(told.get(kind) or {}) for kind in ("blocks", "usage", "trained")}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{old} cannot be read ({type(error).__name__}); put the file back") from error
+        lines.append({"round": first - 1, **last})
+        write_atomic(new, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    old.unlink()

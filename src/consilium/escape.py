@@ -1,0 +1,87 @@
+"""Text from outside as data, with one function for each kind of output.
+
+A task, a label, a client's name, a column, a cell, a generated text, another library's message: each may hold anything.
+Every such text passes one of these functions on its way to a screen or into a file that somebody opens:
+
+    terminal         a terminal or a log (of rich: in a `Text`, never in markup)
+    one_line         the same in one line, of bounded length
+    html             between tags or in a quoted attribute
+    markdown         a sentence, heading or table cell of Markdown        markdown_code   a code span of it
+    python_literal   a string in Python source
+    csv_cell         a cell that a spreadsheet opens
+    latex            LaTeX
+"""
+
+import html as _html
+import re
+import unicodedata
+from typing import Any
+
+__all__ = ["csv_cell", "html", "latex", "markdown", "markdown_code", "one_line", "python_literal", "terminal"]
+
+_JOINERS = "\u200c\u200d"
+"""Zero-width joiners: Persian, Hindi and emoji need them, and no terminal obeys them."""
+_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "−": "$-$",
+          "±": r"$\pm$", "<": "$<$", ">": "$>$"} | {c: f"\\{c}" for c in "&%$#_{}"}  # fmt: skip
+_MARKDOWN = {"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {c: f"\\{c}" for c in "\\`*_[]|~$@"}
+_LINKS = re.compile(r"(?<=[A-Za-z])(?=://)|(?<=[Ww]{3})(?=\.)")
+"""Where a bare address is broken up, which GitHub would make a link of."""
+_FORMULA = tuple("=+-@\t\r\n＝＋－＠")
+
+
+def terminal(text: object, keep: str = "") -> str:
+    """Return a text of which a terminal obeys nothing.
+
+    Control characters (those of 7-bit and 8-bit escape sequences among them), marks that override the direction of
+    writing, and lone surrogates become "?"; each blank becomes a space.
+
+    Args:
+        keep: further characters that stay, e.g. newlines and tabs.
+    """
+    text = str(text)
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in _JOINERS or c in keep else " " if c.isspace() else "?" for c in text)
+
+
+def one_line(text: object, limit: int = 1000) -> str:
+    """Return a text as one line of at most `limit` characters, for a record, a log or a terminal."""
+    return terminal(" ".join(str(text)[: 4 * limit].split())[:limit])
+
+
+def html(text: object) -> str:
+    """Return a text for use between HTML tags or in a quoted attribute."""
+    return _html.escape(terminal(text, keep="\n\t"), quote=True)
+
+
+def markdown(text: object) -> str:
+    """Return a text as one line of Markdown that shows the text itself: no link, no HTML, no emphasis, no new cell.
+
+    It must not stand at the beginning of a line, where numbers and dashes have a meaning.
+    """
+    line = "".join(_MARKDOWN.get(c, c) for c in one_line(text))
+    return _LINKS.sub(r"\\", line)
+
+
+def markdown_code(text: object) -> str:
+    """Return a text as a code span of Markdown, outside tables."""
+    return f"`{one_line(text).replace('`', chr(39))}`"
+
+
+def python_literal(text: object) -> str:
+    """Return Python source for a string, in one line, without backquotes that could end a block of Markdown."""
+    return repr(str(text)).replace("`", r"\x60")
+
+
+def csv_cell(value: Any) -> Any:
+    """Return a value for a CSV cell; a text that a spreadsheet would take for a formula gets an apostrophe in front."""
+    if not isinstance(value, str):
+        return value
+    text = terminal(value)
+    starts = value.startswith(_FORMULA) or unicodedata.normalize("NFKC", text).lstrip().startswith(_FORMULA)
+    return f"'{text}" if starts else text
+
+
+def latex(text: object) -> str:
+    """Return a text as one line of LaTeX that shows the text itself."""
+    return "".join(_LATEX.get(c, c) for c in one_line(text))
