@@ -1,9 +1,11 @@
 """Instruction data and plain text through the local loop and whole rounds, for every family that reads them."""
 
+import copy
 import dataclasses
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pandas
@@ -18,9 +20,10 @@ from consilium.data.causal import Packed
 from consilium.data.encode import token_bytes
 from consilium.data.language import LanguageData
 from consilium.data.task import ClientData, Split, Task
-from consilium.errors import ConfigError
+from consilium.errors import ConfigError, ConsiliumError
 from consilium.experiment import from_json, to_json
 from consilium.moe.budget import MemoryModel
+from consilium.moe.build import ModelSource
 from consilium.moe.families import FAMILIES
 from consilium.moe.routing import Tap
 from consilium.params import checksum
@@ -269,3 +272,23 @@ def test_dolly(tmp_path):
         perplexities = [record["perplexity"][client] for record in records]
         assert losses[0] > losses[1] > losses[2] and perplexities[0] > perplexities[1] > perplexities[2]
         assert all(0 < record["clients"][client]["cut"] <= 32 for record in records)
+
+
+def test_what_the_first_step_needs_is_checked_before_anything_is_written(tmp_path):
+    """A chat template that is broken, and a tokenizer with more tokens than the model has rows: no run directory."""
+    rows = [{"q": f"cat {i}", "a": "old house", "who": i % 2} for i in range(16)]
+    (tmp_path / "qa.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    data = LanguageData(tmp_path / "qa.jsonl", prompt="q", response="a", client="who")
+    for name, says in (("template", "chat template"), ("tokens", "embedding rows")):
+        tokenizer = copy.deepcopy(tiny.tokenizer())
+        if name == "template":
+            tokenizer.chat_template = "{% for m in messages %}{{ raise_exception('no ' ~ m.role) }}{% endfor %}"
+        else:
+            tokenizer.add_tokens([f"<f{i}>" for i in range(tiny.VOCABULARY)])
+        folder = shutil.copytree(tiny.directory("olmoe", "text-to-text"), tmp_path / name)
+        tokenizer.save_pretrained(folder)
+        made = runs.experiment(tmp_path / "unused")
+        made = dataclasses.replace(made, data=data, model=ModelSource(str(folder), "text-to-text"))
+        with pytest.raises(ConsiliumError, match=says):
+            run(made, tmp_path / "run")
+        assert not (tmp_path / "run").exists()

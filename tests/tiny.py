@@ -68,7 +68,7 @@ def configuration(model_type: str, **changes) -> PretrainedConfig:
         raise NotImplementedError(f"give {model_type} a tiny configuration in tests/tiny.py")
     settings = dict(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, num_experts_per_tok=2, max_position_embeddings=64, attention_dropout=0.1,
+        num_key_value_heads=2, num_experts_per_tok=2, max_position_embeddings=256, attention_dropout=0.1,
         pad_token_id=0, eos_token_id=1, bos_token_id=None, initializer_range=0.3, tie_word_embeddings=False,
     )  # fmt: skip
     return AutoConfig.for_model(model_type, **settings | SETTINGS[model_type] | changes)

@@ -392,7 +392,7 @@ class _Prepared:
             chosen = tuple(info.architecture for info in infos)
             setup = replace(setup, model=replace(experiment.model, architectures=chosen))
         for data in federation.clients.values() if federation else ():
-            setup.check(data.task)
+            setup.check_data(data)
         if experiment.sampling.min_clients > len(infos):
             raise ConfigError(
                 f"sampling.min_clients is {experiment.sampling.min_clients}, there are {len(infos)} clients"

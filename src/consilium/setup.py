@@ -25,7 +25,7 @@ from consilium.core import (
 )
 from consilium.data.causal import Rows, encode_language
 from consilium.data.encode import Encoded, encode
-from consilium.data.task import Split, Task
+from consilium.data.task import ClientData, Split, Task
 from consilium.data.tensor import TensorSplit, of_texts
 from consilium.errors import BudgetError, ConfigError, PayloadError
 from consilium.models.cohort import Cohort, SplitModel, initial
@@ -380,10 +380,12 @@ class Setup:
         Raises:
             ConfigError, DataError: see `check` and `data.causal`.
         """
-        if isinstance(split, TensorSplit):
-            return split
-        task, fit, tokenizer = context.data.task, self.fit, self.model.tokenizer()
+        return split if isinstance(split, TensorSplit) else self._tokens(context.data.task, split)
+
+    def _tokens(self, task: Task, split: Split) -> Encoded | TensorSplit:
+        """Return texts as token ids, see `encode`."""
         self.check(task)
+        fit, tokenizer = self.fit, self.model.tokenizer()
         if isinstance(self.model, Cohort):
             tokens = encode(split, task, tokenizer, "classification", fit.max_length, fit.target_length)
             return of_texts(tokens, task.labels, fit.max_length)
@@ -393,6 +395,17 @@ class Setup:
         if self.model.form == "text-to-text":
             way = "seq2seq" if self.model.config.is_encoder_decoder else "causal"
         return encode(split, task, tokenizer, way, fit.max_length, fit.target_length)
+
+    def check_data(self, data: ClientData) -> None:
+        """Check that this model and `fit` can do a client's task, and can read its first example.
+
+        Raises:
+            ConfigError: see `check`. ModelError: for a tokenizer that is missing or no pair with the model.
+            DataError: for texts that cannot be written as tokens, e.g. by a chat template that is broken.
+        """
+        self.check(data.task)
+        if isinstance(data.train, Split):
+            self._tokens(data.task, Split(data.train.texts[:1], data.train.targets[:1]))
 
     def check(self, task: Task) -> None:
         """Raise ConfigError if this model and `fit` cannot do the task."""
@@ -409,6 +422,8 @@ class Setup:
             raise ConfigError(f"fit.rows is {self.fit.rows!r}; task {task.name} is {task.form}, which takes examples")
         if self.fit.rows == "packed" and not family.packs:
             raise ConfigError(f"fit.rows is 'packed': in {family.name} examples in one row would see each other")
+        decodes = self.model.form == "text-to-text" and not self.model.config.is_encoder_decoder
+        self.model.check_texts(self.fit.max_length + (self.fit.target_length if decodes else 0))
 
     def sub_moe(self, params: Params, task: str, held: ExpertSet | None) -> Payload:
         """Return what a client of `task` needs to build the sub-MoE with the experts `held` (None: all).

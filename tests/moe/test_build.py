@@ -90,6 +90,7 @@ def test_a_tokenizer_without_padding_pads_with_its_end_mark(tmp_path):
     shutil.copytree(tiny.directory("switch_transformers"), tmp_path / "m")
     bare = transformers.PreTrainedTokenizerFast(tokenizer_object=tiny.tokenizer().backend_tokenizer, eos_token="</s>")
     bare.save_pretrained(tmp_path / "m")
+    tiny.configuration("switch_transformers", pad_token_id=None).save_pretrained(tmp_path / "m")
     assert ModelSource(str(tmp_path / "m")).tokenizer().pad_token == "</s>"
 
 
@@ -142,13 +143,6 @@ def test_weights_that_are_not_safetensors_are_not_read(tmp_path):
     tiny.configuration("olmoe").save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     assert "cannot be loaded" in fails(ModelSource(str(tmp_path)), "load")
-
-
-def test_truncated_weights(tmp_path):
-    shutil.copytree(tiny.directory("olmoe"), tmp_path / "m")
-    file = tmp_path / "m" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-    assert "cannot be loaded" in fails(ModelSource(str(tmp_path / "m")), "load")
 
 
 def test_a_directory_without_a_tokenizer(tmp_path):

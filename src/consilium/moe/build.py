@@ -3,6 +3,7 @@
 No remote code is ever run and nothing but safetensors is ever read.
 """
 
+import copy
 import hashlib
 import json
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from consilium.core import ExpertSet, counts_of
@@ -23,6 +24,7 @@ from consilium.machine import quietly
 from consilium.moe.addressing import all_experts, flatten, load_flat
 from consilium.moe.families import Family, Form, family_of
 from consilium.moe.gates import Gates, attach_gates, default_scale, shares_gates
+from consilium.moe.intact import check_folder
 from consilium.moe.model import TaskModel
 from consilium.moe.partial import held_weights, sliced
 from consilium.moe.surgery import checked, slice_experts
@@ -52,12 +54,15 @@ class ModelSource:
         dtype: dtype of the weights in training and in payloads: "float32" or "bfloat16"; memory is promised for
             bfloat16 on a GPU, on a CPU it takes about three times as much.
         revision: for hub names, the commit to pin.
+        resize: add rows to the embeddings where the tokenizer has more tokens than the model has rows; each begins as
+            the mean of the others.
     """
 
     path: str = "docstring-switch"
     form: Form = "classification"
     dtype: Literal["float32", "bfloat16"] = "float32"
     revision: str | None = None
+    resize: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("form", get_args(Form)), ("dtype", ("float32", "bfloat16"))):
@@ -86,6 +91,7 @@ class ModelSource:
         if local.is_dir():
             if not (local / "config.json").exists():
                 raise ModelError(f"model directory {self.path!r} has no config.json")
+            check_folder(local)
             return str(local)
         if local.is_absolute() or self.path.startswith((".", "~")) or self.path.count("/") != 1:
             raise ModelError(
@@ -96,11 +102,26 @@ class ModelSource:
 
     @cached_property
     def config(self) -> Any:
-        """The transformers configuration."""
+        """The transformers configuration of the model that is trained; with `resize`, of as many tokens as needed."""
+        stored = self._stored
+        if not self.resize or (rows := self._tokens) <= stored.vocab_size:
+            return stored
+        config = copy.deepcopy(stored)
+        config.vocab_size = rows
+        return config
+
+    @cached_property
+    def _stored(self) -> Any:
+        """The configuration as it lies with the weights."""
         try:
             return AutoConfig.from_pretrained(self.location, revision=self.revision, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ModelError(f"model {self.path!r} cannot be read: {first_line(error)}") from error
+
+    @cached_property
+    def _tokens(self) -> int:
+        """The number of ids of the tokenizer: the largest and one more."""
+        return max(_tokenizer(self.location, self.revision).get_vocab().values()) + 1
 
     @cached_property
     def family(self) -> Family:
@@ -112,8 +133,45 @@ class ModelSource:
         return getattr(torch, self.dtype)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that lies with the model."""
-        return _tokenizer(self.location, self.revision)
+        """The tokenizer that lies with the model, with the end and padding tokens that training needs.
+
+        Tokens that it does not name come from the generation settings or the configuration of the model.
+
+        Raises:
+            ModelError: if there is none, or no token for the end of a text or for padding is named anywhere.
+        """
+        tokenizer = _tokenizer(self.location, self.revision)
+        for role in ("pad", *(("eos",) if self.form == "text-to-text" else ())):
+            if getattr(tokenizer, f"{role}_token_id") is None:
+                raise ModelError(
+                    f"model {self.path!r} names no {role}_token in tokenizer_config.json, generation_config.json or "
+                    f"config.json; add one to tokenizer_config.json"
+                )
+        return tokenizer
+
+    def check_texts(self, length: int) -> None:
+        """Check that the model can read what its tokenizer writes.
+
+        Args:
+            length: the most tokens of a text, with its answer if the model is a decoder.
+
+        Raises:
+            ModelError: for a tokenizer that is missing, or whose ids the embeddings do not have.
+            ConfigError: for texts that are longer than the model has positions.
+        """
+        self.tokenizer()
+        if self._tokens > self.config.vocab_size:
+            raise ModelError(
+                f"the tokenizer of {self.path!r} has ids up to {self._tokens - 1}, the model has "
+                f"{self.config.vocab_size} embedding rows (ids from 0): take the tokenizer that the model was trained "
+                "with, or give --model.resize to add the rows"
+            )
+        limit = getattr(self.config, "max_position_embeddings", None)
+        if limit is not None and length > limit:
+            raise ConfigError(
+                f"texts may have {length} tokens by fit.max_length and fit.target_length; {self.path!r} has {limit} "
+                "positions: lower them"
+            )
 
     @cached_property
     def counts(self) -> dict[str, int]:
@@ -210,7 +268,7 @@ class ModelSource:
                     cls, where = sliced(cls, self.family, held), None
                 backbone, info = cls.from_pretrained(
                     where,
-                    config=self.config,
+                    config=self._stored,
                     revision=self.revision,
                     dtype=self.torch_dtype,
                     use_safetensors=True,
@@ -226,6 +284,8 @@ class ModelSource:
                 f"model {self.path!r} has no weights for {self.form}: {len(missing)} are missing, e.g. {missing[0]!r}"
             )
         part.clear()
+        if (rows := self.config.vocab_size) > self._stored.vocab_size:
+            _add_rows(backbone, rows)
         return flatten(TaskModel(backbone, self.family, "", (), self.torch_dtype), held)
 
 
@@ -237,8 +297,35 @@ def _tokenizer(location: str, revision: str | None) -> PreTrainedTokenizerBase:
         raise ModelError(f"{location!r} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise ModelError(f"{location!r} has no tokenizer: {first_line(error)}") from error
+    except Exception as error:  # `tokenizers` raises plain ones for a broken file, transformers KeyError and others
+        said = first_line(error) if isinstance(error, OSError | ValueError) else repr(error)
+        raise ModelError(f"{location!r} has no tokenizer that can be read: {said}") from error
+    for role in ("eos", "pad"):
+        if getattr(tokenizer, f"{role}_token") is None and (token := _named(tokenizer, location, revision, role)):
+            setattr(tokenizer, f"{role}_token", token)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _named(tokenizer: PreTrainedTokenizerBase, location: str, revision: str | None, role: str) -> str | None:
+    """The end or padding token that the model's own settings name by its id; of several ids the first."""
+    for kind in (GenerationConfig, AutoConfig):
+        try:
+            told = getattr(kind.from_pretrained(location, revision=revision), f"{role}_token_id", None)
+        except (OSError, ValueError):
+            continue
+        first = told[0] if isinstance(told, list) and told else told
+        if isinstance(first, int) and 0 <= first < len(tokenizer):
+            return tokenizer.convert_ids_to_tokens(first)
+    return None
+
+
+@torch.no_grad()
+def _add_rows(backbone: transformers.PreTrainedModel, rows: int) -> None:
+    """Add embedding rows, of the input and the output, that are the mean of the others."""
+    old = backbone.get_input_embeddings().weight.shape[0]
+    backbone.resize_token_embeddings(rows, mean_resizing=False)
+    for module in {backbone.get_input_embeddings(), backbone.get_output_embeddings()} - {None}:
+        for parameter in module.parameters():  # weight [V, D], perhaps bias [V]
+            parameter[old:] = parameter[:old].float().mean(0).to(parameter.dtype)

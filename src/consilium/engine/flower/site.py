@@ -59,6 +59,8 @@ def save_site(path: Path, name: str, experiment: Experiment, limits: Limits | No
                 "server knows"
             )
         experiment.model.width_of(experiment.model.architecture(0), data.train.shape)
+    else:
+        experiment.model.check_texts(0)  # how long texts are is the server's to say
     own = {
         "name": name,
         "fingerprint": Federation({name: data}).fingerprint,

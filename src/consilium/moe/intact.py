@@ -1,0 +1,63 @@
+"""Checks that a model's folder is whole before anything of it is used: pointers, missing shards, files cut off."""
+
+import json
+import struct
+from pathlib import Path
+
+from consilium.errors import ModelError
+from consilium.pointers import refuse_pointers
+
+__all__ = ["check_folder"]
+
+_INDEX = "model.safetensors.index.json"
+_LENGTH = struct.Struct("<Q")
+"""Of a safetensors file's header; the header follows it, and the tensors follow that."""
+
+
+def check_folder(folder: Path) -> None:
+    """Look at the files of a model without reading its weights.
+
+    Raises:
+        ModelError: for a file that is a pointer of Git LFS, a shard that is missing, or a file that is cut off.
+    """
+    refuse_pointers(folder, ModelError)
+    index = folder / _INDEX
+    if index.is_file() and not (folder / "model.safetensors").exists():
+        _check_shards(index)
+    for path in sorted(folder.glob("*.safetensors")):
+        _check_size(path)
+
+
+def _check_shards(index: Path) -> None:
+    try:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [shard for shard in shards if not (index.parent / shard).is_file()]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{index} is no index of safetensors ({type(error).__name__}): get it again") from error
+    if missing:
+        raise ModelError(
+            f"{index.parent / missing[0]} is missing: {index.name} names {len(shards)} shards, of which {len(missing)} "
+            "are not there; get them again"
+        )
+
+
+def _check_size(path: Path) -> None:
+    """Compare the size of a safetensors file with what its header announces."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(_LENGTH.size)
+        length = _LENGTH.unpack(start)[0] if len(start) == _LENGTH.size else 0
+        begin = _LENGTH.size + length
+        if size < _LENGTH.size or size < begin:
+            expected = f"a header of {length} bytes" if length else "a header"
+            raise ModelError(f"{path} is cut off: it has {size} bytes, too few for {expected}; get it again")
+        try:
+            header = json.loads(file.read(length))
+            end = begin + max(
+                (told["data_offsets"][1] for key, told in header.items() if key != "__metadata__"), default=0
+            )
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+            raise ModelError(f"{path} is no safetensors file ({type(error).__name__}): get it again") from error
+    if size != end:
+        what = "cut off" if size < end else "too long"
+        raise ModelError(f"{path} is {what}: its header announces {end} bytes, it has {size}; get it again")
