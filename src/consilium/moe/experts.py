@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from consilium.errors import ModelError
@@ -43,16 +44,25 @@ class Experts:
         keep: save the pre-activations h of all tokens for the backward pass. It is then faster by one matmul per
             expert, but its memory is bounded by the tokens of all experts; without, by the tokens of the active ones.
 
+        measure: in forward passes, sum up what each expert contributes: of every real token that it computes, its gate
+            times the norm of its output. `masks` then says which tokens are real.
+
     Attributes:
+        contributions: block -> the sum over real tokens of gate x norm of the output, float64 [E]; with `measure`.
+        masks: with `measure`, what `TaskModel.masks` says of the batch that is computed next.
         places: block -> the local places of its experts, 0 .. E-1.
         leaves: "<block>.experts.<place>.<tensor>" -> a leaf that shares storage with the model's own parameter, for
             every expert tensor that is to be trained. Gradients arrive here (`grad` is None where no token came or
             the expert was not active), and an optimiser that steps the leaves steps the model.
     """
 
-    def __init__(self, model: TaskModel, keep: bool = False):
+    def __init__(self, model: TaskModel, keep: bool = False, measure: bool = False):
         self.keep = keep
         self.places = all_experts(model)
+        self.masks: Mapping[str, Tensor] = {}
+        self.contributions = {
+            block: torch.zeros(len(places), dtype=torch.float64) for block, places in self.places.items() if measure
+        }
         self._active: Active | None = None
         self._before: list[tuple[nn.Module, Callable[..., Tensor] | None]] = []
         own, views = _expert_tensors(model)
@@ -102,6 +112,13 @@ class Experts:
     def reaches(self, block: str, place: int) -> bool:
         """Whether the coming backward pass reaches that expert."""
         return self._active is None or place in self._active.get(block, ())
+
+    def record(self, block: str, members: list, tokens_N: Tensor, y_ND: Tensor, gates_N: Tensor) -> None:
+        """Add what the experts of a group contribute to a batch; see `kernel.Layer`."""
+        real_T = self.masks["decoder" if block.startswith("decoder.") else "encoder"].reshape(-1)
+        size_N = y_ND.float().norm(dim=-1) * gates_N.float() * real_T[tokens_N]
+        for place, start, end in members:
+            self.contributions[block][place] += size_N[start:end].sum().double().cpu()
 
     def __enter__(self) -> "Experts":
         for layer in self._layers:
@@ -180,4 +197,5 @@ def _layer(owner: Experts, model: TaskModel, block: str, tensors: Mapping[str, T
         second=second,
         activation=inner.act if modules else module._apply_gate,
         whole=tuple(getattr(module, target).detach() for target in family.lora_targets) if fused else (),
+        record=partial(owner.record, block) if block in owner.contributions else None,
     )

@@ -118,6 +118,7 @@ class Layer:
         keep: save h of all slots for the backward pass. reached: whether that pass reaches the expert of a place.
         dispatch: the router gives a mask instead of indices. dropout: rate behind the activation.
         whole: the weights of each of the two projections in one tensor [E, ..]; (): they do not lie in one.
+        record: called in the forward pass with each group's members, tokens [N], outputs [N, D] and gates [N].
     """
 
     module: Any
@@ -130,6 +131,7 @@ class Layer:
     second: tuple[Linear, ...]
     activation: Callable[[Tensor], Tensor]
     whole: tuple[Tensor, ...] = ()
+    record: Callable[[Members, Tensor, Tensor, Tensor], None] | None = None
 
     @cached_property
     def at_once(self) -> bool:
@@ -342,6 +344,8 @@ class _Compute(torch.autograd.Function):
             out = _take(spans, kept[0]) if keep else None  # neighbours all, so a view
             h_NH = _through(layer, 0, hidden_TD[tokens], members, tensors, out)
             y_ND = _through(layer, 1, layer.act(h_NH, members, seed), members, tensors)
+            if layer.record is not None:
+                layer.record(members, tokens, y_ND, weights_S[slots])
             out_TD.index_add_(0, tokens, (y_ND * weights_S[slots, None]).to(out_TD.dtype))
         ctx.layer, ctx.counts, ctx.seed = layer, counts, seed
         ctx.save_for_backward(hidden_TD, weights_TK, order_S, *tensors, *kept)  # saved so that checkpointing sees it
