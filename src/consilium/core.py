@@ -153,6 +153,7 @@ class ClientContext:
         device: where to train.
         seed: derived from the run's seed, the round and the client's id; the only source of randomness.
         state: what survives; mutate it in place.
+        best: with `fit.personal`, the client's best model so far by its validation data; empty: none yet.
         progress: called with (done, total) steps during training.
         work: what the client may spend, counted by whoever spends it; without limits in a simulation.
         meet: with other clients at work on the same device: see `Meet`; None: it is alone.
@@ -166,6 +167,7 @@ class ClientContext:
     progress: Any = lambda done, total: None
     work: Work = field(default_factory=Work)
     meet: "Meet | None" = None
+    best: ClientState = field(default_factory=ClientState)
 
 
 Meet = Callable[[Callable[[Sequence[Any]], Sequence[Any]], Any], Any]

@@ -21,6 +21,7 @@ from consilium.core import (
     Sampling,
     Scalar,
     derive_seed,
+    experts_from_scalars,
     experts_to_scalars,
 )
 from consilium.data.causal import Rows, encode_language
@@ -32,7 +33,8 @@ from consilium.models.cohort import Cohort, SplitModel, initial
 from consilium.moe.addressing import load_flat, select, travels
 from consilium.moe.budget import Footprint, MemoryModel, Mode, human
 from consilium.moe.build import ModelSource
-from consilium.moe.gates import NEED_ROWS, Gates, Kind, absent_rows, gates_to_scalars
+from consilium.moe.gates import NEED_ROWS, Gates, Kind, absent_rows, gates_from_scalars, gates_to_scalars
+from consilium.moe.layers import Shape, spread
 from consilium.moe.lora import Lora, ProductMean, add_lora, initial_adapters
 from consilium.moe.merging import Merging, RobustMean
 from consilium.moe.model import TaskModel
@@ -44,7 +46,7 @@ from consilium.work import check_settings, setting
 __all__ = ["EVALUATION", "Fit", "Setup"]
 
 EVALUATION = 4
-"""Evaluation takes so many times `Fit.batch_size` examples at once: nothing is saved for a backward pass."""
+"""Labels are predicted for so many times `Fit.batch_size` examples at once: nothing is saved for a backward pass."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,9 @@ class Fit:
             can hold exactly. "full": the softmax over all experts. "mass": the softmax over the held experts times the
             total gate that the full router gives this token. "slice": the softmax over the held experts as it is, up to
             E times too large.
+        personal: score, next to the model that a client is delivered, one of its own: "best" is the best by its
+            validation data among what it trained in each round and what it is delivered in the end, so that a client
+            stops early by itself. Of mixtures of experts.
         lora: train adapters on the experts instead of all parameters. Then only adapters, router rows and head rows
             travel, and every client has the rest from the model's own place.
     """
@@ -96,6 +101,7 @@ class Fit:
     gradient_checkpointing: bool = setting(False, "free")
     precision: Literal["float32", "bfloat16"] = setting("float32", "free")
     gates: Kind = setting("constant", "free")
+    personal: Literal["none", "best"] = setting("none", "free")
     lora: Lora = field(default_factory=Lora)
 
     def __post_init__(self) -> None:
@@ -199,6 +205,14 @@ class Setup:
         return params
 
     @property
+    def evaluation_rows(self) -> int:
+        """Rows of a batch in evaluation. A causal language model takes no more than in training: what it needs is the
+        logits of every token over the vocabulary."""
+        language = isinstance(self.model, ModelSource) and self.model.form == "text-to-text"
+        causal = language and not self.model.config.is_encoder_decoder
+        return self.fit.batch_size * (1 if causal else EVALUATION)
+
+    @property
     def common_width(self) -> int:
         """d, the width of the representation of every model of a cohort.
 
@@ -257,7 +271,7 @@ class Setup:
         if mode == "full" and fit.lora.rank:
             mode, rank = "lora", fit.lora.rank
         shape = {**fit.lengths, "optimizer": fit.optimizer, "momentum": fit.momentum}
-        evaluation = self._memory.footprint(counts, mode="forward", batch_size=EVALUATION * fit.batch_size, **shape)
+        evaluation = self._memory.footprint(counts, mode="forward", batch_size=self.evaluation_rows, **shape)
         if mode == "forward":
             return evaluation
         training = self._memory.footprint(
@@ -305,22 +319,36 @@ class Setup:
     def _memory(self) -> MemoryModel:
         return MemoryModel.of(self.model)
 
-    def spread(self, experts: int) -> dict[str, int]:
-        """So many experts in all, as evenly over the blocks as their sizes allow: experts per block.
+    def spread(self, experts: int, shape: Shape = ()) -> dict[str, int]:
+        """Return experts per block, `experts` of them in all, in proportion to the shape; see `layers.spread`.
 
         Raises:
-            BudgetError: for fewer than every block needs, see `least`.
+            BudgetError: for fewer than every block needs, see `least`. ConfigError: for a shape of another length.
         """
-        counts = self.least
-        if experts < sum(counts.values()):
-            raise BudgetError(f"{experts} experts are too few: the layers need {sum(counts.values())} between them")
-        while (left := experts - sum(counts.values())) > 0:
-            open_blocks = [block for block, n in counts.items() if n < self.model.counts[block]]
-            if not open_blocks:
-                break
-            for block in open_blocks[:left]:
-                counts[block] += 1
-        return counts
+        if experts < sum(self.least.values()):
+            raise BudgetError(f"{experts} experts are too few: the layers need {sum(self.least.values())} between them")
+        try:
+            return spread(experts, self.model.counts, self.least, shape)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def fitting(self, client: ClientInfo, shape: Shape = (), share: float = 1.0, references: int = 0) -> dict[str, int]:
+        """Return the most experts per block, spread by the shape, that a client's device can train.
+
+        Args:
+            share: of the client's memory that may be used, in (0, 1]; the fewest experts that the model needs are
+                given in any case.
+            references: extra copies of the weights the method keeps while training.
+        """
+        least, total = sum(self.least.values()), sum(self.model.counts.values())
+        if client.memory_bytes is None:
+            return dict(self.model.counts)
+        most = share * client.memory_bytes
+
+        def fits(experts: int) -> bool:
+            return self.footprint(self.spread(experts, shape), references=references).total <= most
+
+        return self.spread(_most(least, total, fits), shape)
 
     @property
     def least(self) -> dict[str, int]:
@@ -473,6 +501,16 @@ class Setup:
         whole = self.model.load(held) | params
         model = self.model.build(whole, task.name, task.labels, held, gates).to(context.device)
         return load_flat(add_lora(model, lora), params, held)
+
+    def build_sent(self, payload: Payload, context: ClientContext) -> TaskModel | SplitModel:
+        """Build the client's live model from what it was sent (see `sub_moe`): its experts, and how their gates are
+        scaled.
+
+        Raises:
+            ModelError, PayloadError: see `build`.
+        """
+        gates = gates_from_scalars(self.fit.gates, payload.scalars, payload.group("router"))
+        return self.build(payload.group("params"), context, experts_from_scalars(payload.scalars), gates)
 
     def mean(self, previous: Params) -> WeightedMean | RobustMean | PrivateMean:
         """What a server merges a round's replies with: the weighted mean (of adapters as `fit.lora.mean` says), or what

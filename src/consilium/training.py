@@ -18,21 +18,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from consilium.batched import FitJob, PredictJob, fit_jobs, predict_jobs, stackable
-from consilium.core import ClientContext, Payload, Scalar, counts_of, derive_seed, experts_from_scalars
+from consilium.core import (
+    ClientContext,
+    ExpertSet,
+    Payload,
+    Scalar,
+    counts_of,
+    derive_seed,
+    experts_from_scalars,
+    experts_to_scalars,
+)
 from consilium.data.causal import Packed
 from consilium.data.encode import Encoded, token_bytes
-from consilium.data.task import score
+from consilium.data.task import Split, score
 from consilium.data.tensor import TensorSplit
 from consilium.errors import DataError
 from consilium.masters import Masters
 from consilium.models.cohort import Cohort, SplitModel, padded
 from consilium.moe.addressing import flatten, parameters
 from consilium.moe.experts import Active, Experts
-from consilium.moe.gates import gates_from_scalars
 from consilium.moe.model import TaskModel
 from consilium.moe.routing import Tap
 from consilium.params import Params
-from consilium.setup import EVALUATION, Fit, Setup
+from consilium.setup import Fit, Setup
+from consilium.work import tokens_in
 
 __all__ = [
     "Choose",
@@ -45,6 +54,8 @@ __all__ = [
     "fit",
     "local_round",
     "local_test",
+    "mean_loss",
+    "profile",
     "seeded",
     "tested",
     "trained",
@@ -216,8 +227,8 @@ def assess(
     """
     if context.data.task.metric == "token_accuracy":
         sizes = token_bytes(setup.model.tokenizer()).to(context.device)
-        return _teacher_forced(model, data, context, EVALUATION * setup.fit.batch_size, sizes, tap)
-    size = EVALUATION * setup.fit.batch_size
+        return _teacher_forced(model, data, context, setup.evaluation_rows, sizes, tap)
+    size = setup.evaluation_rows
     if isinstance(data, TensorSplit) and tap is None:
         (places,) = _first_ranked(model, [data], setup.fit, context, size)
         return {"score": _scored(model, data, places, context)}
@@ -314,6 +325,48 @@ def _teacher_forced(
     return scores | ({"bits_per_byte": loss / math.log(2) / written} if written else {})
 
 
+def profile(setup: Setup, model: TaskModel, context: ClientContext, rows: int) -> tuple[Params, Params]:
+    """Measure how the experts of a model are used on the client's first training rows.
+
+    Returns:
+        Per block: the slots that ask for each expert, int64 [E]; and the mean over tokens of (gate x norm of the
+        expert's output), float32 [E].
+    """
+    model.eval()
+    experts = Experts(model, measure=True)
+    tokens = 0
+    with torch.inference_mode(), Tap(model) as tap, experts:
+        for batch in _first_batches(setup, context, context.data.train, rows):
+            experts.masks = model.masks(batch)
+            tokens += sum(int(mask.sum()) for mask in experts.masks.values())
+            with tap.batch(batch, count=True):
+                model(batch)
+    contributions = {block: (total / max(tokens, 1)).float() for block, total in experts.contributions.items()}
+    return tap.usage.demand, contributions
+
+
+def mean_loss(setup: Setup, model: TaskModel, context: ClientContext, rows: int) -> float:
+    """Return the mean cross-entropy of the client's first validation rows, in nats per label or predicted token."""
+    model.eval()
+    total, count = 0.0, 0
+    with torch.inference_mode():
+        for batch in _first_batches(setup, context, context.data.validation, rows):
+            logits, labels = model(batch)
+            total += F.cross_entropy(logits.float(), labels, reduction="sum").item()
+            count += labels.numel()
+    return total / max(count, 1)
+
+
+def _first_batches(setup: Setup, context: ClientContext, split: Split, rows: int) -> Iterator[Mapping[str, Tensor]]:
+    """The first rows of a split in batches, counted as work."""
+    data = setup.encode(context, split)
+    size = setup.evaluation_rows
+    for start in range(0, min(rows, len(data)), size):
+        batch = data.batch(range(start, min(start + size, rows, len(data))), context.device)
+        context.work.read(tokens_in(batch))
+        yield batch
+
+
 def local_round(
     setup: Setup,
     payload: Payload,
@@ -342,8 +395,7 @@ def local_round(
         metric is of tokens).
     """
     held, outside = experts_from_scalars(payload.scalars), payload.group("router")
-    gates = gates_from_scalars(setup.fit.gates, payload.scalars, outside)
-    model = setup.build(payload.group("params"), context, held, gates)
+    model = setup.build_sent(payload, context)
     del payload  # a full copy of the weights, unless the caller still holds it
     train = setup.encode(context, context.data.train)
     fitted = fit(
@@ -363,6 +415,8 @@ def local_round(
             scores, told = assess(model, validation, context, setup, tap if usage else None), {}
     seconds_evaluate = time.perf_counter() - start
     groups: dict[str, Params] = {"params": flatten(model, held)}  # after evaluation, which needs room itself
+    if setup.fit.personal == "best":
+        _keep_better(context, scores, {**outside, **groups["params"]}, held)
     if usage:
         groups |= {"demand": tap.usage.demand, "served": tap.usage.served}
     if choose is not None:
@@ -413,7 +467,7 @@ def _after_training(
     pFedMoE family's own code: after local training and before aggregation, the mean over the test batches of the
     accuracy of each (so the short last one weighs as much as the others), in [0, 1]."""
     validation, test = (setup.encode(context, split) for split in (context.data.validation, context.data.test))
-    size = EVALUATION * setup.fit.batch_size
+    size = setup.evaluation_rows
     places, others = _first_ranked(model, [validation, test], setup.fit, context, size)
     right = (torch.tensor(others) == test.y[test.index].cpu()).float()
     means = [part.mean() for part in right.split(setup.fit.batch_size)]
@@ -430,9 +484,37 @@ def local_test(setup: Setup, payload: Payload, context: ClientContext) -> Payloa
     """Score a delivered model on the client's test split: scalars score, (perplexity, bits_per_byte,) examples,
     seconds_evaluate."""
     start = time.perf_counter()
-    gates = gates_from_scalars(setup.fit.gates, payload.scalars, payload.group("router"))
-    model = setup.build(payload.group("params"), context, experts_from_scalars(payload.scalars), gates)
-    return tested(setup, model, context, start)
+    model = setup.build_sent(payload, context)
+    reply = tested(setup, model, context, start)
+    if setup.fit.personal == "none":
+        return reply
+    validation = assess(model, setup.encode(context, context.data.validation), context, setup)
+    scores = reply.scalars
+    if context.best.params and not _better(validation, context):
+        del model
+        held = experts_from_scalars(context.best.scalars)
+        best = setup.sub_moe(context.best.params, context.data.task.name, held)
+        scores = tested(setup, setup.build_sent(best, context), context).scalars
+    personal = {"personal": scores["score"]}
+    if "bits_per_byte" in scores:
+        personal["personal_bits_per_byte"] = scores["bits_per_byte"]
+    return Payload(scalars={**reply.scalars, **personal, "seconds_evaluate": time.perf_counter() - start})
+
+
+def _better(scores: Mapping[str, float], context: ClientContext) -> bool:
+    """Whether validation scores are better than those of the client's best model: by their bits per byte if it has
+    any, else by the metric of its task."""
+    best = context.best.scalars
+    if "bits_per_byte" in scores:
+        return scores["bits_per_byte"] < float(best.get("bits_per_byte", math.inf))
+    return scores["score"] > float(best.get("score", -math.inf))
+
+
+def _keep_better(context: ClientContext, scores: Mapping[str, float], params: Params, held: ExpertSet | None) -> None:
+    """Keep a trained model, with the router rows that it was sent, as the client's best if it is."""
+    if _better(scores, context):
+        context.best.params = params
+        context.best.scalars = {**scores, **(experts_to_scalars(held) if held else {})}
 
 
 def tested(setup: Setup, model: nn.Module, context: ClientContext, start: float | None = None) -> Payload:

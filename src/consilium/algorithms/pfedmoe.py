@@ -40,7 +40,7 @@ from consilium.errors import ConfigError
 from consilium.models.cohort import ARCHITECTURES, SplitModel, initial, real_rows
 from consilium.moe.addressing import flatten, select
 from consilium.params import Params, nbytes
-from consilium.setup import EVALUATION, Setup
+from consilium.setup import Setup
 from consilium.training import even, evened, tested, trained
 
 __all__ = ["Gate", "Mixture", "pFedMoE"]
@@ -307,7 +307,7 @@ def gate_by_class(model: SplitModel, setup: Setup, context: ClientContext) -> Ma
     filled = even if evened(model, context) else dict
     model.eval()
     with torch.inference_mode(), setup.fit.lowered(context.device):
-        size = EVALUATION * setup.fit.batch_size
+        size = setup.evaluation_rows
         batches = (data.batch(rows, context.device) for rows in torch.arange(len(data)).split(size))
         told = [(model.backbone.weights(filled(b)["x"])[: len(b["labels"]), 0], b["labels"]) for b in batches]
     a_B, y_B = map(torch.cat, zip(*told, strict=True))

@@ -10,6 +10,7 @@ layer as its own memory allows. FedMoE may grow into the same memory but starts 
 randomMoE that budget instead.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,7 +21,7 @@ from consilium.core import Algorithm, Client, ClientId, ClientInfo, ExpertMap, E
 from consilium.errors import ConfigError
 from consilium.setup import Setup
 
-__all__ = ["RandomMoE", "random_experts"]
+__all__ = ["RandomMoE", "random_choice", "random_experts"]
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,14 @@ class RandomMoEServer(FedAvgServer):
 def random_experts(setup: Setup, client: ClientId, n: int) -> dict[str, tuple[int, ...]]:
     """n random experts of every block (all where there are fewer), from the run's seed and the client's id; never
     fewer than the family's router works with."""
+    counts = {block: min(max(n, setup.model.family.least), total) for block, total in setup.model.counts.items()}
+    return random_choice(setup, client, counts)
+
+
+def random_choice(setup: Setup, client: ClientId, counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Return so many random experts of every block, from the run's seed and the client's id."""
     rng = torch.Generator().manual_seed(derive_seed(setup.seed, "random experts", client))
     return {
-        block: tuple(sorted(torch.randperm(total, generator=rng)[: max(n, setup.model.family.least)].tolist()))
+        block: tuple(sorted(torch.randperm(total, generator=rng)[: counts[block]].tolist()))
         for block, total in setup.model.counts.items()
     }

@@ -27,6 +27,8 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
     "train_loss": (float, -math.inf, math.inf),
     "perplexity": (float, 0, math.inf),
     "bits_per_byte": (float, 0, math.inf),
+    "personal": (float, 0, 1),
+    "personal_bits_per_byte": (float, 0, math.inf),
     "steps": (int, 0, 2**53),
     "experts": (int, 0, 2**53),
     "footprint": (int, 0, 2**63),
@@ -36,8 +38,8 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
 """Scalars of a reply that the engines and servers read: kind (a whole number is a float, a bool is no number), least,
 most. `num_examples` must be there, and not be more than the client has registered."""
 
-MEASURES = ("perplexity", "bits_per_byte")
-"""What language models are measured by, next to the score of their task."""
+MEASURES = ("perplexity", "bits_per_byte", "personal", "personal_bits_per_byte")
+"""What models are measured by, next to the score of their task."""
 RECORDED = {*MEASURES, "experts", "footprint", "cut", "seconds_evaluate"}
 """Those of them that nothing but the record is made of."""
 

@@ -14,11 +14,23 @@ import resource
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
 from typing import Any
 
-from consilium.core import Client, ClientContext, ClientId, ClientInfo, Payload, Sampling, Scalar, Server, derive_seed
+from consilium.core import (
+    Client,
+    ClientContext,
+    ClientId,
+    ClientInfo,
+    ClientState,
+    Payload,
+    Sampling,
+    Scalar,
+    Server,
+    derive_seed,
+)
 from consilium.engine.checkpoint import ClientStore
 from consilium.engine.judge import MEASURES, check_sent, number, numbers
 from consilium.errors import BudgetError, DataError, PayloadError, RoundError
@@ -29,6 +41,9 @@ __all__ = ["OWN", "Engine", "Progress", "ledger", "nobody", "release", "tested",
 
 OWN = (BudgetError, DataError, PayloadError)
 """Errors of one client, of its data, its device or what it was sent: the round goes on without it. Others end all."""
+
+BEST = "engine/best/"
+"""Begins the names of a client's best model among what survives a round on it."""
 
 REPORTED = 100
 """Numbers of a method's own ("report/...") that the record takes of one reply."""
@@ -162,7 +177,7 @@ def trained(client: Client, payload: Payload, context: ClientContext) -> tuple[P
     """
     start = time.perf_counter()
     check_sent(payload)
-    with seeded(derive_seed(context.seed, "train")):  # whatever draws from torch's own generator
+    with _best_apart(context), seeded(derive_seed(context.seed, "train")):  # whatever draws from torch's own generator
         reply = client.train(payload, context)
     return reply, time.perf_counter() - start
 
@@ -174,8 +189,24 @@ def tested(client: Client, payload: Payload, context: ClientContext) -> Payload:
         PayloadError: for a payload that no client can start from.
     """
     check_sent(payload)
-    with seeded(derive_seed(context.seed, "evaluate")):
+    with _best_apart(context), seeded(derive_seed(context.seed, "evaluate")):
         return client.evaluate(payload, context)
+
+
+@contextmanager
+def _best_apart(context: ClientContext) -> Iterator[None]:
+    """Keep a client's best model in its state, out of the method's sight."""
+    state, best = context.state, ClientState()
+    for mine, kept in ((state.params, best.params), (state.scalars, best.scalars)):
+        for key in [key for key in mine if key.startswith(BEST)]:
+            kept[key.removeprefix(BEST)] = mine.pop(key)
+    context.best = best
+    try:
+        yield
+    finally:
+        state = context.state
+        state.params = {**state.params, **{f"{BEST}{key}": tensor for key, tensor in best.params.items()}}
+        state.scalars = {**state.scalars, **{f"{BEST}{key}": value for key, value in best.scalars.items()}}
 
 
 def told_of(

@@ -1,0 +1,322 @@
+"""AffinityMoE: sub-MoEs by contribution, one budget over the layers for all, averages weighted by likeness.
+
+A method of this project, not of a paper. It starts from FedMoE (https://arxiv.org/abs/2408.11304) and changes three
+things, each of which can be switched off:
+
+1. Choice (`choice`). In the first round each client runs the full model on a few rows of its training data and measures
+   what each expert contributes, c_ie = mean over tokens of (gate x norm of the expert's output). It keeps the experts
+   that contribute most. FedMoE ranks by how often an expert is asked for; a rare expert may matter more.
+2. Budget (`budget`). How many experts a layer keeps decides more than which. A few shapes (`moe.layers.shapes`) are
+   compared by the loss of the sub-models that they give, on validation rows, averaged over the clients; the best holds
+   for all. A client's number of experts is what its memory allows. FedMoE's Eq 3 has one threshold of usage instead.
+3. Likeness (`likeness`). The server keeps a state per client, and moves it by what it and clients like it learn:
+
+       s_ij   = floor + (1 - floor) max(0, cos(g_i, g_j)),   s_ii = 1
+       w_i[k] += sum_j n_j s_ij (w_j'[k] - w_j[k]) / sum_j n_j s_ij      over the j that trained the tensor k
+
+   g_i is the client's usage of experts in the first round less the mean usage of all clients, w_j what client j was
+   sent and w_j' what it returned. Of a tensor of an expert, the j are those who hold it.
+
+    c_ie   reply group "contribution"              n_j    scalars["num_examples"]
+    g_i    `shares[client]`, joined over layers    w_i    `states[client]`
+
+The structure of a client stays for the whole run. `params`, the model of nobody in particular, moves by the mean of all
+changes, weighted by n_j. The server's work grows with the square of the clients of a round.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from consilium.algorithms.randommoe import random_choice
+from consilium.core import (
+    Algorithm,
+    Client,
+    ClientContext,
+    ClientId,
+    ClientInfo,
+    ExpertMap,
+    Payload,
+    Server,
+    experts_to_scalars,
+    setting,
+)
+from consilium.errors import BudgetError
+from consilium.moe.addressing import select
+from consilium.moe.layers import shapes
+from consilium.params import Like, Params
+from consilium.setup import Setup
+from consilium.training import local_round, local_test, mean_loss, profile
+
+__all__ = ["AffinityMoE", "affinities", "most"]
+
+Scores = Mapping[str, Tensor]
+"""Block -> a number per expert [E], float64."""
+MOST = 2**40
+
+
+@dataclass(frozen=True)
+class AffinityMoE(Algorithm):
+    """Sub-MoEs by contribution under a searched layer budget, averaged with clients that are alike.
+
+    Args:
+        choice: what ranks the experts of a layer: "contribution"; "usage", how often the client's router asks for them,
+            as in FedMoE; "public", how often it asked for them on the public data, so that all clients of a size have
+            the same experts (nested); or "random".
+        budget: "searched" (see the module) or "even", as many experts in every layer.
+        likeness: "usage" weighs clients by how alike their usage of experts is; "none" weighs all alike, as FedMoE
+            does; "self" weighs nobody but the client itself, which then trains alone.
+        floor: weight of a client that is not alike at all, in [0, 1].
+        rows: rows of training data on which a client measures, and of validation data on which it scores shapes.
+    """
+
+    worlds: ClassVar[tuple[str, ...]] = ("moe",)
+    merges: ClassVar[bool] = False
+    choice: Literal["contribution", "usage", "public", "random"] = setting("contribution", "free")
+    budget: Literal["searched", "even"] = setting("searched", "free")
+    likeness: Literal["usage", "none", "self"] = setting("usage", "server")
+    floor: float = setting(0.1, "server", "[0, 1]")
+    rows: int = setting(24, "batch_size", "[1, 1e6]")
+
+    def reads(self) -> frozenset[str]:
+        return frozenset({"usage", "losses of sub-models"})
+
+    def server(self, setup: Setup) -> Server:
+        return AffinityMoEServer(setup, self)
+
+    def client(self, setup: Setup) -> Client:
+        return AffinityMoEClient(setup, self)
+
+
+def most(scores: Scores, counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Return the ids of the experts with the highest scores, as many per block as `counts` says; ties: lower id."""
+    return {
+        block: tuple(sorted(scores[block].argsort(descending=True, stable=True)[:n].tolist()))
+        for block, n in counts.items()
+    }
+
+
+def affinities(usage: Mapping[ClientId, Scores], floor: float) -> dict[ClientId, dict[ClientId, float]]:
+    """Return s_ij of the module docstring for all pairs of clients.
+
+    Args:
+        usage: client -> block -> share of the tokens that ask for each expert.
+        floor: of clients that are not alike, in [0, 1].
+    """
+    names = sorted(usage)
+    rows = torch.stack([torch.cat([usage[name][block].double() for block in sorted(usage[name])]) for name in names])
+    rows = rows - rows.mean(0)
+    rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    cosines = (rows @ rows.T).clamp_min(0.0).fill_diagonal_(1.0)
+    alike = floor + (1 - floor) * cosines
+    return {a: dict(zip(names, row, strict=True)) for a, row in zip(names, alike.tolist(), strict=True)}
+
+
+# --- the server half ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class AffinityMoEServer(Server):
+    """Holds the full MoE, and per client its experts and a state of its own."""
+
+    setup: Setup
+    algorithm: AffinityMoE
+    map: dict[ClientId, dict[str, tuple[int, ...]]] = field(default_factory=dict)
+    states: dict[ClientId, Params] = field(default_factory=dict)
+    shares: dict[ClientId, dict[str, Tensor]] = field(default_factory=dict)
+    alike: dict[ClientId, dict[ClientId, float]] = field(default_factory=dict)
+    shape: int = 0
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.params = self.setup.initial_params()
+        for client in self.setup.clients:
+            if lack := self.setup.lacks(client, self.setup.least):
+                raise BudgetError(f"client {client.id} cannot hold the smallest sub-MoE: {lack}; give it more memory")
+
+    @property
+    def stage(self) -> str:
+        return "training" if self.map else "profile"
+
+    def unable(self, client: ClientInfo) -> str | None:
+        """In the first round: why the client cannot run the full MoE. Later everybody has a sub-MoE that fits."""
+        return None if self.map else self.setup.lacks(client, self.setup.model.counts, "forward")
+
+    def configure(self, round: int, clients: Sequence[ClientInfo]) -> dict[ClientId, Payload]:
+        if not self.map:
+            able = [client for client in clients if self.unable(client) is None]
+            if able:
+                return {c.id: self._task(c) for c in able}
+            self._cut({}, {}, {})
+        chosen = self.setup.sampling.choose(clients, round, self.setup.seed)
+        return {client.id: self.deliver(client) for client in chosen}
+
+    def _task(self, client: ClientInfo) -> Payload:
+        experts = sum(self.setup.fitting(client).values())
+        return Payload({"params": select(self.params, client.task)}, {"stage": "profile", "total": experts})
+
+    def expects(self, client: ClientInfo, sent: Payload) -> dict[str, dict[str, Like]]:
+        if sent.scalars["stage"] != "profile":
+            return super().expects(client, sent)
+        counts = self.setup.model.counts
+        return {
+            "demand": {block: Like((n,), torch.int64, 0, MOST) for block, n in counts.items()},
+            "contribution": {block: Like((n,), torch.float32, 0) for block, n in counts.items()},
+            "losses": {"shapes": Like((len(shapes(len(counts))),), torch.float32, 0)},
+        }
+
+    def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
+        if self.map:
+            return self._merged(replies)
+        usage, contribution, losses = {}, {}, {}
+        for client, reply in replies:
+            usage[client] = {b: n.double() / max(float(n.sum()), 1.0) for b, n in reply.group("demand").items()}
+            contribution[client] = {b: c.double() for b, c in reply.group("contribution").items()}
+            losses[client] = reply.group("losses")["shapes"].double()
+        self._cut(usage, contribution, losses)
+        return {"profiled": float(len(usage)), "shape": float(self.shape)}
+
+    def _cut(
+        self,
+        usage: dict[ClientId, dict[str, Tensor]],
+        contribution: dict[ClientId, dict[str, Tensor]],
+        losses: Mapping[ClientId, Tensor],
+    ) -> None:
+        """Choose the shape, every client's experts, and who is alike; who was not measured counts as the mean."""
+        setup, method = self.setup, self.algorithm
+        public = {b: share.double() / float(share.sum()) for b, share in setup.public_usage("no usage").items()}
+        means = [_mean(list(found.values())) or public for found in (usage, contribution)]
+        if losses and method.budget == "searched":
+            self.shape = int(torch.stack(list(losses.values())).mean(0).argmin())
+        for client in setup.clients:
+            self.shares[client.id] = usage.get(client.id, means[0])
+            ranked = {"usage": self.shares[client.id], "public": public}
+            scores = ranked.get(method.choice) or contribution.get(client.id, means[1])
+            counts = setup.fitting(client, shapes(len(setup.model.counts))[self.shape])
+            chosen_at_random = method.choice == "random"
+            held = random_choice(setup, client.id, counts) if chosen_at_random else most(scores, counts)
+            self.map[client.id] = held
+            self.states[client.id] = select(self.params, client.task, self.map[client.id])
+            source = "measured" if client.id in usage else "estimated"
+            self.log.append(
+                {"event": "structure", "client": client.id, "experts": sum(counts.values()), "source": source}
+            )
+        self.alike = self._affinities()
+
+    def _affinities(self) -> dict[ClientId, dict[ClientId, float]]:
+        if self.algorithm.likeness == "self":
+            return {a: {b: float(a == b) for b in self.shares} for a in self.shares}
+        return affinities(self.shares, self.algorithm.floor if self.algorithm.likeness == "usage" else 1.0)
+
+    def _merged(self, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
+        """Move the states, and the model of all, by what the replies changed."""
+        sums: dict[ClientId, Params] = {client: {} for client in (*self.states, "")}
+        weights: dict[ClientId, dict[str, float]] = {client: {} for client in sums}
+        for client, reply in replies:
+            n_j, sent = float(reply.scalars["num_examples"]), self.states[client]
+            for key, tensor in reply.group("params").items():
+                change = tensor.double() - sent[key].double()
+                for other, total in sums.items():
+                    if other and key not in self.states[other]:
+                        continue
+                    weight = n_j * (self.alike[other][client] if other else 1.0)
+                    if weight:
+                        total[key] = total[key].add_(change, alpha=weight) if key in total else change * weight
+                        weights[other][key] = weights[other].get(key, 0.0) + weight
+        for client, total in sums.items():
+            state = self.states[client] if client else self.params
+            for key, change in total.items():
+                change /= weights[client][key]
+                state[key] = (state[key].double() + change).to(state[key].dtype)
+        alike = [s for a, row in self.alike.items() for b, s in row.items() if a != b]
+        return {"likeness": sum(alike) / max(len(alike), 1)}
+
+    def deliver(self, client: ClientInfo) -> Payload:
+        if client.id not in self.map:
+            return Payload({"params": select(self.params, client.task)}, {"stage": "training"})
+        scalars = {**experts_to_scalars(self.map[client.id]), "stage": "training"}
+        return Payload({"params": dict(self.states[client.id])}, scalars)
+
+    def structure(self) -> ExpertMap | None:
+        return {client: dict(held) for client, held in self.map.items()} or None
+
+    def usage(self) -> dict[ClientId, dict[str, list[float]]]:
+        return {client: {b: p_E.tolist() for b, p_E in p.items()} for client, p in self.shares.items()}
+
+    def events(self) -> list[dict[str, Any]]:
+        log, self.log = self.log, []
+        return log
+
+    def state(self) -> Payload:
+        states = {f"{client}/{key}": t for client, params in self.states.items() for key, t in params.items()}
+        shares = {f"{client}/{block}": p for client, blocks in self.shares.items() for block, p in blocks.items()}
+        rest = {"map": self.map, "shape": self.shape, "log": self.log}
+        return Payload({"params": self.params, "states": states, "shares": shares}, {"affinity": json.dumps(rest)})
+
+    def restore(self, state: Payload) -> None:
+        self.params = state.group("params")
+        self.states, self.shares = _by_client(state.group("states")), _by_client(state.group("shares"))
+        rest = json.loads(str(state.scalars["affinity"]))
+        self.map = {c: {block: tuple(ids) for block, ids in held.items()} for c, held in rest["map"].items()}
+        self.shape, self.log = rest["shape"], rest["log"]
+        self.alike = self._affinities() if self.shares else {}
+
+
+def _mean(found: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {block: torch.stack([one[block] for one in found]).mean(0) for block in found[0]} if found else {}
+
+
+def _by_client(tensors: Params) -> dict[ClientId, dict[str, Tensor]]:
+    found: dict[ClientId, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        client, _, name = key.partition("/")
+        found.setdefault(client, {})[name] = tensor
+    return found
+
+
+# --- the client half ----------------------------------------------------------------------------------------------
+
+
+class AffinityMoEClient(Client):
+    """Measures the full MoE in the first round, trains its sub-MoE in all others."""
+
+    def __init__(self, setup: Setup, algorithm: AffinityMoE):
+        self.setup = setup
+        self.algorithm = algorithm
+
+    def train(self, payload: Payload, context: ClientContext) -> Payload:
+        if payload.scalars["stage"] == "profile":
+            return self._profile(payload, context)
+        return local_round(self.setup, payload, context)[1]
+
+    def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
+        return local_test(self.setup, payload, context)
+
+    def _profile(self, payload: Payload, context: ClientContext) -> Payload:
+        """Measure usage and contributions on training rows, and score the shapes on validation rows."""
+        setup, rows = self.setup, self.algorithm.rows
+        params, total = payload.group("params"), int(payload.scalars["total"])
+        model = setup.build(params, context)
+        demand, contribution = profile(setup, model, context, rows)
+        del model
+        tried = shapes(len(setup.model.counts))
+        losses = torch.zeros(len(tried))
+        if self.algorithm.budget == "searched":
+            ranked = {"usage": demand, "public": setup.public_usage("no usage")}.get(
+                self.algorithm.choice, contribution
+            )
+            for place, shape in enumerate(tried):
+                held = most(ranked, setup.spread(total, shape))
+                sub = setup.build(select(params, context.data.task.name, held), context, held)
+                losses[place] = mean_loss(setup, sub, context, rows)
+        scalars = {
+            "num_examples": context.info.num_examples,
+            "experts": sum(setup.model.counts.values()),
+            **setup.reported(setup.model.counts, "forward"),
+        }
+        groups = {"demand": demand, "contribution": contribution, "losses": {"shapes": losses}}
+        return Payload(groups, scalars)
