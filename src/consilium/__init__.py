@@ -13,6 +13,7 @@ Names are imported when they are first used: `import consilium` itself takes no 
 from importlib import import_module
 
 _PLACES = {
+    "algorithms.affinitymoe": ("AffinityMoE",),
     "algorithms.fd": ("FD",), "algorithms.fedapen": ("FedAPEN",), "algorithms.fedavg": ("FedAvg",),
     "algorithms.fedgh": ("FedGH",), "algorithms.fedkd": ("FedKD",), "algorithms.fedmoe": ("FedMoE",),
     "algorithms.fedmrl": ("FedMRL",), "algorithms.fedprox": ("FedProx",), "algorithms.fedproto": ("FedProto",),

@@ -1,6 +1,7 @@
 """What `import consilium` gives, for type checkers; at run time __init__.py imports it when it is used."""
 
 from consilium import recipes as recipes
+from consilium.algorithms.affinitymoe import AffinityMoE as AffinityMoE
 from consilium.algorithms.fd import FD as FD
 from consilium.algorithms.fedapen import FedAPEN as FedAPEN
 from consilium.algorithms.fedavg import FedAvg as FedAvg

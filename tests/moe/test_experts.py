@@ -242,3 +242,41 @@ def test_adapters_at_once_are_those_one_by_one(model_type, targets, active, monk
     monkeypatch.setattr(kernel, "GROUPED", ())
     assert_same(found, ours(model, batch, chosen))
     assert any("lora_A" in name for name in found[1]) and any("lora_B" in name for name in found[1])
+
+
+@pytest.mark.parametrize("model_type", ["olmoe", "switch_transformers"])
+@torch.no_grad()
+def test_contributions_by_hand(model_type):
+    """Token by token: of each expert that computes it, the gate times the norm of its output, padding left out."""
+    model, batch = build(model_type)
+    real = batch["attention_mask"].reshape(-1).bool()
+    experts = Experts(model, measure=True)
+    layers = dict(zip(experts.places, experts._layers, strict=True))
+    expected = {name: torch.zeros(len(places), dtype=torch.float64) for name, places in experts.places.items()}
+
+    def computed(layer, place: int, x_1D):
+        h, y = torch.empty(1, layer.first[place].width), torch.empty(1, layer.second[place].width)
+        layer.first[place].forward(x_1D, 1, layer.tensors, h)
+        layer.second[place].forward(layer.activation(h), 1, layer.tensors, y)
+        return y
+
+    def by_hand(name, hidden, routed, weights):
+        layer = layers[name]
+        x_TD, gates_TK = hidden.reshape(-1, hidden.shape[-1]), weights.reshape(len(real), -1)
+        places_TK = routed.reshape(len(real), -1)
+        if layer.dispatch:
+            served_T, places_T = routed.reshape(len(real), -1).max(-1)
+            places_TK = places_T.masked_fill(served_T == 0, len(layer.first))[:, None]
+        for token in torch.nonzero(real).flatten().tolist():
+            for place, gate in zip(places_TK[token].tolist(), gates_TK[token].tolist(), strict=True):
+                if place < len(layer.first):
+                    expected[name][place] += gate * float(computed(layer, place, x_TD[token : token + 1]).norm())
+        return kernel.compute(layer, hidden, routed, weights)
+
+    for name, block in model.blocks().items():
+        block.get_submodule(model.family.experts).forward = partial(by_hand, name)
+    experts.masks = model.masks(batch)
+    model(batch)
+    assert any(total.sum() > 0 for total in expected.values())
+    for name, total in expected.items():
+        torch.testing.assert_close(experts.contributions[name], total, rtol=1e-4, atol=1e-6)

@@ -218,7 +218,12 @@ class Pretraining:
         self.tokenizer.save_pretrained(out)
         for path in ("model.safetensors", "config.json"):
             (out / path).unlink(missing_ok=True)
-        whole = {key: tensor.detach().to(torch.bfloat16) for key, tensor in self.model.backbone.state_dict().items()}
+        tied = self.model.backbone.all_tied_weights_keys  # are not written: `from_pretrained` ties them again
+        whole = {
+            key: tensor.detach().to(torch.bfloat16)
+            for key, tensor in self.model.backbone.state_dict().items()
+            if key not in tied
+        }
         self.model.backbone.save_pretrained(out, state_dict=whole)
         config = json.loads((out / "config.json").read_text())
         (out / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2) + "\n")

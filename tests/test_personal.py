@@ -1,0 +1,94 @@
+"""A client's best model by its own validation data: when it is kept, where, and what is scored with it."""
+
+import pytest
+import tiny
+import torch
+
+from consilium.core import ClientState, Payload
+from consilium.engine import rounds
+from consilium.moe.addressing import select
+from consilium.training import local_round, local_test
+
+
+class Half:
+    """A client half that trains and scores what it is sent; `seen`: what it found in its state."""
+
+    def __init__(self, setup):
+        self.setup = setup
+        self.seen = []
+
+    def train(self, payload, context):
+        self.seen.append(dict(context.state.params))
+        return local_round(self.setup, payload, context)[1]
+
+    def evaluate(self, payload, context):
+        return local_test(self.setup, payload, context)
+
+
+def sent(setup, noise: float = 0.0) -> Payload:
+    """The client's model as it begins, its head moved at random."""
+    params = select(setup.initial_params(), "animal")
+    generator = torch.Generator().manual_seed(1)
+    for key in params:
+        if key.startswith("head."):
+            params[key] = params[key] + noise * torch.randn(params[key].shape, generator=generator)
+    return Payload({"params": params})
+
+
+def scored(monkeypatch, values):
+    """Let validation and test scores be these, one after the other."""
+    left = iter(values)
+    monkeypatch.setattr("consilium.training.assess", lambda *args, **kwargs: {"score": next(left)})
+
+
+def test_the_best_round_is_kept_in_the_state_and_out_of_the_methods_sight(monkeypatch):
+    """Validation 0.4, 0.6, 0.5 after three rounds; the second's weights stay."""
+    setup, state = tiny.setup(personal="best"), ClientState()
+    replies = []
+    for value in (0.4, 0.6, 0.5):
+        context = tiny.context(state=state, round=len(replies) + 1)
+        scored(monkeypatch, [value])
+        half = Half(setup)
+        replies.append(rounds.trained(half, sent(setup, noise=len(replies)), context)[0])
+        state = context.state
+        assert half.seen == [{}]
+    best = {key.removeprefix("engine/best/"): t for key, t in state.params.items()}
+    second = replies[1].group("params")
+    assert best.keys() == second.keys() and all(torch.equal(best[key], second[key]) for key in best)
+    assert state.scalars["engine/best/score"] == 0.6
+
+
+@pytest.mark.parametrize(
+    ("values", "score", "personal"),
+    [
+        ([0.3, 0.5, 0.9], 0.3, 0.9),  # test of what is delivered, its validation below the best: the best's test
+        ([0.3, 0.7], 0.3, 0.3),  # what is delivered is better than the best so far
+    ],
+)
+def test_the_better_of_the_best_and_the_delivered_is_scored(monkeypatch, values, score, personal):
+    setup = tiny.setup(personal="best")
+    context = tiny.context()
+    scored(monkeypatch, [0.6])
+    half = Half(setup)
+    rounds.trained(half, sent(setup), context)
+    scored(monkeypatch, values)
+    reply = rounds.tested(half, sent(setup), tiny.context(state=context.state))
+    assert reply.scalars["score"] == score and reply.scalars["personal"] == personal
+
+
+def test_bits_per_byte_decide_where_there_are_any(monkeypatch):
+    setup, state = tiny.setup(personal="best"), ClientState()
+    told = iter([{"score": 0.5, "bits_per_byte": 2.0}, {"score": 0.9, "bits_per_byte": 2.5}])
+    monkeypatch.setattr("consilium.training.assess", lambda *args, **kwargs: next(told))
+    for number in (1, 2):
+        context = tiny.context(state=state, round=number)
+        rounds.trained(Half(setup), sent(setup), context)
+        state = context.state
+    assert state.scalars["engine/best/bits_per_byte"] == 2.0
+
+
+def test_without_it_nothing_is_kept():
+    setup, context = tiny.setup(), tiny.context()
+    rounds.trained(Half(setup), sent(setup), context)
+    assert context.state.empty
+    assert "personal" not in rounds.tested(Half(setup), sent(setup), context).scalars
