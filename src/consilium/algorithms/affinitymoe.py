@@ -42,11 +42,11 @@ from consilium.core import (
     ExpertMap,
     Payload,
     Server,
-    experts_to_scalars,
     setting,
 )
 from consilium.errors import BudgetError
 from consilium.moe.addressing import select
+from consilium.moe.gates import absent_rows
 from consilium.moe.layers import shapes
 from consilium.params import Like, Params
 from consilium.setup import Setup
@@ -236,10 +236,10 @@ class AffinityMoEServer(Server):
         return {"likeness": sum(alike) / max(len(alike), 1)}
 
     def deliver(self, client: ClientInfo) -> Payload:
-        if client.id not in self.map:
-            return Payload({"params": select(self.params, client.task)}, {"stage": "training"})
-        scalars = {**experts_to_scalars(self.map[client.id]), "stage": "training"}
-        return Payload({"params": dict(self.states[client.id])}, scalars)
+        held = self.map.get(client.id)
+        state = {**absent_rows(self.params, held), **self.states[client.id]} if held else self.params
+        sent = self.setup.sub_moe(state, client.task, held)
+        return Payload(sent.groups, {**sent.scalars, "stage": "training"})
 
     def structure(self) -> ExpertMap | None:
         return {client: dict(held) for client, held in self.map.items()} or None
@@ -311,7 +311,7 @@ class AffinityMoEClient(Client):
             )
             for place, shape in enumerate(tried):
                 held = most(ranked, setup.spread(total, shape))
-                sub = setup.build(select(params, context.data.task.name, held), context, held)
+                sub = setup.build_sent(setup.sub_moe(params, context.data.task.name, held), context)
                 losses[place] = mean_loss(setup, sub, context, rows)
         scalars = {
             "num_examples": context.info.num_examples,

@@ -27,13 +27,15 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from consilium.data.domains import PUBLIC, documents, versions
 from consilium.errors import CheckpointError, ConfigError, DataError
+from consilium.moe.build import ModelSource
 from consilium.moe.experts import Experts
 from consilium.moe.families import family_of
+from consilium.moe.gates import measure_scales
 from consilium.moe.model import TaskModel
 from consilium.moe.routing import Tap
 from consilium.products import quicken
 
-__all__ = ["PretrainCode", "Pretraining", "main", "train_tokenizer"]
+__all__ = ["PretrainCode", "Pretraining", "main", "train_tokenizer", "write_card"]
 
 PAD, END = 0, 1
 SPECIAL = ("<pad>", "<end>")
@@ -253,6 +255,29 @@ class Pretraining:
         return True
 
 
+def write_card(out: Path, ids: list[Tensor], rows: int = 96, length: int = 256) -> None:
+    """Write card.json: how often public text asks for each expert, and the scale of the gates of a slice.
+
+    Args:
+        out: folder of the finished model. ids: token ids of the public documents. rows, length: of those measured.
+    """
+    source = ModelSource(str(out), form="text-to-text")
+    model = source.build(source.load(), "", ()).eval()
+    stream = torch.cat(ids)
+    starts = torch.linspace(0, len(stream) - length, rows).long().tolist()
+    batches = []
+    for start in range(0, rows, 8):
+        part = torch.stack([stream[i : i + length] for i in starts[start : start + 8]]).long()
+        batches.append({"input_ids": part, "attention_mask": torch.ones_like(part), "labels": part})
+    with torch.inference_mode(), Tap(model) as tap:
+        for batch in batches:
+            with tap.batch(batch, count=True):
+                model(batch)
+    usage = {block: [round(share, 6) for share in p.tolist()] for block, p in tap.usage.probability().items()}
+    card = {"usage_public": usage, "gates_public": measure_scales(model, batches)}
+    (out / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+
+
 def _plan(settings: PretrainCode) -> dict[str, object]:
     """The settings that a state must share; the others may change on resuming."""
     return {k: v for k, v in asdict(settings).items() if k not in ("out", "threads", "save_minutes")}
@@ -269,6 +294,7 @@ def main() -> None:
     if run.resume():
         print(f"continuing after step {run.step}")
     run.run()
+    write_card(settings.out, run.ids)
 
 
 if __name__ == "__main__":

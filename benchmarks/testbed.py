@@ -1,0 +1,269 @@
+"""What choosing experts is worth: next-token loss in bits per byte on domains of code and text that really differ.
+
+Three settings on the testbed of `consilium.data.code`, all from the shipped model `code-olmoe`:
+
+    A   twelve clients, each with a public domain of its own, which the model knows
+    B   twelve clients, each with a Dirichlet(0.3) mixture of the public domains
+    C   eight private domains that the model has never seen, three clients each, 9 to 27 kB of training text a client
+
+Every device can train 16 of the model's 64 experts. G is the model that a client is delivered in the end, S the best
+one by its own validation data among what it trained in each round and what it is delivered in the end: what early
+stopping makes of every method, working alone included. The learning rate of each method is searched on validation data
+of a seed that the table does not use, with the same tries for all. Differences are paired by seed; intervals are 95 %
+t-intervals over seeds, and in C over domains as well.
+
+    python benchmarks/testbed.py                       # everything; stops and continues as you like
+    python benchmarks/testbed.py --settings C --seeds 1
+    python benchmarks/testbed.py --search              # the learning rates, by validation data alone
+    python benchmarks/testbed.py --table-only          # from the results there are
+
+Writes benchmarks/results/testbed.md and testbed.json; runs go to --out. A cell that testbed.json holds for the same
+experiment and the same model is not run again.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tyro
+from cells import RESULTS, Result, finish, plan
+from scipy import stats
+
+from consilium.algorithms.affinitymoe import AffinityMoE
+from consilium.algorithms.fedavg import FedAvg
+from consilium.algorithms.fedmoe import FedMoE
+from consilium.algorithms.randommoe import RandomMoE
+from consilium.core import Algorithm
+from consilium.data.code import CodeData
+from consilium.experiment import Experiment
+from consilium.machine import cores
+from consilium.recipes.code import DEVICE, affinitymoe_code
+from consilium.run import records
+
+PRIVATE = ("cuda", "cython", "yaml", "simd", "metrics", "doctest", "lexers", "generated-c")
+SIZES = {"train": 18, "validation": 12, "test": 70}
+SETTINGS = {
+    "A": CodeData(("public",), 12, **SIZES),
+    "B": CodeData(("public",), 12, "dirichlet", **SIZES),
+    "C": CodeData(PRIVATE, 24, **SIZES),
+}
+METHODS: dict[str, Algorithm] = {
+    "AffinityMoE": AffinityMoE(),
+    "alone": AffinityMoE(likeness="self"),
+    "FedMoE": FedMoE(stage1="forward", stage2=False, alpha=1.0),
+    "randomMoE": RandomMoE(),
+    "AffinityMoE, all alike": AffinityMoE(likeness="none"),
+    "FedAvg, no limit": FedAvg(),
+    "nested": AffinityMoE(choice="public", budget="even", likeness="none"),
+    "nested, budget": AffinityMoE(choice="public", likeness="none"),
+    "randomMoE, budget": AffinityMoE(choice="random", likeness="none"),
+    "usage, even": AffinityMoE(choice="usage", budget="even", likeness="none"),
+    "usage, budget": AffinityMoE(choice="usage", likeness="none"),
+    "contribution, even": AffinityMoE(budget="even", likeness="none"),
+    "AffinityMoE, even": AffinityMoE(budget="even"),
+    "AffinityMoE, random": AffinityMoE(choice="random"),
+    "alone, even": AffinityMoE(likeness="self", budget="even"),
+}
+"""In the order in which they are run. "alone" is working alone with AffinityMoE's own sub-model, stopped early."""
+UNLIMITED = ("FedAvg, no limit",)
+Cells = Mapping[str, Result]
+GRID = (1.5e-4, 3e-4, 6e-4, 1.2e-3)
+SEARCH_SEED = 100
+ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What to run.
+
+    Args:
+        settings: of A, B, C.
+        methods: names as in the table, or their beginnings; () all.
+        seeds: runs per method and setting.
+        search: search the learning rates of `methods` in `settings` and stop; they go to testbed_rates.json.
+        out: where the runs go.
+        jobs: runs at a time, one thread each.
+        table_only: only make the table of the runs there are.
+    """
+
+    settings: tuple[str, ...] = tuple(SETTINGS)
+    methods: tuple[str, ...] = ()
+    seeds: int = 5
+    search: bool = False
+    out: Path = Path("runs/benchmark-testbed")
+    jobs: int = cores()
+    table_only: bool = False
+
+
+def slug(method: str) -> str:
+    """A method's name as a part of a run's."""
+    return method.replace(", ", "-").replace(" ", "-")
+
+
+def rates() -> dict[str, dict[str, float]]:
+    """Setting -> method -> the learning rate that the search found; 6e-4 and nothing where it was not searched."""
+    file = RESULTS / "testbed_rates.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def experiment(setting: str, method: str, seed: int, rate: float | None = None) -> Experiment:
+    """One cell of the table, or of the search if a rate is given."""
+    base = affinitymoe_code()
+    found = rates().get(setting, {}).get(method) or rates().get("C", {}).get(method) or base.fit.lr
+    name = f"{setting}-{slug(method)}-{seed}"
+    return replace(
+        base,
+        name=name if rate is None else f"search-{setting}-{slug(method)}-{rate:g}",
+        algorithm=METHODS[method],
+        data=SETTINGS[setting],
+        fit=replace(base.fit, lr=rate or found),
+        sampling=replace(base.sampling, clients_per_round=SETTINGS[setting].clients),
+        rounds=ROUNDS,
+        evaluate_every=ROUNDS,
+        memory=() if method in UNLIMITED else (DEVICE,),
+        seed=seed,
+    )
+
+
+def read(folder: Path) -> Result:
+    """What the table needs of a finished run."""
+    rounds = records(folder)
+    last, best = rounds[-1], {}
+    for record in rounds:
+        for client, told in record["clients"].items():
+            if told.get("bits_per_byte") is not None:
+                best[client] = min(best.get(client, math.inf), told["bits_per_byte"])
+    peaks = [c["peak_bytes_model"] for r in rounds for c in r["clients"].values() if c["peak_bytes_model"]]
+    return {
+        "G": last["bits_per_byte"],
+        "S": last["personal_bits_per_byte"],
+        "accuracy": last["test"],
+        "validation": statistics.mean(best.values()),
+        "megabytes": sum(r["bytes_down"] + r["bytes_up"] for r in rounds) / 1e6 / len(last["bits_per_byte"]),
+        "peak_megabytes": max(peaks) / 1e6,
+        "seconds": sum(r["seconds"]["round"] for r in rounds),
+    }
+
+
+def main(benchmark: Benchmark) -> None:
+    """Run what is missing, then write the table."""
+    chosen = [m for m in METHODS if not benchmark.methods or any(m.startswith(name) for name in benchmark.methods)]
+    benchmark = replace(benchmark, methods=tuple(chosen))
+    if benchmark.search:
+        return search(benchmark)
+    whole, wanted = plan(benchmark, SETTINGS, METHODS, METHODS, experiment)
+    write(finish("testbed", whole, wanted, read, benchmark.jobs))
+
+
+def search(benchmark: Benchmark) -> None:
+    """Choose each method's learning rate by the mean over clients of the best validation loss, never by test data."""
+    cells = {
+        (setting, method, rate): experiment(setting, method, SEARCH_SEED, rate)
+        for setting in benchmark.settings
+        for method in benchmark.methods
+        for rate in GRID
+    }
+    table = {benchmark.out / cell.name: cell for cell in cells.values()}
+    done = finish("testbed_search", table, list(table), read, benchmark.jobs)
+    found = rates()
+    for (setting, method, _rate), _ in cells.items():
+        tried = {
+            r: done[c.name]["validation"]
+            for (s, m, r), c in cells.items()
+            if (s, m) == (setting, method) and c.name in done
+        }
+        if tried:
+            found.setdefault(setting, {})[method] = min(tried, key=tried.__getitem__)
+            print(setting, method, {f"{rate:g}": round(loss, 4) for rate, loss in tried.items()}, flush=True)
+    (RESULTS / "testbed_rates.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean and half of the 95 % t-interval."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return f"{mean:+.3f}"
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:+.3f} ± {half:.3f}"
+
+
+def difference(
+    cells: Mapping[str, Result], setting: str, one: str, other: str, which: str, seeds: range
+) -> list[float]:
+    """one - other, seed by seed, in bits per byte: the mean over clients."""
+    gaps = []
+    for seed in seeds:
+        a, b = (cells.get(f"{setting}-{slug(m)}-{seed}") for m in (one, other))
+        if a and b:
+            common = sorted(a[which].keys() & b[which].keys())
+            gaps.append(statistics.mean(a[which][c] - b[which][c] for c in common))
+    return gaps
+
+
+def by_domain(cells: Cells, one: str, other: str, which: str, seeds: range) -> list[float]:
+    """one - other in setting C, domain by domain: the mean over its clients and all seeds."""
+    gaps: dict[str, list[float]] = {}
+    for seed in seeds:
+        a, b = (cells.get(f"C-{slug(m)}-{seed}") for m in (one, other))
+        if a and b:
+            for client in a[which].keys() & b[which].keys():
+                gaps.setdefault(client.rpartition("-")[0], []).append(a[which][client] - b[which][client])
+    return [statistics.mean(values) for _, values in sorted(gaps.items())]
+
+
+def write(cells: Cells) -> None:
+    """The Markdown table of all cells there are."""
+    seeds = range(100)
+    lines = [
+        "# The testbed: what choosing experts is worth",
+        "",
+        "Made by `python benchmarks/testbed.py`; its first lines say what is compared. Bits per byte of test text,",
+        "lower is better: the mean over clients, then mean and 95 % t-interval over seeds. MB: traffic per client.",
+        "",
+    ]
+    for setting in SETTINGS:
+        runs = {m: [cells[n] for s in seeds if (n := f"{setting}-{slug(m)}-{s}") in cells] for m in METHODS}
+        runs = {m: found for m, found in runs.items() if found}
+        if not runs:
+            continue
+        lines += [
+            f"## Setting {setting}",
+            "",
+            "| method | seeds | rate | G | S | worst tenth, S | accuracy, % | MB | peak MB | seconds |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for method, found in runs.items():
+            means = [[statistics.mean(run[w].values()) for run in found] for w in ("G", "S")]
+            worst = [statistics.mean(sorted(r["S"].values())[-max(len(r["S"]) // 10, 1) :]) for r in found]
+            accuracy = statistics.mean(100 * statistics.mean(run["accuracy"].values()) for run in found)
+            rate = rates().get(setting, {}).get(method) or rates().get("C", {}).get(method) or math.nan
+            lines.append(
+                f"| {method} | {len(found)} | {rate:g} | {interval(means[0])[1:]} | {interval(means[1])[1:]} "
+                f"| {statistics.mean(worst):.3f} | {accuracy:.1f} "
+                f"| {statistics.mean(r['megabytes'] for r in found):.0f} "
+                f"| {statistics.mean(r['peak_megabytes'] for r in found):.0f} "
+                f"| {statistics.mean(r['seconds'] for r in found):.0f} |"
+            )
+        lines += ["", "Differences, paired by seed (negative: the first is better):", ""]
+        domains = setting == "C"
+        lines += [
+            f"| | G | S |{' S, over domains |' if domains else ''}",
+            "|---|---|---|" + ("---|" if domains else ""),
+        ]
+        compared = [("AffinityMoE", m) for m in runs if m != "AffinityMoE"] + [("FedMoE", "randomMoE")]
+        for one, other in compared:
+            gaps = {w: difference(cells, setting, one, other, w, seeds) for w in ("G", "S")}
+            if gaps["G"]:
+                row = f"| {one} - {other} | {interval(gaps['G'])} | {interval(gaps['S'])} |"
+                lines.append(row + (f" {interval(by_domain(cells, one, other, 'S', seeds))} |" if domains else ""))
+        lines.append("")
+    text = "\n".join(lines)
+    (RESULTS / "testbed.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Benchmark))

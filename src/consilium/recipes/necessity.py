@@ -1,0 +1,171 @@
+"""Whether a language model needs its experts, measured on the domains of `data.domains`.
+
+    python -m consilium.recipes.necessity [MODEL]
+
+A model on which a random choice of experts is as good as any other cannot show what choosing them is worth. Printed are
+
+    whole, none         the loss with all experts, and with the output of all of them zero
+    own, random         the loss with a quarter of the experts in every layer: those that contribute most to a domain's
+                        text, and a random quarter; without training and after equal fine-tuning
+    between, within     total variation of the usage of experts between two domains, and between two halves of the text
+                        of one
+    completions         greedy ones of three prompts
+
+Losses are in nats per token, means over the public domains on text that no model was trained on.
+"""
+
+import argparse
+import statistics
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from consilium.algorithms.affinitymoe import most
+from consilium.algorithms.randommoe import random_choice
+from consilium.core import ClientContext, ClientInfo, ClientState, ExpertSet, Sampling, derive_seed
+from consilium.data.code import CodeData
+from consilium.data.task import ClientData, Split
+from consilium.moe.build import ModelSource
+from consilium.moe.model import TaskModel
+from consilium.params import Params
+from consilium.setup import Fit, Setup
+from consilium.training import fit, mean_loss, profile
+
+__all__ = ["PROMPTS", "Necessity", "complete", "measure"]
+
+ROWS = 24
+PROMPTS = (
+    "def mean(values):\n    ",
+    "template <typename T>\nclass Tensor {\n public:\n  ",
+    "import numpy as np\n\ndef test_",
+)
+
+
+@dataclass(frozen=True)
+class Necessity:
+    """Losses in nats per token and total variations in [0, 1], means over the domains; see the module."""
+
+    whole: float
+    none: float
+    own: float
+    random: float
+    own_tuned: float
+    random_tuned: float
+    between: float
+    within: float
+
+
+def measure(model: ModelSource, domains: int = 12, steps: int = 40) -> Necessity:
+    """Measure a language model of any family on the first public domains.
+
+    Args:
+        steps: of the fine-tuning, of 8 rows of 128 tokens each, with AdamW at 6e-4.
+    """
+    setup = _setup(model)
+    params = setup.initial_params()
+    federation = CodeData(("public",), 12, train=90, validation=16, test=16).load(0)
+    names = sorted(federation.clients)[:domains]
+    losses: dict[str, list[float]] = {
+        key: [] for key in ("whole", "none", "own", "random", "own_tuned", "random_tuned")
+    }
+    usage, halves = {}, []
+    for name in names:
+        context = _context(name, federation.clients[name])
+        live = setup.build(params, context)
+        losses["whole"].append(mean_loss(setup, live, context, ROWS))
+        demand, contribution = profile(setup, live, context, 10**6)
+        usage[name] = _shares(demand)
+        halves.append(_variation(*(_shares(profile(setup, live, half, 10**6)[0]) for half in _halves(context))))
+        losses["none"].append(mean_loss(setup, _without_experts(live), context, ROWS))
+        del live
+        quarter = {block: max(total // 4, 1) for block, total in setup.model.counts.items()}
+        for key, held in (("own", most(contribution, quarter)), ("random", random_choice(setup, name, quarter))):
+            before, after = _tuned(setup, params, context, held, steps)
+            losses[key].append(before)
+            losses[f"{key}_tuned"].append(after)
+    pairs = [_variation(usage[a], usage[b]) for i, a in enumerate(names) for b in names[:i]]
+    means = {key: statistics.mean(values) for key, values in losses.items()}
+    return Necessity(**means, between=statistics.mean(pairs), within=statistics.mean(halves))
+
+
+def complete(model: ModelSource, prompt: str, tokens: int = 48) -> str:
+    """Return the greedy continuation of a prompt."""
+    setup = _setup(model)
+    live = setup.build(setup.initial_params(), _context("", None, text=True))
+    encoded = model.tokenizer()(prompt, return_tensors="pt", add_special_tokens=False)
+    ids = live.eval().generate(encoded, tokens)[0]
+    return model.tokenizer().decode(ids, skip_special_tokens=True)
+
+
+def _setup(model: ModelSource) -> Setup:
+    tuning = Fit(
+        lr=6e-4, batch_size=8, max_length=64, target_length=64, rows="blocks", label_smoothing=0.0, balance=0.0
+    )
+    return Setup(replace(model, form="text-to-text"), tuning, Sampling(), seed=0)
+
+
+def _context(name: str, data: ClientData | None, text: bool = False) -> ClientContext:
+    if text:
+        split = Split([""], ["-"])
+        data = ClientData(next(iter(CodeData(("cuda",), 1).load(0).clients.values())).task, split, split, split)
+    info = ClientInfo(name or "prompt", max(len(data.train), 1), data.task.name)
+    return ClientContext(info, data, torch.device("cpu"), derive_seed("necessity", name), ClientState())
+
+
+def _halves(context: ClientContext) -> list[ClientContext]:
+    """The client with every second piece of its training text, and with the others."""
+    train = context.data.train
+    found = []
+    for start in (0, 1):
+        part = Split(train.texts[start::2], train.targets[start::2], train.rows[start::2])
+        found.append(replace(context, data=replace(context.data, train=part)))
+    return found
+
+
+def _shares(demand: Params) -> dict[str, Tensor]:
+    return {block: n.double() / max(float(n.sum()), 1.0) for block, n in demand.items()}
+
+
+def _variation(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Total variation of two usages, the mean over the layers."""
+    return statistics.mean(float((one[block] - other[block]).abs().sum()) / 2 for block in one)
+
+
+def _without_experts(model: TaskModel) -> TaskModel:
+    """The model with the output of every routed expert zero, in place."""
+    for block in model.blocks().values():
+        block.get_submodule(model.family.experts).register_forward_hook(lambda module, args, out: torch.zeros_like(out))
+    return model
+
+
+def _tuned(setup: Setup, params: Params, context: ClientContext, held: ExpertSet, steps: int) -> tuple[float, float]:
+    """Loss of a sub-model before and after so many steps of fine-tuning."""
+    sub = setup.sub_moe(params, context.data.task.name, held)
+    model = setup.build_sent(sub, context)
+    before = mean_loss(setup, model, context, ROWS)
+    data = setup.encode(context, context.data.train)
+    per_epoch = -(-len(data) // setup.fit.batch_size)
+    fit(model, data, setup.fit, context, epochs=max(1, round(steps / per_epoch)))
+    return before, mean_loss(setup, model, context, ROWS)
+
+
+def main() -> None:
+    """Print what is measured of a model, the shipped one by default."""
+    parser = argparse.ArgumentParser(description="Measure whether a language model needs its experts.")
+    parser.add_argument("model", nargs="?", default="code-olmoe", help="a shipped model, a directory or a hub name")
+    model = ModelSource(parser.parse_args().model, form="text-to-text")
+    told = measure(model)
+    print(f"all experts {told.whole:.3f}, none {told.none:.3f}: {told.none - told.whole:+.3f} nats per token")
+    print(f"a quarter without training: own {told.own:.3f}, random {told.random:.3f} ({told.random - told.own:+.3f})")
+    print(
+        f"a quarter after 40 steps: own {told.own_tuned:.3f}, random {told.random_tuned:.3f} "
+        f"({told.random_tuned - told.own_tuned:+.3f})"
+    )
+    print(f"total variation of usage: between domains {told.between:.3f}, between halves of one {told.within:.3f}")
+    for prompt in PROMPTS:
+        print(f"--- {prompt}\033[1m{complete(model, prompt)}\033[0m")
+
+
+if __name__ == "__main__":
+    main()
