@@ -135,6 +135,7 @@ def _fit(jobs: Sequence[FitJob]) -> list[tuple[float, int, float]]:
         losses[step, :left] = loss.detach()
         del loss
         for k in order[:left]:
+            jobs[k].context.work.step()
             jobs[k].context.progress(step + 1, steps[k])
     _leave(jobs, order[:active], 0, model, weights, buffers)
     means = dict(zip(order, losses.nanmean(0).tolist(), strict=True))

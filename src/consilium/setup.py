@@ -4,6 +4,7 @@
 model and its data as tokens or tensors.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -20,6 +21,7 @@ from consilium.core import (
     Payload,
     Sampling,
     Scalar,
+    counts_of,
     derive_seed,
     experts_from_scalars,
     experts_to_scalars,
@@ -38,7 +40,8 @@ from consilium.moe.layers import Shape, spread
 from consilium.moe.lora import Lora, ProductMean, add_lora, initial_adapters
 from consilium.moe.merging import Merging, RobustMean
 from consilium.moe.model import TaskModel
-from consilium.params import Params, WeightedMean
+from consilium.moe.surgery import checked
+from consilium.params import Params, WeightedMean, nbytes
 from consilium.privacy import Privacy, PrivateMean
 from consilium.products import quicken
 from consilium.work import check_settings, setting
@@ -292,11 +295,61 @@ class Setup:
         mode: Mode = "full",
         references: int = 0,
         rank: int = 8,
+        trained: int | None = None,
     ) -> dict[str, int]:
         """The footprint in bytes as a scalar of a reply; {} for small models, which have no memory model."""
         if isinstance(self.model, Cohort):
             return {}
-        return {"footprint": self.footprint(counts, mode, references, rank).total}
+        return {"footprint": self.footprint(counts, mode, references, rank, trained).total}
+
+    def admit(
+        self,
+        context: ClientContext,
+        held: ExpertSet | None,
+        mode: Mode = "full",
+        references: int = 0,
+        rank: int = 8,
+        trained: int | None = None,
+    ) -> dict[str, int]:
+        """Refuse a mixture that would not fit what the client allows, before it is built.
+
+        Args:
+            held: its experts; None: all. The others are those of `footprint`.
+
+        Returns:
+            What is `reported`; {} for small models, which `split_model` refuses itself.
+
+        Raises:
+            BudgetError: with the bytes needed and allowed. ModelError: for experts that the model does not have.
+        """
+        if isinstance(self.model, Cohort):
+            return {}
+        counts = self.model.counts
+        if held is not None:
+            counts = counts_of(checked(held, counts, self.model.family))
+        told = self.reported(counts, mode, references, rank, trained)
+        context.work.hold(told["footprint"], f"a model of {sum(counts.values())} experts")
+        return told
+
+    def admit_small(
+        self, make: Callable[[], nn.Module], context: ClientContext, kind: type[SplitModel] = SplitModel
+    ) -> None:
+        """Refuse a small model whose training would not fit what the client allows, before it is made.
+
+        Counted are its numbers: as it is sent, as it is built, and their gradients and moments.
+
+        Args:
+            make, kind: see `split_model`.
+
+        Raises:
+            BudgetError: with the bytes needed and allowed.
+        """
+        if math.isinf(context.work.memory):
+            return
+        with torch.device("meta"):
+            model = kind(make(), context.data.task.name, context.data.task.labels)
+        moments = 2 if self.fit.optimizer == "adamw" else int(self.fit.momentum > 0)
+        context.work.hold((3 + moments) * nbytes(model.state_dict().values()), "the small model")
 
     def lacks(
         self,
@@ -415,6 +468,7 @@ class Setup:
         self.check(task)
         fit, tokenizer = self.fit, self.model.tokenizer()
         if isinstance(self.model, Cohort):
+            context.work.hold(8 * len(split) * fit.max_length, "the data as rows of fit.max_length tokens")
             tokens = encode(split, task, tokenizer, "classification", fit.max_length, fit.target_length)
             return of_texts(tokens, task.labels, fit.max_length)
         if task.form == "language":
@@ -486,6 +540,7 @@ class Setup:
             gates: of a payload, see `gates.gates_from_scalars`; None: gates are not scaled.
 
         Raises:
+            BudgetError: if the model does not fit what the client allows.
             ModelError: for a name that is missing, another shape, or experts that the model does not have.
             PayloadError: for a dtype that the model does not have.
         """
@@ -494,6 +549,7 @@ class Setup:
             return self.split_model(
                 lambda: self.model.extractor(context.info.architecture, self.shape), params, context
             )
+        self.admit(context, held, "forward")
         exact = {torch.float32} if self.model.family.choice else set()  # of a correction bias
         _check_dtypes(params, {self.model.torch_dtype} | exact)
         if not lora.rank:
@@ -547,6 +603,7 @@ class Setup:
         """
         model, task = used, context.data.task
         if model is None:
+            self.admit_small(make, context, kind)
             with init_empty_weights(include_buffers=False), no_init_weights():
                 model = kind(make(), task.name, task.labels)
         _check_dtypes(params, {tensor.dtype for tensor in model.state_dict().values()})

@@ -56,6 +56,7 @@ __all__ = [
     "local_test",
     "mean_loss",
     "profile",
+    "read_batches",
     "seeded",
     "tested",
     "trained",
@@ -107,7 +108,7 @@ def fit(
     objective: Objective | None = None,
     rates: Mapping[str, float] | None = None,
 ) -> Fitted:
-    """Train in place on every parameter that requires a gradient.
+    """Train in place on every parameter that requires a gradient; steps and tokens count against `context.work`.
 
     Loss: cross-entropy with label smoothing + balance * load-balance loss (FedMoE, Eq 1). No gradients are left behind.
 
@@ -122,6 +123,9 @@ def fit(
             optimiser than the last choice has; who was trained least recently loses them.
         objective: the loss of a batch instead of the above.
         rates: beginning of a parameter's path -> learning rate, the first that fits; None: `config`'s.
+
+    Raises:
+        BudgetError: if the steps are more than the client allows, before the first; for tokens and time, when they are.
     """
     epochs = config.epochs if epochs is None else epochs
     rates = rates or {"head.": config.head_lr, "": config.lr}
@@ -142,6 +146,7 @@ def fit(
     if isinstance(data, TensorSplit):
         data = data.augmented(derive_seed(context.seed, "augment"))
     total = epochs * -(-len(data) // config.batch_size)
+    context.work.plan(total)
     generator = torch.Generator().manual_seed(derive_seed(context.seed, "batches"))
     if config.gradient_checkpointing:
         model.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -159,6 +164,8 @@ def fit(
         for rows in data.epochs(epochs, config.batch_size, generator):
             optimizer.zero_grad()  # before the forward pass: gradients never lie beside activations
             batch = data.batch(rows, context.device)
+            context.work.read(tokens_in(batch))
+            context.work.step()
             if objective is not None:
                 with lowered:
                     loss = objective(model, batch)
@@ -238,6 +245,7 @@ def assess(
     with torch.inference_mode(), setup.fit.lowered(context.device):
         for rows in (order[i : i + size] for i in range(0, len(order), size)):
             batch = data.batch(rows, context.device)
+            context.work.read(tokens_in(batch))
             classify = data.way == "classification"
             if classify or tap is not None:
                 with nullcontext() if tap is None else tap.batch(batch, count=True):
@@ -247,7 +255,8 @@ def assess(
                 del logits  # generation has its own
             if not classify:
                 prompt = data.batch(rows, context.device, prompt=True)
-                ids = model.generate(prompt, setup.fit.target_length)
+                context.work.read(prompt["input_ids"].numel())
+                ids = model.generate(prompt, setup.fit.target_length, context.work.read)
                 predictions += setup.model.tokenizer().batch_decode(ids, skip_special_tokens=True)
     return {"score": score(context.data.task.metric, predictions, [data.texts[i] for i in order])}
 
@@ -271,8 +280,16 @@ def _ranked(model: SplitModel, data: TensorSplit, config: Fit, context: ClientCo
     model.eval()
     logits = partial(_even, model) if evened(model, context) else model
     with torch.inference_mode(), config.lowered(context.device):
-        batches = (data.batch(rows, context.device) for rows in torch.arange(len(data)).split(size))
+        batches = read_batches(data, size, context)
         return torch.cat([logits(batch)[0].argmax(-1) for batch in batches]).cpu()
+
+
+def read_batches(data: TensorSplit, size: int, context: ClientContext) -> Iterator[dict[str, Tensor]]:
+    """All rows of a split in their order, in batches of `size`, each counted against `context.work`."""
+    for rows in torch.arange(len(data)).split(size):
+        batch = data.batch(rows, context.device)
+        context.work.read(tokens_in(batch))
+        yield batch
 
 
 def evened(model: nn.Module, context: ClientContext) -> bool:
@@ -312,6 +329,7 @@ def _teacher_forced(
     with torch.inference_mode():
         for rows in (order[i : i + size] for i in range(0, len(order), size)):
             batch = data.batch(rows, context.device)
+            context.work.read(tokens_in(batch))
             with nullcontext() if tap is None else tap.batch(batch, count=True):
                 logits, labels = model(batch)
             hits += int((logits.argmax(-1) == labels).sum())
@@ -375,6 +393,7 @@ def local_round(
     usage: bool = False,
     references: int = 0,
     choose: Choose | None = None,
+    learning: int | None = None,
 ) -> tuple[TaskModel, Payload]:
     """One client's round on what it was sent: build, fit, validate, flatten.
 
@@ -387,6 +406,7 @@ def local_round(
         usage: also report the usage of experts over the validation data, groups "demand" and "served", int64 [E].
         choose: see `fit`; the reply then has the group "trained": block -> batches in which each held expert was
             trained, int64 [E_held].
+        learning: with `choose`, the most experts of all blocks together that it chooses for a batch, for the footprint.
 
     Returns:
         The trained model, and the reply: group "params", and scalars num_examples, validation (the task's metric),
@@ -395,6 +415,7 @@ def local_round(
         metric is of tokens).
     """
     held, outside = experts_from_scalars(payload.scalars), payload.group("router")
+    footprint = setup.admit(context, held, references=references, trained=learning)
     model = setup.build_sent(payload, context)
     del payload  # a full copy of the weights, unless the caller still holds it
     train = setup.encode(context, context.data.train)
@@ -430,7 +451,7 @@ def local_round(
         "steps": fitted.steps,
         "cut": train.cut,
         **({"experts": sum(counts.values())} if counts else {}),
-        **setup.reported(counts, references=references),
+        **footprint,
         "seconds_evaluate": seconds_evaluate,
         **told,
     }

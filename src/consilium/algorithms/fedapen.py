@@ -28,13 +28,13 @@ from torch.nn import functional as F
 
 from consilium.algorithms.fedavg import FedAvgServer
 from consilium.algorithms.fml import SMALL, Pair, kl, pair_model, small_params
-from consilium.core import Algorithm, Client, ClientContext, Payload, Server, derive_seed, setting
+from consilium.core import Algorithm, Client, ClientContext, Payload, Server, Work, derive_seed, setting
 from consilium.data.tensor import TensorSplit
 from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
 from consilium.params import Params
 from consilium.setup import Setup
-from consilium.training import tested, trained
+from consilium.training import read_batches, tested, trained
 
 __all__ = ["FedAPEN", "learned_share"]
 
@@ -107,11 +107,11 @@ class FedAPENClient(Client):
         return kept, replace(context, data=replace(context.data, train=rest))
 
     def _learn(self, model: SplitModel, kept: TensorSplit, context: ClientContext) -> None:
-        batch = kept.batch(range(len(kept)), context.device)
+        (batch,) = read_batches(kept, len(kept), context)
         model.eval()
         with torch.no_grad():
             own, small = model.head(model.backbone(batch["x"])), model.backbone.small(batch["x"])
-        share = learned_share(own, small, batch["labels"], float(model.backbone.share), self.algorithm)
+        share = learned_share(own, small, batch["labels"], float(model.backbone.share), self.algorithm, context.work)
         model.backbone.share.fill_(share)
 
     def _model(self, payload: Payload, context: ClientContext) -> SplitModel:
@@ -139,10 +139,16 @@ class Ensemble(SplitModel):
         return share * own + (1 - share) * self.backbone.small(batch["x"]), labels
 
 
-def learned_share(own: Tensor, small: Tensor, labels: Tensor, start: float, algorithm: FedAPEN) -> float:
-    """lambda in [0, 1] after gradient steps on the cross-entropy of the mixed logits [n, C], each step clipped."""
+def learned_share(
+    own: Tensor, small: Tensor, labels: Tensor, start: float, algorithm: FedAPEN, work: Work | None = None
+) -> float:
+    """lambda in [0, 1] after gradient steps on the cross-entropy of the mixed logits [n, C], each step clipped; they
+    count against `work`."""
+    work = work or Work()
+    work.plan(algorithm.steps)
     share = torch.tensor(start, device=own.device)
     for _ in range(algorithm.steps):
+        work.step()
         share.requires_grad_()
         (slope,) = torch.autograd.grad(F.cross_entropy(share * own + (1 - share) * small, labels), share)
         share = (share.detach() - algorithm.eta * slope).clamp(0, 1)

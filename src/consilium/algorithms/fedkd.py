@@ -127,19 +127,8 @@ class FedKDServer(Server):
         return {"params": {key: Like.of(t, needed=False) for key, t in self.params.items()}, "factors": factors}
 
     def objection(self, client: ClientInfo, sent: Payload, reply: Payload) -> str | None:
-        whole, factors = reply.group("params"), reply.group("factors")
-        said = {name.removeprefix("shape "): s for name, s in reply.scalars.items() if name.startswith("shape ")}
-        if unknown := sorted(said.keys() - self.params.keys()):
-            return f"shape {unknown[0]} was not asked of this client"
-        for key, old in self.params.items():
-            found = [factors[f"{key}/{x}"] for x in "usv" if f"{key}/{x}" in factors]
-            if key in whole and not found and key not in said:
-                continue
-            if key in whole or len(found) < 3 or said.get(key) != list(old.shape):
-                return f"params {key} is neither whole nor three factors and their shape"
-            u, s, v = found
-            if not u.shape[1] == len(s) == len(v):
-                return f"factors of {key} have the ranks {u.shape[1]}, {len(s)}, {len(v)}"
+        if fault := misfit(reply, self.params):
+            return fault
         return next((f"{key} is not finite" for key, t in restored(reply).items() if not t.isfinite().all()), None)
 
     def state(self) -> Payload:
@@ -178,13 +167,19 @@ class FedKDClient(Client):
         return self.algorithm.begun(self.setup)
 
     def _small(self, payload: Payload) -> Params:
-        """The shared model that a payload stands for."""
+        """The shared model that a payload stands for.
+
+        Raises:
+            PayloadError: if it is another one; nothing is multiplied that would not have its shape.
+        """
         begun, mark = self.begun
         if payload.scalars["begun"] != mark:
             raise PayloadError(
                 "the shared model begins otherwise here than at the server, by another version of torch or another "
                 'experiment: install the same, or use FedKD(exchange="weights")'
             )
+        if fault := misfit(payload, begun):
+            raise PayloadError(fault)
         return plus(begun, restored(payload))
 
     def _model(self, small: Params, context: ClientContext) -> SplitModel:
@@ -231,6 +226,24 @@ def compressed(params: Params, energy: float) -> tuple[dict[str, Params], dict[s
                 continue
         whole[key] = tensor
     return {"params": whole, "factors": factors}, shapes
+
+
+def misfit(payload: Payload, params: Params) -> str | None:
+    """Why a payload is not tensors of these names and shapes, as `compressed` writes them; None: it is."""
+    whole, factors = payload.group("params"), payload.group("factors")
+    said = {name.removeprefix("shape "): s for name, s in payload.scalars.items() if name.startswith("shape ")}
+    if unknown := sorted((said.keys() | whole.keys()) - params.keys()):
+        return f"{unknown[0]} was not asked for: the shared model has no such parameter"
+    for key, old in params.items():
+        found = [factors[f"{key}/{x}"] for x in "usv" if f"{key}/{x}" in factors]
+        if key in whole and not found and key not in said and whole[key].shape == old.shape:
+            continue
+        if key in whole or len(found) < 3 or said.get(key) != list(old.shape):
+            return f"params {key} is neither whole nor three factors and their shape"
+        shapes, rank = [tuple(t.shape) for t in found], len(found[1]) if found[1].ndim else 0
+        if shapes != [(len(old), rank), (rank,), (rank, old[0].numel())]:
+            return f"factors of {key} do not agree in ranks and shape: {shapes}"
+    return None
 
 
 def plus(params: Params, change: Params, sign: int = 1) -> Params:

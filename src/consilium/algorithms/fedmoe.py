@@ -510,6 +510,7 @@ class FedMoEClient(Client):
     def _profile(self, payload: Payload, context: ClientContext) -> Payload:
         """Stage one: LoRA on the experts for a few epochs, then the usage over the validation data."""
         setup, lora = self.setup, self.algorithm.stage1 == "lora"
+        footprint = setup.admit(context, None, self.algorithm.mode_for(setup), rank=self.algorithm.rank_for(setup))
         model = setup.build(payload.group("params"), context)
         del payload  # see local_round
         scalars: dict[str, Any] = {"num_examples": context.info.num_examples}
@@ -525,9 +526,7 @@ class FedMoEClient(Client):
             validation = setup.encode(context, context.data.validation)
             scalars["validation"] = evaluate(model, validation, context, setup, tap)
         scalars["seconds_evaluate"] = time.perf_counter() - start
-        counts = setup.model.counts
-        scalars["experts"] = sum(counts.values())
-        scalars |= setup.reported(counts, self.algorithm.mode_for(setup), rank=self.algorithm.rank_for(setup))
+        scalars |= {"experts": sum(setup.model.counts.values()), **footprint}
         return Payload(self._told(tap.usage.demand, tap.usage.served), scalars)
 
     def _told(self, demand: Params, served: Params) -> dict[str, Params]:

@@ -28,7 +28,7 @@ from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
 from consilium.params import Like, Params, WeightedMean
 from consilium.setup import Setup
-from consilium.training import Objective, tested, trained
+from consilium.training import Objective, read_batches, tested, trained
 
 __all__ = ["FedProto", "FedProtoClient", "PrototypeServer", "class_means"]
 
@@ -155,8 +155,7 @@ def class_means(
     sums_CD: Tensor | float = 0.0
     counts_C = torch.zeros(len(model.labels), dtype=torch.int64)
     with torch.inference_mode():
-        for rows in torch.arange(len(data)).split(4 * setup.fit.batch_size):
-            batch = data.batch(rows, context.device)
+        for batch in read_batches(data, 4 * setup.fit.batch_size, context):
             y = batch["labels"].cpu()
             one_hot_CB = F.one_hot(y, len(model.labels)).T.double()
             sums_CD = sums_CD + one_hot_CB @ of(batch["x"]).double().cpu()

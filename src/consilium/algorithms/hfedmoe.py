@@ -507,15 +507,14 @@ class HFedMoEClient(Client):
         held, budget = experts_from_scalars(payload.scalars), int(payload.scalars["budget"])
         generator = torch.Generator().manual_seed(derive_seed(context.seed, "selection"))
         selection = Selection(self.algorithm, budget, generator)
-        _, reply = local_round(self.setup, payload, context, usage=True, choose=selection)
+        _, reply = local_round(self.setup, payload, context, usage=True, choose=selection, learning=budget)
         groups = dict(reply.groups)
         measured = {"usage": selection.usage(), "importance": selection.importance(), "trained": groups["trained"]}
         for name, blocks in measured.items():
             groups[name] = {block: self._spread(x_E, held[block], block) for block, x_E in blocks.items()}
         if self.algorithm.experts == "usage":  # what was not trained is what the server has
             groups["params"] = {k: t for k, t in groups["params"].items() if _moved(k, groups["trained"])}
-        footprint = self.setup.footprint(counts_of(held), trained=budget).total
-        return Payload(groups, {**reply.scalars, "footprint": footprint})
+        return Payload(groups, reply.scalars)
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         return local_test(self.setup, payload, context)

@@ -41,7 +41,7 @@ from consilium.models.cohort import ARCHITECTURES, SplitModel, initial, real_row
 from consilium.moe.addressing import flatten, select
 from consilium.params import Params, nbytes
 from consilium.setup import Setup
-from consilium.training import even, evened, tested, trained
+from consilium.training import even, evened, read_batches, tested, trained
 
 __all__ = ["Gate", "Mixture", "pFedMoE"]
 
@@ -154,6 +154,7 @@ class PFedMoEClient(Client):
         setup, kind = self.setup, _kind(context)
         if kind in self.begun:
             return self.begun[kind]
+        setup.admit_small(lambda: self._mixture(context), context)
         own = select(setup.initial_params(context.info), context.data.task.name)
         heads = {key: t for key, t in own.items() if key.startswith("head.")}
         mixture = initial(lambda: self._mixture(context), setup.seed, "pFedMoE", context.info.architecture)
@@ -307,8 +308,7 @@ def gate_by_class(model: SplitModel, setup: Setup, context: ClientContext) -> Ma
     filled = even if evened(model, context) else dict
     model.eval()
     with torch.inference_mode(), setup.fit.lowered(context.device):
-        size = setup.evaluation_rows
-        batches = (data.batch(rows, context.device) for rows in torch.arange(len(data)).split(size))
+        batches = read_batches(data, setup.evaluation_rows, context)
         told = [(model.backbone.weights(filled(b)["x"])[: len(b["labels"]), 0], b["labels"]) for b in batches]
     a_B, y_B = map(torch.cat, zip(*told, strict=True))
     return {f"report/gate {model.labels[c]}": a_B[y_B == c].mean().item() for c in y_B.unique().tolist()}

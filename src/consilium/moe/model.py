@@ -3,11 +3,12 @@
 Shapes: B examples, S tokens, T target tokens, D model width, C labels, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from consilium.moe.families import Family, blocks
 
@@ -17,6 +18,17 @@ Batch = Mapping[str, Tensor]
 """`input_ids` [B, S] int64, `attention_mask` [B, S] 0/1, `labels` [B] (classification), [B, T] or [B, S] with -100
 where there is nothing to predict (text-to-text: encoder-decoder, causal); `position_ids` [B, S] where several examples
 are packed into a row, starting from 0 with each of them (causal, families with `packs`)."""
+
+
+class _Counted(StoppingCriteria):
+    """Stops no sequence; tells how many tokens each step has written."""
+
+    def __init__(self, count: Callable[[int], None]):
+        self.count = count
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.count(len(input_ids))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class TaskModel(nn.Module):
@@ -94,10 +106,15 @@ class TaskModel(nn.Module):
         return logits, labels[:, 1:][keep]
 
     @torch.no_grad()
-    def generate(self, batch: Batch, max_new_tokens: int) -> Tensor:
-        """Greedy continuation token ids [B, <= max_new_tokens] (text-to-text only)."""
+    def generate(self, batch: Batch, max_new_tokens: int, count: Callable[[int], None] = lambda tokens: None) -> Tensor:
+        """Greedy continuation token ids [B, <= max_new_tokens] (text-to-text only).
+
+        Args:
+            count: called with B after each token; what it raises ends the generation.
+        """
         ids, mask = batch["input_ids"], batch["attention_mask"]
         output = self.backbone.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
-        )
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
+            stopping_criteria=StoppingCriteriaList([_Counted(count)]),
+        )  # fmt: skip
         return output[:, 1:] if self.encoder_decoder else output[:, ids.shape[1] :]
