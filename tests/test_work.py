@@ -129,7 +129,7 @@ def test_tokens_seconds_deadline_and_memory(monkeypatch):
         with pytest.raises(BudgetError, match=r"more than 2 s, this site allows 2 \(--max-seconds\)"):
             spend()
     now[0] = 13.5
-    with pytest.raises(BudgetError, match="the round's deadline of 3 s has passed after 2 steps"):
+    with pytest.raises(BudgetError, match="the round's deadline of 3 s has passed after 2 of 2 steps"):
         work.step()
 
 

@@ -124,10 +124,15 @@ OWN = {
     "--port": "for Flower's processes on this machine, on 127.0.0.1 alone",
     "--max-lr": "largest learning rate that the server may ask of this site",
     "--max-epochs": "most passes over this site's data in a round",
-    "--max-steps": "most batches in a round",
+    "--max-steps": "most updates of a model in a round; training ends with an error before one more",
     "--max-batch-size": "most examples in a batch",
+    "--max-tokens": "most tokens (of images and tables: rows) that models read and write in a round",
+    "--max-seconds": "longest time that training, or scoring, may take in a round",
     "--max-rounds": "most rounds of a run",
-    "--max-bytes": "largest payload that this site takes or returns",
+    "--max-bytes": "largest message that this site takes or returns, unfolded",
+    "--max-memory": "most memory that a model may need here, e.g. 12GiB; default: --memory, or all of the device",
+    "--max-state": "most room on disk for the states of former runs; the oldest go first",
+    "--max-days": "days after which the state of a former run is removed",
 }
 """What the commands' own flags mean; all others are fields of the experiment."""
 
@@ -452,7 +457,8 @@ def server_command(args: list[str]) -> None:
 
 def client_command(args: list[str]) -> None:
     """consilium client RECIPE|FILE.json --name A --server HOST:PORT --certificates DIR [--state DIR] [--port N]
-    [--insecure] [--max-lr X] [--max-epochs N] [--max-steps N] [--max-batch-size N] [--max-rounds N] [--max-bytes SIZE]
+    [--insecure] [--max-lr X] [--max-epochs N] [--max-steps N] [--max-batch-size N] [--max-tokens N] [--max-seconds S]
+    [--max-rounds N] [--max-bytes SIZE] [--max-memory SIZE] [--max-state SIZE] [--max-days N]
     [flags of the experiment: --data.*, --model.*, --memory, --device]"""
     default, rest = _experiment(args, "client")
     own = {"--name": "", "--server": "", "--certificates": "", "--state": "", "--port": "9094"}
@@ -466,11 +472,10 @@ def client_command(args: list[str]) -> None:
     deployment = _deployment()
     keys = _keys(options, insecure, deployment.address_of(options["--server"])[0], None)
     state = Path(options["--state"] or f"site-{options['--name']}")
-    limits = {
-        flag[6:].replace("-", "_"): _whole(options, flag, 1) if type(value) is int else options[flag]
-        for flag, value in most.items()
-    }
-    limits["lr"] = _number(options, "--max-lr")
+    limits: dict[str, Any] = {}
+    for flag, value in most.items():
+        given = options[flag] if isinstance(value, str) else _number(options, flag)
+        limits[flag[6:].replace("-", "_")] = _whole(options, flag, 1) if type(value) is int else given
     port = _whole(options, "--port", 1)
     deployment.client(
         experiment, options["--name"], options["--server"], keys, state, port, deployment.Limits(**limits)

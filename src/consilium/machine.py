@@ -7,7 +7,7 @@ from pathlib import Path
 
 from consilium.errors import ConfigError
 
-__all__ = ["cores", "free_memory", "quietly"]
+__all__ = ["cores", "free_memory", "memory_bytes", "quietly"]
 
 
 def cores() -> int:
@@ -29,6 +29,18 @@ def free_memory() -> int:
     with suppress(OSError, ValueError):  # no limit ("max"), or no such control group
         free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
     return max(min(free), 0)
+
+
+def memory_bytes(device: str) -> int:
+    """Return the bytes of memory of a device: a GPU ("cuda:0"), or this machine within its control group (v2)."""
+    if device.startswith("cuda"):
+        import torch  # which a command that only asks for the cores does not wait for
+
+        return torch.cuda.get_device_properties(device).total_memory
+    most = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with suppress(OSError, ValueError):  # no limit ("max"), or no such control group
+        most.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(most)
 
 
 @contextmanager

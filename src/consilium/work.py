@@ -5,7 +5,7 @@ it (`setting`). A site bounds that twice: it compares what is declared with its 
 steps, tokens, seconds and bytes in the loops that spend them (`Work`, at `ClientContext.work`).
 
     lr, epochs, steps, batch_size, rounds   compared with the site's limit of that name; steps are counted, too
-    tokens     a length, compared likewise: tokens are counted as a model reads or writes them, and bound its memory
+    tokens     a length: tokens are counted as a model reads or writes them, and bound its memory
     memory     a width or rank: bytes are predicted before a model is built
     seconds    the smaller of the server's and the site's counts
     bytes      likewise, of a payload
@@ -28,9 +28,9 @@ from consilium.errors import BudgetError, ConfigError
 
 __all__ = ["COMPARED", "COSTS", "MISSING", "Work", "check_settings", "setting", "tokens_in"]
 
-COMPARED = ("lr", "epochs", "steps", "batch_size", "rounds", "tokens")
+COMPARED = ("lr", "epochs", "steps", "batch_size", "rounds")
 """Costs that a site compares with its limit of the same name."""
-COSTS = frozenset({*COMPARED, "memory", "seconds", "bytes", "factor", "server", "free"})
+COSTS = frozenset({*COMPARED, "tokens", "memory", "seconds", "bytes", "factor", "server", "free"})
 """What a setting may cost, see above."""
 _RANGE = re.compile(r"([\[(])([^,]+), ([^\])]+)([\])])")
 
@@ -128,6 +128,8 @@ class Work:
     deadline: float = math.inf
     done: int = field(default=0, init=False)
     """Steps."""
+    planned: int = field(default=0, init=False)
+    """Steps with which the loops that have begun will end."""
     seen: int = field(default=0, init=False)
     """Tokens."""
     start: float = field(init=False)
@@ -143,6 +145,7 @@ class Work:
         """
         if self.done + steps > self.steps:
             raise BudgetError(f"the work takes {self.done + steps} steps, {_allowed(self.steps, 'steps')}")
+        self.planned = max(self.planned, self.done + steps)
 
     def step(self) -> None:
         """Count one step; call it before the step.
@@ -169,7 +172,8 @@ class Work:
         """Raise BudgetError if the time is over."""
         passed = time.monotonic() - self.start
         if passed > self.deadline:
-            raise BudgetError(f"the round's deadline of {self.deadline:g} s has passed after {self.done} steps")
+            steps = f"{self.done} of {self.planned} steps"
+            raise BudgetError(f"the round's deadline of {self.deadline:g} s has passed after {steps}")
         if passed > self.seconds:
             raise BudgetError(f"the work takes more than {self.seconds:g} s, {_allowed(self.seconds, 'seconds')}")
 

@@ -16,14 +16,17 @@ from functools import cache
 import pytest
 import tiny
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from consilium.algorithms.fedavg import FedAvg
 from consilium.algorithms.fedmoe import FedMoE
 from consilium.algorithms.hfedmoe import HFedMoE
 from consilium.algorithms.pfedmoe import pFedMoE
-from consilium.core import Algorithm, Client, Server
+from consilium.core import Algorithm, Client, Server, Work
 from consilium.engine.codec import decode, encode
 from consilium.engine.workers import forked
+from consilium.errors import BudgetError
 from consilium.params import checksum
 
 DEFAULTS = {name: cls for name, cls in Algorithm.registry.items() if cls.__module__.startswith("consilium.")}
@@ -295,3 +298,32 @@ def test_evaluating_changes_nothing(name):
     assert tiny.payloads_equal(first, second) and not first.groups
     assert first.scalars["examples"] == 4 and 0 <= first.scalars["score"] <= 1
     assert not owned.state.params and not owned.state.scalars and checksum(server.params) == before
+
+
+@every_method
+@pytest.mark.parametrize(
+    "budget", [{"steps": 0}, {"tokens": 1}, {"memory": 1}, {"seconds": 0}, {"deadline": 0}], ids=str
+)
+def test_a_budget_ends_the_work_of_a_client(name, budget):
+    """Whatever the method: before a step of an optimiser, and before a model is built that memory does not allow."""
+    made, steps, built = setup(name), [], []
+    server, half = halves(name, made)
+    client, sent = next(iter(server.configure(1, made.clients).items()))
+    info = next(info for info in made.clients if info.id == client)
+    handles = [
+        register_optimizer_step_post_hook(lambda *_: steps.append(1)),
+        register_module_forward_pre_hook(lambda *_: built.append(1)),
+    ]
+    try:
+        own = dataclasses.replace(context(name, client), work=Work(**budget))
+        trains = not (name == "FedMoE-tokens" and "steps" in budget)  # its stage one only looks
+        with pytest.raises(BudgetError) if trains else nullcontext():
+            half.train(sent, own)
+        if "steps" not in budget:
+            own = dataclasses.replace(context(name, client), work=Work(**budget))
+            with pytest.raises(BudgetError):
+                half.evaluate(server.deliver(info), own)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert not steps and ("memory" not in budget or not built)

@@ -262,11 +262,13 @@ ASKS = [
     {}, {"rounds": 6}, {"algorithm": FedMoE(stage1_epochs=4)}, {"algorithm": SCAFFOLD(eta_l=2)},
     {"algorithm": pFedMoE()}, {"algorithm": SCAFFOLD(eta_g=2)}, {"algorithm": FedTGP(server_epochs=9, eta_s=2)},
     *({"fit": Fit(**{"batch_size": 4, **fit})} for fit in (
-        {"lr": 2}, {"head_lr": 2}, {"epochs": 3}, {"epochs": 4}, {"batch_size": 9}, {"epochs": 3, "batch_size": 1})),
+        {"lr": 2}, {"head_lr": 2}, {"epochs": 3}, {"epochs": 4}, {"batch_size": 9}, {"epochs": 3, "batch_size": 1},
+        {"epochs": 3, "batch_size": 1, "rows": "documents"}, {"epochs": 3, "batch_size": 1, "rows": "blocks"})),
 ]  # fmt: skip
 NO_LIMITS = [
     {"lr": 0}, {"lr": -1}, {"lr": math.nan}, {"lr": math.inf}, {"lr": "1"}, {"lr": True}, {"lr": 1}, {"epochs": 0},
     {"epochs": 1.5}, {"epochs": 2}, {"steps": True}, {"bytes": "much"}, {"bytes": 5}, {"bytes": "0KB"}, {"bytes": "1B"},
+    {"bytes": ""}, {"memory": ""}, {"memory": "x"}, {"memory": "1GB"}, {"tokens": 0}, {"seconds": 0}, {"days": 0.5},
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ the model that it was last delivered, for `consilium export`.
 
 import functools
 import json
-import time
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,19 +19,19 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from consilium.core import Client, ClientContext, ClientInfo, Payload, Scalar, derive_seed
+from consilium.core import Client, ClientContext, ClientInfo, Payload, Scalar, Work, derive_seed
 from consilium.data.task import ClientData
 from consilium.engine import codec
 from consilium.engine.checkpoint import KEEP, ClientStore, remove_unfinished, write_atomic
 from consilium.engine.flower.grid import within
 from consilium.engine.flower.held import Held
-from consilium.engine.flower.limits import Limits
+from consilium.engine.flower.limits import Limits, is_run, prune_runs, size_of
 from consilium.engine.flower.records import SAID, TOLD, blobs_of, checked, parsed, payload_of, stamp, to_record
 from consilium.engine.flower.site import check_model, read_site, relabelled
 from consilium.engine.judge import diverged
 from consilium.engine.rounding import rounded
 from consilium.engine.rounds import tested, trained
-from consilium.errors import ConfigError, ConsiliumError, DataError, PayloadError, RoundError
+from consilium.errors import ConfigError, ConsiliumError, DataError, PayloadError
 from consilium.escape import one_line
 from consilium.experiment import Experiment, from_json
 from consilium.models.cohort import Cohort
@@ -101,8 +101,9 @@ def deployed(experiment: str, heads: str, settings: Path, run: str, model: str) 
     """
     given, data = read_site(settings)
     own, name = from_json(given["experiment"]), str(given["name"])
-    theirs = from_json(parsed("experiment", experiment))
     limits = Limits(**given.get("limits", {}))
+    limits.check_bytes(len(experiment) + len(heads))
+    theirs = from_json(parsed("experiment", experiment))
     limits.check(theirs, len(data.train))
     here = str(given.get("model", ""))
     if model[:4] == here[:4] and model != here:  # of the same kind: a directory's files, or a name on the hub
@@ -117,7 +118,7 @@ def deployed(experiment: str, heads: str, settings: Path, run: str, model: str) 
         data = relabelled(data, parsed("heads", heads).get(data.task.name, data.task.labels))
     torch.set_num_threads(own.threads)
     memory = bytes_of(own.memory[0]) if own.memory else None
-    if not (run.isascii() and run.isalnum() and len(run) <= 64):
+    if not is_run(run):
         raise PayloadError(one_line(f"the run's token is {run!r}; it must be up to 64 letters and digits"))
     architecture = own.model.architecture(0)
     site = _site(made, heads, name, data, memory, str(given["fingerprint"]), settings.parent / run, architecture)
@@ -244,7 +245,7 @@ def _opened(
     blobs, scalars, told = blobs_of(message.content)
     begun = _begin(checked(told, TOLD), context)
     if limits := begun[0].limits:
-        limits.check_bytes(sum(map(len, blobs.values())))
+        limits.check_bytes(sum(map(len, blobs.values())) + size_of(scalars))
         told = {**told, "cap": limits.cap(str(told["cap"]))}
     return payload_of(blobs, scalars, bytes_of(str(told["cap"]))), told, begun
 
@@ -258,23 +259,23 @@ def _begin(told: dict[str, Scalar], context: Context) -> tuple[Site, ClientStore
     if site.limits:
         site.limits.check_round(number)
     store = ClientStore(site.folder or Path(str(told["folder"])), {client: version} if version else {})
-    if site.folder is not None:  # a simulation's states are the server's to prune
+    deadline = float(told["deadline"])
+    if not 0 < deadline < math.inf:
+        raise PayloadError(f"the server says deadline {deadline}; it must be a number of seconds greater than 0")
+    budget = Work(deadline=deadline)
+    if site.folder is not None and site.limits:  # a simulation's states are the server's to prune
         remove_unfinished(site.folder)
         store.drop(client, version, number)
         store.prune(oldest=number - KEEP)
-    end = time.monotonic() + float(told["deadline"])
-
-    def progress(done: int, total: int) -> None:
-        if time.monotonic() > end:
-            raise RoundError(f"the round's deadline of {told['deadline']:g} s has passed after {done} of {total} steps")
-
+        prune_runs(site.folder.parent, site.folder.name, site.limits.days, bytes_of(site.limits.state))
+        budget = site.limits.work(deadline, site.info.memory_bytes, site.device)
     work = ClientContext(
         info=site.info,
         data=site.data,
         device=site.device,
         seed=derive_seed(int(told["seed"]), "client", number, client),
         state=store.load(client) if site.folder is None else store.load_or_reset(client),
-        progress=progress,
+        work=budget,
     )
     return site, store, work
 

@@ -1,19 +1,43 @@
-"""What a site does not let a server ask of it, whatever the method: the site's own policy, beside its data.
+"""What a site does not let a server ask of it, whatever the method: the site's own policy, kept next to its data.
 
-The server names the algorithm and the training in every message; a site that would have to train longer, with larger
-steps, or on larger payloads than it has said answers with the limit and what was asked, and does nothing.
+The server names the algorithm and the training in every message. What a setting costs is declared where it is defined
+(`consilium.work`): a site compares that with its limits before it begins, and counts steps, tokens, seconds and bytes
+where they are spent (`Limits.work`). A server that asks for more is told the limit and what it asked for.
 """
 
 import dataclasses
 import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from consilium.errors import ConfigError, PayloadError
-from consilium.experiment import Experiment
-from consilium.moe.budget import bytes_of, human
+import torch
 
-__all__ = ["Limits"]
+from consilium.core import Sampling, Scalar
+from consilium.errors import ConfigError, PayloadError
+from consilium.experiment import DATA, Experiment
+from consilium.machine import memory_bytes
+from consilium.models.cohort import Cohort
+from consilium.moe.budget import bytes_of, human
+from consilium.moe.build import ModelSource
+from consilium.moe.merging import Merging
+from consilium.privacy import Privacy
+from consilium.work import COMPARED, Work
+
+__all__ = ["ELSEWHERE", "Limits", "costs_of", "prune_runs"]
+
+ELSEWHERE = {
+    **dict.fromkeys((ModelSource, Cohort, *DATA.values()), "a site has its own, or the same as the server's"),
+    Sampling: "the server alone chooses who takes part",
+    Merging: "the server alone merges",
+    Privacy: "the server alone adds noise to weights; what a site tells costs it no work",
+}
+"""Settings that a server sends and that cost a site nothing, class by class, with the reason."""
+FOLDERS = 100
+"""Former runs of which a site keeps the state, at most; a folder takes room that its files do not show."""
 
 
 @dataclass(frozen=True)
@@ -22,54 +46,65 @@ class Limits:
 
     Args:
         lr: learning rate, of every part of a model, > 0. epochs: passes over the site's data in a round, >= 1.
-        steps: batches in a round, >= 1. batch_size: examples in one, >= 1. rounds: of a run, >= 1.
-        bytes: of one payload, each way, before compression, e.g. "500MB"; `wire.cap` of the server counts as well.
+        steps: updates of a model in a round, >= 1. batch_size: examples in one, >= 1.
+        tokens: read and written by a model in a round, in training, scoring and generation; of images and tables, rows.
+        seconds: of the wall clock that a round's training, or scoring, may take, > 0.
+        rounds: of a run, >= 1.
+        bytes: of one message each way, all its groups together and unfolded, e.g. "500MB"; `wire.cap` of the server
+            counts as well.
+        memory: that a model may take while it is trained, by the memory model; "": what the site says that its device
+            can hold, and where it says nothing, all memory of the device.
+        state: bytes of the states of former runs that are kept. days: after which the state of a former run goes.
     """
 
     lr: float = 10.0
     epochs: int = 100
     steps: int = 1_000_000
     batch_size: int = 4096
+    tokens: int = 1_000_000_000
+    seconds: float = 86_400.0
     rounds: int = 100_000
     bytes: str = "4GB"
+    memory: str = ""
+    state: str = "10GB"
+    days: int = 30
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), field.type
             flag = f"--max-{field.name.replace('_', '-')}"
             if kind is str:
-                if not isinstance(value, str) or bytes_of(value) < 1:
+                if not isinstance(value, str) or ((value or field.default) and bytes_of(value) < 1):
                     raise ConfigError(f"{flag} is {value!r}; it must be a size, e.g. 500MB")
             elif type(value) not in ((int,) if kind is int else (int, float)) or not 0 < value < math.inf:
                 raise ConfigError(f"{flag} is {value!r}; it must be a {'whole ' * (kind is int)}number greater than 0")
 
     def check(self, experiment: Experiment, examples: int) -> None:
-        """Judge a server's experiment for a site with so many training examples.
+        """Compare what a server's experiment declares with the limits, for a site with so many training examples.
 
         Raises:
             ConfigError: naming what is asked for and the limit.
         """
+        asked = [(name, cost, value) for name, cost, value in costs_of(experiment) if cost in COMPARED]
         fit = experiment.fit
-        asked: dict[str, tuple[str, Any]] = {
-            "fit.lr": ("lr", fit.lr),
-            "fit.head_lr": ("lr", fit.head_lr),
-            "fit.epochs": ("epochs", fit.epochs),
-            "fit.batch_size": ("batch_size", fit.batch_size),
-            "rounds": ("rounds", experiment.rounds),
-            "steps of a round": ("steps", fit.epochs * math.ceil(examples / fit.batch_size)),
-        }
-        for field in dataclasses.fields(experiment.algorithm):  # whatever trains at a client, by the names papers use
-            value = getattr(experiment.algorithm, field.name)
-            if field.name.endswith("epochs") and not field.name.startswith("server"):
-                asked[f"algorithm.{field.name}"] = ("epochs", value)
-            elif field.name.startswith("eta") and field.name not in ("eta_s", "eta_g") and value is not None:
-                asked[f"algorithm.{field.name}"] = ("lr", value)
-        for name, (limit, value) in asked.items():
-            if not value <= getattr(self, limit):
+        if fit.rows in ("examples", "documents"):  # told before the first round; whatever it is, `training.fit` counts
+            asked.append(("steps of a round", "steps", fit.epochs * math.ceil(examples / fit.batch_size)))
+        for name, cost, value in asked:
+            if value is not None and not value <= getattr(self, cost):
                 raise ConfigError(
-                    f"the server asks for {name} {value:g}, this site allows {getattr(self, limit):g} "
-                    f"(--max-{limit.replace('_', '-')})"
+                    f"the server asks for {name} {value:g}, this site allows {getattr(self, cost):g} "
+                    f"(--max-{cost.replace('_', '-')})"
                 )
+
+    def work(self, deadline: float, own: int | None, device: torch.device) -> Work:
+        """Return a new budget for one message.
+
+        Args:
+            deadline: seconds after which the server does not wait any more.
+            own: bytes that the site says that its device can hold; None: it says nothing. device: where it trains.
+        """
+        most = bytes_of(self.memory) if self.memory else own or memory_bytes(str(device))
+        return Work(self.steps, self.tokens, self.seconds, most, deadline)
 
     def check_round(self, number: int) -> None:
         """Raise ConfigError for a round beyond those that a run may have, whatever its experiment says."""
@@ -77,10 +112,57 @@ class Limits:
             raise ConfigError(f"the server asks for round {number}, this site allows {self.rounds} (--max-rounds)")
 
     def cap(self, cap: str) -> str:
-        """The smaller of the server's cap of a payload and the site's."""
+        """Return the smaller of the server's cap of a payload and the site's."""
         return min(cap, self.bytes, key=bytes_of)
 
     def check_bytes(self, size: int) -> None:
-        """Raise PayloadError for a payload of more bytes than the site takes."""
+        """Raise PayloadError for a message of more bytes than the site takes."""
         if size > bytes_of(self.bytes):
             raise PayloadError(f"the server sent {human(size)}, this site takes {self.bytes} (--max-bytes)")
+
+
+def costs_of(settings: Any, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Yield (dotted name, cost, value) of every setting of an experiment that a site follows.
+
+    Raises:
+        ConfigError: for a field that does not declare its cost, e.g. of a method that was added without.
+    """
+    for field in dataclasses.fields(settings):
+        value, name = getattr(settings, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            if type(value) not in ELSEWHERE:
+                yield from costs_of(value, f"{name}.")
+        elif "cost" in field.metadata:
+            yield name, field.metadata["cost"], value
+        else:
+            raise ConfigError(f"{name} does not say what it costs a site; declare it with consilium.work.setting")
+
+
+def size_of(scalars: Mapping[str, Scalar]) -> int:
+    """Return the bytes of names and values, about as a message carries them."""
+    values = (item for value in scalars.values() for item in (value if isinstance(value, list) else [value]))
+    return sum(map(len, scalars)) + sum(len(item) if isinstance(item, str) else 8 for item in values)
+
+
+def prune_runs(folder: Path, current: str, days: float, most: int) -> None:
+    """Remove the states of former runs from a site's folder: those too old, then the oldest until the rest is small.
+
+    Args:
+        folder: of the site. current: the folder of the run in progress in it, which stays in any case, with its size.
+        days: since anything in a run's folder was last written. most: bytes that all former runs may take together.
+    """
+    former = []
+    for path in folder.iterdir():
+        if path.name != current and is_run(path.name) and path.is_dir() and not path.is_symlink():
+            stats = [file.lstat() for file in (path, *path.rglob("*"))]
+            former.append((max(s.st_mtime for s in stats), sum(s.st_size for s in stats), path))
+    kept, oldest = 0, time.time() - 86_400 * days
+    for place, (written, size, path) in enumerate(sorted(former, reverse=True)):
+        kept += size
+        if written < oldest or kept > most or place >= FOLDERS:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def is_run(name: str) -> bool:
+    """Return whether a name may be that of a run's folder: up to 64 letters and digits, and not Flower's own."""
+    return name.isascii() and name.isalnum() and len(name) <= 64 and name != "flower"
