@@ -21,7 +21,7 @@ class Decay(consilium.Algorithm):
         rho: strength of the pull, >= 0.
     """
 
-    rho: float = 0.01
+    rho: float = consilium.setting(0.01, "factor", "[0, 1e4]")
 
     def server(self, setup):
         return FedAvgServer(setup, common_experts(setup, "fit"))  # a whole server half, reused

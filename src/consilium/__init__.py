@@ -22,7 +22,7 @@ _PLACES = {
     "algorithms.randommoe": ("RandomMoE",), "algorithms.scaffold": ("SCAFFOLD",),
     "algorithms.standalone": ("Standalone",),
     "api": ("Run", "compare", "load_run"),
-    "core": ("Algorithm", "Client", "ClientInfo", "Payload", "Sampling", "Server"),
+    "core": ("Algorithm", "Client", "ClientInfo", "Payload", "Sampling", "Server", "setting"),
     "data.arrays": ("ImageData", "TableData"), "data.code": ("CodeData",), "data.docstrings": ("DocstringData",),
     "data.language": ("LanguageData",), "data.textfile": ("TextFileData",),
     "errors": ("ConsiliumError",), "experiment": ("Experiment",), "models.cohort": ("Cohort",),

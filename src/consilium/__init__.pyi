@@ -29,6 +29,7 @@ from consilium.core import ClientInfo as ClientInfo
 from consilium.core import Payload as Payload
 from consilium.core import Sampling as Sampling
 from consilium.core import Server as Server
+from consilium.core import setting as setting
 from consilium.data.arrays import ImageData as ImageData
 from consilium.data.arrays import TableData as TableData
 from consilium.data.code import CodeData as CodeData

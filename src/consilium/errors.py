@@ -4,7 +4,7 @@
     ├── ConfigError        a setting, flag, recipe or combination that cannot be run
     ├── DataError          a file, column, label or partition that cannot be used
     ├── ModelError         a model or family that cannot be loaded, sliced or addressed
-    ├── BudgetError        a device whose memory cannot hold what it is asked to hold
+    ├── BudgetError        more than the memory of a device, or the limits of a site, allow
     ├── PayloadError       something that may not travel, or arrived broken
     ├── RoundError         a round that too few clients answered, or a site that cannot be reached
     └── CheckpointError    a run directory or checkpoint that cannot be continued
@@ -42,7 +42,7 @@ class ModelError(ConsiliumError):
 
 
 class BudgetError(ConsiliumError):
-    """A device whose memory cannot hold what it is asked to hold."""
+    """Something that exceeds the memory of a device, or the limits of a site, while it works."""
 
 
 class PayloadError(ConsiliumError):

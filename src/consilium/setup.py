@@ -240,7 +240,10 @@ class Setup:
 
     def own_params(self, context: ClientContext) -> Params:
         """A client's own model: as it left it in its state, or as it begins."""
-        return context.state.params or select(self.initial_params(context.info), context.data.task.name)
+        if context.state.params:
+            return context.state.params
+        self.admit_small(lambda: self.model.extractor(context.info.architecture, self.shape), context)
+        return select(self.initial_params(context.info), context.data.task.name)
 
     def extractor_params(self, name: str) -> Params:
         """The weights with which a client's own extractor begins: of the run's seed and its architecture's name."""

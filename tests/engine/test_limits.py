@@ -28,7 +28,7 @@ from consilium.algorithms.fedtgp import FedTGP
 from consilium.algorithms.pfedmoe import pFedMoE
 from consilium.core import Algorithm, Payload, Sampling, Work
 from consilium.data.language import LanguageData
-from consilium.engine.flower.limits import ELSEWHERE, costs_of, prune_runs
+from consilium.engine.flower.limits import ELSEWHERE, check_texts, costs_of, prune_runs
 from consilium.errors import BudgetError, ConfigError, PayloadError, RoundError
 from consilium.experiment import Experiment, Wire, from_json, to_json
 from consilium.moe.lora import Lora
@@ -271,6 +271,20 @@ def test_a_deadline_of_a_message_that_is_none(deadline, tmp_path):
     told = RoundError if deadline != deadline or deadline > 0 else (RoundError, ConfigError)
     with pytest.raises(told):
         serve(made, tmp_path / "run", grid, ["north"], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "heads", "said"),
+    [
+        ("x" * 16_000_001, "", r"settings and labels are 16\.0 MB; at most 16\.0 MB"),
+        ("", "x" * 16_000_001, r"settings and labels are 16\.0 MB"),
+        ("", json.dumps({"ill": [str(i) for i in range(100_001)]}), "names 100,002 labels; at most 100,000"),
+    ],
+)
+def test_settings_and_labels_that_are_too_many(experiment, heads, said):
+    with pytest.raises(PayloadError, match=said):
+        check_texts(experiment, heads)
+    check_texts("x" * 1000, json.dumps({"ill": [str(i) for i in range(99_000)]}))
 
 
 # --- what former runs leave -------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from consilium.engine import codec
 from consilium.engine.checkpoint import KEEP, ClientStore, remove_unfinished, write_atomic
 from consilium.engine.flower.grid import within
 from consilium.engine.flower.held import Held
-from consilium.engine.flower.limits import Limits, is_run, prune_runs, size_of
+from consilium.engine.flower.limits import Limits, check_texts, is_run, prune_runs, size_of
 from consilium.engine.flower.records import SAID, TOLD, blobs_of, checked, parsed, payload_of, stamp, to_record
 from consilium.engine.flower.site import check_model, read_site, relabelled
 from consilium.engine.judge import diverged
@@ -102,7 +102,7 @@ def deployed(experiment: str, heads: str, settings: Path, run: str, model: str) 
     given, data = read_site(settings)
     own, name = from_json(given["experiment"]), str(given["name"])
     limits = Limits(**given.get("limits", {}))
-    limits.check_bytes(len(experiment) + len(heads))
+    check_texts(experiment, heads)
     theirs = from_json(parsed("experiment", experiment))
     limits.check(theirs, len(data.train))
     here = str(given.get("model", ""))

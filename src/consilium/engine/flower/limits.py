@@ -36,6 +36,8 @@ ELSEWHERE = {
     Privacy: "the server alone adds noise to weights; what a site tells costs it no work",
 }
 """Settings that a server sends and that cost a site nothing, class by class, with the reason."""
+TEXTS, LABELS = 16_000_000, 100_000
+"""Bytes of an experiment and its labels as JSON, and labels in it, at most: a model has a row for each label."""
 FOLDERS = 100
 """Former runs of which a site keeps the state, at most; a folder takes room that its files do not show."""
 
@@ -142,6 +144,14 @@ def size_of(scalars: Mapping[str, Scalar]) -> int:
     """Return the bytes of names and values, about as a message carries them."""
     values = (item for value in scalars.values() for item in (value if isinstance(value, list) else [value]))
     return sum(map(len, scalars)) + sum(len(item) if isinstance(item, str) else 8 for item in values)
+
+
+def check_texts(experiment: str, heads: str) -> None:
+    """Raise PayloadError for settings and labels, as JSON, that are too long; it is not read whether they are any."""
+    if (size := len(experiment) + len(heads)) > TEXTS:
+        raise PayloadError(f"the server's settings and labels are {human(size)}; at most {human(TEXTS)} are allowed")
+    if (labels := heads.count('"') // 2) > LABELS:
+        raise PayloadError(f"the server names {labels:,} labels; at most {LABELS:,} are allowed")
 
 
 def prune_runs(folder: Path, current: str, days: float, most: int) -> None:
