@@ -462,16 +462,20 @@ class Setup:
         """A split of the client's data as token ids for this model, in a cohort as a tensor; tensors are what they are.
 
         Raises:
+            BudgetError: if the rows do not fit what the client allows.
             ConfigError, DataError: see `check` and `data.causal`.
         """
-        return split if isinstance(split, TensorSplit) else self._tokens(context.data.task, split)
+        if isinstance(split, TensorSplit):
+            return split
+        if isinstance(self.model, Cohort):  # a row of so many numbers for each, whatever its length
+            context.work.hold(8 * len(split) * self.fit.max_length, "the data as rows of fit.max_length tokens")
+        return self._tokens(context.data.task, split)
 
     def _tokens(self, task: Task, split: Split) -> Encoded | TensorSplit:
         """Return texts as token ids, see `encode`."""
         self.check(task)
         fit, tokenizer = self.fit, self.model.tokenizer()
         if isinstance(self.model, Cohort):
-            context.work.hold(8 * len(split) * fit.max_length, "the data as rows of fit.max_length tokens")
             tokens = encode(split, task, tokenizer, "classification", fit.max_length, fit.target_length)
             return of_texts(tokens, task.labels, fit.max_length)
         if task.form == "language":

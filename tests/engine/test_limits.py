@@ -127,7 +127,7 @@ def test_steps_of_a_first_stage(tmp_path, steps):
 
 
 def test_steps_of_blocks(tmp_path, steps):
-    """Rows are not examples: five documents are many blocks. A row of a billion tokens does not fit into memory."""
+    """Rows are not examples: five documents are many blocks. A row of a billion tokens is refused."""
     (tmp_path / "own.jsonl").write_text(
         "".join(json.dumps({"text": f"{i} " + "see a house " * 90}) + "\n" for i in range(5))
     )
@@ -140,7 +140,7 @@ def test_steps_of_blocks(tmp_path, steps):
     assert "steps, this site allows 5 (--max-steps)" in refused(made, grid, tmp_path)
     made = dataclasses.replace(made, name="long", fit=dataclasses.replace(made.fit, target_length=10**9))
     (tmp_path / "long").mkdir()
-    assert "(--max-memory)" in refused(made, site(tmp_path, made), tmp_path / "long")
+    assert "1000000008 tokens" in refused(made, site(tmp_path, made), tmp_path / "long")
     assert not steps
 
 
