@@ -30,6 +30,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
+from consilium.addresses import Address
 from consilium.core import ClientInfo, Payload, Server
 from consilium.deployment import child, flower_environment, listening, program
 from consilium.engine.checkpoint import ClientStore
@@ -180,7 +181,7 @@ def run(options) -> None:
         link = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port),
                 "--database", str(home / "state.db"), "--disable-runtime-dependency-installation"]  # fmt: skip
         process = stack.enter_context(child(link, environment, home / "superlink.log"))
-        listening(process, port, home / "superlink.log")
+        listening(process, Address("127.0.0.1", port), home / "superlink.log")
         for i in range(options.clients):
             node = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}", "--host", "127.0.0.1",
                     "--port", str(port + 1 + i), "--node-config", f"partition-id={i}"]  # fmt: skip

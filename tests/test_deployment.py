@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -34,7 +35,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from consilium import deployment
-from consilium.certificates import certificates, owners
+from consilium.certificates import certificates, certified, check_key, owners
 from consilium.errors import ConfigError, RoundError
 from consilium.experiment import to_json
 from consilium.run import run
@@ -156,7 +157,7 @@ def test_keys_are_what_flower_reads_and_secret(tmp_path):
     crt.verify_directly_issued_by(authority)
     names = crt.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert names.get_values_for_type(x509.DNSName) == ["fed.example.org", "localhost"]
-    assert [str(ip) for ip in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.7", "127.0.0.1"]
+    assert [str(ip) for ip in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.7", "127.0.0.1", "::1"]
     assert not list(tmp_path.rglob("ca.key"))
 
 
@@ -298,3 +299,111 @@ def test_a_site_asks_for_the_time(tmp_path, headers, ca, says):
     file.write_text("no certificate")
     with pytest.raises(ConfigError, match=r"ca\.crt cannot be read as a certificate: "):
         deployment.in_time(address, file)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "names", "numbers"),
+    [
+        ("fed.example.org, 10.0.0.5", ["fed.example.org"], ["10.0.0.5"]),
+        ("fed.example.org;10.0.0.5", ["fed.example.org"], ["10.0.0.5"]),
+        ("[2001:db8::5]", [], ["2001:db8::5"]),
+        ("München.example.org,*.Example.org", ["xn--mnchen-3ya.example.org", "*.example.org"], []),
+        ("10.0.0.5:8000", "without a port", None),
+        ("https://fed.example.org", "no URL", None),
+        ("0.0.0.0", "no address under which a site reaches", None),
+    ],
+)
+def test_hosts_of_a_certificate_as_people_write_them(hosts, names, numbers, tmp_path, capfd):
+    """They are understood, or refused before anything is written."""
+    code = main(["certificates", str(tmp_path / "keys"), "--sites", "north", "--hosts", hosts])
+    if numbers is None:
+        assert code == 2 and names in capfd.readouterr().err and not (tmp_path / "keys").exists()
+        return
+    assert code == 0
+    crt = x509.load_pem_x509_certificate((tmp_path / "keys/server/server.crt").read_bytes())
+    found = crt.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert found.get_values_for_type(x509.DNSName) == [*names, "localhost"]
+    assert [str(ip) for ip in found.get_values_for_type(x509.IPAddress)] == [*numbers, "127.0.0.1", "::1"]
+
+
+def test_another_list_of_hosts_makes_another_certificate(tmp_path, capfd):
+    """And says what to send to the sites, whose keys stay; the same list in another order changes nothing."""
+    command = ["certificates", str(tmp_path), "--sites", "north", "--hosts"]
+    assert main([*command, "a.org,10.0.0.5"]) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for same in ("10.0.0.5, A.org", "localhost;a.org;10.0.0.5"):
+        assert main([*command, same]) == 0
+    assert main(command[:-1]) == 0
+    assert {path: path.read_bytes() for path in before} == before and "another" not in capfd.readouterr().err
+    assert main([*command, "b.org"]) == 0
+    assert "the list of hosts is another" in (said := capfd.readouterr().err) and "every site" in said
+    assert certified(tmp_path / "server")[0] == "b.org"
+    authority = x509.load_pem_x509_certificate((tmp_path / "north/ca.crt").read_bytes())
+    x509.load_pem_x509_certificate((tmp_path / "server/server.crt").read_bytes()).verify_directly_issued_by(authority)
+    assert (tmp_path / "north/key").read_bytes() == before[tmp_path / "north/key"]
+
+
+def test_a_site_checks_its_own_key_first(tmp_path, monkeypatch, capfd):
+    certificates(tmp_path, [], ["north", "west"])
+    check_key(tmp_path / "north", "north")
+    with pytest.raises(ConfigError, match="holds the key of site north, --name is west"):
+        check_key(tmp_path / "north", "west")
+    monkeypatch.chdir(tmp_path)
+    assert (
+        main(["client", "fedmoe-docstrings", "--name", "west", "--server", "localhost:9", "--certificates", "north"])
+        == 2
+    )
+    assert "holds the key of site north" in capfd.readouterr().err and not (tmp_path / "site-west").exists()
+    (tmp_path / "north/key.pub").write_bytes((tmp_path / "west/key.pub").read_bytes())
+    with pytest.raises(ConfigError, match="not of one pair"):
+        check_key(tmp_path / "north", "north")
+    (tmp_path / "north/key.pub").write_bytes(b"")
+    check_key(tmp_path / "north", "north")  # a key that says no name, as of ssh-keygen
+    (tmp_path / "north/key").write_text("nothing")
+    with pytest.raises(ConfigError, match="is no secret key"):
+        check_key(tmp_path / "north", "north")
+
+
+def test_a_server_listens_on_an_address_of_its_certificate(tmp_path):
+    """Flower's own processes come under the address that the server listens on, and check the certificate."""
+    certificates(tmp_path, ["10.0.0.5", "*.example.org"], ["a"])
+    for host in ("0.0.0.0", "::", "::1", "localhost", "10.0.0.5", "fed.example.org"):
+        deployment._check_certificate(tmp_path / "server", deployment.Address(host, 1))
+    for host in ("127.0.0.2", "example.org", "a.b.example.org"):
+        with pytest.raises(ConfigError, match="make it again with `consilium certificates` and --hosts"):
+            deployment._check_certificate(tmp_path / "server", deployment.Address(host, 1))
+
+
+def test_a_finished_run_takes_no_other_settings(tmp_path, monkeypatch):
+    """Before Flower is started: other settings and more rounds are refused, the same are said to be finished."""
+    monkeypatch.setattr(deployment, "_superlink", lambda *_: pytest.fail("Flower was started"))
+    made, out, folder = runs.experiment(tmp_path / "none"), Console(file=io.StringIO()), tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"experiment": to_json(made), "status": "finished"}))
+
+    def serve(**changes):
+        deployment.server(replace(made, **changes), folder, ["a"], "127.0.0.1:9", None, 1.0, out)
+
+    serve()
+    assert "run is finished" in " ".join(out.file.getvalue().split())
+    with pytest.raises(ConfigError, match=rf"is finished after {made.rounds} rounds and does not go on to 99"):
+        serve(rounds=99)
+    with pytest.raises(ConfigError, match=r"holds another experiment \(seed was 0, is 7\)"):
+        serve(seed=7)
+    (folder / "config.json").write_text(json.dumps({"experiment": to_json(made), "status": "interrupted"}))
+    with pytest.raises(ConfigError, match=r"holds another experiment \(seed was 0, is 7\)"):
+        serve(seed=7, rounds=99)
+
+
+def test_a_site_has_one_client_unless_it_says_otherwise(tmp_path, monkeypatch, capfd):
+    seen = []
+    monkeypatch.setattr(deployment, "client", lambda experiment, *_: seen.append(experiment.data))
+    command = "client {} --name a --server localhost:9 --insecure {}"
+    for recipe, more in (
+        ("fedmoe-docstrings", "--data.tasks topic"),
+        ("pfedmoe-images", ""),
+        ("fedmoe-text", ""),
+        ("pfedmoe-images", "--data.clients 3"),
+    ):
+        assert main(command.format(recipe, more).split()) == 0, capfd.readouterr().err
+    assert [data.clients for data in seen] == [1, 1, 1, 3] and seen[1].partition == "iid"

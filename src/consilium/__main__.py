@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
+from consilium.addresses import Address, parse_address
 from consilium.errors import ConfigError, ConsiliumError
 from consilium.escape import one_line, terminal
 
@@ -427,8 +428,16 @@ def certificates_command(args: list[str]) -> None:
         from consilium.certificates import certificates
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is missing: pip install 'consilium[flower]'") from error
-    folder, hosts = Path(args[0]), [host for host in options["--hosts"].split(",") if host]
-    for made in certificates(folder, hosts, _names(options["--sites"])):
+    folder, hosts = Path(args[0]), [host for host in re.split(r"[,;\s]+", options["--hosts"]) if host]
+    crt = folder / "server/server.crt"
+    before = crt.read_bytes() if crt.exists() else b""
+    made_here = certificates(folder, hosts, _names(options["--sites"]))
+    if before and crt.read_bytes() != before:
+        _say(
+            f"the list of hosts is another: {crt} is new, and only {folder / 'server/ca.crt'} trusts it; send it "
+            "to every site in place of its ca.crt (keys stay as they are)"
+        )
+    for made in made_here:
         _tell(f"{made} is for that site alone: send it over a secure channel")
     _tell(f"{folder / 'server'} is for the server")
 
@@ -445,7 +454,7 @@ def server_command(args: list[str]) -> None:
     sites, wait = _names(options["--sites"]), _whole(options, "--wait", 1)
     if not sites:
         raise ConfigError("--sites is empty; name the sites, e.g. --sites north,south")
-    keys = _keys(options, insecure, deployment.address_of(options["--address"])[0], "server")
+    keys = _keys(options, insecure, parse_address(options["--address"], "--address"), "server")
     folder = Path(options["--out"]) / experiment.name
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -469,8 +478,10 @@ def client_command(args: list[str]) -> None:
     options, rest = _split(rest, own)
     insecure, rest = _insecure(rest)
     experiment = _parse(type(default), rest, f"consilium client {args[0]}", default, options)
+    if not args[0].endswith(".json"):
+        experiment = _of_one_client(experiment, {arg.partition("=")[0] for arg in rest})
     deployment = _deployment()
-    keys = _keys(options, insecure, deployment.address_of(options["--server"])[0], None)
+    keys = _keys(options, insecure, parse_address(options["--server"], "--server"), None)
     state = Path(options["--state"] or f"site-{options['--name']}")
     limits: dict[str, Any] = {}
     for flag, value in most.items():
@@ -480,6 +491,16 @@ def client_command(args: list[str]) -> None:
     deployment.client(
         experiment, options["--name"], options["--server"], keys, state, port, deployment.Limits(**limits)
     )
+
+
+def _of_one_client(experiment: "Experiment", given: set[str]) -> "Experiment":
+    """Take a site's data as that of one client, unless its flags say how it is dealt."""
+    data = experiment.data
+    if "--data.clients" in given or not hasattr(data, "clients") or len(getattr(data, "tasks", ())) > 1:
+        return experiment
+    skewed = "--data.partition" not in given and getattr(data, "partition", "") in ("pathological", "dirichlet")
+    data = dataclasses.replace(data, clients=1, **({"partition": "iid"} if skewed else {}))
+    return dataclasses.replace(experiment, data=data)
 
 
 def _names(text: str) -> list[str]:
@@ -508,16 +529,16 @@ def _insecure(args: list[str]) -> tuple[int, list[str]]:
     return args.count("--insecure"), [arg for arg in args if arg != "--insecure"]
 
 
-def _keys(options: dict[str, str], insecure: int, host: str, part: str | None) -> Path | None:
+def _keys(options: dict[str, str], insecure: int, address: Address, part: str | None) -> Path | None:
     """The folder of keys; None where plain text was asked for, on loopback once, elsewhere twice."""
     if not insecure:
         if not options["--certificates"]:
             raise ConfigError("--certificates is missing: name the folder that `consilium certificates` made")
         return Path(options["--certificates"]) / part if part else Path(options["--certificates"])
-    if insecure < 2 and not _deployment().is_loopback(host):
+    if insecure < 2 and not address.is_loopback:
         raise ConfigError(
-            f"{host} is not this machine: --insecure would send models in plain text and let anybody take part; "
-            "use --certificates, or say --insecure twice"
+            f"{address.host} is not this machine: --insecure would send models in plain text and let anybody take "
+            "part; use --certificates, or say --insecure twice"
         )
     return None
 

@@ -7,6 +7,7 @@ import datetime
 import ipaddress
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -14,12 +15,16 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from consilium.addresses import parse_host
 from consilium.core import CLIENT_ID
 from consilium.engine.checkpoint import write_atomic
 from consilium.errors import ConfigError
 
-__all__ = ["certificates", "owners"]
+__all__ = ["certificates", "certified", "check_key", "owners"]
 
+_MARK = "@consilium"
+"""Behind a site's name, in the comment of its public key."""
+LOCAL = ("localhost", "127.0.0.1", "::1")
 YEARS = 2
 """How long a server's certificate is good for."""
 
@@ -28,33 +33,79 @@ def certificates(folder: Path, hosts: Sequence[str], sites: Sequence[str]) -> li
     """Make what is missing in a folder: the server's certificate for `hosts`, and a key for each new site.
 
         server/     server.crt, server.key, ca.crt, and <site>.pub of every site: for the server alone
-        <site>/     ca.crt and key: to be handed to that site
+        <site>/     ca.crt, key and key.pub: to be handed to that site
 
     The authority that signs the server's certificate forgets its key at once, so nobody can sign another one. A site's
     secret key could also be made at the site (`ssh-keygen -t ecdsa -b 384`); only its .pub must reach the server.
 
     Args:
-        hosts: names and addresses under which sites reach the server; localhost and 127.0.0.1 are always among them.
+        hosts: names and addresses under which sites reach the server; localhost, 127.0.0.1 and ::1 are always among
+            them. Another list than that of the certificate makes a new authority and certificate, and puts its ca.crt
+            into the sites' folders that are here; (): the certificate stays as it is.
 
     Returns:
         The site folders that were made.
+
+    Raises:
+        ConfigError: for a name of a site or a host that cannot be used.
     """
+    hosts = [_parsed(host) for host in hosts]
     for site in sites:
         if not CLIENT_ID.fullmatch(site) or site == "server":
             raise ConfigError(f"site {site!r} must match [A-Za-z0-9._-]{{1,64}}, without a leading dot, not 'server'")
-    if not (folder / "server/server.key").exists():
+    there = (folder / "server/server.key").exists()
+    if not there or (hosts and {*hosts} - {*LOCAL} != {*certified(folder / "server")} - {*LOCAL}):
         _server_certificate(folder / "server", hosts)
+        for copy in folder.glob("*/ca.crt"):
+            write_atomic(copy, (folder / "server/ca.crt").read_bytes())
     made = []
     for site in sites:
         if (folder / site).exists():
             continue
         key = ec.generate_private_key(ec.SECP384R1())
-        public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+        public = _public(key)
         _write_secret(folder / site / "key", _private(key, serialization.PrivateFormat.OpenSSH))
+        write_atomic(folder / site / "key.pub", public + f" {site}{_MARK}\n".encode())
         write_atomic(folder / site / "ca.crt", (folder / "server/ca.crt").read_bytes())
         write_atomic(folder / "server" / f"{site}.pub", public + b"\n")
         made.append(folder / site)
     return made
+
+
+def certified(folder: Path) -> list[str]:
+    """Return the hosts that the certificate in the server's folder is for; raises ConfigError if it cannot be read."""
+    path = folder / "server.crt"
+    try:
+        crt = x509.load_pem_x509_certificate(path.read_bytes())
+        names = crt.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (OSError, ValueError, x509.ExtensionNotFound) as error:
+        raise ConfigError(f"{path} cannot be read as a certificate with hosts: {type(error).__name__}") from error
+    return [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
+
+
+def check_key(folder: Path, site: str) -> None:
+    """Check that the key in a site's folder is that site's, as far as the folder says whose it is.
+
+    Raises:
+        ConfigError: for a file that is missing or no key, and for the key of another site.
+    """
+    for file in (folder / "ca.crt", folder / "key"):
+        if not file.is_file():
+            raise ConfigError(f"{file} is missing; --certificates is the folder that the server's side handed out")
+    try:
+        key = serialization.load_ssh_private_key((folder / "key").read_bytes(), None)
+        told = (folder / "key.pub").read_bytes().split() if (folder / "key.pub").is_file() else []
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ConfigError(
+            f"{folder / 'key'} is no secret key as ssh-keygen writes it: {type(error).__name__}"
+        ) from error
+    if told[:2] and told[:2] != _public(key).split():
+        raise ConfigError(f"{folder / 'key'} and {folder / 'key.pub'} are not of one pair; get the folder again")
+    owner = told[2].decode("utf-8", "replace") if len(told) > 2 else ""
+    if owner.endswith(_MARK) and owner.removesuffix(_MARK) != site:
+        raise ConfigError(
+            f"{folder} holds the key of site {owner.removesuffix(_MARK)}, --name is {site}; they must be of one site"
+        )
 
 
 def owners(folder: Path, sites: Sequence[str]) -> dict[bytes, str]:
@@ -88,7 +139,7 @@ def _server_certificate(folder: Path, hosts: Sequence[str]) -> None:
         .add_extension(_usage(key_cert_sign=True, crl_sign=True), critical=True)
         .sign(authority, hashes.SHA384())
     )
-    names = [_general_name(host) for host in dict.fromkeys((*hosts, "localhost", "127.0.0.1"))]
+    names = [_general_name(host) for host in dict.fromkeys((*hosts, *LOCAL))]
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, (*hosts, "localhost")[0][:64])])
     identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key())
     server = (
@@ -132,6 +183,17 @@ def _general_name(host: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         return x509.DNSName(host)
+
+
+def _parsed(host: str) -> str:
+    found = parse_host(host, "--hosts", wildcard=True)
+    if found in ("0.0.0.0", "::"):
+        raise ConfigError(f"--hosts is {host!r}, which is no address under which a site reaches the server")
+    return found
+
+
+def _public(key: Any) -> bytes:
+    return key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
 
 
 def _private(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat) -> bytes:

@@ -11,7 +11,6 @@ folder beside the run (FLWR_HOME), install nothing, and end with the command tha
 import contextlib
 import functools
 import http.client
-import ipaddress
 import json
 import os
 import signal
@@ -28,7 +27,8 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from consilium.certificates import owners
+from consilium.addresses import Address, parse_address
+from consilium.certificates import certified, check_key, owners
 from consilium.core import CLIENT_ID
 from consilium.engine import again
 from consilium.engine.checkpoint import write_atomic
@@ -38,7 +38,7 @@ from consilium.engine.interrupt import end_with_parent
 from consilium.errors import ConfigError, ConsiliumError, RoundError, first_line
 from consilium.escape import one_line
 from consilium.experiment import Experiment, from_json, to_json
-from consilium.run import read_config, serve
+from consilium.run import check_same, read_config, serve
 
 __all__ = ["Limits", "child", "client", "flower_environment", "in_time", "listening", "program", "server", "server_app"]
 
@@ -79,10 +79,14 @@ def server(
         ConfigError: for a site without a key, or a port in use.
         RoundError: if the run did not come to its end.
     """
-    host, port = address_of(address)
+    listen = parse_address(address, "--address")
     home, keys = _home(folder), keys and keys.absolute()
     if keys:
         owners(keys, sites)
+        _check_certificate(keys, listen)
+    if (folder / "config.json").exists() and check_same(folder, experiment)["status"] == "finished":
+        out.print(f"{folder} is finished", markup=False, highlight=False, soft_wrap=True)
+        return
     _write_app(home / "app", experiment, folder, sites, wait, keys)
     environment = flower_environment(home)
     if keys:
@@ -90,7 +94,7 @@ def server(
     (home / STOPPED).unlink(missing_ok=True)
     left, reached = RESTARTS, _reached(folder)
     while True:
-        with _superlink(host, port, keys, home, environment) as link:
+        with _superlink(listen, keys, home, environment) as link:
             _tell(out, f"listening on {address}; waiting for {', '.join(sites)}")
             asked = subprocess.Popen(
                 [program("flwr"), "run", str(home / "app"), "run", "--stream"], env=environment, preexec_fn=WITH_PARENT
@@ -110,6 +114,16 @@ def server(
         _tell(out, f"one of Flower's processes has ended, see {home / 'superlink.log'}; starting them again")
         time.sleep(PAUSE * (RESTARTS - left))
     raise RoundError(f"the run has not finished, see above; the same command goes on with {folder}")
+
+
+def _check_certificate(keys: Path, listen: Address) -> None:
+    """Raise ConfigError if the certificate is not for the address under which Flower's own processes come."""
+    host, hosts = listen.from_here.host, certified(keys)
+    if host not in hosts and f"*.{host.partition('.')[2]}" not in hosts:
+        raise ConfigError(
+            f"--address is {listen}, but the certificate in {keys} is for {', '.join(hosts)}: make it again with "
+            f"`consilium certificates` and --hosts {host},..., or listen on 0.0.0.0"
+        )
 
 
 def _reached(folder: Path) -> str:
@@ -132,6 +146,7 @@ def _write_app(
         "[project]",
         'name = "consilium-run"',
         'version = "1.0.0"',
+        'description = "Rounds of a Consilium federation"',
         'license = "Apache-2.0"',
         "dependencies = []",
         "[tool.flwr.app]",
@@ -177,14 +192,22 @@ server_app = flower_app(_serve)
 
 @contextlib.contextmanager
 def _superlink(
-    host: str, port: int, keys: Path | None, home: Path, environment: Mapping[str, str]
+    listen: Address, keys: Path | None, home: Path, environment: Mapping[str, str]
 ) -> Iterator[subprocess.Popen]:
     """Flower's SuperLink, listening, and Flower's commands pointed at it."""
     reach = {"root-certificates": str(keys / "ca.crt")} if keys else {"insecure": True}
     lines = ["[superlink]", 'default = "run"', "[superlink.run]"]
-    lines += [f"{key} = {json.dumps(value)}" for key, value in {"address": f"127.0.0.1:{port}", **reach}.items()]
+    lines += [f"{key} = {json.dumps(value)}" for key, value in {"address": str(listen.from_here), **reach}.items()]
     write_atomic(home / "config.toml", ("\n".join(lines) + "\n").encode())
-    command = ["flower-superlink", "--host", host, "--port", str(port), "--database", str(home / "state.db")]
+    command = [
+        "flower-superlink",
+        "--host",
+        listen.host,
+        "--port",
+        str(listen.port),
+        "--database",
+        str(home / "state.db"),
+    ]
     command += ["--disable-runtime-dependency-installation"]
     if keys:
         files = {"ca-certfile": "ca.crt", "certfile": "server.crt", "keyfile": "server.key"}
@@ -193,7 +216,7 @@ def _superlink(
     else:
         command += ["--insecure"]
     with child(command, environment, home / "superlink.log") as link:
-        listening(link, port, home / "superlink.log")
+        listening(link, listen, home / "superlink.log")
         yield link
 
 
@@ -208,7 +231,7 @@ def _register(keys: Path, sites: Sequence[str], home: Path, environment: Mapping
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with _superlink("127.0.0.1", port, keys, home, environment):
+    with _superlink(Address("127.0.0.1", port), keys, home, environment):
         for site in new:
             command = [program("flwr"), "supernode", "register", str(keys / f"{site}.pub"), "run", "--name", site]
             asked = subprocess.run(command, env=environment, capture_output=True, text=True, preexec_fn=WITH_PARENT)
@@ -218,20 +241,23 @@ def _register(keys: Path, sites: Sequence[str], home: Path, environment: Mapping
     write_atomic(path, json.dumps({**done, **new}).encode())
 
 
-def listening(link: subprocess.Popen, port: int, log: Path) -> None:
-    """Wait until a SuperLink takes connections.
+def listening(link: subprocess.Popen, listen: Address, log: Path) -> None:
+    """Wait until a SuperLink takes connections on the address that it was given.
 
     Raises:
         ConfigError: if it ends before that.
     """
+    reach = listen.from_here
     for _ in range(3600):
         if link.poll() is not None:
             last = (log.read_text().strip().splitlines() or ["no output"])[-1]
-            raise ConfigError(f"Flower's SuperLink did not start ({last}), see {log}; is the port {port} in use?")
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            raise ConfigError(
+                f"Flower's SuperLink did not start ({last}), see {log}; is {listen} in use, or not of this machine?"
+            )
+        with contextlib.suppress(OSError), socket.create_connection((reach.host, reach.port), timeout=1):
             return
         time.sleep(0.1)
-    raise RoundError(f"Flower's SuperLink does not listen on port {port}, see {log}")
+    raise RoundError(f"Flower's SuperLink does not listen on {listen}, see {log}")
 
 
 # --- a site ---------------------------------------------------------------------------------------------------------
@@ -254,17 +280,16 @@ def client(
         ConsiliumError: if the data cannot be used, or the server is there and this machine's clock is not its, before
             anything is started.
     """
-    address_of(address)
+    address = str(parse_address(address, "--server"))
     if not CLIENT_ID.fullmatch(name):
         raise ConfigError(f"--name is {name!r}; use 1 to 64 of A-Z a-z 0-9 . _ - and no leading dot")
+    if keys:
+        check_key(keys, name)
     settings = state.absolute() / "site.json"
     save_site(settings, name, experiment, limits)
     command = [program("flower-supernode"), "--superlink", address, "--node-config", f'site="{settings}"']
     command += ["--host", "127.0.0.1", "--port", str(port)]
     if keys:
-        for file in (keys / "ca.crt", keys / "key"):
-            if not file.exists():
-                raise ConfigError(f"{file} is missing; --certificates is the folder that the server's side handed out")
         in_time(address, keys / "ca.crt")
         command += ["--root-certificates", str(keys / "ca.crt"), "--auth-supernode-private-key", str(keys / "key")]
     else:
@@ -279,12 +304,12 @@ def in_time(address: str, ca: Path) -> None:
     Raises:
         ConfigError: if the clocks are too far apart, or the server's certificate is not valid here and now.
     """
-    host, port = address_of(address)
+    server = parse_address(address)
     try:
         context = ssl.create_default_context(cafile=ca)
     except ssl.SSLError as error:
         raise ConfigError(f"{ca} cannot be read as a certificate: {first_line(error)}") from error
-    connection = http.client.HTTPSConnection(host, port, timeout=5, context=context)
+    connection = http.client.HTTPSConnection(server.host, server.port, timeout=5, context=context)
     try:
         connection.request("HEAD", "/")
         told = connection.getresponse().getheader("Date")
@@ -308,25 +333,6 @@ def in_time(address: str, ca: Path) -> None:
 
 
 # --- processes ------------------------------------------------------------------------------------------------------
-
-
-def address_of(text: str) -> tuple[str, int]:
-    """host:port, apart.
-
-    Raises:
-        ConfigError: if it is not of that form.
-    """
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ConfigError(f"address is {text!r}; it must be HOST:PORT, e.g. 0.0.0.0:8000")
-    return host, int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is of this machine alone."""
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
 
 
 def program(name: str) -> str:

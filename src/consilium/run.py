@@ -143,6 +143,24 @@ def resume(folder: Path, watch: Watch | None = None) -> dict[str, Any]:
     return _continue(folder, watch, _Prepared.of)
 
 
+def check_same(folder: Path, experiment: Experiment) -> dict[str, Any]:
+    """Return config.json of a run that is of this experiment, apart from what may change.
+
+    Raises:
+        ConfigError: if the folder holds another experiment, or a finished run of another number of rounds.
+    """
+    config = read_config(folder)
+    before = from_json(config["experiment"])
+    if changed := differences(before, experiment, MAY_CHANGE):
+        raise ConfigError(f"{folder} holds another experiment ({changed}); choose another --name or --out")
+    if config["status"] == "finished" and before.rounds != experiment.rounds:
+        raise ConfigError(
+            f"{folder} is finished after {before.rounds} rounds and does not go on to {experiment.rounds}: choose "
+            "another --name or --out for a run of its own"
+        )
+    return config
+
+
 def serve(
     experiment: Experiment,
     folder: Path,
@@ -168,8 +186,7 @@ def serve(
     if not (folder / "config.json").exists():
         prepared = _Prepared.across(experiment, roster, sites, wait, uuid.uuid4().hex)
         return _new(prepared, folder, watch)
-    if changed := differences(from_json(read_config(folder)["experiment"]), experiment, MAY_CHANGE):
-        raise ConfigError(f"{folder} holds another experiment ({changed}); choose another --name or --out")
+    check_same(folder, experiment)
     token = str(_read_json(folder / "partition.json").get("run"))
     return _continue(folder, watch, lambda _: _Prepared.across(experiment, roster, sites, wait, token), GRACE)
 
