@@ -20,8 +20,9 @@ import tyro
 from cells import RESULTS, spread
 from fedmoe import SETTINGS, TASKS, experiment
 
-from consilium.core import ClientContext, ClientInfo, ClientState, derive_seed
+from consilium.core import ClientContext, ClientInfo, ClientState, derive_seed, experts_from_scalars
 from consilium.data.task import ClientData, Federation, Split, pooled
+from consilium.moe.gates import gates_from_scalars
 from consilium.moe.routing import Tap
 from consilium.setup import Setup
 from consilium.training import evaluate, fit
@@ -81,7 +82,9 @@ def tested(data: ClientData, seed: int, benchmark: Benchmark) -> dict[tuple[str,
     train, test = setup.encode(context, data.train), setup.encode(context, data.test)
     scores = {}
     for how, n in cells:
-        model = setup.build(setup.initial_params(), context, chosen(p, how, n, seed))
+        sent = setup.sub_moe(setup.initial_params(), context.info.task, chosen(p, how, n, seed))
+        gates = gates_from_scalars(setup.fit.gates, sent.scalars, sent.group("router"))
+        model = setup.build(sent.group("params"), context, experts_from_scalars(sent.scalars), gates)
         scores[how, n] = []
         for epoch in range(benchmark.epochs):
             fit(model, train, setup.fit, replace(context, seed=derive_seed(seed, epoch)))

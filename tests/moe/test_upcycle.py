@@ -115,6 +115,8 @@ def test_switch_is_near_and_the_nearer_the_smaller_its_routers(tmp_path):
         upcycle(str(dense("t5")), folder, Upcycling(router_std=std))
         apart.append((logits(folder, "t5") - exact).abs().max().item() / exact.abs().max().item())
     assert apart[0] > 10 * apart[1] and apart[1] < 0.01 and apart[2] < 1e-5
+    source = ModelSource(str(folder), "text-to-text")  # a slice weighs its one of three copies as the whole does
+    assert set(source.gate_scales(dict.fromkeys(source.counts, (0, 1, 2))).values()) == {3 / 8}
     (tmp_path / "plain").mkdir()
     upcycle(str(dense("t5")), tmp_path / "plain", Upcycling(scale=False))
     assert (logits(tmp_path / "plain", "t5") - exact).abs().max() > 0.01 * exact.abs().max()

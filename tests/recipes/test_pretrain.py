@@ -185,6 +185,9 @@ def test_the_card_says_what_was_measured(done, monkeypatch, tmp_path):
     card = json.loads((done.settings.out / "card.json").read_text())
     assert set(card["usage_public"]) == {"encoder.block.0.layer.1.mlp", "encoder.block.1.layer.1.mlp"}
     assert all(sum(shares) == pytest.approx(1, abs=1e-4) for shares in card["usage_public"].values())
+    assert card["gates_public"].keys() == card["usage_public"].keys()
+    for scales in card["gates_public"].values():
+        assert len(scales) > 1 and 0 < scales[0] < 1 == scales[-1]
     assert card["training"]["steps"] == 30
     assert card["data"]["packages"]["numpy"]["documents"] == 40
     text = (done.settings.out / "README.md").read_text()

@@ -9,7 +9,7 @@ Algorithm 1: clients train the server's model w on their own data; w <- sum_k n_
 Departures: none in the rule. Heads belong to tasks: a client receives and returns the head rows of its own task, and
 a row is averaged over the clients that hold it. `experts` cuts one and the same sub-MoE for everybody, so that FedAvg
 can be compared at the memory of the smallest device; with "all" (the default, the plain method) clients that cannot
-hold the model cannot take part.
+hold the model cannot take part. The gates of a sub-MoE are scaled as `fit.gates` says.
 """
 
 from collections.abc import Iterable, Sequence

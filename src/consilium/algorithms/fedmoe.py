@@ -18,6 +18,8 @@ neighbours use most or least (Eq 6). A change that does not help is rolled back 
     S(u_k)   similar(...)                            p-hat    p_hat(...)
 
 Departures, each where the paper is silent or contradicts itself:
+- The paper does not say over which experts a sub-MoE's gates are normalised. `fit.gates` says it here; by default the
+  mean total gate stays that of the full model (`moe.gates`).
 - p is the demand of the router over all its rows: clients also receive the rows of experts they do not hold (group
   "router", for measuring only). `usage="served"` uses what the held experts served.
 - n in "top n" of the shrinking branch is <= 0 in the paper: |n| experts are removed, and n = 0 changes nothing.

@@ -35,6 +35,8 @@ Our reading, where the paper is silent or contradicts itself:
 - The paper's forward pass needs every routed expert in memory, whatever the budget. Here a client is sent only as many
   experts as it can hold (`resident`), those its validation data asked for most when it last took part, at first the
   public ones; a token goes to the best of them. It also receives the router rows of the others, to measure demand.
+  The experts' gates then stay on the scale of the full model, as `fit.gates` says; G and what is measured by it are
+  over the held experts.
 - Both budgets come from the device's memory, or are given as shares of the experts.
 
 `select="random"`, `experts="plain"` and `router="plain"` each switch one module off: a random choice under the same

@@ -7,7 +7,7 @@ modular aggregation are FedMoE's: trunk by n_k, an expert and its router row by 
 
 Departures: the paper's 8 of 32 for all is the option `experts`; by default every client holds as many experts per
 layer as its own memory allows. FedMoE may grow into the same memory but starts below it, at alpha * M_k: `share` gives
-randomMoE that budget instead.
+randomMoE that budget instead. The gates of a sub-MoE are scaled as `fit.gates` says.
 """
 
 from collections.abc import Mapping

@@ -76,6 +76,7 @@ class Footprint:
             gradient of the logits' matrix; with checkpointing, where little is saved, most gradients.
         between: how much more there is in the middle of a layer of the backward pass than at its ends.
         overhead: allocator and libraries.
+        absent: router rows of the experts that are not held, which some methods and `fit.gates` send along.
     """
 
     weights: int
@@ -85,6 +86,7 @@ class Footprint:
     activations: int
     between: int
     overhead: int
+    absent: int = 0
 
     @property
     def total(self) -> int:
@@ -95,7 +97,7 @@ class Footprint:
         saved: at most the lesser of the two, by 2 L, on top.
         """
         training = self.optimizer + self.references + max(self.gradients, self.activations) + self.between
-        return self.weights + max(training, self.weights) + self.overhead
+        return self.weights + self.absent + max(training, self.weights) + self.overhead
 
 
 @dataclass(frozen=True)
@@ -202,8 +204,9 @@ class MemoryModel:
         all_learn = trained is None or trained >= sum(counts.values())
         plain = all_learn and not gradient_checkpointing  # the others count the first layer, where they peak
         between = min(learning, active) // (2 * sum(stack.layers for stack in self.stacks)) if plain else 0
-        live = weights + moments + copies + max(learning, active) + between
-        return Footprint(weights, learning, moments, copies, active, between, OVERHEAD + live // SLACK)
+        absent = self.itemsize * sum((self.counts[b] - n) * self.row_params[b] for b, n in counts.items())
+        live = weights + absent + moments + copies + max(learning, active) + between
+        return Footprint(weights, learning, moments, copies, active, between, OVERHEAD + live // SLACK, absent)
 
     def _activations(
         self,

@@ -24,7 +24,7 @@ The constant keeps the mean total gate of a token:
 
     c(n) = E[sum_T p] / E[sum_K q]              over public tokens and random choices of n experts
 
-`measure` takes it from a model and its tokens, and a model's card (`card.json`, "gates_public") holds it for every
+`measure_scales` takes it from a model and tokens, and a model's card (`card.json`, "gates_public") holds it for every
 layer and n. It depends on n alone, so it is the same for all clients with as many experts in that layer, and nothing of
 a client's data enters it. Without a card it lies between its values for a uniform router, max(n, k) / E, and for one
 that is always certain, 1: c(n) = sqrt(max(n, k) / E).
@@ -203,7 +203,7 @@ def fold_gates(model: TaskModel) -> TaskModel:
 
 @torch.no_grad()
 def measure_scales(
-    model: TaskModel, batches: Iterable[Batch], draws: int = 16, seed: int = 0
+    model: TaskModel, batches: Iterable[Batch], draws: int = 64, seed: int = 0
 ) -> dict[str, list[float]]:
     """Measure c(n) of every layer: block -> [c(1), .., c(E)]; {} for a family whose gates need no constant.
 
@@ -227,7 +227,7 @@ def measure_scales(
     with Tap(model) as tap:
         for batch in batches:
             with tap.batch(batch):
-                model(batch)
+                _run(model, batch)
             for block, p_TE in tap.gates().items():
                 p_TE = p_TE.clamp_min(1e-30)  # of n experts that a token all but excludes, the shares count
                 whole[block] += float(p_TE.topk(k, dim=-1).values.sum())
@@ -241,6 +241,14 @@ def measure_scales(
         block: [round(whole[block] / kept[block, n], 4) for n in range(1, total)] + [1.0]
         for block, total in counts.items()
     }
+
+
+def _run(model: TaskModel, batch: Batch) -> None:
+    """Run a model that has a head or writes text, or a backbone without either."""
+    if model.head is not None or model.backbone.can_generate():
+        model(batch)
+    else:
+        model.backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
 
 
 def _choices(total: int, n: int, draws: int, rng: torch.Generator) -> list[Tensor]:

@@ -27,7 +27,9 @@ class Usage:
     """Routed tokens per expert of the full model, padding left out; int64 [E] per block.
 
     demand: what the router asks for over all its rows, held here or not (top-k of the unmasked logits, corrected
-        and restricted to groups as the family does it).
+        and restricted to groups as the family does it). With `fit.gates` "constant" and "slice" the rows held were
+        trained under a softmax that is blind to a common shift of their logits: no gradient moves it, so rows held
+        and absent stay comparable but for what the optimiser's own scaling adds.
     served: what this model's experts really computed; capacity-dropped tokens are not served.
     slots: tokens times top-k that passed the block, so demand / slots sums to one in every block.
     """

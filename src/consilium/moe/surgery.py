@@ -44,7 +44,8 @@ def slice_experts(model: TaskModel, keep: ExpertSet) -> TaskModel:
     """Keep only the named experts and their router rows, in place; works on the meta device too.
 
     The sliced model equals the full one with its router masked to the kept experts: the softmax runs over the kept
-    rows, top-k becomes min(k, E); where a router chooses among groups first, a sliced block has a single group. Where a
+    rows, top-k becomes min(k, E). In families whose gates are shares of that softmax they are larger than in the full
+    model, see `gates.attach_gates`. Where a router chooses among groups first, a sliced block has one group. Where a
     family limits the tokens an expert serves (Switch), the limit grows by E_full / E_kept, because fewer experts share
     the same tokens. Keeping every expert of a block changes nothing in it, not one bit. The configuration is left
     alone: counts differ by layer, which no configuration can say.

@@ -22,7 +22,8 @@ Departures from the paper: every layer of a decoder is sparse (`every` is for fa
 routed by its family's top-1, with a capacity that drops no token of 4,096, and not by the encoder's expert choice.
 """
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,8 @@ def upcycle(path: str, folder: Path, how: Upcycling) -> list[str]:
     k = getattr(config, "num_experts_per_tok", 1)
     told = [f"{path}: {dense.model_type} as {family.name}, {how.experts} experts in {len(sparse)} layers, top-{k}"]
     (folder / "README.md").write_text(_card(path, told[0], how))
+    if family.top_k is None:
+        (folder / "card.json").write_text(json.dumps({"gates_public": _scales(sparse, how.experts)}, indent=1) + "\n")
     if k == 1 and family.top_k is not None:
         told.append("of one expert the normalised weight is 1: routers learn from the balance loss alone")
     if family.top_k is None:
@@ -318,6 +321,11 @@ def _router(path: str, how: Upcycling, std: float, like: Tensor) -> Tensor:
     """[E, D], D the columns of `like`, in its dtype."""
     rng = torch.Generator().manual_seed(derive_seed(how.seed, "upcycle", path, "router"))
     return (std * torch.randn(how.experts, like.shape[1], generator=rng)).to(like.dtype)
+
+
+def _scales(sparse: Iterable[str], experts: int) -> dict[str, list[float]]:
+    """The constants of `moe.gates` for new routers of Switch: their softmax is about uniform, so c(n) = n / E."""
+    return {block: [n / experts for n in range(1, experts + 1)] for block in sparse}
 
 
 def _card(path: str, told: str, how: Upcycling) -> str:

@@ -21,9 +21,15 @@ from transformers import AutoTokenizer, SwitchTransformersEncoderModel
 from consilium.data import source
 from consilium.data.docstrings import PUBLIC, DocstringData, answer
 from consilium.data.source import Doc
+from consilium.moe.build import ModelSource
+from consilium.moe.gates import measure_scales
 from consilium.recipes.pretrain_model import watch_routers
 
-__all__ = ["Card", "main", "mutual_information", "specialisation", "usage"]
+__all__ = ["Card", "gates", "main", "mutual_information", "specialisation", "usage"]
+
+
+SCALED = 512
+"""Documents over which the constants of the gates are measured."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,16 @@ def usage(path: Path, docs: Sequence[Doc]) -> dict[str, Tensor]:
             chosen = torch.nn.functional.one_hot(scores.argmax(-1), scores.shape[-1])
             counts[name][rows] = (chosen * batch["attention_mask"][..., None]).sum(1).float()
     return counts
+
+
+def gates(path: Path, docs: Sequence[Doc]) -> dict[str, list[float]]:
+    """The constants c(1) .. c(E) of every block that keep a slice's gates on scale, see `moe.gates`."""
+    source = ModelSource(str(path))
+    tokenizer, model = source.tokenizer(), source.build(source.load(), "", ())
+    order = sorted(docs, key=lambda doc: len(doc.text))
+    parts = [[doc.text for doc in order[i : i + 64]] for i in range(0, len(order), 64)]
+    batches = (dict(tokenizer(texts, padding=True, truncation=True, return_tensors="pt")) for texts in parts)
+    return measure_scales(model, batches)
 
 
 def mutual_information(table: Tensor) -> float:
@@ -136,6 +152,7 @@ def describe(settings: Card) -> dict[str, Any]:
             "by_package": specialisation(unseen, [doc.package for doc in held]),
             "by_kind": specialisation(unseen, [doc.kind for doc in held]),
         },
+        "gates_public": gates(settings.model, shown[:SCALED]),
         "usage_public": {
             block: [round(x, 6) for x in (table.sum(0) / table.sum()).tolist()] for block, table in seen.items()
         },
