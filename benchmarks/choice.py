@@ -20,9 +20,8 @@ import tyro
 from cells import RESULTS, spread
 from fedmoe import SETTINGS, TASKS, experiment
 
-from consilium.core import ClientContext, ClientInfo, ClientState, derive_seed, experts_from_scalars
+from consilium.core import ClientContext, ClientInfo, ClientState, derive_seed
 from consilium.data.task import ClientData, Federation, Split, pooled
-from consilium.moe.gates import gates_from_scalars
 from consilium.moe.routing import Tap
 from consilium.setup import Setup
 from consilium.training import evaluate, fit
@@ -83,8 +82,7 @@ def tested(data: ClientData, seed: int, benchmark: Benchmark) -> dict[tuple[str,
     scores = {}
     for how, n in cells:
         sent = setup.sub_moe(setup.initial_params(), context.info.task, chosen(p, how, n, seed))
-        gates = gates_from_scalars(setup.fit.gates, sent.scalars, sent.group("router"))
-        model = setup.build(sent.group("params"), context, experts_from_scalars(sent.scalars), gates)
+        model = setup.build_sent(sent, context)
         scores[how, n] = []
         for epoch in range(benchmark.epochs):
             fit(model, train, setup.fit, replace(context, seed=derive_seed(seed, epoch)))
