@@ -117,7 +117,7 @@ def check(experiment: Experiment) -> None:
     _Prepared.of(experiment)
 
 
-def run(experiment: Experiment, folder: Path, watch: Watch | None = None) -> dict[str, Any]:
+def run(experiment: Experiment, folder: Path | str, watch: Watch | None = None) -> dict[str, Any]:
     """Run an experiment in a new directory and return its summary.
 
     Everything that can be wrong with the experiment is found before anything is written.
@@ -125,11 +125,12 @@ def run(experiment: Experiment, folder: Path, watch: Watch | None = None) -> dic
     Raises:
         ConfigError: if the folder already holds a run, or the experiment cannot be run.
     """
+    folder = Path(folder)
     _refuse_run(folder)
     return _new(_Prepared.of(experiment), folder, watch)
 
 
-def resume(folder: Path, watch: Watch | None = None) -> dict[str, Any]:
+def resume(folder: Path | str, watch: Watch | None = None) -> dict[str, Any]:
     """Continue an interrupted run from its newest checkpoint, to the same bits as a run never interrupted.
 
     A finished run is left as it is.
@@ -138,6 +139,7 @@ def resume(folder: Path, watch: Watch | None = None) -> dict[str, Any]:
         CheckpointError: if the folder is not a run, is in use, or its data, its model or its settings have changed; the
             message says how. Of settings, `MAY_CHANGE` may.
     """
+    folder = Path(folder)
     if read_config(folder).get("data") == SITES:
         raise CheckpointError(f"{folder} is the run of a deployment: start `consilium server` again to continue it")
     return _continue(folder, watch, _Prepared.of)

@@ -124,11 +124,27 @@ def test_the_export_scores_what_the_run_tells(root, tmp_path, capsys, monkeypatc
     assert all(1 / 3 <= float(p) <= 1 for _, p, _ in lines)
 
 
+def test_predictions_as_json_and_several_labels(root, tmp_path, capsys, monkeypatch):
+    """Texts keep their line breaks; the labels come the most probable first, and all of them add up to 1."""
+    taken(capsys, root, root / "fm", "--client", "site-0", "--out", tmp_path / "m")
+    typed = json.dumps("a cat\nis old") + "\nplain words\n"
+    code, out, _ = call(capsys, "predict", tmp_path / "m", "--json", "--top", "9", typed=typed, monkeypatch=monkeypatch)
+    found = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [told["text"] for told in found] == ["a cat\nis old", "plain words"]
+    for told in found:
+        p = [label["probability"] for label in told["labels"]]
+        assert sorted(p, reverse=True) == p and sum(p) == pytest.approx(1)
+        assert {label["label"] for label in told["labels"]} == {"cat", "dog", "fish"}
+    code, out, _ = call(capsys, "predict", tmp_path / "m", "--top", "2", "--text", "a cat")
+    assert code == 0 and len(out.splitlines()) == 2
+    assert call(capsys, "predict", tmp_path / "m", "--top", "0", "--text", "a cat")[0] == 2
+
+
 def test_the_card_tells_what_the_model_is(root, tmp_path, capsys):
     taken(capsys, root, root / "fm", "--client", "site-0", "--out", tmp_path / "m")
     text = (tmp_path / "m/README.md").read_text()
     data = ModelCard(text).data.to_dict()
-    assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-classification"
+    assert data["library_name"] == "transformers" and data["pipeline_tag"] == "feature-extraction"
     held = of_run(Finished.of(root / "fm"), "site-0").held
     counts = ", ".join(str(len(ids)) for ids in held.values())
     for part in ("FedMoE in 3 rounds of 3 clients", "cat, dog, fish", f"{counts} of 8, 8", "table.jsonl", "site-0"):

@@ -14,7 +14,7 @@ from consilium.moe.families import Family
 __all__ = ["card", "private"]
 
 TAGS = {
-    "classification": "text-classification",
+    "classification": "feature-extraction",  # the head is a file of its own, which no pipeline of transformers reads
     "text-to-text": "text-generation",
     "conversation": "text-generation",
     "document": "text-generation",

@@ -1,8 +1,9 @@
 """`consilium export | predict | chat`: their flags, and what they print."""
 
+import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -84,6 +85,9 @@ class Predict:
         image: a file, likewise, of a model of images.
         table: a file with the columns that the model was trained on; its rows count from 0.
         tokens: generated at most; default: as in training.
+        top: labels of a text, the most probable first.
+        json: print a line of JSON per text, with its labels and probabilities or what was generated; texts keep their
+            line breaks. Lines of standard input may then be texts in JSON's quotes.
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
@@ -91,6 +95,8 @@ class Predict:
     image: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     table: Path | None = None
     tokens: int | None = None
+    top: int = 1
+    json: bool = False
 
     def lines(self) -> Iterator[str]:
         """One line per text and task, per image, or per row."""
@@ -99,8 +105,13 @@ class Predict:
 
         _positive(self.tokens)
         lines = (line.rstrip("\n") for line in sys.stdin if line.strip())
+        if self.top < 1:
+            raise ConfigError(f"--top is {self.top}; it must be at least 1")
         if use_of(self.folder)["format"] == "cohort":
             from consilium.export.cohort import Small
+
+            if self.top > 1 or self.json:
+                raise ConfigError(f"--top and --json are for models of texts; {self.folder} holds a small model")
 
             small = Small.of(self.folder)
             if self.table:
@@ -116,13 +127,28 @@ class Predict:
         taken = Taken.of(self.folder)
         if self.image or self.table:
             raise ConfigError(f"{self.folder} reads texts: --text")
-        for text in self.text or lines:
+        for text in self.text or (map(_unquoted, lines) if self.json else lines):
+            if self.json and taken.kind != "classification":
+                yield json.dumps({"text": text, "written": taken.written(text, self.tokens)})
+                continue
+            if self.json:
+                yield json.dumps({"text": text, "labels": list(map(asdict, next(taken.labelled([text], self.top))))})
+                continue
             if taken.kind != "classification":
                 yield terminal(" ".join(taken.written(text, self.tokens).split()))
                 continue
-            for found in next(taken.labelled([text])):
+            for found in next(taken.labelled([text], self.top)):
                 task = f"{terminal(found.task)}\t" if len(taken.models) > 1 else ""
                 yield f"{task}{terminal(found.label)}\t{found.probability:.3f}\t{one_line(text, 60)}"
+
+
+def _unquoted(line: str) -> str:
+    """Return the text that a line is, or that it holds as a string of JSON."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return line
+    return found if isinstance(found, str) else line
 
 
 @dataclass(frozen=True)

@@ -66,17 +66,18 @@ class Taken:
             model.eval()
         return cls(use["kind"], source, models, use["max_length"], use["target_length"])
 
-    def labelled(self, texts: Sequence[str]) -> Iterator[list[Labelled]]:
-        """Of each text the most probable label, for every task that the model has."""
+    def labelled(self, texts: Sequence[str], top: int = 1) -> Iterator[list[Labelled]]:
+        """Yield for each text the `top` most probable labels of every task that the model has."""
         for text in texts:
-            yield [self._label(task, model, text) for task, model in self.models.items()]
+            yield [found for task, model in self.models.items() for found in self._label(task, model, text, top)]
 
     @torch.inference_mode()
-    def _label(self, task: str, model: TaskModel, text: str) -> Labelled:
+    def _label(self, task: str, model: TaskModel, text: str, top: int) -> list[Labelled]:
         logits, _ = model(self._task_batch(model, text))
-        probability = logits[0].float().softmax(-1)
-        best = int(probability.argmax())
-        return Labelled(task, model.labels[best], probability[best].item())
+        best = logits[0].float().softmax(-1).topk(min(top, len(model.labels)))
+        return [
+            Labelled(task, model.labels[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
 
     def _task_batch(self, model: TaskModel, text: str) -> dict[str, torch.Tensor]:
         """As in training: a text cut to `max_length`; labels are there because batches have some."""
