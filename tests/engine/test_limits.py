@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import runs
 import tables
 import tiny
 import torch
+from flwr.app import Message
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import consilium.engine.flower as flower
@@ -29,6 +31,7 @@ from consilium.algorithms.pfedmoe import pFedMoE
 from consilium.core import Algorithm, Payload, Sampling, Work
 from consilium.data.language import LanguageData
 from consilium.engine.flower.limits import ELSEWHERE, check_texts, costs_of, prune_runs
+from consilium.engine.flower.records import PROTOCOL, to_record
 from consilium.errors import BudgetError, ConfigError, PayloadError, RoundError
 from consilium.experiment import Experiment, Wire, from_json, to_json
 from consilium.moe.lora import Lora
@@ -66,10 +69,6 @@ def refused(made, grid, tmp_path, name="north") -> str:
     with pytest.raises(RoundError) as told:
         serve(made, tmp_path / "run", grid, [name], 1.0)
     return str(told.value)
-
-
-def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
@@ -265,12 +264,17 @@ def test_every_setting_that_reaches_a_site_is_known_to_it(method, tmp_path):
 
 @pytest.mark.parametrize("deadline", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_deadline_of_a_message_that_is_none(deadline, tmp_path):
+    """With one that is no number a site would work for ever."""
     made = small(tmp_path, FedProto())
-    object.__setattr__(made.wire, "deadline", deadline)
-    grid = site(tmp_path, dataclasses.replace(made, wire=Wire()))
-    told = RoundError if deadline != deadline or deadline > 0 else (RoundError, ConfigError)
-    with pytest.raises(told):
-        serve(made, tmp_path / "run", grid, ["north"], 1.0)
+    grid = site(tmp_path, made)
+    told = {
+        "protocol": PROTOCOL, "experiment": json.dumps(to_json(made)), "heads": "{}", "run": "r1", "model": "",
+        "client": "north", "round": 1, "version": 0, "seed": 0, "cap": "1GB", "reply": "exact", "zstd": False,
+        "deadline": deadline, "base": "", "hold": False,
+    }  # fmt: skip
+    (sent,) = grid.push_messages([Message(to_record(Payload(), told), dst_node_id=100, message_type="train")])
+    (reply,) = grid.pull_messages([sent])
+    assert re.search("deadline .*; it must be a number of seconds", reply.content["failed"]["reason"])
 
 
 @pytest.mark.parametrize(
