@@ -227,7 +227,7 @@ def measure_scales(
     with Tap(model) as tap:
         for batch in batches:
             with tap.batch(batch):
-                _run(model, batch)
+                model(batch)
             for block, p_TE in tap.gates().items():
                 p_TE = p_TE.clamp_min(1e-30)  # of n experts that a token all but excludes, the shares count
                 whole[block] += float(p_TE.topk(k, dim=-1).values.sum())
@@ -241,14 +241,6 @@ def measure_scales(
         block: [round(whole[block] / kept[block, n], 4) for n in range(1, total)] + [1.0]
         for block, total in counts.items()
     }
-
-
-def _run(model: TaskModel, batch: Batch) -> None:
-    """Run a model that has a head or writes text, or a backbone without either."""
-    if model.head is not None or model.backbone.can_generate():
-        model(batch)
-    else:
-        model.backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
 
 
 def _choices(total: int, n: int, draws: int, rng: torch.Generator) -> list[Tensor]:

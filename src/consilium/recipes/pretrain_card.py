@@ -74,10 +74,17 @@ def usage(path: Path, docs: Sequence[Doc]) -> dict[str, Tensor]:
 def gates(path: Path, docs: Sequence[Doc]) -> dict[str, list[float]]:
     """The constants c(1) .. c(E) of every block that keep a slice's gates on scale, see `moe.gates`."""
     source = ModelSource(str(path))
-    tokenizer, model = source.tokenizer(), source.build(source.load(), "", ())
+    head = {"head.none.none.weight": torch.zeros(source.config.hidden_size), "head.none.none.bias": torch.zeros(())}
+    tokenizer, model = source.tokenizer(), source.build(source.load() | head, "none", ("none",))
     order = sorted(docs, key=lambda doc: len(doc.text))
     parts = [[doc.text for doc in order[i : i + 64]] for i in range(0, len(order), 64)]
-    batches = (dict(tokenizer(texts, padding=True, truncation=True, return_tensors="pt")) for texts in parts)
+    batches = (
+        {
+            **tokenizer(texts, padding=True, truncation=True, return_tensors="pt"),
+            "labels": torch.zeros(len(texts)).long(),
+        }
+        for texts in parts
+    )
     return measure_scales(model, batches)
 
 
