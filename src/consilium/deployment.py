@@ -169,7 +169,14 @@ def _serve(grid: Any, config: Mapping[str, Any]) -> None:
         try:
             experiment, sites = from_json(json.loads(config["experiment"])), config["sites"].split(",")
             keys = owners(Path(config["keys"]), sites) if config["keys"] else {}
-            serve(experiment, folder, grid, sites, float(config["wait"]), watch, keys)
+            here: list[str] = []
+
+            def came(site: str) -> None:
+                here.append(site)
+                told = f"{site} has come, {len(here)} of {len(sites)}"
+                out.print(told, markup=False, highlight=False, soft_wrap=True)
+
+            serve(experiment, folder, grid, sites, float(config["wait"]), watch, keys, came)
         except Exception as error:
             write_atomic(_home(folder) / STOPPED, repr(error).encode())
             if isinstance(error, ConsiliumError):

@@ -171,12 +171,14 @@ def serve(
     wait: float,
     watch: Watch | None = None,
     keys: Mapping[bytes, str] | None = None,
+    came: Callable[[ClientId], None] | None = None,
 ) -> dict[str, Any]:
     """Run an experiment over a deployment's Grid, or go on with it where `folder` holds its run.
 
     Args:
         grid: Flower's. sites: the clients' names; all must be connected within `wait` seconds to begin or go on.
         keys: whose a public key is (`certificates.owners`); a site whose key is another's is refused. None: no keys.
+        came: called with the name of each site when it has connected.
 
     Raises:
         ConfigError: if the folder holds another experiment.
@@ -186,11 +188,11 @@ def serve(
 
     roster = Roster(grid, poll=1.0, keys=keys or {})
     if not (folder / "config.json").exists():
-        prepared = _Prepared.across(experiment, roster, sites, wait, uuid.uuid4().hex)
+        prepared = _Prepared.across(experiment, roster, sites, wait, uuid.uuid4().hex, came)
         return _new(prepared, folder, watch)
     check_same(folder, experiment)
     token = str(_read_json(folder / "partition.json").get("run"))
-    return _continue(folder, watch, lambda _: _Prepared.across(experiment, roster, sites, wait, token), GRACE)
+    return _continue(folder, watch, lambda _: _Prepared.across(experiment, roster, sites, wait, token, came), GRACE)
 
 
 def _new(prepared: "_Prepared", folder: Path, watch: Watch | None) -> dict[str, Any]:
@@ -356,14 +358,22 @@ class _Prepared:
         return cls._built(experiment, infos, labels, partition, metrics, federation=federation)
 
     @classmethod
-    def across(cls, experiment: Experiment, roster: Any, sites: Sequence[str], wait: float, token: str) -> "_Prepared":
+    def across(
+        cls,
+        experiment: Experiment,
+        roster: Any,
+        sites: Sequence[str],
+        wait: float,
+        token: str,
+        came: Callable[[ClientId], None] | None = None,
+    ) -> "_Prepared":
         """Of what the sites tell; their data stays where it is. `token`: names the run to the sites' states."""
         from consilium.engine.flower import PROTOCOL, describe, one_cohort
 
         torch.set_num_threads(experiment.threads)
         told = {"experiment": json.dumps(to_json(experiment)), "heads": "{}", "run": token}
         told |= {"model": experiment.model.fingerprint, "protocol": PROTOCOL}
-        found = describe(roster, sites, told, wait)
+        found = describe(roster, sites, told, wait, came)
         infos = tuple(
             ClientInfo(site, int(d["sizes"][0]), str(d["task"]), int(d["memory_bytes"]) or None, str(d["architecture"]))
             for site, d in found.items()

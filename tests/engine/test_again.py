@@ -79,3 +79,27 @@ def test_the_watching_process_is_small():
     code = "import consilium.engine.again, sys; print('torch' in sys.modules, 'flwr' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["False", "False"]
     assert again.command(["x", "y"])[1:] == ["-m", "consilium.engine.again", "x", "y"]
+
+
+def test_ctrl_c_between_two_starts_is_no_traceback(tmp_path):
+    """While it waits to start the program again, and while the program runs."""
+    (tmp_path / "program.py").write_text("import sys, time\ntime.sleep(float(sys.argv[1]))\nsys.exit(3)")
+    for seconds, says in (("0", b"it is started again"), ("600", b"")):
+        command = again.command([str(tmp_path / "program.py"), seconds])
+        heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heeded, start_new_session=True
+        )
+        try:
+            if says:
+                assert says in process.stdout.readline()
+            else:
+                until = time.monotonic() + 30
+                while len(psutil.Process(process.pid).children()) < 1 and time.monotonic() < until:
+                    time.sleep(0.1)
+                time.sleep(3)
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+            _, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()
+        assert b"Traceback" not in errors and process.returncode == 130

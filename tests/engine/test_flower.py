@@ -691,7 +691,9 @@ def test_sites_with_their_own_data_give_the_bits_of_one_machine(method, data, si
     memory = runs.memory(2, 8, 8)
     made = runs.experiment(data, method, model=model, memory=memory, rounds=2)
     run(made, tmp_path / "local")
-    serve(made, tmp_path / "run", sites, NAMES, 1.0)
+    came = []
+    serve(made, tmp_path / "run", sites, NAMES, 1.0, came=came.append)
+    assert sorted(came) == sorted(NAMES)
     local, over = runs.outcome(tmp_path / "local"), runs.outcome(tmp_path / "run")
     assert over["summary"]["weights"] == local["summary"]["weights"]
     assert over["structure"] == local["structure"] and over["summary"]["tasks"] == local["summary"]["tasks"]

@@ -5,6 +5,7 @@ and works no more, but its process stays, for a thread of it does. Here it ends 
 The process that watches imports nothing large.
 """
 
+import contextlib
 import functools
 import os
 import runpy
@@ -12,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 from consilium.engine.interrupt import end_with_parent
@@ -41,6 +42,8 @@ def _once(program: list[str]) -> None:
         runpy.run_path(program[0], run_name="__main__")
     except SystemExit as end:
         code = end.code
+    except KeyboardInterrupt:
+        code = 130
     sys.stdout.flush()
     os._exit(LOST if code is None else code if isinstance(code, int) else 1)
 
@@ -55,6 +58,13 @@ def _again(program: list[str]) -> int:
 
     signal.signal(signal.SIGTERM, strike)
     parent = functools.partial(end_with_parent, signal.SIGTERM)
+    with contextlib.suppress(KeyboardInterrupt):  # between two starts
+        return _started(program, parent, left)
+    return 130
+
+
+def _started(program: list[str], parent: Callable[[], None], left: int) -> int:
+    """Start it, as often as it may fail; returns its last exit code."""
     while True:
         process = subprocess.Popen(command(["--once", *program]), preexec_fn=parent)
         try:

@@ -120,7 +120,11 @@ def server_app(serve: Callable[[Grid, dict[str, Any]], None]) -> ServerApp:
 
 
 def describe(
-    roster: Roster, sites: Sequence[ClientId], told: dict[str, Any], seconds: float
+    roster: Roster,
+    sites: Sequence[ClientId],
+    told: dict[str, Any],
+    seconds: float,
+    came: Callable[[ClientId], None] | None = None,
 ) -> dict[ClientId, dict[str, Any]]:
     """Wait until all sites are connected, and ask them for what the server may know: see `client.describe`.
 
@@ -141,6 +145,8 @@ def describe(
             name = str(described["name"])
             if roster.enter(node, strangers[node], name) and name in sites:
                 found[name] = described
+                if came is not None:
+                    came(name)
         absent = {site: roster.refused.get(site, "") for site in sites if site not in found}
         if not absent:
             roster.nodes()  # no two of one name
