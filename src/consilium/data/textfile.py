@@ -20,6 +20,7 @@ from typing import Any, Literal
 from consilium.data.sets import digest, is_directory, is_hub_name, located, rows_of
 from consilium.data.task import ClientData, Federation, Form, Metric, Split, Task
 from consilium.errors import ConfigError, DataError, first_line
+from consilium.pointers import refuse_pointer
 
 __all__ = ["TextFileData", "by_client", "cut", "read_columns", "read_rows", "strings"]
 
@@ -233,6 +234,7 @@ def read_rows(path: Path, wanted: Sequence[str]) -> Any:
     elif path.suffix.lower() not in _READERS:
         raise DataError(f"{path.name} ends in {path.suffix!r}; readable are {', '.join(_READERS)}")
     else:
+        refuse_pointer(path, DataError)
         rows = _open(path)
     for column in wanted:
         if column not in rows.column_names:
