@@ -118,6 +118,7 @@ def test_small_models_of_three_sites_and_one_that_lies(tmp_path):
     made = tables.experiment(tables.written(tmp_path))
     (tmp_path / "experiment.json").write_text(json.dumps(to_json(made)))
     certificates(tmp_path / "keys", [], tables.NAMES)
+    (tmp_path / "keys/west/key.pub").unlink()  # by which the liar's own client would refuse it
 
     def own(site):
         return ["experiment.json", "--data.path", f"{site}/ill.csv", "--model.architectures", tables.CHOSEN[site]]
