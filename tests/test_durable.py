@@ -70,7 +70,7 @@ def test_another_model_under_the_same_path_is_refused(short, copy, tmp_path):
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     edit(copy, lambda experiment: experiment["model"].update(path=str(model)))
-    with pytest.raises(CheckpointError, match=r"the model has changed since the run began \(sha256:\w{12}, was sha"):
+    with pytest.raises(CheckpointError, match=r"the model has changed since the run began \(files:\w{13}, was files"):
         resume(copy)
 
 

@@ -12,7 +12,8 @@ import consilium
 SRC = Path(consilium.__file__).parent
 FLOORS = {
     "work": 0,
-    "addresses": 0, "errors": 0, "escape": 0, "machine": 0, "params": 0, "core": 0, "blocked": 0, "masters": 0,
+    "addresses": 0, "errors": 0, "escape": 0, "inside": 0, "machine": 0, "params": 0, "core": 0, "blocked": 0,
+    "masters": 0,
     "pointers": 0, "products": 0,
     "moe": 1, "models": 1, "data": 1, "privacy": 1,
     "setup": 2,

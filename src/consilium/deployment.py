@@ -38,6 +38,7 @@ from consilium.engine.interrupt import end_with_parent
 from consilium.errors import ConfigError, ConsiliumError, RoundError, first_line
 from consilium.escape import one_line
 from consilium.experiment import Experiment, from_json, to_json
+from consilium.inside import open_here
 from consilium.run import check_same, read_config, serve
 
 __all__ = ["Limits", "child", "client", "flower_environment", "in_time", "listening", "program", "server", "server_app"]
@@ -362,7 +363,7 @@ def flower_environment(home: Path) -> dict[str, str]:
 @contextlib.contextmanager
 def child(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen]:
     """One of Flower's programs with its output in a file; on leaving, it is asked to end, then killed."""
-    with log.open("ab") as file:
+    with open_here(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, "ab") as file:
         process = subprocess.Popen(
             [program(command[0]), *command[1:]],
             env=environment, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, preexec_fn=WITH_PARENT,

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import importlib.util
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -51,6 +52,7 @@ from consilium.engine.structure import StructureLog, convert, fold
 from consilium.engine.workers import forked
 from consilium.errors import BudgetError, CheckpointError, ConfigError, DataError, RoundError, first_line
 from consilium.experiment import Experiment, differences, from_json, to_json
+from consilium.inside import open_here, refuse_links
 from consilium.machine import free_memory
 from consilium.models.cohort import Cohort
 from consilium.moe.budget import bytes_of, human
@@ -95,8 +97,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a run directory.
 
     Raises:
-        CheckpointError: if the folder is not a run.
+        CheckpointError: if the folder is not a run, or holds a link.
     """
+    refuse_links(folder)
     inside = sorted(str(path.parent) for path in folder.glob("*/config.json"))
     if inside and not (folder / "config.json").exists():
         raise CheckpointError(f"{folder} is a comparison; name one of its runs: {', '.join(inside)}")
@@ -197,6 +200,8 @@ def serve(
 
 def _new(prepared: "_Prepared", folder: Path, watch: Watch | None) -> dict[str, Any]:
     _check_room(folder, prepared)
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    before = set(folder.iterdir()) if not missing else set()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -204,8 +209,24 @@ def _new(prepared: "_Prepared", folder: Path, watch: Watch | None) -> dict[str, 
     with _locked(folder):
         _refuse_run(folder)  # another process may have been quicker
         remove_unfinished(folder)
-        _write_json(folder / "partition.json", prepared.partition)
-        return _rounds(prepared, folder, watch)
+        try:
+            _write_json(folder / "partition.json", prepared.partition)
+            return _rounds(prepared, folder, watch)
+        except (CheckpointError, RoundError):
+            raise
+        except Exception:
+            if not any((folder / name).exists() for name in ("metrics.jsonl", "privacy.jsonl", "checkpoints")):
+                _remove(folder, before, missing)
+            raise
+
+
+def _remove(folder: Path, before: set[Path], made: Sequence[Path]) -> None:
+    """Remove what a run that never began has left: all but what was there before, and the folders that it made."""
+    for path in set(folder.iterdir()) - before:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    for path in made:
+        with suppress(OSError):  # something else is in it
+            path.rmdir()
 
 
 def _continue(
@@ -257,10 +278,16 @@ def _check_unchanged(begun: Mapping[str, Any], prepared: "_Prepared") -> None:
             f"the data has changed since the run began (fingerprint {data[:12]}, was {begun['data'][:12]}), and "
             "partition.json with it; start a new run"
         )
+    if begun["model"].startswith("sha256:"):
+        raise CheckpointError(
+            f"the run was begun by an earlier version ({begun['versions'].get('consilium')}), whose fingerprint of the "
+            "model left out files such as the chat template: it cannot be compared; resume it with that version, or "
+            "start a new run"
+        )
     if begun["model"] != (model := prepared.experiment.model.fingerprint):
         raise CheckpointError(
             f"the model has changed since the run began ({model[:19]}, was {begun['model'][:19]}): other "
-            "weights, configuration or tokenizer; start a new run"
+            "weights, configuration, tokenizer or template; start a new run"
         )
     now = _versions()
     other = {name: version for name, version in begun["versions"].items() if now.get(name) != version}
@@ -793,9 +820,8 @@ def _locked(folder: Path, grace: float = 0.0) -> Iterator[None]:
         CheckpointError: if there is another after so many seconds of grace, or if a part of the directory is a link:
             what is written and removed there would be so elsewhere.
     """
-    if link := next((path for path in folder.rglob("*") if path.is_symlink()), None):
-        raise CheckpointError(f"{link} is a symbolic link, which a run directory must not hold; link to all of it")
-    with (folder / ".lock").open("a") as file:
+    refuse_links(folder)
+    with open_here(folder / ".lock", os.O_WRONLY | os.O_CREAT, "wb") as file:
         end = time.monotonic() + grace
         while True:
             try:

@@ -28,7 +28,9 @@ from typing import Any, Protocol
 from consilium.data.task import Federation
 from consilium.engine.checkpoint import write_atomic
 from consilium.errors import ConfigError
+from consilium.escape import one_line
 from consilium.experiment import Experiment, flat_fields, to_json
+from consilium.inside import refuse_links
 from consilium.run import records
 from consilium.setup import Setup
 
@@ -57,7 +59,7 @@ def measures(record: Mapping[str, Any], spent: int) -> dict[str, float]:
     found |= {"bytes/down": record["bytes_down"], "bytes/up": record["bytes_up"], "bytes/total": spent}
     found |= {f"seconds/{part}": seconds for part, seconds in record["seconds"].items()}
     found["memory/process"] = record["peak_rss_bytes"]
-    return {name: float(value) for name, value in found.items() if value is not None}
+    return {one_line(name, 200): float(value) for name, value in found.items() if value is not None}
 
 
 class Tracker(Protocol):
@@ -195,10 +197,14 @@ class Tracking:
     """
 
     def __init__(self, folder: Path, names: Sequence[str] = ()) -> None:
+        refuse_links(folder)
         self.folder, self.trackers, self.finished = folder, {}, False
         saved = folder / FILE
-        self.state = json.loads(saved.read_text()) if saved.is_file() else {}
-        self.names = named(",".join(dict.fromkeys([*self.state, *names])))
+        try:
+            self.state = json.loads(saved.read_text()) if saved.is_file() else {}
+            self.names = named(",".join(dict.fromkeys([*self.state, *names])))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ConfigError(f"{saved} cannot be read ({type(error).__name__}); remove it to track anew") from error
         self.trackers: dict[str, Tracker] = {}
         self.spent = 0
 

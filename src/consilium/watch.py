@@ -22,6 +22,7 @@ from consilium.engine.checkpoint import write_atomic
 from consilium.errors import ConfigError, ConsiliumError
 from consilium.escape import one_line, terminal
 from consilium.experiment import Experiment, from_json, to_json
+from consilium.inside import open_here, refuse_links
 from consilium.machine import cores, free_memory
 from consilium.moe.budget import MemoryModel, bytes_of, human
 from consilium.moe.build import ModelSource
@@ -311,6 +312,7 @@ class Comparison:
                 raise ConfigError(f"{folder.name} cannot run: {error}") from error
 
     def _start(self, folder: Path) -> subprocess.Popen:
+        refuse_links(folder)
         if (folder / "config.json").exists():
             command = ["resume", str(folder)]
         else:
@@ -319,7 +321,7 @@ class Comparison:
             command = ["run", str(folder / "experiment.json"), "--out", str(folder.parent)]
         each = cores() // self.jobs  # a run of small models takes as many workers
         threads = {"OMP_NUM_THREADS": str(max(self.planned[folder].threads, each))}
-        with (folder / "log.txt").open("ab") as log:
+        with open_here(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, "ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "consilium", *command, *self.flags],
                 stdin=subprocess.DEVNULL,

@@ -25,13 +25,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from consilium.data.encode import Encoded, pad, shuffled
 from consilium.data.task import Split
-from consilium.errors import ConfigError, DataError
+from consilium.errors import ConfigError, DataError, first_line
+from consilium.escape import one_line
 
 __all__ = ["Packed", "Rows", "check_rows", "encode_language", "rendered"]
 
@@ -97,9 +97,11 @@ def rendered(
     try:
         prompt = tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template([*conversation, {"role": "assistant", "content": answer}], tokenize=False)
-    except (TemplateError, TypeError, KeyError) as error:
+    except Exception as error:  # a template is a program, and may raise anything
         roles = ", ".join(turn["role"] for turn in conversation)
-        raise DataError(f"the tokenizer's chat template refuses a conversation of {roles}: {error}") from error
+        raise DataError(
+            f"the tokenizer's chat template refuses a conversation of {roles}: {one_line(first_line(error), 300)}"
+        ) from error
     return prompt, whole.removeprefix(prompt) if whole.startswith(prompt) else answer
 
 

@@ -15,6 +15,7 @@ splits only if all of them are called so: a class may be called train. Python pi
 whatever it says.
 """
 
+import math
 import os
 import re
 import zipfile
@@ -31,6 +32,7 @@ from consilium.data.columns import part_of, read_parquet, read_set
 from consilium.data.pixels import ENDINGS, Images, Pages, finite, labelled, resized, scaled, stack
 from consilium.data.sets import digest, is_directory, is_hub_name, is_litter
 from consilium.errors import ConfigError, DataError, first_line
+from consilium.machine import free_memory
 from consilium.pointers import refuse_pointer, refuse_pointers
 
 __all__ = ["AXES", "Axes", "kind_of", "read_images"]
@@ -240,6 +242,8 @@ def _digits(size: int) -> Images:
 
 
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+UNFOLDED = 200
+"""Times its size to which an .npz file may unpack."""
 
 
 def _npz(path: Path, size: int, axes: Axes) -> Images:
@@ -269,9 +273,38 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             if missing := [name for name in _ARRAYS if name not in file.files]:
                 raise DataError(f"{path.name} has no {', '.join(missing)}; it has {', '.join(file.files)}")
-            return {name: file[name] for name in (*_ARRAYS, "label_names") if name in file.files}
+            names = [name for name in (*_ARRAYS, "label_names") if name in file.files]
+            _check_size(path, file, names)
+            return {name: file[name] for name in names}
     except (OSError, ValueError, EOFError, TypeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} cannot be read as .npz: {first_line(error)}") from error
+
+
+def _check_size(path: Path, file: Any, names: Sequence[str]) -> None:
+    """Raise DataError if the arrays of an .npz file are not as large as they announce, or unpack to too much.
+
+    They may unpack to `UNFOLDED` times the file's size, or to 64 MB, and to half of the memory that is free.
+    """
+    total = 0
+    for name in names:
+        entry = file.zip.getinfo(f"{name}.npy")
+        with file.zip.open(entry) as opened:
+            version = np.lib.format.read_magic(opened)
+            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = header(opened)
+            announced = opened.tell() + math.prod(shape) * dtype.itemsize
+        if announced != entry.file_size and not dtype.hasobject:  # which numpy refuses
+            raise DataError(
+                f"{path.name}: {name} announces {announced:,} bytes, {shape} of {dtype}, and has {entry.file_size:,}"
+            )
+        total += announced
+    packed, free = path.stat().st_size, free_memory()
+    if total > max(UNFOLDED * packed, 64_000_000):
+        raise DataError(
+            f"{path.name} has {packed:,} bytes and unpacks to {total:,}; at most {UNFOLDED} times as much is unpacked"
+        )
+    if total > free // 2:
+        raise DataError(f"{path.name} unpacks to {total:,} bytes; {free:,} are free, of which half may be used")
 
 
 def _class_of(name: str, array: str, y: np.ndarray) -> np.ndarray:

@@ -1,12 +1,14 @@
 """Data sets of the library `datasets`: directories that `save_to_disk` wrote, owner/name on the hub or in its cache."""
 
 import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 from consilium.data.pixels import ENDINGS
 from consilium.errors import DataError, first_line
+from consilium.inside import refuse_name_outside, refuse_outside
 
 __all__ = ["digest", "is_directory", "is_hub_name", "is_litter", "located", "open_set", "rows_of"]
 
@@ -53,6 +55,7 @@ def open_set(path: Path) -> Any:
     from datasets.exceptions import DatasetGenerationError
 
     if is_directory(path):
+        _check_directory(path)
         try:
             return load_from_disk(str(path))
         except (OSError, ValueError, KeyError) as error:
@@ -63,6 +66,20 @@ def open_set(path: Path) -> Any:
         raise DataError(
             f"{path} is neither a file or directory here nor a data set on the hub: {first_line(error)}"
         ) from error
+
+
+def _check_directory(path: Path) -> None:
+    """Raise DataError if a directory of `datasets` names files, or holds links, that lead out of it."""
+    refuse_outside(path, DataError)
+    for file in [*path.rglob("dataset_dict.json"), *path.rglob("state.json")]:
+        try:
+            told = json.loads(file.read_text())
+            names = told.get("splits", []) + [entry["filename"] for entry in told.get("_data_files", [])]
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            why = f"{file.relative_to(path)} {type(error).__name__}"
+            raise DataError(f"{path} cannot be read as a datasets directory: {why}") from error
+        for name in names:
+            refuse_name_outside(name, file, DataError)
 
 
 def rows_of(path: Path) -> Any:

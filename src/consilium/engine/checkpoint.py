@@ -28,6 +28,7 @@ import xxhash
 from consilium.core import ClientId, ClientState, Payload
 from consilium.engine.codec import Buffer, decode, parts
 from consilium.errors import CheckpointError, PayloadError
+from consilium.inside import open_here
 
 __all__ = [
     "Checkpoint",
@@ -68,14 +69,16 @@ def write_atomic(path: Path, *parts: Buffer) -> None:
     Raises:
         CheckpointError: if it cannot be written; what it held before is untouched.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # of a process that was killed, or a link: removed, never followed
     try:
         made = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with open_here(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, "wb") as file:
             for part in parts:
-                file.write(part)
-            file.flush()
+                left = memoryview(part)
+                while left:
+                    left = left[file.write(left) :]
             os.fsync(file.fileno())
         temporary.replace(path)
         for folder in (path.parent, *(folder.parent for folder in made)):  # a new folder's name is in the one above
@@ -96,7 +99,7 @@ def append_json(path: Path, record: Mapping[str, object]) -> None:
     """
     line = (json.dumps(record, allow_nan=False) + "\n").encode()
     try:
-        with path.open("ab", buffering=0) as file:
+        with open_here(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, "ab") as file:
             size, left = file.tell(), memoryview(line)
             try:
                 while left:

@@ -15,6 +15,7 @@ from consilium.engine.checkpoint import ClientStore, load_checkpoint
 from consilium.engine.codec import decode
 from consilium.errors import CheckpointError, ConfigError, PayloadError
 from consilium.experiment import Experiment, from_json
+from consilium.inside import refuse_links
 from consilium.models.cohort import Cohort
 from consilium.moe.gates import Gates, absent_rows, gates_from_scalars
 from consilium.params import Params
@@ -162,7 +163,9 @@ def delivered(folder: Path) -> tuple[dict[str, Any], ClientData, Payload, dict[s
         ConfigError: if the server has not yet had the site's model scored.
     """
     from consilium.engine.flower import DELIVERED, read_site
+    from consilium.engine.flower.site import FLOWERS
 
+    refuse_links(folder, FLOWERS)
     given, data = read_site(folder / "site.json")
     try:
         payload = decode((folder / DELIVERED).read_bytes())

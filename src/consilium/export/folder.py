@@ -13,6 +13,7 @@ README.md                         the card
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,18 +66,29 @@ def new_folder(out: Path, keep: bool = True) -> Iterator[Path]:
     try:
         yield made
         if keep:
-            made.chmod(0o755)
+            _share(made)
             made.replace(out.absolute())
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
 
+def _share(folder: Path) -> None:
+    """Give a folder and its files the permissions that the umask leaves; those of a temporary folder, and of what
+    safetensors writes, are narrower."""
+    os.umask(mask := os.umask(0o077))
+    folder.chmod(0o777 & ~mask)
+    for path in folder.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
 def use_of(folder: Path) -> dict[str, Any]:
     """What consilium.json of an exported folder says. Raises ConfigError for another folder."""
     try:
-        return json.loads((folder / USE).read_text())
-    except (OSError, ValueError) as error:
+        use = json.loads((folder / USE).read_text())
+        use["format"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError(f"{folder} is not what `consilium export` makes: {USE} {type(error).__name__}") from error
+    return use
 
 
 def write(out: Path, deployed: Deployed, format: Format) -> list[str]:

@@ -6,6 +6,7 @@ No remote code is ever run and nothing but safetensors is ever read.
 import copy
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -34,6 +35,12 @@ from consilium.products import quicken
 __all__ = ["ModelSource", "shipped"]
 
 _SHIPPED = Path(__file__).parents[1] / "models"
+_UNREAD = re.compile(
+    r"(?:^|/)(?:\.|(?:readme|licen[cs]e|notice|copying|changelog|citation)[^/]*$)|\.(?:md|rst|pdf|png|jpe?g|gif|svg|webp)$",
+    re.IGNORECASE,
+)
+"""Files of a model's directory that change nothing: hidden ones, texts for people, pictures. All others are in its
+fingerprint, whatever their names: templates, merges, special tokens, generation settings, indices of shards."""
 _TOKENIZER_FILES = tuple(
     ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"]
 )
@@ -83,7 +90,7 @@ class ModelSource:
         """The directory, or the hub name as it is.
 
         Raises:
-            ModelError: if `path` looks like a directory and none is there.
+            ModelError: if `path` looks like a directory and none is there, or if the directory leads out of itself.
         """
         if self.path in shipped():
             return str(shipped()[self.path])
@@ -207,19 +214,19 @@ class ModelSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What tells this model from another: "sha256:..." over configuration, weights and tokenizer of a directory,
-        all of which is read; "hub:name@commit" of a name on the hub.
-        """
+        """What tells this model from another: "files:..." over the names and contents of a directory's files, but for
+        those that no program reads (`_UNREAD`); "hub:name@commit" of a name on the hub."""
         folder = Path(self.location)
         if not folder.is_dir():
             return f"hub:{self.location}@{getattr(self.config, '_commit_hash', None) or self.revision}"
-        names = {"config.json", *_TOKENIZER_FILES}
         digest = hashlib.sha256()
-        for path in sorted(folder.iterdir()):
-            if path.name in names or path.suffix == ".safetensors":
+        names = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        for name, path in sorted(names.items()):
+            if not _UNREAD.search(name):
                 with path.open("rb") as file:
-                    digest.update(f"{path.name}|{hashlib.file_digest(file, 'sha256').hexdigest()}|".encode())
-        return f"sha256:{digest.hexdigest()}"
+                    content = hashlib.file_digest(file, "sha256").hexdigest()
+                digest.update(name.encode("utf-8", "surrogateescape") + f"\0{content}\0".encode())
+        return f"files:{digest.hexdigest()}"
 
     def skeleton(self, task: str, labels: tuple[str, ...]) -> TaskModel:
         """The full model on the meta device: shapes and names, no memory."""

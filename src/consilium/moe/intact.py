@@ -1,10 +1,11 @@
-"""Checks that a model's folder is whole before anything of it is used: pointers, missing shards, files cut off."""
+"""Checks of a model's folder before it is used: what leads out of it, pointers, missing shards, files cut off."""
 
 import json
 import struct
 from pathlib import Path
 
 from consilium.errors import ModelError
+from consilium.inside import refuse_outside, shards_of
 from consilium.pointers import refuse_pointers
 
 __all__ = ["check_folder"]
@@ -18,23 +19,23 @@ def check_folder(folder: Path) -> None:
     """Look at the files of a model without reading its weights.
 
     Raises:
-        ModelError: for a file that is a pointer of Git LFS, a shard that is missing, or a file that is cut off.
+        ModelError: for a link, an index of shards or an adapter that leads out of the folder, a file that is a pointer
+            of Git LFS, a shard that is missing, or a file that is cut off.
     """
     refuse_pointers(folder, ModelError)
-    index = folder / _INDEX
-    if index.is_file() and not (folder / "model.safetensors").exists():
-        _check_shards(index)
+    refuse_outside(folder, ModelError)
+    if (folder / "adapter_config.json").exists():  # transformers would load the base that it names, wherever that lies
+        raise ModelError(f"{folder} holds adapters (adapter_config.json) for another model: merge them first")
+    for index in folder.glob("*.index.json"):
+        shards = shards_of(index, ModelError)
+        if index.name == _INDEX and not (folder / "model.safetensors").exists():
+            _check_shards(index, shards)
     for path in sorted(folder.glob("*.safetensors")):
         _check_size(path)
 
 
-def _check_shards(index: Path) -> None:
-    try:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        missing = [shard for shard in shards if not (index.parent / shard).is_file()]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{index} is no index of safetensors ({type(error).__name__}): get it again") from error
-    if missing:
+def _check_shards(index: Path, shards: list[str]) -> None:
+    if missing := [shard for shard in shards if not (index.parent / shard).is_file()]:
         raise ModelError(
             f"{index.parent / missing[0]} is missing: {index.name} names {len(shards)} shards, of which {len(missing)} "
             "are not there; get them again"

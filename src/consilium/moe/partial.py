@@ -7,6 +7,7 @@ are counted anew, and it loads them into a model that has been sliced before.
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from consilium.core import ExpertSet
 from consilium.errors import ModelError
+from consilium.inside import shards_of
 from consilium.moe.addressing import expert_of, router_row_of, table
 from consilium.moe.families import Family
 from consilium.moe.model import TaskModel
@@ -88,7 +90,8 @@ def _files(location: str, revision: str | None) -> Iterator[str]:
     for name in _NAMES:
         found = cached_file(location, name, revision=revision, _raise_exceptions_for_missing_entries=False)
         if found:
-            shards = name.endswith(".json")
+            if shards := name.endswith(".json"):
+                shards_of(Path(found), ModelError)
             yield from get_checkpoint_shard_files(location, found, revision=revision)[0] if shards else [found]
             return
     raise ModelError(f"model {location!r} has no {' or '.join(_NAMES)}; weights are read from safetensors only")

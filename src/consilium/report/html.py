@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from consilium.errors import ConfigError
+from consilium.engine.checkpoint import write_atomic
+from consilium.errors import CheckpointError, ConfigError
 from consilium.escape import html
 from consilium.report.export import table_files, to_csv, to_latex
 from consilium.report.methods import Method, Spread, first_runs, has_seeds, methods
@@ -56,13 +57,11 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
         csv, latex = table_files(out)
         made |= {csv: to_csv(found), latex: to_latex(found)}
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         for path, content in made.items():
-            part = path.with_name(path.name + ".part")
-            part.write_text(content, encoding="utf-8")
-            part.replace(path)  # a reader who has the old page open never sees half a new one
-    except OSError as error:
-        raise ConfigError(f"the report cannot be written to {out} ({error.strerror}); choose another place") from None
+            write_atomic(path, content.encode("utf-8", "replace"))  # nobody ever sees half a page
+    except CheckpointError as error:
+        why = getattr(error.__cause__, "strerror", None) or error
+        raise ConfigError(f"the report cannot be written to {out} ({why}); choose another place") from None
     return out
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from consilium.engine.structure import NAME, OLD, fold
 from consilium.errors import ConfigError, first_line
 from consilium.escape import one_line, terminal
+from consilium.inside import refuse_links
 
 __all__ = ["ClientRecord", "RunRecord", "label_runs", "read_run", "read_runs"]
 
@@ -30,7 +31,7 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "config.json": {"experiment": {"algorithm": {"type": str}}, "versions": {}, "status": str, "git": str},
     "partition.json": {"clients": {"*": {"task": str, "sizes": {}, "label_counts": {}}}, "skipped": {}},
     "summary.json": {"tasks": {"*": {"metric": str}}, "clients": {"*": {}}, "seconds": {}, "experts": {}},
-    "metrics.jsonl": {"stage": str, "clients": {"*": {"seconds": {}, "report": {}}}}
+    "metrics.jsonl": {"round": int, "stage": str, "clients": {"*": {"seconds": {}, "report": {}}}}
     | {key: {} for key in ("unable", "test", "scores", "seconds", "server")},
     "events.jsonl": {"event": str, "client": str},
     OLD: {"blocks": {}, "rounds": {"*": _HELD}, "usage": _USAGE, "trained": _USAGE},
@@ -115,9 +116,11 @@ class RunRecord:
 def read_run(path: Path | str) -> RunRecord:
     """Read one run directory.
 
-    Raises ConfigError when `path` is not a run (the message names the runs near by) or when a file is damaged.
+    Raises ConfigError when `path` is not a run (the message names the runs near by) or when a file is damaged, and
+    CheckpointError when it holds a link.
     """
     path = Path(path)
+    refuse_links(path)
     missing = [name for name in ("config.json", "partition.json") if not (path / name).is_file()]
     if missing:
         raise ConfigError(_not_a_run(path, missing))
@@ -216,8 +219,9 @@ def _latest_per_round(lines: list[Json], notes: list[str]) -> tuple[Json, ...]:
     lines = [line for line in lines if not line.get("abandoned")]
     by_round: dict[int, Json] = {}
     for i, line in enumerate(lines):
-        number = line.get("round", i)
-        by_round[number if isinstance(number, int) else i] = line
+        number = line.get("round")
+        number = i if number is None else number
+        by_round[number] = {**line, "round": number}
     if len(by_round) < len(lines):
         notes.append(f"metrics.jsonl tells {len(lines) - len(by_round)} round(s) twice; the later line is used")
     return tuple(by_round[number] for number in sorted(by_round))
@@ -298,7 +302,15 @@ def _checked(value: Any, path: Path, where: str = "") -> dict[str, Any]:
     raise ConfigError(f"{path}: {where}{odd}; restore the file")
 
 
-_KINDS = {dict: "an object", list: "an array", str: "a text", float: "a number", int: "a whole number"}
+_LARGEST = 2**53
+"""Beyond it a float tells no whole numbers apart: nothing that a run writes is so large."""
+_KINDS = {
+    dict: "an object",
+    list: "an array",
+    str: "a text",
+    float: "a number below 2^53",
+    int: "a whole number below 2^53",
+}
 
 
 def _odd(value: Any, shape: Any, name: str) -> str:
@@ -306,7 +318,8 @@ def _odd(value: Any, shape: Any, name: str) -> str:
     if value is None and name:
         return ""
     kind = type(shape) if isinstance(shape, dict | list) else shape
-    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+    fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+    if not fits or (kind in (int, float) and not abs(value) < _LARGEST):
         shown = type(value).__name__ if isinstance(value, dict | list) else one_line(json.dumps(value), 60)
         return f"{one_line(name, 200) or 'it'} is {shown}; it must be {_KINDS[kind]}"
     items = value.items() if isinstance(shape, dict) else [("*", item) for item in value] if kind is list else []

@@ -24,13 +24,17 @@ from consilium.engine.checkpoint import write_atomic
 from consilium.engine.codec import decode, encode
 from consilium.engine.flower.limits import Limits
 from consilium.errors import ConfigError, ConsiliumError, DataError
+from consilium.escape import one_line
 from consilium.experiment import Experiment, to_json
+from consilium.inside import refuse_links
 from consilium.models.cohort import ARCHITECTURES, Cohort
 
 __all__ = ["check_model", "read_site", "relabelled", "save_site"]
 
 ALLOWED = ", ".join(ARCHITECTURES)
 SPLITS = ("train", "validation", "test")
+FLOWERS = ("flower",)
+"""Folders of a site's state that are Flower's own."""
 
 
 def save_site(path: Path, name: str, experiment: Experiment, limits: Limits | None = None) -> None:
@@ -42,8 +46,20 @@ def save_site(path: Path, name: str, experiment: Experiment, limits: Limits | No
 
     Raises:
         DataError: if the data is of several clients and none has the site's name.
-        ConfigError: if a cohort has not one architecture, or one that the data does not fit.
+        CheckpointError: if the folder holds a link.
+        ConfigError: if the folder is the state of another site, or a cohort has not one architecture, or one that the
+            data does not fit.
     """
+    refuse_links(path.parent, FLOWERS)
+    if path.exists():
+        try:
+            former = json.loads(path.read_text())["name"]
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ConfigError(f"{path} cannot be read ({type(error).__name__}); choose another --state") from error
+        if former != name:
+            raise ConfigError(
+                f"{path.parent} is the state of site {one_line(former, 64)}, not {name}; choose another --state"
+            )
     federation = experiment.data.load(experiment.seed)
     if name not in federation.clients and len(federation.clients) != 1:
         raise DataError(
