@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import math
+import re
 
 import pytest
 import runs
@@ -16,11 +17,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from consilium.core import Algorithm, Payload, Sampling, Server
+from consilium.engine.checkpoint import load_checkpoint
 from consilium.engine.judge import BENCH, check_sent, number, tally
 from consilium.engine.rounds import ledger
 from consilium.errors import BudgetError, ConfigError, ConsiliumError, DataError, ModelError, PayloadError, RoundError
 from consilium.escape import one_line
 from consilium.experiment import from_json, to_json
+from consilium.report import write_report
 from consilium.run import FAILED, records, resume, run
 from consilium.watch import Terminal
 
@@ -48,7 +51,8 @@ def faults(monkeypatch):
         if fault == "error":
             raise DataError("row 3\nhas no label")
         reply = real(self, payload, context)
-        return Payload(reply.groups, {**reply.scalars, "train_loss": math.nan}) if fault == "nan" else reply
+        lie = {"nan": {"train_loss": math.nan}, "count": {"num_examples": 0}}.get(fault, {})
+        return Payload(reply.groups, {**reply.scalars, **lie})
 
     monkeypatch.setattr(toy.ToyClient, "train", train)
     monkeypatch.setitem(Algorithm.registry, "Toy", toy.Toy)
@@ -265,7 +269,7 @@ def test_rejected_three_times_in_a_row_is_not_selected_again_also_after_resuming
     assert [line["selected"] for line in told] == [["site-0", "site-1", "site-2"]] * 7 + [["site-0", "site-2"]] * 2
     assert [line["benched"] for line in told] == [[]] * 7 + [["site-1"]] * 2
     benched = [event for event in lines(tmp_path / "run", "events") if event["event"] == "benched"]
-    reason = "train_loss is nan; it must be a finite number"
+    reason = "train_loss is nan; it must be a finite number that a float32 can hold"
     assert benched == [{"round": 7, "client": "site-1", "reason": reason, "event": "benched"}]
     assert f"site-1 benched: {reason}" in console.file.getvalue()
 
@@ -283,11 +287,88 @@ def test_benched_in_a_round_that_is_abandoned(toys, faults, tmp_path):
 
 
 def test_nobody_is_left(toys, faults, tmp_path):
-    faults |= {(site, n): "nan" for site in ("site-0", "site-1", "site-2") for n in (1, 2, 3)}
+    faults |= {(site, n): "count" for site in ("site-0", "site-1", "site-2") for n in (1, 2, 3)}
     with pytest.raises(RoundError, match="abandoned 3 times in a row"):
         run(toys, tmp_path / "run")
     with pytest.raises(RoundError, match="nobody is left to train: benched are site-0, site-1, site-2"):
         resume(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("changes", "rate"), [
+    ({"fit": {"lr": 1e30}}, "fit.lr 1e+30"), ({"fit": {"head_lr": 7.0}}, "fit.head_lr 7.0"), ({}, "fit.lr 0.001"),
+], ids=str)  # fmt: skip
+def test_training_that_diverges_everywhere_is_not_tried_again(toys, faults, tmp_path, changes, rate):
+    """The round is recorded once as abandoned; the error names the learning rate that is furthest from its default."""
+    faults |= {(site, 2): "nan" for site in ("site-0", "site-1", "site-2")}
+    made = dataclasses.replace(toys, fit=dataclasses.replace(toys.fit, **changes.get("fit", {})))
+    said = rf"the loss became NaN at all 3 clients: the learning rate \({re.escape(rate)}\) is probably too high"
+    with pytest.raises(RoundError, match=said):
+        run(made, tmp_path / "run")
+    assert [(line["round"], bool(line["abandoned"])) for line in lines(tmp_path / "run")] == [(1, False), (2, True)]
+
+
+def test_training_that_diverges_at_some_clients_is_tried_again(toys, faults, tmp_path):
+    faults |= {(site, 2): "nan" for site in ("site-0", "site-1")}
+    run(dataclasses.replace(toys, sampling=Sampling(3, min_clients=2)), tmp_path / "run")
+    assert [(line["round"], bool(line["abandoned"])) for line in lines(tmp_path / "run")][:3] == [
+        (1, False), (2, True), (2, False)
+    ]  # fmt: skip
+
+
+# --- a state that is not finite ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("where", "said"), [
+    ("params", r"the server's new state is not finite \(params w\); the state before the round is kept"),
+    ("scalar", r"the server's new state is not finite \(scalar size/x\)"),
+])  # fmt: skip
+def test_a_server_state_that_is_not_finite_is_never_committed(toys, faults, tmp_path, monkeypatch, where, said):
+    """Whatever the server half makes of good replies: the round is abandoned, and the last checkpoint stays."""
+    real = toy.ToyServer.aggregate
+
+    def aggregate(self, round, replies):
+        metrics = real(self, round, replies)
+        if round == 3 and where == "params":
+            self.params = {"w": self.params["w"] * torch.tensor([math.nan] + [1.0] * (toy.SIZE - 1))}
+        return {**metrics, "margin": math.inf}
+
+    state = toy.ToyServer.state
+    spoilt = lambda self: Payload(state(self).groups, {**state(self).scalars, "size/x": [1.0, math.inf]})  # noqa: E731
+    monkeypatch.setattr(toy.ToyServer, "aggregate", aggregate)
+    if where == "scalar":
+        monkeypatch.setattr(toy.ToyServer, "state", spoilt)
+        monkeypatch.setattr(toy.ToyServer, "restore", lambda self, state: None)
+    with pytest.raises(RoundError, match=said):
+        run(toys, tmp_path / "run")
+    told = lines(tmp_path / "run")
+    assert [bool(line["abandoned"]) for line in told] == [False] * 2 * (where == "params") + [True] * 3
+    if where == "params":
+        assert told[0]["server"]["margin"] is None and told[0]["server"]["sum"] > 0
+        found = load_checkpoint(tmp_path / "run/checkpoints")
+        assert found.round == 2 and bool(found.server.group("params")["w"].isfinite().all())
+        monkeypatch.setattr(toy.ToyServer, "aggregate", real)
+        assert resume(tmp_path / "run")["rounds"] == 4
+
+
+def test_a_run_whose_records_hold_silly_numbers_can_be_ended_and_read(toys, faults, tmp_path):
+    """As runs may that were begun before replies were bounded: two rounds of 1.7e308 s have no finite sum."""
+    folder = tmp_path / "run"
+    run(dataclasses.replace(toys, rounds=2), folder)
+    told = lines(folder)
+    for line in told:
+        line["seconds"] |= {"train": 1.7e308, "round": 1.7e308, "engine": 1.7e308}
+        line["clients"]["site-0"]["report"] = {"test before aggregation": 1.7e308}
+        line["clients"]["site-1"]["report"] = {"test before aggregation": 1.7e308}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    config = json.loads((folder / "config.json").read_text()) | {"status": "interrupted"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "summary.json").unlink()
+    summary = resume(folder)
+    assert summary["rounds"] == 2 and 0 <= summary["seconds"]["total"] < 1e4
+    silly = {**summary, "seconds": {"total": 1.7e308, "train": 1.7e308, "evaluate": 0.1, "engine": 10**400}}
+    (folder / "summary.json").write_text(json.dumps(silly))
+    made = write_report([folder], tmp_path / "report.html")
+    assert "1.7e+308" not in made.read_text() and "NaN" not in made.read_text()
 
 
 def test_strikes_by_hand():

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from consilium.errors import ConfigError, PayloadError
+from consilium.errors import ConfigError, PayloadError, shown
 from consilium.params import Like, Params, nbytes
 from consilium.work import Work, check_settings, setting
 
@@ -81,18 +81,20 @@ class Payload:
     def __post_init__(self) -> None:
         for group, params in self.groups.items():
             if not group or "/" in group:
-                raise PayloadError(f"group name {group!r} must be a text without '/'")
+                raise PayloadError(f"group name {shown(group)} must be a text without '/'")
             for key, tensor in params.items():
                 if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
-                    raise PayloadError(f"{group}/{key} is not a dense tensor")
+                    raise PayloadError(f"{shown(f'{group}/{key}')} is not a dense tensor")
                 if tensor.device.type != "cpu" or tensor.dtype not in _DTYPES:
-                    raise PayloadError(f"{group}/{key} is {tensor.dtype} on {tensor.device}: send a plain CPU dtype")
+                    raise PayloadError(
+                        f"{shown(f'{group}/{key}')} is {tensor.dtype} on {tensor.device}: send a plain CPU dtype"
+                    )
         for key, value in self.scalars.items():
             items = value if isinstance(value, list) else [value]
             kinds = {type(item) for item in items}
             if len(kinds) > 1 or not kinds <= {int, float, str, bool}:
                 raise PayloadError(
-                    f"scalar {key!r} = {value!r} is not an int, float, str, bool or a list of one of them"
+                    f"scalar {shown(key)} = {shown(value)} is not an int, float, str, bool or a list of one of them"
                 )
 
     def group(self, name: str) -> Params:

@@ -35,6 +35,7 @@ from consilium.engine.checkpoint import write_atomic
 from consilium.engine.flower import Limits, save_site
 from consilium.engine.flower import server_app as flower_app
 from consilium.engine.interrupt import end_with_parent
+from consilium.engine.starting import write_program
 from consilium.errors import ConfigError, ConsiliumError, RoundError, first_line
 from consilium.escape import one_line
 from consilium.experiment import Experiment, from_json, to_json
@@ -302,8 +303,10 @@ def client(
         command += ["--root-certificates", str(keys / "ca.crt"), "--auth-supernode-private-key", str(keys / "key")]
     else:
         command += ["--insecure"]
-    command = again.command(command)
-    os.execve(command[0], command, flower_environment(state.absolute() / "flower"))
+    command, environment = again.command(command), flower_environment(state.absolute() / "flower")
+    programs = state.absolute() / "flower" / "bin"
+    write_program(programs, "flwr-clientapp", program("flwr-clientapp"))
+    os.execve(command[0], command, {**environment, "PATH": f"{programs}{os.pathsep}{environment['PATH']}"})
 
 
 def in_time(address: str, ca: Path) -> None:

@@ -12,6 +12,9 @@
 A message is one line: what was given, what is allowed, what to do. The command line prints it and exits with 2.
 """
 
+import reprlib
+from typing import Any
+
 __all__ = [
     "BudgetError",
     "CheckpointError",
@@ -22,7 +25,11 @@ __all__ = [
     "PayloadError",
     "RoundError",
     "first_line",
+    "shown",
 ]
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 class ConsiliumError(Exception):
@@ -60,3 +67,8 @@ class CheckpointError(ConsiliumError):
 def first_line(error: Exception) -> str:
     """What another library's error says, for a message of one line; its name if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def shown(value: Any) -> str:
+    """Return the repr of a value that came from outside, shortened: a message never holds a whole foreign value."""
+    return _SHORT.repr(value)

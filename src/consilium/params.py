@@ -123,11 +123,10 @@ class WeightedMean:
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether all numbers are finite. A finite sum says so, of terms one of which is not it never is; a sum that is not
-    may have overflowed, and they are looked at one by one."""
-    if not tensor.is_floating_point():
+    """Return whether all numbers are finite: whether the smallest and the largest are, which a NaN makes NaN."""
+    if not tensor.is_floating_point() or not tensor.numel():
         return True
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+    return all(bound.isfinite() for bound in torch.aminmax(tensor))
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:

@@ -22,7 +22,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -44,6 +44,7 @@ from consilium.engine.checkpoint import (
 )
 from consilium.engine.interrupt import interruptible
 from consilium.engine.judge import BENCH, tally
+from consilium.engine.judge import number as is_number
 from consilium.engine.local import LocalEngine
 from consilium.engine.rounds import Engine, nobody
 from consilium.engine.structure import NAME as STRUCTURE
@@ -57,7 +58,7 @@ from consilium.machine import free_memory
 from consilium.models.cohort import Cohort
 from consilium.moe.budget import bytes_of, human
 from consilium.params import checksum
-from consilium.setup import Setup
+from consilium.setup import Fit, Setup
 
 __all__ = ["Watch", "check", "read_config", "read_structure", "records", "resume", "run", "serve"]
 
@@ -412,7 +413,7 @@ class _Prepared:
                 "labels": list(d["labels"]),
                 "sizes": dict(zip(("train", "validation", "test"), d["sizes"], strict=True)),
                 "memory_bytes": int(d["memory_bytes"]) or None,
-                **({"threads": int(d["threads"])} if "threads" in d else {}),
+                "threads": int(d["threads"]),
                 **({"architecture": str(d["architecture"])} if d["architecture"] else {}),
             }
             for site, d in found.items()
@@ -452,6 +453,15 @@ class _Prepared:
         if experiment.sampling.min_clients > len(infos):
             raise ConfigError(
                 f"sampling.min_clients is {experiment.sampling.min_clients}, there are {len(infos)} clients"
+            )
+        reached = (
+            min(setup.cohort, len({info.task for info in infos})) if setup.sampling.distinct_tasks else setup.cohort
+        )
+        if (needed := experiment.merging.needs) > reached:
+            raise ConfigError(
+                f"merging.rule {experiment.merging.rule} with {experiment.merging.attackers} attackers needs {needed} "
+                f"contributors, but a round of this federation has at most {reached}: nothing would ever change; add "
+                "clients, or choose another rule"
             )
         Account(None, experiment, len(infos)).check(0)
         server = experiment.algorithm.server(setup)
@@ -562,6 +572,8 @@ def _all_rounds(prepared: _Prepared, folder: Path, watch: Watch | None, check: C
             writing = time.perf_counter() - start
             if watch:
                 watch.rounded(record, events)
+            if hopeless := _hopeless(record, experiment):
+                raise RoundError(hopeless)
             number, failed = (number, failed + 1) if record["abandoned"] else (number + 1, 0)
             if failed == FAILED:
                 raise RoundError(
@@ -569,6 +581,32 @@ def _all_rounds(prepared: _Prepared, folder: Path, watch: Watch | None, check: C
                     "clients, then resume the run"
                 )
     return _summary(prepared, folder, store, writing) | {"best": best} | account.told()
+
+
+def _hopeless(record: Mapping[str, Any], experiment: Experiment) -> str | None:
+    """Return why a round would fail again if it were repeated: training diverged at every client; else None."""
+    clients = record["clients"].values()
+    if not clients or len(clients) < len(record["selected"]) or not all(told.get("diverged") for told in clients):
+        return None
+    largest, rate = _suspected_rate(experiment)
+    where = f"all {len(clients)} clients" if len(clients) > 1 else "the only client"
+    return (
+        f"the loss became NaN at {where}: the learning rate ({largest} {rate}) is probably too high; start a "
+        "new run with a lower one"
+    )
+
+
+def _suspected_rate(experiment: Experiment) -> tuple[str, float]:
+    """Return the name and value of the clients' learning rate that is the most above its default."""
+    found = []
+    for prefix, settings in (("fit", experiment.fit), ("algorithm", experiment.algorithm)):
+        for setting in fields(settings):
+            name, value = setting.name, getattr(settings, setting.name)
+            client = name in ("lr", "head_lr") or name.startswith("eta")
+            if client and name not in ("eta_s", "eta_g") and value:  # those are the server's
+                found.append((value / (setting.default or Fit.lr), f"{prefix}.{name}", value))
+    _, name, value = max(found, key=lambda item: item[0])
+    return name, value
 
 
 def _best(best: dict[str, Any] | None, record: Mapping[str, Any], infos: Sequence[ClientInfo]) -> dict[str, Any] | None:
@@ -719,7 +757,9 @@ def _summary(prepared: _Prepared, folder: Path, store: ClientStore, writing: flo
             "state": checksum(store.load(info.id).params) if info.id in store.versions and not away else None,
         }
     counts = [r["experts_mean"] for r in rounds if r["experts_mean"] is not None]
-    seconds = {key: sum(r["seconds"][key] for r in rounds) for key in ("round", "train", "evaluate", "engine")}
+    seconds = {
+        key: sum(_plausible(r["seconds"][key]) for r in rounds) for key in ("round", "train", "evaluate", "engine")
+    }
     return {
         "algorithm": type(prepared.experiment.algorithm).__name__,
         "name": prepared.experiment.name,
@@ -752,9 +792,17 @@ def _papers_metric(rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     means = [
         sum(told) / len(told)
         for record in rounds
-        if (told := [c["report"][key] for c in record["clients"].values() if key in c.get("report", {})])
+        if (told := [_plausible(c["report"][key]) for c in record["clients"].values() if key in c.get("report", {})])
     ]
     return {"best_round_before_aggregation": max(means)} if means else {}
+
+
+def _plausible(value: float) -> float:
+    """Return the value, or 0 if it is so large that only a lying client can have reported it.
+
+    Replies are bounded now, but a run that was begun before they were may hold such numbers.
+    """
+    return value if is_number(value, 0, 1e100) else 0.0
 
 
 def _write_config(folder: Path, status: str, prepared: _Prepared) -> None:

@@ -131,10 +131,17 @@ class Terminal:
             f"{stage}: {len(record['clients'])} clients",
             f", {len(record['unable'])} unable" if record["unable"] else "",
             (f"  test {test}" if test else "", "green"),
+            (f"  {kept}" if (kept := self._kept(record)) else "", "yellow"),
             f"  {record['seconds']['round']:.1f} s{more}{abandoned}",
         )
         if self._bars:
             self._bars.update(self._tasks["rounds"], completed=record["round"] - bool(abandoned))
+
+    def _kept(self, record: Mapping[str, Any]) -> str:
+        """Return how many parts of the model a robust rule left as they were; "" if it changed all."""
+        told = record["server"] or {}
+        kept = int(told.get("experts_kept") or 0) + int(told.get("others_kept") or 0)
+        return f"{kept} of {int(told['parts'])} parts kept: too few contributors" if kept and told.get("parts") else ""
 
     def _summed(self, record: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> str:
         """What a log must not hide, for the end of a round's line; who and why is in metrics.jsonl."""

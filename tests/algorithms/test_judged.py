@@ -212,6 +212,89 @@ def test_experts_of_hfedmoe():
     assert "was not given" in objection(server, info, fewer, lied)
 
 
+# --- every group of every method --------------------------------------------------------------------------------------
+
+
+@every_method
+def test_what_is_expected_of_a_reply_is_what_clients_send(name):
+    """The groups are the same, and the server half expects of a tensor no less than its shape and dtype."""
+    made, sent, replies = trained(name)
+    server, infos = engine(name, {}).server, {info.id: info for info in made.clients}
+    for client, reply in replies.items():
+        expected = server.expects(infos[client], sent[client])
+        assert {group for group, tensors in reply.groups.items() if tensors} <= set(expected)
+        for group, tensors in reply.groups.items():
+            assert set(tensors) <= set(expected[group])
+            for key, t in tensors.items():
+                like = expected[group][key]
+                assert like.dtype == t.dtype and len(like.shape) == t.ndim
+                assert group == "factors" or like.shape == tuple(t.shape)
+
+
+@every_method
+def test_each_group_is_refused_with_a_wrong_shape_dtype_or_key(name):
+    """Up to eight tensors of each group, each spoilt in every way; counts below 0 and shares above 1 likewise."""
+    made, sent, replies = trained(name)
+    server, infos = engine(name, {}).server, {info.id: info for info in made.clients}
+    client, reply = max(replies.items(), key=lambda item: sum(map(len, item[1].groups.values())))
+    expected, tried = server.expects(infos[client], sent[client]), 0
+    for group, tensors in reply.groups.items():
+        keys = sorted(tensors)
+        for key in keys[:: max(len(keys) // 8, 1)]:
+            t, like = tensors[key], expected[group][key]
+            spoils = [t.unsqueeze(0), other_dtype(t)]
+            if t.ndim:
+                spoils += [torch.cat([t, t]), t[:0]] if like.shape[0] is not None else []
+            if like.needed:
+                spoils.append(None)
+            if group in ("usage", "importance"):
+                spoils += [spoilt(t, 0, 1.001), spoilt(t, 0, -0.001)]
+            elif not t.is_floating_point():
+                spoils += [spoilt(t, 0, -1), spoilt(t, 0, 2**40 + 1)]
+            for bad in spoils:
+                spoilt_reply = changed(reply, group, key, bad)
+                assert objection(server, infos[client], sent[client], spoilt_reply), (group, key, bad)
+                tried += 1
+        counted = [group for group in ("usage", "importance", "demand", "served", "trained") if group in expected]
+        for group in counted:  # not one of them may be left out
+            assert all(like.needed for like in expected[group].values())
+            without = Payload({g: p for g, p in reply.groups.items() if g != group}, reply.scalars)
+            assert "is missing" in objection(server, infos[client], sent[client], without)
+    assert tried or not any(reply.groups.values())
+
+
+# --- finite, but huge -------------------------------------------------------------------------------------------------
+
+
+@every_method
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_huge_reply_never_leaves_a_state_that_is_not_finite(name, sign):
+    """One client sends 3e38 wherever it may: the round is as without it, or merges it, or is abandoned and undone."""
+
+    def huge(reply):
+        groups = {
+            group: {k: torch.full_like(t, sign * 3e38) if _may_be_huge(group, t) else t for k, t in tensors.items()}
+            for group, tensors in reply.groups.items()
+        }
+        return Payload(groups, reply.scalars)
+
+    client = sorted(trained(name)[2])[0]
+    running = engine(name, {client: huge})
+    before = bits(running.server)
+    record = running.round(1, test=False)
+    state = running.server.state()
+    assert all(bool(t.isfinite().all()) for tensors in state.groups.values() for t in tensors.values())
+    if record["abandoned"]:
+        assert bits(running.server) == before and record["ledger"]["ok"] == record["ledger"]["selected"]
+        assert "the server's new state is not finite (params " in record["abandoned"]
+    if name.partition(":")[0] in ("FedGH", "FedTGP"):  # which train at the server
+        assert record["abandoned"]
+
+
+def _may_be_huge(group, t):
+    return t.dtype == torch.float32 and group not in ("usage", "importance")
+
+
 # --- absence, and a round that does not count -------------------------------------------------------------------------
 
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from consilium.core import _DTYPES, Payload
-from consilium.engine.codec import decode, encode, mapped
+from consilium.engine.codec import Bounds, check, decode, encode, mapped
 from consilium.errors import PayloadError
+from consilium.params import Like
 
 names = st.text(min_size=1, max_size=12).filter(lambda name: "\x00" not in name and name.isprintable())
 groups = names.filter(lambda name: "/" not in name)
@@ -187,6 +188,83 @@ def test_mutated_messages_give_a_payload_or_its_own_error(count):
     gc.unfreeze()
     assert slowest < 0.1 and count // 2 < refused < count
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 10_000  # kB
+
+
+# --- headers, before anything parses them -----------------------------------------------------------------------------
+
+LIKES = {"w": Like((2, 3), torch.float32), "router.ä": Like((None,), torch.int64), "b": Like((), torch.bfloat16)}
+BOUNDS = Bounds.of("params", LIKES)
+
+
+def blob(header, data=b""):
+    header = header if isinstance(header, bytes) else json.dumps(header, separators=(",", ":")).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def entry(place=0):
+    return {"dtype": "U8", "shape": [0], "data_offsets": [place, place]}
+
+
+ABOUT = {"__metadata__": {"payload": json.dumps({"groups": ["params"], "scalars": {}})}}
+FIRST = json.dumps(ABOUT, separators=(",", ":")).encode()[:-1]
+BOMBS = {
+    "400,000 empty tensors": blob(ABOUT | {f"params/{i}": entry() for i in range(400_000)}),
+    "lists in the metadata": blob({"__metadata__": {"payload": "[" + "[]," * 10_000_000 + "[]]"}}),
+    "lists in the header": blob(FIRST + b',"params/w":' + b"[" + b"[]," * 10_000_000 + b"[]]}"),
+    "a long shape": blob(
+        FIRST + b',"params/w":{"dtype":"U8","shape":[' + b"0," * 10_000_000 + b'0],"data_offsets":[0,0]}}'
+    ),
+    "a long name": blob(ABOUT | {"params/" + "x" * 30_000_000: entry()}),
+    "a name of escapes": blob(FIRST + b',"params/' + b"\\u0041" * 5_000_000 + b'":1}'),
+    "more metadata": blob({"__metadata__": {**ABOUT["__metadata__"], "more": "x" * 30_000_000}}),
+    "spaces": blob(FIRST + b"}" + b" " * 30_000_000),
+    "no JSON": blob(b"[" * 30_000_000),
+}
+
+
+@pytest.mark.parametrize("what", BOMBS)
+def test_a_hostile_header_is_refused_before_it_is_parsed(what):
+    """Within 0.1 s of the processor and 10 MB, with an error of one line."""
+    bomb = BOMBS[what]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.thread_time()
+    with pytest.raises(PayloadError, match=r"header of a blob (is|has)|is not a payload") as error:
+        decode(bomb, BOUNDS)
+    assert time.thread_time() - start < 0.1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 10_000  # kB
+    assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("what", [what for what in BOMBS if what != "400,000 empty tensors"])
+def test_a_hostile_header_is_refused_where_nothing_is_known_of_the_blob(what):
+    with pytest.raises(PayloadError, match="is not a payload"):
+        decode(BOMBS[what])
+
+
+def test_honest_blobs_are_within_their_bounds():
+    """Also with a name that JSON escapes, a dimension that is free, and one tensor too many, which the judge names."""
+    tensors = {"w": torch.ones(2, 3), "router.ä": torch.arange(10**6), "b": torch.ones((), dtype=torch.bfloat16)}
+    for held in (tensors, {}, {"w": torch.ones(2, 3).double()}, {**tensors, "x": torch.ones(4)}):
+        payload = Payload({"params": held})
+        assert told(decode(encode(payload), BOUNDS)) == told(payload)
+    many = {f"block.{i}.experts.{e}.down_proj": Like((64, 16), torch.float32) for i in range(4) for e in range(64)}
+    payload = Payload({"params": {key: torch.zeros(64, 16) for key in many}})
+    header = check(encode(payload), Bounds.of("params", many))
+    assert header.tensors == 256 and header.size < Bounds.of("params", many).header
+
+
+def test_a_blob_of_another_writer_is_still_read():
+    """safetensors' own, as checkpoints were written once."""
+    params = {"params/w": torch.ones(2), "params/ü": torch.zeros(0, 3)}
+    back = decode(save(params, {"payload": '{"groups": ["params"], "scalars": {"n": 3}}'}))
+    assert list(back.group("params")["w"]) == [1, 1] and back.scalars == {"n": 3}
+
+
+def test_no_error_holds_a_whole_foreign_value():
+    for payload in ("[" + "1," * 10**6 + "null]", '"' + "x" * 10**6 + '"', json.dumps({"a": ["y" * 10**6, 1]})):
+        with pytest.raises(PayloadError) as error:
+            decode(save({}, {"payload": f'{{"groups": [], "scalars": {{"x": {payload}, "z": [1, "a"]}}}}'}))
+        assert len(str(error.value)) < 300
 
 
 def test_the_header_holds_no_pickle_and_no_code():

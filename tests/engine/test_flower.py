@@ -32,14 +32,16 @@ from consilium.engine.checkpoint import ClientStore, load_checkpoint
 from consilium.engine.flower.grid import within
 from consilium.engine.flower.records import STYPE, blobs_of, from_record, payload_of, to_record
 from consilium.engine.flower.server import _watched
+from consilium.engine.rounding import rounded, travelling
 from consilium.errors import CheckpointError, ConfigError, PayloadError, RoundError
 from consilium.experiment import Wire, to_json
 from consilium.moe.merging import Merging
+from consilium.params import Like
 from consilium.privacy import Privacy
 from consilium.run import FAILED, resume, run, serve
 from consilium.setup import Fit
 
-Algorithm.registry.pop("Toy")  # the tests over the registry are not to find it
+Algorithm.registry.pop("Toy", None)  # the tests over the registry are not to find it
 METHODS = {name: cls for name, cls in Algorithm.registry.items() if cls.__module__.startswith("consilium.")}
 SMALL = [name for name, cls in METHODS.items() if "moe" not in cls.worlds]
 
@@ -455,10 +457,13 @@ def blob(group, payload):
             blob("params", Payload({"control": {"w": torch.ones(50)}})),
             r"the blob of group 'params' holds \['control'\]",
         ),
-        (blob("control", Payload({"control": {"w": torch.ones(50)}})), "control w was not asked"),
+        (blob("control", Payload({"control": {"w": torch.ones(50)}})), "group 'control' was not asked"),
         (blob("params", Payload({"params": {"w": torch.ones(())}})), r"params w has shape \(\), it must be \(50,\)"),
         (blob("params", Payload({"params": {"w": torch.full((50,), math.inf)}})), "params w is not finite"),
-        (blob("params.change", Payload({"params.change": {"w": torch.ones(50)}})), "not sent, or returned twice"),
+        (
+            blob("params.change", Payload({"params.change": {"w": torch.ones(50)}})),
+            "group 'params.change' was not asked",  # replies are exact in this run
+        ),
         (put("engine", "round", 1), "it answers round 1, this is round 2"),
         (put("engine", "protocol", 7), "it answers protocol 7, this is protocol 1"),
         (put("engine", "run", "other"), "it answers run 'other', this is run ''"),
@@ -523,15 +528,84 @@ def test_a_score_that_is_none_is_left_out(toys, grid, tmp_path, score):
 
 
 def test_a_larger_reply_than_the_cap_is_rejected(toys, grid, tmp_path):
-    grid.spoil["train", ONE] = blob("x", Payload({"x": {"w": torch.zeros(2000)}}))
+    grid.spoil["train", ONE] = blob("params", Payload({"params": {"w": torch.zeros(2000)}}))
     run(dataclasses.replace(toys, rounds=1, wire=Wire(deadline=0.2, cap="1KB")), tmp_path / "run")
-    assert "8.5 kB, allowed are 1.0 kB (wire.cap)" in metrics(tmp_path / "run")[0]["clients"]["site-0"]["rejected"]
+    told = metrics(tmp_path / "run")[0]["clients"]["site-0"]["rejected"]
+    assert "is 8.2 kB; at most 1.0 kB are allowed (wire.cap" in told
 
 
 def test_scalars_are_bounded_too(toys, grid, tmp_path):
-    grid.spoil["train", ONE] = put("scalars", "report/x", "x" * 16_000_001)
+    grid.spoil["train", ONE] = put("scalars", "report/x", "x" * 4_000_001)
     run(dataclasses.replace(toys, rounds=1, wire=Wire(deadline=60)), tmp_path / "run")
-    assert "scalars are 16.0 MB, allowed are 16.0 MB" in metrics(tmp_path / "run")[0]["clients"]["site-0"]["rejected"]
+    told = metrics(tmp_path / "run")[0]["clients"]["site-0"]["rejected"]
+    assert "scalars are 4.0 MB; at most 4.0 MB are allowed" in told
+
+
+@pytest.mark.parametrize(("groups", "said"), [
+    (["params"] + [f"x{i}" for i in range(39)], "group 'x0' was not asked of this client"),
+    (["params"], r"the blob of group 'params' unfolds to 19\d* bytes; at most \d+ are allowed"),
+], ids=["40 groups", "one that is expected"])  # fmt: skip
+def test_a_reply_that_unfolds_is_refused_before_it_is_written(toys, grid, tmp_path, monkeypatch, groups, said):
+    """A few hundred bytes for 20 MB each; what is kept of it is its line in the record."""
+    (packed,) = to_record(Payload({"params": {"w": torch.zeros(4_999_000)}}), {}, compress=True)["payload"].values()
+    assert len(packed.data) < 2000
+    grid.spoil["train", ONE] = lambda content: content["payload"].update(dict.fromkeys(groups, packed))
+    written = []
+    real = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", lambda self, blob: written.append(len(blob)) or real(self, blob))
+    run(dataclasses.replace(toys, rounds=1, wire=Wire(deadline=60, cap="20MB")), tmp_path / "run")
+    assert re.search(said, metrics(tmp_path / "run")[0]["clients"]["site-0"]["rejected"])
+    assert len(written) == 2 and sum(written) < 2000  # the two honest replies
+
+
+def test_the_cap_is_of_all_groups_together():
+    """As a site checks what it is sent: two groups of which each alone would be allowed."""
+    half = {"w": torch.zeros(50_000)}
+    record = to_record(Payload({"params": half, "control": half}), {}, compress=True)
+    blobs, scalars, _ = blobs_of(record)
+    assert sum(map(len, blobs.values())) < 2000 and payload_of(blobs, scalars, 401_000).nbytes == 400_000
+    with pytest.raises(PayloadError, match=r"the blob of group 'control' unfolds to 200\d+ bytes; at most 199\d+ are"):
+        payload_of(blobs, scalars, 400_000)
+    plain, scalars, _ = blobs_of(to_record(Payload({"params": half, "control": half}), {}))
+    with pytest.raises(PayloadError, match=r"the payload is 400\.\d kB; at most 400\.0 kB are allowed"):
+        payload_of(plain, scalars, 400_000)
+    with pytest.raises(PayloadError, match="the message has 65 groups; at most 64"):
+        payload_of({f"g{i}": b"" for i in range(65)}, {}, 1)
+
+
+@pytest.mark.parametrize("form", ["bf16", "int8"])
+def test_a_rounded_reply_may_bring_changes_and_nothing_else(form):
+    likes = {"params": {"w": Like((4, 3), torch.float32)}, "usage": {"b": Like((2,), torch.int64)}}
+    assert travelling(likes, "exact") is likes
+    groups = travelling(likes, form)
+    sent = {"w": torch.zeros(4, 3)}
+    reply, _ = rounded(
+        Payload({"params": {"w": torch.ones(4, 3)}, "usage": {"b": torch.ones(2).long()}}), sent, form, {}
+    )
+    assert set(reply.groups) == set(groups)
+    for group, tensors in reply.groups.items():
+        assert all(groups[group][key].objection(t) is None for key, t in tensors.items())
+
+
+SILLY = {
+    "seconds": (put("engine", "seconds", 1.7e308), lambda told: told["seconds"]["train"] == 0),
+    "report": (
+        put("scalars", "report/test before aggregation", 1.7e308), lambda told: "report" not in told,
+    ),
+    "evaluate": (put("scalars", "seconds_evaluate", 1e300), lambda told: told["seconds"]["evaluate"] == 0),
+    "loss": (put("scalars", "train_loss", -1e300), lambda told: "a float32 can hold" in told["rejected"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SILLY)
+def test_numbers_that_no_client_can_mean_do_not_reach_a_sum(toys, grid, tmp_path, what):
+    """Two sites with 1.7e308 of anything made a run that could never write its summary."""
+    spoil, holds = SILLY[what]
+    grid.spoil |= {("train", node): spoil for node in (ONE, 100)}
+    run(dataclasses.replace(toys, rounds=2, wire=Wire(deadline=60)), tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 2 and all(holds(record["clients"]["site-0"]) for record in records)
+    assert "best_round_before_aggregation" not in json.loads((tmp_path / "run/summary.json").read_text())
 
 
 def test_the_record_takes_a_hundred_numbers_of_a_reply(toys, grid, tmp_path):
@@ -637,7 +711,7 @@ def test_a_blob_that_would_unfold_beyond_the_cap_is_refused():
     record = to_record(Payload({"params": {"w": torch.zeros(100_000)}}), {}, compress=True)
     blobs, scalars, _ = blobs_of(record)
     assert len(blobs["params"]) < 1000 and payload_of(blobs, scalars, 401_000).nbytes == 400_000
-    with pytest.raises(PayloadError, match="would unfold to 400"):
+    with pytest.raises(PayloadError, match="unfolds to 400"):
         payload_of(blobs, scalars, 400_000)
     with pytest.raises(PayloadError, match="compressed blob"):
         payload_of({"params": blobs["params"][:-3]}, scalars)

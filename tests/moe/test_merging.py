@@ -1,6 +1,7 @@
 """Rules of merging by hand, by property, and in a run in which one client lies."""
 
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -11,6 +12,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from consilium.algorithms.fedavg import FedAvg, FedAvgClient
 from consilium.algorithms.fedmoe import FedMoE
@@ -18,13 +20,14 @@ from consilium.algorithms.hfedmoe import HFedMoE
 from consilium.algorithms.randommoe import RandomMoE
 from consilium.core import Algorithm, Payload, Sampling
 from consilium.engine.checkpoint import load_checkpoint
-from consilium.errors import ConfigError, PayloadError
+from consilium.errors import ConfigError, DataError, PayloadError
 from consilium.experiment import from_json, to_json
 from consilium.moe.lora import Lora
 from consilium.moe.merging import Merging, RobustMean, group_of, krum, median_of, trimmed_mean
 from consilium.params import WeightedMean
 from consilium.run import read_structure, run
 from consilium.setup import Fit
+from consilium.watch import Terminal
 
 TRUNK, EXPERT, OTHER, ROW = "layer.q", "b.experts.0.w", "b.experts.1.w", "b.router.0.weight"
 OLD = {TRUNK: torch.zeros(2), EXPERT: torch.zeros(2), OTHER: torch.tensor([7.5, -0.0]), ROW: torch.zeros(2)}
@@ -99,7 +102,7 @@ def test_with_too_few_contributors_the_old_expert_stays(rule):
     new, told = merged(updates, Merging(rule))
     assert [new[key][0].item() for key in (TRUNK, EXPERT, ROW)] == [1, 2, 3]
     assert new[OTHER] is OLD[OTHER]
-    assert told == {"experts_kept": 1, "others_kept": 0}
+    assert told == {"experts_kept": 1, "others_kept": 0, "parts": told["parts"]} and told["parts"] > 1
     updates[4] |= {OTHER: [1e6, 1e6]}
     assert merged(updates, Merging(rule))[0][OTHER][0] == 1e6  # honest: whoever agree, win
 
@@ -108,7 +111,7 @@ def test_weight_zero_is_no_contributor():
     """Three returned the expert, one of them with weight 0: two are too few, and the trunk of two is so as well."""
     updates = [{TRUNK: [1.0, 1.0], EXPERT: [2.0, 2.0]}] * 3
     new, told = merged(updates, Merging("median"), weights=[5, 0, 5])
-    assert new[TRUNK] is OLD[TRUNK] and told == {"experts_kept": 1, "others_kept": 1}
+    assert new[TRUNK] is OLD[TRUNK] and told == {"experts_kept": 1, "others_kept": 1, "parts": 2}
 
 
 def test_clipping_by_hand():
@@ -292,7 +295,7 @@ def test_one_liar_of_five_does_not_wreck_the_model(merging, data, liar, tmp_path
     if merging.clip:
         assert lines[0]["server"]["clipped"] >= 1
     else:
-        assert lines[0]["server"] == {"experts_kept": 0, "others_kept": 0}
+        assert lines[0]["server"]["experts_kept"] == lines[0]["server"]["others_kept"] == 0
     wrecked, _ = final(experiment, tmp_path)
     liar.clear()
     honest, _ = final(experiment, tmp_path)
@@ -312,7 +315,8 @@ def test_experts_of_few_stay_in_a_run(data, tmp_path):
                 holders[block, e] = holders.get((block, e), 0) + 1
     few = sum(n < 3 for n in holders.values())
     told = json.loads((folder / "metrics.jsonl").read_text())["server"]
-    assert few > 0 and told == {"experts_kept": few, "others_kept": few}  # an expert and its router row
+    assert few > 0 and told.pop("parts") > 2 * few
+    assert told == {"experts_kept": few, "others_kept": few}  # an expert and its router row
 
 
 @pytest.mark.parametrize(
@@ -352,6 +356,39 @@ def test_what_does_not_go_together_is_refused(data):
     for bad in (dict(rule="mode"), dict(attackers=0), dict(chosen=0), dict(clip=-1.0), dict(clip_router=math.inf)):
         with pytest.raises(ConfigError):
             Merging(**bad)
+
+
+@pytest.mark.parametrize(("merging", "sampling", "most"), [
+    (Merging("krum", attackers=2), Sampling(7), 5), (Merging("median"), Sampling(5, distinct_tasks=True), 1),
+], ids=["clients", "tasks"])  # fmt: skip
+def test_a_rule_that_no_round_can_satisfy_is_refused(data, tmp_path, merging, sampling, most):
+    """Before anything is written: five clients of one task cannot be seven, nor three of different tasks."""
+    made = runs.experiment(data, sampling=sampling, merging=merging)
+    with pytest.raises(ConfigError, match=rf"needs {merging.needs} contributors, but .* has at most {most}: nothing"):
+        run(made, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_line_of_a_round_says_how_many_parts_were_kept(data, tmp_path, terminal):
+    """Three of five clients reply, and every part needs five: the model stays as it is."""
+    merging = Merging("krum", attackers=1)
+    made = runs.experiment(data, "FedAvg", rounds=1, sampling=Sampling(5), merging=merging)
+    out, real = io.StringIO(), FedAvgClient.train
+
+    def train(self, payload, context):
+        if context.info.id in ("site-0", "site-1"):
+            raise DataError("no data today")
+        return real(self, payload, context)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FedAvgClient, "train", train)
+        with Terminal(Console(file=out, width=300, force_terminal=terminal, no_color=True)) as watch:
+            run(made, tmp_path / "run", watch)
+    told = json.loads((tmp_path / "run/metrics.jsonl").read_text())["server"]
+    parts = int(told["parts"])
+    assert told["experts_kept"] + told["others_kept"] == parts > 10
+    assert f"{parts} of {parts} parts kept: too few contributors" in out.getvalue()
 
 
 def test_saved_and_given_back(data):

@@ -145,6 +145,7 @@ def test_bytes(value, text):
 
 def test_small_formats():
     assert format_bytes(50e6, trim=True) == "50 MB" and format_bytes(0, trim=True) == "0"
+    assert format_seconds(1.7e308) == format_seconds(float("inf")) == format_seconds(float("nan")) == "–"
     assert [format_seconds(s) for s in (None, 4.21, 42.3, 59.7, 754, 7500)] == [
         "–", "4.2 s", "42 s", "1m 00s", "12m 34s", "2h 05m"
     ]  # fmt: skip

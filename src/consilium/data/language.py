@@ -8,14 +8,13 @@ is on, is in `causal`.
 import json
 import math
 import random
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from consilium.data.sets import digest, located
-from consilium.data.task import ClientData, Federation, Form, Split, Task
+from consilium.data.task import TASK_NAME, ClientData, Federation, Form, Split, Task
 from consilium.data.textfile import by_client, cut, read_rows, strings
 from consilium.errors import ConfigError, DataError
 
@@ -97,7 +96,7 @@ class LanguageData:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if not self.alpha > 0 or math.isinf(self.alpha):
             raise ConfigError(f"alpha is {self.alpha}; it must be a positive number")
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,58}", self.task):
+        if not TASK_NAME.fullmatch(self.task):
             raise ConfigError(f"task {self.task!r}: use 1 to 58 of letters, digits, '_', '-'")
 
     @property

@@ -11,18 +11,36 @@ Labels may differ from client to client though the task's name is equal: a clien
 import hashlib
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from consilium.core import CLIENT_ID
-from consilium.errors import ConfigError, DataError
+from consilium.errors import ConfigError, DataError, shown
 
 if TYPE_CHECKING:
     from consilium.data.tensor import TensorSplit
 
-__all__ = ["ClientData", "Federation", "Form", "Metric", "Split", "Task", "pooled", "score", "token_f1"]
+__all__ = [
+    "TASK_NAME",
+    "ClientData",
+    "Federation",
+    "Form",
+    "Metric",
+    "Split",
+    "Task",
+    "check_labels",
+    "pooled",
+    "score",
+    "token_f1",
+]
+
+TASK_NAME = re.compile(r"[A-Za-z0-9_-]{1,58}")
+"""A task's name is a part of names of tensors (head.<task>.<label>) and of file names."""
+LABELS, LABEL_LENGTH = 65_536, 256
+"""Labels of a task, and characters of a label, that a federation takes."""
 
 Form = Literal["classification", "text-to-text", "language"]
 """What a task asks for: a label; a text for a text; or, of a causal language model, the next token ("language"). The
@@ -41,8 +59,8 @@ class Task:
     metric: Metric
 
     def __post_init__(self) -> None:
-        if "." in self.name:  # names of head rows are head.<task>.<label>
-            raise DataError(f"task name {self.name!r} must not contain a dot")
+        if not TASK_NAME.fullmatch(self.name):
+            raise DataError(f"task name {shown(self.name)} must be 1 to 58 of A-Z a-z 0-9 _ -")
         if self.form == "classification" and len(set(self.labels)) != len(self.labels):
             raise DataError(f"task {self.name!r} names a label twice: {list(self.labels)}")
         if self.form == "classification" and len(self.labels) < 2:
@@ -160,6 +178,27 @@ def _feed(digest: "hashlib._Hash", text: str) -> None:
     data = text.encode("utf-8", "surrogatepass")
     digest.update(f"{len(data)}:".encode())
     digest.update(data)
+
+
+def check_labels(labels: Sequence[Any]) -> None:
+    """Raise DataError unless labels can be shown and written by others: unique, short, without control characters."""
+    if len(labels) > LABELS:
+        raise DataError(f"the task has {len(labels)} labels; at most {LABELS} are allowed")
+    for label in labels:
+        if not isinstance(label, str) or not 0 < len(label) <= LABEL_LENGTH or any(map(_controls, label)):
+            raise DataError(
+                f"label {shown(label)} must be a text of 1 to {LABEL_LENGTH} characters without control characters"
+            )
+    if len(set(labels)) < len(labels):
+        raise DataError(f"the task names a label twice: {shown(list(labels))}")
+
+
+def _controls(char: str) -> bool:
+    """Return whether a character controls how text is shown: a line break, an escape, a change of direction."""
+    return unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or char in _TURNS
+
+
+_TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 def pooled(federation: Federation, task: str) -> ClientData:

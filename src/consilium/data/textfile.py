@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from consilium.data.sets import digest, is_directory, is_hub_name, located, rows_of
-from consilium.data.task import ClientData, Federation, Form, Metric, Split, Task
+from consilium.data.task import TASK_NAME, ClientData, Federation, Form, Metric, Split, Task
 from consilium.errors import ConfigError, DataError, first_line
 from consilium.pointers import refuse_pointer
 
@@ -100,7 +100,7 @@ class TextFileData:
             raise ConfigError(f"alpha is {self.alpha}; it must be a positive number")
         if self.where and not re.fullmatch("[^=]+=.*", self.where):
             raise ConfigError(f"where {self.where!r}: write COLUMN=VALUE")
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,58}", self.task):
+        if not TASK_NAME.fullmatch(self.task):
             raise ConfigError(f"task {self.task!r}: use 1 to 58 of letters, digits, '_', '-'")
 
     def load(self, seed: int) -> Federation:

@@ -1,9 +1,12 @@
 """A payload as one blob: safetensors for the tensors, JSON in its header for everything else. No pickle, ever."""
 
 import json
+import math
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -12,9 +15,9 @@ from torch import Tensor
 
 from consilium.core import Payload
 from consilium.errors import PayloadError
-from consilium.params import Params
+from consilium.params import Like, Params
 
-__all__ = ["Buffer", "decode", "encode", "mapped", "parts"]
+__all__ = ["Bounds", "Buffer", "Header", "check", "decode", "encode", "mapped", "parts"]
 
 
 Buffer = bytes | memoryview
@@ -43,30 +46,96 @@ def parts(payload: Payload) -> list[Buffer]:
     return [len(told).to_bytes(8, "little") + told, *buffers]
 
 
-def decode(blob: bytes) -> Payload:
-    """The payload in a blob.
+@dataclass(frozen=True)
+class Bounds:
+    """The most that the header of a blob may hold. What is more is refused before anything parses the header.
+
+    Args:
+        tensors: number of tensors. header: bytes of the header. about: bytes of the JSON that names groups and scalars.
+        data: bytes of the tensors.
+    """
+
+    tensors: int
+    header: int
+    about: int
+    data: int
+
+    @property
+    def blob(self) -> int:
+        """The most bytes of the whole blob."""
+        return 8 + self.header + self.data
+
+    @classmethod
+    def of(cls, group: str, likes: Mapping[str, Like]) -> "Bounds":
+        """Return the bounds of a blob that holds some of these tensors of one group.
+
+        They leave room for a few more names and for any dtype, so that the judge can say what is wrong with a blob that
+        is nearly right.
+        """
+        header, data = _SPARE_BYTES, _SPARE_BYTES
+        for key, like in likes.items():
+            header += len(json.dumps(f"{group}/{key}")) + _ENTRY_BYTES + 21 * len(like.shape)
+            data += ANY.data if None in like.shape else math.prod(like.shape) * _WIDEST
+        return cls(len(likes) + 16, header, _SPARE_BYTES // 4, data)
+
+
+ANY = Bounds(tensors=2**62, header=2**62, about=2**62, data=2**62)
+"""Bounds of a blob that this machine wrote itself."""
+
+
+class Header(NamedTuple):
+    """What `check` finds in a header: the JSON that names groups and scalars, the number of tensors, its bytes."""
+
+    about: str
+    tensors: int
+    size: int
+
+
+def check(blob: Buffer, bounds: Bounds = ANY) -> Header:
+    """Check that a blob's header is one that `parts` or safetensors could have written, within bounds.
+
+    The header is read once from left to right: no list or object in it is ever built.
 
     Raises:
-        PayloadError: if the blob is not one that `encode` could have made.
+        PayloadError: if it is not.
     """
+    size = int.from_bytes(blob[:8], "little")
     try:
-        size = int.from_bytes(blob[:8], "little")
-        header = json.loads(blob[8 : 8 + size])
-        return _payload(header["__metadata__"], safetensors.torch.load(blob))
+        if len(blob) < 8 + size:
+            raise ValueError("the header is cut")
+        if size > bounds.header:
+            raise PayloadError(f"the header of a blob is {size} bytes; at most {bounds.header} are allowed")
+        about, tensors = _scan(str(blob[8 : 8 + size], "utf-8"), bounds)
+    except (ValueError, RecursionError) as error:
+        raise PayloadError(_not_one(len(blob), error)) from error
+    return Header(about, tensors, size)
+
+
+def decode(blob: bytes, bounds: Bounds = ANY) -> Payload:
+    """Return the payload in a blob.
+
+    Raises:
+        PayloadError: if the blob is not one that `encode` could have made, or its header is beyond the bounds.
+    """
+    header = check(blob, bounds)
+    try:
+        return _payload(header.about, safetensors.torch.load(blob))
     except _BROKEN as error:
         raise PayloadError(_not_one(len(blob), error)) from error
 
 
 def mapped(path: Path) -> Payload:
-    """The payload of a blob that lies in a file, which may go afterwards: its tensors are mapped from there, so they
-    take no memory that the system could not have back.
+    """Return the payload of a blob in a file, whose header `check` has seen; the file may be removed afterwards.
+
+    The tensors are mapped from the file, so they take no memory that the system could not reclaim.
 
     Raises:
         PayloadError: if the blob is not one that `encode` could have made.
     """
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return _payload(file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return _payload((file.metadata() or {})["payload"], tensors)
     except _BROKEN as error:
         raise PayloadError(_not_one(path.stat().st_size, error)) from error
 
@@ -82,8 +151,53 @@ def _not_one(size: int, error: Exception) -> str:
     return f"a blob of {size} bytes is not a payload: {type(error).__name__}"
 
 
-def _payload(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Payload:
-    header = json.loads(metadata["payload"])
+def _scan(text: str, bounds: Bounds) -> tuple[str, int]:
+    """Return a header's entry "payload" and its number of tensors; see `check`."""
+    if text.count('"dtype"') > bounds.tensors:
+        raise PayloadError(f"the header of a blob has more than {bounds.tensors} tensors")
+    if not text.startswith(_FIRST):
+        raise ValueError("there is no entry payload")
+    about, place = _string(text, len(_FIRST), bounds.about)
+    if not text.startswith("}", place):
+        raise ValueError("there is more metadata than the entry payload")
+    place, tensors = place + 1, 0
+    while text.startswith(",", place):
+        _, place = _string(text, place + 1, _NAME)
+        entry = _ENTRY.match(text, place)
+        if not entry:
+            raise ValueError("an entry is not a tensor's")
+        place, tensors = entry.end(), tensors + 1
+    if not text.startswith("}", place) or len(text) - place > 64 or text[place + 1 :].strip(" "):
+        raise ValueError("the header does not end after its last entry")
+    return about, tensors
+
+
+_FIRST = '{"__metadata__":{"payload":'
+_ENTRY = re.compile(
+    r':\{"dtype":"[A-Z0-9_]{2,12}","shape":\[(?:\d{1,19}(?:,\d{1,19}){0,63})?\],"data_offsets":\[\d{1,19},\d{1,19}\]\}'
+)
+_ENTRY_BYTES = 112
+"""Bytes of an entry at most, without its name and its shape."""
+_SPARE_BYTES = 4096
+_NAME = 4096
+"""Characters of a tensor's name at most."""
+_WIDEST = 8
+"""Bytes of a number of the widest dtype."""
+_read_json = json.JSONDecoder().raw_decode
+
+
+def _string(text: str, place: int, most: int) -> tuple[str, int]:
+    """Return the JSON text that begins at a place, of so many characters at most, and where it ends."""
+    if not text.startswith('"', place):
+        raise ValueError("a text is missing")
+    value, end = _read_json(text, place)
+    if len(value) > most:
+        raise ValueError("a text is too long")
+    return value, end
+
+
+def _payload(about: str, tensors: Mapping[str, Tensor]) -> Payload:
+    header = json.loads(about)
     groups: dict[str, Params] = {group: {} for group in header["groups"]}
     scalars = {**header["scalars"]}
     for name, tensor in tensors.items():

@@ -12,28 +12,44 @@ from collections.abc import Mapping
 from typing import Any
 
 from consilium.core import ClientId, ClientInfo, Payload, Scalar, Server
-from consilium.errors import PayloadError
+from consilium.errors import PayloadError, shown
 from consilium.escape import one_line
 from consilium.params import finite
 
-__all__ = ["BENCH", "MEASURES", "check_sent", "diverged", "number", "numbers", "objection", "tally"]
+__all__ = [
+    "BENCH",
+    "LARGEST",
+    "MEASURES",
+    "SECONDS",
+    "check_sent",
+    "diverged",
+    "number",
+    "numbers",
+    "objection",
+    "tally",
+]
 
 BENCH = 3
 """A client whose replies were rejected so many times in a row is not selected any more."""
 
+LARGEST = 3.4028234663852886e38
+"""The largest float32, which bounds every number of a reply: sums over all clients and rounds then stay finite."""
+SECONDS = 1e9
+"""The longest duration that a client may report: thirty years."""
+
 NUMBERS: dict[str, tuple[type, float, float]] = {
     "num_examples": (int, 1, 2**53),
     "validation": (float, 0, 1),
-    "train_loss": (float, -math.inf, math.inf),
-    "perplexity": (float, 0, math.inf),
-    "bits_per_byte": (float, 0, math.inf),
+    "train_loss": (float, -LARGEST, LARGEST),
+    "perplexity": (float, 0, LARGEST),
+    "bits_per_byte": (float, 0, LARGEST),
     "personal": (float, 0, 1),
-    "personal_bits_per_byte": (float, 0, math.inf),
+    "personal_bits_per_byte": (float, 0, LARGEST),
     "steps": (int, 0, 2**53),
     "experts": (int, 0, 2**53),
     "footprint": (int, 0, 2**63),
     "cut": (int, 0, 2**53),
-    "seconds_evaluate": (float, 0, math.inf),
+    "seconds_evaluate": (float, 0, SECONDS),
 }
 """Scalars of a reply that the engines and servers read: kind (a whole number is a float, a bool is no number), least,
 most. `num_examples` must be there, and not be more than the client has registered."""
@@ -57,7 +73,7 @@ def _tensors(server: Server, info: ClientInfo, sent: Payload, reply: Payload) ->
             if key not in expected.get(group, {}):
                 return f"{group} {key} was not asked of this client"
         if group not in expected:
-            return f"group {group!r} was not asked of this client"
+            return f"group {shown(group)} was not asked of this client"
     for group, likes in expected.items():
         tensors = reply.groups.get(group, {})
         for key, like in likes.items():
@@ -78,15 +94,18 @@ def _scalars(info: ClientInfo, scalars: Mapping[str, Scalar]) -> str | None:
             continue
         if name in scalars and not number(scalars[name], least, most, kind):
             kinds = "a whole number" if kind is int else "a finite number"
-            bounds = f" within {least:.16g}..{most:.16g}" if least > -math.inf else ""
-            return f"{name} is {scalars[name]!r}; it must be {kinds}{bounds}"
+            return f"{name} is {shown(scalars[name])}; it must be {kinds} {_bounds(least, most)}"
     return None
 
 
-def number(value: Any, least: float = -math.inf, most: float = math.inf, kind: type = float) -> bool:
-    """Whether a value is a finite number of that kind within the bounds."""
+def _bounds(least: float, most: float) -> str:
+    return "that a float32 can hold" if most == LARGEST else f"within {least:.16g}..{most:.16g}"
+
+
+def number(value: Any, least: float = -LARGEST, most: float = LARGEST, kind: type = float) -> bool:
+    """Return whether a value is a number of that kind within the bounds."""
     kinds = (int,) if kind is int else (int, float)
-    return type(value) in kinds and least <= value <= most and math.isfinite(value)
+    return type(value) in kinds and least <= value <= most
 
 
 def numbers(scalars: Mapping[str, Scalar]) -> dict[str, int | float]:

@@ -33,7 +33,7 @@ from consilium.core import (
 from consilium.data.task import Federation
 from consilium.engine.checkpoint import ClientStore
 from consilium.engine.codec import decode, encode
-from consilium.engine.judge import objection
+from consilium.engine.judge import diverged, objection
 from consilium.engine.meeting import in_step
 from consilium.engine.rounds import OWN, Engine, Progress, release, tested, told_of, trained
 from consilium.engine.workers import Later, Workers, at_once
@@ -87,7 +87,8 @@ class LocalEngine(Engine):
                 self.store.count(client, number, told["kept"])
             else:
                 self.store.drop(client, number - 1, number + 1)
-            record["clients"][client] = told_of(reply, info, rejected, told["seconds"], sent.nbytes, reply.nbytes)
+            lost = rejected is not None and diverged(reply) is not None
+            record["clients"][client] = told_of(reply, info, rejected, told["seconds"], sent.nbytes, reply.nbytes, lost)
             self.pace[info.architecture] = told["seconds"] / max(info.num_examples, 1)
             reply = Payload(reply.groups, reply.scalars)  # which `release` may empty
             if rejected is None:

@@ -18,11 +18,20 @@ from torch import Tensor
 
 from consilium.core import Payload
 from consilium.errors import PayloadError
-from consilium.params import Params
+from consilium.params import Like, Params
 
-__all__ = ["restored", "rounded"]
+__all__ = ["restored", "rounded", "travelling"]
 
 CHANGE, SCALE = "params.change", "params.scale"
+
+
+def travelling(expected: Mapping[str, Mapping[str, Like]], form: str) -> Mapping[str, Mapping[str, Like]]:
+    """Return the tensors that may arrive, group -> name, where these are expected after `restored`."""
+    if form == "exact" or "params" not in expected:
+        return expected
+    params, kind = expected["params"], torch.bfloat16 if form == "bf16" else torch.int8
+    changes = {key: Like(like.shape, kind) for key, like in params.items()}
+    return {**expected, CHANGE: changes, SCALE: {key: Like((None,), torch.float32) for key in params}}
 
 
 def rounded(

@@ -10,6 +10,7 @@ or it is missing (`ledger`). With fewer accepted replies than the quorum the rou
 merges replies as they come, is restored to what `state` said before the round, and no client's state counts.
 """
 
+import math
 import resource
 import time
 from abc import ABC, abstractmethod
@@ -35,6 +36,7 @@ from consilium.engine.checkpoint import ClientStore
 from consilium.engine.judge import MEASURES, check_sent, number, numbers
 from consilium.errors import BudgetError, DataError, PayloadError, RoundError
 from consilium.escape import one_line
+from consilium.params import finite
 from consilium.training import seeded
 
 __all__ = ["OWN", "Engine", "Progress", "ledger", "nobody", "release", "tested", "told_of", "trained"]
@@ -123,7 +125,7 @@ class Engine(ABC):
         }
         metrics = self.server.aggregate(number, self._replies(number, tasks, record))
         record["ledger"] = ledger(record)
-        record["abandoned"] = self._short(record)
+        record["abandoned"] = self._short(record) or _broken(self.server.state(), before)
         if record["abandoned"]:
             self.server.events()  # of what is undone; those from before the round are part of its state
             self.server.restore(before)
@@ -143,7 +145,7 @@ class Engine(ABC):
             **{name: values for name, values in measures.items() if values},
             **_measured(record, start, aggregated),
             "experts_mean": _experts(self.server),
-            "server": metrics,
+            "server": {name: _plain(value) for name, value in metrics.items()},
         }
 
     def _short(self, record: Mapping[str, Any]) -> str | None:
@@ -210,9 +212,19 @@ def _best_apart(context: ClientContext) -> Iterator[None]:
 
 
 def told_of(
-    reply: Payload, info: ClientInfo, rejected: str | None, seconds: float, bytes_down: int, bytes_up: int
+    reply: Payload,
+    info: ClientInfo,
+    rejected: str | None,
+    seconds: float,
+    bytes_down: int,
+    bytes_up: int,
+    diverged: bool = False,
 ) -> dict[str, Any]:
-    """What is recorded of one client's round. `seconds`: of its training, validation included."""
+    """Return the record of one client's round.
+
+    Args:
+        seconds: of its training, validation included. diverged: whether its loss or weights are not finite.
+    """
     told = numbers(reply.scalars)
     evaluate = min(told.get("seconds_evaluate", 0.0), seconds)
     reported = ((key, value) for key, value in reply.scalars.items() if key.startswith("report/") and number(value))
@@ -222,6 +234,7 @@ def told_of(
     }
     return {
         "rejected": rejected,
+        **({"diverged": True} if diverged else {}),
         "train_loss": told.get("train_loss"),
         "validation": told.get("validation"),
         "examples": info.num_examples,
@@ -287,6 +300,29 @@ def ledger(record: Mapping[str, Any]) -> dict[str, int]:
 def _copied(state: Payload) -> Payload:
     """The state in dictionaries of its own: a server may go on to change those that it gave."""
     return Payload({group: dict(params) for group, params in state.groups.items()}, dict(state.scalars))
+
+
+def _broken(state: Payload, before: Payload) -> str | None:
+    """Return why a state must not be committed, naming what is not finite in it; None if all of it is finite.
+
+    A tensor that the round did not replace has been looked at before.
+    """
+    wrong = [
+        f"{group} {key}"
+        for group, params in state.groups.items()
+        for key, tensor in params.items()
+        if tensor is not before.groups.get(group, {}).get(key) and not finite(tensor)
+    ]
+    for name, value in state.scalars.items():
+        items = value if isinstance(value, list) else [value]
+        wrong += [f"scalar {name}"] * any(isinstance(item, float) and not math.isfinite(item) for item in items)
+    if not wrong:
+        return None
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return one_line(
+        f"the server's new state is not finite ({', '.join(wrong[:3])}{more}); the state before the round is kept. "
+        "Lower the learning rates, or look for a client that sends huge numbers"
+    )
 
 
 def _scored(

@@ -27,7 +27,7 @@ from functools import lru_cache
 from math import prod
 from typing import Any, Literal
 
-from consilium.errors import ConfigError, ModelError
+from consilium.errors import ConfigError, ModelError, shown
 from consilium.moe.addressing import all_experts, expert_of, parameters, router_row_of, table
 from consilium.moe.build import ModelSource
 from consilium.moe.parts import PARTS, Mode, Parts
@@ -58,9 +58,12 @@ def bytes_of(size: str | int) -> int:
         ConfigError: for any other form, or a size that is not greater than 0.
     """
     found = _SIZE.fullmatch(str(size)) if isinstance(size, (str, int)) else None
-    number = round(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
+    number = float(found[1]) * _UNITS[found[2].upper()] if found else 0.0
+    number = round(number) if number < 2**63 else 0
     if number < 1:
-        raise ConfigError(f"size {size!r} is no number of bytes above 0; write an integer, '60MB', '1.5GB' or '12GiB'")
+        raise ConfigError(
+            f"size {shown(size)} is no number of bytes above 0; write an integer, '60MB', '1.5GB' or '12GiB'"
+        )
     return number
 
 

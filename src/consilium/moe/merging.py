@@ -179,12 +179,16 @@ class RobustMean:
         return {key: merged.get(key, old) for key, old in previous.items()}
 
     def told(self) -> dict[str, float]:
-        """For the record: experts and other groups that too few returned; clients that were clipped, and the median
-        norm of their changes of trunk and heads."""
+        """Return numbers for the record.
+
+        They are the parts that clients returned, and of them the experts and others that stayed as they were because
+        too few did; the clients that were clipped, and the median norm of their changes of trunk and heads.
+        """
         told: dict[str, float] = {}
         if self._spool is not None:
             experts = sum(expert_of(group) is not None for group in self._kept)
             told |= {"experts_kept": float(experts), "others_kept": float(len(self._kept) - experts)}
+            told["parts"] = float(len(self._spool.groups))
         if self._merging.clip or self._merging.clip_router:
             told["clipped"] = float(sum(self._clipped))
             told["norm"] = median(self._norms) if self._norms else 0.0

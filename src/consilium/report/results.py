@@ -6,7 +6,6 @@ summary wins, because it is what the run itself reports.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,9 @@ __all__ = [
     "shared_mean",
     "unable_clients",
 ]
+
+LARGEST = 1e100
+"""No number of a run is larger: whatever is beyond it was made up by a client, and is treated as not recorded."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,7 @@ def format_bytes(value: float | None, trim: bool = False) -> str:
 
 def format_seconds(value: float | None) -> str:
     """42.3 -> "42 s"; 4.21 -> "4.2 s"; 754 -> "12m 34s"; 7500 -> "2h 05m"; None -> "–"."""
-    if value is None:
+    if value is None or not value <= LARGEST:
         return "–"
     if value < 9.95:
         return f"{value:.1f} s"
@@ -233,14 +235,10 @@ def format_seconds(value: float | None) -> str:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None: what a figure can place."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """Return the value if it is a number that figures can place and sums can hold, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST <= value <= LARGEST:
         return None
-    try:
-        value = float(value)
-    except OverflowError:
-        return None
-    return value if math.isfinite(value) else None
+    return float(value)
 
 
 def _printed(scores: Sequence[float | None]) -> tuple[float | None, ...]:

@@ -31,6 +31,7 @@ from consilium.engine.flower.site import check_model, read_site, relabelled
 from consilium.engine.judge import diverged
 from consilium.engine.rounding import rounded
 from consilium.engine.rounds import tested, trained
+from consilium.engine.starting import started
 from consilium.errors import ConfigError, ConsiliumError, DataError, PayloadError
 from consilium.escape import one_line
 from consilium.experiment import Experiment, from_json
@@ -112,7 +113,9 @@ def deployed(experiment: str, heads: str, settings: Path, run: str, model: str) 
         )
     small = isinstance(own.model, Cohort) and isinstance(theirs.model, Cohort)
     privacy = theirs.privacy.stricter(own.privacy)
-    made = replace(theirs, data=own.data, model=theirs.model if small else own.model, privacy=privacy)
+    made = replace(
+        theirs, data=own.data, model=theirs.model if small else own.model, privacy=privacy, device=own.device
+    )
     if small:
         check_model(own.model, theirs.model)
         data = relabelled(data, parsed("heads", heads).get(data.task.name, data.task.labels))
@@ -122,7 +125,7 @@ def deployed(experiment: str, heads: str, settings: Path, run: str, model: str) 
         raise PayloadError(one_line(f"the run's token is {run!r}; it must be up to 64 letters and digits"))
     architecture = own.model.architecture(0)
     site = _site(made, heads, name, data, memory, str(given["fingerprint"]), settings.parent / run, architecture)
-    return replace(site, device=torch.device(own.device), limits=limits)
+    return replace(site, limits=limits)
 
 
 def _site(
@@ -215,7 +218,7 @@ def name(message: Message, context: Context) -> RecordDict:
 def describe(message: Message, context: Context) -> RecordDict:
     """What the server may know about a site: sizes, task, labels, memory, the architecture of its small model, the
     shape of its examples, and with how many torch threads it trains; no rows and no counts of labels."""
-    site = _site_of(checked(dict(message.content["engine"]), SAID), context)
+    site = _site_of(checked(dict(message.content.config_records.get("engine", {})), SAID), context)
     task = site.data.task
     return RecordDict(
         {
@@ -288,12 +291,13 @@ def _answering(work: Callable[[Message, Context], RecordDict]) -> Callable[[Mess
         try:
             content = work(message, context)
         except (ConsiliumError, OSError, MemoryError) as error:
-            content = RecordDict({"failed": ConfigRecord({"reason": f"{type(error).__name__}: {error}"})})
+            content = RecordDict({"failed": ConfigRecord({"reason": one_line(f"{type(error).__name__}: {error}")})})
         return Message(content, reply_to=message)
 
     return answer
 
 
+started()  # everything is imported: the next client process of this site may start
 client_app = ClientApp()
 client_app.train()(_answering(train))
 client_app.evaluate()(_answering(evaluate))

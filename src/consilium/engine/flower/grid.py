@@ -9,6 +9,7 @@ is no reply of this protocol or of another round, are recorded with the reason, 
 """
 
 import secrets
+import shutil
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -20,25 +21,27 @@ from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
 
 from consilium.core import ClientId, ClientInfo, Payload, Sampling, Scalar, Server
+from consilium.engine import codec
 from consilium.engine.checkpoint import ClientStore
 from consilium.engine.flower.heap import give_back
 from consilium.engine.flower.held import Held
-from consilium.engine.flower.records import PROTOCOL, blobs_of, payload_in, stamp, to_record, unfolded
+from consilium.engine.flower.records import PROTOCOL, blobs_of, payload_in, stamp, to_record, unpacked
 from consilium.engine.flower.roster import Roster, arrivals, failed
+from consilium.engine.judge import SECONDS, objection
 from consilium.engine.judge import number as is_number
-from consilium.engine.judge import objection
-from consilium.engine.rounding import restored
+from consilium.engine.rounding import restored, travelling
 from consilium.engine.rounds import Engine, Progress, release, told_of
-from consilium.errors import PayloadError
+from consilium.errors import PayloadError, shown
 from consilium.escape import one_line
 from consilium.experiment import Wire
 from consilium.moe.budget import bytes_of, human
+from consilium.params import Like
 
 __all__ = ["FlowerEngine", "within"]
 
 LATE = 3
 """Rounds in which an answer that is overdue is still asked for."""
-WORDS = 16_000_000
+WORDS = 4_000_000
 """Bytes of a reply's scalars, which wait in memory for their turn."""
 NOBODY = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
 """Errors that Flower's own server gives in place of an answer that never came."""
@@ -68,6 +71,7 @@ class _Parked:
     scalars: dict[str, Scalar] = field(default_factory=dict)
     told: dict[str, Scalar] = field(default_factory=dict)
     size: int = 0
+    rejected: str | None = None
 
     def payload(self) -> Payload:
         return payload_in(self.files, self.scalars)
@@ -136,17 +140,19 @@ class FlowerEngine(Engine):
             sent = self.held.sent(client, number, sent)
         try:
             reply = restored(parked.payload(), sent.group("params"))
-            rejected = one_line(told.get("rejected") or "") or objection(self.server, info, sent, reply)
+            rejected = parked.rejected or one_line(told.get("rejected") or "")
+            rejected = rejected or objection(self.server, info, sent, reply)
             for name, expected in stamp({**self.told, "round": number}).items():
                 if not rejected and told.get(name) != expected:
-                    rejected = one_line(f"it answers {name} {told.get(name)!r}, this is {name} {expected!r}")
+                    rejected = one_line(f"it answers {name} {shown(told.get(name))}, this is {name} {shown(expected)}")
         except PayloadError as error:
             reply, rejected = Payload(), one_line(error)
         if rejected is None:
             self.store.count(client, number, bool(told.get("kept")))
-        seconds = told["seconds"] if is_number(told.get("seconds"), 0) else 0.0
+        seconds = told["seconds"] if is_number(told.get("seconds"), 0, SECONDS) else 0.0
         reset = {"state_reset": one_line(told["reset"])} if told.get("reset") else {}
-        return reply, told_of(reply, info, rejected, seconds, down, parked.size) | reset
+        diverged = bool(told.get("rejected"))  # the client's end rejects nothing else
+        return reply, told_of(reply, info, rejected, seconds, down, parked.size, diverged) | reset
 
     def _test(self, number: int, record: dict[str, Any]) -> dict[ClientId, Mapping[str, Scalar]]:
         able = _Deliveries(
@@ -183,7 +189,9 @@ class FlowerEngine(Engine):
                     nobody = reply.has_error() and reply.error.code in NOBODY
                     noted["missing" if nobody else "errors"][client] = reason
                 else:
-                    arrived[client] = _park(reply, inbox / client, bytes_of(self.wire.cap))
+                    arrived[client] = _park(
+                        reply, inbox / client, bytes_of(self.wire.cap), self._expected(kind, client, tasks)
+                    )
             del reply  # before the next is fetched
             give_back()
             if 0 < enough <= len(arrived):
@@ -195,6 +203,14 @@ class FlowerEngine(Engine):
             self._late(number, noted)
             self.overdue |= {identifier: (client, number) for client, identifier in sent.items()}
         return arrived
+
+    def _expected(
+        self, kind: str, client: ClientId, tasks: Mapping[ClientId, Payload]
+    ) -> Mapping[str, Mapping[str, Like]]:
+        """Return the tensors that a reply may bring, group -> name; a score brings none."""
+        if kind == "evaluate":
+            return {}
+        return travelling(self.server.expects(self.clients[client], tasks[client]), self.wire.reply)
 
     def _late(self, number: int, noted: dict[str, Any]) -> None:
         """Note who has answered a message of an earlier round, or attempt, by now: the answers count for nothing."""
@@ -275,21 +291,20 @@ class _Deliveries(Mapping[ClientId, Payload]):
         return len(self.infos)
 
 
-def _park(reply: Message, folder: Path, cap: int) -> _Parked:
-    """Write a reply's blobs to files; one that is none of this protocol, or larger than `cap` bytes, unfolded or not,
-    is parked as rejected."""
+def _park(reply: Message, folder: Path, cap: int, expected: Mapping[str, Mapping[str, Like]]) -> _Parked:
+    """Write a reply's blobs to files. Nothing is kept of one that is not of this protocol, brings what is not expected,
+    or is larger, unfolded or not, than `cap` bytes or than what is expected: it is parked as rejected."""
     try:
         blobs, scalars, told = blobs_of(reply.content)
-        size = sum(map(len, blobs.values()))
-        if size > cap:
-            raise PayloadError(f"the reply is {human(size)}, allowed are {human(cap)} (wire.cap)")
         if (words := sum(len(record.deflate()) for record in reply.content.config_records.values())) > WORDS:
-            raise PayloadError(f"the reply's scalars are {human(words)}, allowed are {human(WORDS)}")
+            raise PayloadError(f"the reply's scalars are {human(words)}; at most {human(WORDS)} are allowed")
         folder.mkdir(exist_ok=True)
         files = {}
-        for i, (group, blob) in enumerate(blobs.items()):
+        for i, (group, blob, bounds) in enumerate(unpacked(blobs, cap, expected)):
+            codec.check(blob, bounds)
             files[group] = folder / str(i)
-            files[group].write_bytes(unfolded(blob, cap))
+            files[group].write_bytes(blob)
     except PayloadError as error:
-        return _Parked(told={"rejected": str(error)})
-    return _Parked(files, scalars, told, size)
+        shutil.rmtree(folder, ignore_errors=True)
+        return _Parked(rejected=one_line(error))
+    return _Parked(files, scalars, told, sum(map(len, blobs.values())))

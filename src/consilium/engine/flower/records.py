@@ -10,7 +10,7 @@ goes on in "group/1", "group/2", ...: Flower puts an array together from its chu
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ import zstandard
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from consilium.core import Payload, Scalar
-from consilium.engine.codec import decode, encode, mapped
-from consilium.errors import PayloadError
+from consilium.engine.codec import Bounds, decode, encode, mapped
+from consilium.errors import PayloadError, shown
 from consilium.escape import one_line
+from consilium.moe.budget import human
+from consilium.params import Like
 
 __all__ = [
     "PROTOCOL",
@@ -35,7 +37,7 @@ __all__ = [
     "payload_of",
     "stamp",
     "to_record",
-    "unfolded",
+    "unpacked",
 ]
 
 PROTOCOL = 1
@@ -46,6 +48,10 @@ MAGIC = zstandard.MAGIC_NUMBER.to_bytes(4, "little")
 """A zstd frame begins so; a safetensors blob, which begins with the length of its header, would need one of 4 GB."""
 PART = 32 * 1024 * 1024
 """Bytes of one Array at most."""
+MOST = Bounds(tensors=2**18, header=2**25, about=2**12, data=2**62)
+"""Bounds of each blob of a message whose tensors the receiver cannot foresee."""
+GROUPS = 64
+"""Groups of such a message at most."""
 _LEAST, _MOST = -(2**63), 2**64 - 1
 
 
@@ -89,25 +95,53 @@ def blobs_of(record: RecordDict) -> tuple[dict[str, bytes], dict[str, Scalar], d
         raise PayloadError("a message with records of other types: the other side does not speak this protocol")
     for name, array in arrays.items():
         if array.stype not in (STYPE, PACKED):
-            raise PayloadError(f"group {name!r} arrived as {array.stype!r}; it must be {STYPE}")
+            raise PayloadError(f"group {shown(name)} arrived as {shown(array.stype)}; it must be {STYPE}")
     parts: dict[str, list[bytes]] = {}
     for name, array in arrays.items():
         group, _, place = name.partition("/")
         before = parts.setdefault(group, [])
         if place != (str(len(before)) if before else ""):
-            raise PayloadError(f"{name!r} is not the next part of {group!r}, of which {len(before)} came")
+            raise PayloadError(f"{shown(name)} is not the next part of {shown(group)}, of which {len(before)} came")
         before.append(array.data)
     blobs = {group: b"".join(pieces) if len(pieces) > 1 else pieces[0] for group, pieces in parts.items()}
     return blobs, dict(scalars), dict(told)
 
 
 def payload_of(blobs: Mapping[str, bytes], scalars: Mapping[str, Scalar], cap: int = 2**40) -> Payload:
-    """The payload of these blobs and scalars; `cap`: bytes that a compressed blob may unfold to.
+    """Return the payload of these blobs and scalars; `cap`: bytes of all blobs together, unfolded.
 
     Raises:
-        PayloadError: if a blob is not one that `to_record` could have made.
+        PayloadError: if a blob is not one that `to_record` could have made, or they are more than the cap.
     """
-    return _joined({group: decode(unfolded(blob, cap)) for group, blob in blobs.items()}, scalars)
+    return _joined({group: decode(blob, bounds) for group, blob, bounds in unpacked(blobs, cap)}, scalars)
+
+
+def unpacked(
+    blobs: Mapping[str, bytes], cap: int, expected: Mapping[str, Mapping[str, Like]] | None = None
+) -> Iterator[tuple[str, bytes, Bounds]]:
+    """Yield each group with its blob as the codec made it, and the bounds of that blob's header, which is not read yet.
+
+    Args:
+        cap: bytes of all blobs together, before and after unfolding.
+        expected: the tensors that each group may have; None: whatever the other side sends.
+
+    Raises:
+        PayloadError: for a group that is not expected, before any is unfolded, and for more bytes than are allowed.
+    """
+    if expected is not None and (strange := [group for group in blobs if group not in expected]):
+        raise PayloadError(f"group {shown(strange[0])} was not asked of this client")
+    if len(blobs) > GROUPS:
+        raise PayloadError(f"the message has {len(blobs)} groups; at most {GROUPS} are allowed")
+    if (size := sum(map(len, blobs.values()))) > cap:
+        raise PayloadError(
+            f"the payload is {human(size)}; at most {human(cap)} are allowed (wire.cap, or a site's --max-bytes)"
+        )
+    left = cap
+    for group, blob in blobs.items():
+        bounds = MOST if expected is None else Bounds.of(group, expected[group])
+        blob = _unfolded(group, blob, min(left, bounds.blob))
+        left -= len(blob)
+        yield group, blob, bounds
 
 
 def payload_in(files: Mapping[str, Path], scalars: Mapping[str, Scalar]) -> Payload:
@@ -119,19 +153,21 @@ def payload_in(files: Mapping[str, Path], scalars: Mapping[str, Scalar]) -> Payl
     return _joined({group: mapped(path) for group, path in files.items()}, scalars)
 
 
-def unfolded(blob: bytes, cap: int) -> bytes:
-    """A blob as the codec made it; `cap`: bytes that a compressed one may unfold to.
+def _unfolded(group: str, blob: bytes, most: int) -> bytes:
+    """Return a group's blob as the codec made it; `most`: the bytes that it may have then.
 
     Raises:
-        PayloadError: if it would be more, or does not unfold.
+        PayloadError: if it would have more, or does not unfold.
     """
-    if not blob.startswith(MAGIC):
-        return blob
+    packed = blob.startswith(MAGIC)
     try:
-        size = zstandard.frame_content_size(blob)
-        if not 0 <= size <= cap:
-            raise PayloadError(f"a compressed blob would unfold to {size} bytes, allowed are {cap}")
-        return zstandard.decompress(blob, max_output_size=size)
+        size = zstandard.frame_content_size(blob) if packed else len(blob)
+        if not 0 <= size <= most:
+            raise PayloadError(
+                f"the blob of group {shown(group)} {'unfolds to' if packed else 'is'} {size} bytes; at most {most} are "
+                "allowed"
+            )
+        return zstandard.decompress(blob, max_output_size=size) if packed else blob
     except zstandard.ZstdError as error:
         raise PayloadError(f"a compressed blob is broken: {error}") from error
 
@@ -140,7 +176,7 @@ def _joined(parts: Mapping[str, Payload], scalars: Mapping[str, Scalar]) -> Payl
     groups = {}
     for group, part in parts.items():
         if set(part.groups) != {group}:
-            raise PayloadError(f"the blob of group {group!r} holds {sorted(part.groups)}")
+            raise PayloadError(f"the blob of group {shown(group)} holds {shown(list(part.groups))}")
         groups |= part.groups
     return Payload(groups, dict(scalars))
 
@@ -160,12 +196,12 @@ def checked(told: dict[str, Scalar], kinds: dict[str, type]) -> dict[str, Scalar
     if told.get("protocol") != PROTOCOL:
         raise PayloadError(
             one_line(
-                f"the server speaks protocol {told.get('protocol')!r}, this client {PROTOCOL}: install one version"
+                f"the server speaks protocol {shown(told.get('protocol'))}, this client {PROTOCOL}: install one version"
             )
         )
     for name, kind in kinds.items():
         if type(told.get(name)) is not kind:
-            raise PayloadError(one_line(f"the server says {name} {told.get(name)!r}; it must be {kind.__name__}"))
+            raise PayloadError(one_line(f"the server says {name} {shown(told.get(name))}; it must be {kind.__name__}"))
     if "round" in kinds and not 0 <= int(told["version"]) <= int(told["round"]) > 0:
         raise PayloadError(f"the server says round {told['round']}, and to go on from that of round {told['version']}")
     return told
@@ -181,10 +217,13 @@ def parsed(what: str, text: str) -> dict[str, Any]:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise PayloadError(f"the server's {what} is no JSON: {type(error).__name__}") from error
-    labels = what != "heads" or (isinstance(value, dict) and all(isinstance(names, list) for names in value.values()))
-    if not isinstance(value, dict) or not labels:
-        raise PayloadError(one_line(f"the server's {what} is {text!r}"))
+    if not isinstance(value, dict) or (what == "heads" and not all(map(_are_labels, value.values()))):
+        raise PayloadError(one_line(f"the server's {what} is {shown(text)}"))
     return value
+
+
+def _are_labels(names: Any) -> bool:
+    return isinstance(names, list) and all(isinstance(name, str) for name in names)
 
 
 def stamp(told: Mapping[str, Scalar]) -> dict[str, Scalar]:
@@ -209,10 +248,12 @@ def _config(scalars: Mapping[str, Scalar]) -> ConfigRecord:
         wide = [item for item in items if type(item) is int and not _LEAST <= item <= _MOST]
         # One integer above 2^63 makes Flower send the whole list unsigned.
         if wide or (max(map(_int, items), default=0) >= 2**63 and min(map(_int, items)) < 0):
-            raise PayloadError(f"scalar {key!r} = {value!r} does not fit 64 bits; send it as a float or a text")
+            raise PayloadError(
+                f"scalar {shown(key)} = {shown(value)} does not fit 64 bits; send it as a float or a text"
+            )
         texts = [key, *(item for item in items if isinstance(item, str))]
         if any("\ud800" <= char <= "\udfff" for text in texts for char in text):
-            raise PayloadError(f"scalar {key!r} holds half a surrogate pair, which is not Unicode text")
+            raise PayloadError(f"scalar {shown(key)} holds half a surrogate pair, which is not Unicode text")
     return ConfigRecord(dict(scalars))
 
 

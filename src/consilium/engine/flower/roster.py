@@ -16,6 +16,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from consilium.core import ClientId, Scalar
+from consilium.engine.flower.described import checked_name
 from consilium.engine.flower.patience import Patient
 from consilium.engine.judge import number as is_number
 from consilium.errors import PayloadError, RoundError
@@ -94,13 +95,11 @@ class Roster:
     def _name(self, reply: Message) -> ClientId:
         if reason := failed(reply):
             raise PayloadError(reason)
-        told = reply.content.get("engine", {})
+        told = reply.content.config_records.get("engine", {})
         place = told.get("partition")
         if is_number(place, 0, len(self.names) - 1, int):
             return self.names[place]
-        if "name" in told:
-            return str(told["name"])
-        raise PayloadError(one_line(f"it answers {dict(told)}"))
+        return checked_name(told.get("name"))
 
 
 def ask(

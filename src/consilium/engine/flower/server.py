@@ -15,9 +15,10 @@ from flwr.serverapp import Grid, ServerApp
 
 from consilium.core import ClientId
 from consilium.engine.flower.client import client_app
+from consilium.engine.flower.described import checked_description, checked_name
 from consilium.engine.flower.heap import give_back_at_once
-from consilium.engine.flower.roster import Roster, ask
-from consilium.errors import ConfigError, RoundError
+from consilium.engine.flower.roster import Roster, ask, failed
+from consilium.errors import ConfigError, PayloadError, RoundError
 from consilium.experiment import Experiment
 from consilium.machine import cores
 from consilium.models.cohort import ARCHITECTURES
@@ -138,11 +139,15 @@ def describe(
         for node, reply in ask(roster.grid, list(strangers), "describe", told, seconds, roster.poll):
             if reply.has_error():
                 continue
-            if "failed" in reply.content:
-                who = f"site {roster.owners[node]}" if node in roster.owners else "a site"
-                raise RoundError(f"{who} cannot take part: {reply.content['failed']['reason']}")
-            described = dict(reply.content["engine"])
-            name = str(described["name"])
+            told = reply.content.config_records.get("engine", {})
+            who = _who(roster, node, told)
+            if reason := failed(reply):
+                raise RoundError(f"{who} cannot take part: {reason}")
+            try:
+                described = checked_description(told)
+            except PayloadError as error:
+                raise RoundError(f"{who} cannot take part: what it says of itself is not allowed: {error}") from error
+            name = described["name"]
             if roster.enter(node, strangers[node], name) and name in sites:
                 found[name] = described
                 if came is not None:
@@ -155,6 +160,14 @@ def describe(
             names = ", ".join(f"{site} ({why})" if why else site for site, why in absent.items())
             raise RoundError(f"not connected within {seconds:g} s: {names}; start their clients, then the server again")
         time.sleep(roster.poll)
+
+
+def _who(roster: Roster, node: int, told: Mapping[str, Any]) -> str:
+    """Return how to call a node in a message: by the owner of its key, else by the name that it says."""
+    try:
+        return f"site {roster.owners.get(node) or checked_name(told.get('name'))}"
+    except PayloadError:
+        return "a site"
 
 
 def one_cohort(found: Mapping[ClientId, Mapping[str, Any]]) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ import torch
 
 from consilium.core import Payload
 from consilium.data.arrays import TableData
-from consilium.data.task import ClientData, Federation, Split, Task
+from consilium.data.task import ClientData, Federation, Split, Task, check_labels
 from consilium.data.tensor import TensorSplit
 from consilium.engine.checkpoint import write_atomic
 from consilium.engine.codec import decode, encode
@@ -68,6 +68,7 @@ def save_site(path: Path, name: str, experiment: Experiment, limits: Limits | No
         )
     client = name if name in federation.clients else next(iter(federation.clients))
     data = federation.clients[client]
+    check_labels(data.task.labels)  # as the server will
     if isinstance(experiment.model, Cohort):
         if experiment.model.world != "cohort":
             raise ConfigError(
