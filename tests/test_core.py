@@ -57,7 +57,7 @@ def test_payload_takes_plain_scalars(value):
     ],
 )
 def test_payload_refuses_tensors(tensor):
-    with pytest.raises(PayloadError, match="params/w is"):
+    with pytest.raises(PayloadError, match="'params/w' is"):
         Payload({"params": {"w": tensor}})
 
 

@@ -139,7 +139,7 @@ class Terminal:
 
     def _kept(self, record: Mapping[str, Any]) -> str:
         """Return how many parts of the model a robust rule left as they were; "" if it changed all."""
-        told = record["server"] or {}
+        told = record.get("server") or {}
         kept = int(told.get("experts_kept") or 0) + int(told.get("others_kept") or 0)
         return f"{kept} of {int(told['parts'])} parts kept: too few contributors" if kept and told.get("parts") else ""
 
