@@ -17,6 +17,7 @@ from pathlib import Path
 if __name__ == "__main__":
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
 
+from consilium.engine import checkpoint
 from consilium.experiment import from_json
 from consilium.run import resume, run
 
@@ -153,12 +154,8 @@ def deadly(at):
         def __getattr__(self, name):
             return getattr(self.file, name)
 
-    def opened(path, mode="r", *args, **kwargs):
-        file = real_open(path, mode, *args, **kwargs)
-        return Written(file) if mode in ("wb", "ab") else file
-
-    fsync, real_open = os.fsync, Path.open
-    os.fsync, Path.open = wrap(os.fsync), opened
+    fsync, open_here = os.fsync, checkpoint.open_here
+    os.fsync, checkpoint.open_here = wrap(os.fsync), lambda *args: Written(open_here(*args))
     Path.replace, Path.unlink = wrap(Path.replace), wrap(Path.unlink)
     return calls
 

@@ -73,7 +73,8 @@ def write_atomic(path: Path, *parts: Buffer) -> None:
     try:
         made = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)
+        if os.path.lexists(temporary):
+            temporary.unlink()
         with open_here(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, "wb") as file:
             for part in parts:
                 left = memoryview(part)
