@@ -934,7 +934,7 @@ def asked(sites, kind, content):
         ({"run": "/etc"}, "the run's token is '/etc'"),
         ({"run": "x" * 10**4}, "the run's token is 'xxx"),
         ({"heads": '{"task": 3}'}, "the server's heads is"),
-        ({"model": "sha256:0"}, "the server's model is sha256:0, this site's is sha256:.*same files"),
+        ({"model": "files:0"}, "the server's model is files:0, this site's is files:.*same files"),
     ],
 )
 def test_what_a_server_says_of_a_run_is_refused_unless_it_is_what_it_must_be(change, reason, data, sites, tmp_path):

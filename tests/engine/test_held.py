@@ -179,5 +179,5 @@ def test_a_resumed_run_goes_on_to_the_same_bits(grid, tmp_path):
 
 
 def test_other_forms_are_refused():
-    with pytest.raises(ConfigError, match=r"wire\.send is 'int4'; it must be exact, bf16 or int8"):
+    with pytest.raises(ConfigError, match=r"wire\.send is 'int4'; it must be one of exact, bf16, int8"):
         Wire(send="int4")

@@ -134,7 +134,8 @@ def test_a_diverged_loss_is_recorded_as_null(tmp_path, loss):
     record = made(tmp_path, client=ToyClient(train_loss=loss, validation=0.5)).round(1, test=False)
     assert record["clients"]["animal-00"]["train_loss"] is None
     assert record["clients"]["animal-00"]["validation"] == 0.5
-    assert record["clients"]["animal-00"]["rejected"] == f"train_loss is {loss}; it must be a finite number"
+    said = f"train_loss is {loss}; it must be a finite number that a float32 can hold"
+    assert record["clients"]["animal-00"]["rejected"] == said
     json.dumps(record, allow_nan=False)
 
 
