@@ -29,8 +29,16 @@ _USAGE = {"*": {"*": [float]}}
 _HELD = {"*": {"*": [int]}}
 _SHAPES: dict[str, dict[str, Any]] = {
     "config.json": {"experiment": {"algorithm": {"type": str}}, "versions": {}, "status": str, "git": str},
-    "partition.json": {"clients": {"*": {"task": str, "sizes": {}, "label_counts": {}}}, "skipped": {}},
-    "summary.json": {"tasks": {"*": {"metric": str}}, "clients": {"*": {}}, "seconds": {}, "experts": {}},
+    "partition.json": {
+        "clients": {"*": {"task": str, "sizes": {}, "label_counts": {}, "memory_bytes": float}},
+        "skipped": {},
+    },
+    "summary.json": {
+        "tasks": {"*": {"metric": str}},
+        "clients": {"*": {"memory_bytes": float, "experts": [int]}},
+        "seconds": {},
+        "experts": {},
+    },
     "metrics.jsonl": {"round": int, "stage": str, "clients": {"*": {"seconds": {}, "report": {}}}}
     | {key: {} for key in ("unable", "test", "scores", "seconds", "server")},
     "events.jsonl": {"event": str, "client": str},
