@@ -155,6 +155,23 @@ def test_what_honest_sites_say_is_shown(federation, tmp_path):
     assert "task" in out.getvalue() and (tmp_path / "run/summary.json").exists()
 
 
+def test_a_site_that_comes_later_is_asked_the_same(federation, tmp_path):
+    made, grid = federation
+    grid.away.add(101)
+    real = grid.pull_messages
+
+    def pulled(identifiers):
+        replies = real(identifiers)
+        if replies:  # the first site has answered
+            grid.away.clear()
+        return replies
+
+    grid.pull_messages = pulled
+    serve(made, tmp_path / "run", grid, ["site-0", "site-1"], 30.0)
+    assert [kind for kind, *_ in grid.log].count("query.describe") == 2
+    assert runs.outcome(tmp_path / "run")["metrics"][0]["ledger"]["ok"] == 2
+
+
 def test_a_node_that_answers_with_no_name_is_missing(federation, tmp_path):
     """After the run has begun, a node that was restarted is asked for its name alone."""
     made, grid = federation

@@ -139,12 +139,12 @@ def describe(
         for node, reply in ask(roster.grid, list(strangers), "describe", told, seconds, roster.poll):
             if reply.has_error():
                 continue
-            told = reply.content.config_records.get("engine", {})
-            who = _who(roster, node, told)
+            said = reply.content.config_records.get("engine", {})
+            who = _who(roster, node, said)
             if reason := failed(reply):
                 raise RoundError(f"{who} cannot take part: {reason}")
             try:
-                described = checked_description(told)
+                described = checked_description(said)
             except PayloadError as error:
                 raise RoundError(f"{who} cannot take part: what it says of itself is not allowed: {error}") from error
             name = described["name"]
