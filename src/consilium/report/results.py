@@ -24,9 +24,11 @@ __all__ = [
     "client_scores",
     "columns",
     "differ_in_clients",
+    "format_bits",
     "format_bytes",
     "format_score",
     "format_seconds",
+    "measured",
     "number",
     "result",
     "shared_mean",
@@ -122,6 +124,16 @@ def client_scores(run: RunRecord) -> dict[str, float]:
     return {}
 
 
+def measured(run: RunRecord, name: str) -> dict[str, float]:
+    """Return a measure that stands next to the score ("bits_per_byte", ...) of each client, from the last round that
+    tested."""
+    for line in reversed(run.rounds):
+        if isinstance(line.get(name), Mapping):
+            found = {c: number(v) for c, v in line[name].items() if c in run.clients}
+            return {c: v for c, v in found.items() if v is not None}
+    return {}
+
+
 def unable_clients(run: RunRecord) -> dict[str, str]:
     """Clients that cannot run this algorithm, with the run's reason. The latest word on a client counts."""
     if run.summary is not None and isinstance(run.summary.get("clients"), Mapping):
@@ -181,6 +193,10 @@ def columns(runs: Sequence[RunRecord]) -> list[Column]:
         made.append(_column("mean", "high", _printed([row.mean for row in rows]), format_score))
     if differ_in_clients(runs):
         made.append(_column("shared", "high", _printed(shared_mean(runs)), format_score))
+    for name, head in (("bits_per_byte", "bits/byte"), ("personal_bits_per_byte", "own best")):
+        means = [statistics.fmean(found.values()) if (found := measured(run, name)) else None for run in runs]
+        if any(value is not None for value in means):
+            made.append(_column(head, "low", _printed(means), format_bits))
     coverage = tuple(row.coverage for row in rows)
     made.append(Column("clients", "high", tuple(r.served / r.clients if r.clients else None for r in rows), coverage))
     made.append(_column("traffic", "low", [row.bytes_total for row in rows], format_bytes))
@@ -204,6 +220,11 @@ def format_score(value: float | None, sd: float | None = None) -> str:
     if value is None:
         return "–"
     return f"{100 * value:.1f}" if sd is None else f"{100 * value:.1f} ± {100 * sd:.1f}"
+
+
+def format_bits(value: float | None) -> str:
+    """1.8123 -> "1.812"; None -> "–"."""
+    return "–" if value is None else f"{value:.3f}"
 
 
 def format_bytes(value: float | None, trim: bool = False) -> str:

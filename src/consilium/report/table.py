@@ -16,6 +16,7 @@ from consilium.report.methods import Method, has_seeds, method_columns, methods,
 from consilium.report.read import RunRecord, label_runs, read_runs
 from consilium.report.results import Column, best, columns
 from consilium.report.style import shorten
+from consilium.report.verdict import verdict
 
 __all__ = ["print_table"]
 
@@ -44,6 +45,8 @@ def print_table(runs: Sequence[RunRecord | Path | str], console: Console | None 
         console.print(Text("* best of its column, finished runs only; ± standard deviation over clients", "dim"))
     if has_seeds(records):
         _print_methods(methods(records), console)
+    for sentence in verdict(records):
+        console.print(Text(one_line(sentence)))
     if any(column.head == "shared" for column in shown):
         console.print(Text("shared: mean over the clients that every run scored; compare this one", "dim"))
 

@@ -23,6 +23,7 @@ from consilium.report.results import (
     unable_clients,
 )
 from consilium.report.style import SERIES, run_styles
+from consilium.report.verdict import verdict
 
 __all__ = [
     "client_tables",
@@ -39,6 +40,8 @@ _HEADS = {
     "run": "Run",
     "mean": "Mean",
     "shared": "Shared clients",
+    "bits/byte": "Bits per byte",
+    "own best": "Own best",
     "clients": "Clients",
     "traffic": "Traffic",
     "memory": "Peak memory",
@@ -85,7 +88,10 @@ def comparison(runs: Sequence[RunRecord]) -> str:
     if any(c.head == "shared" for c in shown):
         shared = set.intersection(*(set(client_scores(run)) for run in runs))
         words += f" Shared clients: the mean over only the {len(shared)} that every run scored."
-    note = f'<p class="note" style="margin:12px 0 0">{words}</p>'
+    if any(c.head == "own best" for c in shown):
+        words += " Own best: bits per byte of each client's best model by its own validation data."
+    said = "".join(f"<p>{html(sentence)}</p>" for sentence in verdict(runs))
+    note = f'{said}<p class="note" style="margin:12px 0 0">{words}</p>'
     body = f"{table(heads, rows, starred=True)}{note}"
     return f'<div class="box">{fold(f"Each of the {len(runs)} runs", body) if has_seeds(runs) else body}</div>'
 

@@ -1,0 +1,88 @@
+"""What a comparison says, in two sentences: the differences to the first method, and how far they can be trusted."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+from consilium.report.read import RunRecord
+from consilium.report.results import client_scores, measured
+
+__all__ = ["verdict"]
+
+Values = Mapping[str, float]
+
+
+def verdict(runs: Sequence[RunRecord]) -> list[str]:
+    """Return two sentences on finished runs of several methods; [] if there is nothing to compare.
+
+    The measure is the personal bits per byte, else bits per byte (both: lower is better), else the test score in
+    percent. Differences are paired by client; their 95 % t-intervals are over seeds where every method has several,
+    otherwise over the clients of the one seed.
+    """
+    finished = [run for run in runs if run.finished]
+    groups: dict[str, dict[object, Values]] = {}
+    which = _measure(finished)
+    for run in finished:
+        groups.setdefault(run.method, {})[run.seed] = _values(run, which)
+    if len(groups) < 2:
+        return []
+    first, *others = groups
+    unit, sign = ("points", 100.0) if which == "score" else ("bits per byte", 1.0)
+    gaps = {name: _gaps(groups[first], groups[name], sign) for name in others}
+    gaps = {name: found for name, found in gaps.items() if found}
+    if not gaps:
+        return []
+    seeds = min(len(found) for found in gaps.values())
+    said = []
+    for name, found in gaps.items():
+        units = [statistics.fmean(values) for values in found] if seeds > 1 else found[0]
+        said.append(f"{name} {_interval(units)}")
+    own = statistics.fmean(statistics.fmean(values.values()) for values in groups[first].values()) * sign
+    better = "lower is better" if which != "score" else "higher is better"
+    what = "its clients' own best models reach" if which == "personal_bits_per_byte" else "it reaches"
+    opening = f"{first}: {what} {own:.1f} {unit}" if which == "score" else f"{first}: {what} {own:.3f} {unit}"
+    number = "differences of the others" if len(gaps) > 1 else "difference of the other"
+    one = f"{opening} on average ({better}); {number}: {', '.join(said)}."
+    if seeds > 1:
+        two = f"Differences are paired by seed and client; ± is the 95 % interval over {seeds} seeds."
+    else:
+        clients = len(next(iter(gaps.values()))[0])
+        two = (
+            f"± is the 95 % interval over the {clients} clients of one seed, which share a model: it does not say what "
+            "another seed would give (--seeds 3 does)."
+        )
+    return [one, two]
+
+
+def _measure(runs: Sequence[RunRecord]) -> str:
+    for name in ("personal_bits_per_byte", "bits_per_byte"):
+        if runs and all(measured(run, name) for run in runs):
+            return name
+    return "score"
+
+
+def _values(run: RunRecord, which: str) -> Values:
+    return client_scores(run) if which == "score" else measured(run, which)
+
+
+def _gaps(first: Mapping[object, Values], other: Mapping[object, Values], sign: float) -> list[list[float]]:
+    """Seed by seed, other - first of every client that both have."""
+    found = []
+    for seed in first.keys() & other.keys():
+        common = sorted(first[seed].keys() & other[seed].keys())
+        if common:
+            found.append([sign * (other[seed][client] - first[seed][client]) for client in common])
+    return found
+
+
+def _interval(values: Sequence[float]) -> str:
+    mean = statistics.fmean(values)
+    digits = 1 if abs(mean) >= 1 else 3
+    if len(values) < 2:
+        return f"{mean:+.{digits}f}"
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:+.{digits}f} ± {half:.{digits}f}"
