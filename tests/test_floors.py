@@ -16,7 +16,7 @@ FLOORS = {
     "masters": 0,
     "pointers": 0, "products": 0,
     "moe": 1, "models": 1, "data": 1, "privacy": 1,
-    "setup": 2,
+    "disclosure": 2, "setup": 2,
     "batched": 3,
     "training": 4,
     "algorithms": 5,

@@ -44,7 +44,7 @@ def test_a_sites_folder_is_its_users_alone(tmp_path):
 
     save_site(tmp_path / "at/site.json", "site-0", runs.experiment(runs.table(tmp_path)))
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "at", *(tmp_path / "at").iterdir())}
-    assert modes == {"at": 0o700, "site.json": 0o600, "data.json": 0o600}
+    assert modes == {"at": 0o700, "site.json": 0o600, "data.json": 0o600, "secret": 0o600}
 
 
 def test_waiting_replies_are_the_users_alone(tmp_path, monkeypatch):

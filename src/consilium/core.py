@@ -16,7 +16,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 import torch
 
@@ -25,6 +25,7 @@ from consilium.params import Like, Params, nbytes
 from consilium.work import Work, check_settings, setting
 
 __all__ = [
+    "COMMON_REVEALS",
     "Algorithm",
     "Client",
     "ClientContext",
@@ -35,6 +36,7 @@ __all__ = [
     "ExpertSet",
     "Meet",
     "Payload",
+    "Reveal",
     "Sampling",
     "Scalar",
     "Server",
@@ -255,8 +257,59 @@ class Server(ABC):
         return []
 
 
+@dataclass(frozen=True)
+class Reveal:
+    """What a group or scalar of a reply says about a client's data, and what the server half needs of it.
+
+    Args:
+        kind: "update", models and what is computed for them; "size", numbers of examples and tokens; "cost", seconds,
+            steps and bytes; "score", losses and scores of the client's data; "labels", values by label; "usage", which
+            experts the client's data asks for.
+        need: "exact", as it was computed; "less", also lowered as the site's `privacy` says; "nothing", for the record
+            alone. A site that does not tell what is needed refuses the method.
+    """
+
+    kind: Literal["update", "size", "cost", "score", "labels", "usage"]
+    need: Literal["exact", "less", "nothing"] = "nothing"
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            if getattr(self, name) not in get_args(hint):
+                allowed = ", ".join(get_args(hint))
+                raise ConfigError(f"{name} of a Reveal is {getattr(self, name)!r}; it must be one of {allowed}")
+
+
+COMMON_REVEALS: Mapping[str, Reveal] = {
+    "params": Reveal("update", "exact"),
+    "num_examples": Reveal("size", "exact"),
+    "examples": Reveal("size"),
+    "cut": Reveal("size"),
+    "steps": Reveal("cost"),
+    "experts": Reveal("cost"),
+    "footprint": Reveal("cost"),
+    "seconds_evaluate": Reveal("cost"),
+    "train_loss": Reveal("score"),
+    "validation": Reveal("score"),
+    "perplexity": Reveal("score"),
+    "bits_per_byte": Reveal("score"),
+    "personal": Reveal("score"),
+    "personal_bits_per_byte": Reveal("score"),
+    "score": Reveal("score"),
+    "report/test before aggregation": Reveal("score"),
+}
+"""What the replies of `training.local_round`, `trained`, `local_test` and `tested` say."""
+
+
 class Client(ABC):
-    """The client half; it keeps nothing between calls except `context.state`."""
+    """The client half; it keeps nothing between calls except `context.state`.
+
+    Attributes:
+        reveals: group or scalar -> what it says about the client's data, for all that a reply holds beside
+            `COMMON_REVEALS`, which it may change. A name that ends in "*" stands for all that begin so. What is not
+            declared does not leave the client: see `disclosure`.
+    """
+
+    reveals: Mapping[str, Reveal] = {}
 
     @abstractmethod
     def train(self, payload: Payload, context: ClientContext) -> Payload:

@@ -30,6 +30,7 @@ from typing import Any, Protocol
 
 import torch
 
+from consilium import disclosure
 from consilium.core import ClientId, ClientInfo, Server
 from consilium.data.task import Federation
 from consilium.data.tensor import on_device
@@ -464,6 +465,7 @@ class _Prepared:
                 "clients, or choose another rule"
             )
         Account(None, experiment, len(infos)).check(0)
+        disclosure.check(experiment.algorithm.client(setup), experiment.privacy)
         server = experiment.algorithm.server(setup)
         unable = {c.id: lack for c in infos if (lack := server.unable(c))}
         # A method that fits its models to the clients may find work even where nobody can hold the full one.
@@ -490,6 +492,7 @@ class _Prepared:
                 sampling=self.setup.sampling,
                 progress=progress,
                 together=count if processes == 1 else 1,
+                privacy=experiment.privacy,
             )
             with forked(processes, engine.work) if processes > 1 else nullcontext() as engine.workers:
                 yield engine

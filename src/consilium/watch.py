@@ -87,6 +87,8 @@ class Terminal:
         experts = f"{sum(counts.values())} experts in {len(counts)} layers; " if counts else ""
         needs = f"training all needs {human(setup.footprint(counts).total)}; " if counts else ""
         say(f"  model {experiment.model.path}: {experts}{needs}devices: {devices}")
+        if warning := experiment.privacy.delta_warning(len(sizes)):
+            say(f"  warning: {warning}")
         for client, reason in federation.skipped.items() if federation else ():
             say(f"  skipped {client}: {reason}")
         for client, rows in federation.source.get("left_out", {}).items() if federation else ():

@@ -58,17 +58,16 @@ def test_the_others_mean_by_hand():
     setup = tiny.small_setup()
     x, y, z, fourth = setup.clients[:4]
 
-    def reply(size, **values):
-        vectors = {label: torch.full((3,), value) for label, value in values.items()}
-        return Payload({"prototypes": vectors}, {"labels": [*vectors], "counts": [size] * len(vectors)})
+    def reply(**values):
+        return Payload({"prototypes": {label: torch.full((3,), value) for label, value in values.items()}})
 
     for own, of_x in ((False, {"a": 5.5}), (True, {"a": 4.0, "b": 5.0})):
         server = FD(own=own).server(setup)
-        server.aggregate(1, iter([(x.id, reply(1, a=1.0, b=5.0)), (y.id, reply(9, a=3.0)), (z.id, reply(1, a=8.0))]))
+        server.aggregate(1, iter([(x.id, reply(a=1.0, b=5.0)), (y.id, reply(a=3.0)), (z.id, reply(a=8.0))]))
         for client, expected in ((x, of_x), (fourth, {"a": 4.0, "b": 5.0})):
             sent = server.deliver(client).group("prototypes")
             assert {label: t.tolist() for label, t in sent.items()} == {c: [v] * 3 for c, v in expected.items()}
-        server.aggregate(2, iter([(x.id, reply(1, a=2.0))]))  # a is now of x alone
+        server.aggregate(2, iter([(x.id, reply(a=2.0))]))  # a is now of x alone
         assert server.deliver(y).group("prototypes")["a"].tolist() == [2.0] * 3
         assert ("a" in server.deliver(x).group("prototypes")) == own
 

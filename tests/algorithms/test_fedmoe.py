@@ -618,7 +618,7 @@ def test_stage_one_on_the_client_sends_usage_alone_and_follows_its_seed():
         replies.append(algorithm.client(setup).train(sent, tiny.context(k)))
         assert torch.equal(torch.get_rng_state(), state)
     assert tiny.payloads_equal(*replies)
-    assert set(replies[0].groups) == {"demand", "served"}
+    assert set(replies[0].groups) == {"demand"}
     assert replies[0].scalars["steps"] == 2 and replies[0].scalars["experts"] == 16
     validation = setup.encode(tiny.context(k), tiny.context(k).data.validation)
     tokens = sum(len(ids) for ids in validation.sources)
@@ -640,7 +640,7 @@ def test_profiling_forward_trains_nothing():
 def test_stage_two_measures_demand_over_all_experts(tmp_path):
     """A client that holds two experts a layer still says how much it would use the other six."""
     setup = tiny.setup(memory=tiny.bytes_for(2))
-    algorithm = FedMoE(stage1="none", alpha=1.0)
+    algorithm = FedMoE(stage1="none", alpha=1.0, weight="tokens")
     server = algorithm.server(setup)
     sent = server.configure(1, setup.clients)
     client = next(iter(sent))

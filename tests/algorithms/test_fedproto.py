@@ -21,8 +21,8 @@ def plain():
 def test_class_means_by_hand():
     setup, context = tiny.small_setup(), tiny.small_context("colour-00")
     data = context.data.train
-    means, scalars = class_means(plain(), setup, context)
-    assert scalars == {"labels": ["a", "b", "c"], "counts": [3, 3, 3]}
+    means, counts = class_means(plain(), setup, context)
+    assert {label: int(n) for label, n in counts.items()} == {"a": 3, "b": 3, "c": 3}
     for label, mean in means.items():
         rows = [row for row, target in zip(data.index.tolist(), data.targets, strict=True) if target == label]
         torch.testing.assert_close(mean, sum(data.x[row] for row in rows).flatten() / 3)
@@ -32,11 +32,12 @@ def test_aggregation_by_hand():
     """Counts 1 and 3: (1 * 2 + 3 * 6) / 4 = 5. Of b one client knows: 4. Nobody knows c: it is not sent."""
     server = FedProto().server(tiny.small_setup())
     assert server.deliver(server.setup.clients[0]).group("prototypes") == {}
-    one, ones = torch.ones(6), {"num_examples": 9}
-    replies = [
-        ("x", Payload({"prototypes": {"a": 2 * one, "b": 4 * one}}, ones | {"labels": ["a", "b"], "counts": [1, 5]})),
-        ("y", Payload({"prototypes": {"a": 6 * one}}, ones | {"labels": ["a"], "counts": [3]})),
-    ]
+    one = torch.ones(6)
+
+    def reply(prototypes, **counts):
+        return Payload({"prototypes": prototypes, "counts": {label: torch.tensor(n) for label, n in counts.items()}})
+
+    replies = [("x", reply({"a": 2 * one, "b": 4 * one}, a=1, b=5)), ("y", reply({"a": 6 * one}, a=3))]
     server.aggregate(1, iter(replies))
     sent = server.deliver(server.setup.clients[0]).group("prototypes")
     assert sent.keys() == {"a", "b"} and (sent["a"] == 5).all() and (sent["b"] == 4).all()
@@ -57,9 +58,9 @@ def test_what_leaves_a_client_key_by_key():
     setup = tiny.small_setup()
     server, half, context = FedProto().server(setup), FedProto().client(setup), tiny.small_context("animal-01")
     reply = half.train(server.deliver(context.info), context)
-    assert reply.groups.keys() == {"prototypes"} and reply.group("prototypes").keys() == {"a", "b", "c"}
+    assert reply.groups.keys() == {"prototypes", "counts"} and reply.group("prototypes").keys() == {"a", "b", "c"}
     assert {t.shape for t in reply.group("prototypes").values()} == {(6,)}
-    assert sum(reply.scalars["counts"]) == 5
+    assert sum(int(n) for n in reply.group("counts").values()) == 5
     assert "1.weight" in context.state.params and "head.corner.a.weight" in context.state.params
 
 

@@ -900,7 +900,7 @@ def test_a_site_that_is_not_there_or_cannot_take_part(toys, sites, tmp_path):
         serve(toys, tmp_path / "run", sites, NAMES, 0.1)
     (tmp_path / "at-2/data.json").unlink()
     sites.away.clear()
-    with pytest.raises(RoundError, match=r"a site cannot take part: ConfigError: the site's settings in .*at-2"):
+    with pytest.raises(RoundError, match=r"a site cannot take part: ConfigError: the site's settings in \[path\]"):
         serve(toys, tmp_path / "run", sites, NAMES, 1.0)
     assert not (tmp_path / "run").exists()
 

@@ -41,6 +41,7 @@ from consilium.core import (
     ClientInfo,
     ExpertMap,
     Payload,
+    Reveal,
     Server,
     setting,
 )
@@ -283,6 +284,13 @@ def _by_client(tensors: Params) -> dict[ClientId, dict[str, Tensor]]:
 
 class AffinityMoEClient(Client):
     """Measures the full MoE in the first round, trains its sub-MoE in all others."""
+
+    # Contributions are a second measure of usage, which neither an upper half nor one noise on the shares covers.
+    reveals: ClassVar[Mapping[str, Reveal]] = {
+        "demand": Reveal("usage", "less"),
+        "contribution": Reveal("usage", "exact"),
+        "losses": Reveal("score", "less"),
+    }
 
     def __init__(self, setup: Setup, algorithm: AffinityMoE):
         self.setup = setup

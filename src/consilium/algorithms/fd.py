@@ -17,7 +17,7 @@ sent, and a class that client k alone has sent teaches it nothing. HtFLlib leave
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from consilium.algorithms.fedproto import PrototypeServer, class_means
 from consilium.algorithms.fml import kl
-from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInfo, Payload, Server, setting
+from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInfo, Payload, Reveal, Server, setting
 from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
 from consilium.params import Params
@@ -65,7 +65,7 @@ class FDServer(PrototypeServer):
     """Keeps what each client sent of a class when the class was last sent, and means it without the client's own."""
 
     def __init__(self, setup: Setup, algorithm: FD):
-        super().__init__(setup, setup.classes)
+        super().__init__(setup, setup.classes, counts=False)
         self.own = algorithm.own
         self.sent: dict[str, Params] = {}  # label -> client -> [C]
 
@@ -103,6 +103,8 @@ def _mean(vectors: Params) -> Tensor:
 class FDClient(Client):
     """Learns from the data and from the others' logits."""
 
+    reveals: ClassVar[Mapping[str, Reveal]] = {"prototypes": Reveal("update", "exact")}
+
     def __init__(self, setup: Setup, algorithm: FD):
         self.setup = setup
         self.algorithm = algorithm
@@ -111,8 +113,8 @@ class FDClient(Client):
         model = self.setup.build(self.setup.own_params(context), context)
         told = trained(self.setup, model, context, taught(payload.group("prototypes"), model, self.algorithm))
         context.state.params = flatten(model)
-        means, scalars = class_means(model, self.setup, context, lambda x: self._output(model.head(model.backbone(x))))
-        return Payload({"prototypes": means}, {**told, **scalars})
+        means, _ = class_means(model, self.setup, context, lambda x: self._output(model.head(model.backbone(x))))
+        return Payload({"prototypes": means}, told)
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         return tested(self.setup, self.setup.build(self.setup.own_params(context), context), context)

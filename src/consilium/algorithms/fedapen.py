@@ -19,6 +19,7 @@ client that takes part learns it for the round; the prediction of the delivered 
 Departures: the small models are averaged by n_k, the authors' code averages them evenly. A step takes the whole slice.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -28,7 +29,7 @@ from torch.nn import functional as F
 
 from consilium.algorithms.fedavg import FedAvgServer
 from consilium.algorithms.fml import SMALL, Pair, kl, pair_model, small_params
-from consilium.core import Algorithm, Client, ClientContext, Payload, Server, Work, derive_seed, setting
+from consilium.core import Algorithm, Client, ClientContext, Payload, Reveal, Server, Work, derive_seed, setting
 from consilium.data.tensor import TensorSplit
 from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
@@ -66,6 +67,8 @@ class FedAPEN(Algorithm):
 
 class FedAPENClient(Client):
     """Learns the weight on the slice, then trains both models on the rest."""
+
+    reveals: ClassVar[Mapping[str, Reveal]] = {"report/ensemble weight": Reveal("update")}
 
     def __init__(self, setup: Setup, algorithm: FedAPEN):
         self.setup = setup

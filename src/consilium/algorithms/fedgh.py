@@ -15,7 +15,7 @@ client's optimiser and never the header's, so that the header stays at its rando
 `eta_s=0`, a frozen common header.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,7 +25,18 @@ from torch.nn import functional as F
 
 from consilium.algorithms.fedavg import FedAvgServer
 from consilium.algorithms.fedproto import class_means
-from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInfo, Payload, Server, derive_seed, setting
+from consilium.core import (
+    Algorithm,
+    Client,
+    ClientContext,
+    ClientId,
+    ClientInfo,
+    Payload,
+    Reveal,
+    Server,
+    derive_seed,
+    setting,
+)
 from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
 from consilium.params import Like
@@ -108,6 +119,8 @@ class FedGHServer(Server):
 class FedGHClient(Client):
     """Takes the common header, trains, and sends class prototypes."""
 
+    reveals: ClassVar[Mapping[str, Reveal]] = {"prototypes": Reveal("update", "exact")}
+
     def __init__(self, setup: Setup):
         self.setup = setup
 
@@ -115,8 +128,8 @@ class FedGHClient(Client):
         model = self._model(payload, context)
         told = trained(self.setup, model, context)
         context.state.params = flatten(model)
-        prototypes, scalars = class_means(model, self.setup, context)
-        return Payload({"prototypes": prototypes}, {**told, **scalars})
+        prototypes, _ = class_means(model, self.setup, context)
+        return Payload({"prototypes": prototypes}, told)
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         return tested(self.setup, self._model(payload, context), context)

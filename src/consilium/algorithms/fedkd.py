@@ -23,7 +23,7 @@ weights: no gradient goes through them, nor through the other's probabilities. A
 left out of the hidden loss.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -34,7 +34,18 @@ from torch.nn import functional as F
 
 from consilium.algorithms.fedavg import FedAvgServer
 from consilium.algorithms.fml import SMALL, Pair, kl, pair_model, small_params
-from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInfo, Payload, Scalar, Server, setting
+from consilium.core import (
+    Algorithm,
+    Client,
+    ClientContext,
+    ClientId,
+    ClientInfo,
+    Payload,
+    Reveal,
+    Scalar,
+    Server,
+    setting,
+)
 from consilium.errors import PayloadError
 from consilium.models.cohort import SplitModel, initial
 from consilium.moe.addressing import flatten
@@ -141,6 +152,10 @@ class FedKDServer(Server):
 
 class FedKDClient(Client):
     """Trains both models; keeps its own, sends what has changed of the shared one, compressed."""
+
+    reveals: ClassVar[Mapping[str, Reveal]] = {
+        "factors": Reveal("update", "exact"), "shape *": Reveal("update", "exact"),
+    }  # fmt: skip
 
     def __init__(self, setup: Setup, algorithm: FedKD):
         self.setup = setup

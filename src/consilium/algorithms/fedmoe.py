@@ -58,19 +58,19 @@ from consilium.core import (
     ClientInfo,
     ExpertMap,
     Payload,
+    Reveal,
     Server,
     counts_of,
     derive_seed,
     setting,
 )
-from consilium.errors import BudgetError, ConfigError
+from consilium.errors import BudgetError
 from consilium.moe.addressing import expert_of, router_row_of, select
 from consilium.moe.budget import Mode
 from consilium.moe.gates import absent_rows
 from consilium.moe.lora import add_expert_lora
 from consilium.moe.routing import Tap
-from consilium.params import Like, Params
-from consilium.privacy import usage_told
+from consilium.params import Like
 from consilium.setup import Setup
 from consilium.training import evaluate, fit, local_round, local_test, seeded
 
@@ -121,6 +121,11 @@ class FedMoE(Algorithm):
         """Of the adapters in stage one."""
         return setup.fit.lora.rank or self.lora_rank
 
+    def asks(self) -> tuple[str, ...]:
+        """Return the groups of usage that clients send."""
+        tokens = ("served",) if self.weight == "tokens" else ()
+        return tuple(dict.fromkeys((self.usage, *tokens)))
+
     def mode_for(self, setup: Setup) -> Mode:
         """What stage one does, for the memory model."""
         if self.stage1 != "lora":
@@ -132,10 +137,6 @@ class FedMoE(Algorithm):
         return frozenset(used | ({"validation scores"} if self.stage2 else set()))
 
     def server(self, setup: Setup) -> Server:
-        if setup.privacy.usage != "exact" and (self.usage, self.weight) != ("demand", "examples"):
-            raise ConfigError(
-                f"privacy.usage {setup.privacy.usage} tells demand alone; usage must be 'demand' and weight 'examples'"
-            )
         return FedMoEServer(setup, self)
 
     def client(self, setup: Setup) -> Client:
@@ -283,11 +284,11 @@ class FedMoEServer(Server):
         for client, reply in replies:
             mean.add(reply.group("params"), self._weight(reply))
             self.p[client] = self._usage(reply)
-            scores[client] = float(reply.scalars["validation"])
+            if self.algorithm.stage2:
+                scores[client] = float(reply.scalars["validation"])
         self.params = mean.mean(self.params)
-        if self.algorithm.stage2:
-            for client, accuracy in scores.items():
-                self._follow(client, accuracy)
+        for client, accuracy in scores.items():
+            self._follow(client, accuracy)
         held = [sum(counts_of(h).values()) for h in self.map.values()]
         return {"experts": sum(held) / len(held), **mean.told()}
 
@@ -304,10 +305,11 @@ class FedMoEServer(Server):
     def expects(self, client: ClientInfo, sent: Payload) -> dict[str, dict[str, Like]]:
         counts = {block: Like((n,), torch.int64, 0, MOST) for block, n in self.setup.model.counts.items()}
         params = super().expects(client, sent) if sent.scalars["stage"] == "two" else {}
-        return {**params, "demand": counts, "served": counts}
+        return {**params, **dict.fromkeys(self.algorithm.asks(), counts)}
 
     def objection(self, client: ClientInfo, sent: Payload, reply: Payload) -> str | None:
-        return None if "validation" in reply.scalars else "validation is missing"
+        needed = self.algorithm.stage2 and sent.scalars["stage"] == "two"
+        return "validation is missing" if needed and "validation" not in reply.scalars else None
 
     def _sub_moe(self, client: ClientInfo) -> Payload:
         sent = self.deliver(client)
@@ -499,12 +501,18 @@ class FedMoEClient(Client):
     def __init__(self, setup: Setup, algorithm: FedMoE):
         self.setup = setup
         self.algorithm = algorithm
+        # What was served depends on the experts held, so that its upper half or noised shares would mean little.
+        needs = {"demand": "less", "served": "exact"}
+        self.reveals = {group: Reveal("usage", needs[group]) for group in algorithm.asks()}
+        if algorithm.stage2:
+            self.reveals["validation"] = Reveal("score", "less")
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         if payload.scalars["stage"] == "one":
             return self._profile(payload, context)
         reply = local_round(self.setup, payload, context, usage=True)[1]
-        return Payload({**reply.groups, **self._told(reply.groups["demand"], reply.groups["served"])}, reply.scalars)
+        unasked = {"demand", "served"} - set(self.algorithm.asks())
+        return Payload({k: group for k, group in reply.groups.items() if k not in unasked}, reply.scalars)
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         return local_test(self.setup, payload, context)
@@ -529,11 +537,5 @@ class FedMoEClient(Client):
             scalars["validation"] = evaluate(model, validation, context, setup, tap)
         scalars["seconds_evaluate"] = time.perf_counter() - start
         scalars |= {"experts": sum(setup.model.counts.values()), **footprint}
-        return Payload(self._told(tap.usage.demand, tap.usage.served), scalars)
-
-    def _told(self, demand: Params, served: Params) -> dict[str, Params]:
-        """The usage as `privacy.usage` lets it be told; what was served is then told of nobody."""
-        if self.setup.privacy.usage == "exact":
-            return {"demand": demand, "served": served}
-        nothing = {block: torch.zeros_like(n_E) for block, n_E in served.items()}
-        return {"demand": usage_told(demand, self.setup.privacy), "served": nothing}
+        usage = {"demand": tap.usage.demand, "served": tap.usage.served}
+        return Payload({group: usage[group] for group in self.algorithm.asks()}, scalars)

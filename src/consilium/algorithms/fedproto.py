@@ -8,11 +8,13 @@ Clients exchange the mean representation of each class, never weights:
     C^(j)   = sum_k |D_k,j| / N_j * C_k^(j), over the clients with class j     Eq 6 (without its extra 1 / |N_j|)
     loss    = CE + lambda * ||f_k(x) - C^(y)||^2                               Eq 7, for the classes that have a C
 
-    C^(j)    group "prototypes", label -> [d]      |D_k,j|   scalars "counts" of scalars "labels"     lambda   lam
+    C^(j)    group "prototypes", label -> [d]      |D_k,j|   group "counts", label -> []     lambda   lam
 
 Departures: the distance is the mean over d of squared differences, as in the authors' code, so that lambda does not
 depend on the width. The paper predicts by the nearest prototype, which is the option `infer`; by default the head does,
 as with every method it is compared with here. A prototype that no client of the round sent keeps its value.
+With `privacy.labels` "names" a client sends 1 for each |D_k,j|, so that Eq 6 is the plain mean over the clients that
+have the class, as in the authors' code.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInfo, Payload, Scalar, Server, setting
+from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInfo, Payload, Reveal, Server, setting
 from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
 from consilium.params import Like, Params, WeightedMean
@@ -59,10 +61,12 @@ class PrototypeServer(Server):
 
     Args:
         width: of the vectors; None: of representations.
+        counts: whether replies hold the numbers of examples of each class.
     """
 
-    def __init__(self, setup: Setup, width: int | None = None):
+    def __init__(self, setup: Setup, width: int | None = None, counts: bool = True):
         self.setup = setup
+        self.counts = counts
         width = setup.common_width if width is None else width
         self.params = {label: torch.zeros(width) for labels in setup.heads.values() for label in labels}
         self.known: set[str] = set()
@@ -73,8 +77,8 @@ class PrototypeServer(Server):
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
         mean = WeightedMean()
         for _, reply in replies:
-            counts = dict(zip(reply.scalars["labels"], reply.scalars["counts"], strict=True))
-            mean.add(reply.group("prototypes"), counts.__getitem__)
+            counts = reply.group("counts")
+            mean.add(reply.group("prototypes"), lambda label, counts=counts: float(counts[label]))
             self.known |= reply.group("prototypes").keys()
         self.params = mean.mean(self.params)
         return {}
@@ -83,16 +87,18 @@ class PrototypeServer(Server):
         return Payload({"prototypes": {label: self.params[label] for label in sorted(self.known)}})
 
     def expects(self, client: ClientInfo, sent: Payload) -> dict[str, dict[str, Like]]:
-        return {"prototypes": {label: Like.of(t, needed=False) for label, t in self.params.items()}}
+        count = Like((), torch.int64, 1, client.num_examples, needed=False)
+        prototypes = {label: Like.of(t, needed=False) for label, t in self.params.items()}
+        return {"prototypes": prototypes, **({"counts": dict.fromkeys(prototypes, count)} if self.counts else {})}
 
     def objection(self, client: ClientInfo, sent: Payload, reply: Payload) -> str | None:
-        labels, counts = reply.scalars.get("labels"), reply.scalars.get("counts")
-        if not isinstance(labels, list) or sorted(labels) != sorted(reply.group("prototypes")):
-            return "labels are not those of the prototypes"
-        if not isinstance(counts, list) or len(counts) != len(labels) or any(type(n) is not int for n in counts):
-            return "counts are not one whole number for each label"
-        if any(n < 1 for n in counts) or sum(counts) > client.num_examples:
-            return f"counts are {counts}, of {client.num_examples} examples"
+        if not self.counts:
+            return None
+        counts = reply.group("counts")
+        if counts.keys() != reply.group("prototypes").keys():
+            return "counts are not of the labels of the prototypes"
+        if (total := sum(int(n) for n in counts.values())) > client.num_examples:
+            return f"counts sum to {total}, of {client.num_examples} examples"
         return None
 
     def state(self) -> Payload:
@@ -104,19 +110,27 @@ class PrototypeServer(Server):
 
 
 class FedProtoClient(Client):
-    """Draws its representations to the prototypes, and sends the means of its own."""
+    """Draws its representations to the prototypes, and sends the means of its own.
 
-    def __init__(self, setup: Setup, lam: float, infer: str = "head"):
+    Args:
+        counts: whether the numbers of examples of each class are sent as well.
+    """
+
+    def __init__(self, setup: Setup, lam: float, infer: str = "head", counts: bool = True):
         self.setup = setup
         self.lam = lam
         self.infer = infer
+        self.counts = counts
+        self.reveals = {"prototypes": Reveal("update", "exact")}
+        if counts:
+            self.reveals["counts"] = Reveal("labels", "less")
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         model = self.setup.build(self.setup.own_params(context), context)
         told = trained(self.setup, model, context, drawn(payload.group("prototypes"), model, self.lam))
         context.state.params = flatten(model)
-        prototypes, scalars = class_means(model, self.setup, context)
-        return Payload({"prototypes": prototypes}, {**told, **scalars})
+        prototypes, counts = class_means(model, self.setup, context)
+        return Payload({"prototypes": prototypes, **({"counts": counts} if self.counts else {})}, told)
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         model = self.setup.build(self.setup.own_params(context), context)
@@ -143,8 +157,8 @@ def drawn(prototypes: Params, model: SplitModel, lam: float) -> Objective:
 
 def class_means(
     model: SplitModel, setup: Setup, context: ClientContext, of: Callable[[Tensor], Tensor] | None = None
-) -> tuple[Params, dict[str, Scalar]]:
-    """Label -> mean vector over the training examples, and the scalars "labels" and "counts" for them.
+) -> tuple[Params, Params]:
+    """Return label -> mean vector over the training examples, and label -> their number, int64 [].
 
     Args:
         of: the vectors of examples, [B, *S] -> [B, D]; None: their representations.
@@ -162,7 +176,7 @@ def class_means(
             counts_C += torch.bincount(y, minlength=len(counts_C))
     seen = counts_C.nonzero().flatten().tolist()
     means = {model.labels[c]: (sums_CD[c] / counts_C[c]).float() for c in seen}
-    return means, {"labels": [model.labels[c] for c in seen], "counts": [int(counts_C[c]) for c in seen]}
+    return means, {model.labels[c]: counts_C[c].clone() for c in seen}
 
 
 class Nearest(nn.Module):

@@ -59,7 +59,7 @@ class FedTGP(Algorithm):
         return FedTGPServer(setup, self)
 
     def client(self, setup: Setup) -> Client:
-        return FedProtoClient(setup, self.lam)
+        return FedProtoClient(setup, self.lam, counts=False)
 
 
 class FedTGPServer(Server):

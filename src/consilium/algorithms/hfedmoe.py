@@ -58,6 +58,7 @@ from consilium.core import (
     ClientInfo,
     ExpertMap,
     Payload,
+    Reveal,
     Server,
     counts_of,
     derive_seed,
@@ -122,10 +123,6 @@ class HFedMoE(Algorithm):
         return frozenset({"usage", "importance", "counts of trained batches"})
 
     def server(self, setup: Setup) -> Server:
-        if setup.privacy.usage != "exact":
-            raise ConfigError(
-                f"privacy.usage is {setup.privacy.usage}, but HFedMoE merges by exact usage and importance"
-            )
         if not setup.merging.plain and self.router != "plain":
             raise ConfigError(
                 f"router {self.router!r} weighs router rows by what clients declare, beside any rule of merging; take "
@@ -393,7 +390,7 @@ class HFedMoEServer(Server):
         params = super().expects(client, sent)["params"]
         if self.algorithm.experts == "usage":
             params = {k: replace(like, needed=like.needed and expert_of(k) is None) for k, like in params.items()}
-        counts = {group: each(torch.int64, 2**40) for group in ("demand", "served", "trained")}
+        counts = {group: each(torch.int64, 2**40) for group in ("demand", "trained")}
         shares = {group: each(torch.float64, 1 + 1e-6) for group in ("usage", "importance")}
         return {"params": params, **counts, **shares}
 
@@ -499,7 +496,14 @@ def _shares(counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class HFedMoEClient(Client):
-    """Trains, in every batch, the best of its experts within its budget."""
+    """Trains, in every batch, the best of its experts within its budget.
+
+    Its server merges by exact usage and importance, and expects the experts that were trained.
+    """
+
+    reveals: ClassVar[Mapping[str, Reveal]] = {
+        group: Reveal("usage", "exact") for group in ("demand", "usage", "importance", "trained")
+    }
 
     def __init__(self, setup: Setup, algorithm: HFedMoE):
         self.setup = setup
@@ -510,7 +514,7 @@ class HFedMoEClient(Client):
         generator = torch.Generator().manual_seed(derive_seed(context.seed, "selection"))
         selection = Selection(self.algorithm, budget, generator)
         _, reply = local_round(self.setup, payload, context, usage=True, choose=selection, learning=budget)
-        groups = dict(reply.groups)
+        groups = {name: group for name, group in reply.groups.items() if name != "served"}
         measured = {"usage": selection.usage(), "importance": selection.importance(), "trained": groups["trained"]}
         for name, blocks in measured.items():
             groups[name] = {block: self._spread(x_E, held[block], block) for block, x_E in blocks.items()}

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from consilium.algorithms.fedavg import FedAvgServer
-from consilium.core import Algorithm, Client, ClientContext, Payload, Scalar, Server, setting
+from consilium.core import Algorithm, Client, ClientContext, Payload, Reveal, Scalar, Server, setting
 from consilium.errors import ConfigError
 from consilium.models.cohort import ARCHITECTURES, SplitModel, initial, real_rows
 from consilium.moe.addressing import flatten, select
@@ -101,6 +101,8 @@ class pFedMoE(Algorithm):
 
 class PFedMoEClient(Client):
     """Keeps its own model and gate in its state, and sends back the shared extractor alone."""
+
+    reveals: ClassVar[Mapping[str, Reveal]] = {"report/gate *": Reveal("labels")}
 
     def __init__(self, setup: Setup, algorithm: pFedMoE):
         self.setup = setup

@@ -14,7 +14,7 @@ left out of every sum. The server does not know who has which label, so N of a h
 sent it so far: over more, c would not be the mean of the c_i, and would cancel most of that row's gradient.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -28,6 +28,7 @@ from consilium.core import (
     ClientId,
     ClientInfo,
     Payload,
+    Reveal,
     Server,
     experts_from_scalars,
     setting,
@@ -136,6 +137,8 @@ class ScaffoldServer(Server):
 
 class ScaffoldClient(Client):
     """Steps along g - c_i + c; keeps c_i on the client."""
+
+    reveals: ClassVar[Mapping[str, Reveal]] = {"control": Reveal("update", "exact")}
 
     def __init__(self, setup: Setup):
         self.setup = setup

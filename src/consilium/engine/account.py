@@ -90,6 +90,8 @@ class Account:
         parts = [name for name, on in (("weights", privacy.noise > 0), ("usage", noised)) if on]
         told: dict[str, Any] = {"epsilon": self.spent(), "delta": privacy.delta_for(self.clients), "covers": parts}
         told |= {"attempts": self.attempts, "budget": privacy.epsilon}
+        if warning := privacy.delta_warning(self.clients):
+            told["warning"] = warning
         if noised:
             told["epsilon_usage"] = self.spent(weights=False)
         if privacy.noise:

@@ -38,6 +38,7 @@ from consilium.engine.meeting import in_step
 from consilium.engine.rounds import OWN, Engine, Progress, release, tested, told_of, trained
 from consilium.engine.workers import Later, Workers, at_once
 from consilium.escape import one_line
+from consilium.privacy import Privacy
 
 __all__ = ["LocalEngine"]
 
@@ -55,6 +56,7 @@ class LocalEngine(Engine):
         progress: see `Progress`.
         workers: processes that do `work`, see `forked`; None: this one does.
         together: clients that work in step in this process, see `meeting`; 1: one after the other.
+        privacy: what clients may tell.
         pace: architecture -> seconds of training per example, as last told.
     """
 
@@ -70,6 +72,7 @@ class LocalEngine(Engine):
     progress: Progress = lambda client, phase, done, total: None
     workers: Workers | None = None
     together: int = 1
+    privacy: Privacy = field(default_factory=Privacy)
     pace: dict[str, float] = field(default_factory=dict)
 
     def _replies(
@@ -183,8 +186,8 @@ class LocalEngine(Engine):
         )
         try:
             if kind == "evaluate":
-                return tested(self.client, payload, context), {}
-            reply, seconds = trained(self.client, payload, context)
+                return tested(self.client, payload, context, self.privacy)[0], {}
+            reply, seconds = trained(self.client, payload, context, self.privacy)
         except OWN as error:
             return Payload(), {"failed": one_line(f"{type(error).__name__}: {error}")}
         left = (client, context.state, number)

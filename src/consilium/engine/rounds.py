@@ -32,11 +32,13 @@ from consilium.core import (
     Server,
     derive_seed,
 )
+from consilium.disclosure import disclosed
 from consilium.engine.checkpoint import ClientStore
 from consilium.engine.judge import MEASURES, check_sent, number, numbers
 from consilium.errors import BudgetError, DataError, PayloadError, RoundError
 from consilium.escape import one_line
 from consilium.params import finite
+from consilium.privacy import Privacy
 from consilium.training import seeded
 
 __all__ = ["OWN", "Engine", "Progress", "ledger", "nobody", "release", "tested", "told_of", "trained"]
@@ -171,28 +173,38 @@ class Engine(ABC):
         return {**means, "mean": sum(means.values()) / len(means)} if means else {}
 
 
-def trained(client: Client, payload: Payload, context: ClientContext) -> tuple[Payload, float]:
-    """One client's training: its reply, and the wall seconds it took.
+def trained(client: Client, payload: Payload, context: ClientContext, privacy: Privacy) -> tuple[Payload, float]:
+    """Train one client; return what leaves it of its reply (`disclosure`), and the wall seconds it took.
+
+    Args:
+        privacy: the settings that hold at the client's site.
 
     Raises:
-        PayloadError: for a payload that no client can start from.
+        PayloadError: for a payload that no client can start from, or a reply with something that is not declared.
     """
     start = time.perf_counter()
     check_sent(payload)
     with _best_apart(context), seeded(derive_seed(context.seed, "train")):  # whatever draws from torch's own generator
         reply = client.train(payload, context)
-    return reply, time.perf_counter() - start
+    return disclosed(reply, client, privacy), time.perf_counter() - start
 
 
-def tested(client: Client, payload: Payload, context: ClientContext) -> Payload:
-    """One client's score of the model it was delivered.
+def tested(client: Client, payload: Payload, context: ClientContext, privacy: Privacy) -> tuple[Payload, Payload]:
+    """Score the model that one client was delivered.
+
+    Args:
+        privacy: the settings that hold at the client's site.
+
+    Returns:
+        What leaves the client of its answer (`disclosure`), and the answer itself, for the site's own record.
 
     Raises:
-        PayloadError: for a payload that no client can start from.
+        PayloadError: for a payload that no client can start from, or an answer with something that is not declared.
     """
     check_sent(payload)
     with _best_apart(context), seeded(derive_seed(context.seed, "evaluate")):
-        return client.evaluate(payload, context)
+        answer = client.evaluate(payload, context)
+    return disclosed(answer, client, privacy), answer
 
 
 @contextmanager

@@ -77,6 +77,8 @@ def private(told: Mapping[str, Any] | None, experiment: Experiment) -> str:
             return "Client-level differential privacy was used; the server's summary.json tells what was spent."
         return "No differential privacy was used."
     spent = f"epsilon {told['epsilon']:.4g} at delta {told['delta']:.4g}"
+    if told.get("warning"):
+        spent += f" (delta is not well below one over the number of clients: {told['warning']})"
     if "weights" not in told["covers"]:
         return f"No differential privacy of the weights was used; of the clients' usage of experts: {spent}."
     covers, neighbours, sampling = map(markdown, (" and ".join(told["covers"]), told["neighbours"], told["sampling"]))

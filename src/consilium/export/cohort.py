@@ -113,7 +113,7 @@ def write(out: Path, own: Own) -> list[str]:
     setup = _Watching(**{name: getattr(own.setup, name) for name in Setup.__dataclass_fields__})
     experiment, context, client = own.experiment, own.context, own.context.info.id
     task, method = context.data.task, type(experiment.algorithm).__name__
-    score = tested(experiment.algorithm.client(setup), own.sent, context).scalars["score"]
+    score = tested(experiment.algorithm.client(setup), own.sent, context, experiment.privacy)[1].scalars["score"]
     model = setup.made[-1].eval()
     # The score of what is saved must be the score that the run tells, or else it is not what the client predicts with.
     if len(setup.made) != 1 or _score(model, setup, context) != score:

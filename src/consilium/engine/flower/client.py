@@ -8,9 +8,12 @@ its limits, beyond which it does nothing (`Limits`). In the same folder its stat
 the model that it was last delivered, for `consilium export`.
 """
 
+import contextlib
 import functools
 import json
+import logging
 import math
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +22,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from consilium import disclosure
 from consilium.core import Client, ClientContext, ClientInfo, Payload, Scalar, Work, derive_seed
 from consilium.data.task import ClientData
 from consilium.engine import codec
@@ -33,10 +37,13 @@ from consilium.engine.rounding import rounded
 from consilium.engine.rounds import tested, trained
 from consilium.engine.starting import started
 from consilium.errors import ConfigError, ConsiliumError, DataError, PayloadError
-from consilium.escape import one_line
+from consilium.escape import one_line, terminal
 from consilium.experiment import Experiment, from_json
 from consilium.models.cohort import Cohort
 from consilium.moe.budget import bytes_of
+from consilium.privacy import Privacy
+
+log = logging.getLogger(__name__)
 
 LOST = "engine/lost/"
 """In a client's state: what rounding has taken from its replies; the method does not see it."""
@@ -54,7 +61,7 @@ class Site:
 
     Args:
         info: as the server knows it. data: the client's. client: the method's client half.
-        fingerprint: of the data.
+        fingerprint: of the data. privacy: what the client may tell.
         folder: of the client's states for this run; None: where the message says (a simulation).
         device: where to train. limits: the site's own; of a simulation's clients those of anybody.
     """
@@ -63,6 +70,7 @@ class Site:
     data: ClientData
     client: Client
     fingerprint: str
+    privacy: Privacy
     folder: Path | None
     device: torch.device
     limits: Limits | None = None
@@ -90,7 +98,7 @@ def _federation(experiment: Experiment):
 @functools.lru_cache(maxsize=4)
 def deployed(experiment: str, heads: str, settings: Path, run: str, model: str) -> Site:
     """A site of a deployment: algorithm, training and seed are the server's; data, model and memory its own, and its
-    way of telling usage where that tells less.
+    `privacy` where that tells less.
 
     Args:
         experiment: the server's, as JSON. heads: task -> labels of all sites, as JSON.
@@ -98,7 +106,8 @@ def deployed(experiment: str, heads: str, settings: Path, run: str, model: str) 
         model: fingerprint of the server's model.
 
     Raises:
-        ConfigError: for what is beyond the site's limits, or another model than the site has.
+        ConfigError: for what is beyond the site's limits, another model than the site has, or a method that needs what
+            the site does not tell.
     """
     given, data = read_site(settings)
     own, name = from_json(given["experiment"]), str(given["name"])
@@ -112,7 +121,7 @@ def deployed(experiment: str, heads: str, settings: Path, run: str, model: str) 
             f"the server's model is {model[:80]}, this site's is {here[:80]}: --model.path must be the same files"
         )
     small = isinstance(own.model, Cohort) and isinstance(theirs.model, Cohort)
-    privacy = theirs.privacy.stricter(own.privacy)
+    privacy = theirs.privacy.at_site(own.privacy)
     made = replace(
         theirs, data=own.data, model=theirs.model if small else own.model, privacy=privacy, device=own.device
     )
@@ -142,11 +151,14 @@ def _site(
     known = parsed("heads", heads).items() or [(task.name, task.labels)]
     setup = experiment.setup(known, shape=data.train.shape)
     setup.check(data.task)
+    client = experiment.algorithm.client(setup)
+    disclosure.check(client, experiment.privacy)
     return Site(
         info=ClientInfo(name, len(data.train), data.task.name, memory, architecture),
         data=data,
-        client=experiment.algorithm.client(setup),
+        client=client,
         fingerprint=fingerprint,
+        privacy=experiment.privacy,
         folder=folder,
         device=torch.device(experiment.device),
     )
@@ -175,7 +187,7 @@ def train(message: Message, context: Context) -> RecordDict:
     state = work.state
     lost = {key[len(LOST) :]: state.params.pop(key) for key in list(state.params) if key.startswith(LOST)}
     sent = payload.group("params") if told["reply"] != "exact" else {}
-    reply, seconds = trained(site.client, payload, work)
+    reply, seconds = trained(site.client, payload, work, site.privacy)
     del payload
     rejected, kept = diverged(reply), False
     if rejected is None:
@@ -183,7 +195,8 @@ def train(message: Message, context: Context) -> RecordDict:
         state.params |= {f"{LOST}{key}": tensor for key, tensor in lost.items()}
         kept = store.write(site.info.id, state, int(told["round"]))
     answer = {"rejected": rejected or "", "kept": kept, "seconds": seconds, **stamp(told)}
-    answer["reset"] = store.reset.get(site.info.id, "")
+    reset = store.reset.get(site.info.id, "")
+    answer["reset"] = reset and disclosure.without_paths(reset, _private(context))
     content = to_record(reply if rejected is None else Payload(scalars=reply.scalars), answer, bool(told["zstd"]))
     within(str(told["cap"]), content, site.info.id)
     return content
@@ -194,7 +207,7 @@ def evaluate(message: Message, context: Context) -> RecordDict:
     payload, told, (site, _, work) = _opened(message, context)
     for key in [key for key in work.state.params if key.startswith(LOST)]:
         del work.state.params[key]
-    answer = tested(site.client, payload, work)
+    disclosed, answer = tested(site.client, payload, work, site.privacy)
     if site.folder is not None:
         about = {key: told[key] for key in ("experiment", "heads", "round")} | {"score": answer.scalars["score"]}
         scalars = {**payload.scalars, **{f"engine/{key}": value for key, value in about.items()}}
@@ -203,7 +216,7 @@ def evaluate(message: Message, context: Context) -> RecordDict:
             groups[OWN] = work.state.params
             scalars |= {f"{OWN}/{key}": value for key, value in work.state.scalars.items()}
         write_atomic(site.folder.parent / DELIVERED, codec.encode(Payload(groups, scalars)))
-    return to_record(answer, {"rejected": ""})
+    return to_record(disclosed, {"rejected": ""})
 
 
 def name(message: Message, context: Context) -> RecordDict:
@@ -217,7 +230,8 @@ def name(message: Message, context: Context) -> RecordDict:
 
 def describe(message: Message, context: Context) -> RecordDict:
     """What the server may know about a site: sizes, task, labels, memory, the architecture of its small model, the
-    shape of its examples, and with how many torch threads it trains; no rows and no counts of labels."""
+    shape of its examples, and with how many torch threads it trains; no rows and no counts of labels. The
+    digest of the data is keyed with a secret of the site."""
     site = _site_of(checked(dict(message.content.config_records.get("engine", {})), SAID), context)
     task = site.data.task
     return RecordDict(
@@ -231,7 +245,7 @@ def describe(message: Message, context: Context) -> RecordDict:
                     "labels": list(task.labels),
                     "sizes": [len(split) for _, split in site.data.splits()],
                     "memory_bytes": site.info.memory_bytes or 0,
-                    "architecture": site.info.architecture,
+                    "architecture": disclosure.without_paths(site.info.architecture),
                     "shape": list(site.data.train.shape),
                     "fingerprint": site.fingerprint,
                     "threads": torch.get_num_threads(),
@@ -290,11 +304,26 @@ def _answering(work: Callable[[Message, Context], RecordDict]) -> Callable[[Mess
     def answer(message: Message, context: Context) -> Message:
         try:
             content = work(message, context)
-        except (ConsiliumError, OSError, MemoryError) as error:
-            content = RecordDict({"failed": ConfigRecord({"reason": one_line(f"{type(error).__name__}: {error}")})})
+        except Exception as error:  # of which Flower would send the whole text
+            whole = terminal(traceback.format_exc(), keep="\n")
+            log.warning("this site could not do what the server asked:\n%s", whole)
+            reason = one_line(disclosure.reason(error, _private(context)))
+            content = RecordDict({"failed": ConfigRecord({"reason": reason})})
         return Message(content, reply_to=message)
 
     return answer
+
+
+def _private(context: Context) -> list[object]:
+    """The paths that a site's settings name."""
+    if "site" not in context.node_config:
+        return []
+    settings = Path(str(context.node_config["site"]))
+    with contextlib.suppress(ConsiliumError, OSError, ValueError, KeyError, TypeError):
+        own = from_json(json.loads(settings.read_text())["experiment"])
+        model = [own.model.path] if Path(own.model.path).exists() else []
+        return [settings.parent, getattr(own.data, "path", None), *model]
+    return [settings.parent]
 
 
 started()  # everything is imported: the next client process of this site may start

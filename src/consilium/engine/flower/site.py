@@ -2,13 +2,18 @@
 
     site.json           its name, its experiment (of which data, model, memory, device and threads are its own), the
                         fingerprint of its model, its limits; of a table, the means and deviations of its columns
+    secret              32 random bytes, with which the digest of its data is keyed
     data.json           its task; of texts, its three splits
     data.safetensors    of images and tables: x [N, *S] and y [N] of its own rows, and each split's places in them
 
 Messages come every round, each to a new process: none of them reads the source of the data anew.
 """
 
+import hmac
 import json
+import os
+import secrets
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,6 +37,7 @@ from consilium.models.cohort import ARCHITECTURES, Cohort
 __all__ = ["check_model", "read_site", "relabelled", "save_site"]
 
 ALLOWED = ", ".join(ARCHITECTURES)
+SECRET = "secret"
 SPLITS = ("train", "validation", "test")
 FLOWERS = ("flower",)
 """Folders of a site's state that are Flower's own."""
@@ -41,7 +47,8 @@ def save_site(path: Path, name: str, experiment: Experiment, limits: Limits | No
     """Write a site's settings, and beside them its data.
 
     Args:
-        experiment: of which data, model, the first memory, device, threads and `privacy.usage` are the site's own.
+        experiment: of which data, model, the first memory, device and threads are the site's own, and of `privacy` what
+            it tells (`Privacy.at_site`).
         limits: the most that a server may ask of the site.
 
     Raises:
@@ -78,18 +85,38 @@ def save_site(path: Path, name: str, experiment: Experiment, limits: Limits | No
         experiment.model.width_of(experiment.model.architecture(0), data.train.shape)
     else:
         experiment.model.check_texts(0)  # how long texts are is the server's to say
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     own = {
         "name": name,
-        "fingerprint": Federation({name: data}).fingerprint,
+        "fingerprint": hmac.digest(_secret(path.parent), Federation({name: data}).fingerprint.encode(), "sha256").hex(),
         "model": experiment.model.fingerprint,
         "limits": asdict(limits or Limits()),
         **({"scale": asdict(experiment.data.scale(client))} if isinstance(experiment.data, TableData) else {}),
         "experiment": to_json(experiment),
     }
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     for file, content in {path: json.dumps(own).encode(), **_written(path.parent, data)}.items():
         write_atomic(file, content)
         file.chmod(0o600)
+
+
+def _secret(folder: Path) -> bytes:
+    """Return the site's secret, which is made once: a digest of the data that is keyed with it tells the server whether
+    the data has changed, and nobody else can compute it to test a guess of the data.
+
+    Raises:
+        ConfigError: if the file holds no such secret.
+    """
+    path = folder / SECRET
+    if not path.exists():
+        descriptor, temporary = tempfile.mkstemp(dir=folder)  # of mode 0600
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(secrets.token_bytes(32))
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    if len(secret := path.read_bytes()) != 32:
+        raise ConfigError(f"{path} has {len(secret)} bytes, not 32; put it back, or remove it and start new runs")
+    return secret
 
 
 def read_site(path: Path) -> tuple[dict[str, Any], ClientData]:
