@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from scipy.stats import t
 
 from consilium.errors import ConsiliumError
 from consilium.experiment import Experiment
@@ -170,28 +171,38 @@ def pairs(
         names: (setting, method) -> names of its cells, seed by seed. cells: those there are.
     """
     lines = [
-        f"## {one} against each, pair by pair",
+        f"## {one} against each, seed by seed",
         "",
         f"{one}'s mean minus the other's on the same setting and seed, in points: mean ± standard deviation over",
-        f"seeds; all: mean ± standard error over all pairs; ahead: pairs in which {one} is.",
+        "seeds. All: seeds are the unit; the mean over the settings is taken of each seed, then the mean and the 95 %",
+        f"interval of a paired t-test over seeds. Ahead: seeds in which {one} is.",
         "",
         f"| {one} minus | {' | '.join(settings)} | all | ahead |",
         "|---|" + "---|" * (len(settings) + 2),
     ]
     for method in [method for method in methods if method != one]:
         gaps = {
-            setting: [
-                cells[own]["mean"] - cells[other]["mean"]
-                for own, other in zip(names[setting, one], names[setting, method], strict=True)
+            setting: {
+                seed: cells[own]["mean"] - cells[other]["mean"]
+                for seed, (own, other) in enumerate(zip(names[setting, one], names[setting, method], strict=True))
                 if own in cells and other in cells
-            ]
+            }
             for setting in settings
         }
-        every = [gap for values in gaps.values() for gap in values]
-        if len(every) > 1:
-            error = statistics.stdev(every) / len(every) ** 0.5
+        whole = sorted(set.intersection(*(set(values) for values in gaps.values()))) if gaps else []
+        by_seed = [statistics.mean(gaps[setting][seed] for setting in settings) for seed in whole]
+        if by_seed:
             lines.append(
-                f"| {method} | {' | '.join(spread(values) for values in gaps.values())} "
-                f"| {statistics.mean(every):+.2f} ± {error:.2f} | {sum(gap > 0 for gap in every)}/{len(every)} |"
+                f"| {method} | {' | '.join(spread(list(values.values())) for values in gaps.values())} "
+                f"| {interval(by_seed)} | {sum(gap > 0 for gap in by_seed)}/{len(by_seed)} |"
             )
     return [*lines, ""]
+
+
+def interval(gaps: Collection[float]) -> str:
+    """Return the mean of paired differences and its 95 % t-interval over seeds; one seed has no interval."""
+    mean = statistics.mean(gaps)
+    if len(gaps) < 2:
+        return f"{mean:+.2f} (one seed)"
+    half = float(t.ppf(0.975, len(gaps) - 1)) * statistics.stdev(gaps) / len(gaps) ** 0.5
+    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"

@@ -1,4 +1,6 @@
-"""SGD in bfloat16 from float32 masters: the numbers of autocast and torch's own optimiser, to the bit."""
+"""Optimisers of float32 masters: the numbers of torch's own optimisers, to the bit, and weights that move."""
+
+from functools import partial
 
 import pytest
 import tiny
@@ -6,9 +8,15 @@ import torch
 from torch import nn
 
 from consilium import masters, training
+from consilium.algorithms.fedavg import FedAvg
 from consilium.algorithms.pfedmoe import BatchNorm
-from consilium.masters import Masters
+from consilium.algorithms.standalone import Standalone
+from consilium.core import Payload
+from consilium.masters import MasterOptimizer, Masters
+from consilium.moe.addressing import select
+from consilium.moe.lora import Lora
 from consilium.setup import Fit
+from consilium.training import local_round
 
 
 def net():
@@ -133,3 +141,99 @@ def weights(**fit):
     model = setup.build(setup.initial_params(context.info), context)
     training.fit(model, context.data.train, setup.fit, context)
     return {name: p.detach() for name, p in model.named_parameters()}
+
+
+# --- mixtures of experts --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [7, 2**24])  # a weight in many pieces, all weights as one
+@pytest.mark.parametrize("how", ["adamw", "sgd"])
+def test_masters_move_as_torch_moves_float32(monkeypatch, how, chunk):
+    monkeypatch.setattr(masters, "CHUNK", chunk)
+    make = partial(
+        Fit(optimizer=how, momentum=0.9 * (how == "sgd"), weight_decay=0.1).descent, rates={"b": 1e-3, "": 1e-5}
+    )
+    draw = torch.Generator().manual_seed(0)
+    low = {name: torch.randn(5, 4, generator=draw).bfloat16().requires_grad_() for name in ("a", "b", "c")}
+    whole = {name: p.detach().float().requires_grad_() for name, p in low.items()}
+    optimizer, expected = MasterOptimizer(low, make), make(whole)
+    for _ in range(3):
+        optimizer.zero_grad()
+        for name in ("a", "b"):
+            low[name].grad = torch.randn(5, 4, generator=draw).bfloat16()
+            whole[name].grad = low[name].grad.float()
+        optimizer.step()
+        expected.step()
+    for name, p in low.items():
+        assert torch.equal(optimizer.masters[name], whole[name])
+        assert p.dtype == torch.bfloat16 and torch.equal(p, whole[name].bfloat16())
+
+
+def test_a_forgotten_parameter_begins_anew():
+    low = {name: torch.ones(3).bfloat16().requires_grad_() for name in ("a", "b")}
+    optimizer = MasterOptimizer(low, partial(Fit().descent, rates={"": 1e-3}))
+    for p in low.values():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.forget(low["a"])
+    assert len(optimizer.optimizer.state) == 1
+
+
+def test_masters_start_where_they_are_told_to():
+    low, exact = {"a": torch.ones(2).bfloat16().requires_grad_()}, {"a": torch.tensor([1.001, 1.002])}
+    optimizer = MasterOptimizer(low, partial(Fit().descent, rates={"": 1e-3}), start := dict(exact))
+    assert torch.equal(optimizer.masters["a"], exact["a"]) and not start
+    assert optimizer.masters["a"].data_ptr() != exact["a"].data_ptr()
+
+
+CHOICES = {"all": None, "some": lambda tap: {block: [0, 1, 2, 3] for block in tap.gates()}}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("model_type", ["switch_transformers", "olmoe", "deepseek_v3"])
+def test_bfloat16_moves_as_many_weights_as_float32(model_type, rank, choice):
+    """At the rate of the recipes of language models, and to the same loss; what a client sends has moved as well."""
+    if choice == "some" and rank:
+        pytest.skip("adapters are trained by the same leaves")
+    moved, losses = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        setup = tiny.setup(tiny.source(model_type, dtype=dtype), lr=1e-5, head_lr=1e-5, epochs=2, lora=Lora(rank=rank))
+        sent = Payload({"params": select(setup.initial_params(), "animal")})
+        _, reply = local_round(setup, sent, tiny.context(), choose=CHOICES[choice])
+        before, after = sent.group("params"), reply.group("params")
+        assert {t.dtype for t in after.values()} == {torch.float32} and after.keys() == before.keys()
+        changed = sum(int((after[key] != t).sum()) for key, t in before.items())
+        moved[dtype] = changed / sum(t.numel() for t in before.values())
+        losses[dtype] = reply.scalars["train_loss"]
+    assert moved["float32"] > 0.1 and abs(moved["float32"] - moved["bfloat16"]) < 0.05
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
+
+
+def test_a_federation_in_bfloat16_loses_nothing_from_round_to_round(tmp_path):
+    """Ten rounds at 1e-5 end where float32 does: the same distance moved, in the same direction."""
+    changes = {}
+    for dtype in ("float32", "bfloat16"):
+        setup = tiny.setup(tiny.source("olmoe", dtype=dtype), lr=1e-5, head_lr=1e-5)
+        server, client = FedAvg().server(setup), FedAvg().client(setup)
+        before = server.params
+        engine = tiny.engine(server, client, setup, tmp_path / dtype)
+        for number in range(1, 11):
+            engine.round(number, False)
+        changes[dtype] = torch.cat([(server.params[key] - t).flatten() for key, t in before.items()])
+    exact, low = changes["float32"], changes["bfloat16"]
+    assert float(low.norm() / exact.norm()) == pytest.approx(1, abs=0.1)
+    assert float(nn.functional.cosine_similarity(exact, low, dim=0)) > 0.8
+
+
+def test_a_client_alone_goes_on_from_its_masters():
+    setup = tiny.setup(tiny.source("olmoe", dtype="bfloat16"), lr=1e-6, head_lr=1e-6)
+    client, context = Standalone().client(setup), tiny.context()
+    begun = select(setup.initial_params(), "animal")
+    client.train(Payload(), context)
+    once = context.state.params
+    client.train(Payload(), context)
+    twice = context.state.params
+    expert = next(key for key in once if ".experts." in key)
+    steps = [(a[expert] - b[expert]).abs().max() for a, b in ((once, begun), (twice, once))]
+    assert all(0 < step < 1e-4 for step in steps)  # bfloat16 would jump or stand still

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consilium.core import Payload, experts_to_scalars
+from consilium.algorithms import register_all
+from consilium.core import Algorithm, Payload, experts_to_scalars
 from consilium.data.task import Split
 from consilium.errors import ConfigError, ModelError
 from consilium.moe.addressing import expert_of, flatten, parameters, select
@@ -232,7 +233,7 @@ def test_corrections_come_before_clipping():
     setup = tiny.setup(optimizer="sgd", lr=1.0, head_lr=1.0, clip=0.01, batch_size=8)
     norms, paths = [], []
 
-    def correct(trainable):
+    def correct(trainable, weights):
         norms.append(math.sqrt(sum(float(p.grad.norm()) ** 2 for p in trainable.values() if p.grad is not None)))
         paths.append(set(trainable))
         for p in trainable.values():
@@ -255,7 +256,7 @@ def test_experts_that_no_token_reached_have_no_gradient():
     setup = tiny.setup(batch_size=1, weight_decay=0.1)
     reached: set[str] = set()
 
-    def correct(trainable):
+    def correct(trainable, weights):
         reached.update(path for path, p in trainable.items() if p.grad is not None)
 
     model, data, context = started(setup)
@@ -473,3 +474,19 @@ def test_a_round_reports_who_was_trained():
     _, reply = local_round(setup, payload, tiny.context(), choose=chosen_by((0, 2)))
     assert all(t.shape == (3,) and t[1] == 0 for t in reply.group("trained").values())
     assert reply.group("trained").keys() == held.keys()
+
+
+SMOOTHED = ["FedAvg", "FML", "FedKD", "FedAPEN", "FD", "FedProto", "FedTGP", "FedMRL", "pFedMoE"]
+
+
+@pytest.mark.parametrize("name", SMOOTHED)
+def test_labels_are_smoothed_in_every_method(name):
+    """Also where a method has a loss of its own."""
+    register_all()
+    losses, world = [], "cohort" if name == "FedAvg" else "mixed"
+    for smoothing in (0.0, 0.5):
+        setup, context = tiny.small_setup(world, label_smoothing=smoothing), tiny.small_context(world=world)
+        method = Algorithm.registry[name]()
+        reply = method.client(setup).train(method.server(setup).deliver(context.info), context)
+        losses.append(reply.scalars["train_loss"])
+    assert abs(losses[0] - losses[1]) > 1e-3

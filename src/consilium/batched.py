@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from consilium.core import ClientContext, derive_seed
@@ -114,7 +113,7 @@ def _fit(jobs: Sequence[FitJob]) -> list[tuple[float, int, float]]:
     def loss_of(weights, buffers, batch, real):
         with padded(real):
             logits, labels = functional_call(model, {**weights, **buffers}, (batch,))
-        each = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing, reduction="none")
+        each = config.cross_entropy(logits, labels, reduction="none")
         return each.mean() if real is None else (each * real).sum() / real.sum()
 
     active = len(jobs)

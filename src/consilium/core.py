@@ -160,6 +160,7 @@ class ClientContext:
         best: with `fit.personal`, the client's best model so far by its validation data; empty: none yet.
         progress: called with (done, total) steps during training.
         work: what the client may spend, counted by whoever spends it; without limits in a simulation.
+        round: the number of the round, from 1; 0: not known.
         meet: with other clients at work on the same device: see `Meet`; None: it is alone.
     """
 
@@ -172,6 +173,7 @@ class ClientContext:
     work: Work = field(default_factory=Work)
     meet: "Meet | None" = None
     best: ClientState = field(default_factory=ClientState)
+    round: int = 0
 
 
 Meet = Callable[[Callable[[Sequence[Any]], Sequence[Any]], Any], Any]

@@ -219,7 +219,16 @@ class Experiment:
         sorted_heads = {task: tuple(sorted(names)) for task, names in sorted(heads.items())}
         sampling = self.privacy.sampled(self.sampling, len(clients))
         return Setup(
-            self.model, self.fit, sampling, self.seed, sorted_heads, clients, shape, self.merging, self.privacy
+            self.model,
+            self.fit,
+            sampling,
+            self.seed,
+            sorted_heads,
+            clients,
+            shape,
+            self.merging,
+            self.privacy,
+            self.rounds,
         )
 
 

@@ -1,23 +1,97 @@
-"""Plain SGD on a CPU for layers that compute in bfloat16 and have float32 masters.
+"""Optimisers that move float32 masters of weights in bfloat16.
 
-Under autocast alone a forward pass makes bfloat16 copies of all weights, a backward pass float32 copies of all
-gradients, and the optimiser then reads both weights and gradients again: small models wait for memory longer than they
-compute. Here a layer holds its weights in bfloat16 and its gradients come so; gradient, master and the next bfloat16
-weight meet in one pass, in pieces that a core's own cache holds. What is computed is the same to the bit.
+bfloat16 has 8 bits of precision. A weight of 0.02 has a spacing of 1e-4, so updates of 1e-5 are lost if they are added
+to it. `MasterOptimizer` runs any optimiser of torch on float32 masters and rounds them to the weights that a model
+computes with; mixtures of experts in bfloat16 train by it.
+
+`Masters` is a special case of the same: plain SGD on a CPU for small models under autocast. Under autocast alone a
+forward pass makes bfloat16 copies of all weights, a backward pass float32 copies of all gradients, and the optimiser
+then reads both weights and gradients again: small models wait for memory longer than they compute. Here a layer holds
+its weights in bfloat16 and its gradients come so; gradient, master and the next bfloat16 weight meet in one pass, in
+pieces that a core's own cache holds. What is computed is the same to the bit.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Masters"]
+__all__ = ["CHUNK", "MasterOptimizer", "Masters"]
+
+CHUNK = 2**24
+"""Elements of masters that `MasterOptimizer` updates at once: it holds their gradients in float32."""
 
 LAYERS = nn.Linear, nn.Conv1d, nn.Conv2d
 """Layers whose weights autocast makes copies of, and uses for nothing else."""
 PIECE = 2**17
 """Numbers of a weight that are updated at once."""
+
+
+class MasterOptimizer:
+    """An optimiser that updates float32 masters and rounds them to the parameters, which have fewer bits.
+
+    Args:
+        parameters: path -> parameter; gradients arrive there.
+        make: returns torch's optimiser of a mapping path -> float32 tensor; the paths have suffixes.
+        start: path -> the masters to begin with; the parameters' own values where it has none. It is emptied.
+
+    Attributes:
+        masters: path -> float32 master, of the parameter's shape.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        make: Callable[[Mapping[str, Tensor]], torch.optim.Optimizer],
+        start: dict[str, Tensor] | None = None,
+    ):
+        start = {} if start is None else start
+        self.parameters = dict(parameters)
+        self.masters = {
+            path: start.pop(path, p).detach().to(p.device, torch.float32, copy=True).reshape(p.shape).contiguous()
+            for path, p in parameters.items()
+        }
+        pieces = {
+            f"{path}#{place}": piece
+            for path, master in self.masters.items()
+            for place, piece in enumerate(master.view(-1).split(CHUNK))
+        }
+        self.optimizer = make(pieces)
+        self._chunks: list[list[tuple[str, int, Tensor]]] = []  # (path, place, piece), updated together
+        room = 0
+        for name, piece in pieces.items():
+            path, _, place = name.rpartition("#")
+            if piece.numel() > room:
+                self._chunks.append([])
+                room = CHUNK
+            self._chunks[-1].append((path, int(place), piece))
+            room -= piece.numel()
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for p in self.parameters.values():
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update the masters of all parameters that have a gradient, and round them to the parameters."""
+        for chunk in self._chunks:
+            moved = [(path, place, piece) for path, place, piece in chunk if self.parameters[path].grad is not None]
+            for path, place, piece in moved:
+                piece.grad = self.parameters[path].grad.reshape(-1).split(CHUNK)[place].to(torch.float32)
+            self.optimizer.step()
+            for path, place, piece in moved:
+                piece.grad = None
+                if (place + 1) * CHUNK >= self.parameters[path].numel():
+                    self.parameters[path].copy_(self.masters[path])
+
+    def forget(self, parameter: Tensor) -> None:
+        """Drop the optimiser's state of a parameter."""
+        for chunk in self._chunks:
+            for path, _, piece in chunk:
+                if self.parameters[path] is parameter:
+                    self.optimizer.state.pop(piece, None)
 
 
 class Masters:

@@ -6,12 +6,13 @@ model and its data as tokens or tensors.
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.initialization import no_init_weights
 
 from consilium.core import (
@@ -32,7 +33,7 @@ from consilium.data.task import ClientData, Split, Task
 from consilium.data.tensor import TensorSplit, of_texts
 from consilium.errors import BudgetError, ConfigError, PayloadError
 from consilium.models.cohort import Cohort, SplitModel, initial
-from consilium.moe.addressing import load_flat, select, travels
+from consilium.moe.addressing import load_flat, router_row_of, select, travels
 from consilium.moe.budget import Footprint, MemoryModel, Mode, human
 from consilium.moe.build import ModelSource
 from consilium.moe.gates import NEED_ROWS, Gates, Kind, absent_rows, gates_from_scalars, gates_to_scalars
@@ -70,7 +71,7 @@ class Fit:
         momentum: of sgd, 0 <= momentum < 1; like all of the optimiser, begun anew in every round.
         weight_decay: decoupled weight decay with adamw, added to the gradient with sgd.
         clip: largest norm of the gradient, 0: no clipping.
-        label_smoothing: of the cross-entropy, 0..1 (FedMoE, Eq 1).
+        label_smoothing: of the cross-entropy with labels, in all methods, 0..1 (FedMoE, Eq 1).
         balance: weight of the per-layer load-balance loss (alpha in FedMoE's Eq 1).
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         precision: in which small models compute, in training and in scoring: "float32", or "bfloat16" by torch's
@@ -126,6 +127,10 @@ class Fit:
             return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
         return torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay, fused=True)
 
+    def cross_entropy(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        """Return the supervised loss of every method: the cross-entropy in float32 with `label_smoothing`."""
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing, reduction=reduction)
+
     @property
     def plain(self) -> bool:
         """Whether training only ever moves a weight by its rate times its gradient."""
@@ -152,6 +157,7 @@ class Setup:
         clients: all clients of the federation, as the server knows them.
         shape: of one example, for a cohort; () for texts.
         merging: how the server merges updates. privacy: what it may learn and tell of a client.
+        rounds: of the whole run, for what follows a schedule; 0: not known.
     """
 
     model: ModelSource | Cohort
@@ -163,11 +169,13 @@ class Setup:
     shape: tuple[int, ...] = ()
     merging: Merging = field(default_factory=Merging)
     privacy: Privacy = field(default_factory=Privacy)
+    rounds: int = 0
 
     def initial_params(self, client: ClientInfo | None = None) -> Params:
         """Where all methods start. The pretrained backbone, and a zero head row for every label of every task; in a
         cohort: an extractor and head rows by their own initialisation, the same for all of one architecture.
 
+        They are float32 whatever `model.dtype` is, so that a server loses nothing by rounding from round to round.
         With `fit.lora`, of the backbone only the router rows, and new adapters, the same for all clients.
 
         Args:
@@ -182,11 +190,13 @@ class Setup:
         if self.fit.lora.rank:
             adapters = initial_adapters(self.model.skeleton("", ()), self.fit.lora, derive_seed(self.seed, "lora"))
             params = {key: tensor for key, tensor in params.items() if travels(key)} | adapters
-        width, dtype = self.model.config.hidden_size, self.model.torch_dtype
+        for key in list(params):  # one by one, so that the model is never in memory twice
+            params[key] = params[key].to(torch.float32)
+        width = self.model.config.hidden_size
         for task, labels in self.heads.items():
             for label in labels:
-                params[f"head.{task}.{label}.weight"] = torch.zeros(width, dtype=dtype)
-                params[f"head.{task}.{label}.bias"] = torch.zeros((), dtype=dtype)
+                params[f"head.{task}.{label}.weight"] = torch.zeros(width)
+                params[f"head.{task}.{label}.bias"] = torch.zeros(())
         return params
 
     def _one_model(self, client: ClientInfo | None) -> Params:
@@ -278,8 +288,9 @@ class Setup:
             mode, rank = "lora", fit.lora.rank
         shape = {**fit.lengths, "optimizer": fit.optimizer, "momentum": fit.momentum}
         evaluation = self._memory.footprint(counts, mode="forward", batch_size=self.evaluation_rows, **shape)
-        if mode == "forward":
-            return evaluation
+        forward = mode == "forward"
+        if forward:
+            mode, rank = ("lora", fit.lora.rank) if fit.lora.rank else ("full", rank)
         training = self._memory.footprint(
             counts,
             mode=mode,
@@ -290,7 +301,8 @@ class Setup:
             trained=trained,
             **shape,
         )
-        return max(training, evaluation, key=lambda footprint: footprint.total)
+        evaluation = replace(evaluation, masters=training.masters)  # validation follows while they are there
+        return evaluation if forward else max(training, evaluation, key=lambda footprint: footprint.total)
 
     def reported(
         self,
@@ -557,8 +569,8 @@ class Setup:
                 lambda: self.model.extractor(context.info.architecture, self.shape), params, context
             )
         self.admit(context, held, "forward")
-        exact = {torch.float32} if self.model.family.choice else set()  # of a correction bias
-        _check_dtypes(params, {self.model.torch_dtype} | exact)
+        _check_dtypes(params, {self.model.torch_dtype, torch.float32})
+        params = {key: t if self._is_exact(key) else t.to(self.model.torch_dtype) for key, t in params.items()}
         if not lora.rank:
             return self.model.build(params, task.name, task.labels, held, gates).to(context.device)
         whole = self.model.load(held) | params
@@ -574,6 +586,11 @@ class Setup:
         """
         gates = gates_from_scalars(self.fit.gates, payload.scalars, payload.group("router"))
         return self.build(payload.group("params"), context, experts_from_scalars(payload.scalars), gates)
+
+    def _is_exact(self, key: str) -> bool:
+        """Return whether a tensor stays float32 in a model of any dtype, as a correction bias does."""
+        leaf = self.model.family.rows[-1].rsplit(".", 1)[-1]
+        return self.model.family.choice and router_row_of(key) is not None and key.endswith(f".{leaf}")
 
     def mean(self, previous: Params) -> WeightedMean | RobustMean | PrivateMean:
         """What a server merges a round's replies with: the weighted mean (of adapters as `fit.lora.mean` says), or what

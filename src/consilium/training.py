@@ -33,9 +33,9 @@ from consilium.data.encode import Encoded, token_bytes
 from consilium.data.task import Split, score
 from consilium.data.tensor import TensorSplit
 from consilium.errors import DataError
-from consilium.masters import Masters
+from consilium.masters import MasterOptimizer, Masters
 from consilium.models.cohort import Cohort, SplitModel, padded
-from consilium.moe.addressing import flatten, parameters
+from consilium.moe.addressing import flatten, local, parameters, table, unpack
 from consilium.moe.experts import Active, Experts
 from consilium.moe.model import TaskModel
 from consilium.moe.routing import Tap
@@ -47,6 +47,7 @@ __all__ = [
     "Choose",
     "Fitted",
     "Objective",
+    "Supervised",
     "assess",
     "evaluate",
     "even",
@@ -62,10 +63,13 @@ __all__ = [
     "trained",
 ]
 
-Correct = Callable[[Mapping[str, Tensor]], None]
+Correct = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], None]
+"""(path -> parameter with its gradient, path -> its weight in float32): changes the gradients."""
 Choose = Callable[[Tap], Active | None]
 Objective = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 """(model, batch) -> the loss to descend, a scalar."""
+Supervised = Callable[[Tensor, Tensor], Tensor]
+"""(logits [B, C], labels [B]) -> their loss, a scalar; `Fit.cross_entropy` in a run."""
 EVEN = 16
 """Rows of a small model's batch come in multiples of so many."""
 
@@ -78,12 +82,14 @@ class Fitted:
         loss: mean over the steps. steps: of the optimiser. seconds: of the wall clock.
         trained: with `choose`: block -> by local place, the batches in which the expert was among the chosen and
             computed a real token, int64 [E]. An expert with 0 has not moved by one bit.
+        masters: of a model below 32 bits: path -> float32 value of each trained parameter.
     """
 
     loss: float
     steps: int
     seconds: float
     trained: Mapping[str, Tensor] = field(default_factory=dict)
+    masters: dict[str, Tensor] = field(default_factory=dict)
 
 
 @contextmanager
@@ -107,6 +113,8 @@ def fit(
     choose: Choose | None = None,
     objective: Objective | None = None,
     rates: Mapping[str, float] | None = None,
+    start: dict[str, Tensor] | None = None,
+    anchored: float = 0.0,
 ) -> Fitted:
     """Train in place on every parameter that requires a gradient; steps and tokens count against `context.work`.
 
@@ -114,8 +122,9 @@ def fit(
 
     Args:
         correct: called after each backward pass with path -> parameter of all trainable parameters, to change
-            their gradients; a parameter the batch did not reach has `grad` None. With `choose`, experts are in it
-            one by one, as `Experts.leaves` calls them.
+            their gradients, and with path -> weight, which of a model below 32 bits is the master; a parameter the
+            batch did not reach has `grad` None. With `choose`, experts are in it one by one, as `Experts.leaves` calls
+            them.
         epochs: instead of `config.epochs`.
         choose: called after each forward pass with the tap of this batch; returns block -> local places of the
             experts that may learn from it (None: all). The others are computed, and count as constants: no gradient
@@ -123,24 +132,40 @@ def fit(
             optimiser than the last choice has; who was trained least recently loses them.
         objective: the loss of a batch instead of the above.
         rates: beginning of a parameter's path -> learning rate, the first that fits; None: `config`'s.
+        anchored: mu: after each step of the optimiser every weight w that it moved becomes
+            (w + lr mu w_0) / (1 + lr mu), with w_0 its value before training.
+        start: of a model below 32 bits: path -> float32 value from which a parameter starts; it is emptied.
 
     Raises:
         BudgetError: if the steps are more than the client allows, before the first; for tokens and time, when they are.
     """
     epochs = config.epochs if epochs is None else epochs
     rates = rates or {"head.": config.head_lr, "": config.lr}
-    alone = correct is None and choose is None and objective is None
+    alone = correct is None and choose is None and objective is None and not anchored
     if context.meet and alone and isinstance(model, SplitModel):
         done = context.meet(fit_jobs, FitJob(model, data, config, context, epochs, rates))
         if done is not None:
             return Fitted(*done)
-    start = time.perf_counter()
+    began = time.perf_counter()
     experts = None if choose is None else Experts(model)
     if experts is None:
         trainable = {path: p for path, p in parameters(model).items() if p.requires_grad}
     else:
         trainable = experts.trainable(model)
-    descent = config.descent(trainable, rates)
+
+    def descend(tensors: Mapping[str, Tensor]) -> torch.optim.Optimizer:
+        return _anchored(config.descent(tensors, rates), anchored)
+
+    low = any(p.dtype.itemsize < 4 for p in trainable.values())
+    if low:
+        start = {} if start is None else start
+        start |= unpack(table(model), start)  # experts one by one, too
+        descent = MasterOptimizer(trainable, descend, start)
+        start.clear()
+    else:
+        descent = descend(trainable)
+    forget = descent.forget if low else partial(_forget, descent)
+    weights = descent.masters if low else trainable
     if config.rows == "packed":
         data = Packed.of(data, config.max_length + config.target_length)
     if isinstance(data, TensorSplit):
@@ -172,15 +197,15 @@ def fit(
             else:
                 with tap.batch(batch), lowered:
                     logits, labels = _even(model, batch) if fill else model(batch)
-                loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+                loss = config.cross_entropy(logits, labels)
                 del logits  # the graph keeps what it needs of them
                 if config.balance:
                     loss = loss + config.balance * tap.balance_loss()
                 if choose is not None:
-                    _admit(choose(tap), experts, tap, trained, optimizer)
+                    _admit(choose(tap), experts, tap, trained, forget)
             loss.backward()
             if correct is not None:
-                correct(trainable)
+                correct(trainable, weights)
             if config.clip:
                 nn.utils.clip_grad_norm_(trainable.values(), config.clip)
             optimizer.step()
@@ -192,7 +217,42 @@ def fit(
     shares = {} if experts is None else {block: torch.zeros(len(ids)).long() for block, ids in experts.places.items()}
     for (block, place), batches in trained.items():
         shares[block][place] = batches
-    return Fitted(mean, len(losses), time.perf_counter() - start, shares)
+    masters = _by_path(model, descent.masters) if low else {}
+    return Fitted(mean, len(losses), time.perf_counter() - began, shares, masters)
+
+
+def _by_path(model: TaskModel, masters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The masters by the paths of the model's parameters, those of single experts put together; it is emptied."""
+    found = {}
+    for path, name in table(model).items():
+        if path in masters:
+            found[path] = masters.pop(path)
+        elif not isinstance(name, str) and name[0] in masters:
+            found[path] = torch.stack([masters.pop(key) for key in name])
+        elif isinstance(name, str) and name in masters:
+            found[path] = masters.pop(name)
+    return found
+
+
+def _anchored(optimizer: torch.optim.Optimizer, mu: float) -> torch.optim.Optimizer:
+    """The optimiser; with mu > 0 each of its steps is followed by a proximal one, see `fit`."""
+    if mu:
+        begun = {p: p.detach().clone() for group in optimizer.param_groups for p in group["params"]}
+
+        @torch.no_grad()
+        def draw(stepped: torch.optim.Optimizer, *_: object) -> None:
+            for group in stepped.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.lerp_(begun[p], group["lr"] * mu / (1 + group["lr"] * mu))
+
+        optimizer.register_step_post_hook(draw)
+    return optimizer
+
+
+def _forget(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+    """Drop the optimiser's state of a parameter."""
+    optimizer.state.pop(parameter, None)
 
 
 def _admit(
@@ -200,7 +260,7 @@ def _admit(
     experts: Experts,
     tap: Tap,
     trained: dict[tuple[str, int], int],
-    optimizer: torch.optim.Optimizer,
+    forget: Callable[[Tensor], None],
 ) -> None:
     """Let the chosen experts learn from this batch, those that have a real token in it; forget the moments of others.
 
@@ -215,7 +275,7 @@ def _admit(
             trained[block, place] = trained.pop((block, place), 0) + 1
     for expert in list(trained)[: max(len(trained) - limit, 0)]:
         for leaf in experts.of(*expert):
-            optimizer.state.pop(leaf, None)
+            forget(leaf)
 
 
 def evaluate(model: TaskModel, data: Encoded, context: ClientContext, setup: Setup, tap: Tap | None = None) -> float:
@@ -394,6 +454,7 @@ def local_round(
     references: int = 0,
     choose: Choose | None = None,
     learning: int | None = None,
+    anchored: float = 0.0,
 ) -> tuple[TaskModel, Payload]:
     """One client's round on what it was sent: build, fit, validate, flatten.
 
@@ -404,6 +465,7 @@ def local_round(
         correct: given the live model, returns the correction for `fit`.
         references: copies of the weights that `correct` keeps, for the footprint reported.
         usage: also report the usage of experts over the validation data, groups "demand" and "served", int64 [E].
+        anchored: see `fit`.
         choose: see `fit`; the reply then has the group "trained": block -> batches in which each held expert was
             trained, int64 [E_held].
         learning: with `choose`, the most experts of all blocks together that it chooses for a batch, for the footprint.
@@ -416,8 +478,10 @@ def local_round(
     """
     held, outside = experts_from_scalars(payload.scalars), payload.group("router")
     footprint = setup.admit(context, held, references=references, trained=learning)
-    model = setup.build_sent(payload, context)
+    params, model = payload.group("params"), setup.build_sent(payload, context)
     del payload  # a full copy of the weights, unless the caller still holds it
+    start = local(model, params, held) if model.dtype.itemsize < 4 else None
+    del params
     train = setup.encode(context, context.data.train)
     fitted = fit(
         model,
@@ -426,16 +490,18 @@ def local_round(
         context,
         correct(model) if correct is not None else None,
         choose=choose,
+        start=start,
+        anchored=anchored,
     )
-    start = time.perf_counter()
+    began = time.perf_counter()
     with Tap(model, held, outside, setup.model.counts) as tap:
         if isinstance(setup.model, Cohort):
             scores, told = _after_training(model, context, setup)
         else:
             validation = setup.encode(context, context.data.validation)
             scores, told = assess(model, validation, context, setup, tap if usage else None), {}
-    seconds_evaluate = time.perf_counter() - start
-    groups: dict[str, Params] = {"params": flatten(model, held)}  # after evaluation, which needs room itself
+    seconds_evaluate = time.perf_counter() - began
+    groups: dict[str, Params] = {"params": flatten(model, held, fitted.masters)}  # after evaluation needed its room
     if setup.fit.personal == "best":
         _keep_better(context, scores, {**outside, **groups["params"]}, held)
     if usage:

@@ -97,3 +97,9 @@ def test_the_weight_is_learned_on_the_received_model_and_the_slice():
 def test_refused(options):
     with pytest.raises(ConfigError, match=" is "):
         FedAPEN(**options)
+
+
+def test_the_rate_of_the_weight_is_that_of_training():
+    setup = tiny.small_setup(lr=0.3)
+    assert FedAPENClient(setup, FedAPEN()).algorithm.eta == 0.3
+    assert FedAPENClient(setup, FedAPEN(eta=0.1)).algorithm.eta == 0.1

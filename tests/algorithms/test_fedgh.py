@@ -51,3 +51,8 @@ def test_what_travels_key_by_key():
 def test_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         FedGH(**options)
+
+
+def test_the_rate_of_the_header_is_that_of_heads():
+    setup = tiny.small_setup(head_lr=0.3)
+    assert FedGH().server(setup).eta_s == 0.3 and FedGH(eta_s=0.1).server(setup).eta_s == 0.1

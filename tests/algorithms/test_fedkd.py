@@ -1,5 +1,6 @@
 """FedKD: the compression and the adaptive loss by hand; what travels is the small model, compressed."""
 
+import dataclasses
 import math
 
 import pytest
@@ -38,7 +39,16 @@ def test_a_convolution_goes_as_a_matrix():
 
 def test_the_energy_grows():
     method = FedKD(T_s=0.5, T_e=0.9, rounds=4)
-    assert [round(method.energy(r), 6) for r in (1, 2, 5, 99)] == [0.5, 0.6, 0.9, 0.9]
+    assert [round(method.energy(r, 100), 6) for r in (1, 2, 5, 99)] == [0.5, 0.6, 0.9, 0.9]
+
+
+def test_the_energy_follows_the_rounds_of_the_run():
+    method = FedKD(T_s=0.5, T_e=0.9)
+    assert [round(method.energy(r, 60), 6) for r in (1, 31, 61)] == [0.5, 0.7, 0.9]
+    setup = dataclasses.replace(tiny.small_setup(), rounds=60)
+    server = method.server(setup)
+    server.configure(31, setup.clients)
+    assert server.deliver(setup.clients[0]).scalars["energy"] == pytest.approx(0.7)
 
 
 def test_changes_are_added_by_hand():

@@ -25,7 +25,7 @@ def test_the_gradient_by_hand():
         for i, p in enumerate(trainable.values()):
             p.fill_(3.0)
             p.grad = torch.full_like(p, 5.0) if i % 2 else None
-    correct(trainable)
+    correct(trainable, trainable)
     for i, p in enumerate(trainable.values()):
         torch.testing.assert_close(p.grad, torch.full_like(p, 5.2 if i % 2 else 0.2))
 
@@ -42,7 +42,7 @@ def test_it_is_the_gradient_of_the_penalty():
     (0.7 / 2 * sum(((p - received[path]) ** 2).sum() for path, p in parameters(model).items())).backward()
     expected = {path: p.grad.clone() for path, p in parameters(model).items()}
     model.zero_grad(set_to_none=True)
-    correct(parameters(model))
+    correct(parameters(model), parameters(model))
     for path, p in parameters(model).items():
         torch.testing.assert_close(p.grad, expected[path], rtol=1e-5, atol=1e-6)
 
@@ -90,3 +90,28 @@ def test_the_received_weights_count_in_the_memory():
     assert FedProx().server(setup).unable(client) is not None
     enough = tiny.setup(memory=tiny.bytes_for(8, references=1))
     assert FedProx().server(enough).unable(enough.clients[0]) is None
+
+
+def test_the_step_after_the_optimiser_by_hand():
+    """w <- (w + lr mu w0) / (1 + lr mu) after each step of SGD: with one step, the move shrinks by 1 + lr mu."""
+    setup = tiny.small_setup("cohort", batch_size=64, lr=0.5, head_lr=0.5)
+    sent = FedProx().server(setup).deliver(tiny.small_context(world="cohort").info)
+    moves = {}
+    for mu in (0.0, 2.0):
+        reply = FedProx(mu=mu, pull="step").client(setup).train(sent, tiny.small_context(world="cohort"))
+        moves[mu] = {key: t - sent.group("params")[key] for key, t in reply.group("params").items()}
+    for key, move in moves[0.0].items():
+        torch.testing.assert_close(moves[2.0][key], move / (1 + 0.5 * 2.0), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("pull", "felt"), [("gradient", False), ("step", True)])
+def test_only_the_step_is_felt_under_adamw(pull, felt):
+    """mu is 100: AdamW normalises a pull away that is far below the gradient, a step of its own it cannot."""
+    setup = tiny.setup(lr=1e-3, epochs=4, batch_size=2)
+    sent = FedProx().server(setup).deliver(tiny.context().info)
+    distance = {}
+    for mu in (0.0, 100.0 if felt else 0.01):
+        reply = FedProx(mu=mu, pull=pull).client(setup).train(sent, tiny.context()).group("params")
+        moved = torch.cat([(t - sent.group("params")[key]).flatten() for key, t in reply.items()])
+        distance[mu > 0] = float(moved.norm())
+    assert (distance[True] < 0.9 * distance[False]) is felt

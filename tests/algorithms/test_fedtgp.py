@@ -82,3 +82,14 @@ def test_the_server_draws_its_prototypes_to_their_classes():
 def test_refused(options):
     with pytest.raises(ConfigError, match=" is "):
         FedTGP(**options)
+
+
+def test_the_servers_rate_is_that_of_training():
+    """Without `eta_s` the server moves as far as with fit.lr given."""
+    replies = [("a", Payload({"prototypes": {"a": torch.ones(6), "b": torch.zeros(6)}}))]
+    found = []
+    for method in (FedTGP(server_epochs=1), FedTGP(server_epochs=1, eta_s=0.3), FedTGP(server_epochs=1, eta_s=0.01)):
+        server = method.server(tiny.small_setup(lr=0.3))
+        server.aggregate(1, replies)
+        found.append(server.params)
+    assert tiny.same(found[0], found[1]) and not tiny.same(found[0], found[2])

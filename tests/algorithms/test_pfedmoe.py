@@ -101,8 +101,18 @@ def test_the_papers_gate_by_hand():
         gate.linear2.weight.copy_(torch.tensor([[1.0], [-1.0]]))
         gate.linear1.bias.zero_()
         gate.linear2.bias.zero_()
+        gate.norm2.weight.fill_(1.0)
     expected = torch.tensor([[0.119203, 0.880797], [0.880797, 0.119203]])
     torch.testing.assert_close(gate(torch.tensor([[0.0, 2.0], [2.0, 0.0]])), expected, atol=1e-4, rtol=0)
+
+
+def test_an_untrained_gate_mixes_evenly_and_can_learn():
+    """A batch norm in front of the softmax would spread an untrained gate's weights from 0 to 1."""
+    gate, x = Gate(6, 8, "batch"), torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    a = gate(x)
+    assert torch.equal(a, torch.full_like(a, 0.5))
+    a[:, 0].mul(torch.linspace(0, 1, 64)).sum().backward()
+    assert gate.norm2.weight.grad.abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("norm", ["batch", "layer", "group"])

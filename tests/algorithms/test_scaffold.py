@@ -133,3 +133,10 @@ def test_the_state_holds_the_control():
 def test_refused(name, value):
     with pytest.raises(ConfigError, match=f"{name} is .*; it must be (greater than 0|within)"):
         SCAFFOLD(**{name: value})
+
+
+@pytest.mark.parametrize("fit", [{"optimizer": "sgd", "momentum": 0.9}, {"weight_decay": 0.1}])
+def test_what_breaks_the_identity_is_refused(fit):
+    """c_i is the mean gradient only if a step is the rate times the gradient."""
+    with pytest.raises(ConfigError, match="with SCAFFOLD it must be 0"):
+        SCAFFOLD().server(tiny.setup(**fit))

@@ -93,15 +93,33 @@ ROWS += [f"{('south', 'north')[i % 2]},{30 + i},{i if i % 2 else ''},{i % 3}" fo
 
 
 def test_a_table_is_standardised_client_by_client(tmp_path):
-    """The south never recorded the weight: zeros; the north's columns have mean 0 and deviation 1."""
+    """The south never recorded the weight: zeros; the north's columns have mean 0 and deviation 1 in training."""
     path = table(tmp_path / "t.csv", ROWS)
     federation = TableData(path, target="grade", client="site").load(0)
     assert list(federation.clients) == ["north", "south"] and federation.shape == (2,)
     assert federation.source["columns"] == ["age", "weight"]
-    north, south = federation.clients["north"].train.x[1::2], federation.clients["south"].train.x[::2]
+    train = federation.clients["north"].train
+    north, south = train.x[train.index], federation.clients["south"].train.x[::2]
     torch.testing.assert_close(north.mean(0), torch.zeros(2), atol=1e-6, rtol=0)
     torch.testing.assert_close(north.std(0, correction=0), torch.ones(2))
     assert (south[:, 1] == 0).all() and federation.clients["south"].task.labels == ("0", "1", "2")
+
+
+def test_statistics_are_of_training_rows_alone(tmp_path):
+    """What stands in a row for test or validation changes no other row, nor the scale that an export carries."""
+    data = TableData(table(tmp_path / "t.csv", ROWS), target="grade", client="site")
+    before, scale = data.load(0), data.scale("north", 0)
+    held = [i for _, split in list(before.clients["north"].splits())[1:] for i in split.index.tolist()]
+    lines = [
+        ROWS[0],
+        *(line.replace(f",{30 + i},", ",9999,") if i in held else line for i, line in enumerate(ROWS[1:])),
+    ]
+    other = TableData(table(tmp_path / "o.csv", lines), target="grade", client="site")
+    after = other.load(0)
+    index = before.clients["north"].train.index
+    assert held and torch.equal(before.clients["north"].train.x[index], after.clients["north"].train.x[index])
+    assert not torch.equal(before.clients["north"].train.x[held], after.clients["north"].train.x[held])
+    assert other.scale("north", 0) == scale
 
 
 def test_a_grade_as_yes_or_no(tmp_path):

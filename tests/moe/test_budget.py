@@ -207,7 +207,10 @@ def test_bfloat16_halves_what_is_stored(tmp_path):
     whole = switch(tmp_path)
     half = MemoryModel.of(ModelSource(str(tmp_path), "classification", "bfloat16"))
     assert 2 * half.bytes(half.counts) == whole.bytes(whole.counts)
-    assert half.footprint(half.counts, mode="full", **BATCH).optimizer == 4 * half.params(half.counts)
+    training, n = half.footprint(half.counts, mode="full", **BATCH), half.params(half.counts)
+    assert (training.weights, training.masters, training.optimizer) == (2 * n, 4 * n, 8 * n)
+    assert training.gradients == 2 * n + 4 * n  # and one chunk of them in float32
+    assert whole.footprint(whole.counts, mode="full", **BATCH).masters == 0
 
 
 @given(data=st.data())

@@ -32,7 +32,7 @@ from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
 from consilium.params import Params
 from consilium.setup import Setup
-from consilium.training import Objective, tested, trained
+from consilium.training import Objective, Supervised, tested, trained
 
 __all__ = ["FD"]
 
@@ -111,7 +111,12 @@ class FDClient(Client):
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         model = self.setup.build(self.setup.own_params(context), context)
-        told = trained(self.setup, model, context, taught(payload.group("prototypes"), model, self.algorithm))
+        told = trained(
+            self.setup,
+            model,
+            context,
+            taught(payload.group("prototypes"), model, self.algorithm, self.setup.fit.cross_entropy),
+        )
         context.state.params = flatten(model)
         means, _ = class_means(model, self.setup, context, lambda x: self._output(model.head(model.backbone(x))))
         return Payload({"prototypes": means}, told)
@@ -124,7 +129,7 @@ class FDClient(Client):
         return z.softmax(1) if self.algorithm.distance == "ce" else z
 
 
-def taught(logits: Params, model: SplitModel, algorithm: FD) -> Objective:
+def taught(logits: Params, model: SplitModel, algorithm: FD, supervised: Supervised = F.cross_entropy) -> Objective:
     """CE + gamma * D, D averaged over the batch, 0 for an example whose class has no logits."""
     device, labels = next(model.parameters()).device, model.labels
     known_C = torch.tensor([label in logits for label in labels], device=device)
@@ -132,7 +137,7 @@ def taught(logits: Params, model: SplitModel, algorithm: FD) -> Objective:
 
     def objective(model: SplitModel, batch: dict[str, Tensor]) -> Tensor:
         z, y = model(batch)
-        loss, known = F.cross_entropy(z, y), known_C[y]
+        loss, known = supervised(z, y), known_C[y]
         if not known.any():
             return loss
         teacher, student = teacher_CC[y][known], z[known]

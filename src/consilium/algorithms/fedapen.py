@@ -47,15 +47,15 @@ class FedAPEN(Algorithm):
     Args:
         slice: share of a client's training data that is kept for learning the weight, in (0, 0.5].
         steps: gradient steps on the weight, >= 1.
-        eta: learning rate of the weight, > 0. Of the authors' code are 10 and 0.001, made for a hundred rounds; in
-            few rounds the weight stays near 1/2 with them.
+        eta: learning rate of the weight, > 0; None: fit.lr. The authors' code has 10 steps of 0.001, made for a hundred
+            rounds; in few rounds the weight stays near 1/2 with them.
         ensemble: whether the models also learn from the loss of the ensemble.
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
     slice: float = setting(0.05, "free", "(0, 0.5]")
     steps: int = setting(10, "steps", "[1, 1e12]")
-    eta: float = setting(0.001, "lr", "(0, 1e38]")
+    eta: float | None = setting(None, "lr", "(0, 1e38]")
     ensemble: bool = setting(True, "free")
 
     def server(self, setup: Setup) -> Server:
@@ -72,7 +72,7 @@ class FedAPENClient(Client):
 
     def __init__(self, setup: Setup, algorithm: FedAPEN):
         self.setup = setup
-        self.algorithm = algorithm
+        self.algorithm = algorithm if algorithm.eta else replace(algorithm, eta=setup.fit.lr)
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         model = self._model(payload, context)
@@ -94,11 +94,12 @@ class FedAPENClient(Client):
     def objective(self, model: SplitModel, batch: dict[str, Tensor]) -> Tensor:
         """L_own + L_small; the ensemble's loss, which is a part of both, counts once for the weights it reaches."""
         own, small, y = model(batch)[0], model.backbone.small(batch["x"]), batch["labels"]
-        loss = F.cross_entropy(own, y) + kl(small.detach(), own) + F.cross_entropy(small, y) + kl(own.detach(), small)
+        supervised = self.setup.fit.cross_entropy
+        loss = supervised(own, y) + kl(small.detach(), own) + supervised(small, y) + kl(own.detach(), small)
         if not self.algorithm.ensemble:
             return loss
         share = model.backbone.share
-        return loss + F.cross_entropy(share * own + (1 - share) * small, y)
+        return loss + supervised(share * own + (1 - share) * small, y)
 
     def _slices(self, context: ClientContext) -> tuple[TensorSplit, ClientContext]:
         """What the weight is learned on, the same in every round as nobody may have trained on it; and the rest."""

@@ -51,13 +51,13 @@ class FedGH(Algorithm):
     """One header for all, trained at the server on class prototypes.
 
     Args:
-        eta_s: learning rate of the header, >= 0; 0 leaves it as it begins.
+        eta_s: learning rate of the header, >= 0; 0 leaves it as it begins, None: fit.head_lr.
         epochs: passes over the round's prototypes, >= 1.
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
     merges: ClassVar[bool] = False
-    eta_s: float = setting(0.01, "server", "[0, 1e6]")
+    eta_s: float | None = setting(None, "server", "[0, 1e6]")
     epochs: int = setting(1, "server", "[1, 1e12]")
 
     def server(self, setup: Setup) -> Server:
@@ -74,6 +74,7 @@ class FedGHServer(Server):
         self.averaging = FedAvgServer(setup, params=setup.head_params(setup.common_width))
         self.setup = setup
         self.algorithm = algorithm
+        self.eta_s = setup.fit.head_lr if algorithm.eta_s is None else algorithm.eta_s
         setup.classes  # noqa: B018 - refuses clients of several tasks
         ((self.task, self.labels),) = setup.heads.items()
 
@@ -86,7 +87,7 @@ class FedGHServer(Server):
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
         pairs = [(label, t) for _, reply in replies for label, t in sorted(reply.group("prototypes").items())]
-        if pairs and self.algorithm.eta_s:
+        if pairs and self.eta_s:
             prototypes = torch.stack([t for _, t in pairs])
             y = torch.tensor([self.labels.index(label) for label, _ in pairs])
             self._train(prototypes, y, derive_seed(self.setup.seed, "FedGH", round))
@@ -95,7 +96,7 @@ class FedGHServer(Server):
     def _train(self, prototypes_ND: Tensor, y_N: Tensor, seed: int) -> None:
         keys = [[f"head.{self.task}.{label}.{leaf}" for label in self.labels] for leaf in ("weight", "bias")]
         header = [torch.stack([self.params[key] for key in group]).requires_grad_() for group in keys]
-        optimizer = torch.optim.SGD(header, lr=self.algorithm.eta_s)
+        optimizer = torch.optim.SGD(header, lr=self.eta_s)
         generator = torch.Generator().manual_seed(seed)
         for _ in range(self.algorithm.epochs):
             for rows in torch.randperm(len(y_N), generator=generator).split(self.setup.fit.batch_size):

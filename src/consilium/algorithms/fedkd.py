@@ -25,7 +25,7 @@ left out of the hidden loss.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import ClassVar, Literal
 
 import torch
@@ -51,7 +51,7 @@ from consilium.models.cohort import SplitModel, initial
 from consilium.moe.addressing import flatten
 from consilium.params import Like, Params, checksum
 from consilium.setup import Setup
-from consilium.training import tested, trained
+from consilium.training import Supervised, tested, trained
 
 __all__ = ["FedKD", "compressed", "restored"]
 
@@ -63,19 +63,19 @@ class FedKD(Algorithm):
     Args:
         T_s: share of the energy that is kept at the start, in (0, 1].
         T_e: share that is kept at the end, in (0, 1].
-        rounds: over which the one becomes the other, >= 1.
+        rounds: over which the one becomes the other, >= 1; None: the rounds of the run.
         exchange: "changes" of the small model, as in the paper, or its "weights".
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
     T_s: float = setting(0.95, "server", "(0, 1]")
     T_e: float = setting(0.98, "server", "(0, 1]")
-    rounds: int = setting(20, "server", "[1, 1e12]")
+    rounds: int | None = setting(None, "server", "[1, 1e12]")
     exchange: Literal["changes", "weights"] = setting("changes", "free")
 
-    def energy(self, round: int) -> float:
-        """T in that round, from 1."""
-        return self.T_s + (self.T_e - self.T_s) * min((round - 1) / self.rounds, 1.0)
+    def energy(self, round: int, rounds: int) -> float:
+        """Return T in that round, from 1, of a run of `rounds` rounds."""
+        return self.T_s + (self.T_e - self.T_s) * min((round - 1) / (self.rounds or max(rounds, 1)), 1.0)
 
     def begun(self, setup: Setup) -> tuple[Params, str]:
         """What the small model is a change of, small_0 or zeros, and its checksum."""
@@ -122,7 +122,7 @@ class FedKDServer(Server):
         return mean.told()
 
     def deliver(self, client: ClientInfo) -> Payload:
-        energy = self.algorithm.energy(self.round)
+        energy = self.algorithm.energy(self.round, self.setup.rounds)
         if self.told is None or self.told[0] is not self.params or self.told[1] != energy:  # once for all clients
             groups, shapes = compressed(plus(self.params, self.begun, -1), energy)
             self.told = self.params, energy, Payload(groups, {"energy": energy, "begun": self.mark, **shapes})
@@ -164,7 +164,7 @@ class FedKDClient(Client):
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         received = self._small(payload)
         model = self._model(received, context)
-        told = trained(self.setup, model, context, adaptive)
+        told = trained(self.setup, model, context, partial(adaptive, supervised=self.setup.fit.cross_entropy))
         params = flatten(model)
         context.state.params = {key: t for key, t in params.items() if not key.startswith(SMALL)}
         small = {key: t for key, t in params.items() if key.startswith(SMALL)}
@@ -214,12 +214,12 @@ class Mentored(Pair):
         self.hidden = nn.Linear(small.width, private.width, bias=False)
 
 
-def adaptive(model: SplitModel, batch: dict[str, Tensor]) -> Tensor:
+def adaptive(model: SplitModel, batch: dict[str, Tensor], supervised: Supervised = F.cross_entropy) -> Tensor:
     """L_own + L_small; the hidden loss, which is a part of both, counts once for the weights it reaches."""
     pair, y = model.backbone, batch["labels"]
     h_own, h_small = pair.private(batch["x"]), pair.small.extractor(batch["x"])
     own, small = model.head(h_own), pair.small.head(h_small)
-    ce_own, ce_small = F.cross_entropy(own, y), F.cross_entropy(small, y)
+    ce_own, ce_small = supervised(own, y), supervised(small, y)
     mutual = kl(small.detach(), own) + kl(own.detach(), small) + F.mse_loss(pair.hidden(h_small), h_own)
     return ce_own + ce_small + mutual / (ce_own + ce_small).detach()
 

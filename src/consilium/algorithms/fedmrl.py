@@ -14,6 +14,7 @@ Departures: none in the rule; momentum, weight decay and clipping are `fit`'s.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -28,7 +29,7 @@ from consilium.models.cohort import SplitModel, initial
 from consilium.moe.addressing import flatten
 from consilium.params import Params
 from consilium.setup import Setup
-from consilium.training import tested, trained
+from consilium.training import Supervised, tested, trained
 
 __all__ = ["FedMRL", "Nested"]
 
@@ -73,7 +74,7 @@ class FedMRLClient(Client):
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         model = self._model(payload, context)
-        told = trained(self.setup, model, context, coarse_and_fine)
+        told = trained(self.setup, model, context, partial(coarse_and_fine, supervised=self.setup.fit.cross_entropy))
         params = flatten(model)
         context.state.params = {key: t for key, t in params.items() if not key.startswith(SMALL)}
         return Payload({"params": {key: t for key, t in params.items() if key.startswith(SMALL)}}, told)
@@ -110,8 +111,8 @@ class Nested(nn.Module):
         return self.projector(torch.cat([self.small["extractor"](x), self.private(x)], dim=1))
 
 
-def coarse_and_fine(model: SplitModel, batch: dict[str, Tensor]) -> Tensor:
+def coarse_and_fine(model: SplitModel, batch: dict[str, Tensor], supervised: Supervised = F.cross_entropy) -> Tensor:
     """CE of the small header on R_c + CE of the own one on R."""
     r, y, small = model.backbone(batch["x"]), batch["labels"], model.backbone.small
     coarse = small["head"](r[:, : small["extractor"].width])
-    return F.cross_entropy(coarse, y) + F.cross_entropy(model.head(r), y)
+    return supervised(coarse, y) + supervised(model.head(r), y)

@@ -30,7 +30,7 @@ from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
 from consilium.params import Like, Params, WeightedMean
 from consilium.setup import Setup
-from consilium.training import Objective, read_batches, tested, trained
+from consilium.training import Objective, Supervised, read_batches, tested, trained
 
 __all__ = ["FedProto", "FedProtoClient", "PrototypeServer", "class_means"]
 
@@ -127,7 +127,12 @@ class FedProtoClient(Client):
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         model = self.setup.build(self.setup.own_params(context), context)
-        told = trained(self.setup, model, context, drawn(payload.group("prototypes"), model, self.lam))
+        told = trained(
+            self.setup,
+            model,
+            context,
+            drawn(payload.group("prototypes"), model, self.lam, self.setup.fit.cross_entropy),
+        )
         context.state.params = flatten(model)
         prototypes, counts = class_means(model, self.setup, context)
         return Payload({"prototypes": prototypes, **({"counts": counts} if self.counts else {})}, told)
@@ -139,7 +144,7 @@ class FedProtoClient(Client):
         return tested(self.setup, model, context)
 
 
-def drawn(prototypes: Params, model: SplitModel, lam: float) -> Objective:
+def drawn(prototypes: Params, model: SplitModel, lam: float, supervised: Supervised = F.cross_entropy) -> Objective:
     """CE + lam * mean squared distance of each representation to its class's prototype; 0 where there is none."""
     device = next(model.parameters()).device
     known_C = torch.tensor([label in prototypes for label in model.labels], device=device)
@@ -148,7 +153,7 @@ def drawn(prototypes: Params, model: SplitModel, lam: float) -> Objective:
 
     def objective(model: SplitModel, batch: dict[str, Tensor]) -> Tensor:
         features, y = model.backbone(batch["x"]), batch["labels"]
-        loss = F.cross_entropy(model.head(features), y)
+        loss = supervised(model.head(features), y)
         distance_B = (features - target_CD[y]).square().mean(1) * known_C[y]
         return loss + lam * distance_B.mean()
 

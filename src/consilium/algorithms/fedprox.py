@@ -7,10 +7,15 @@ Algorithm 2: client k minimises h_k(w; w^t) = F_k(w) + mu/2 * ||w - w^t||^2 (Eq 
     w^t    the weights as received      mu     FedProx.mu
 
 Departures: the penalty's gradient mu * (w - w^t) is added to the gradient instead of the penalty to the loss, which
-is the same and costs no graph. Every client does all its local steps (no stragglers, gamma = 0 is not simulated). The
-server averages by n_k as FedAvg does; the paper samples by n_k and averages uniformly.
+is the same and costs no graph. With plain SGD (`fit.optimizer sgd`, `fit.clip 0`) this is the paper's method. AdamW
+divides the whole gradient by its size, and clipping scales it, so with them mu is not the paper's mu: a pull far below
+the gradient is normalised away. `pull="step"` leaves the gradient as it is and takes the proximal step of the penalty
+after each step of the optimiser: w <- (w + lr mu w^t) / (1 + lr mu). Every client does all its local steps (no
+stragglers, gamma = 0 is not simulated). The server averages by n_k as FedAvg does; the paper samples by n_k and
+averages uniformly.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,41 +40,53 @@ class FedProx(Algorithm):
     Args:
         mu: weight of the proximal term, >= 0; 0 is FedAvg.
         experts: see FedAvg.
+        pull: where the penalty acts: on the "gradient", as in the paper, or in a "step" of its own after the optimiser.
     """
 
     mu: float = setting(0.01, "factor", "[0, 1e4]")
     experts: int | Literal["all", "fit"] = setting("all", "server")
+    pull: Literal["gradient", "step"] = setting("gradient", "free")
 
     def server(self, setup: Setup) -> Server:
         return FedAvgServer(setup, common_experts(setup, self.experts, REFERENCES), REFERENCES)
 
     def client(self, setup: Setup) -> Client:
-        return FedProxClient(setup, self.mu)
+        return FedProxClient(setup, self)
 
 
 class FedProxClient(Client):
     """FedAvg's client, pulled back towards the received weights."""
 
-    def __init__(self, setup: Setup, mu: float):
+    def __init__(self, setup: Setup, algorithm: FedProx):
         self.setup = setup
-        self.mu = mu
+        self.algorithm = algorithm
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         # At mu = 0 there is no pull: a zero gradient would move, by Adam's momentum, experts that no token reached.
-        pull = (lambda model: proximal(model, self.mu)) if self.mu else None
-        return local_round(self.setup, payload, context, pull, references=REFERENCES)[1]
+        mu, step = self.algorithm.mu, self.algorithm.pull == "step"
+        pull = (lambda model: proximal(model, mu)) if mu and not step else None
+        anchored = mu if step else 0.0
+        return local_round(self.setup, payload, context, pull, references=REFERENCES, anchored=anchored)[1]
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         return local_test(self.setup, payload, context)
 
 
-def proximal(model: TaskModel, mu: float) -> Correct:
-    """Adds mu * (w - w^t) to every gradient, w^t being the model's weights now."""
-    received = {path: p.detach().clone() for path, p in parameters(model).items() if p.requires_grad}
+def proximal(model: TaskModel, mu: float, anchor: Mapping[str, torch.Tensor] | None = None) -> Correct:
+    """Return a correction that adds mu * (w - w^t) to every gradient.
 
-    def correct(trainable: dict[str, torch.nn.Parameter]) -> None:
+    Args:
+        anchor: path -> w^t; None: the model's weights now.
+    """
+    received = {path: p.detach().clone() for path, p in parameters(model).items() if p.requires_grad}
+    if anchor is not None:
+        received = {path: anchor[path].detach().to(p.device, copy=True) for path, p in received.items()}
+
+    def correct(trainable: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
         for path, p in trainable.items():
-            pull = p.detach() - received[path]
-            p.grad = pull.mul_(mu) if p.grad is None else p.grad.add_(pull, alpha=mu)
+            if received[path].dtype != weights[path].dtype:  # the masters, which nothing has moved yet
+                received[path] = weights[path].detach().clone()
+            pull = weights[path].detach() - received[path]
+            p.grad = pull.mul_(mu).to(p.dtype) if p.grad is None else p.grad.add_(pull, alpha=mu)
 
     return correct

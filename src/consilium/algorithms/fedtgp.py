@@ -44,7 +44,7 @@ class FedTGP(Algorithm):
         tau: largest margin, >= 0.
         gap: which distance between classes the margin is: the "largest" of all pairs, or the largest to the "nearest".
         server_epochs: passes over the round's prototypes (S), >= 1.
-        eta_s: learning rate of the server, > 0.
+        eta_s: learning rate of the server, > 0; None: fit.lr.
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
@@ -53,7 +53,7 @@ class FedTGP(Algorithm):
     tau: float = setting(100.0, "server", "[0, 1e12]")
     gap: Literal["largest", "nearest"] = setting("largest", "server")
     server_epochs: int = setting(100, "server", "[1, 1e12]")
-    eta_s: float = setting(0.01, "server", "(0, 1e6]")
+    eta_s: float | None = setting(None, "server", "(0, 1e6]")
 
     def server(self, setup: Setup) -> Server:
         return FedTGPServer(setup, self)
@@ -86,7 +86,7 @@ class FedTGPServer(Server):
         y_N = torch.tensor([places[label] for label, _ in pairs])
         delta = margin(sent_ND, y_N, self.algorithm.tau, self.algorithm.gap)
         module = self._module()
-        optimizer = torch.optim.SGD(module.parameters(), lr=self.algorithm.eta_s)
+        optimizer = torch.optim.SGD(module.parameters(), lr=self.algorithm.eta_s or self.setup.fit.lr)
         generator = torch.Generator().manual_seed(derive_seed(self.setup.seed, "FedTGP", round))
         for _ in range(self.algorithm.server_epochs):
             for rows in torch.randperm(len(y_N), generator=generator).split(self.setup.fit.batch_size):

@@ -75,8 +75,8 @@ class FMLClient(Client):
     def objective(self, model: SplitModel, batch: dict[str, Tensor]) -> Tensor:
         """L_own + L_meme: neither reaches the other's weights."""
         own, meme, y = model(batch)[0], model.backbone.small(batch["x"]), batch["labels"]
-        loss_own = self.alpha * F.cross_entropy(own, y) + (1 - self.alpha) * kl(meme.detach(), own)
-        loss_meme = self.beta * F.cross_entropy(meme, y) + (1 - self.beta) * kl(own.detach(), meme)
+        loss_own = self.alpha * self.setup.fit.cross_entropy(own, y) + (1 - self.alpha) * kl(meme.detach(), own)
+        loss_meme = self.beta * self.setup.fit.cross_entropy(meme, y) + (1 - self.beta) * kl(own.detach(), meme)
         return loss_own + loss_meme
 
 

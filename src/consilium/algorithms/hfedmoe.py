@@ -37,6 +37,12 @@ Our reading, where the paper is silent or contradicts itself:
   public ones; a token goes to the best of them. It also receives the router rows of the others, to measure demand.
   The experts' gates then stay on the scale of the full model, as `fit.gates` says; G and what is measured by it are
   over the held experts.
+- "Others' gradients are masked" is taken of activations as well as of parameters: the output of an expert that is not
+  chosen is a constant, so neither the router's weight for it nor the layers below learn from those tokens. The router
+  thus learns from the tokens of what it has chosen alone, which can reinforce the choice.
+- No more experts have moments in the optimiser than the last choice has, as their memory is what the budget bounds. An
+  expert that was dropped and is chosen again begins with new moments, so its next step has the size of the rate; a
+  random choice drops more experts from batch to batch than a choice by score does.
 - Both budgets come from the device's memory, or are given as shares of the experts.
 
 `select="random"`, `experts="plain"` and `router="plain"` each switch one module off: a random choice under the same

@@ -19,6 +19,10 @@ of 1, so here every norm comes before its activation. m is not stated: 64 keeps 
 Texts are rows of token ids, which no gate could read as numbers: there it reads the two representations, which is
 `gate_input="features"`, and "raw" is refused.
 
+The last batch norm brings the gate's logits to unit variance whatever the layer before it says, so an untrained gate
+would mix at random, anywhere from 0.02 to 0.98. Its weight therefore begins at 0: the gate begins at a_G = a_F = 1/2
+and learns how far to go from there. The paper does not say how the gate begins.
+
 Departures: a batch of one example, of which there are no batch statistics, is normalised by the running ones.
 Extractors of unequal width are joined by a private linear projection of G(x) (`join.*`); the paper has equal widths.
 With "layer" or "group" norms the gate's last norm is left out: over two numbers it would leave their sign alone.
@@ -230,6 +234,8 @@ class Gate(nn.Module):
         }[norm]()
         self.linear2 = nn.Linear(m, 2)
         self.norm2 = BatchNorm(2) if norm == "batch" else nn.Identity()
+        if norm == "batch":  # begin at 1/2 and 1/2, and learn the scale of the logits
+            nn.init.zeros_(self.norm2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.norm1(self.linear1(self.norm0(x))).sigmoid()

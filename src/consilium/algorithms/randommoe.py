@@ -47,16 +47,20 @@ class RandomMoE(Algorithm):
     def client(self, setup: Setup) -> Client:
         return FedAvgClient(setup)
 
+    def choose(self, setup: Setup, client: ClientId, n: int) -> dict[str, tuple[int, ...]]:
+        """Return the client's experts, n of every block."""
+        return random_experts(setup, client, n)
+
 
 class RandomMoEServer(FedAvgServer):
-    """FedAvg's server, with a fixed random client-expert map."""
+    """FedAvg's server, with a fixed client-expert map."""
 
     def __init__(self, setup: Setup, algorithm: RandomMoE):
         super().__init__(setup, held=None)
         self.map: ExpertMap = {}
         for client in setup.clients:
             n = algorithm.experts or setup.largest_uniform(client.memory_bytes, algorithm.share)
-            self.map[client.id] = random_experts(setup, client.id, n)
+            self.map[client.id] = algorithm.choose(setup, client.id, n)
 
     def held_by(self, client: ClientInfo) -> ExpertSet:
         return self.map[client.id]

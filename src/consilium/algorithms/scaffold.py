@@ -9,7 +9,10 @@ x <- x + eta_g / |S| * sum (y_i - x); c <- c + 1/N * sum (c_i+ - c_i).
     eta_l    SCAFFOLD.eta_l              eta_g  SCAFFOLD.eta_g            N      able clients; a head row's: see below
 
 Departures: c_i+ is computed as the mean of the K raw gradients g_i(y_i). Under plain SGD that is option II exactly
-(unroll the sum), and it stays defined with gradient clipping. Keys a client does not hold (heads of other tasks) are
+(unroll the sum), and it stays defined with gradient clipping. Momentum and weight decay would break the identity, so
+`fit.momentum` and `fit.weight_decay` must be 0. `fit.clip` applies to g_i - c_i + c, which is not in the paper:
+`fit.clip 0` is. The clients' optimiser is SGD whatever `fit.optimizer` says, so compare with FedAvg at
+`fit.optimizer sgd`, too. Keys a client does not hold (heads of other tasks) are
 left out of every sum. The server does not know who has which label, so N of a head row counts the clients that have
 sent it so far: over more, c would not be the mean of the c_i, and would cancel most of that row's gradient.
 """
@@ -33,6 +36,7 @@ from consilium.core import (
     experts_from_scalars,
     setting,
 )
+from consilium.errors import ConfigError
 from consilium.moe.addressing import pack, parameters, select, table, unpack
 from consilium.moe.model import TaskModel
 from consilium.params import Like, Params, WeightedMean
@@ -66,7 +70,14 @@ class SCAFFOLD(Algorithm):
         return ScaffoldClient(self._sgd(setup))
 
     def _sgd(self, setup: Setup) -> Setup:
-        """The set-up with the method's own optimiser, which also is what the memory model must count."""
+        """The set-up with the method's own optimiser, which also is what the memory model must count.
+
+        Raises:
+            ConfigError: for momentum or weight decay.
+        """
+        for name in ("momentum", "weight_decay"):
+            if given := getattr(setup.fit, name):
+                raise ConfigError(f"fit.{name} is {given:g}; with SCAFFOLD it must be 0")
         head_lr = setup.fit.head_lr / setup.fit.lr * self.eta_l
         return replace(setup, fit=replace(setup.fit, optimizer="sgd", lr=self.eta_l, head_lr=head_lr))
 
@@ -176,12 +187,12 @@ class Controlled:
         c, c_i = pack(names, self.c), pack(names, self.c_i)
         shift = {path: (c[path] - c_i[path]) for path in c}
 
-        def correct(trainable: dict[str, torch.nn.Parameter]) -> None:
+        def correct(trainable: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
             self.steps += 1
             for path, p in trainable.items():
                 if p.grad is None:
                     p.grad = torch.zeros_like(p)
-                total = self.sums.setdefault(path, torch.zeros_like(p))
+                total = self.sums.setdefault(path, torch.zeros_like(p, dtype=torch.float32))
                 total.add_(p.grad)
                 p.grad.add_(shift[path].to(p.device))
 

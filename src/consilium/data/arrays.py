@@ -133,8 +133,8 @@ class ImageData:
 class TableData:
     """Clients that hold rows of numbers, dealt by a client column.
 
-    A client standardises its columns by the mean and deviation of its own rows; what is missing becomes the mean (0),
-    a column that a client never recorded is 0 throughout.
+    A client standardises its columns by the mean and deviation of its own training rows, and of no others; what is
+    missing becomes the mean (0), a column that no training row of the client has recorded is 0 throughout.
 
     Args:
         path: a .csv, .tsv, .jsonl, .ndjson or .parquet file, a directory of `datasets`, or owner/name on the hub.
@@ -163,9 +163,20 @@ class TableData:
 
         Raises DataError when the file, a column or a value cannot be used, or no client has enough rows.
         """
+        federation, columns, raw, held = self._split(seed)
+        for client, data in federation.clients.items():
+            scale = Scale.of(columns, raw[data.train.index.numpy()])
+            data.train.x[held[client]] = torch.from_numpy(scale.standardised(raw[held[client]]).astype(np.float32))
+        return federation
+
+    def scale(self, client: str, seed: int) -> "Scale":
+        """Return what `load` standardises the rows of this client by; raises as `load`."""
+        federation, columns, raw, _ = self._split(seed)
+        return Scale.of(columns, raw[federation.clients[client].train.index.numpy()])
+
+    def _split(self, seed: int) -> tuple[Federation, tuple[str, ...], np.ndarray, dict[str, list[int]]]:
+        """Return the clients over a tensor of zeros, the columns, their numbers [N, S] float64, each client's rows."""
         table, columns, x, held = self._read()
-        for rows in held.values():
-            x[rows] = Scale.of(columns, x[rows]).standardised(x[rows])
         targets = _numbers(self.path, self.target, table[self.target][:]) if self.positive else table[self.target][:]
         empty = [row for row, value in enumerate(targets) if value is None or value != value]
         if empty:
@@ -182,12 +193,8 @@ class TableData:
         }
         y = torch.from_numpy(places.astype(np.int64))
         shares = (self.validation, self.test)
-        return federation(torch.from_numpy(x.astype(np.float32)), y, task, held, None, shares, seed, source)
-
-    def scale(self, client: str) -> "Scale":
-        """What `load` has standardised the rows of this client by; raises as `load`."""
-        _, columns, x, held = self._read()
-        return Scale.of(columns, x[held[client]])
+        zeros = torch.zeros(x.shape, dtype=torch.float32)
+        return federation(zeros, y, task, held, None, shares, seed, source), columns, x, held
 
     def _read(self) -> tuple[Any, tuple[str, ...], np.ndarray, dict[str, list[int]]]:
         """The table, the names of the columns of numbers, these [N, S] float64, and the rows of every client."""
@@ -202,8 +209,8 @@ class Scale:
     """How a client's columns become numbers around 0.
 
     Args:
-        columns: their names. mean, deviation: of each, over the client's rows; 0 and 1 of a column that it never
-            recorded, and a deviation of 1 where all rows are alike.
+        columns: their names. mean, deviation: of each, over the client's training rows; 0 and 1 of a column that
+            they never recorded, and a deviation of 1 where all rows are alike.
     """
 
     columns: tuple[str, ...]

@@ -183,6 +183,7 @@ class LocalEngine(Engine):
             state=meet(self._loaded, client) if meet else self.store.load(client),
             progress=progress,
             meet=meet,
+            round=number,
         )
         try:
             if kind == "evaluate":

@@ -75,7 +75,7 @@ class Own:
         info, experiment, rounds = run.info(client), run.experiment, run.summary["rounds"]
         data = experiment.data.load(experiment.seed).clients[client]
         context = _context(experiment, rounds, info, data, run.store.load(client))
-        scale = experiment.data.scale(client) if isinstance(experiment.data, TableData) else None
+        scale = experiment.data.scale(client, experiment.seed) if isinstance(experiment.data, TableData) else None
         sent = run.server().deliver(info)
         return cls(experiment, run.setup, context, sent, rounds, run.summary.get("privacy"), scale)
 

@@ -26,6 +26,7 @@ __all__ = [
     "flatten",
     "is_adapter",
     "load_flat",
+    "local",
     "pack",
     "router_row_of",
     "select",
@@ -189,7 +190,14 @@ def tensors(model: TaskModel) -> dict[str, Tensor]:
     return parameters(model) | {path: buffers[path] for path in rows if path in buffers}
 
 
-def flatten(model: TaskModel, held: ExpertSet | None = None) -> Params:
+def local(model: TaskModel, flat: Mapping[str, Tensor], held: ExpertSet | None = None) -> dict[str, Tensor]:
+    """Return path -> value of every parameter that `flat` holds, in the dtype that it has there; see `load_flat`."""
+    names, paths = table(model, held), parameters(model)
+    wanted = {p: n for p, n in names.items() if p in paths and (model.adapters is None or travels(_first(n)))}
+    return pack(wanted, flat)
+
+
+def flatten(model: TaskModel, held: ExpertSet | None = None, masters: dict[str, Tensor] | None = None) -> Params:
     """All parameters, or of a model with adapters those that travel, under flat names: detached copies on the CPU that
     share no memory with the model.
 
@@ -198,18 +206,25 @@ def flatten(model: TaskModel, held: ExpertSet | None = None) -> Params:
 
     Args:
         held: the full-model ids of the experts in the model's places; None: all, in order.
+        masters: path -> float32 value to take in place of a parameter; it is emptied, and all floats become float32.
     """
     family = model.family
+    masters, finer = ({}, False) if masters is None else (masters, bool(masters))
     own = f".{family.rows[-1]}" if family is not None and family.choice else None
     names = table(model, held)
-    found = {
-        path: t.detach() if own and path.endswith(own) else t.detach().to(model.dtype)
-        for path, t in tensors(model).items()
-        if model.adapters is None or travels(_first(names[path]))
-    }
-    here = {path: t.cpu() for path, t in found.items()}  # from a GPU in few large pieces
     form = torch.contiguous_format  # also of a row of one element, whose stride is then 1
-    return {key: t.to("cpu", copy=True, memory_format=form) for key, t in unpack(names, here).items()}
+    flat: Params = {}
+    for path, t in tensors(model).items():
+        if model.adapters is not None and not travels(_first(names[path])):
+            continue
+        t = masters.pop(path, t).detach()
+        if finer:
+            t = t.to(torch.float32)
+        elif not own or not path.endswith(own):
+            t = t.to(model.dtype)
+        here = unpack(names, {path: t.cpu()})  # from a GPU in few large pieces
+        flat |= {key: part.to("cpu", copy=True, memory_format=form) for key, part in here.items()}
+    return flat
 
 
 def load_flat(model: TaskModel, flat: Mapping[str, Tensor], held: ExpertSet | None = None) -> TaskModel:

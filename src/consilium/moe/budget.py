@@ -28,6 +28,7 @@ from math import prod
 from typing import Any, Literal
 
 from consilium.errors import ConfigError, ModelError, shown
+from consilium.masters import CHUNK
 from consilium.moe.addressing import all_experts, expert_of, parameters, router_row_of, table
 from consilium.moe.build import ModelSource
 from consilium.moe.parts import PARTS, Mode, Parts
@@ -73,6 +74,7 @@ class Footprint:
 
     Args:
         weights: the model, adapters included. optimizer: its state.
+        masters: float32 copies of weights below 32 bits, as the optimiser moves and payloads carry them.
         references: further copies of the weights a method keeps while training.
         gradients: of everything trained, all there when the optimiser steps.
         activations: what is saved for the backward pass, and what comes before any of that goes: temporaries, the
@@ -90,6 +92,7 @@ class Footprint:
     between: int
     overhead: int
     absent: int = 0
+    masters: int = 0
 
     @property
     def total(self) -> int:
@@ -99,8 +102,10 @@ class Footprint:
         greater of the two; within the first or the last of L layers, half of its gradients lie beside half of what it
         saved: at most the lesser of the two, by 2 L, on top.
         """
-        training = self.optimizer + self.references + max(self.gradients, self.activations) + self.between
-        return self.weights + self.absent + max(training, self.weights) + self.overhead
+        state = self.masters + self.optimizer + self.references
+        training = state + max(self.gradients, self.activations) + self.between
+        # Masters begin as copies of what was sent, and end as what is sent back.
+        return self.weights + self.absent + max(training, self.weights, 2 * self.masters) + self.overhead
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,7 @@ class MemoryModel:
         return self.dense_params + sum(n * (self.expert_params[b] + self.row_params[b]) for b, n in counts.items())
 
     def bytes(self, counts: Mapping[str, int]) -> int:
-        """Bytes of such a sub-model on the wire, one way."""
+        """Bytes of such a sub-model in memory."""
         return self.params(counts) * self.itemsize
 
     def footprint(
@@ -182,7 +187,8 @@ class MemoryModel:
             mode: "full" training; "lora": only adapters on the experts and routers; "peft": only PEFT's adapters;
                 "forward": no training.
             batch_size, max_length, target_length: B, S, T of a batch (T for text-to-text only).
-            optimizer, momentum: adamw keeps two numbers for each that is trained, sgd with momentum one, without none.
+            optimizer, momentum: adamw keeps two float32 numbers for each that is trained, sgd with momentum one, sgd
+                without momentum none. Weights below 32 bits also have float32 masters.
             references: extra copies of what is trained (with adapters: of these) that a method keeps.
             rank: of the adapters.
             trained: experts of all blocks together that one batch trains, and `moe.experts` computes them; None: all
@@ -198,18 +204,23 @@ class MemoryModel:
             weights += adapters
             learning = adapters + (routers if mode == "lora" else 0)
         copies = references * (learning or weights)
+        masters = learning * 4 // self.itemsize if self.itemsize < 4 else 0
         if trained is not None and learning:
             idle = max(sum(counts.values()) - trained, 0)
             learning -= self.itemsize * idle * min(sizes.values())
         batch = (batch_size, max_length, target_length)
         active = self._activations(counts, mode, batch, gradient_checkpointing, learning, trained is not None)
-        moments = (2 if optimizer == "adamw" else int(momentum > 0)) * learning
+        moments = (2 if optimizer == "adamw" else int(momentum > 0)) * learning * 4 // self.itemsize
+        copies = copies * 4 // self.itemsize
         all_learn = trained is None or trained >= sum(counts.values())
         plain = all_learn and not gradient_checkpointing  # the others count the first layer, where they peak
         between = min(learning, active) // (2 * sum(stack.layers for stack in self.stacks)) if plain else 0
-        absent = self.itemsize * sum((self.counts[b] - n) * self.row_params[b] for b, n in counts.items())
-        live = weights + absent + moments + copies + max(learning, active) + between
-        return Footprint(weights, learning, moments, copies, active, between, OVERHEAD + live // SLACK, absent)
+        absent = 4 * sum((self.counts[b] - n) * self.row_params[b] for b, n in counts.items())
+        if masters:  # the optimiser takes gradients in float32, a chunk at a time
+            learning += 4 * min(CHUNK, learning // self.itemsize)
+        live = weights + absent + masters + moments + copies + max(learning, active) + between
+        overhead = OVERHEAD + live // SLACK
+        return Footprint(weights, learning, moments, copies, active, between, overhead, absent, masters)
 
     def _activations(
         self,

@@ -293,6 +293,7 @@ def _begin(told: dict[str, Scalar], context: Context) -> tuple[Site, ClientStore
         seed=derive_seed(int(told["seed"]), "client", number, client),
         state=store.load(client) if site.folder is None else store.load_or_reset(client),
         work=budget,
+        round=number,
     )
     return site, store, work
 

@@ -91,7 +91,11 @@ def save_site(path: Path, name: str, experiment: Experiment, limits: Limits | No
         "fingerprint": hmac.digest(_secret(path.parent), Federation({name: data}).fingerprint.encode(), "sha256").hex(),
         "model": experiment.model.fingerprint,
         "limits": asdict(limits or Limits()),
-        **({"scale": asdict(experiment.data.scale(client))} if isinstance(experiment.data, TableData) else {}),
+        **(
+            {"scale": asdict(experiment.data.scale(client, experiment.seed))}
+            if isinstance(experiment.data, TableData)
+            else {}
+        ),
         "experiment": to_json(experiment),
     }
     for file, content in {path: json.dumps(own).encode(), **_written(path.parent, data)}.items():

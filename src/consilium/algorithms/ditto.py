@@ -1,0 +1,70 @@
+"""Ditto: Fair and Robust Federated Learning Through Personalization.
+
+Li, Hu, Beirami, Smith. ICML 2021. https://arxiv.org/abs/2012.04221
+
+Algorithm 1: the clients train a common model w as in FedAvg; each also keeps a model v_k of its own, drawn to it:
+
+    w   <- sum_k n_k / n w_k                                 w      params
+    v_k <- argmin F_k(v) + lambda / 2 * ||v - w^t||^2        v_k    context.state.params      lambda   lam
+
+Departures: v_k is trained for the local epochs of `fit`, in the rounds in which the client takes part, and begins as
+the first w that the client receives. The penalty's gradient passes through clipping and the optimiser; see FedProx.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from consilium.algorithms.fedavg import FedAvgServer, common_experts
+from consilium.algorithms.fedprox import proximal
+from consilium.core import Algorithm, Client, ClientContext, Payload, Server, derive_seed, experts_from_scalars
+from consilium.moe.addressing import local
+from consilium.setup import Setup
+from consilium.training import local_round, local_test
+from consilium.work import setting
+
+__all__ = ["Ditto"]
+
+REFERENCES = 1  # w^t, while v trains
+
+
+@dataclass(frozen=True)
+class Ditto(Algorithm):
+    """FedAvg, and a personal model of every client that stays near the common one.
+
+    Args:
+        lam: weight of the distance to the common model (lambda), >= 0; 0 is local training.
+        experts: see FedAvg.
+    """
+
+    worlds: ClassVar[tuple[str, ...]] = ("moe", "cohort")
+    lam: float = setting(0.1, "factor", "[0, 1e4]")
+    experts: int | Literal["all", "fit"] = setting("all", "server")
+
+    def server(self, setup: Setup) -> Server:
+        return FedAvgServer(setup, common_experts(setup, self.experts, REFERENCES), REFERENCES)
+
+    def client(self, setup: Setup) -> Client:
+        return DittoClient(setup, self.lam)
+
+
+class DittoClient(Client):
+    """Trains the common model for the server and its own for itself."""
+
+    def __init__(self, setup: Setup, lam: float):
+        self.setup = setup
+        self.lam = lam
+
+    def train(self, payload: Payload, context: ClientContext) -> Payload:
+        held, received = experts_from_scalars(payload.scalars), payload.group("params")
+        _, reply = local_round(self.setup, payload, context, references=REFERENCES)
+        own = Payload({"params": context.state.params or received}, payload.scalars)
+        apart = replace(context, seed=derive_seed(context.seed, "personal"))
+        _, personal = local_round(
+            self.setup, own, apart, lambda model: proximal(model, self.lam, local(model, received, held))
+        )
+        context.state.params = personal.group("params")
+        return Payload(reply.groups, {**reply.scalars, "validation": personal.scalars["validation"]})
+
+    def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
+        own = context.state.params or payload.group("params")
+        return local_test(self.setup, Payload({"params": own}, payload.scalars), context)

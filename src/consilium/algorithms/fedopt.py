@@ -1,0 +1,137 @@
+"""FedAvgM, FedAdam and FedYogi: Adaptive Federated Optimization.
+
+Reddi, Charles, Zaheer, Garrett, Rush, Konečný, Kumar, McMahan. ICLR 2021. https://arxiv.org/abs/2003.00295
+
+Algorithm 2: clients train as in FedAvg; the server takes the mean change as a gradient.
+
+    d <- mean_k x_k - x                  m <- beta1 m + (1 - beta1) d
+    FedAdam   v <- beta2 v + (1 - beta2) d^2
+    FedYogi   v <- v - (1 - beta2) d^2 sign(v - d^2)
+    x <- x + eta m / (sqrt(v) + tau)
+
+FedAvgM (Hsu, Qi, Brown, 2019, https://arxiv.org/abs/1909.06335) has m <- beta1 m + d and x <- x + eta m.
+
+    m, v     groups "m" and "v" of the server's state        v_0      tau^2, as in the paper
+
+Departures: the mean is by n_k. A tensor that no client of a round has returned (an expert, the head of another task)
+stays as it is, with its m and v: the paper has no such tensors. Buffers, such as running statistics, are averaged.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from consilium.algorithms.fedavg import FedAvgClient, FedAvgServer, averaged, common_experts
+from consilium.core import Algorithm, Client, ClientId, Payload, Server
+from consilium.params import Params
+from consilium.setup import Setup
+from consilium.work import setting
+
+__all__ = ["FedAdam", "FedAvgM", "FedYogi"]
+
+
+@dataclass(frozen=True)
+class FedAvgM(Algorithm):
+    """FedAvg with momentum at the server.
+
+    Args:
+        eta: learning rate of the server, > 0.
+        beta1: momentum, in [0, 1).
+        experts: see FedAvg.
+    """
+
+    eta: float = setting(1.0, "server", "(0, 1e6]")
+    beta1: float = setting(0.9, "server", "[0, 1)")
+    experts: int | Literal["all", "fit"] = setting("all", "server")
+
+    def server(self, setup: Setup) -> Server:
+        return FedOptServer(setup, self)
+
+    def client(self, setup: Setup) -> Client:
+        return FedAvgClient(setup)
+
+    def step(self, d: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the change of a tensor, and its new m and v; all float64."""
+        m = self.beta1 * m + d
+        return self.eta * m, m, v
+
+
+@dataclass(frozen=True)
+class FedAdam(FedAvgM):
+    """FedAvg with Adam at the server.
+
+    Args:
+        eta: learning rate of the server, > 0.
+        beta1: momentum, in [0, 1).
+        experts: see FedAvg.
+        beta2: decay of the second moment, in [0, 1).
+        tau: adaptivity, > 0: changes far below it are scaled by eta / tau.
+    """
+
+    eta: float = setting(0.01, "server", "(0, 1e6]")
+    beta2: float = setting(0.99, "server", "[0, 1)")
+    tau: float = setting(1e-3, "server", "(0, 1e6]")
+
+    def step(self, d: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        m = self.beta1 * m + (1 - self.beta1) * d
+        v = self.second(d.square(), v)
+        return self.eta * m / (v.sqrt() + self.tau), m, v
+
+    def second(self, square: Tensor, v: Tensor) -> Tensor:
+        """Return the new second moment."""
+        return self.beta2 * v + (1 - self.beta2) * square
+
+
+@dataclass(frozen=True)
+class FedYogi(FedAdam):
+    """FedAvg with Yogi at the server, whose second moment falls more slowly than Adam's.
+
+    Args:
+        eta: learning rate of the server, > 0.
+        beta1: momentum, in [0, 1).
+        experts: see FedAvg.
+        beta2: decay of the second moment, in [0, 1).
+        tau: adaptivity, > 0.
+    """
+
+    def second(self, square: Tensor, v: Tensor) -> Tensor:
+        return v - (1 - self.beta2) * square * torch.sign(v - square)
+
+
+class FedOptServer(FedAvgServer):
+    """FedAvg's server, which steps along the mean change."""
+
+    def __init__(self, setup: Setup, algorithm: FedAvgM):
+        super().__init__(setup, common_experts(setup, algorithm.experts))
+        self.algorithm = algorithm
+        self.m: Params = {}
+        self.v: Params = {}
+
+    def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
+        mean = self.setup.mean(self.params)
+        merged = averaged(self.params, replies, mean)
+        start = getattr(self.algorithm, "tau", 0.0) ** 2
+        params, m, v = dict(self.params), dict(self.m), dict(self.v)
+        for key, new in merged.items():
+            old = self.params[key]
+            if new is old:  # nobody has returned it
+                continue
+            if key.endswith(("running_mean", "running_var")):
+                params[key] = new
+                continue
+            first = m[key].double() if key in m else torch.zeros_like(old, dtype=torch.float64)
+            second = v[key].double() if key in v else torch.full_like(old, start, dtype=torch.float64)
+            change, first, second = self.algorithm.step(new.double() - old.double(), first, second)
+            params[key] = (old.double() + change).to(old.dtype)
+            m[key], v[key] = first.float(), second.float()
+        self.params, self.m, self.v = params, m, v
+        return mean.told()
+
+    def state(self) -> Payload:
+        return Payload({"params": self.params, "m": self.m, "v": self.v})
+
+    def restore(self, state: Payload) -> None:
+        self.params, self.m, self.v = state.group("params"), state.group("m"), state.group("v")

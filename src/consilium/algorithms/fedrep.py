@@ -1,0 +1,138 @@
+"""FedPer and FedRep: a shared representation and personal heads (and routers).
+
+FedPer: Federated Learning with Personalization Layers. Arivazhagan, Aggarwal, Singh, Choudhary. 2019.
+https://arxiv.org/abs/1912.00818
+FedRep: Exploiting Shared Representations for Personalized Federated Learning. Collins, Hassani, Mokhtari, Shakkottai.
+ICML 2021. https://arxiv.org/abs/2102.07078
+
+    phi <- sum_k n_k / n phi_k       phi   all but the personal parts, group "params"     h_k    context.state.params
+
+FedPer trains phi and h_k together. FedRep first trains h_k alone for `head_epochs`, with phi as received, and then phi
+for the epochs of `fit`, with h_k as it is.
+
+Departures: of a mixture of experts, the personal part may be the routers, the head, or both. The server sends the
+initial personal part along, which it never changes, so that a new client need not read the pretrained model.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from consilium.algorithms.fedavg import FedAvgServer, common_experts
+from consilium.core import (
+    Algorithm,
+    Client,
+    ClientContext,
+    ClientInfo,
+    ExpertSet,
+    Payload,
+    Server,
+    derive_seed,
+    experts_from_scalars,
+)
+from consilium.moe.addressing import router_row_of, table
+from consilium.moe.model import TaskModel
+from consilium.params import Like
+from consilium.setup import Setup
+from consilium.training import Correct, local_round, local_test
+from consilium.work import setting
+
+__all__ = ["FedPer", "FedRep"]
+
+
+@dataclass(frozen=True)
+class FedPer(Algorithm):
+    """Shared representation and personal parts, trained together.
+
+    Args:
+        private: the personal part: "head", "router" (of mixtures of experts), or "both".
+        experts: see FedAvg.
+    """
+
+    worlds: ClassVar[tuple[str, ...]] = ("moe", "cohort")
+    private: Literal["head", "router", "both"] = setting("head", "free")
+    experts: int | Literal["all", "fit"] = setting("all", "server")
+
+    def server(self, setup: Setup) -> Server:
+        return PersonalServer(setup, self)
+
+    def client(self, setup: Setup) -> Client:
+        return PersonalClient(setup, self)
+
+    def is_private(self, key: str) -> bool:
+        """Return whether a flat name is of the personal part."""
+        head, row = key.startswith("head."), router_row_of(key) is not None
+        return (head and self.private != "router") or (row and self.private != "head")
+
+
+@dataclass(frozen=True)
+class FedRep(FedPer):
+    """Shared representation and personal parts, trained one after the other.
+
+    Args:
+        private, experts: see FedPer.
+        head_epochs: epochs of the personal part, >= 1.
+    """
+
+    head_epochs: int = setting(1, "epochs", "[1, 1e12]")
+
+
+class PersonalServer(FedAvgServer):
+    """FedAvg's server, to which the personal parts do not return."""
+
+    def __init__(self, setup: Setup, algorithm: FedPer):
+        super().__init__(setup, common_experts(setup, algorithm.experts))
+        self.is_private = algorithm.is_private
+
+    def expects(self, client: ClientInfo, sent: Payload) -> dict[str, dict[str, Like]]:
+        params = super().expects(client, sent)["params"]
+        return {"params": {key: like for key, like in params.items() if not self.is_private(key)}}
+
+
+class PersonalClient(Client):
+    """Keeps the personal parts in its state."""
+
+    def __init__(self, setup: Setup, algorithm: FedPer):
+        self.setup = setup
+        self.algorithm = algorithm
+
+    def train(self, payload: Payload, context: ClientContext) -> Payload:
+        is_private, held = self.algorithm.is_private, experts_from_scalars(payload.scalars)
+        mine = self._mine(payload, context)
+        if isinstance(self.algorithm, FedRep):
+            first = replace(self.setup, fit=replace(self.setup.fit, epochs=self.algorithm.head_epochs))
+            apart = replace(context, seed=derive_seed(context.seed, "head"))
+            learned = local_round(first, mine, apart, frozen(held, lambda key: not is_private(key)))[1].group("params")
+            own = {key: t for key, t in learned.items() if is_private(key)}
+            mine = Payload({"params": mine.group("params") | own}, payload.scalars)
+            _, reply = local_round(self.setup, mine, context, frozen(held, is_private))
+        else:
+            _, reply = local_round(self.setup, mine, context)
+        params = reply.group("params")
+        context.state.params = {key: t for key, t in params.items() if is_private(key)}
+        return Payload({"params": {key: t for key, t in params.items() if not is_private(key)}}, reply.scalars)
+
+    def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
+        return local_test(self.setup, self._mine(payload, context), context)
+
+    def _mine(self, payload: Payload, context: ClientContext) -> Payload:
+        return Payload({"params": payload.group("params") | context.state.params}, payload.scalars)
+
+
+def frozen(held: ExpertSet | None, still: Callable[[str], bool]) -> Callable[[TaskModel], Correct]:
+    """Return what makes the correction that drops the gradients of all parameters whose flat names are `still`."""
+
+    def make(model: TaskModel) -> Correct:
+        names = table(model, held)
+        first = {path: name if isinstance(name, str) else name[0] for path, name in names.items()}
+
+        def correct(trainable: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+            for path, p in trainable.items():
+                if still(first[path]):
+                    p.grad = None
+
+        return correct
+
+    return make

@@ -1,0 +1,67 @@
+"""FedAvgFT and FedProxFT: a federation, and then fine-tuning by each client alone.
+
+Cheng, Chadha, Duchi. 2021. https://arxiv.org/abs/2108.07313: FedAvg followed by local fine-tuning is a strong baseline
+of personalised federated learning. The federation is FedAvg or FedProx; a client trains the delivered model on its own
+data for `personal` more epochs before it is scored, and throws the result away: nothing of it is sent or kept.
+
+Departures: none. The optimiser and the rates are those of `fit`.
+"""
+
+from dataclasses import dataclass
+
+from consilium.algorithms.fedavg import FedAvg
+from consilium.algorithms.fedprox import FedProx
+from consilium.core import Client, ClientContext, Payload, experts_from_scalars
+from consilium.setup import Setup
+from consilium.training import fit, tested
+from consilium.work import setting
+
+__all__ = ["FedAvgFT", "FedProxFT"]
+
+
+@dataclass(frozen=True)
+class FedAvgFT(FedAvg):
+    """FedAvg, scored after local fine-tuning.
+
+    Args:
+        experts: see FedAvg.
+        personal: epochs of fine-tuning, >= 1.
+    """
+
+    personal: int = setting(1, "epochs", "[1, 1e12]")
+
+    def client(self, setup: Setup) -> Client:
+        return FineTunedClient(setup, super().client(setup), self.personal)
+
+
+@dataclass(frozen=True)
+class FedProxFT(FedProx):
+    """FedProx, scored after local fine-tuning without the proximal term.
+
+    Args:
+        mu, experts, pull: see FedProx.
+        personal: epochs of fine-tuning, >= 1.
+    """
+
+    personal: int = setting(1, "epochs", "[1, 1e12]")
+
+    def client(self, setup: Setup) -> Client:
+        return FineTunedClient(setup, super().client(setup), self.personal)
+
+
+class FineTunedClient(Client):
+    """Trains as another client does, and fine-tunes what is delivered before it is scored."""
+
+    def __init__(self, setup: Setup, federated: Client, personal: int):
+        self.setup = setup
+        self.federated = federated
+        self.personal = personal
+
+    def train(self, payload: Payload, context: ClientContext) -> Payload:
+        return self.federated.train(payload, context)
+
+    def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
+        model = self.setup.build(payload.group("params"), context, experts_from_scalars(payload.scalars))
+        train = self.setup.encode(context, context.data.train)
+        fit(model, train, self.setup.fit, context, epochs=self.personal)
+        return tested(self.setup, model, context)
