@@ -14,6 +14,9 @@ from importlib import import_module
 
 _PLACES = {
     "algorithms.affinitymoe": ("AffinityMoE",),
+    "algorithms.ditto": ("Ditto",), "algorithms.fedopt": ("FedAdam", "FedAvgM", "FedYogi"),
+    "algorithms.fedrep": ("FedPer", "FedRep"), "algorithms.finetuned": ("FedAvgFT", "FedProxFT"),
+    "algorithms.nestedmoe": ("NestedMoE",),
     "algorithms.fd": ("FD",), "algorithms.fedapen": ("FedAPEN",), "algorithms.fedavg": ("FedAvg",),
     "algorithms.fedgh": ("FedGH",), "algorithms.fedkd": ("FedKD",), "algorithms.fedmoe": ("FedMoE",),
     "algorithms.fedmrl": ("FedMRL",), "algorithms.fedprox": ("FedProx",), "algorithms.fedproto": ("FedProto",),

@@ -2,6 +2,7 @@
 
 from consilium import recipes as recipes
 from consilium.algorithms.affinitymoe import AffinityMoE as AffinityMoE
+from consilium.algorithms.ditto import Ditto as Ditto
 from consilium.algorithms.fd import FD as FD
 from consilium.algorithms.fedapen import FedAPEN as FedAPEN
 from consilium.algorithms.fedavg import FedAvg as FedAvg
@@ -9,13 +10,21 @@ from consilium.algorithms.fedgh import FedGH as FedGH
 from consilium.algorithms.fedkd import FedKD as FedKD
 from consilium.algorithms.fedmoe import FedMoE as FedMoE
 from consilium.algorithms.fedmrl import FedMRL as FedMRL
+from consilium.algorithms.fedopt import FedAdam as FedAdam
+from consilium.algorithms.fedopt import FedAvgM as FedAvgM
+from consilium.algorithms.fedopt import FedYogi as FedYogi
 from consilium.algorithms.fedproto import FedProto as FedProto
 from consilium.algorithms.fedprox import FedProx as FedProx
+from consilium.algorithms.fedrep import FedPer as FedPer
+from consilium.algorithms.fedrep import FedRep as FedRep
 from consilium.algorithms.fedssa import FedSSA as FedSSA
 from consilium.algorithms.fedtgp import FedTGP as FedTGP
+from consilium.algorithms.finetuned import FedAvgFT as FedAvgFT
+from consilium.algorithms.finetuned import FedProxFT as FedProxFT
 from consilium.algorithms.fml import FML as FML
 from consilium.algorithms.hfedmoe import HFedMoE as HFedMoE
 from consilium.algorithms.lgfedavg import LGFedAvg as LGFedAvg
+from consilium.algorithms.nestedmoe import NestedMoE as NestedMoE
 from consilium.algorithms.pfedmoe import pFedMoE as pFedMoE
 from consilium.algorithms.randommoe import RandomMoE as RandomMoE
 from consilium.algorithms.scaffold import SCAFFOLD as SCAFFOLD

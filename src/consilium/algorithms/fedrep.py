@@ -72,7 +72,8 @@ class FedRep(FedPer):
     """Shared representation and personal parts, trained one after the other.
 
     Args:
-        private, experts: see FedPer.
+        private: see FedPer.
+        experts: see FedAvg.
         head_epochs: epochs of the personal part, >= 1.
     """
 

@@ -39,7 +39,9 @@ class FedProxFT(FedProx):
     """FedProx, scored after local fine-tuning without the proximal term.
 
     Args:
-        mu, experts, pull: see FedProx.
+        mu: see FedProx.
+        experts: see FedAvg.
+        pull: see FedProx.
         personal: epochs of fine-tuning, >= 1.
     """
 
