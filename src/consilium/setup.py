@@ -33,7 +33,7 @@ from consilium.data.task import ClientData, Split, Task
 from consilium.data.tensor import TensorSplit, of_texts
 from consilium.errors import BudgetError, ConfigError, PayloadError
 from consilium.models.cohort import Cohort, SplitModel, initial
-from consilium.moe.addressing import load_flat, router_row_of, select, travels
+from consilium.moe.addressing import load_flat, select, travels
 from consilium.moe.budget import Footprint, MemoryModel, Mode, human
 from consilium.moe.build import ModelSource
 from consilium.moe.gates import NEED_ROWS, Gates, Kind, absent_rows, gates_from_scalars, gates_to_scalars
@@ -570,7 +570,7 @@ class Setup:
             )
         self.admit(context, held, "forward")
         _check_dtypes(params, {self.model.torch_dtype, torch.float32})
-        params = {key: t if self._is_exact(key) else t.to(self.model.torch_dtype) for key, t in params.items()}
+        params = self.model.round(params)
         if not lora.rank:
             return self.model.build(params, task.name, task.labels, held, gates).to(context.device)
         whole = self.model.load(held) | params
@@ -586,11 +586,6 @@ class Setup:
         """
         gates = gates_from_scalars(self.fit.gates, payload.scalars, payload.group("router"))
         return self.build(payload.group("params"), context, experts_from_scalars(payload.scalars), gates)
-
-    def _is_exact(self, key: str) -> bool:
-        """Return whether a tensor stays float32 in a model of any dtype, as a correction bias does."""
-        leaf = self.model.family.rows[-1].rsplit(".", 1)[-1]
-        return self.model.family.choice and router_row_of(key) is not None and key.endswith(f".{leaf}")
 
     def mean(self, previous: Params) -> WeightedMean | RobustMean | PrivateMean:
         """What a server merges a round's replies with: the weighted mean (of adapters as `fit.lora.mean` says), or what

@@ -156,3 +156,12 @@ def test_shipped_models_can_be_read():
         source = ModelSource(name)
         assert source.counts
         assert flatten(source.build(source.load(), "t", ())).keys() == source.load().keys()
+
+
+@pytest.mark.parametrize("model_type", ["olmoe", "deepseek_v3"])
+def test_rounding_leaves_a_correction_bias_as_it_is(model_type):
+    source = tiny.source(model_type, dtype="bfloat16")
+    rounded = source.round({key: t.float() for key, t in source.load().items()})
+    assert tiny.same(rounded, source.load())
+    exact = {key for key, t in rounded.items() if t.dtype == torch.float32}
+    assert {key.rsplit(".", 1)[-1] for key in exact} == ({"e_score_correction_bias"} if "v3" in model_type else set())

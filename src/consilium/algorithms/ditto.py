@@ -60,7 +60,11 @@ class DittoClient(Client):
         own = Payload({"params": context.state.params or received}, payload.scalars)
         apart = replace(context, seed=derive_seed(context.seed, "personal"))
         _, personal = local_round(
-            self.setup, own, apart, lambda model: proximal(model, self.lam, local(model, received, held))
+            self.setup,
+            own,
+            apart,
+            lambda model: proximal(model, self.lam, local(model, received, held)),
+            references=REFERENCES,
         )
         context.state.params = personal.group("params")
         return Payload(reply.groups, {**reply.scalars, "validation": personal.scalars["validation"]})

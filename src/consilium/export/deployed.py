@@ -17,6 +17,7 @@ from consilium.errors import CheckpointError, ConfigError, PayloadError
 from consilium.experiment import Experiment, from_json
 from consilium.inside import refuse_links
 from consilium.models.cohort import Cohort
+from consilium.moe.build import ModelSource
 from consilium.moe.gates import Gates, absent_rows, gates_from_scalars
 from consilium.params import Params
 from consilium.run import SITES, read_config
@@ -149,6 +150,8 @@ def of_run(run: Finished, client: str | None) -> Deployed:
         gates = _gates(run.experiment, payload, params)
         labels = {info.task: tuple(told[client]["labels"])} if told[client]["labels"] else {}
         scores, members = {info.task: (metrics[info.task][0], summary["clients"][client]["test"])}, [client]
+    if isinstance(run.experiment.model, ModelSource):
+        params = run.experiment.model.round(params)
     sizes = {key: sum(told[c]["sizes"][key] for c in members) for key in ("train", "validation", "test")}
     spent = summary.get("privacy", {})
     return Deployed(

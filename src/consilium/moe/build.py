@@ -7,6 +7,7 @@ import copy
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -16,13 +17,14 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from consilium.core import ExpertSet, counts_of
 from consilium.errors import ConfigError, ModelError, first_line
 from consilium.machine import quietly
-from consilium.moe.addressing import all_experts, flatten, load_flat
+from consilium.moe.addressing import all_experts, flatten, load_flat, router_row_of
 from consilium.moe.families import Family, Form, family_of
 from consilium.moe.gates import Gates, attach_gates, default_scale, shares_gates
 from consilium.moe.intact import check_folder
@@ -227,6 +229,12 @@ class ModelSource:
                     content = hashlib.file_digest(file, "sha256").hexdigest()
                 digest.update(name.encode("utf-8", "surrogateescape") + f"\0{content}\0".encode())
         return f"files:{digest.hexdigest()}"
+
+    def round(self, params: Mapping[str, Tensor]) -> Params:
+        """Return flat parameters in the dtype in which the model computes; a correction bias stays as it is."""
+        leaf = f".{self.family.rows[-1].rsplit('.', 1)[-1]}" if self.family.choice else None
+        exact = {key for key in params if leaf and key.endswith(leaf) and router_row_of(key)}
+        return {key: t if key in exact else t.to(self.torch_dtype) for key, t in params.items()}
 
     def skeleton(self, task: str, labels: tuple[str, ...]) -> TaskModel:
         """The full model on the meta device: shapes and names, no memory."""
