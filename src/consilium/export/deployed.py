@@ -200,7 +200,7 @@ def of_site(given: dict[str, Any], data: ClientData, payload: Payload, told: dic
         experiment=experiment,
         client=str(given["name"]),
         labels=labels,
-        params=params,
+        params=own.model.round(params),
         held=held,
         scores={data.task.name: (data.task.metric, float(told["score"]))},
         sizes={key: len(split) for key, split in data.splits()},
