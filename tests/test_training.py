@@ -215,7 +215,7 @@ def test_momentum_by_hand():
     start = [p.detach().clone() for p in parameters(model).values()]
     seen = []
 
-    def keep(trainable):
+    def keep(trainable, weights):
         seen.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in trainable.values()])
 
     fit(model, data, setup.fit, context, keep)
@@ -449,7 +449,7 @@ def test_moments_are_kept_for_as_many_experts_as_are_chosen(monkeypatch):
         calls.append(2 * len(calls) % 8)
         return {block: (calls[-1], calls[-1] + 1) for block in tap.held}
 
-    def count(trainable):
+    def count(trainable, weights):
         state = optimizers[0].state
         kept.append({expert_of(name) for name, leaf in trainable.items() if leaf in state and expert_of(name)})
         having = {expert_of(name) for name, leaf in trainable.items() if leaf.grad is not None and expert_of(name)}
