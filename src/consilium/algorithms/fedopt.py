@@ -11,7 +11,7 @@ Algorithm 2: clients train as in FedAvg; the server takes the mean change as a g
 
 FedAvgM (Hsu, Qi, Brown, 2019, https://arxiv.org/abs/1909.06335) has m <- beta1 m + d and x <- x + eta m.
 
-    m, v     groups "m" and "v" of the server's state        v_0      tau^2, as in the paper
+    m, v     groups "m" and "v" of the server's state, float64        v_0      tau^2, as in the paper
 
 Departures: the mean is by n_k. A tensor that no client of a round has returned (an expert, the head of another task)
 stays as it is, with its m and v: the paper has no such tensors. Buffers, such as running statistics, are averaged.
@@ -122,11 +122,11 @@ class FedOptServer(FedAvgServer):
             if key.endswith(("running_mean", "running_var")):
                 params[key] = new
                 continue
-            first = m[key].double() if key in m else torch.zeros_like(old, dtype=torch.float64)
-            second = v[key].double() if key in v else torch.full_like(old, start, dtype=torch.float64)
+            first = m[key] if key in m else torch.zeros_like(old, dtype=torch.float64)
+            second = v[key] if key in v else torch.full_like(old, start, dtype=torch.float64)
             change, first, second = self.algorithm.step(new.double() - old.double(), first, second)
             params[key] = (old.double() + change).to(old.dtype)
-            m[key], v[key] = first.float(), second.float()
+            m[key], v[key] = first, second  # float64: the square of a huge change is finite
         self.params, self.m, self.v = params, m, v
         return mean.told()
 
