@@ -339,6 +339,7 @@ def upcycle_command(args: list[str]) -> None:
 
 def data_command(args: list[str]) -> None:
     """consilium data PATH [--text COLUMN] [--label COLUMN] [--client COLUMN] ... [--out split.png]"""
+    from consilium.data.dialect import Dialect
     from consilium.moe.build import ModelSource
     from consilium.report.image_preview import holds_images, preview_images
     from consilium.report.preview import NAMES, preview, save_picture, show
@@ -350,9 +351,14 @@ def data_command(args: list[str]) -> None:
         prompt: str = "",
         response: str = "",
         context: str = "",
+        input: str = "",
+        choices: str = "",
         messages: str = "",
         image: str = "",
         client: str = "",
+        separator: str = "",
+        quote: str = "",
+        encoding: str = "",
         model: str = "docstring-switch",
         clients: int | None = None,
         partition: str | None = None,
@@ -367,16 +373,21 @@ def data_command(args: list[str]) -> None:
         """Look at data before using it. Columns that are not named are guessed by their names.
 
         Args:
-            file: a .csv, .tsv, .jsonl, .ndjson or .parquet file; of images: a folder per class, Parquet, .npz, a
-                directory of `datasets`, CIFAR's *.bin, MNIST's files, or owner/name on the hub.
+            file: a .csv, .tsv, .json, .jsonl, .parquet or .xlsx file, a folder of them, a directory of `datasets`, or
+                owner/name on the hub; of images: a folder per class, Parquet, .npz, CIFAR's *.bin, MNIST's files.
             text: column of the text.
             label: column of its label.
             prompt: column of what is asked.
             response: column of the answer.
             context: column of a text the prompt is about.
+            input: column of what the prompt is to be applied to.
+            choices: column of the answers to choose from.
             messages: column of conversations.
             image: column of encoded images.
-            client: column that says whose a row is.
+            client: column that says whose a row is; "none": the rows are dealt.
+            separator: between the fields of a text file, where it is not recognised: one character, or "tab".
+            quote: around fields there: one character, or "none".
+            encoding: of a text file, e.g. cp1252.
             model: whose tokenizer counts the tokens.
             clients: how many, without a client column.
             partition: iid, dirichlet or pathological, without a client column.
@@ -402,7 +413,9 @@ def data_command(args: list[str]) -> None:
     elif odd := [name for name in ("image", "classes", "size", "pages", "axes") if told[name]]:
         raise ConfigError(f"--{odd[0]} is for images; {path} is a table without a column of encoded images")
     else:
-        found = preview(path, given, ModelSource(told["model"]).tokenizer(), settings, seed)
+        dialect = Dialect(told["separator"], told["quote"], told["encoding"])
+        model = "" if told["model"] == "docstring-switch" else told["model"]
+        found = preview(path, given, ModelSource(told["model"]).tokenizer(), settings, seed, dialect, model)
     show(found, out)
     target = save_picture(found, told["out"] or Path(f"{path.stem}-split.png"))
     _tell(f"picture: {target}")

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from consilium.data.dialect import Dialect
 from consilium.data.images import AXES, Axes, read_images
+from consilium.data.names import by_client, client_ids, names_of
 from consilium.data.pixels import PAGES, Images, Pages
 from consilium.data.sets import digest, located
+from consilium.data.table import Table, read_table
 from consilium.data.task import Federation, Task
 from consilium.data.tensor import AUGMENTATIONS, Augment, federation
-from consilium.data.textfile import by_client, read_rows, strings
+from consilium.data.textfile import look_alikes, usable
 from consilium.errors import ConfigError, DataError
 
 __all__ = ["ImageData", "TableData"]
@@ -99,9 +103,10 @@ class ImageData:
         n, rng = found.train, np.random.default_rng(seed)
         pools = [rng.permutation(n), n + rng.permutation(len(found) - n)]
         pools = [np.sort(pool[: self.examples or None]) for pool in pools if len(pool)]
-        dealt = [self._deal(found, pool, task.name, seed) for pool in pools]
-        names = sorted({name for part in dealt for name in part})
-        train, *official = ({name: part.get(name, []) for name in names} for part in dealt)
+        ids = client_ids(found.owners)
+        dealt = [self._deal(found, pool, task.name, ids, seed) for pool in pools]
+        clients = sorted({client for part in dealt for client in part})
+        train, *official = ({client: part.get(client, []) for client in clients} for part in dealt)
         told = {"type": "ImageData", "path": str(self.path), "partition": "" if found.owners else self.partition}
         return federation(
             torch.from_numpy(found.x),
@@ -113,20 +118,25 @@ class ImageData:
             seed,
             {**told, "rows": len(found), **found.source},
             self.augment,
+            {id: name for name, id in ids.items() if id != name},
+            look_alikes({"labels": found.labels, "clients": ids}),
         )
 
-    def _deal(self, found: Images, pool: np.ndarray, task: str, seed: int) -> dict[str, list[int]]:
-        """Client -> those rows of the pool that are its own."""
+    def _deal(
+        self, found: Images, pool: np.ndarray, task: str, ids: Mapping[str, str], seed: int
+    ) -> dict[str, list[int]]:
+        """Client -> those rows of the pool that are its own. `ids`: of the owners by their names."""
         from consilium.data.partition import class_shares, deal
 
         if found.owners:
-            where = f"column {self.client!r}" if self.client else str(self.path)
-            held = by_client([found.owners[row] for row in pool], where)
-            return {name: [int(pool[i]) for i in rows] for name, rows in held.items()}
+            held: dict[str, list[int]] = defaultdict(list)
+            for row in pool.tolist():
+                held[ids[found.owners[row]]].append(row)
+            return held
         shares = class_shares(len(found.labels), self.clients, self.partition, self.alpha, self.classes, seed)
-        ids = [f"{task}-{i:0{max(2, len(str(self.clients - 1)))}d}" for i in range(self.clients)]
+        dealt = [f"{task}-{i:0{max(2, len(str(self.clients - 1)))}d}" for i in range(self.clients)]
         parts = deal(found.y[pool], shares, seed)
-        return {name: [int(pool[i]) for i in rows] for name, rows in zip(ids, parts, strict=True)}
+        return {name: [int(pool[i]) for i in rows] for name, rows in zip(dealt, parts, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -137,13 +147,17 @@ class TableData:
     missing becomes the mean (0), a column that no training row of the client has recorded is 0 throughout.
 
     Args:
-        path: a .csv, .tsv, .jsonl, .ndjson or .parquet file, a directory of `datasets`, or owner/name on the hub.
+        path: a .csv, .tsv, .json, .jsonl, .parquet or .xlsx file (text also as .gz or .zst), a folder of such files, a
+            directory of `datasets`, or owner/name on the hub. Decimal commas are understood.
         target: column of the class; `--data.label` is taken too.
         client: column that says which client a row belongs to.
         columns: of numbers; () takes all others.
         positive: the class is whether the target is above 0 ("no", "yes"), as with the grades of a disease.
         validation: share of a client's rows, class by class; what neither validates nor tests is for training.
         test: share of a client's rows, likewise.
+        separator: between the fields of a text file: one character, or "tab"; "": recognised.
+        quote: around fields there: one character, or "none" where quotes are ordinary characters; "": recognised.
+        encoding: of a text file, e.g. cp1252; "": recognised.
     """
 
     path: Path = Path("heart_disease.parquet")
@@ -153,9 +167,13 @@ class TableData:
     positive: bool = False
     validation: float = 0.15
     test: float = 0.25
+    separator: str = ""
+    quote: str = ""
+    encoding: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", located(self.path))
+        Dialect(self.separator, self.quote, self.encoding)
         _check_shares(self.validation, self.test)
 
     def load(self, seed: int) -> Federation:
@@ -163,45 +181,76 @@ class TableData:
 
         Raises DataError when the file, a column or a value cannot be used, or no client has enough rows.
         """
-        federation, columns, raw, held = self._split(seed)
+        federation, found = self._split(seed)
         for client, data in federation.clients.items():
-            scale = Scale.of(columns, raw[data.train.index.numpy()])
-            data.train.x[held[client]] = torch.from_numpy(scale.standardised(raw[held[client]]).astype(np.float32))
+            rows = found.held[client]
+            scale = Scale.of(found.columns, found.x[data.train.index.numpy()])
+            data.train.x[rows] = torch.from_numpy(scale.standardised(found.x[rows]).astype(np.float32))
         return federation
 
     def scale(self, client: str, seed: int) -> "Scale":
         """Return what `load` standardises the rows of this client by; raises as `load`."""
-        federation, columns, raw, _ = self._split(seed)
-        return Scale.of(columns, raw[federation.clients[client].train.index.numpy()])
+        federation, found = self._split(seed)
+        return Scale.of(found.columns, found.x[federation.clients[client].train.index.numpy()])
 
-    def _split(self, seed: int) -> tuple[Federation, tuple[str, ...], np.ndarray, dict[str, list[int]]]:
-        """Return the clients over a tensor of zeros, the columns, their numbers [N, S] float64, each client's rows."""
-        table, columns, x, held = self._read()
-        targets = _numbers(self.path, self.target, table[self.target][:]) if self.positive else table[self.target][:]
-        empty = [row for row, value in enumerate(targets) if value is None or value != value]
-        if empty:
-            raise DataError(f"{self.path.name} column {self.target!r} is empty in row {empty[0]}; remove or fill it")
-        names = [("no", "yes")[int(value > 0)] if self.positive else str(value) for value in targets]
-        kinds, places = np.unique(names, return_inverse=True)
+    def _split(self, seed: int) -> "tuple[Federation, _Rows]":
+        """Return the clients over a tensor of zeros, and what the table holds."""
+        found = self._read()
+        x = found.x
+        kinds, places = np.unique([found.targets[row] for row in found.used], return_inverse=True)
+        y = torch.full((len(x),), -1)
+        y[found.used] = torch.from_numpy(places.astype(np.int64))
         task = Task(_task_name(self.path), "classification", tuple(str(kind) for kind in kinds), "accuracy")
         source = {
             "type": "TableData",
             "path": str(self.path),
             "sha256": digest(self.path),
             "rows": len(x),
-            "columns": [*columns],
+            "columns": [*found.columns],
         }
-        y = torch.from_numpy(places.astype(np.int64))
-        shares = (self.validation, self.test)
-        zeros = torch.zeros(x.shape, dtype=torch.float32)
-        return federation(zeros, y, task, held, None, shares, seed, source), columns, x, held
+        notes = [*found.notes, *look_alikes({"labels": task.labels, "clients": found.names})]
+        made = federation(
+            torch.zeros(x.shape, dtype=torch.float32),
+            y,
+            task,
+            found.held,
+            None,
+            (self.validation, self.test),
+            seed,
+            source,
+            names={id: name for name, id in found.names.items() if id != name},
+            notes=notes,
+        )
+        return made, found
 
-    def _read(self) -> tuple[Any, tuple[str, ...], np.ndarray, dict[str, list[int]]]:
-        """The table, the names of the columns of numbers, these [N, S] float64, and the rows of every client."""
-        table = read_rows(self.path, [self.target, self.client, *self.columns])
+    def _read(self) -> "_Rows":
+        dialect = Dialect(self.separator, self.quote, self.encoding)
+        table = read_table(self.path, dialect, [self.target, self.client, *self.columns])
         columns = self.columns or tuple(c for c in table.column_names if c not in (self.target, self.client))
-        held = by_client(strings(self.path, self.client, table[self.client][:]), f"column {self.client!r}")
-        return table, columns, matrix(self.path, table, columns), held
+        owners: list[Any] = names_of(table.texts(self.client))
+        targets: list[Any] = names_of(table.texts(self.target))
+        if self.positive:
+            grades = table.numbers(self.target)
+            targets = [None if math.isnan(grade) else ("no", "yes")[int(grade > 0)] for grade in grades]
+        used, notes = usable(table, {self.target: targets, self.client: owners})
+        held, _ = by_client([owners[row] for row in used])
+        held = {client: [used[i] for i in rows] for client, rows in held.items()}
+        ids = {owners[rows[0]]: client for client, rows in held.items()}
+        return _Rows(columns, matrix(table, columns), targets, used, held, ids, notes)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What a table holds: the columns of numbers [N, S] float64, the class of every row, the rows that can be used, and
+    those of every client; the clients' ids by their names; notes on the rows that cannot."""
+
+    columns: tuple[str, ...]
+    x: np.ndarray
+    targets: list[str]
+    used: list[int]
+    held: dict[str, list[int]]
+    names: dict[str, str]
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -236,13 +285,15 @@ class Scale:
         return np.where(np.isnan(x), 0, (x - np.array(self.mean)) / np.array(self.deviation))
 
 
-def matrix(path: Path, table: Any, columns: Sequence[str]) -> np.ndarray:
-    """These columns of the table that was read from the file, [N, S] float64, with nan for what is missing.
+def matrix(table: Table, columns: Sequence[str]) -> np.ndarray:
+    """Return these columns of a table, [N, S] float64, with nan for what is missing.
 
     Raises:
         DataError: for what is no number.
     """
-    return np.stack([_numbers(path, name, table[name][:]) for name in columns], axis=1)
+    if not columns:
+        raise DataError(f"{table.name} has no columns of numbers beside the target and the client; add some")
+    return np.stack([table.numbers(name) for name in columns], axis=1)
 
 
 def _check_shares(validation: float, test: float) -> None:
@@ -252,16 +303,3 @@ def _check_shares(validation: float, test: float) -> None:
 
 def _task_name(path: Path) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "-", path.stem)[:58]
-
-
-def _numbers(path: Path, name: str, values: Sequence[Any]) -> np.ndarray:
-    """float64, missing values as nan."""
-    numbers = np.full(len(values), math.nan)
-    for row, value in enumerate(values):
-        try:
-            numbers[row] = math.nan if value is None else float(value)
-        except (TypeError, ValueError) as error:
-            raise DataError(
-                f"{path.name} column {name!r} does not hold numbers: row {row} is {value!r}; leave the column out"
-            ) from error
-    return numbers

@@ -102,7 +102,12 @@ def rendered(
         raise DataError(
             f"the tokenizer's chat template refuses a conversation of {roles}: {one_line(first_line(error), 300)}"
         ) from error
-    return prompt, whole.removeprefix(prompt) if whole.startswith(prompt) else answer
+    if not whole.startswith(prompt):
+        return prompt, answer
+    written = whole.removeprefix(prompt)
+    if answer not in written:  # many templates trim what is said, which would take the indent from code
+        written = written.replace(answer.strip(), answer, 1)
+    return prompt, written
 
 
 _PLAIN = {"system": "System", "user": "User", "assistant": "Assistant"}

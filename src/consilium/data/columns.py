@@ -6,6 +6,7 @@ the official test set; one for validation joins the training rows, of which each
 
 import difflib
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -13,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from consilium.data.names import names_of
 from consilium.data.pixels import Images, Pages, labelled, stack
 from consilium.data.sets import digest, is_directory, is_litter, open_set
-from consilium.data.textfile import read_rows, strings
 from consilium.errors import DataError, first_line
 
 __all__ = ["part_of", "read_parquet", "read_set", "table_of"]
@@ -58,7 +59,7 @@ def read_parquet(path: Path, size: int, image: str, label: str, client: str, pag
         )
     tables: dict[str, list[Any]] = {"train": [], "test": []}
     for file, part in parts.items():
-        tables[part].append(read_rows(file, wanted))
+        tables[part].append(_opened(file, wanted))
     try:
         joined = {part: concatenate_datasets(rows) for part, rows in tables.items() if rows}
     except ValueError as error:
@@ -67,6 +68,55 @@ def read_parquet(path: Path, size: int, image: str, label: str, client: str, pag
     if path.is_file():
         source["sha256"] = digest(path)
     return _read(path.name, joined, size, image, label, client, source, pages)
+
+
+def _opened(path: Path, wanted: Sequence[str]) -> Any:
+    """A Parquet file as a `datasets.Dataset`, without a copy in the shared cache."""
+    from datasets import Dataset, disable_progress_bars, enable_progress_bars
+    from datasets.exceptions import DatasetGenerationError
+    from datasets.utils.tqdm import are_progress_bars_disabled
+
+    if not path.is_file():
+        raise DataError(f"{path} is not a file")
+    quiet = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        with tempfile.TemporaryDirectory() as cache:
+            rows = Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
+    except (DatasetGenerationError, ValueError, OSError, KeyError) as error:
+        raise DataError(f"{path.name} cannot be read as parquet: {first_line(error.__cause__ or error)}") from error
+    finally:
+        if not quiet:
+            enable_progress_bars()
+    _check_columns(path.name, rows.column_names, wanted)
+    if not len(rows):
+        raise DataError(f"{path.name} has no rows")
+    return rows
+
+
+def _check_columns(name: str, there: Sequence[str], wanted: Sequence[str]) -> None:
+    """Raise DataError for a column that is not there."""
+    for column in wanted:
+        if column and column not in there:
+            close = difflib.get_close_matches(column, there, 1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise DataError(f"{name} has no column {column!r}{hint}; it has {' | '.join(there)}")
+
+
+def _names(name: str, column: str, values: Sequence[Any]) -> list[str]:
+    """The names of labels or clients; raises DataError for a value that is missing, or is no text or number."""
+    odd = next((i for i, v in enumerate(values) if v is not None and not isinstance(v, str | int | float)), None)
+    if odd is not None:
+        raise DataError(
+            f"{name} column {column!r} row {odd} holds a {type(values[odd]).__name__}, not a text or number"
+        )
+    names = names_of(None if v is None else str(v).lower() if isinstance(v, bool) else str(v) for v in values)
+    if empty := [row for row, found in enumerate(names) if found is None]:
+        raise DataError(
+            f"{name} column {column!r} is empty in {len(empty)} of {len(names)} rows, first in row {empty[0]}; fill or "
+            "remove them"
+        )
+    return [found for found in names if found is not None]
 
 
 def read_set(path: Path, size: int, image: str, label: str, client: str, pages: Pages = "refuse") -> Images:
@@ -106,7 +156,7 @@ def _read(
     named = [(f"{name} ({part})" if len(parts) > 1 else name, rows) for part, rows in parts.items()]
     x, counts = stack(n, (file for told, rows in named for file in _files(told, rows, image)), size, pages)
     y = np.concatenate([_labels(told, rows, label) for told, rows in named])
-    owners = [o for told, rows in named for o in strings(Path(told), client, rows[client][:])] if client else ()
+    owners = [o for told, rows in named for o in _names(told, client, rows[client][:])] if client else ()
     places, labels = labelled(y, getattr(tables[0].features[label], "names", None))
     chosen = {"image": image, "label": label, "client": client}
     owners = np.repeat(owners, counts).tolist() if client else ()
@@ -122,11 +172,7 @@ def table_of(name: str, rows: Any, image: str = "", label: str = "", client: str
     from datasets import Image
 
     columns = rows.column_names
-    for column in (image, label, client):
-        if column and column not in columns:
-            close = difflib.get_close_matches(column, columns, 1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise DataError(f"{name} has no column {column!r}{hint}; it has {' | '.join(columns)}")
+    _check_columns(name, columns, (image, label, client))
     typed = [column for column in columns if isinstance(rows.features[column], Image)]
     image = image or next(iter(typed), "") or _named(columns, _IMAGES)
     label = label or _named(columns, _LABELS)
@@ -169,4 +215,4 @@ def _labels(name: str, rows: Any, column: str) -> np.ndarray:
         if known is not None and wrong.size:
             raise DataError(f"{name} column {column!r} row {wrong[0]} is {y[wrong[0]]}, no class of {len(known)}")
         return y
-    return np.array(strings(Path(name), column, values))
+    return np.array(_names(name, column, values))

@@ -1,26 +1,40 @@
 """Data for causal language models that lies in a file: prompts and responses, conversations, or plain text.
 
 The formats and the rules are those of `textfile`: columns are named by the user, rows are dealt by a client column or
-by a partition, what cannot be used is refused with column and row. How conversations become tokens, and what the loss
-is on, is in `causal`.
+by a partition, rows without a value are left out and counted, and what cannot be used is refused with column and line.
+How conversations are written in files is in `conversations`; how they become tokens, and what the loss is on, is in
+`causal`.
 """
 
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from consilium.data.conversations import answer_of, chosen, conversation
+from consilium.data.dialect import Dialect
+from consilium.data.names import by_client, names_of
 from consilium.data.sets import digest, located
+from consilium.data.table import Table, read_table
 from consilium.data.task import TASK_NAME, ClientData, Federation, Form, Split, Task
-from consilium.data.textfile import by_client, cut, read_rows, strings
+from consilium.data.textfile import cut, look_alikes, usable
 from consilium.errors import ConfigError, DataError
 
-__all__ = ["LanguageData"]
+__all__ = ["COMPANIONS", "LanguageData"]
 
-_ROLES = ("system", "user", "assistant", "tool")
+COMPANIONS = {
+    "instruction": {"input": ("input",), "context": ("context",), "system": ("system",)},
+    "question": {"context": ("context", "passage"), "choices": ("choices", "options")},
+}
+"""Columns without which a prompt is not whole, by the name of its column, as Alpaca, Dolly, SQuAD, MMLU and ARC have
+them: role -> names."""
+_OPTIONAL = ("context", "input", "choices", "system")
+
+Example = tuple[str, str, str]
+"""What is given, what is to be predicted, and what keeps equal rows in one split."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +42,17 @@ class LanguageData:
     """Clients whose data is instructions with responses, conversations, or plain text, in one file.
 
     Args:
-        path: a .csv, .tsv, .jsonl, .ndjson or .parquet file; or a directory of `datasets`, or owner/name on the hub,
-            whose splits are joined, and dealt anew.
+        path: a .csv, .tsv, .json, .jsonl, .parquet or .xlsx file (text also as .gz or .zst); a folder of such files; or
+            a directory of `datasets`, or owner/name on the hub, whose splits are joined, and dealt anew.
         prompt: column of what is asked.
         response: column of what is to be answered.
-        context: column of a text that the prompt is about, put before it; may be empty in a row. "": none.
-        system: column of the system message; may be empty in a row. "": none.
-        messages: instead of prompt and response, a column of conversations: lists of {role, content}, or such lists
-            written in JSON; roles are system, user, assistant, tool.
+        context: column of a text that the prompt is about, put before it; may be empty in a row. "": the column of
+            that name where the prompt is an "instruction" or a "question"; "none": no such column is used.
+        input: column of what the prompt is to be applied to, put after it; otherwise as context.
+        choices: column of the answers to choose from, put after the prompt as "A. ..."; otherwise as context.
+        system: column of the system message; may be empty in a row; otherwise as context.
+        messages: instead of prompt and response, a column of conversations: lists of {role, content} (OpenAI) or of
+            {from, value} (ShareGPT), or such lists written in JSON.
         text: instead of both, a column of plain text; needs fit.rows blocks, documents or packed.
         turns: of a conversation, "all" answers of the assistant, each an example with all that was said before, or
             the "last".
@@ -50,6 +67,9 @@ class LanguageData:
         validation: share of a client's rows; what neither validates nor tests is for training. Each split gets at least
             one row.
         test: share of a client's rows, likewise.
+        separator: between the fields of a text file: one character, "tab" or "none"; "": recognised.
+        quote: around fields there: one character, or "none" where quotes are ordinary characters; "": recognised.
+        encoding: of a text file, e.g. cp1252; "": recognised.
     """
 
     form: ClassVar[Form] = "text-to-text"  # of the model
@@ -58,6 +78,8 @@ class LanguageData:
     prompt: str = ""
     response: str = ""
     context: str = ""
+    input: str = ""
+    choices: str = ""
     system: str = ""
     messages: str = ""
     text: str = ""
@@ -72,9 +94,13 @@ class LanguageData:
     kinds_per_client: int = 2
     validation: float = 0.1
     test: float = 0.1
+    separator: str = ""
+    quote: str = ""
+    encoding: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", located(self.path))
+        Dialect(self.separator, self.quote, self.encoding)
         self._check_columns()
         for name, allowed in (
             ("turns", ("all", "last")),
@@ -105,9 +131,7 @@ class LanguageData:
         return bool(self.text)
 
     def _check_columns(self) -> None:
-        given = [
-            name for name in ("prompt", "response", "context", "system", "messages", "text") if getattr(self, name)
-        ]
+        given = [name for name in ("prompt", "response", *_OPTIONAL, "messages", "text") if getattr(self, name)]
         for name in ("messages", "text"):
             if name in given and len(given) > 1:
                 others = ", ".join(f"data.{other}" for other in given if other != name)
@@ -122,104 +146,168 @@ class LanguageData:
         Raises DataError when the file, a column or a value cannot be used, or no client has enough rows, and
         ConfigError when no column was named.
         """
-        named = [c for c in (*self._columns(), self.client, self.kind) if c]
-        rows = read_rows(self.path, named)
-        if not self._columns():
+        named = [c for c in (self.prompt, self.response, self.messages, self.text, self.client, self.kind) if c]
+        named += [column for role in _OPTIONAL if (column := getattr(self, role)) not in ("", "none")]
+        table = read_table(self.path, Dialect(self.separator, self.quote, self.encoding), named)
+        if not (self.prompt or self.messages or self.text):
+            pairs = {"chosen", "rejected"} <= {column.lower() for column in table.columns}
             raise ConfigError(
                 "name the columns: --data.prompt and --data.response, or --data.messages, or --data.text; "
-                f"{self.path.name} has {' | '.join(rows.column_names)}"
+                f"{self.path.name} has {' | '.join(table.column_names)}"
+                + ("; preferences are not trained on: name the chosen answers" if pairs else "")
             )
-        examples = self._examples(rows)
-        keys = [of_row[0][2] for of_row in examples]
-        held = self._divide(rows, seed)
+        columns = self.columns(table)
+        examples, notes = self._examples(table, columns)
+        owners: list[Any] = names_of(table.texts(self.client)) if self.client else []
+        kinds: list[Any] = names_of(table.texts(self.kind)) if self.kind and not self.client else []
+        of_rows = {self.client: owners} if self.client else {self.kind: kinds} if self.kind else {}
+        used, more = usable(table, of_rows)
+        notes += more
+        used = [row for row in used if examples[row]]
+        if not used:
+            raise DataError(f"{self.path.name} has no row that can be used: {'; '.join(notes)}")
+        parts, names = by_client([owners[row] for row in used]) if self.client else ({}, {})
+        parts = parts or self._divide([kinds[row] if kinds else "" for row in used], seed)
+        keys = [of_row[0][2] if of_row else "" for of_row in examples]
         clients, skipped = {}, {}
-        for name, mine in held.items():
-            parts = cut(mine, keys, self.validation, self.test, random.Random(f"{seed}:{name}"))
-            if all(parts):
+        for name, part in parts.items():
+            mine = [used[i] for i in part]
+            splits = cut(mine, keys, self.validation, self.test, random.Random(f"{seed}:{name}"))
+            if all(splits):
                 task = Task(self.task, "language", (), self.metric)
-                clients[name] = ClientData(task, *(_split(part, examples) for part in parts))
+                clients[name] = ClientData(task, *(_split(rows, examples) for rows in splits))
             else:
                 skipped[name] = f"{len(mine)} usable row(s), too few for training, validation and test"
         if not clients:
-            reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
-            raise DataError(f"{self.path} has {len(rows)} rows, but no client has enough of them ({reasons})")
-        return Federation(clients, skipped, self.source(len(rows)))
+            reasons = "; ".join(f"{names.get(name, name)}: {why}" for name, why in list(skipped.items())[:3])
+            raise DataError(f"{self.path} has {len(table)} rows, but no client has enough of them ({reasons})")
+        notes += look_alikes({"clients": {names.get(name, name) for name in parts}})
+        return Federation(clients, skipped, self.source(len(table)), names, tuple(notes))
+
+    def columns(self, table: Table) -> dict[str, str]:
+        """The column of every role that is used, with those that make a prompt whole."""
+        told = {role: getattr(self, role) for role in ("prompt", "response", *_OPTIONAL, "messages", "text")}
+        companions = COMPANIONS.get(self.prompt.lower(), {})
+        lower = {column.lower(): column for column in table.columns}
+        taken = {*told.values(), self.client, self.kind}
+        for role, names in companions.items():
+            there = next((lower[name] for name in names if name in lower and lower[name] not in taken), "")
+            told[role] = told[role] or there
+        return {role: column for role, column in told.items() if column not in ("", "none")}
 
     def source(self, rows: int) -> dict[str, Any]:
         """What a run was read from: the file with its sha256, the columns, and the number of rows."""
-        names = ("prompt", "response", "context", "system", "messages", "text", "client", "kind", "partition")
+        names = ("prompt", "response", *_OPTIONAL, "messages", "text", "client", "kind", "partition")
         chosen = {name: getattr(self, name) for name in names}
         return {"type": "LanguageData", "path": str(self.path), "sha256": digest(self.path), "rows": rows, **chosen}
 
-    def _columns(self) -> list[str]:
-        return [c for c in (self.prompt, self.response, self.context, self.system, self.messages, self.text) if c]
-
-    def _divide(self, rows: Any, seed: int) -> dict[str, list[int]]:
+    def _divide(self, kinds: Sequence[str], seed: int) -> dict[str, list[int]]:
         from consilium.data.partition import divide
 
-        if self.client:
-            return by_client(strings(self.path, self.client, rows[self.client][:]), f"column {self.client!r}")
-        kinds = strings(self.path, self.kind, rows[self.kind][:]) if self.kind else [""] * len(rows)
         parts = divide(kinds, self.clients, self.partition, self.alpha, self.kinds_per_client, seed)
         digits = max(2, len(str(self.clients - 1)))
         return {f"{self.task}-{i:0{digits}d}": part for i, part in enumerate(parts)}
 
-    def _examples(self, rows: Any) -> list[list[tuple[str, str, str]]]:
-        """Of each row its examples: what is given, what is to be predicted, and what keeps equal rows in one split."""
+    def _examples(self, table: Table, columns: dict[str, str]) -> tuple[list[list[Example]], list[str]]:
+        """The examples of each row, none where something is missing, and sentences that count those rows."""
+        notes = []
+        for role in _OPTIONAL:
+            if role in columns and not getattr(self, role):
+                notes.append(
+                    f"column {columns[role]!r} belongs to {self.prompt!r} and is used; --data.{role} none leaves it out"
+                )
+        spare = [c for c in table.columns if c not in (*columns.values(), self.client, self.kind)]
+        if spare:
+            notes.append(f"columns that are not used: {', '.join(spare[:12])}{', ...' if len(spare) > 12 else ''}")
         if self.text:
-            return [[("", text, text)] for text in strings(self.path, self.text, rows[self.text][:])]
+            texts = table.filled(self.text)
+            notes += usable(table, {self.text: texts})[1]
+            return [[("", text, text)] if text else [] for text in texts], notes
         if self.messages:
-            turns = [self._conversation(row, value) for row, value in enumerate(rows[self.messages][:])]
-            return [self._answers(row, conversation) for row, conversation in enumerate(turns)]
-        prompts = strings(self.path, self.prompt, rows[self.prompt][:])
-        responses = strings(self.path, self.response, rows[self.response][:])
-        contexts, systems = self._optional(rows, self.context), self._optional(rows, self.system)
-        examples = []
-        for prompt, response, context, system in zip(prompts, responses, contexts, systems, strict=True):
-            asked = f"{context}\n\n{prompt}" if context else prompt
-            turns = [{"role": "system", "content": system}] if system else []
+            examples, more = self._conversations(table)
+            return examples, notes + more
+        return self._pairs(table, columns, notes), notes
+
+    def _pairs(self, table: Table, columns: dict[str, str], notes: list[str]) -> list[list[Example]]:
+        """Of prompts and responses; adds to the notes."""
+        asks, responses = table.cells(self.prompt), table.cells(self.response)
+        more = {role: table.filled(columns[role]) for role in ("context", "input", "system") if role in columns}
+        options = table.cells(columns["choices"]) if "choices" in columns else []
+        examples: list[list[Example]] = []
+        lacking: dict[str, list[str | None]] = {self.prompt: [], self.response: []}
+        for row in range(len(table)):
+            where = f"{table.name} column {{!r}} {table.place(row)}"
+            choices = chosen(options[row], where.format(columns["choices"])) if options and options[row] else []
+            turns, prompt = self._asked(asks[row], where.format(self.prompt))
+            answer = self._answer(responses[row], choices, where.format(self.response))
+            lacking[self.prompt].append(prompt)
+            lacking[self.response].append(answer)
+            if prompt is None or answer is None:
+                examples.append([])
+                continue
+            listed = "\n".join(f"{letter}. {text}" for letter, text in choices)
+            of_row = {role: values[row] for role, values in more.items()}
+            asked = "\n\n".join(part for part in (of_row.get("context"), prompt, of_row.get("input"), listed) if part)
+            if system := of_row.get("system"):
+                turns = [{"role": "system", "content": system}, *turns]
             given = json.dumps([*turns, {"role": "user", "content": asked}], ensure_ascii=False)
-            examples.append([(given, response, asked)])
+            examples.append([(given, answer, asked)])
+        notes += usable(table, lacking)[1]
         return examples
 
-    def _optional(self, rows: Any, column: str) -> list[str]:
-        values = rows[column][:] if column else [""] * len(rows)
-        blank = {i for i, v in enumerate(values) if v is None or v != v or (isinstance(v, str) and not v.strip())}
-        filled = strings(self.path, column, ["-" if i in blank else v for i, v in enumerate(values)])
-        return ["" if i in blank else text for i, text in enumerate(filled)]
+    @staticmethod
+    def _asked(value: Any, where: str) -> tuple[list[dict[str, Any]], str | None]:
+        """What was said before, and the prompt: of a list of messages, the last."""
+        if isinstance(value, list):
+            turns, _ = conversation(value, where)
+            if not turns or turns[-1]["role"] != "user":
+                raise DataError(f"{where} must end with a message of the user")
+            return turns[:-1], turns[-1]["content"]
+        if value is not None and not isinstance(value, str):
+            raise DataError(f"{where} holds a {type(value).__name__}; text, numbers and booleans are read")
+        return [], value if value and not value.isspace() else None
 
-    def _conversation(self, row: int, value: Any) -> list[dict[str, Any]]:
-        """The turns of one row, checked; keys without a value are left out."""
-        where = f"{self.path.name} column {self.messages!r} row {row}"
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where} is no JSON: {error.msg} at character {error.pos}") from error
-        if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):
-            raise DataError(f"{where} holds a {type(value).__name__}; it must be a list of {{role, content}}")
-        turns = [{key: v for key, v in turn.items() if v is not None} for turn in value]
-        for number, turn in enumerate(turns):
-            if turn.get("role") not in _ROLES:
-                raise DataError(f"{where} turn {number} has role {turn.get('role')!r}; allowed are {', '.join(_ROLES)}")
-            content = turn.setdefault("content", "")
-            if not isinstance(content, str) or not (content.strip() or turn.get("tool_calls")):
-                raise DataError(f"{where} turn {number} ({turn['role']}) has no text; fill or remove it")
-        return turns
+    @staticmethod
+    def _answer(value: Any, choices: Sequence[tuple[str, str]], where: str) -> str | None:
+        """The answer: of a list of messages, its only one."""
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            turns, _ = conversation(value, where)
+            if [turn["role"] for turn in turns] != ["assistant"]:
+                raise DataError(f"{where} must hold one message of the assistant; use --data.messages for more")
+            return turns[0]["content"]
+        return answer_of(value, choices, where)
 
-    def _answers(self, row: int, turns: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
-        """An example for each answer of the assistant to something, or for the last; calls of tools are no answers."""
-        places = [i for i, t in enumerate(turns) if i and t["role"] == "assistant" and t["content"].strip()]
-        places = [i for i in places if not turns[i].get("tool_calls")]
-        if not places:
-            raise DataError(
-                f"{self.path.name} column {self.messages!r} row {row} has no answer of the assistant; remove it"
+    def _conversations(self, table: Table) -> tuple[list[list[Example]], list[str]]:
+        """Of conversations."""
+        examples: list[list[Example]] = []
+        empty, silent = 0, []
+        for row, value in enumerate(table.cells(self.messages)):
+            where = f"{table.name} column {self.messages!r} {table.place(row)}"
+            blank = value is None or (isinstance(value, str) and not value.strip())
+            turns, skipped = ([], 0) if blank else conversation(value, where)
+            examples.append(self._answers(turns))
+            empty += skipped
+            silent += [] if examples[-1] else [row]
+        notes = [f"left out: {empty} empty message(s)"] if empty else []
+        if silent:
+            notes.append(
+                f"left out: {len(silent)} of {len(table)} rows of {self.messages!r} without an answer of the "
+                f"assistant, first {table.place(silent[0])}"
             )
+        return examples, notes
+
+    def _answers(self, turns: list[dict[str, Any]]) -> list[Example]:
+        """An example for each answer of the assistant to something, or for the last; calls of tools are no answers, nor
+        are those to which OpenAI's format gives the weight 0."""
+        places = [i for i, t in enumerate(turns) if i and t["role"] == "assistant" and t["content"].strip()]
+        places = [i for i in places if not turns[i].get("tool_calls") and turns[i].get("weight", 1) != 0]
+        if not places:
+            return []
         asked = json.dumps(turns[: places[0]], ensure_ascii=False)
         chosen = places if self.turns == "all" else places[-1:]
-        return [(json.dumps(turns[:i], ensure_ascii=False), turns[i]["content"].strip(), asked) for i in chosen]
+        return [(json.dumps(turns[:i], ensure_ascii=False), turns[i]["content"], asked) for i in chosen]
 
 
-def _split(rows: Sequence[int], examples: Sequence[Sequence[tuple[str, str, str]]]) -> Split:
+def _split(rows: Sequence[int], examples: Sequence[Sequence[Example]]) -> Split:
     chosen = [(row, example) for row in rows for example in examples[row]]
     return Split([e[0] for _, e in chosen], [e[1] for _, e in chosen], [str(row) for row, _ in chosen])

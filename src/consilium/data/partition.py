@@ -18,7 +18,7 @@ from flwr_datasets.partitioner import (
 
 from consilium.errors import DataError
 
-__all__ = ["class_shares", "deal", "divide", "divide_by_client"]
+__all__ = ["class_shares", "deal", "divide"]
 
 
 def divide(
@@ -114,14 +114,6 @@ def deal(labels: Sequence[int], shares: np.ndarray, seed: int = 0) -> list[list[
         for mine, start, end in zip(held, [0, *ends[:-1]], ends, strict=True):
             mine += rows[start:end].tolist()
     return [sorted(mine) for mine in held]
-
-
-def divide_by_client(owners: Sequence[str]) -> dict[str, list[int]]:
-    """Indices into `owners` for each owner named there, owners sorted."""
-    held: dict[str, list[int]] = {}
-    for row, owner in enumerate(owners):
-        held.setdefault(owner, []).append(row)
-    return dict(sorted(held.items()))
 
 
 def _rows(partitioner, index: int) -> list[int]:

@@ -18,7 +18,8 @@ _LITTER = {
 }  # fmt: skip
 
 _FILES = {
-    ".npz", ".parquet", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".gz", ".zip", ".tar", ".bin", ".pkl",
+    ".npz", ".parquet", ".csv", ".tsv", ".tab", ".json", ".jsonl", ".ndjson", ".xlsx", ".txt", ".gz", ".bz2", ".xz",
+    ".zst", ".zip", ".tar", ".bin", ".pkl",
     *ENDINGS,
 }  # fmt: skip
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

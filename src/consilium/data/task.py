@@ -124,11 +124,19 @@ class ClientData:
 
 @dataclass(frozen=True)
 class Federation:
-    """All clients by id (sorted), the ids that were skipped with the reason, and what the data was read from."""
+    """All clients.
+
+    Args:
+        clients: by id, sorted. skipped: id -> why it takes no part. source: what the data was read from.
+        names: id -> name, of the clients whose name is another text than their id.
+        notes: what a user must know about the reading: rows that were left out and why, names that look alike.
+    """
 
     clients: dict[str, ClientData]
     skipped: dict[str, str] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.clients:
@@ -139,19 +147,26 @@ class Federation:
         object.__setattr__(self, "clients", dict(sorted(self.clients.items())))
 
     def partition(self) -> dict[str, Any]:
-        """Who holds what, as JSON: per client the task, labels, sizes, label counts, and the rows of each split."""
+        """Who holds what, as JSON: the notes, and per client the name if it is not the id, the task, labels, sizes,
+        counts of labels, and the rows of each split."""
         clients = {}
         for name, data in self.clients.items():
             targets = [t for _, split in data.splits() for t in split.targets]
             counts = Counter(targets) if data.task.form == "classification" else Counter()
-            clients[name] = {
+            clients[name] = ({"name": self.names[name]} if name in self.names else {}) | {
                 "task": data.task.name,
                 "labels": list(data.task.labels),
                 "sizes": {key: len(split) for key, split in data.splits()},
                 "label_counts": {label: counts[label] for label in data.task.labels},
                 "rows": {key: list(split.rows) for key, split in data.splits()},
             }
-        return {"clients": clients, "skipped": dict(self.skipped), "fingerprint": self.fingerprint}
+        skipped = {self.names.get(name, name): why for name, why in self.skipped.items()}
+        return {
+            "clients": clients,
+            "skipped": skipped,
+            "notes": list(self.notes),
+            "fingerprint": self.fingerprint,
+        }
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -172,13 +172,15 @@ def federation(
     seed: int,
     source: Mapping[str, Any],
     augment: Augment = "none",
+    names: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
 ) -> Federation:
     """Clients over one tensor; who has too few rows for three splits is skipped, with the reason.
 
     Args:
         train: client -> rows to learn from. test: client -> rows of an official test set; None: cut from `train`.
         shares: of a client's rows, per class, for validation and (without an official test set) for test.
-        seed: of the cut, with the client's name. augment: of training batches.
+        seed: of the cut, with the client's name. augment: of training batches. names, notes: see `Federation`.
     """
     clients, skipped = {}, {}
     for name, rows in train.items():
@@ -191,7 +193,7 @@ def federation(
             clients[name] = ClientData(task, *splits)
         else:
             skipped[name] = f"{len(rows)} row(s), too few for training, validation and test"
-    return Federation(clients, skipped, dict(source))
+    return Federation(clients, skipped, dict(source), dict(names or {}), tuple(notes))
 
 
 def cut(rows: Sequence[int], y: Tensor, shares: Sequence[float], rng: random.Random) -> list[list[int]]:

@@ -1,30 +1,27 @@
-"""Any data set that lies in a file: CSV, TSV, JSONL or Parquet, read through `datasets`, offline.
+"""Any data set of texts that lies in a file, see `table` for the formats, or on the hub.
 
-Columns are named by the user. Rows are dealt to clients by a client column, or by a partition. What cannot be used
-is refused with the column and the row; nothing is dropped silently, and only what is empty is skipped, and counted.
+Columns are named by the user. Rows are dealt to clients by a client column, or by a partition. A row whose text, label
+or client is missing is left out, and counted; what cannot be used otherwise is refused with the column and the line.
 """
 
-import csv
 import difflib
-import json
 import math
 import random
 import re
-import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from consilium.data.sets import digest, is_directory, is_hub_name, located, rows_of
+from consilium.data.dialect import Dialect
+from consilium.data.names import alike, by_client, name_of, names_of, without
+from consilium.data.sets import digest, located
+from consilium.data.table import Table, read_table
 from consilium.data.task import TASK_NAME, ClientData, Federation, Form, Metric, Split, Task
-from consilium.errors import ConfigError, DataError, first_line
-from consilium.pointers import refuse_pointer
+from consilium.errors import ConfigError, DataError
 
-__all__ = ["TextFileData", "by_client", "cut", "read_columns", "read_rows", "strings"]
-
-_READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
+__all__ = ["TextFileData", "cut", "look_alikes", "read_columns", "usable"]
 
 
 @dataclass(frozen=True)
@@ -32,14 +29,15 @@ class TextFileData:
     """Clients whose data lies in one file.
 
     Args:
-        path: a .csv, .tsv, .jsonl, .ndjson or .parquet file; or a directory of `datasets`, or owner/name on the hub,
-            whose splits are joined, and dealt anew.
+        path: a .csv, .tsv, .json, .jsonl, .parquet or .xlsx file (text also as .gz or .zst); a folder of such files; or
+            a directory of `datasets`, or owner/name on the hub, whose splits are joined, and dealt anew.
         text: column of the input text.
         target: column of the label (classification; `--data.label` is taken too) or of the answer (text-to-text).
         form: "classification" or "text-to-text".
         task: name of the task; also the beginning of the clients' ids when there is no client column.
         client: column that says which client a row belongs to; "" deals the rows by `partition`.
-        labels: the labels that are allowed; () takes those the file has.
+        labels: the labels that all clients answer in; others are refused. (): those that the file has. Sites that hold
+            files of their own need them to answer in the labels of all.
         metric: "" is accuracy for classification and token_f1 for text-to-text; "rouge2" for summaries.
         partition: "iid", "dirichlet" (label skew by `alpha`) or "pathological" (`labels_per_client` labels each);
             used when `client` is "". Text-to-text has no labels, so only "iid".
@@ -49,9 +47,15 @@ class TextFileData:
         test: share of a client's rows, likewise.
         where: "COLUMN=VALUE" uses the rows with that value alone; "" all.
         rows: so many of the rows at most, drawn by the seed; 0: all.
-        common: every client answers in all labels of the rows used, and is tested on an equal part of `test` of them,
-            drawn evenly before the rest is dealt: the mean score is then that of one test set for all.
-        smallest: a client with fewer rows, or a label with fewer training rows at a client, is skipped or dropped.
+        own_labels: a client answers in those labels alone that it has training rows of, and is tested on them; by
+            default every client answers in all labels of the federation.
+        common: every client is tested on an equal part of `test` of the rows used, drawn evenly before the rest is
+            dealt: the mean score is then that of one test set for all.
+        smallest: a label with fewer rows is left out, with its rows; with `own_labels` a label with fewer training
+            rows at a client, there.
+        separator: between the fields of a text file: one character, "tab" or "none"; "": recognised.
+        quote: around fields there: one character, or "none" where quotes are ordinary characters; "": recognised.
+        encoding: of a text file, e.g. cp1252; "": recognised.
     """
 
     path: Path
@@ -70,11 +74,16 @@ class TextFileData:
     test: float = 0.25
     where: str = ""
     rows: int = 0
+    own_labels: bool = False
     common: bool = False
     smallest: int = 2
+    separator: str = ""
+    quote: str = ""
+    encoding: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", located(self.path))
+        Dialect(self.separator, self.quote, self.encoding)
         if self.form not in ("classification", "text-to-text"):
             raise ConfigError(f"form {self.form!r}: use classification or text-to-text")
         if self.partition not in ("iid", "dirichlet", "pathological"):
@@ -87,6 +96,8 @@ class TextFileData:
             raise ConfigError(
                 f"metric {self.metric!r} does not fit {self.form}; leave it empty for the form's own metric"
             )
+        if self.common and self.own_labels:
+            raise ConfigError("data.common tests all clients on the same rows; leave data.own-labels out")
         if self.metric not in ("", "accuracy", "token_f1", "rouge2"):
             raise ConfigError(f"metric {self.metric!r}: use accuracy, token_f1 or rouge2")
         if not (0 < self.validation < 1 and 0 < self.test < 1 and self.validation + self.test < 1):
@@ -109,38 +120,87 @@ class TextFileData:
         Raises DataError when the file, a column, a value or a label cannot be used, or no client has enough rows.
         """
         column, _, value = self.where.partition("=")
-        columns = read_columns(self.path, [c for c in (self.text, self.target, self.client, column) if c])
-        texts, targets = columns[self.text], columns[self.target]
-        self._check_labels(targets)
-        used = [row for row in range(len(texts)) if not column or columns[column][row] == value]
-        if not used:
-            raise DataError(f"{self.path.name} has no row with {self.where}")
+        named = [c for c in (self.text, self.target, self.client, column) if c]
+        table = read_table(self.path, Dialect(self.separator, self.quote, self.encoding), named)
+        texts: list[Any] = table.filled(self.text)
+        classes = self.form == "classification"
+        targets: list[Any] = names_of(table.texts(self.target), self.labels) if classes else table.filled(self.target)
+        owners: list[Any] = names_of(table.texts(self.client)) if self.client else []
+        needed = {self.text: texts, self.target: targets} | ({self.client: owners} if self.client else {})
+        used, notes = usable(table, needed)
+        if column:
+            of_column = names_of(table.texts(column))
+            used = [row for row in used if of_column[row] == name_of(value)]
+            if not used:
+                raise DataError(f"{self.path.name} has no row with {self.where}")
+        if classes:
+            self._check_labels(table, targets, used)
         if 0 < self.rows < len(used):
             used = sorted(random.Random(f"{seed}:rows").sample(used, self.rows))
-        labels = tuple(sorted({targets[row] for row in used})) if self.common else ()
-        common: list[int] = []
+        of_label = Counter(targets[row] for row in used) if classes else Counter()
+        rare = {label: n for label, n in of_label.items() if n < self.smallest and label not in self.labels}
+        n_used, common = len(used), []
         if self.common:
+            used = [row for row in used if targets[row] not in rare]
             used, _, common = cut(used, texts, 0, self.test, random.Random(f"{seed}:common"))
             random.Random(f"{seed}:deal").shuffle(common)
-        owners = [columns[self.client][row] for row in used] if self.client else []
-        parts = by_client(owners, f"column {self.client!r}") if self.client else self._divide(used, targets, seed)
+        parts, names = by_client([owners[row] for row in used]) if self.client else ({}, {})
+        parts = parts or self._divide(used, targets, seed)
         held = {name: [used[i] for i in part] for name, part in parts.items()}
-        clients, skipped, left_out = {}, {}, {}
+        splits: dict[str, list[list[int]]] = {}
         for place, (name, rows) in enumerate(held.items()):
             rng = random.Random(f"{seed}:{name}")
-            data = self._client(rows, texts, targets, rng, labels, sorted(common[place :: len(held)]))
+            kept = [row for row in rows if targets[row] not in rare]
+            splits[name] = self._splits(kept, texts, targets, rng, sorted(common[place :: len(held)]))
+        trained = Counter(targets[row] for parts in splits.values() for row in parts[0]) if classes else Counter()
+        labels = self.labels or tuple(sorted(trained))
+        clients, skipped, left_out = {}, {}, {}
+        for name, parts in splits.items():
+            data = self._client(parts, texts, targets, labels, len(held[name]))
             if isinstance(data, ClientData):
                 clients[name] = data
                 kept = sum(len(split) for key, split in data.splits() if key != "test" or not self.common)
-                left_out |= {name: len(rows) - kept} if kept < len(rows) else {}
+                left_out |= {name: len(held[name]) - kept} if kept < len(held[name]) else {}
             else:
                 skipped[name] = data
         if not clients:
-            reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
-            raise DataError(f"{self.path} has {len(texts)} rows, but no client has enough of them ({reasons})")
-        return Federation(
-            clients, skipped, self.source(len(texts)) | {"used": len(used) + len(common), "left_out": left_out}
-        )
+            reasons = "; ".join(f"{names.get(name, name)}: {why}" for name, why in list(skipped.items())[:3])
+            raise DataError(f"{self.path} has {len(table)} rows, but no client has enough of them ({reasons})")
+        if untrained := [label for label in of_label if label not in rare and label not in labels]:
+            notes.append(f"left out: the rows of labels that no client has for training ({', '.join(untrained[:5])})")
+        notes += self._notes(rare, left_out, clients, skipped, labels, names)
+        notes += look_alikes({"labels": labels, "clients": {names.get(name, name) for name in held}})
+        source = self.source(len(table)) | {"used": n_used, "left_out": left_out}
+        return Federation(clients, skipped, source, names, tuple(notes))
+
+    def _notes(
+        self,
+        rare: Mapping[str, int],
+        left_out: Mapping[str, int],
+        clients: Mapping[str, ClientData],
+        skipped: Mapping[str, str],
+        labels: Sequence[str],
+        names: Mapping[str, str],
+    ) -> list[str]:
+        """What of the labels and the clients is missing, in sentences."""
+        notes = []
+        if rare:
+            which = ", ".join(f"{label!r}" for label in sorted(rare)[:5]) + (", ..." if len(rare) > 5 else "")
+            n = sum(rare.values())
+            notes.append(f"left out: {_rows(n)} of {len(rare)} label(s) with fewer than {self.smallest} rows ({which})")
+        for name, data in clients.items() if self.own_labels and self.form == "classification" else ():
+            if lacking := [label for label in labels if label not in data.task.labels]:
+                which = ", ".join(repr(label) for label in lacking[:5]) + (", ..." if len(lacking) > 5 else "")
+                notes.append(
+                    f"{names.get(name, name)} answers in {len(data.task.labels)} of {len(labels)} labels, not in "
+                    f"{which} ({_rows(left_out.get(name, 0))} left out); without --data.own-labels it answers in all"
+                )
+        if skipped and not self.client:
+            notes.append(
+                f"{len(clients)} of the {self.clients} clients asked for have enough rows; ask for fewer clients"
+                + (", or a larger --data.alpha" if self.partition == "dirichlet" else "")
+            )
+        return notes
 
     def source(self, rows: int) -> dict[str, Any]:
         """What a run was read from: the file with its sha256, the columns, and the number of rows.
@@ -151,17 +211,18 @@ class TextFileData:
         chosen = {k: getattr(self, k) for k in ("text", "target", "client", "form", "partition", "where")}
         return {"type": "TextFileData", "path": str(self.path), "sha256": digest(self.path), "rows": rows, **chosen}
 
-    def _check_labels(self, targets: Sequence[str]) -> None:
-        for row, target in enumerate(targets if self.labels else ()):
-            if target not in self.labels:
-                close = difflib.get_close_matches(target, self.labels, 1)
+    def _check_labels(self, table: Table, targets: Sequence[str], used: Sequence[int]) -> None:
+        for row in used if self.labels else ():
+            if targets[row] not in self.labels:
+                close = difflib.get_close_matches(targets[row], self.labels, 1)
                 hint = f" (did you mean {close[0]!r}?)" if close else ""
+                where = f"{table.name} column {self.target!r} {table.place(row)}"
                 raise DataError(
-                    f"column {self.target!r} row {row}: label {target!r} is not declared{hint}; "
-                    f"declared are {' | '.join(self.labels)}"
+                    f"{where}: label {targets[row]!r} is not declared{hint}; declared are {' | '.join(self.labels)}"
                 )
-        if self.form == "classification" and len(set(targets)) < 2:
-            raise DataError(f"column {self.target!r} has only the label {targets[0]!r}; classification needs two")
+        there = {targets[row] for row in used}
+        if len(there) < 2 and len(self.labels) < 2:
+            raise DataError(f"column {self.target!r} has only the label {min(there)!r}; classification needs two")
 
     def _divide(self, used: Sequence[int], targets: Sequence[str], seed: int) -> dict[str, list[int]]:
         from consilium.data.partition import divide
@@ -171,156 +232,94 @@ class TextFileData:
         digits = max(2, len(str(self.clients - 1)))
         return {f"{self.task}-{i:0{digits}d}": part for i, part in enumerate(parts)}
 
-    def _client(
+    def _splits(
         self,
         rows: list[int],
         texts: Sequence[str],
         targets: Sequence[str],
         rng: random.Random,
-        labels: tuple[str, ...],
         common: list[int],
-    ) -> ClientData | str:
-        """One client's splits; a string says why it has none. Equal texts go to one split.
-
-        Args:
-            labels: of all clients, common: this one's test rows, if these are set for all; else empty.
-        """
-        if not rows:
-            return "no rows"
-        if self.form == "classification" and not labels:  # a label too rare to train on is not this client's
+    ) -> list[list[int]]:
+        """One client's rows for training, validation and test, or `common` for test; equal texts go to one split."""
+        if self.own_labels and self.form == "classification":
             counts = Counter(targets[row] for row in rows)
             rows = [row for row in rows if counts[targets[row]] >= self.smallest]
+        if not rows:
+            return [[], [], []]
         if self.common:
-            parts = [*cut(rows, texts, self.validation, 0, rng)[:2], common]
-        else:
-            parts = cut(rows, texts, self.validation, self.test, rng)
+            return [*cut(rows, texts, self.validation, 0, rng)[:2], common]
+        return cut(rows, texts, self.validation, self.test, rng)
+
+    def _client(
+        self, parts: list[list[int]], texts: Sequence[str], targets: Sequence[str], labels: tuple[str, ...], rows: int
+    ) -> ClientData | str:
+        """One client's data; a string says why it has none."""
+        if not rows:
+            return "no rows"
         if any(not part for part in parts):
-            return f"{len(rows)} usable row(s), too few for training, validation and test"
-        if self.form == "classification" and not labels:
+            return f"{sum(map(len, parts))} usable row(s), too few for training, validation and test"
+        if self.form == "classification":
             counts = Counter(targets[row] for row in parts[0])
-            labels = tuple(
-                sorted(label for label, n in counts.items() if n >= min(self.smallest, max(counts.values())))
-            )
-            if len(labels) < 2:
-                return f"{len(rows)} rows with {len(labels)} usable label(s); classification needs two"
+            if self.own_labels:
+                least = min(self.smallest, max(counts.values()))
+                labels = tuple(label for label in labels if counts[label] >= least)
+                if len(labels) < 2:
+                    return f"{rows} rows with {len(labels)} usable label(s); classification needs two"
             parts = [[row for row in part if targets[row] in labels] for part in parts]
             if any(not part for part in parts):
-                return f"{len(rows)} rows, too few of the trained labels for validation and test"
+                return f"{rows} rows, too few of the trained labels for validation and test"
+        else:
+            labels = ()
         metric: Metric = self.metric or ("accuracy" if self.form == "classification" else "token_f1")
         splits = [Split([texts[i] for i in p], [targets[i] for i in p], [str(i) for i in p]) for p in parts]
         return ClientData(Task(self.task, self.form, labels, metric), *splits)
 
 
-def read_columns(path: Path, wanted: Sequence[str]) -> dict[str, list[str]]:
-    """The wanted columns as strings, one entry per row; rows count from 0, without the header.
+def _rows(n: int) -> str:
+    return f"{n} row{'' if n == 1 else 's'}"
 
-    Raises DataError as `read_rows`, for a column whose values are not text, numbers or booleans, and for empty values
-    (with count and first row).
+
+def usable(table: Table, needed: Mapping[str, Sequence[str | None]]) -> tuple[list[int], list[str]]:
+    """Return the rows in which none of the columns is missing, and sentences that count the others.
+
+    Args:
+        needed: column -> a value a row, None where it is missing.
+
+    Raises:
+        DataError: if no row is left.
     """
-    rows = read_rows(path, wanted)
-    return {column: strings(path, column, rows[column][:]) for column in wanted}
+    used, notes = list(range(len(table))), []
+    for column, values in needed.items():
+        lacking = [row for row in range(len(table)) if values[row] is None]
+        if lacking:
+            spelled = without(table.cells(column), lacking)
+            notes.append(
+                f"left out: {_rows(len(lacking))} of {len(table)} without a value of {column!r} ({spelled}), first "
+                f"{table.place(lacking[0])}"
+            )
+            used = [row for row in used if values[row] is not None]
+    if not used:
+        raise DataError(f"{table.name} has no row with values of all of {', '.join(map(repr, needed))}; fill them")
+    return used, notes
 
 
-def read_rows(path: Path, wanted: Sequence[str]) -> Any:
-    """The file, directory of `datasets` or data set on the hub as a `datasets.Dataset` that has the wanted columns.
-
-    Raises DataError for a missing or unreadable file, an unknown ending, no rows, or a missing column (with what there
-    is).
-    """
-    if is_directory(path) or is_hub_name(path):
-        rows = rows_of(path)
-    elif not path.is_file():
-        raise DataError(f"{path} is not a file; give a {', '.join(_READERS)} file, or a directory of `datasets`")
-    elif path.suffix.lower() not in _READERS:
-        raise DataError(f"{path.name} ends in {path.suffix!r}; readable are {', '.join(_READERS)}")
-    else:
-        refuse_pointer(path, DataError)
-        rows = _open(path)
-    for column in wanted:
-        if column not in rows.column_names:
-            close = difflib.get_close_matches(column, rows.column_names, 1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise DataError(f"{path.name} has no column {column!r}{hint}; it has {' | '.join(rows.column_names)}")
-    if not len(rows):
-        raise DataError(f"{path.name} has no rows")
-    return rows
+def look_alikes(names: Mapping[str, Collection[str]]) -> list[str]:
+    """Return a sentence for each kind of names (labels, clients) of which some differ only in how they are written."""
+    notes = []
+    for kind, told in names.items():
+        if groups := alike(told):
+            shown = "; ".join(" and ".join(map(repr, group)) for group in groups[:4])
+            more = f"; and {len(groups) - 4} more" if len(groups) > 4 else ""
+            notes.append(
+                f"{kind} that differ only by case, blanks, accents or look-alikes, are they one? {shown}{more}"
+            )
+    return notes
 
 
-def _open(path: Path) -> Any:
-    """The file as a `datasets.Dataset`, without a copy in the shared cache."""
-    from datasets import Dataset, disable_progress_bars, enable_progress_bars
-    from datasets.exceptions import DatasetGenerationError
-    from datasets.utils.tqdm import are_progress_bars_disabled
-
-    kind = _READERS[path.suffix.lower()]
-    quiet = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        if kind == "csv":
-            return _csv(path)
-        reader = {"json": Dataset.from_json, "parquet": Dataset.from_parquet}[kind]
-        with tempfile.TemporaryDirectory() as cache:
-            return reader(str(path), cache_dir=cache, keep_in_memory=True)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path.name} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
-    except (DatasetGenerationError, ValueError, OSError, KeyError) as error:
-        cause = error.__cause__ or error
-        reason = first_line(cause)
-        raise DataError(f"{path.name} cannot be read as {kind}: {reason}") from error
-    finally:
-        if not quiet:
-            enable_progress_bars()
-
-
-def _csv(path: Path) -> Any:
-    """Every column as text, so that 007 and "NA" stay what the file says (`Dataset.from_csv` would guess types)."""
-    import pandas
-    from datasets import Dataset, Features, Value
-
-    separator = "\t" if path.suffix.lower() == ".tsv" else ","
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        header = next(csv.reader(file, delimiter=separator), [])
-        if len(set(header)) < len(header):
-            twice = next(name for name in header if header.count(name) > 1)
-            raise DataError(f"{path.name} names the column {twice!r} twice; rename one of them")
-        file.seek(0)
-        rows = pandas.read_csv(file, sep=separator, dtype=str, keep_default_na=False, na_values=[""], index_col=False)
-    features = Features({name: Value("string") for name in rows.columns})
-    return Dataset.from_pandas(rows, features=features, preserve_index=False)
-
-
-def strings(path: Path, column: str, values: Sequence[Any]) -> list[str]:
-    """The values of a column as strings without blanks around them; raises DataError as `read_columns`."""
-    empty = [i for i, v in enumerate(values) if v is None or (isinstance(v, str) and not v.strip()) or v != v]
-    if empty:
-        raise DataError(
-            f"{path.name} column {column!r} is empty in {len(empty)} of {len(values)} rows, first in row {empty[0]}; "
-            "fill or remove them"
-        )
-    odd = next((i for i, v in enumerate(values) if not isinstance(v, str | int | float | bool)), None)
-    if odd is not None:
-        kind = type(values[odd]).__name__
-        raise DataError(f"{path.name} column {column!r} row {odd} holds a {kind}; text, numbers and booleans are read")
-    return [v.strip() if isinstance(v, str) else json.dumps(v) for v in values]
-
-
-def by_client(owners: Sequence[str], where: str) -> dict[str, list[int]]:
-    """Client id -> places of its rows, by the client's name in each row, which stands `where`.
-
-    Raises DataError when two names become one id.
-    """
-    from consilium.data.partition import divide_by_client
-
-    parts = divide_by_client(owners)
-    held = {_client_id(name): part for name, part in parts.items()}
-    if len(held) < len(parts):
-        raise DataError(f"{where} has client names that differ only in characters not allowed")
-    return held
-
-
-def _client_id(name: str) -> str:
-    """A client column's value as an id: other characters become "-", and long names are cut."""
-    return re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip(".")[:64] or "client"
+def read_columns(path: Path, wanted: Sequence[str]) -> dict[str, list[str | None]]:
+    """Return the characters of the wanted columns, an entry a row, None for null; raises as `read_table`."""
+    table = read_table(path, None, wanted)
+    return {column: table.texts(column) for column in wanted}
 
 
 def cut(rows: list[int], texts: Sequence[str], validation: float, test: float, rng: random.Random) -> list[list[int]]:

@@ -21,9 +21,9 @@ from consilium.core import ClientContext, ClientInfo, ClientState, Payload, deri
 from consilium.data.arrays import ImageData, Scale, TableData, matrix
 from consilium.data.encode import encode
 from consilium.data.pixels import Pages, stack
+from consilium.data.table import read_table
 from consilium.data.task import ClientData, Split, Task
 from consilium.data.tensor import TensorSplit, of_texts
-from consilium.data.textfile import read_rows
 from consilium.engine.rounds import tested
 from consilium.errors import ConfigError, first_line
 from consilium.escape import markdown, markdown_code, one_line
@@ -225,7 +225,7 @@ class Small:
         """
         if self.scale is None:
             raise ConfigError(f"this model reads {self.reads}")
-        x = matrix(path, read_rows(path, self.scale.columns), self.scale.columns)
+        x = matrix(read_table(path, None, self.scale.columns), self.scale.columns)
         return self._labels(torch.from_numpy(self.scale.standardised(x).astype(np.float32)))
 
     def _labels(self, x: Tensor) -> list[tuple[str, float]]:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from consilium.data.arrays import ImageData
 from consilium.data.pixels import Images
 from consilium.data.sets import is_directory, is_hub_name, open_set
+from consilium.data.table import parts_of
 from consilium.data.task import Federation
 from consilium.errors import ConfigError
 from consilium.report.preview import Preview, counts_of, write_figure
@@ -32,6 +33,8 @@ def holds_images(path: Path) -> bool:
         found = open_set(path)
         features = (found if isinstance(found, Dataset) else next(iter(found.values()))).features
         return any(isinstance(kind, Image) for kind in features.values())
+    if path.is_dir() and (tables := parts_of(path)):
+        return all(holds_images(file) for file in tables)
     if str(path) == "digits" or path.is_dir() or path.suffix.lower() == ".npz":
         return True
     if path.suffix.lower() != ".parquet" or not path.is_file():

@@ -1,9 +1,11 @@
 """A look at data before it is used: its columns, how its rows would be dealt, and the command that runs on it.
 
-Columns are guessed by their names where they are not given; the split shown is the one a run with the same seed has.
+Columns that are not given are guessed by their names, and the label also by its few different values. The split shown
+is the one a run with the same seed has.
 """
 
 import difflib
+import json
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,10 +19,15 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from consilium.data.arrays import TableData
-from consilium.data.language import LanguageData
+from consilium.data.causal import rendered
+from consilium.data.dialect import Dialect
+from consilium.data.language import COMPANIONS, LanguageData
+from consilium.data.names import names_of
+from consilium.data.table import Table as Rows
+from consilium.data.table import read_table
 from consilium.data.task import Federation
-from consilium.data.textfile import TextFileData, read_rows
-from consilium.errors import ConfigError
+from consilium.data.textfile import TextFileData
+from consilium.errors import ConfigError, DataError
 from consilium.escape import one_line, terminal
 from consilium.report.maps import RAMP
 from consilium.report.style import any_glyph, shorten_all
@@ -30,26 +37,39 @@ __all__ = ["Preview", "counts_of", "guess", "preview", "save_picture", "show", "
 NAMES = {
     "messages": ("messages", "conversations", "conversation", "chat"),
     "prompt": ("prompt", "instruction", "question", "query"),
-    "response": ("response", "output", "answer", "completion"),
+    "response": ("response", "output", "answer", "completion", "answers", "answerkey"),
     "context": ("context", "passage"),
+    "input": ("input",),
+    "choices": ("choices", "options"),
     "text": ("text", "sentence", "document", "content", "body", "note", "description"),
     "label": ("label", "target", "class", "category", "intent", "topic"),
-    "client": ("client", "client_id", "site", "hospital", "owner", "author", "part"),
+    "client": ("client", "client_id", "site", "hospital", "owner", "author", "part", "user"),
 }
 """What a column is taken for by its name, whatever the case; the first that is there."""
 
+_PROMPT = ("prompt", "response", *(role for roles in COMPANIONS.values() for role in roles))
 _SHOWN = 12
+_COLUMNS = 40
+_MOST_LABELS = 50
 
 
 def guess(columns: Sequence[str]) -> dict[str, str]:
-    """What the columns are for, role -> column; roles that a chosen kind of data does not use are left out.
+    """Return what the columns are for by their names, role -> column, without roles that a kind of data does not use.
 
     A conversation is preferred to a prompt with a response, this to a text with a label, this to plain text.
     """
     found = _by_name(columns)
-    for roles in (("messages",), ("prompt", "response", "context"), ("text", "label"), ("text",)):
-        if all(role in found for role in roles if role != "context"):
-            return {role: found[role] for role in (*roles, "client") if role in found}
+    if "prompt" not in found and {"input", "response"} <= found.keys():
+        found["prompt"] = found.pop("input")
+    companions = COMPANIONS.get(found.get("prompt", "").lower(), {})
+    for needed, more in (
+        (("messages",), ()),
+        (("prompt", "response"), companions),
+        (("text", "label"), ()),
+        (("text",), ()),
+    ):
+        if all(role in found for role in needed):
+            return {role: found[role] for role in (*needed, *more, "client") if role in found}
     return {}
 
 
@@ -63,6 +83,41 @@ def _by_name(columns: Sequence[str]) -> dict[str, str]:
     }
 
 
+def _by_values(table: Rows, roles: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """The text and the label by what the columns hold, as far as the roles lack them, and other columns of few values.
+
+    The text is the column of the longest values, if these have several words; the label the column that has the fewest
+    different values, at least two, each at least three times on average, that are not all numbers.
+    """
+    found, few, longest = {}, {}, 0.0
+    for column in [c for c in table.columns if c not in roles.values()][:_COLUMNS]:
+        try:
+            values = [value for value in table.filled(column) if value]
+        except DataError:
+            continue
+        different = len({*names_of(values)} - {None})
+        length = sum(map(len, values)) / max(len(values), 1)
+        if 2 <= different <= min(_MOST_LABELS, len(table) // 3) and not _is_number(table, column):
+            few[column] = different
+        elif (
+            "text" not in roles
+            and length > max(longest, 20)
+            and sum(" " in value for value in values) > len(values) / 2
+        ):
+            found["text"], longest = column, length
+    if few and "label" not in roles:
+        found["label"] = min(few, key=lambda column: few[column])
+    return found, [f"{column!r} has {n} different values" for column, n in few.items() if column != found.get("label")]
+
+
+def _is_number(table: Rows, column: str) -> bool:
+    try:
+        table.numbers(column)
+    except DataError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Preview:
     """What was found in a file.
@@ -74,102 +129,234 @@ class Preview:
         counts: client -> label (or "examples") -> rows in all three splits.
         lengths: tokens of the shortest, median, 95 % and longest text, by role.
         facts: further lines. model: further flags of the command, most of them of the model.
+        advice: lines before the command.
     """
 
     rows: int
-    columns: dict[str, tuple[int, int, str]]
-    roles: dict[str, str]
+    columns: Mapping[str, tuple[int, int, str]]
+    roles: Mapping[str, str]
     recipe: str
-    flags: dict[str, str]
+    flags: Mapping[str, str]
     federation: Federation
-    counts: dict[str, dict[str, int]]
-    lengths: dict[str, tuple[int, int, int, int]] = field(default_factory=dict)
+    counts: Mapping[str, Mapping[str, int]]
+    lengths: Mapping[str, tuple[int, int, int, int]] = field(default_factory=dict)
     facts: tuple[str, ...] = ()
     model: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()
 
     @property
     def command(self) -> str:
         """The command line that runs on the file."""
-        flags = [part for flag, value in self.flags.items() for part in (f"--data.{flag}", value)]
+        flags = [part for flag, value in self.flags.items() for part in (f"--data.{flag}", *shlex.split(value))]
         return shlex.join(["consilium", "run", self.recipe, *self.model, *flags])
 
 
 def preview(
-    path: Path, given: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any], seed: int
+    path: Path,
+    given: Mapping[str, str],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Mapping[str, Any],
+    seed: int,
+    dialect: Dialect | None = None,
+    model: str = "",
 ) -> Preview:
     """Read a file, deal its rows and measure its texts.
 
     Args:
-        given: role -> column, where the guess is not right; other columns are guessed if none of the data is given.
+        given: role -> column, where the guess is not right; other columns are guessed if none of the data is given. The
+            client "none" deals the rows anew.
         settings: clients, partition, alpha of the split.
+        dialect: of a text file, where it is not to be recognised.
+        model: path or name of the model that the command names; "": the recipe's own, or a placeholder.
 
     Raises:
         ConfigError: if nothing can be guessed, or a role is unknown. DataError: as the data sources do.
     """
-    rows = read_rows(path, list(given.values()))
-    names = rows.column_names
-    guessed = guess(names)
-    roles = dict(given) if set(given) - {"client"} else guessed | given
-    if "client" not in roles and (client := _by_name(names).get("client")):
-        roles["client"] = client
-    recipe, data, flags = _data(path, roles, settings, names)
+    dialect = dialect or Dialect()
+    table = read_table(path, dialect, [column for column in given.values() if column != "none"])
+    roles, advice = _roles(table, given, settings)
+    recipe, data, flags, ignored = _data(path, table, roles, settings, dialect)
     federation = data.load(seed)
-    columns = {name: _column(rows[name][:]) for name in names}
-    sizes = {
-        role: _lengths(tokenizer, rows[roles[role]][:]) for role in ("prompt", "response", "text") if role in roles
-    }
-    model = {"fedmoe-text": (), "pfedmoe-table": ("--data.no-positive",)}.get(recipe, ("--model.path", "MODEL"))
-    counts = counts_of(federation)
-    return Preview(len(rows), columns, roles, recipe, flags, federation, counts, sizes, model=model)
+    shown = [*dict.fromkeys([*roles.values(), *table.column_names])][:_COLUMNS]
+    columns = {name: _column(table, name) for name in table.column_names if name in shown}
+    facts = [table.form]
+    if len(table.columns) > len(columns):
+        facts.append(f"{len(table.columns)} columns, of which {len(columns)} are shown")
+    spare = [column for column in table.columns if column not in roles.values()]
+    if spare and recipe != "pfedmoe-table" and not isinstance(data, LanguageData):  # which says so itself
+        facts.append(f"columns that are not used: {', '.join(spare[:12])}{', ...' if len(spare) > 12 else ''}")
+    lengths = _lengths(federation, tokenizer)
+    flags_of_model = {"pfedmoe-table": ("--data.no-positive",)}.get(recipe, ())
+    if recipe != "pfedmoe-table":
+        needed = "" if recipe == "fedmoe-text" else "MODEL"
+        flags_of_model = ("--model.path", model or needed) if model or needed else ()
+        flags_of_model += _fits(recipe, lengths)
+        if needed and not model:
+            advice.append("MODEL is a mixture-of-experts language model: a directory, or owner/name on the hub")
+        advice.append(
+            "add --memory SIZE, what a client's device holds (e.g. --memory 8GiB): without it no experts need be chosen"
+        )
+    return Preview(
+        len(table),
+        columns,
+        roles,
+        recipe,
+        flags,
+        federation,
+        counts_of(federation),
+        lengths,
+        tuple(facts),
+        flags_of_model,
+        (*ignored, *advice),
+    )
+
+
+def _roles(table: Rows, given: Mapping[str, str], settings: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """Role -> column, of those given and those guessed, and what is to be said about the guess."""
+    names = table.column_names
+    if {"chosen", "rejected"} <= {name.lower() for name in names} and not set(given) - {"client"}:
+        raise ConfigError(
+            f"{table.name} holds preference pairs (chosen, rejected), which are not trained on; to train on the chosen "
+            "answers alone, name them: --prompt and --response, or --messages chosen"
+        )
+    roles, advice = dict(given), []
+    dealt = [key for key in ("clients", "partition") if settings.get(key) is not None]
+    client = _by_name(names).get("client")
+    if "client" not in given and client not in (None, *given.values()):
+        if dealt:
+            advice.append(
+                f"{client!r} may say whose a row is; --{dealt[0]} deals the rows anew (else: --client {client})"
+            )
+        else:
+            roles["client"] = str(client)
+    if not set(given) - {"client"}:
+        guessed = guess([name for name in names if name not in given.values()])
+        roles = {role: column for role, column in guessed.items() if role != "client"} | roles
+    kinds = {"messages", "prompt", "response", "label"}
+    if not kinds & roles.keys() and not {"text"} & given.keys():
+        found, few = _by_values(table, roles)
+        if "label" in found and ("text" in found or "text" in roles or "client" in roles):
+            roles |= found
+            n = len({*names_of(table.texts(found["label"]))} - {None})
+            advice.append(
+                f"{found['label']!r} has {n} different values and is taken for the label (else: --label COLUMN)"
+            )
+        elif "text" in found:
+            roles |= found
+        if few and "client" not in roles:
+            advice.append(f"{'; '.join(few)}: if one says whose a row is, name it: --client COLUMN")
+    elif "text" in given and not kinds & roles.keys():
+        named = _by_name(names).get("label")
+        found = {"label": named} if named else _by_values(table, roles)[0]
+        if "label" in found:
+            advice.append(f"{found['label']!r} may be the label of the text: --label {found['label']}")
+    return {role: column for role, column in roles.items() if column != "none"}, advice
 
 
 def _data(
-    path: Path, roles: Mapping[str, str], settings: Mapping[str, Any], names: Sequence[str]
-) -> tuple[str, Any, dict[str, str]]:
-    """The recipe, its data source, and the flags that make it."""
-    rest = {key: roles[key] for key in ("client",) if key in roles}
-    dealt = {} if rest else {key: value for key, value in settings.items() if value is not None}
-    told = {key: str(value) for key, value in dealt.items()}
+    path: Path, table: Rows, roles: Mapping[str, str], settings: Mapping[str, Any], dialect: Dialect
+) -> tuple[str, Any, dict[str, str], list[str]]:
+    """The recipe, its data source, the flags that make it, and what is said of settings that it does not use."""
+    dealt = {key: value for key, value in settings.items() if value is not None}
+    ignored = []
+    if "client" in roles:
+        ignored += [f"--{key} is ignored: the column {roles['client']!r} says whose a row is" for key in dealt]
+        dealt = {}
+    elif "alpha" in dealt and dealt.get("partition") != "dirichlet":
+        ignored.append("--alpha is ignored: it is for --partition dirichlet")
+        del dealt["alpha"]
+    read = {key: value for key in ("separator", "quote", "encoding") if (value := getattr(dialect, key))}
+    told = {key: shlex.quote(str(value)) for key, value in (dealt | read).items()}
+
+    def used(**columns: str) -> dict[str, str]:
+        """Field -> column, of the roles that there are."""
+        return {field: roles[role] for field, role in columns.items() if role in roles}
+
+    def flags(columns: Mapping[str, str]) -> dict[str, str]:
+        return {key: shlex.quote(value) for key, value in {"path": str(path), **columns}.items()} | told
+
     if {"messages", "prompt", "response"} & roles.keys():
-        used = {key: roles[key] for key in ("messages", "prompt", "response", "context") if key in roles} | rest
-        return "fedmoe-instructions", LanguageData(path, **used, **dealt), {"path": str(path)} | used | told
+        columns = used(**{role: role for role in ("messages", *dict.fromkeys(_PROMPT), "client")})
+        return "fedmoe-instructions", LanguageData(path, **columns, **dealt, **read), flags(columns), ignored
     if {"text", "label"} <= roles.keys():
-        used = {"text": roles["text"], "target": roles["label"]} | rest
-        return "fedmoe-text", TextFileData(path, **used, **dealt), {"path": str(path)} | used | told
+        columns = used(text="text", target="label", client="client")
+        return "fedmoe-text", TextFileData(path, **columns, **dealt, **read), flags(columns), ignored
     if "text" in roles:
-        used = {"text": roles["text"]} | rest
-        return "fedmoe-plaintext", LanguageData(path, **used, **dealt), {"path": str(path)} | used | told
+        columns = used(text="text", client="client")
+        return "fedmoe-plaintext", LanguageData(path, **columns, **dealt, **read), flags(columns), ignored
     if {"label", "client"} <= roles.keys():
-        used = {"target": roles["label"]} | rest
-        return "pfedmoe-table", TableData(path, **used), {"path": str(path)} | used
+        columns = used(target="label", client="client")
+        rest = [column for column in table.columns if column not in columns.values()]
+        numbers = [column for column in rest if _is_number(table, column)]
+        of_numbers = {} if numbers == rest else {"columns": shlex.join(numbers)}
+        if of_numbers:
+            odd = [column for column in rest if column not in numbers]
+            ignored.append(f"columns that are not used, as they hold no numbers: {', '.join(odd[:12])}")
+        data = TableData(path, **columns, columns=tuple(numbers) if of_numbers else (), **read)
+        return "pfedmoe-table", data, flags(columns) | of_numbers, ignored
+    there = " | ".join(table.column_names[:_COLUMNS])
     raise ConfigError(
-        f"cannot tell what the columns of {path.name} are for ({' | '.join(names)}); name them: --text and --label, "
+        f"cannot tell what the columns of {path.name} are for ({there}); name them: --text and --label, "
         "--prompt and --response, --messages, or --text alone; of a table of numbers --label and --client"
     )
 
 
-def _column(values: Sequence[Any]) -> tuple[int, int, str]:
-    filled = [str(value) for value in values if value is not None and value == value and str(value).strip()]
-    return len(values) - len(filled), len(set(filled)), " ".join(filled[0].split())[:40] if filled else ""
+def _column(table: Rows, name: str) -> tuple[int, int, str]:
+    """How many values are empty, how many differ, and the beginning of the first."""
+    values = [value if isinstance(value, str) else str(value) for value in table.cells(name) if value is not None]
+    filled = [value for value in values if value.strip()]
+    return len(table) - len(filled), len(set(filled)), " ".join(filled[0].split())[:40] if filled else ""
 
 
-def _lengths(tokenizer: PreTrainedTokenizerBase, values: Sequence[Any]) -> tuple[int, int, int, int]:
-    """Tokens of at most 2000 texts, evenly chosen: least, median, 95 %, most."""
-    texts = [str(value) for value in values[:: -(-len(values) // 2000)]]
-    sizes = sorted(len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"])
-    return sizes[0], sizes[len(sizes) // 2], sizes[int(len(sizes) * 0.95)], sizes[-1]
+def _lengths(federation: Federation, tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[int, int, int, int]]:
+    """Tokens of at most 2000 examples, evenly chosen: least, median, 95 %, most; of prompts as they are written."""
+    texts: dict[str, list[str]] = {}
+    for data in federation.clients.values():
+        for _, split in data.splits():
+            for given, target in zip(split.texts, split.targets, strict=True):
+                if data.task.form == "classification":
+                    pairs = {"text": given} if given and hasattr(split, "examples") and split.shape == () else {}
+                elif data.task.form == "language":
+                    pairs = {"text": target} if not given else {"prompt": given, "response": target}
+                else:
+                    pairs = {"text": given, "target": target}
+                for role, text in pairs.items():
+                    texts.setdefault(role, []).append(text)
+    found = {}
+    for role, values in texts.items():
+        values = values[:: -(-len(values) // 2000)]
+        if role == "prompt":
+            values = [rendered(json.loads(value), "", tokenizer)[0] for value in values]
+        sizes = sorted(len(ids) for ids in tokenizer(values, verbose=False)["input_ids"])
+        found[role] = (sizes[0], sizes[len(sizes) // 2], sizes[int(len(sizes) * 0.95)], sizes[-1])
+    return found
+
+
+def _fits(recipe: str, lengths: Mapping[str, tuple[int, int, int, int]]) -> tuple[str, ...]:
+    """Flags that make room for 95 % of the texts, where the recipe's own lengths do not."""
+    from consilium.recipes import find
+
+    fit = find(recipe).make().fit
+    flags: list[str] = []
+    fields = (
+        {"text": "max_length"} if recipe == "fedmoe-text" else {"prompt": "max_length", "response": "target_length"}
+    )
+    for role, name in fields.items():
+        if role in lengths and lengths[role][2] > getattr(fit, name):
+            flags += [f"--fit.{name.replace('_', '-')}", str(-(-lengths[role][2] // 16) * 16)]
+    return tuple(flags)
 
 
 def counts_of(federation: Federation) -> dict[str, dict[str, int]]:
-    """Client -> label (or "examples", where there are none) -> rows in all three splits."""
+    """Client by its name -> label (or "examples", where there are none) -> rows in all three splits."""
     counts = {}
     for client, told in federation.partition()["clients"].items():
-        counts[client] = told["label_counts"] or {"examples": sum(told["sizes"].values())}
+        counts[told.get("name", client)] = told["label_counts"] or {"examples": sum(told["sizes"].values())}
     return counts
 
 
 def show(found: Preview, console: Console) -> None:
-    """Print it: columns, lengths, clients by labels, the command."""
+    """Print it: columns, lengths, clients by labels, what was left out, the command."""
 
     def say(text: str) -> None:
         console.print(terminal(text), markup=False, highlight=False, soft_wrap=True)
@@ -191,7 +378,8 @@ def show(found: Preview, console: Console) -> None:
     for counts in found.counts.values():
         totals.update(counts)
     clients = list(found.counts)[:_SHOWN]
-    room = console.width - max(map(len, [*map(one_line, clients), "client"])) - 10
+    called = shorten_all([one_line(client) for client in clients], 40)
+    room = console.width - max(map(len, [*called, "client"])) - 10
     shown = max(min(_SHOWN, room // 10), 2)
     labels = [label for label, _ in totals.most_common(shown)]
     if len(totals) > 1:
@@ -200,17 +388,19 @@ def show(found: Preview, console: Console) -> None:
     say(f"{len(found.counts)} clients, rows by label" + (f" (the {shown} largest)" if len(totals) > shown else ""))
     heads = (Column(Text(name)) for name in shorten_all([one_line(label) for label in labels], 9))
     split = Table(Column("client", no_wrap=True), *heads, "rows", box=None)
-    for client in clients:
+    for client, name in zip(clients, called, strict=True):
         counts = found.counts[client]
-        split.add_row(
-            Text(one_line(client)), *(str(counts.get(label, 0)) for label in labels), str(sum(counts.values()))
-        )
+        cells = (str(counts.get(label, 0)) for label in labels)
+        split.add_row(Text(name), *cells, str(sum(counts.values())))
     split.add_row("all", *(str(totals[label]) for label in labels), str(sum(totals.values())))
     console.print(split)
     if len(found.counts) > _SHOWN:
         say(f"  and {len(found.counts) - _SHOWN} more clients, counted in the last line")
-    for client, why in found.federation.skipped.items():
-        say(f"skipped {client}: {why}")
+    federation = found.federation
+    for client, why in federation.skipped.items():
+        say(f"skipped {federation.names.get(client, client)}: {why}")
+    for note in (*federation.notes, *found.advice):
+        say(f"note: {note}")
     say(found.command)
 
 

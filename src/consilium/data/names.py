@@ -1,0 +1,110 @@
+"""Names of labels and clients, made from the values of every source in one way.
+
+A name is the characters of its value in Unicode's composed form (NFC), without blanks around them. A value that is
+missing, in any spelling that file formats and programs write, has no name. A client's name may be any text; beside it
+the client has an id, which is allowed in paths and in messages.
+"""
+
+import hashlib
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from consilium.core import CLIENT_ID
+from consilium.errors import DataError
+
+__all__ = ["MISSING", "alike", "by_client", "client_ids", "name_of", "names_of", "without"]
+
+MISSING = frozenset(
+    ("NA", "N/A", "n/a", "#N/A", "#NA", "<NA>", "NaN", "nan", "NAN", "NaT", "NULL", "Null", "null", "None", r"\N")
+)
+"""How CSV, SQL, R, pandas, Excel and Python write a value that is missing; an empty field is, too. Words that people
+write for a class of their own, such as "none" or "na", are not among them."""
+
+_AROUND = "\u200b\u200c\u200d\u2060\ufeff"
+
+
+def name_of(value: str | None, declared: Collection[str] = ()) -> str | None:
+    """Return the name that a value of a label or client column stands for; None if it is missing.
+
+    Args:
+        declared: names that are names even if they read like a missing value.
+    """
+    if value is None:
+        return None
+    name = unicodedata.normalize("NFC", value)
+    while name != (shorter := name.strip().strip(_AROUND)):
+        name = shorter
+    return None if not name or (name in MISSING and name not in declared) else name
+
+
+def names_of(values: Iterable[str | None], declared: Collection[str] = ()) -> list[str | None]:
+    """Return `name_of` every value."""
+    known: dict[str | None, str | None] = {}
+    names = []
+    for value in values:
+        if value not in known:
+            known[value] = name_of(value, declared)
+        names.append(known[value])
+    return names
+
+
+def without(values: Sequence[Any], rows: Iterable[int]) -> str:
+    """Return how often the values of these rows are missing, by their spellings: "empty 3, NA 2"."""
+    counts = Counter(str(values[row] or "").strip() or "empty" for row in rows)
+    return ", ".join(f"{spelling} {n}" for spelling, n in counts.most_common())
+
+
+_TWINS = str.maketrans(
+    "аеорсхуіјѕһԁԛԝАВЕКМНОРСТХУІЈЅԌαοιρνυκχΑΒΕΖΗΙΚΜΝΟΡΤΥΧ",
+    "aeopcxyijshdqwABEKMHOPCTXYIJSGaoipvukxABEZHIKMNOPTYX",
+)
+"""Letters of the Cyrillic and Greek alphabets that look like Latin ones."""
+_FIGURES = str.maketrans("0O1lI", "OOlll")
+
+
+def alike(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Return the groups of names that differ only by case, blanks, accents, punctuation marks, or look-alikes."""
+    groups: dict[str, set[str]] = defaultdict(set)
+    for name in names:
+        latin = unicodedata.normalize("NFKD", name).translate(_TWINS)
+        letters = "".join(c for c in latin if not unicodedata.combining(c) and unicodedata.category(c) != "Cf")
+        groups["case " + re.sub(r"[\s_-]+", "", letters).casefold()].add(name)
+        groups["figures " + re.sub(r"\s+", "", letters.translate(_FIGURES))].add(name)
+    return sorted({tuple(sorted(group)) for group in groups.values() if len(group) > 1})
+
+
+def client_ids(names: Iterable[str]) -> dict[str, str]:
+    """Return an id for every name, unique among them: the name itself where that may be an id, else its Latin letters.
+
+    An id begins with what can be read of the name, and ends with eight digits of the name's SHA-256 where that would
+    be equal, but for case, to another id, where nothing can be read, and where the name is long.
+    """
+    names = sorted(set(names))
+    readable = {name: name if CLIENT_ID.fullmatch(name) else _readable(name) for name in names}
+    counts = Counter(text.lower() for text in readable.values())
+    ids = {}
+    for name, text in readable.items():
+        plain = text and counts[text.lower()] == 1 and len(text) <= 64
+        digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+        ids[name] = text if plain else f"{text[:48].rstrip('.-') or 'client'}-{digest}"
+    if len(set(ids.values())) < len(ids):
+        raise DataError("a client has the name that another client's id would be; rename one of the two")
+    return ids
+
+
+def _readable(name: str) -> str:
+    plain = unicodedata.normalize("NFKD", name.replace("ß", "ss").replace("ø", "o").replace("æ", "ae"))
+    plain = "".join(c for c in plain if not unicodedata.combining(c))
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip(".-")
+
+
+def by_client(owners: Sequence[str]) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Return the places of every client's rows by its id, and the names of the clients whose id is another text."""
+    ids = client_ids(owners)
+    held: dict[str, list[int]] = defaultdict(list)
+    for place, owner in enumerate(owners):
+        held[ids[owner]].append(place)
+    return dict(sorted(held.items())), {id: name for name, id in ids.items() if id != name}

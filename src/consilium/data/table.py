@@ -1,0 +1,436 @@
+"""Tables of every format, read whole or refused, as columns of characters.
+
+    .csv .tsv .tab          delimited text, see `dialect`
+    .jsonl .ndjson .json    an object a line; an array of objects; LEAF's users and user_data
+    .parquet                also folders of them
+    .xlsx                   the one sheet that has rows (needs the extra "excel")
+    a directory             of `datasets` (save_to_disk), or of files of one of the formats above
+    owner/name              on the hub
+
+Text files may be packed as .gz, .bz2, .xz or .zst. A value is what the file says: no type is guessed for it. Where the
+format itself has types, a whole number is its digits, another number its shortest decimal form, a date in ISO 8601.
+"""
+
+import bz2
+import difflib
+import gzip
+import json
+import lzma
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from consilium.data.dialect import Dialect, decode, parse
+from consilium.data.names import MISSING
+from consilium.data.sets import is_directory, is_hub_name, rows_of
+from consilium.errors import ConfigError, DataError, first_line
+
+__all__ = ["Table", "number_of", "parts_of", "read_table"]
+
+_TEXTS = (".csv", ".tsv", ".tab")
+_JSON = (".jsonl", ".ndjson", ".json")
+_PACKED: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.decompress,
+    ".bz2": bz2.decompress,
+    ".xz": lzma.decompress,
+    ".zst": lambda data: pa.input_stream(pa.BufferReader(data), compression="zstd").read(),
+}
+_READABLE = ".csv, .tsv, .jsonl, .json, .parquet, .xlsx (text also as .gz or .zst), or a folder of one kind"
+_LITTER = re.compile(r"[._].*|Thumbs\.db|desktop\.ini|.*\.crc|dataset_infos\.json|README(\.md|\.txt)?")
+
+Cell = str | bytes | list[Any] | dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of a file.
+
+    Args:
+        name: what an error calls the file.
+        columns: name -> values, as Arrow has them, or cells as they are returned.
+        rows: how many.
+        form: what the file was recognised as, in words.
+        lines: of each row, where it begins in the file, from 1; (): the format has no lines.
+    """
+
+    name: str
+    columns: Mapping[str, pa.ChunkedArray | list[Cell]]
+    rows: int
+    form: str
+    lines: Sequence[int] = field(default=(), repr=False)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    @property
+    def column_names(self) -> list[str]:
+        """In the order of the file."""
+        return list(self.columns)
+
+    def require(self, columns: Iterable[str]) -> None:
+        """Raise DataError for a column that is not there, with those that are, and for a table without rows."""
+        for column in columns:
+            if column not in self.columns:
+                close = difflib.get_close_matches(column, self.columns, 1)
+                hint = f" (did you mean {close[0]!r}?)" if close else ""
+                there = " | ".join([*self.columns][:40]) + (" | ..." if len(self.columns) > 40 else "")
+                raise DataError(f"{self.name} has no column {column!r}{hint}; it has {there}")
+        if not self.rows:
+            raise DataError(f"{self.name} has no rows")
+
+    def place(self, row: int) -> str:
+        """Where a row (from 0) is found in the file: "line 10" as an editor counts, else "row 9", from 1."""
+        return f"line {self.lines[row]}" if self.lines else f"row {row + 1}"
+
+    def cells(self, column: str) -> list[Cell]:
+        """The values of a column: characters, None for null, lists and dicts for nested ones, bytes."""
+        values = self.columns[column]
+        return values if isinstance(values, list) else _cells(values)
+
+    def texts(self, column: str) -> list[str | None]:
+        """The characters of every value of a column, unchanged; None for null.
+
+        Raises:
+            DataError: for a value that is nested or binary, with its place.
+        """
+        values = self.cells(column)
+        for row, value in enumerate(values):
+            if value is not None and not isinstance(value, str):
+                raise DataError(
+                    f"{self.name} column {column!r} {self.place(row)} holds a {type(value).__name__}; "
+                    "text, numbers and booleans are read"
+                )
+        return values  # type: ignore[return-value]
+
+    def filled(self, column: str) -> list[str | None]:
+        """`texts`, with None for what is empty or blank."""
+        return [text if text and not text.isspace() else None for text in self.texts(column)]
+
+    def numbers(self, column: str) -> np.ndarray:
+        """The numbers of a column, float64, with nan for what is missing; decimal commas are understood.
+
+        Raises:
+            DataError: for a value that is no finite number, or one such as "1,234" that may be two.
+        """
+        values = self.columns[column]
+        if not isinstance(values, list) and (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
+            numbers = values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False).astype(np.float64)
+        else:
+            texts = [(text or "").strip() for text in self.texts(column)]
+            numbers = np.full(len(texts), math.nan)
+            comma = any("," in text for text in texts) and self._decimal_comma(texts)
+            for row, text in enumerate(texts):
+                if text and text not in MISSING:
+                    try:
+                        numbers[row] = float(text) if "," not in text and not comma else number_of(text, comma)
+                    except ValueError as error:
+                        why = " (is that comma or point a decimal one?)" if "may be" in str(error) else ""
+                        where = f"{self.name} column {column!r}"
+                        raise DataError(
+                            f"{where} does not hold numbers: {self.place(row)} has {text!r}{why}; leave the column out"
+                        ) from error
+        if np.isinf(numbers).any():
+            row = int(np.flatnonzero(np.isinf(numbers))[0])
+            raise DataError(f"{self.name} column {column!r} {self.place(row)} is not finite; remove or correct it")
+        return numbers
+
+    def _decimal_comma(self, texts: Iterable[str]) -> bool:
+        """Whether commas of a column are decimal ones: some can be nothing else, or the file separates by ";", as
+        Excel does where commas are decimal, and no point can be nothing else."""
+        texts = list(texts)
+        if any(re.fullmatch(r"[+-]?\d*,(\d{1,2}|\d{4,})", text) for text in texts):
+            return True
+        points = any(re.fullmatch(r"[+-]?(\d*|\d{1,3}(,\d{3})+)\.(\d{1,2}|\d{4,})", text) for text in texts)
+        return self.form.startswith("fields between ';'") and not points
+
+
+def number_of(text: str, comma: bool) -> float:
+    """Return the number that a text of a column with commas stands for.
+
+    Args:
+        comma: whether commas are decimal ones there, and not between thousands.
+
+    Raises:
+        ValueError: if it stands for none, or "may be" two.
+    """
+    decimal, between = (",", ".") if comma else (".", ",")
+    if between not in text:
+        return float(text.replace(decimal, "."))
+    grouped = rf"[+-]?\d{{1,3}}({re.escape(between)}\d{{3}})+"
+    if re.fullmatch(rf"{grouped}{re.escape(decimal)}\d*|{grouped}{re.escape(between)}\d{{3}}", text):
+        return float(text.replace(between, "").replace(decimal, "."))
+    if comma and re.fullmatch(r"[+-]?\d*\.(\d{1,2}|\d{4,})", text):
+        return float(text)
+    raise ValueError("may be two" if re.fullmatch(grouped, text) else "no number")
+
+
+def read_table(path: Path, dialect: Dialect | None = None, wanted: Iterable[str] = ()) -> Table:
+    """Read all rows of a file, a directory or a data set on the hub.
+
+    Args:
+        dialect: of delimited text and of encodings; None: recognised.
+        wanted: columns that must be there.
+
+    Raises:
+        DataError: for a missing or unreadable file, an unknown ending, no rows, or a missing column (with what there
+            is).
+    """
+    dialect = dialect or Dialect()
+    if is_directory(path) or is_hub_name(path):
+        rows = rows_of(path).with_format("arrow")
+        table = _of_arrow(path.name, rows[:] if len(rows) else rows.data.table, "a data set of `datasets`")
+    elif path.is_dir():
+        table = _folder(path, dialect)
+    elif not path.is_file():
+        raise DataError(f"{path} is not a file; give {_READABLE}")
+    else:
+        table = _file(path, dialect)
+    table.require(wanted)
+    return table
+
+
+def _kind(path: Path) -> str:
+    """The ending that tells the format, without that of packing; "" if none is known."""
+    endings = [ending.lower() for ending in path.suffixes]
+    if endings and endings[-1] in _PACKED:
+        endings.pop()
+        return endings[-1] if endings and endings[-1] in (*_TEXTS, *_JSON) else ""
+    return endings[-1] if endings and endings[-1] in (*_TEXTS, *_JSON, ".parquet", ".xlsx") else ""
+
+
+def _file(path: Path, dialect: Dialect) -> Table:
+    kind = _kind(path)
+    if not kind:
+        raise DataError(f"{path.name} ends in {path.suffix!r}; readable are {_READABLE}")
+    try:
+        if kind == ".parquet":
+            return _of_arrow(path.name, pq.ParquetFile(path).read(), "Parquet")
+        if kind == ".xlsx":
+            return _excel(path)
+        data = path.read_bytes()
+        packed = _PACKED.get(path.suffix.lower())
+        text, encoding = decode(packed(data) if packed else data, path.name, dialect.encoding)
+    except (OSError, EOFError, ValueError, KeyError, lzma.LZMAError, pa.ArrowException) as error:
+        raise DataError(f"{path.name} cannot be read as {kind[1:]}: {first_line(error)}") from error
+    if kind in _JSON:
+        return _json(path.name, text)
+    found = parse(text, path.name, replace(dialect, encoding=encoding))
+    return Table(path.name, found.columns, len(found.lines), str(found.dialect), found.lines)
+
+
+def parts_of(path: Path) -> list[Path]:
+    """Return the files of a folder if all are of one format that is read, below folders too; [] otherwise."""
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not _LITTER.fullmatch(file.name))
+    kinds = {_kind(file) for file in files}
+    return files if len(kinds) == 1 and "" not in kinds else []
+
+
+def _folder(path: Path, dialect: Dialect) -> Table:
+    """The rows of all files of a folder, one file after the other; folders called "column=value" are a column."""
+    files = parts_of(path)
+    if not files:
+        raise DataError(f"{path} is a folder without files of rows, or of more than one kind; give {_READABLE}")
+    tables = []
+    for file in files:
+        table, told = _file(file, dialect), {}
+        for part in file.relative_to(path).parts[:-1]:
+            column, equal, value = part.partition("=")
+            told |= {column: [value] * len(table)} if equal else {}
+        tables.append(replace(table, columns={**table.columns, **told}))
+    first = tables[0]
+    for file, table in zip(files, tables, strict=True):
+        if set(table.columns) != set(first.columns):
+            odd = sorted(set(table.columns) ^ set(first.columns))
+            raise DataError(f"{file.name} and {files[0].name} of {path} differ in the column {odd[0]!r}")
+    columns = {column: [cell for table in tables for cell in table.cells(column)] for column in first.columns}
+    return Table(path.name, columns, sum(map(len, tables)), f"{len(files)} files of {first.form}")
+
+
+def _of_arrow(name: str, table: pa.Table, form: str) -> Table:
+    """An Arrow table; classes that `datasets` wrote as numbers have their names."""
+    if len(set(table.column_names)) < len(table.column_names):
+        raise DataError(f"{name} names a column twice; rename one of the two")
+    columns: dict[str, pa.ChunkedArray | list[Cell]] = dict(zip(table.column_names, table.columns, strict=True))
+    told = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    for column, kind in ((told.get("info") or {}).get("features") or {}).items():
+        if isinstance(kind, dict) and kind.get("_type") == "ClassLabel" and column in columns:
+            names = kind["names"]
+            columns[column] = [
+                names[int(place)] if place.isdecimal() and int(place) < len(names) else None
+                for place in map(str, table[column].to_pylist())
+            ]
+    return Table(name, columns, table.num_rows, form)
+
+
+def _cells(values: pa.ChunkedArray) -> list[Cell]:
+    """Arrow's values as cells."""
+    kind = values.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return values.to_pylist()
+    if pa.types.is_dictionary(kind):
+        return _cells(pa.chunked_array([chunk.dictionary_decode() for chunk in values.chunks], kind.value_type))
+    if pa.types.is_float32(kind) or pa.types.is_float16(kind):
+        numbers = values.to_numpy(zero_copy_only=False)
+        return [None if np.isnan(x) else str(x) for x in numbers]
+    return [_cell(value) for value in values.to_pylist()]
+
+
+def _cell(value: Any) -> Cell:
+    """A Python value as a cell."""
+    if value is None or isinstance(value, str | bytes | list | dict):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return None if value != value else repr(value)
+    if isinstance(value, datetime):
+        return value.isoformat(" ") if value.time() != datetime.min.time() else value.date().isoformat()
+    return value.isoformat() if isinstance(value, date) else str(value)
+
+
+def _excel(path: Path) -> Table:
+    """The one sheet that has rows."""
+    try:
+        from openpyxl import load_workbook
+    except ModuleNotFoundError as error:
+        raise ConfigError("openpyxl is missing: pip install 'consilium[excel]', or save the table as CSV") from error
+    from zipfile import BadZipFile
+
+    try:
+        book = load_workbook(path, read_only=True, data_only=True)
+        sheets = {}
+        for sheet in book.worksheets:
+            rows = [[_excel_cell(value) for value in row] for row in sheet.iter_rows(values_only=True)]
+            if numbered := [(line, row) for line, row in enumerate(rows, 1) if any(cell is not None for cell in row)]:
+                sheets[sheet.title] = numbered
+        book.close()
+    except (BadZipFile, KeyError, ValueError, TypeError) as error:
+        raise DataError(f"{path.name} cannot be read as an Excel workbook: {first_line(error)}") from error
+    if len(sheets) != 1:
+        raise DataError(
+            f"{path.name} has {len(sheets)} sheets with rows ({', '.join(sheets)}); save the one you need as a file of "
+            "its own"
+        )
+    (title, rows) = next(iter(sheets.items()))
+    header = rows.pop(0)[1]
+    while header and header[-1] is None:
+        header.pop()
+    names = [(cell or "").strip() or f"column {place}" for place, cell in enumerate(header, 1)]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{path.name} names the column {twice!r} twice; rename one of them")
+    for line, row in rows:
+        if any(cell is not None for cell in row[len(names) :]):
+            raise DataError(f"{path.name} line {line} has more cells than the header, which has {len(names)}")
+        row += [None] * (len(names) - len(row))
+    columns: dict[str, Any] = {name: [row[place] for _, row in rows] for place, name in enumerate(names)}
+    return Table(path.name, columns, len(rows), f"Excel, sheet {title!r}", [line for line, _ in rows])
+
+
+def _excel_cell(value: Any) -> str | None:
+    cell = _cell(value)
+    return cell if cell is None or isinstance(cell, str) else str(cell)
+
+
+class _Digits(str):
+    """A number of a JSON text, in its own characters."""
+
+
+def _json(name: str, text: str) -> Table:
+    """Objects a line, an array of them, or one object that holds all, see `_object`."""
+    if text.lstrip()[:1] == "[":
+        return _objects(name, _parsed(name, text), "a JSON array", ())
+    rows, lines = [], []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append(_parsed(name, line, number))
+            except DataError:
+                if rows:
+                    raise
+                return _object(name, _parsed(name, text))  # over several lines
+            lines.append(number)
+    if len(rows) == 1 and (".jsonl" not in name.lower() or "user_data" in rows[0]):
+        return _object(name, rows[0])
+    return _objects(name, rows, "JSON, an object a line", lines)
+
+
+def _parsed(name: str, text: str, line: int = 0) -> Any:
+    def paired(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+            raise DataError(f"{name}{f' line {line}' if line else ''} names {twice!r} twice in one object")
+        return found
+
+    try:
+        return json.loads(
+            text,
+            parse_int=_Digits,
+            parse_float=_Digits,
+            parse_constant=lambda word: None if word == "NaN" else _Digits(word),
+            object_pairs_hook=paired,
+        )
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{name} cannot be read as json: {error.msg} in line {line or error.lineno}, column {error.colno}"
+        ) from error
+    except RecursionError as error:
+        raise DataError(f"{name} cannot be read as json: it is nested too deeply") from error
+
+
+def _objects(name: str, rows: Any, form: str, lines: Sequence[int]) -> Table:
+    """A table of a list of objects; a key that an object does not have is null there."""
+    for place, row in enumerate(rows):
+        if not isinstance(row, dict):
+            where = f"line {lines[place]}" if lines else f"entry {place + 1}"
+            raise DataError(f"{name} cannot be read as json: {where} is a {type(row).__name__}, not an object")
+    keys = dict.fromkeys(key for row in rows for key in row)
+    columns: dict[str, Any] = {key: [_json_cell(row.get(key)) for row in rows] for key in keys}
+    return Table(name, columns, len(rows), form, lines)
+
+
+def _json_cell(value: Any) -> Cell:
+    if isinstance(value, _Digits):
+        return str(value)
+    return _restored(value) if isinstance(value, list | dict) else _cell(value)
+
+
+def _restored(value: Any) -> Any:
+    """A nested value with its numbers as numbers."""
+    if isinstance(value, _Digits):
+        return float(value) if re.search(r"[.eEI]", value) else int(value)
+    if isinstance(value, dict):
+        return {key: _restored(v) for key, v in value.items()}
+    return [_restored(v) for v in value] if isinstance(value, list) else value
+
+
+def _object(name: str, found: Any) -> Table:
+    """LEAF's JSON (users, and for each of them x and y), an object with one array of objects, or a single row."""
+    if isinstance(found, dict) and isinstance(found.get("user_data"), dict):
+        rows = []
+        for user, data in found["user_data"].items():
+            xs, ys = (data.get(key) for key in ("x", "y")) if isinstance(data, dict) else (None, None)
+            if not isinstance(xs, list) or not isinstance(ys, list) or len(xs) != len(ys):
+                raise DataError(f"{name}: user {user!r} has no lists x and y of equal length, as LEAF's JSON has")
+            for x, y in zip(xs, ys, strict=True):
+                flat = isinstance(x, list) and not any(isinstance(v, list | dict) for v in x)
+                rows.append({"user": user, **({f"x{i}": v for i, v in enumerate(x)} if flat else {"x": x}), "y": y})
+        return _objects(name, rows, "LEAF's JSON", ())
+    arrays = [v for v in found.values() if isinstance(v, list)] if isinstance(found, dict) else []
+    if len(arrays) == 1 and arrays[0] and all(isinstance(row, dict) for row in arrays[0]):
+        return _objects(name, arrays[0], "a JSON array in an object", ())
+    if isinstance(found, dict) and not any(isinstance(v, dict) for v in found.values()):
+        return _objects(name, [found], "JSON, one object", ())
+    raise DataError(
+        f"{name} cannot be read as json: it holds neither an object a line, nor an array of objects, nor LEAF's users "
+        "and user_data"
+    )
