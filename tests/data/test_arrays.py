@@ -133,7 +133,7 @@ def test_a_grade_as_yes_or_no(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [(["site,age,grade", "a,x,1"], "column 'age' does not hold numbers"), (["site,grade", "a,1"], "no column 'age'"),
-     (["site,age,grade", "a,1,"], "column 'grade' is empty"), (["site,age,grade", "a,1,1"], "at least 2")],
+     (["site,age,grade", "a,1,"], "without a value of 'grade'"), (["site,age,grade", "a,1,1"], "at least 2")],
 )  # fmt: skip
 def test_a_table_that_cannot_be_used(tmp_path, lines, message):
     with pytest.raises(DataError, match=message):

@@ -109,12 +109,16 @@ def chat(*turns):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (chat(("user", "u"), ("bot", "b")), r"column 'm' row 0 turn 1 has role 'bot'; allowed are system, user,"),
-        (chat(("user", "u"), ("assistant", " ")), r"column 'm' row 0 turn 1 \(assistant\) has no text"),
-        (chat(("user", "u")), r"column 'm' row 0 has no answer of the assistant; remove it"),
-        (chat(("assistant", "a")), r"column 'm' row 0 has no answer of the assistant"),
-        ([{"m": "[{"}], r"column 'm' row 0 is no JSON: "),
-        ([{"m": 3}], r"column 'm' row 0 holds a int; it must be a list of \{role, content\}"),
+        (chat(("user", "u"), ("boss", "b")), r"column 'm' line 1 turn 1 has role 'boss'; allowed are system, devel"),
+        (
+            chat(("user", "u"), ("assistant", " ")),
+            r"left out: 1 empty message\(s\); .*without an answer of the assistant",
+        ),
+        (chat(("user", "u")), r"1 of 1 rows of 'm' without an answer of the assistant, first line 1"),
+        (chat(("assistant", "a")), r"without an answer of the assistant"),
+        (chat(("user", [{"type": "image_url"}])), r"line 1 turn 0 has a part of type 'image_url'; only texts are read"),
+        ([{"m": "[{"}], r"column 'm' line 1 is no JSON: "),
+        ([{"m": 3}], r"column 'm' line 1 holds a int; it must be a list of \{role, content\}"),
     ],
 )
 def test_conversations_that_cannot_be_used(tmp_path, rows, message):
@@ -126,8 +130,9 @@ def test_conversations_that_cannot_be_used(tmp_path, rows, message):
 def test_what_cannot_be_read(tmp_path):
     rows = [{**row, "answer": None if i in (3, 5) else row["answer"]} for i, row in enumerate(ROWS)]
     path = write(tmp_path / "a.csv", rows)
-    with pytest.raises(DataError, match="column 'answer' is empty in 2 of 40 rows, first in row 3"):
-        LanguageData(path, **PAIR).load(0)
+    notes = LanguageData(path, **PAIR).load(0).notes
+    assert "left out: 2 rows of 40 without a value of 'answer' (empty 2), first line 5" in notes
+    assert "columns that are not used: about, site, topic" in notes
     with pytest.raises(DataError, match=r"no column 'asks' \(did you mean 'ask'\?\); it has ask \| answer"):
         LanguageData(path, prompt="asks", response="answer").load(0)
     with pytest.raises(ConfigError, match=r"name the columns: --data.prompt and .*; a.csv has ask \| answer \| about"):
@@ -155,3 +160,74 @@ def test_what_cannot_be_read(tmp_path):
 def test_settings_are_checked(changes, message):
     with pytest.raises(ConfigError, match=message):
         LanguageData(Path("a.csv"), **changes)
+
+
+def one(tmp_path, rows, **columns):
+    """The first example of 12 equal rows but for a number, which ends what the rows hold as "?"."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(rows).replace("?", str(i)) + "\n" for i in range(12)))
+    federation = LanguageData(path, clients=1, **columns).load(0)
+    given, target, row = next(every(federation))
+    return (
+        [(turn["role"], turn["content"].replace(str(row), "?")) for turn in given],
+        target.replace(str(row), "?"),
+        federation,
+    )
+
+
+PUBLISHED = [
+    ({"instruction": "Do ?", "input": "it", "output": " a\n"}, {"prompt": "instruction", "response": "output"},
+     [("user", "Do ?\n\nit")], " a\n"),
+    ({"instruction": "Do ?", "input": "", "output": "a"}, {"prompt": "instruction", "response": "output"},
+     [("user", "Do ?")], "a"),
+    ({"instruction": "Do ?", "context": "story", "response": "a", "category": "qa"},
+     {"prompt": "instruction", "response": "response"}, [("user", "story\n\nDo ?")], "a"),
+    ({"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q ?"},
+                        {"from": "gpt", "value": "a"}]},
+     {"messages": "conversations"}, [("system", "s"), ("user", "q ?")], "a"),
+    ({"messages": [{"role": "developer", "content": "d"},
+                   {"role": "user", "content": [{"type": "text", "text": "q ?"}]},
+                   {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]},
+     {"messages": "messages"}, [("system", "d"), ("user", "q ?")], "a"),
+    ({"messages": [{"role": "system", "content": ""}, {"role": "user", "content": "q ?"},
+                   {"role": "assistant", "content": "no", "weight": 0}, {"role": "user", "content": "and"},
+                   {"role": "assistant", "content": "a"}]},
+     {"messages": "messages"}, [("user", "q ?"), ("assistant", "no"), ("user", "and")], "a"),
+    ({"prompt": [{"role": "user", "content": "q ?"}], "completion": [{"role": "assistant", "content": "a"}]},
+     {"prompt": "prompt", "response": "completion"}, [("user", "q ?")], "a"),
+    ({"prompt": "def f?(x):\n", "completion": "    y = x\n"}, {"prompt": "prompt", "response": "completion"},
+     [("user", "def f?(x):\n")], "    y = x\n"),
+    ({"question": "q ?", "context": "story", "answers": {"text": ["a"], "answer_start": [3]}},
+     {"prompt": "question", "response": "answers"}, [("user", "story\n\nq ?")], "a"),
+    ({"question": "q ?", "choices": {"label": ["A", "B"], "text": ["x", "y"]}, "answerKey": "B"},
+     {"prompt": "question", "response": "answerKey"}, [("user", "q ?\n\nA. x\nB. y")], "B. y"),
+    ({"question": "q ?", "choices": ["x", "y"], "answer": 1}, {"prompt": "question", "response": "answer"},
+     [("user", "q ?\n\nA. x\nB. y")], "B. y"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "columns", "given", "target"), PUBLISHED)
+def test_published_formats_are_recognised_whole(tmp_path, row, columns, given, target):
+    """Alpaca with and without input, Dolly, ShareGPT, OpenAI, TRL's pairs of messages, code, SQuAD, ARC, MMLU."""
+    assert one(tmp_path, row, **columns)[:2] == (given, target)
+
+
+def test_what_is_recognised_is_said_and_can_be_left_out(tmp_path):
+    row, named = PUBLISHED[0][:2]
+    federation = one(tmp_path, row | {"source": "web"}, **named)[2]
+    assert "column 'input' belongs to 'instruction' and is used; --data.input none leaves it out" in federation.notes
+    assert "columns that are not used: source" in federation.notes
+    assert one(tmp_path, row, **named, input="none")[0] == [("user", "Do ?")]
+
+
+def test_an_empty_message_is_left_out_and_counted(tmp_path):
+    assert "left out: 12 empty message(s)" in one(tmp_path, PUBLISHED[5][0], messages="messages")[2].notes
+
+
+def test_preference_pairs_are_refused_with_a_word(tmp_path):
+    with pytest.raises(ConfigError, match="preferences are not trained on: name the chosen answers"):
+        one(tmp_path, {"prompt": "q ?", "chosen": "a", "rejected": "b"})
+
+
+def test_plain_text_keeps_every_character(tmp_path):
+    assert one(tmp_path, {"text": "\t y = ? \n"}, text="text")[1] == "\t y = ? \n"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consilium.data.partition import class_shares, deal, divide, divide_by_client
+from consilium.data.partition import class_shares, deal, divide
 from consilium.errors import DataError
 
 LABELS = ["a", "b", "c", "d"] * 30
@@ -59,11 +59,6 @@ def test_what_cannot_be_dealt_is_refused():
         divide(LABELS, 2, "pathological", each=5)
     with pytest.raises(DataError, match="'random' is unknown"):
         divide(LABELS, 2, "random")
-
-
-def test_a_client_column_is_the_partition():
-    assert divide_by_client(["b", "a", "b", "c"]) == {"a": [1], "b": [0, 2], "c": [3]}
-    assert divide_by_client([]) == {}
 
 
 # --- shares, dealt the same way to a training and a test set ----------------------------------------------------------

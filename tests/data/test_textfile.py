@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -97,28 +98,73 @@ def test_a_missing_column_lists_the_columns_there_are(tmp_path):
 
 @pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
 @pytest.mark.parametrize("column", ["text", "label", "site"])
-def test_empty_values_in_used_columns_are_refused_with_count_and_row(tmp_path, ending, column):
+def test_empty_values_in_used_columns_are_left_out_and_counted(tmp_path, ending, column):
+    """Rows 7 and 9 lack a value: lines 9 and 11 of a CSV file, lines 8 and 10 of JSONL."""
     rows = [dict(row) for row in ROWS]
     rows[7][column] = None
     rows[9][column] = None
-    path = write(tmp_path / f"rows{ending}", rows)
-    with pytest.raises(DataError, match=f"column '{column}' is empty in 2 of 60 rows, first in row 7"):
-        TextFileData(path, client="site").load(0)
+    federation = TextFileData(write(tmp_path / f"rows{ending}", rows), client="site").load(0)
+    used = {row for client in federation.clients.values() for _, split in client.splits() for row in split.rows}
+    assert used == {str(row) for row in range(60)} - {"7", "9"}
+    place = {".csv": "line 9", ".jsonl": "line 8", ".parquet": "row 8"}[ending]
+    assert federation.notes == (f"left out: 2 rows of 60 without a value of '{column}' (empty 2), first {place}",)
+    assert federation.partition()["notes"] == list(federation.notes)
 
 
 def test_blank_text_is_empty_and_unused_columns_may_be(tmp_path):
     rows = [{**row, "note": None if i else "x"} for i, row in enumerate(ROWS)]
-    assert TextFileData(write(tmp_path / "rows.csv", rows), client="site").load(0).clients
+    assert not TextFileData(write(tmp_path / "rows.csv", rows), client="site").load(0).notes
     rows[3]["text"] = "   "
-    with pytest.raises(DataError, match="column 'text' is empty in 1 of 60 rows, first in row 3"):
-        TextFileData(write(tmp_path / "rows.csv", rows), client="site").load(0)
+    federation = TextFileData(write(tmp_path / "rows.csv", rows), client="site").load(0)
+    assert "1 row of 60 without a value of 'text'" in federation.notes[0] and "first line 5" in federation.notes[0]
+    with pytest.raises(DataError, match="no row that can be used; left out: 60 rows of 60 without a value of 'text'"):
+        TextFileData(write(tmp_path / "rows.csv", [{**row, "text": ""} for row in rows])).load(0)
+
+
+def test_every_client_answers_in_all_labels_unless_asked_otherwise(tmp_path):
+    """Site 1 has rows of two labels of three; the third it answers all the same, or says loudly that it does not."""
+    rows = [
+        {**row, "label": "fine" if row["site"] != "site 1" and i % 5 == 0 else row["label"]}
+        for i, row in enumerate(ROWS)
+    ]
+    path = write(tmp_path / "rows.csv", rows)
+    everybody = TextFileData(path, client="site").load(0)
+    assert {client.task.labels for client in everybody.clients.values()} == {("bad", "fine", "good")}
+    assert not everybody.notes and not everybody.source["left_out"]
+    own = TextFileData(path, client="site", own_labels=True).load(0)
+    assert own.clients["site-1"].task.labels == ("bad", "good")
+    assert any(note.startswith("site 1 answers in 2 of 3 labels, not in 'fine'") for note in own.notes)
+    declared = TextFileData(path, client="site", labels=("good", "bad", "fine", "odd")).load(0)
+    assert {client.task.labels for client in declared.clients.values()} == {("good", "bad", "fine", "odd")}
+
+
+def test_a_client_of_one_label_takes_part(tmp_path):
+    """With its own labels alone it could not, and clients fewer than asked for are counted."""
+    rows = [{**row, "label": "abc"[i % 3]} for i, row in enumerate(ROWS)]
+    path = write(tmp_path / "rows.csv", rows)
+    how = {"partition": "dirichlet", "alpha": 0.3, "clients": 4}
+    own = TextFileData(path, **how, own_labels=True).load(3)
+    everybody = TextFileData(path, **how).load(3)
+    assert len(own.clients) < len(everybody.clients)
+    assert any(re.match(r"\d of the 4 clients asked for have enough rows; ask for fewer", note) for note in own.notes)
+
+
+def test_a_text_keeps_every_character(tmp_path):
+    rows = [{**row, "text": f"    if x:\r\n\treturn {i} \n"} for i, row in enumerate(ROWS)]
+    for ending in (".csv", ".tsv", ".jsonl", ".parquet"):
+        federation = TextFileData(write(tmp_path / f"rows{ending}", rows), client="site").load(0)
+        for client in federation.clients.values():
+            for text, row in zip(client.train.texts, client.train.rows, strict=True):
+                assert text == rows[int(row)]["text"]
 
 
 def test_a_label_that_is_not_declared_is_refused_with_the_row(tmp_path):
     rows = [dict(row) for row in ROWS]
     rows[5]["label"] = "goood"
     path = write(tmp_path / "rows.csv", rows)
-    message = r"column 'label' row 5: label 'goood' is not declared \(did you mean 'good'\?\); declared are bad \| good"
+    message = (
+        r"column 'label' line 7: label 'goood' is not declared \(did you mean 'good'\?\); declared are bad \| good"
+    )
     with pytest.raises(DataError, match=message):
         TextFileData(path, labels=("bad", "good")).load(0)
 
@@ -147,7 +193,8 @@ def test_one_label_is_no_classification(tmp_path):
     ("name", "content", "message"),
     [
         ("rows.txt", "text,label\n", "ends in '.txt'; readable are .csv"),
-        ("rows.csv", "", "cannot be read as csv"),
+        ("rows.csv", "", "is empty; its first line must name the columns"),
+        ("rows.csv.gz", "text,label\n", "cannot be read as csv"),
         ("rows.csv", "text,label\n", "has no rows"),
         ("rows.csv", "text,text\na,b\n", "names the column 'text' twice"),
         ("rows.jsonl", '{"text": 1}\n{"tex', "cannot be read as json"),
@@ -161,24 +208,20 @@ def test_unreadable_files_are_refused_in_one_line(tmp_path, name, content, messa
     assert "\n" not in str(caught.value)
 
 
-def test_another_encoding_is_refused_with_the_byte(tmp_path):
-    (tmp_path / "rows.csv").write_bytes(b"text,label\xff\n")
-    with pytest.raises(DataError, match="not UTF-8 at byte 10; save it as UTF-8"):
-        TextFileData(tmp_path / "rows.csv").load(0)
-
-
 def test_a_missing_file_and_a_nested_column_are_refused(tmp_path):
     with pytest.raises(DataError, match="is not a file"):
         TextFileData(tmp_path / "none.csv").load(0)
     path = write(tmp_path / "rows.jsonl", [{"text": ["a"], "label": "x"}] * 3)
-    with pytest.raises(DataError, match="column 'text' row 0 holds a list"):
+    with pytest.raises(DataError, match="column 'text' line 1 holds a list"):
         TextFileData(path).load(0)
 
 
-def test_client_names_that_would_collide_are_refused(tmp_path):
+def test_client_names_that_would_share_an_id_get_two(tmp_path):
     rows = [{**row, "site": ("a b", "a/b")[i % 2]} for i, row in enumerate(ROWS)]
-    with pytest.raises(DataError, match="differ only in characters"):
-        TextFileData(write(tmp_path / "rows.csv", rows), client="site").load(0)
+    federation = TextFileData(write(tmp_path / "rows.csv", rows), client="site").load(0)
+    assert sorted(federation.names.values()) == ["a b", "a/b"] and set(federation.names) == set(federation.clients)
+    told = federation.partition()["clients"]
+    assert {entry["name"] for entry in told.values()} == {"a b", "a/b"}
 
 
 @pytest.mark.parametrize(
@@ -196,6 +239,9 @@ def test_client_names_that_would_collide_are_refused(tmp_path):
         ({"task": "a task"}, "use 1 to 58 of letters"),
         ({"where": "site"}, "where .site.: write COLUMN=VALUE"),
         ({"rows": -1}, "rows is -1; it must be at least 0"),
+        ({"separator": "ab"}, "data.separator is 'ab'; it must be one character"),
+        ({"encoding": "utf-9"}, "data.encoding is 'utf-9', which is unknown"),
+        ({"own_labels": True, "common": True}, "leave data.own-labels out"),
     ],
 )
 def test_settings_are_checked(changes, message):
@@ -243,7 +289,7 @@ def test_one_test_set_for_all(tmp_path):
     assert [len(client.test) for client in federation.clients.values()] == [5, 5, 5]
     assert {client.task.labels for client in federation.clients.values()} == {("bad", "good")}
     assert set(federation.clients["site-1"].train.targets) == {"good"}
-    alone = TextFileData(path, client="site").load(0)
+    alone = TextFileData(path, client="site", own_labels=True).load(0)
     assert "site-1" in alone.skipped
 
 

@@ -22,6 +22,9 @@ __all__ = ["Delimited", "Dialect", "decode", "parse"]
 
 _SEPARATORS = (",", ";", "\t", "|")
 _WORDS = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "space": " "}
+_ESCAPED, _SPACED = '"\\', '" after blanks'
+"""Quotes that are recognised beside the plain ones: with a backslash before a quote inside, as MySQL writes them; and
+behind a separator and a blank."""
 _CHUNK = 4_000_000  # cells that are Python objects at a time
 
 
@@ -44,11 +47,11 @@ class Dialect:
         object.__setattr__(self, "separator", _WORDS.get(self.separator, self.separator))
         for name in ("separator", "quote"):
             value = getattr(self, name)
-            if value not in ("", "none") and (len(value) != 1 or value in "\r\n"):
+            if value not in ("", "none", _ESCAPED, _SPACED) and (len(value) != 1 or value in "\r\n"):
                 raise ConfigError(f"data.{name} is {value!r}; it must be one character, 'tab', or 'none'")
         if self.encoding:
             try:
-                b"".decode(self.encoding)
+                io.TextIOWrapper(io.BytesIO(), encoding=self.encoding)
             except LookupError as error:
                 raise ConfigError(
                     f"data.encoding is {self.encoding!r}, which is unknown; e.g. utf-8, cp1252"
@@ -208,10 +211,6 @@ def _rows(text: str, dialect: Dialect) -> Iterator[tuple[int, list[str]]]:
 
 class _BrokenQuote(Exception):
     """A line, and what is wrong with it."""
-
-
-_ESCAPED, _SPACED = '"\\', '" after blanks'
-"""Quotes written as MySQL does, with a backslash before a quote in a text; and quotes after a separator and a blank."""
 
 
 @dataclass(frozen=True)

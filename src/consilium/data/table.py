@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 
 from consilium.data.dialect import Dialect, decode, parse
 from consilium.data.names import MISSING
-from consilium.data.sets import is_directory, is_hub_name, rows_of
+from consilium.data.sets import is_directory, is_hub_name, is_litter, rows_of
 from consilium.errors import ConfigError, DataError, first_line
 
 __all__ = ["Table", "number_of", "parts_of", "read_table"]
@@ -44,7 +44,7 @@ _PACKED: dict[str, Callable[[bytes], bytes]] = {
     ".zst": lambda data: pa.input_stream(pa.BufferReader(data), compression="zstd").read(),
 }
 _READABLE = ".csv, .tsv, .jsonl, .json, .parquet, .xlsx (text also as .gz or .zst), or a folder of one kind"
-_LITTER = re.compile(r"[._].*|Thumbs\.db|desktop\.ini|.*\.crc|dataset_infos\.json|README(\.md|\.txt)?")
+_MARKS = re.compile(r"_.*|.*\.crc|dataset_infos\.json|README(\.md|\.txt)?")
 
 Cell = str | bytes | list[Any] | dict[str, Any] | None
 
@@ -130,7 +130,8 @@ class Table:
             for row, text in enumerate(texts):
                 if text and text not in MISSING:
                     try:
-                        numbers[row] = float(text) if "," not in text and not comma else number_of(text, comma)
+                        plain = not comma and "," not in text and "_" not in text
+                        numbers[row] = float(text) if plain else number_of(text, comma)
                     except ValueError as error:
                         why = " (is that comma or point a decimal one?)" if "may be" in str(error) else ""
                         where = f"{self.name} column {column!r}"
@@ -161,6 +162,8 @@ def number_of(text: str, comma: bool) -> float:
     Raises:
         ValueError: if it stands for none, or "may be" two.
     """
+    if "_" in text:  # which Python would take
+        raise ValueError("no number")
     decimal, between = (",", ".") if comma else (".", ",")
     if between not in text:
         return float(text.replace(decimal, "."))
@@ -228,9 +231,14 @@ def _file(path: Path, dialect: Dialect) -> Table:
 
 def parts_of(path: Path) -> list[Path]:
     """Return the files of a folder if all are of one format that is read, below folders too; [] otherwise."""
-    files = sorted(file for file in path.rglob("*") if file.is_file() and not _LITTER.fullmatch(file.name))
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not _is_mark(file.relative_to(path)))
     kinds = {_kind(file) for file in files}
     return files if len(kinds) == 1 and "" not in kinds else []
+
+
+def _is_mark(path: Path) -> bool:
+    """Whether a file is left by an operating system, or by a program that wrote the others."""
+    return any(is_litter(part) for part in path.parts) or bool(_MARKS.fullmatch(path.name))
 
 
 def _folder(path: Path, dialect: Dialect) -> Table:

@@ -299,7 +299,7 @@ def usable(table: Table, needed: Mapping[str, Sequence[str | None]]) -> tuple[li
             )
             used = [row for row in used if values[row] is not None]
     if not used:
-        raise DataError(f"{table.name} has no row with values of all of {', '.join(map(repr, needed))}; fill them")
+        raise DataError(f"{table.name} has no row that can be used; {'; '.join(notes)}")
     return used, notes
 
 
