@@ -69,6 +69,7 @@ class Terminal:
     _bars: Progress | None = None
     _tasks: dict[str, Any] = field(default_factory=dict)
     _cut: set[str] = field(default_factory=set)
+    _names: dict[str, str] = field(default_factory=dict)
 
     def started(self, experiment: Experiment, setup: Setup, federation: Federation | None, first: int) -> None:
         sizes = [info.num_examples for info in setup.clients]
@@ -89,10 +90,11 @@ class Terminal:
         say(f"  model {experiment.model.path}: {experts}{needs}devices: {devices}")
         if warning := experiment.privacy.delta_warning(len(sizes)):
             say(f"  warning: {warning}")
+        self._names = dict(federation.names) if federation else {}
         for client, reason in federation.skipped.items() if federation else ():
-            say(f"  skipped {client}: {reason}")
-        for client, rows in federation.source.get("left_out", {}).items() if federation else ():
-            say(f"  {client}: {rows} rows of labels too rare there are left out")
+            say(f"  skipped {federation.names.get(client, client)}: {reason}")
+        for note in federation.notes if federation else ():
+            say(f"  note: {note}")
         self._bars = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),

@@ -167,12 +167,10 @@ def one(tmp_path, rows, **columns):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(rows).replace("?", str(i)) + "\n" for i in range(12)))
     federation = LanguageData(path, clients=1, **columns).load(0)
-    given, target, row = next(every(federation))
-    return (
-        [(turn["role"], turn["content"].replace(str(row), "?")) for turn in given],
-        target.replace(str(row), "?"),
-        federation,
-    )
+    split = next(iter(federation.clients.values())).train
+    target, row = split.targets[0], split.rows[0]
+    given = [(turn["role"], turn["content"].replace(row, "?")) for turn in json.loads(split.texts[0] or "[]")]
+    return given, target.replace(row, "?"), federation
 
 
 PUBLISHED = [

@@ -13,7 +13,8 @@ from consilium.errors import DataError
     ("value", "name"),
     [
         ("ill ", "ill"), (" \u00a0ill\t\n", "ill"), ("\ufeffill\u200b", "ill"), ("Ko\u0308ln", "Köln"),
-        ("a  b", "a  b"), ("none", "none"), ("0", "0"), ("", None), ("  ", None), (None, None), (" NA ", None), ("北京协和", "北京协和"),
+        ("a  b", "a  b"), ("none", "none"), ("0", "0"), ("", None), ("  ", None), (None, None),
+        (" NA ", None), ("北京协和", "北京协和"),
         *((word, None) for word in sorted(MISSING)),
     ],
 )  # fmt: skip

@@ -51,6 +51,7 @@ _PROMPT = ("prompt", "response", *(role for roles in COMPANIONS.values() for rol
 _SHOWN = 12
 _COLUMNS = 40
 _MOST_LABELS = 50
+_ROWS = 10  # of a client at least, where they are dealt
 
 
 def guess(columns: Sequence[str]) -> dict[str, str]:
@@ -265,6 +266,8 @@ def _data(
     elif "alpha" in dealt and dealt.get("partition") != "dirichlet":
         ignored.append("--alpha is ignored: it is for --partition dirichlet")
         del dealt["alpha"]
+    if "client" not in roles and "clients" not in dealt and len(table) < 10 * _ROWS:
+        dealt["clients"] = max(1, len(table) // _ROWS)
     read = {key: value for key in ("separator", "quote", "encoding") if (value := getattr(dialect, key))}
     told = {key: shlex.quote(str(value)) for key, value in (dealt | read).items()}
 
