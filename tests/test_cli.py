@@ -411,6 +411,48 @@ def test_columns_that_are_named_are_not_guessed(capsys, data, named, said):
     assert code == 0 and said.format(data) in out.splitlines()[-2] and Path("table-split.png").exists()
 
 
+NOTES = [
+    "note text,ward,haus",
+    *(f"patient number {i} was seen by the doctor,{'abc'[i % 3]},{'ns'[i % 2]}" for i in range(60)),
+]
+
+
+def test_data_finds_the_label_by_its_few_values_and_says_what_it_does_not_use(capsys):
+    """The column of long texts, the one of three values; a client is asked for. Flags without use are named."""
+    Path("a.csv").write_text("\n".join(NOTES) + "\n")
+    code, out, _ = call(capsys, "data", "a.csv", "--alpha", 0.5)
+    assert code == 0 and "\nfields between ',', quoted by \", utf-8\n" in out
+    assert "--data.text 'note text' --data.target haus" in out.splitlines()[-2]
+    assert "note: 'haus' has 2 different values and is taken for the label (else: --label COLUMN)" in out
+    assert "'ward' has 3 different values: if one says whose a row is, name it: --client COLUMN" in out
+    assert "note: --alpha is ignored: it is for --partition dirichlet" in out
+    code, out, _ = call(capsys, "data", "a.csv", "--client", "haus", "--clients", 9)
+    assert code == 0 and "--data.target ward --data.client haus" in out.splitlines()[-2]
+    assert "note: --clients is ignored: the column 'haus' says whose a row is" in out
+    assert "add --memory SIZE" in out
+
+
+def test_data_counts_what_is_missing_and_what_looks_alike(capsys):
+    rows = [line.replace("haus", "site") for line in NOTES]
+    rows[9], rows[12] = ",a,n", "a text,A,s"
+    Path("a.csv").write_text("\n".join(rows) + "\n")
+    code, out, _ = call(capsys, "data", "a.csv", "--text", "note text", "--label", "ward")
+    assert code == 0 and "left out: 1 row of 60 without a value of 'note text' (empty 1), first line 10" in out
+    assert "left out: 1 row of 1 label(s) with fewer than 2 rows ('A')" in out
+
+
+def test_data_makes_room_for_long_texts(capsys):
+    """The command that is printed runs, with a length that 95 % of the texts fit into."""
+    Path("a.csv").write_text("\n".join(["text;label", *(f"{'long ' * 90}{i};{'ab'[i % 2]}" for i in range(40))]) + "\n")
+    code, out, _ = call(capsys, "data", "a.csv")
+    assert code == 0 and re.search(r"run fedmoe-text --fit\.max-length \d+ .* --data\.clients 4$", out.splitlines()[-2])
+
+
+def test_preference_pairs_are_refused_with_a_word(capsys):
+    Path("a.jsonl").write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n' * 20)
+    assert "preference pairs (chosen, rejected), which are not trained on" in refused(capsys, "data", "a.jsonl")
+
+
 @pytest.mark.parametrize(
     ("form", "args", "line", "command"),
     [("folder", ["--classes", 3, "--clients", 2], "image folder: 8 x 8 pixels, 3 channels",

@@ -341,6 +341,7 @@ def data_command(args: list[str]) -> None:
     """consilium data PATH [--text COLUMN] [--label COLUMN] [--client COLUMN] ... [--out split.png]"""
     from consilium.data.dialect import Dialect
     from consilium.moe.build import ModelSource
+    from consilium.recipes import find
     from consilium.report.image_preview import holds_images, preview_images
     from consilium.report.preview import NAMES, preview, save_picture, show
 
@@ -415,7 +416,16 @@ def data_command(args: list[str]) -> None:
     else:
         dialect = Dialect(told["separator"], told["quote"], told["encoding"])
         model = "" if told["model"] == "docstring-switch" else told["model"]
-        found = preview(path, given, ModelSource(told["model"]).tokenizer(), settings, seed, dialect, model)
+        found = preview(
+            path,
+            given,
+            ModelSource(told["model"]).tokenizer(),
+            settings,
+            seed,
+            dialect,
+            model,
+            lambda name: find(name).make().fit,
+        )
     show(found, out)
     target = save_picture(found, told["out"] or Path(f"{path.stem}-split.png"))
     _tell(f"picture: {target}")

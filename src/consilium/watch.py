@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from consilium.core import Algorithm
+from consilium.data.names import renamed
 from consilium.data.task import Federation
 from consilium.engine.checkpoint import write_atomic
 from consilium.errors import ConfigError, ConsiliumError
@@ -117,11 +118,15 @@ class Terminal:
     def step(self, client: str, phase: str, done: int, total: int) -> None:
         if self._bars:
             self._bars.update(
-                self._tasks["client"], description=one_line(f"{phase} {client}", 200), completed=done, total=total
+                self._tasks["client"],
+                description=one_line(f"{phase} {self._names.get(client, client)}", 200),
+                completed=done,
+                total=total,
             )
 
     def rounded(self, record: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> None:
         say, more = self._say, ""
+        record, events = renamed(record, self._names), renamed(list(events), self._names)
         if self.console.is_terminal:
             self._details(record, events)
         else:

@@ -9,13 +9,13 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from consilium.core import CLIENT_ID
 from consilium.errors import DataError
 
-__all__ = ["MISSING", "alike", "by_client", "client_ids", "name_of", "names_of", "without"]
+__all__ = ["MISSING", "alike", "by_client", "client_ids", "name_of", "names_of", "renamed", "without"]
 
 MISSING = frozenset(
     ("NA", "N/A", "n/a", "#N/A", "#NA", "<NA>", "NaN", "nan", "NAN", "NaT", "NULL", "Null", "null", "None", r"\N")
@@ -108,3 +108,15 @@ def by_client(owners: Sequence[str]) -> tuple[dict[str, list[int]], dict[str, st
     for place, owner in enumerate(owners):
         held[ids[owner]].append(place)
     return dict(sorted(held.items())), {id: name for name, id in ids.items() if id != name}
+
+
+def renamed(value: Any, names: Mapping[str, str]) -> Any:
+    """Return a record (JSON) with the names of clients in place of their ids: as keys, and as the value of "client"."""
+    if not names:
+        return value
+    if isinstance(value, Mapping):
+        return {
+            names.get(key, key): names.get(v, v) if key == "client" and isinstance(v, str) else renamed(v, names)
+            for key, v in value.items()
+        }
+    return [renamed(v, names) for v in value] if isinstance(value, list | tuple) else value

@@ -147,23 +147,23 @@ class Federation:
         object.__setattr__(self, "clients", dict(sorted(self.clients.items())))
 
     def partition(self) -> dict[str, Any]:
-        """Who holds what, as JSON: the notes, and per client the name if it is not the id, the task, labels, sizes,
-        counts of labels, and the rows of each split."""
+        """Who holds what, as JSON: per client the task, labels, sizes, counts of labels, and the rows of each split;
+        the names of clients whose id is another text; the notes."""
         clients = {}
         for name, data in self.clients.items():
             targets = [t for _, split in data.splits() for t in split.targets]
             counts = Counter(targets) if data.task.form == "classification" else Counter()
-            clients[name] = ({"name": self.names[name]} if name in self.names else {}) | {
+            clients[name] = {
                 "task": data.task.name,
                 "labels": list(data.task.labels),
                 "sizes": {key: len(split) for key, split in data.splits()},
                 "label_counts": {label: counts[label] for label in data.task.labels},
                 "rows": {key: list(split.rows) for key, split in data.splits()},
             }
-        skipped = {self.names.get(name, name): why for name, why in self.skipped.items()}
         return {
             "clients": clients,
-            "skipped": skipped,
+            "skipped": dict(self.skipped),
+            "names": dict(self.names),
             "notes": list(self.notes),
             "fingerprint": self.fingerprint,
         }

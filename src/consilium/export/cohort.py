@@ -56,6 +56,7 @@ class Own:
     Args:
         setup: with its task's labels. context: its data and state. sent: what it was last delivered to predict with.
         rounds: after how many. spent: of privacy, as the summary tells it. scale: of its columns; None: no table.
+        name: of the client, where its id is another text. notes: on the reading of the data.
     """
 
     experiment: Experiment
@@ -65,19 +66,22 @@ class Own:
     rounds: int
     spent: Mapping[str, Any] | None
     scale: Scale | None
+    name: str = ""
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of_run(cls, run: Finished, client: str | None) -> "Own":
         """Raises ConfigError without a client, or for an unknown one."""
         if client is None:
-            names = ", ".join(info.id for info in run.setup.clients)
+            names = ", ".join(run.name(info.id) for info in run.setup.clients)
             raise ConfigError(f"small models are the clients' own: name a client, --client: {names}")
         info, experiment, rounds = run.info(client), run.experiment, run.summary["rounds"]
-        data = experiment.data.load(experiment.seed).clients[client]
-        context = _context(experiment, rounds, info, data, run.store.load(client))
-        scale = experiment.data.scale(client, experiment.seed) if isinstance(experiment.data, TableData) else None
+        data = experiment.data.load(experiment.seed).clients[info.id]
+        context = _context(experiment, rounds, info, data, run.store.load(info.id))
+        scale = experiment.data.scale(info.id, experiment.seed) if isinstance(experiment.data, TableData) else None
         sent = run.server().deliver(info)
-        return cls(experiment, run.setup, context, sent, rounds, run.summary.get("privacy"), scale)
+        spent = run.summary.get("privacy")
+        return cls(experiment, run.setup, context, sent, rounds, spent, scale, run.name(info.id), run.notes(info.id))
 
     @classmethod
     def of_site(cls, given: dict[str, Any], data: ClientData, sent: Payload, told: dict[str, Any]) -> "Own":
@@ -111,7 +115,7 @@ def write(out: Path, own: Own) -> list[str]:
         ConfigError: where a client holds or predicts with more than one model, or not by its head.
     """
     setup = _Watching(**{name: getattr(own.setup, name) for name in Setup.__dataclass_fields__})
-    experiment, context, client = own.experiment, own.context, own.context.info.id
+    experiment, context, client = own.experiment, own.context, own.name or own.context.info.id
     task, method = context.data.task, type(experiment.algorithm).__name__
     score = tested(experiment.algorithm.client(setup), own.sent, context, experiment.privacy)[1].scalars["score"]
     model = setup.made[-1].eval()
@@ -143,6 +147,7 @@ def write(out: Path, own: Own) -> list[str]:
     notes = [f"{out}: the model of {client} after {own.rounds} rounds (accuracy {score:.3f})"]
     notes += [f"note: no model.pt2, torch.export cannot write this model ({why_not})"] if why_not else []
     flag = Small(saved, experiment, setup.shape, own.scale).flag
+    notes += [f"note: {note}" for note in own.notes]
     notes += [f"try it: consilium predict {out} {flag}"] if flag else []
     return [one_line(note) for note in notes]
 

@@ -32,7 +32,7 @@ class Deployed:
 
     Args:
         experiment: of the run, with the model from where it lies here.
-        client: its id; "": the global model.
+        client: its name; "": the global model.
         labels: task -> labels, of the heads that go along; {} without heads.
         params: flat names -> tensors; with `fit.lora` adapters, router rows and head rows.
         held: experts per block; None: all. gates: how theirs are scaled.
@@ -40,6 +40,7 @@ class Deployed:
         sizes: split -> examples; of the global model, of all clients together.
         clients: of the whole run. rounds: that it took.
         privacy: what was spent, as the summary tells it; {}: nothing, or it is not known here.
+        notes: what was left out when the data was read, and which labels the client does not answer in.
     """
 
     experiment: Experiment
@@ -53,6 +54,7 @@ class Deployed:
     rounds: int
     privacy: Mapping[str, Any] = field(default_factory=dict)
     gates: Gates = field(default_factory=Gates)
+    notes: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -110,14 +112,25 @@ class Finished:
         server.restore(self.state)
         return server
 
+    def name(self, client: str) -> str:
+        """Return the name of a client by its id; the id where that is the name."""
+        return (self.partition.get("names") or {}).get(client, client)
+
+    def notes(self, client: str | None) -> tuple[str, ...]:
+        """Return what was noted when the data was read; of the clients' own labels, those of `client` alone."""
+        notes = self.partition.get("notes") or []
+        own = f"{self.name(client)} answers in " if client else "\0"
+        return tuple(note for note in notes if " answers in " not in note or note.startswith(own))
+
     def info(self, client: str) -> ClientInfo:
-        """Raises ConfigError for a name that is no client's, or a client that can hold no model."""
-        infos = {info.id: info for info in self.setup.clients}
+        """By a client's name or id. Raises ConfigError for neither of them, or a client that can hold no model."""
+        infos = {self.name(info.id): info for info in self.setup.clients}
+        client = self.name(client)
         if client not in infos:
             near = difflib.get_close_matches(client, infos, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"{self.folder} has no client {client!r}; it has {', '.join(infos)}{hint}")
-        if reason := self.summary["clients"][client]["reason"]:
+        if reason := self.summary["clients"][infos[client].id]["reason"]:
             raise ConfigError(f"there is no model for {client}: it {reason}")
         return infos[client]
 
@@ -133,15 +146,18 @@ def of_run(run: Finished, client: str | None) -> Deployed:
     name = type(run.experiment.algorithm).__name__
     if client is None:
         if not server.params:
-            raise ConfigError(f"{name} has no global model; name a client, --client: {', '.join(told)}")
+            raise ConfigError(f"{name} has no global model; name a client, --client: {', '.join(map(run.name, told))}")
         labels, params, held, scores, members = run.setup.heads, server.params, None, metrics, list(told)
         gates = Gates()
     else:
         info = run.info(client)
+        client = info.id
         payload = server.deliver(info)
         held = experts_from_scalars(payload.scalars)
         if not payload.groups and run.away:
-            raise ConfigError(f"{name} keeps the model of {client} at the site: export it there, from its --state")
+            raise ConfigError(
+                f"{name} keeps the model of {run.name(client)} at the site: export it there, from its --state"
+            )
         state = ClientState() if run.away else run.store.load(client)
         params = _params(payload, state)
         if not params:
@@ -155,7 +171,18 @@ def of_run(run: Finished, client: str | None) -> Deployed:
     sizes = {key: sum(told[c]["sizes"][key] for c in members) for key in ("train", "validation", "test")}
     spent = summary.get("privacy", {})
     return Deployed(
-        run.experiment, client or "", labels, params, held, scores, sizes, len(told), summary["rounds"], spent, gates
+        run.experiment,
+        run.name(client) if client else "",
+        labels,
+        params,
+        held,
+        scores,
+        sizes,
+        len(told),
+        summary["rounds"],
+        spent,
+        gates,
+        run.notes(client),
     )
 
 

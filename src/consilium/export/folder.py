@@ -103,7 +103,7 @@ def write(out: Path, deployed: Deployed, format: Format) -> list[str]:
         "consilium": _sub_moe,
     }
     with new_folder(out) as folder:
-        notes = writers[format](folder, deployed)
+        notes = [*writers[format](folder, deployed), *deployed.notes]
         source, fit = deployed.experiment.model, deployed.experiment.fit
         if format != "consilium":  # which brings it
             source.tokenizer().save_pretrained(folder)

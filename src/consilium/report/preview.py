@@ -8,7 +8,7 @@ import difflib
 import json
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from consilium.errors import ConfigError, DataError
 from consilium.escape import one_line, terminal
 from consilium.report.maps import RAMP
 from consilium.report.style import any_glyph, shorten_all
+from consilium.setup import Fit
 
 __all__ = ["Preview", "counts_of", "guess", "preview", "save_picture", "show", "write_figure"]
 
@@ -160,6 +161,7 @@ def preview(
     seed: int,
     dialect: Dialect | None = None,
     model: str = "",
+    fit_of: Callable[[str], Fit] | None = None,
 ) -> Preview:
     """Read a file, deal its rows and measure its texts.
 
@@ -169,6 +171,7 @@ def preview(
         settings: clients, partition, alpha of the split.
         dialect: of a text file, where it is not to be recognised.
         model: path or name of the model that the command names; "": the recipe's own, or a placeholder.
+        fit_of: how a recipe trains; None: the command says nothing of lengths.
 
     Raises:
         ConfigError: if nothing can be guessed, or a role is unknown. DataError: as the data sources do.
@@ -191,7 +194,7 @@ def preview(
     if recipe != "pfedmoe-table":
         needed = "" if recipe == "fedmoe-text" else "MODEL"
         flags_of_model = ("--model.path", model or needed) if model or needed else ()
-        flags_of_model += _fits(recipe, lengths)
+        flags_of_model += _fits(recipe, lengths, fit_of(recipe)) if fit_of else ()
         if needed and not model:
             advice.append("MODEL is a mixture-of-experts language model: a directory, or owner/name on the hub")
         advice.append(
@@ -335,11 +338,8 @@ def _lengths(federation: Federation, tokenizer: PreTrainedTokenizerBase) -> dict
     return found
 
 
-def _fits(recipe: str, lengths: Mapping[str, tuple[int, int, int, int]]) -> tuple[str, ...]:
+def _fits(recipe: str, lengths: Mapping[str, tuple[int, int, int, int]], fit: Fit) -> tuple[str, ...]:
     """Flags that make room for 95 % of the texts, where the recipe's own lengths do not."""
-    from consilium.recipes import find
-
-    fit = find(recipe).make().fit
     flags: list[str] = []
     fields = (
         {"text": "max_length"} if recipe == "fedmoe-text" else {"prompt": "max_length", "response": "target_length"}
@@ -354,7 +354,7 @@ def counts_of(federation: Federation) -> dict[str, dict[str, int]]:
     """Client by its name -> label (or "examples", where there are none) -> rows in all three splits."""
     counts = {}
     for client, told in federation.partition()["clients"].items():
-        counts[told.get("name", client)] = told["label_counts"] or {"examples": sum(told["sizes"].values())}
+        counts[federation.names.get(client, client)] = told["label_counts"] or {"examples": sum(told["sizes"].values())}
     return counts
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from consilium.data.names import renamed
 from consilium.engine.structure import NAME, OLD, fold
 from consilium.errors import ConfigError, first_line
 from consilium.escape import one_line, terminal
@@ -136,7 +137,8 @@ def read_run(path: Path | str) -> RunRecord:
     config = _required_json(path / "config.json")
     partition = _required_json(path / "partition.json")
     experiment = _dict(config.get("experiment"))
-    summary = _optional_json(path / "summary.json", notes)
+    names = {str(k): str(v) for k, v in _dict(partition.get("names")).items()}
+    summary = renamed(_optional_json(path / "summary.json", notes), names)
     algorithm = _dict(experiment.get("algorithm")).get("type") or _dict(summary).get("algorithm") or path.name
     rounds = _latest_per_round(_json_lines(path / "metrics.jsonl", notes), notes)
     return RunRecord(
@@ -148,15 +150,19 @@ def read_run(path: Path | str) -> RunRecord:
         config=experiment,
         versions=_dict(config.get("versions")),
         git=str(config.get("git") or ""),
-        clients=_clients(_dict(partition.get("clients")), _dict(_dict(summary).get("clients"))),
-        skipped={str(k): str(v) for k, v in _dict(partition.get("skipped")).items()},
+        clients=_clients(renamed(_dict(partition.get("clients")), names), _dict(_dict(summary).get("clients"))),
+        skipped={str(k): str(v) for k, v in renamed(_dict(partition.get("skipped")), names).items()},
         fingerprint=str(partition.get("fingerprint") or ""),
-        rounds=rounds,
-        events=tuple(_json_lines(path / "events.jsonl", notes)),
-        structure=_structure(path, notes),
+        rounds=tuple(renamed(rounds, names)),
+        events=tuple(renamed(_json_lines(path / "events.jsonl", notes), names)),
+        structure=renamed(_structure(path, notes), names),
         summary=summary,
-        notes=tuple(notes),
+        notes=(*notes, *_texts(partition.get("notes"))),
     )
+
+
+def _texts(value: Any) -> list[str]:
+    return [text for text in value if isinstance(text, str)] if isinstance(value, list) else []
 
 
 def read_runs(paths: Iterable[Path | str]) -> list[RunRecord]:
