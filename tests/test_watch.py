@@ -17,8 +17,11 @@ from consilium import watch
 from consilium.__main__ import main
 from consilium.algorithms.fedavg import FedAvg
 from consilium.algorithms.fedmoe import FedMoE
+from consilium.core import CLIENT_ID
 from consilium.errors import ConfigError, ConsiliumError
 from consilium.experiment import to_json
+from consilium.export.deployed import Finished, of_run
+from consilium.report.read import read_run
 from consilium.run import read_config, run
 from consilium.watch import Comparison, Terminal
 
@@ -30,7 +33,7 @@ def plain(monkeypatch):
 
 
 def terminal(**options):
-    return Console(file=io.StringIO(), width=80, **options)
+    return Console(file=io.StringIO(), **{"width": 80, **options})
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
@@ -51,6 +54,26 @@ def test_lines_at_80_columns(tmp_path):
         f"round {n} (stage two)" for n in (1, 2, 3)
     ]
     assert all(line == line.rstrip() for line in said.splitlines())
+
+
+def test_a_client_has_a_name_everywhere_and_an_id_in_paths(tmp_path):
+    """In any alphabet and of any length: on the screen, in the report; its model is had by name, or by id."""
+    names = ["北京协和", "Köln", "University Hospital, Department of Internal Medicine / " + "A" * 250]
+    data = tmp_path / "data.jsonl"
+    rows = [{"text": f"text {i}", "label": ("cat", "dog")[i // 3 % 2], "site": names[i % 3]} for i in range(48)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    console = terminal(force_terminal=True, no_color=True, width=600)
+    with Terminal(console) as follower:
+        run(runs.experiment(data, rounds=1), tmp_path / "run", follower)
+    partition = json.loads((tmp_path / "run/partition.json").read_text())
+    assert sorted(partition["names"].values()) == sorted(names)
+    assert all(CLIENT_ID.fullmatch(id) for id in partition["clients"])
+    shown = read_run(tmp_path / "run")
+    assert set(shown.clients) == set(names) == set(shown.rounds[0]["test"])
+    assert all(name in console.file.getvalue() for name in names)
+    finished = Finished.of(tmp_path / "run")
+    assert finished.info("Köln") == finished.info("Koln") and finished.info(names[0]).id.startswith("client-")
+    assert of_run(finished, "北京协和").client == "北京协和"
 
 
 def test_the_cursor_is_given_back_after_ctrl_c(tmp_path):

@@ -11,7 +11,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consilium.data.textfile import TextFileData, cut, read_columns, read_rows
+from consilium.data.textfile import TextFileData, cut, read_columns
 from consilium.errors import ConfigError, DataError
 
 ROWS = [{"text": f"text number {i}", "label": "good" if i % 2 else "bad", "site": f"site {i % 3}"} for i in range(60)]
@@ -319,4 +319,4 @@ def test_a_pointer_of_git_lfs_is_named(tmp_path, name):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
     (tmp_path / name).write_text(pointer)
     with pytest.raises(DataError, match=rf"{name} is a Git LFS pointer of {len(pointer)} bytes: run git lfs pull"):
-        read_rows(tmp_path / name, [])
+        read_columns(tmp_path / name, [])

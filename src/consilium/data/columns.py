@@ -18,6 +18,7 @@ from consilium.data.names import names_of
 from consilium.data.pixels import Images, Pages, labelled, stack
 from consilium.data.sets import digest, is_directory, is_litter, open_set
 from consilium.errors import DataError, first_line
+from consilium.pointers import refuse_pointer
 
 __all__ = ["part_of", "read_parquet", "read_set", "table_of"]
 
@@ -78,6 +79,7 @@ def _opened(path: Path, wanted: Sequence[str]) -> Any:
 
     if not path.is_file():
         raise DataError(f"{path} is not a file")
+    refuse_pointer(path, DataError)
     quiet = are_progress_bars_disabled()
     disable_progress_bars()
     try:

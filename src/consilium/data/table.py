@@ -32,6 +32,7 @@ from consilium.data.dialect import Dialect, decode, parse
 from consilium.data.names import MISSING
 from consilium.data.sets import is_directory, is_hub_name, is_litter, rows_of
 from consilium.errors import ConfigError, DataError, first_line
+from consilium.pointers import refuse_pointer
 
 __all__ = ["Table", "number_of", "parts_of", "read_table"]
 
@@ -213,6 +214,7 @@ def _file(path: Path, dialect: Dialect) -> Table:
     kind = _kind(path)
     if not kind:
         raise DataError(f"{path.name} ends in {path.suffix!r}; readable are {_READABLE}")
+    refuse_pointer(path, DataError)
     try:
         if kind == ".parquet":
             return _of_arrow(path.name, pq.ParquetFile(path).read(), "Parquet")
