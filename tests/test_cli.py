@@ -170,7 +170,7 @@ def test_a_column_with_nulls(capsys, tmp_path):
     path = tmp_path / "nulls.jsonl"
     path.write_text('{"text": "a b", "label": "x"}\n{"text": null, "label": "y"}\n')
     err = refused(capsys, "run", "fedmoe-text", *flags(path, data__client=""))
-    assert "column 'text' is empty in 1 of 2 rows, first in row 1" in err
+    assert "only the label 'x'; classification needs two; left out: 1 row of 2 without a value of 'text'" in err
 
 
 def test_methods_that_nobody_can_hold_are_refused_too(capsys, data, tmp_path):
@@ -274,7 +274,7 @@ def test_instructions_of_a_file(capsys, data):
             r"fit\.rows is 'examples', which plain text has not; allowed are docu",
         ),
         ("instructions", {"data__prompt": "txt", "data__response": "label"}, r"no column 'txt' \(did you mean 'text'"),
-        ("instructions", {"data__messages": "text"}, r"column 'text' row 0 is no JSON"),
+        ("instructions", {"data__messages": "text"}, r"column 'text' line 1 is no JSON"),
         ("plaintext", {"fit__rows": "packed", "model__path": "switch"}, r"is an encoder-decoder"),
         ("plaintext", {"fit__rows": "example"}, r"fit\.rows is 'example'; allowed are .*did you mean 'examples'"),
     ],

@@ -134,7 +134,7 @@ class TextFileData:
             if not used:
                 raise DataError(f"{self.path.name} has no row with {self.where}")
         if classes:
-            self._check_labels(table, targets, used)
+            self._check_labels(table, targets, used, notes)
         if 0 < self.rows < len(used):
             used = sorted(random.Random(f"{seed}:rows").sample(used, self.rows))
         of_label = Counter(targets[row] for row in used) if classes else Counter()
@@ -211,7 +211,7 @@ class TextFileData:
         chosen = {k: getattr(self, k) for k in ("text", "target", "client", "form", "partition", "where")}
         return {"type": "TextFileData", "path": str(self.path), "sha256": digest(self.path), "rows": rows, **chosen}
 
-    def _check_labels(self, table: Table, targets: Sequence[str], used: Sequence[int]) -> None:
+    def _check_labels(self, table: Table, targets: Sequence[str], used: Sequence[int], notes: Sequence[str]) -> None:
         for row in used if self.labels else ():
             if targets[row] not in self.labels:
                 close = difflib.get_close_matches(targets[row], self.labels, 1)
@@ -222,7 +222,8 @@ class TextFileData:
                 )
         there = {targets[row] for row in used}
         if len(there) < 2 and len(self.labels) < 2:
-            raise DataError(f"column {self.target!r} has only the label {min(there)!r}; classification needs two")
+            more = "".join(f"; {note}" for note in notes)
+            raise DataError(f"column {self.target!r} has only the label {min(there)!r}; classification needs two{more}")
 
     def _divide(self, used: Sequence[int], targets: Sequence[str], seed: int) -> dict[str, list[int]]:
         from consilium.data.partition import divide
