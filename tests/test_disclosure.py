@@ -46,7 +46,8 @@ def context(world, client="colour-00"):
 
 @cache
 def sent(name, world):
-    """The client half, and what it is sent to train in the second round and to score (client colour-00)."""
+    """The client half, what client colour-00 is sent to train in the second round and, if that is another stage, in the
+    first, and what it is sent to score."""
     made = tiny.setup(clients_per_round=6) if world == "moe" else tiny.small_setup(world, clients_per_round=6)
     algorithm = METHODS[name]()
     server, client = algorithm.server(made), algorithm.client(dataclasses.replace(made, clients=()))
@@ -54,7 +55,10 @@ def sent(name, world):
     replies = {c: rounds.trained(client, payload, context(world, c), Privacy())[0] for c, payload in first.items()}
     server.aggregate(1, iter(replies.items()))
     info = next(c for c in made.clients if c.id == "colour-00")
-    return client, server.configure(2, made.clients)["colour-00"], server.deliver(info)
+    to_train = [server.configure(2, made.clients)["colour-00"], first["colour-00"]]
+    if to_train[0].scalars.get("stage") == to_train[1].scalars.get("stage"):
+        to_train.pop()
+    return client, to_train, server.deliver(info)
 
 
 def plain(value):
@@ -77,14 +81,16 @@ def test_every_key_of_every_methods_replies_in_every_mode(name, world):
             with pytest.raises(ConfigError, match="of which its server needs more"):
                 check(client, privacy)
             with pytest.raises(ConfigError, match="of which its server needs more"):
-                rounds.trained(client, to_train, context(world), privacy)
+                for payload in to_train:
+                    rounds.trained(client, payload, context(world), privacy)
             continue
         check(client, privacy)
-        reply = rounds.trained(client, to_train, context(world), privacy)[0]
+        for payload in to_train:
+            reply = rounds.trained(client, payload, context(world), privacy)[0]
+            look(reply, privacy, context(world))
+            assert reply.scalars["num_examples"] == 9
         score = rounds.tested(client, to_score, context(world), privacy)[0]
-        look(reply, privacy, context(world))
         look(score, privacy, context(world))
-        assert reply.scalars["num_examples"] == 9
         assert ("score" in score.scalars) == (privacy.scores != "none")
 
 
@@ -124,7 +130,7 @@ def look(payload, privacy, context):
 
 @pytest.mark.parametrize(("name", "world"), WORLDS)
 def test_exact_settings_change_no_bit(name, world):
-    client, to_train, _ = sent(name, world)
+    client, (to_train, *_), _ = sent(name, world)
     reply = rounds.trained(client, to_train, context(world), Privacy())[0]
     torch.manual_seed(0)
     assert Privacy() == MODES[0]
@@ -133,7 +139,7 @@ def test_exact_settings_change_no_bit(name, world):
 
 @pytest.mark.parametrize("name", ["FD", "FedGH", "FedTGP"])
 def test_counts_that_no_server_reads_are_not_sent(name):
-    client, to_train, _ = sent(name, "mixed")
+    client, (to_train,), _ = sent(name, "mixed")
     reply = client.train(to_train, context("mixed"))
     assert reply.groups.keys() == {"prototypes"}
     assert not {"labels", "counts"} & reply.scalars.keys()
