@@ -426,6 +426,9 @@ def test_data_finds_the_label_by_its_few_values_and_says_what_it_does_not_use(ca
     assert "note: 'haus' has 2 different values and is taken for the label (else: --label COLUMN)" in out
     assert "'ward' has 3 different values: if one says whose a row is, name it: --client COLUMN" in out
     assert "note: --alpha is ignored: it is for --partition dirichlet" in out
+    Path("b.csv").write_text(Path("a.csv").read_text().replace("note text,ward", "text,label"))
+    code, out, _ = call(capsys, "data", "b.csv")
+    assert code == 0 and "note: 'haus' has 2 different values: if one says whose a row is, name it: --client" in out
     code, out, _ = call(capsys, "data", "a.csv", "--client", "haus", "--clients", 9)
     assert code == 0 and "--data.target ward --data.client haus" in out.splitlines()[-2]
     assert "note: --clients is ignored: the column 'haus' says whose a row is" in out

@@ -238,7 +238,7 @@ def _roles(table: Rows, given: Mapping[str, str], settings: Mapping[str, Any]) -
         roles = {role: column for role, column in guessed.items() if role != "client"} | roles
     kinds = {"messages", "prompt", "response", "label"}
     if not kinds & roles.keys() and not {"text"} & given.keys():
-        found, few = _by_values(table, roles)
+        found, _ = _by_values(table, roles)
         if "label" in found and ("text" in found or "text" in roles or "client" in roles):
             roles |= found
             n = len({*names_of(table.texts(found["label"]))} - {None})
@@ -247,13 +247,15 @@ def _roles(table: Rows, given: Mapping[str, str], settings: Mapping[str, Any]) -
             )
         elif "text" in found:
             roles |= found
-        if few and "client" not in roles:
-            advice.append(f"{'; '.join(few)}: if one says whose a row is, name it: --client COLUMN")
     elif "text" in given and not kinds & roles.keys():
         named = _by_name(names).get("label")
         found = {"label": named} if named else _by_values(table, roles)[0]
         if "label" in found:
             advice.append(f"{found['label']!r} may be the label of the text: --label {found['label']}")
+    if "client" not in roles and not dealt:
+        few = _by_values(table, {"text": "", "label": "", **roles})[1]
+        if few:
+            advice.append(f"{'; '.join(few)}: if one says whose a row is, name it: --client COLUMN")
     return {role: column for role, column in roles.items() if column != "none"}, advice
 
 
