@@ -36,10 +36,10 @@ class DecayClient(consilium.Client):
     rho: float
 
     def train(self, payload, context):
-        def correct(trainable):  # after each backward pass
-            for weight in trainable.values():
+        def correct(trainable, weights):  # after each backward pass
+            for path, weight in trainable.items():
                 if weight.grad is not None:
-                    weight.grad.add_(weight.detach(), alpha=self.rho)
+                    weight.grad.add_(weights[path].detach(), alpha=self.rho)
 
         return local_round(self.setup, payload, context, lambda model: correct)[1]
 

@@ -161,7 +161,7 @@ def test_what_cannot_be_trained_is_refused():
         ConfigError, match=r"fit\.rows is 'packed'; task animal is classification, which takes examples"
     ):
         tiny.setup(tiny.source("olmoe"), rows="packed").check(tiny.context().data.task)
-    with pytest.raises(ConfigError, match=r"fit\.rows is 'row'; it must be examples, documents, blocks, packed"):
+    with pytest.raises(ConfigError, match=r"fit\.rows is 'row'; it must be one of examples, documents, blocks, packed"):
         Fit(rows="row")
 
 
@@ -173,7 +173,7 @@ def test_memory_is_promised_for_rows_of_all_tokens(rows):
     shape = {"max_length": S, "target_length": T, "optimizer": "adamw"}
     counts = setup.model.counts
     assert setup.footprint(counts, "forward") == MemoryModel.of(setup.model).footprint(
-        counts, mode="forward", batch_size=16, **shape
+        counts, mode="forward", batch_size=4, **shape
     )
     data = setup.encode(context(plain=rows != "examples"), context(plain=rows != "examples").data.train)
     shown = Packed.of(data, 40) if rows == "packed" else data

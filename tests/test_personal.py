@@ -1,5 +1,7 @@
 """A client's best model by its own validation data: when it is kept, where, and what is scored with it."""
 
+from typing import ClassVar
+
 import pytest
 import tiny
 import torch
@@ -7,11 +9,14 @@ import torch
 from consilium.core import ClientState, Payload
 from consilium.engine import rounds
 from consilium.moe.addressing import select
+from consilium.privacy import Privacy
 from consilium.training import local_round, local_test
 
 
 class Half:
     """A client half that trains and scores what it is sent; `seen`: what it found in its state."""
+
+    reveals: ClassVar[dict] = {}
 
     def __init__(self, setup):
         self.setup = setup
@@ -49,7 +54,7 @@ def test_the_best_round_is_kept_in_the_state_and_out_of_the_methods_sight(monkey
         context = tiny.context(state=state, round=len(replies) + 1)
         scored(monkeypatch, [value])
         half = Half(setup)
-        replies.append(rounds.trained(half, sent(setup, noise=len(replies)), context)[0])
+        replies.append(rounds.trained(half, sent(setup, noise=len(replies)), context, Privacy())[0])
         state = context.state
         assert half.seen == [{}]
     best = {key.removeprefix("engine/best/"): t for key, t in state.params.items()}
@@ -70,9 +75,9 @@ def test_the_better_of_the_best_and_the_delivered_is_scored(monkeypatch, values,
     context = tiny.context()
     scored(monkeypatch, [0.6])
     half = Half(setup)
-    rounds.trained(half, sent(setup), context)
+    rounds.trained(half, sent(setup), context, Privacy())
     scored(monkeypatch, values)
-    reply = rounds.tested(half, sent(setup), tiny.context(state=context.state))
+    reply = rounds.tested(half, sent(setup), tiny.context(state=context.state), Privacy())[1]
     assert reply.scalars["score"] == score and reply.scalars["personal"] == personal
 
 
@@ -82,13 +87,13 @@ def test_bits_per_byte_decide_where_there_are_any(monkeypatch):
     monkeypatch.setattr("consilium.training.assess", lambda *args, **kwargs: next(told))
     for number in (1, 2):
         context = tiny.context(state=state, round=number)
-        rounds.trained(Half(setup), sent(setup), context)
+        rounds.trained(Half(setup), sent(setup), context, Privacy())
         state = context.state
     assert state.scalars["engine/best/bits_per_byte"] == 2.0
 
 
 def test_without_it_nothing_is_kept():
     setup, context = tiny.setup(), tiny.context()
-    rounds.trained(Half(setup), sent(setup), context)
+    rounds.trained(Half(setup), sent(setup), context, Privacy())
     assert context.state.empty
-    assert "personal" not in rounds.tested(Half(setup), sent(setup), context).scalars
+    assert "personal" not in rounds.tested(Half(setup), sent(setup), context, Privacy())[1].scalars

@@ -79,7 +79,7 @@ def test_a_wrong_map_is_told(good, tmp_path, change, says):
 def test_missing_and_broken_files_are_told(good, tmp_path):
     folder = shutil.copytree(good, tmp_path / "m")
     (folder / WEIGHTS).write_bytes(b"torn")
-    with pytest.raises(ModelError, match=f"{WEIGHTS} cannot be read"):
+    with pytest.raises(ModelError, match=f"{WEIGHTS} is cut off: it has 4 bytes"):
         load_sub_moe(folder)
     for text in ("{", "[]"):
         (folder / MAP).write_text(text)

@@ -41,7 +41,7 @@ def configuration(name, **changes):
         return AutoConfig.for_model("t5", **settings | dict(decoder_start_token_id=0) | changes)
     settings = dict(
         vocab_size=tiny.VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.3, pad_token_id=0, eos_token_id=1,
+        num_key_value_heads=1, max_position_embeddings=128, initializer_range=0.3, pad_token_id=0, eos_token_id=1,
         bos_token_id=None, rope_parameters={"rope_type": "default", "rope_theta": 500.0},
     )  # fmt: skip
     return AutoConfig.for_model(name.split("-")[0], **settings | DENSE[name] | changes)
