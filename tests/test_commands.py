@@ -55,7 +55,7 @@ SMALL = {
     "hfedmoe-docstrings": DOCSTRINGS,
     "fedmoe-text": "--rounds 1 --fit.max-length 16 --algorithm.stage1 forward",
     "fedmoe-instructions": f"{LANGUAGE} --fit.target-length 4",
-    "fedmoe-plaintext": LANGUAGE,
+    "fedmoe-plaintext": f"{LANGUAGE} --fit.target-length 64",
     "pfedmoe-digits": "--rounds 1",
     "pfedmoe-images": "--rounds 1 --data.clients 2 --model.width 8",
     "pfedmoe-table": "--rounds 1",

@@ -302,7 +302,7 @@ def test_a_header_that_announces_too_much(tmp_path):
     np.savez(tmp_path / "b.npz", **{k: v for k, v in arrays.items() if k != "x_test"})
     with zipfile.ZipFile(tmp_path / "b.npz", "a") as packed:
         packed.writestr("x_test.npy", huge())
-    with pytest.raises(DataError, match=r"b\.npz cannot be read as \.npz: "):
+    with pytest.raises(DataError, match=r"b\.npz: x_test announces 1,000,000,000,000,128 bytes"):
         read_images(tmp_path / "b.npz")
 
 

@@ -94,13 +94,13 @@ def test_a_share_ends_at_its_limit_and_at_the_deadline():
     z, y = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
     work = Work(steps=20)
     with pytest.raises(BudgetError, match="1000000000 steps, this site allows 20"):
-        learned_share(z, z, y, 0.5, FedAPEN(steps=10**9), work)
+        learned_share(z, z, y, 0.5, FedAPEN(steps=10**9, eta=0.001), work)
     assert work.done == 0
-    learned_share(z, z, y, 0.5, FedAPEN(steps=20), work)
+    learned_share(z, z, y, 0.5, FedAPEN(steps=20, eta=0.001), work)
     assert work.done == 20
     work, start = Work(deadline=0.2), time.monotonic()
     with pytest.raises(BudgetError, match=r"the round's deadline of 0\.2 s has passed after \d+ of 1000000000 steps"):
-        learned_share(z, z, y, 0.5, FedAPEN(steps=10**9), work)
+        learned_share(z, z, y, 0.5, FedAPEN(steps=10**9, eta=0.001), work)
     assert work.done > 0 and time.monotonic() - start < 5
 
 
