@@ -50,7 +50,10 @@ PARSED = {
 
 DOCSTRINGS = "--rounds 1 --data.clients 3 --data.train 16 --data.validation 8 --data.test 8 --fit.max-length 16"
 LANGUAGE = "--rounds 1 --fit.max-length 16 --data.clients 2 --model.dtype float32 --algorithm.stage1 forward"
+CODE = "--rounds 2 --data.clients 4 --data.train 4 --data.validation 4 --data.test 4 --fit.max-length 16"
 SMALL = {
+    "fedmoe-code": CODE,
+    "affinitymoe-code": CODE,
     "fedmoe-docstrings": f"{DOCSTRINGS} --algorithm.stage1 forward",
     "hfedmoe-docstrings": DOCSTRINGS,
     "fedmoe-text": "--rounds 1 --fit.max-length 16 --algorithm.stage1 forward",
