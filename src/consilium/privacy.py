@@ -42,6 +42,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, get_args, get_type_hints
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -335,7 +336,8 @@ def _sampled_epsilon(rate: float, noise: float, rounds: int, inverse: float, ste
     composed = _round_loss(rate, noise, step).self_compose(rounds)
     if inverse:
         composed = composed.compose(from_gaussian_mechanism(inverse**-0.5, value_discretization_interval=step))
-    return float(composed.get_epsilon_for_delta(delta))
+    with np.errstate(over="ignore"):  # a ratio of masses that is beyond all numbers is larger than any loss
+        return float(composed.get_epsilon_for_delta(delta))
 
 
 @lru_cache(maxsize=32)
