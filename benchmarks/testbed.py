@@ -130,14 +130,16 @@ def experiment(setting: str, method: str, seed: int, rate: float | None = None) 
 
 def read(folder: Path) -> Result:
     """What the table needs of a finished run."""
-    rounds = records(folder)
+    rounds = list(records(folder))
     last, best = rounds[-1], {}
     for record in rounds:
         for client, told in record["clients"].items():
             if told.get("bits_per_byte") is not None:
                 best[client] = min(best.get(client, math.inf), told["bits_per_byte"])
     peaks = [c["peak_bytes_model"] for r in rounds for c in r["clients"].values() if c["peak_bytes_model"]]
+    saved = json.loads((folder / "config.json").read_text())
     return {
+        "rate": saved["experiment"]["fit"]["lr"],
         "G": last["bits_per_byte"],
         "S": last["personal_bits_per_byte"],
         "accuracy": last["test"],
@@ -238,9 +240,9 @@ def write(cells: Cells) -> None:
             means = [[statistics.mean(run[w].values()) for run in found] for w in ("G", "S")]
             worst = [statistics.mean(sorted(r["S"].values())[-max(len(r["S"]) // 10, 1) :]) for r in found]
             accuracy = statistics.mean(100 * statistics.mean(run["accuracy"].values()) for run in found)
-            rate = rates().get(setting, {}).get(method) or rates().get("C", {}).get(method) or math.nan
+            used = "/".join(f"{rate:g}" for rate in sorted({run["rate"] for run in found}))
             lines.append(
-                f"| {method} | {len(found)} | {rate:g} | {interval(means[0])[1:]} | {interval(means[1])[1:]} "
+                f"| {method} | {len(found)} | {used} | {interval(means[0])[1:]} | {interval(means[1])[1:]} "
                 f"| {statistics.mean(worst):.3f} | {accuracy:.1f} "
                 f"| {statistics.mean(r['megabytes'] for r in found):.0f} "
                 f"| {statistics.mean(r['peak_megabytes'] for r in found):.0f} "

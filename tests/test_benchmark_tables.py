@@ -1,6 +1,8 @@
 """The tables of the benchmarks: seeds are the unit of every interval."""
 
+import importlib
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,56 @@ def test_a_seed_counts_where_all_its_settings_are_there(cells):
     names = {(s, m): [f"{s}-{m}-{seed}" for seed in range(3)] for s in "ab" for m in ("one", "two")}
     found = {name: {"mean": 50.0} for own in names.values() for name in own if name != "b-two-2"}
     assert cells.pairs("one", names, found, "ab", ["one", "two"])[-2].endswith("| +0.00 [+0.00, +0.00] | 0/2 |")
+
+
+# --- the testbed's own reader and table -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def testbed(monkeypatch, tmp_path):
+    """benchmarks/testbed.py as a module, which writes its results to a temporary folder."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module("testbed")
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return module
+
+
+def test_a_finished_run_of_the_testbed_is_read(testbed, tmp_path):
+    """Best validation of a: 1.5, of b: 2.5; traffic 30 MB over two clients."""
+
+    def line(number, validation, **more):
+        told = {c: {"bits_per_byte": v, "peak_bytes_model": 4_000_000} for c, v in validation.items()}
+        return {
+            "round": number,
+            "clients": told,
+            "bytes_down": 10**7,
+            "bytes_up": 5 * 10**6,
+            "seconds": {"round": 2.0},
+        } | more
+
+    last = {
+        "bits_per_byte": {"a": 2.0, "b": 3.0},
+        "personal_bits_per_byte": {"a": 1.9, "b": 2.9},
+        "test": {"a": 0.4, "b": 0.3},
+    }
+    rounds = [line(1, {"a": 1.5, "b": 2.6}), line(2, {"a": 1.7, "b": 2.5}, **last)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rounds))
+    (tmp_path / "config.json").write_text(json.dumps({"experiment": {"fit": {"lr": 5e-4}}}))
+    found = testbed.read(tmp_path)
+    assert found["validation"] == 2.0 and found["megabytes"] == 15.0 and found["peak_megabytes"] == 4.0
+    assert found["G"] == {"a": 2.0, "b": 3.0} and found["seconds"] == 4.0 and found["rate"] == 5e-4
+
+
+def test_the_testbeds_table_has_paired_differences(testbed, tmp_path, capsys):
+    """Alone is 0.2 and 0.4 worse on two seeds: mean -0.3, half width 12.706 * 0.1 = 1.271."""
+    cells = {}
+    for seed, gap in enumerate((0.2, 0.4)):
+        for method, more in (("AffinityMoE", 0.0), ("alone", gap)):
+            values = {"cuda-0": 1.0 + more, "yaml-0": 2.0 + more}
+            cells[f"C-{method}-{seed}"] = {
+                "rate": 6e-4, "G": values, "S": values, "accuracy": {c: 0.5 for c in values}, "megabytes": 1.0,
+                "peak_megabytes": 1.0, "seconds": 1.0,
+            }  # fmt: skip
+    testbed.write(cells)
+    assert "| AffinityMoE - alone | -0.300 ± 1.271 | -0.300 ± 1.271 |" in (tmp_path / "testbed.md").read_text()
+    assert "| alone | 2 | 0.0006 |" in capsys.readouterr().out
