@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from scipy.stats import t
 
 from consilium.errors import ConsiliumError
 from consilium.experiment import Experiment
 from consilium.moe.build import ModelSource
+from consilium.report.methods import half_width
 from consilium.run import records
 from consilium.watch import Comparison
 
@@ -204,5 +204,5 @@ def interval(gaps: Collection[float]) -> str:
     mean = statistics.mean(gaps)
     if len(gaps) < 2:
         return f"{mean:+.2f} (one seed)"
-    half = float(t.ppf(0.975, len(gaps) - 1)) * statistics.stdev(gaps) / len(gaps) ** 0.5
+    half = half_width(list(gaps))
     return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"

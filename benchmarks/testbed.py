@@ -30,7 +30,6 @@ from pathlib import Path
 
 import tyro
 from cells import RESULTS, Result, finish, plan
-from scipy import stats
 
 from consilium.algorithms.affinitymoe import AffinityMoE
 from consilium.algorithms.fedavg import FedAvg
@@ -41,6 +40,7 @@ from consilium.data.code import CodeData
 from consilium.experiment import Experiment
 from consilium.machine import cores
 from consilium.recipes.code import DEVICE, affinitymoe_code
+from consilium.report.methods import half_width
 from consilium.run import records
 
 PRIVATE = ("cuda", "cython", "yaml", "simd", "metrics", "doctest", "lexers", "generated-c")
@@ -187,8 +187,7 @@ def interval(values: Sequence[float]) -> str:
     mean = statistics.mean(values)
     if len(values) < 2:
         return f"{mean:+.3f}"
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:+.3f} ± {half:.3f}"
+    return f"{mean:+.3f} ± {half_width(values):.3f}"
 
 
 def difference(

@@ -30,7 +30,7 @@ from consilium.core import (
 )
 from consilium.data.causal import Packed
 from consilium.data.encode import Encoded, token_bytes
-from consilium.data.task import Split, score
+from consilium.data.task import score
 from consilium.data.tensor import TensorSplit
 from consilium.errors import DataError
 from consilium.masters import MasterOptimizer, Masters
@@ -344,10 +344,17 @@ def _ranked(model: SplitModel, data: TensorSplit, config: Fit, context: ClientCo
         return torch.cat([logits(batch)[0].argmax(-1) for batch in batches]).cpu()
 
 
-def read_batches(data: TensorSplit, size: int, context: ClientContext) -> Iterator[dict[str, Tensor]]:
-    """All rows of a split in their order, in batches of `size`, each counted against `context.work`."""
-    for rows in torch.arange(len(data)).split(size):
-        batch = data.batch(rows, context.device)
+def read_batches(
+    data: Encoded | TensorSplit, size: int, context: ClientContext, rows: Sequence[int] | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Yield rows of a split in batches of `size`, each counted against `context.work`.
+
+    Args:
+        rows: which rows, in this order; None: all, in theirs.
+    """
+    rows = torch.arange(len(data)) if rows is None else rows
+    for start in range(0, len(rows), size):
+        batch = data.batch(rows[start : start + size], context.device)
         context.work.read(tokens_in(batch))
         yield batch
 
@@ -387,9 +394,7 @@ def _teacher_forced(
     hits = tokens = written = 0
     loss = 0.0
     with torch.inference_mode():
-        for rows in (order[i : i + size] for i in range(0, len(order), size)):
-            batch = data.batch(rows, context.device)
-            context.work.read(tokens_in(batch))
+        for batch in read_batches(data, size, context, order):
             with nullcontext() if tap is None else tap.batch(batch, count=True):
                 logits, labels = model(batch)
             hits += int((logits.argmax(-1) == labels).sum())
@@ -403,8 +408,8 @@ def _teacher_forced(
     return scores | ({"bits_per_byte": loss / math.log(2) / written} if written else {})
 
 
-def profile(setup: Setup, model: TaskModel, context: ClientContext, rows: int) -> tuple[Params, Params]:
-    """Measure how the experts of a model are used on the client's first training rows.
+def profile(setup: Setup, model: TaskModel, data: Encoded, context: ClientContext, rows: int) -> tuple[Params, Params]:
+    """Measure how the experts of a model are used on the first rows of a split.
 
     Returns:
         Per block: the slots that ask for each expert, int64 [E]; and the mean over tokens of (gate x norm of the
@@ -414,7 +419,7 @@ def profile(setup: Setup, model: TaskModel, context: ClientContext, rows: int) -
     experts = Experts(model, measure=True)
     tokens = 0
     with torch.inference_mode(), Tap(model) as tap, experts:
-        for batch in _first_batches(setup, context, context.data.train, rows):
+        for batch in read_batches(data, setup.evaluation_rows, context, range(min(rows, len(data)))):
             experts.masks = model.masks(batch)
             tokens += sum(int(mask.sum()) for mask in experts.masks.values())
             with tap.batch(batch, count=True):
@@ -423,26 +428,16 @@ def profile(setup: Setup, model: TaskModel, context: ClientContext, rows: int) -
     return tap.usage.demand, contributions
 
 
-def mean_loss(setup: Setup, model: TaskModel, context: ClientContext, rows: int) -> float:
-    """Return the mean cross-entropy of the client's first validation rows, in nats per label or predicted token."""
+def mean_loss(setup: Setup, model: TaskModel, data: Encoded, context: ClientContext, rows: int) -> float:
+    """Return the mean cross-entropy of the first rows of a split, in nats per label or predicted token."""
     model.eval()
     total, count = 0.0, 0
     with torch.inference_mode():
-        for batch in _first_batches(setup, context, context.data.validation, rows):
+        for batch in read_batches(data, setup.evaluation_rows, context, range(min(rows, len(data)))):
             logits, labels = model(batch)
             total += F.cross_entropy(logits.float(), labels, reduction="sum").item()
             count += labels.numel()
     return total / max(count, 1)
-
-
-def _first_batches(setup: Setup, context: ClientContext, split: Split, rows: int) -> Iterator[Mapping[str, Tensor]]:
-    """The first rows of a split in batches, counted as work."""
-    data = setup.encode(context, split)
-    size = setup.evaluation_rows
-    for start in range(0, min(rows, len(data)), size):
-        batch = data.batch(range(start, min(start + size, rows, len(data))), context.device)
-        context.work.read(tokens_in(batch))
-        yield batch
 
 
 def local_round(

@@ -48,12 +48,13 @@ from consilium.core import (
 from consilium.errors import BudgetError
 from consilium.moe.addressing import select
 from consilium.moe.gates import absent_rows
-from consilium.moe.layers import shapes
+from consilium.moe.layers import most, shapes
+from consilium.moe.routing import shares
 from consilium.params import Like, Params
 from consilium.setup import Setup
 from consilium.training import local_round, local_test, mean_loss, profile
 
-__all__ = ["AffinityMoE", "affinities", "most"]
+__all__ = ["AffinityMoE", "affinities"]
 
 Scores = Mapping[str, Tensor]
 """Block -> a number per expert [E], float64."""
@@ -91,14 +92,6 @@ class AffinityMoE(Algorithm):
 
     def client(self, setup: Setup) -> Client:
         return AffinityMoEClient(setup, self)
-
-
-def most(scores: Scores, counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """Return the ids of the experts with the highest scores, as many per block as `counts` says; ties: lower id."""
-    return {
-        block: tuple(sorted(scores[block].argsort(descending=True, stable=True)[:n].tolist()))
-        for block, n in counts.items()
-    }
 
 
 def affinities(usage: Mapping[ClientId, Scores], floor: float) -> dict[ClientId, dict[ClientId, float]]:
@@ -175,7 +168,7 @@ class AffinityMoEServer(Server):
             return self._merged(replies)
         usage, contribution, losses = {}, {}, {}
         for client, reply in replies:
-            usage[client] = {b: n.double() / max(float(n.sum()), 1.0) for b, n in reply.group("demand").items()}
+            usage[client] = shares(reply.group("demand"))
             contribution[client] = {b: c.double() for b, c in reply.group("contribution").items()}
             losses[client] = reply.group("losses")["shapes"].double()
         self._cut(usage, contribution, losses)
@@ -195,13 +188,17 @@ class AffinityMoEServer(Server):
             self.shape = int(torch.stack(list(losses.values())).mean(0).argmin())
         for client in setup.clients:
             self.shares[client.id] = usage.get(client.id, means[0])
-            ranked = {"usage": self.shares[client.id], "public": public}
-            scores = ranked.get(method.choice) or contribution.get(client.id, means[1])
+            ranked = {
+                "contribution": contribution.get(client.id, means[1]),
+                "usage": self.shares[client.id],
+                "public": public,
+            }
             counts = setup.fitting(client, shapes(len(setup.model.counts))[self.shape])
-            chosen_at_random = method.choice == "random"
-            held = random_choice(setup, client.id, counts) if chosen_at_random else most(scores, counts)
-            self.map[client.id] = held
-            self.states[client.id] = select(self.params, client.task, self.map[client.id])
+            if method.choice == "random":
+                held = random_choice(setup, client.id, counts)
+            else:
+                held = most(ranked[method.choice], counts)
+            self.map[client.id], self.states[client.id] = held, select(self.params, client.task, held)
             source = "measured" if client.id in usage else "estimated"
             self.log.append(
                 {"event": "structure", "client": client.id, "experts": sum(counts.values()), "source": source}
@@ -309,18 +306,18 @@ class AffinityMoEClient(Client):
         setup, rows = self.setup, self.algorithm.rows
         params, total = payload.group("params"), int(payload.scalars["total"])
         model = setup.build(params, context)
-        demand, contribution = profile(setup, model, context, rows)
+        demand, contribution = profile(setup, model, setup.encode(context, context.data.train), context, rows)
         del model
         tried = shapes(len(setup.model.counts))
         losses = torch.zeros(len(tried))
         if self.algorithm.budget == "searched":
-            ranked = {"usage": demand, "public": setup.public_usage("no usage")}.get(
-                self.algorithm.choice, contribution
-            )
+            others = {"usage": demand, "public": setup.public_usage("no usage")}
+            ranked = others.get(self.algorithm.choice, contribution)
+            validation = setup.encode(context, context.data.validation)
             for place, shape in enumerate(tried):
                 held = most(ranked, setup.spread(total, shape))
                 sub = setup.build_sent(setup.sub_moe(params, context.data.task.name, held), context)
-                losses[place] = mean_loss(setup, sub, context, rows)
+                losses[place] = mean_loss(setup, sub, validation, context, rows)
         scalars = {
             "num_examples": context.info.num_examples,
             "experts": sum(setup.model.counts.values()),

@@ -29,6 +29,7 @@ from consilium.core import (
     setting,
 )
 from consilium.errors import BudgetError, ConfigError
+from consilium.moe.layers import most
 from consilium.params import Params, WeightedMean
 from consilium.setup import Setup
 from consilium.training import local_round, local_test
@@ -139,10 +140,8 @@ def common_experts(
         experts = min(fitting)
     if not totals:
         raise ConfigError(f"experts is {experts!r}, but {setup.model.path} has no experts; leave it at 'all'")
-    least, most = setup.model.family.least, max(totals.values())
-    if not least <= experts <= most:
-        raise ConfigError(f"experts is {experts}; allowed are {least}..{most}, 'all' and 'fit'")
-    return {
-        block: tuple(sorted(usage_E.argsort(descending=True, stable=True)[:experts].tolist()))
-        for block, usage_E in setup.public_usage("common experts").items()
-    }
+    least, total = setup.model.family.least, max(totals.values())
+    if not least <= experts <= total:
+        raise ConfigError(f"experts is {experts}; allowed are {least}..{total}, 'all' and 'fit'")
+    usage = setup.public_usage("common experts")
+    return most(usage, dict.fromkeys(usage, experts))

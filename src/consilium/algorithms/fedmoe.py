@@ -69,7 +69,7 @@ from consilium.moe.addressing import expert_of, router_row_of, select
 from consilium.moe.budget import Mode
 from consilium.moe.gates import absent_rows
 from consilium.moe.lora import add_expert_lora
-from consilium.moe.routing import Tap
+from consilium.moe.routing import Tap, shares
 from consilium.params import Like
 from consilium.setup import Setup
 from consilium.training import evaluate, fit, local_round, local_test, seeded
@@ -330,7 +330,7 @@ class FedMoEServer(Server):
 
     def _usage(self, reply: Payload) -> dict[str, Tensor]:
         counts = reply.group(self.algorithm.usage)
-        return {b: counts[b].double() / max(float(counts[b].sum()), 1.0) for b in self.setup.model.counts}
+        return shares({block: counts[block] for block in self.setup.model.counts})
 
     def _info(self, client: ClientId) -> ClientInfo:
         return next(c for c in self.setup.clients if c.id == client)

@@ -19,7 +19,7 @@ stays as it is, with its m and v: the paper has no such tensors. Buffers, such a
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ class FedAvgM(Algorithm):
         experts: see FedAvg.
     """
 
+    tau: ClassVar[float] = 0.0  # FedAdam and FedYogi set it
     eta: float = setting(1.0, "server", "(0, 1e6]")
     beta1: float = setting(0.9, "server", "[0, 1)")
     experts: int | Literal["all", "fit"] = setting("all", "server")
@@ -113,11 +114,11 @@ class FedOptServer(FedAvgServer):
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
         mean = self.setup.mean(self.params)
         merged = averaged(self.params, replies, mean)
-        start = getattr(self.algorithm, "tau", 0.0) ** 2
+        start = self.algorithm.tau**2
         params, m, v = dict(self.params), dict(self.m), dict(self.v)
         for key, new in merged.items():
             old = self.params[key]
-            if new is old:  # nobody has returned it
+            if new is old:  # no client has returned it
                 continue
             if key.endswith(("running_mean", "running_var")):
                 params[key] = new

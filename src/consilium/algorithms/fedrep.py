@@ -52,6 +52,7 @@ class FedPer(Algorithm):
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("moe", "cohort")
+    head_epochs: ClassVar[int] = 0  # FedRep trains the personal part first
     private: Literal["head", "router", "both"] = setting("head", "free")
     experts: int | Literal["all", "fit"] = setting("all", "server")
 
@@ -102,7 +103,7 @@ class PersonalClient(Client):
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         is_private, held = self.algorithm.is_private, experts_from_scalars(payload.scalars)
         mine = self._mine(payload, context)
-        if isinstance(self.algorithm, FedRep):
+        if self.algorithm.head_epochs:
             first = replace(self.setup, fit=replace(self.setup.fit, epochs=self.algorithm.head_epochs))
             apart = replace(context, seed=derive_seed(context.seed, "head"))
             learned = local_round(first, mine, apart, frozen(held, lambda key: not is_private(key)))[1].group("params")

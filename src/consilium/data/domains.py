@@ -12,17 +12,15 @@ The documents are cached under `~/.cache/consilium` (or `$CONSILIUM_CACHE`), key
 import ast
 import hashlib
 import json
-import os
-import platform
 import sysconfig
-import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
+
+from consilium.data.source import cache_folder, store, version
 
 __all__ = ["DOMAINS", "PRIVATE", "PUBLIC", "Document", "Domain", "documents", "versions"]
 
@@ -114,26 +112,19 @@ class Document:
 @lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
     """The installed packages that texts are read from, with their versions, and Python's own."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return {name: found for name in ("python", *_PACKAGES) if (found := version(name)) is not None}
 
 
 @lru_cache(maxsize=2)
 def _everything() -> dict[str, list[Document]]:
     key = hashlib.sha256(json.dumps([_FORMAT, versions(), repr(DOMAINS)]).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("CONSILIUM_CACHE") or Path.home() / ".cache" / "consilium")
-    path = folder / f"domains-{key}.json"
+    path = cache_folder() / f"domains-{key}.json"
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         found = [Document(*row) for row in rows]
     except (OSError, ValueError, TypeError):
         found = list(_deduplicated())
-        _store(path, [[d.domain, d.shard, d.place, d.text] for d in found])
+        store(path, [[d.domain, d.shard, d.place, d.text] for d in found])
     return {name: [d for d in found if d.domain == name] for name in DOMAINS}
 
 
@@ -256,14 +247,3 @@ def _pieces(text: str) -> Iterator[str]:
         size += len(line)
     if piece:
         yield "".join(piece)
-
-
-def _store(path: Path, rows: list) -> None:
-    """Write the cache next to its place and rename it; a home that cannot be written is no error."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            json.dump(rows, file)
-        Path(file.name).replace(path)
-    except OSError:
-        return

@@ -32,7 +32,20 @@ from pathlib import Path
 from consilium.errors import DataError
 from consilium.machine import cores
 
-__all__ = ["PACKAGES", "PUBLIC", "Doc", "digests", "extract", "mask", "read", "version", "warm", "words"]
+__all__ = [
+    "PACKAGES",
+    "PUBLIC",
+    "Doc",
+    "cache_folder",
+    "digests",
+    "extract",
+    "mask",
+    "read",
+    "store",
+    "version",
+    "warm",
+    "words",
+]
 
 PUBLIC = ("torch", "transformers", "sympy")
 """Packages whose documentation no client ever holds."""
@@ -215,10 +228,14 @@ def _parse(package: str) -> list[Doc]:
     return found
 
 
+def cache_folder() -> Path:
+    """Return where what was read of installed packages is kept."""
+    return Path(os.environ.get("CONSILIUM_CACHE") or Path.home() / ".cache" / "consilium")
+
+
 def _cache(package: str, ending: str) -> Path:
-    folder = Path(os.environ.get("CONSILIUM_CACHE") or Path.home() / ".cache" / "consilium")
     python = platform.python_version()
-    return folder / f"docs-{package}-{version(package)}-py{python}-v{_FORMAT}.{ending}"
+    return cache_folder() / f"docs-{package}-{version(package)}-py{python}-v{_FORMAT}.{ending}"
 
 
 def read(package: str) -> list[Doc]:
@@ -235,8 +252,8 @@ def read(package: str) -> list[Doc]:
         return [Doc(package, *row) for row in rows]
     except (OSError, ValueError, TypeError):
         docs = _parse(package)
-        _store(_cache(package, "json"), [astuple(doc)[1:] for doc in docs])
-        _store(_cache(package, "keys.json"), [doc.key for doc in docs])
+        store(_cache(package, "json"), [astuple(doc)[1:] for doc in docs])
+        store(_cache(package, "keys.json"), [doc.key for doc in docs])
         return docs
 
 
@@ -265,8 +282,9 @@ def digests(package: str) -> list[str]:
         return [doc.key for doc in docs or read(package)]
 
 
-def _store(path: Path, rows: list) -> None:
-    # Written beside and renamed, so that a reader never sees half a file; a read-only home is no error.
+def store(path: Path, rows: list) -> None:
+    """Write rows next to their place and rename the file, so that a reader never sees half of it; a home that cannot be
+    written is no error."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""How a number of experts is spread over the layers of a model.
+"""How a number of experts is spread over the layers of a model, and which of a layer's experts have the highest scores.
 
 A *shape* is a weight per block, in the order of the layers. How much a layer suffers from missing experts has little to
 do with how evenly its experts are used, so shapes are compared by what matters: the loss of sub-models cut by them.
@@ -6,7 +6,9 @@ do with how evenly its experts are used, so shapes are compared by what matters:
 
 from collections.abc import Mapping, Sequence
 
-__all__ = ["Shape", "shapes", "spread"]
+from torch import Tensor
+
+__all__ = ["Shape", "most", "shapes", "spread"]
 
 Shape = tuple[float, ...]
 """A weight > 0 per block; () gives every block the same."""
@@ -55,3 +57,15 @@ def shapes(blocks: int) -> list[Shape]:
         if groups > 1
     ]
     return [*even, *falling, *favoured]
+
+
+def most(scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Return the ids of the experts with the highest scores, as many per block as `counts` says; ties: lower id.
+
+    Args:
+        scores: block -> a number per expert [E].
+    """
+    return {
+        block: tuple(sorted(scores[block].argsort(descending=True, stable=True)[:n].tolist()))
+        for block, n in counts.items()
+    }

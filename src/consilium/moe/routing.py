@@ -19,7 +19,7 @@ from consilium.moe.model import Batch, TaskModel
 from consilium.moe.surgery import attribute
 from consilium.params import Params
 
-__all__ = ["Tap", "Usage"]
+__all__ = ["Tap", "Usage", "shares"]
 
 
 @dataclass
@@ -42,6 +42,11 @@ class Usage:
         """p_ij = n_ij / N of the paper, float64 [E] per block; zeros where no token passed."""
         counts = self.demand if which == "demand" else self.served
         return {block: n.double() / max(self.slots[block], 1) for block, n in counts.items()}
+
+
+def shares(counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the share of each expert in the counts of its block, float64 [E]; zeros where nothing was counted."""
+    return {block: n.double() / max(float(n.sum()), 1.0) for block, n in counts.items()}
 
 
 class Tap:

@@ -21,14 +21,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from consilium.algorithms.affinitymoe import most
 from consilium.algorithms.randommoe import random_choice
-from consilium.core import ClientContext, ClientInfo, ClientState, ExpertSet, Sampling, derive_seed
+from consilium.core import ClientContext, ClientInfo, ClientState, Sampling, derive_seed
 from consilium.data.code import CodeData
 from consilium.data.task import ClientData, Split
 from consilium.moe.build import ModelSource
+from consilium.moe.layers import most
 from consilium.moe.model import TaskModel
-from consilium.params import Params
+from consilium.moe.routing import shares
 from consilium.setup import Fit, Setup
 from consilium.training import fit, mean_loss, profile
 
@@ -72,18 +72,22 @@ def measure(model: ModelSource, domains: int = 12, steps: int = 40) -> Necessity
     usage, halves = {}, []
     for name in names:
         context = _context(name, federation.clients[name])
+        train, validation = (setup.encode(context, split) for split in (context.data.train, context.data.validation))
         live = setup.build(params, context)
-        losses["whole"].append(mean_loss(setup, live, context, ROWS))
-        demand, contribution = profile(setup, live, context, 10**6)
-        usage[name] = _shares(demand)
-        halves.append(_variation(*(_shares(profile(setup, live, half, 10**6)[0]) for half in _halves(context))))
-        losses["none"].append(mean_loss(setup, _without_experts(live), context, ROWS))
+        losses["whole"].append(mean_loss(setup, live, validation, context, ROWS))
+        demand, contribution = profile(setup, live, train, context, len(train))
+        usage[name] = shares(demand)
+        parts = [setup.encode(context, half) for half in _halves(context.data.train)]
+        halves.append(_variation(*(shares(profile(setup, live, part, context, len(part))[0]) for part in parts)))
+        losses["none"].append(mean_loss(setup, _without_experts(live), validation, context, ROWS))
         del live
         quarter = {block: max(total // 4, 1) for block, total in setup.model.counts.items()}
         for key, held in (("own", most(contribution, quarter)), ("random", random_choice(setup, name, quarter))):
-            before, after = _tuned(setup, params, context, held, steps)
-            losses[key].append(before)
-            losses[f"{key}_tuned"].append(after)
+            sub = setup.build_sent(setup.sub_moe(params, context.data.task.name, held), context)
+            losses[key].append(mean_loss(setup, sub, validation, context, ROWS))
+            per_epoch = -(-len(train) // setup.fit.batch_size)
+            fit(sub, train, setup.fit, context, epochs=max(1, round(steps / per_epoch)))
+            losses[f"{key}_tuned"].append(mean_loss(setup, sub, validation, context, ROWS))
     pairs = [_variation(usage[a], usage[b]) for i, a in enumerate(names) for b in names[:i]]
     means = {key: statistics.mean(values) for key, values in losses.items()}
     return Necessity(**means, between=statistics.mean(pairs), within=statistics.mean(halves))
@@ -91,10 +95,10 @@ def measure(model: ModelSource, domains: int = 12, steps: int = 40) -> Necessity
 
 def complete(model: ModelSource, prompt: str, tokens: int = 48) -> str:
     """Return the greedy continuation of a prompt."""
-    setup = _setup(model)
-    live = setup.build(setup.initial_params(), _context("", None, text=True))
+    model = replace(model, form="text-to-text")
+    live = model.build(model.load(), "", ()).eval()
     encoded = model.tokenizer()(prompt, return_tensors="pt", add_special_tokens=False)
-    ids = live.eval().generate(encoded, tokens)[0]
+    ids = live.generate(encoded, tokens)[0]
     return model.tokenizer().decode(ids, skip_special_tokens=True)
 
 
@@ -105,26 +109,14 @@ def _setup(model: ModelSource) -> Setup:
     return Setup(replace(model, form="text-to-text"), tuning, Sampling(), seed=0)
 
 
-def _context(name: str, data: ClientData | None, text: bool = False) -> ClientContext:
-    if text:
-        split = Split([""], ["-"])
-        data = ClientData(next(iter(CodeData(("cuda",), 1).load(0).clients.values())).task, split, split, split)
-    info = ClientInfo(name or "prompt", max(len(data.train), 1), data.task.name)
+def _context(name: str, data: ClientData) -> ClientContext:
+    info = ClientInfo(name, len(data.train), data.task.name)
     return ClientContext(info, data, torch.device("cpu"), derive_seed("necessity", name), ClientState())
 
 
-def _halves(context: ClientContext) -> list[ClientContext]:
-    """The client with every second piece of its training text, and with the others."""
-    train = context.data.train
-    found = []
-    for start in (0, 1):
-        part = Split(train.texts[start::2], train.targets[start::2], train.rows[start::2])
-        found.append(replace(context, data=replace(context.data, train=part)))
-    return found
-
-
-def _shares(demand: Params) -> dict[str, Tensor]:
-    return {block: n.double() / max(float(n.sum()), 1.0) for block, n in demand.items()}
+def _halves(split: Split) -> list[Split]:
+    """Return a split with every second piece of its text, and with the others."""
+    return [Split(split.texts[start::2], split.targets[start::2], split.rows[start::2]) for start in (0, 1)]
 
 
 def _variation(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -137,17 +129,6 @@ def _without_experts(model: TaskModel) -> TaskModel:
     for block in model.blocks().values():
         block.get_submodule(model.family.experts).register_forward_hook(lambda module, args, out: torch.zeros_like(out))
     return model
-
-
-def _tuned(setup: Setup, params: Params, context: ClientContext, held: ExpertSet, steps: int) -> tuple[float, float]:
-    """Loss of a sub-model before and after so many steps of fine-tuning."""
-    sub = setup.sub_moe(params, context.data.task.name, held)
-    model = setup.build_sent(sub, context)
-    before = mean_loss(setup, model, context, ROWS)
-    data = setup.encode(context, context.data.train)
-    per_epoch = -(-len(data) // setup.fit.batch_size)
-    fit(model, data, setup.fit, context, epochs=max(1, round(steps / per_epoch)))
-    return before, mean_loss(setup, model, context, ROWS)
 
 
 def main() -> None:

@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
@@ -34,6 +33,7 @@ from consilium.moe.gates import measure_scales
 from consilium.moe.model import TaskModel
 from consilium.moe.routing import Tap
 from consilium.products import quicken
+from consilium.recipes.pretrain_model import byte_level_bpe
 
 __all__ = ["PretrainCode", "Pretraining", "main", "train_tokenizer", "write_card"]
 
@@ -83,18 +83,7 @@ class PretrainCode:
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer that gives every text back character by character."""
-    tokenizer = Tokenizer(models.BPE(unk_token=None))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=list(SPECIAL),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer = byte_level_bpe(texts, vocabulary, SPECIAL, prefix=False)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=SPECIAL[PAD],

@@ -1,6 +1,7 @@
 """The shipped model's parts: tokenizer, architecture, initial weights, routing, and how it is written."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ __all__ = [
     "PAD",
     "balance_loss",
     "build",
+    "byte_level_bpe",
     "export",
     "initialise",
     "sort_experts",
@@ -31,19 +33,37 @@ SPECIAL = ("<pad>", "</s>", "<unk>", "<mask>")
 PAD, EOS, UNK, MASK = range(4)
 
 
-def train_tokenizer(texts: list[str], vocabulary: int, length: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the texts, which ends every text with </s> and needs no unknown token."""
+def byte_level_bpe(
+    texts: list[str],
+    vocabulary: int,
+    special: Sequence[str],
+    prefix: bool,
+    normalizer: normalizers.Normalizer | None = None,
+) -> Tokenizer:
+    """Train byte-level BPE, which needs no unknown token, with every digit apart.
+
+    Args:
+        vocabulary: tokens, the special ones included. prefix: put a blank before a text. normalizer: None: texts as
+            they are.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token=None))
-    tokenizer.normalizer = normalizers.NFC()
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=True)]
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=prefix)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocabulary, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def train_tokenizer(texts: list[str], vocabulary: int, length: int) -> PreTrainedTokenizerFast:
+    """Train byte-level BPE over the texts, which ends every text with </s>."""
+    tokenizer = byte_level_bpe(texts, vocabulary, SPECIAL, prefix=True, normalizer=normalizers.NFC())
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", EOS)]
     )

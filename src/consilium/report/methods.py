@@ -32,6 +32,7 @@ __all__ = [
     "Paired",
     "Spread",
     "first_runs",
+    "half_width",
     "has_seeds",
     "method_columns",
     "methods",
@@ -189,6 +190,13 @@ def _paired(reference: str, theirs: Sequence[RunRecord], own: Sequence[RunRecord
         return None
     low, high, p = _t_test(gaps)
     return Paired(reference, len(gaps), statistics.fmean(gaps), low, high, p, ahead, behind, of)
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Return half of the 95 % t-interval of the mean of two or more values."""
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def _t_test(gaps: Sequence[float]) -> tuple[float | None, float | None, float | None]:

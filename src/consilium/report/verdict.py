@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 
+from consilium.report.methods import half_width
 from consilium.report.read import RunRecord
 from consilium.report.results import client_scores, measured
 
@@ -82,7 +82,4 @@ def _interval(values: Sequence[float]) -> str:
     digits = 1 if abs(mean) >= 1 else 3
     if len(values) < 2:
         return f"{mean:+.{digits}f}"
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:+.{digits}f} ± {half:.{digits}f}"
+    return f"{mean:+.{digits}f} ± {half_width(values):.{digits}f}"
