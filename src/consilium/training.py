@@ -468,8 +468,7 @@ def local_round(
     Returns:
         The trained model, and the reply: group "params", and scalars num_examples, validation (the task's metric),
         train_loss, steps, experts, footprint (bytes by the memory model), seconds_evaluate, cut (training examples
-        longer than max_length or target_length), perplexity and bits_per_byte (if the
-        metric is of tokens).
+        longer than max_length or target_length), perplexity and bits_per_byte (if the metric is of tokens).
     """
     held, outside = experts_from_scalars(payload.scalars), payload.group("router")
     footprint = setup.admit(context, held, references=references, trained=learning)
@@ -584,8 +583,8 @@ def local_test(setup: Setup, payload: Payload, context: ClientContext) -> Payloa
 
 
 def _better(scores: Mapping[str, float], context: ClientContext) -> bool:
-    """Whether validation scores are better than those of the client's best model: by their bits per byte if it has
-    any, else by the metric of its task."""
+    """Return whether validation scores beat those of the client's best model, by bits per byte if there are any, else
+    by the metric of the task."""
     best = context.best.scalars
     if "bits_per_byte" in scores:
         return scores["bits_per_byte"] < float(best.get("bits_per_byte", math.inf))

@@ -1,4 +1,4 @@
-"""What work costs a client: settings declare it, and a budget counts it where it is done.
+"""The cost of work for a client: settings declare it, and a budget counts it where it is done.
 
 A server names the method and its settings in every message, so each setting says what it costs the client that follows
 it (`setting`). A site bounds that twice: it compares what is declared with its limits before it begins, and it counts
@@ -110,7 +110,7 @@ def _allowed_values(value: float, within: str) -> str:
 
 @dataclass
 class Work:
-    """How much a client may work for one message of a server; without limits in a simulation.
+    """A budget for the work that a client does for one message of a server; without limits in a simulation.
 
     The loops of `training` count by themselves. A method that loops on its own calls `step` before each update of its
     weights and `read` before each forward pass.
@@ -138,7 +138,7 @@ class Work:
         self.start = time.monotonic()
 
     def plan(self, steps: int) -> None:
-        """Refuse at once a loop of so many steps that could not be finished.
+        """Refuse a loop of `steps` steps at once if it could not be finished.
 
         Raises:
             BudgetError: if they are more than are left.

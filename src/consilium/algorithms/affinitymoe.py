@@ -1,7 +1,7 @@
 """AffinityMoE: sub-MoEs by contribution, one budget over the layers for all, averages weighted by likeness.
 
-A method of this project, not of a paper. It starts from FedMoE (https://arxiv.org/abs/2408.11304) and changes three
-things, each of which can be switched off:
+A method of this project, not of a paper. It starts from FedMoE (https://arxiv.org/abs/2408.11304) and makes three
+changes. Each can be switched off:
 
 1. Choice (`choice`). In the first round each client runs the full model on a few rows of its training data and measures
    what each expert contributes, c_ie = mean over tokens of (gate x norm of the expert's output). It keeps the experts
@@ -20,8 +20,8 @@ things, each of which can be switched off:
     c_ie   reply group "contribution"              n_j    scalars["num_examples"]
     g_i    `shares[client]`, joined over layers    w_i    `states[client]`
 
-The structure of a client stays for the whole run. `params`, the model of nobody in particular, moves by the mean of all
-changes, weighted by n_j. The server's work grows with the square of the clients of a round.
+A client keeps its structure for the whole run. `params`, the global model, moves by the mean of all changes, with
+weights n_j. The server's work grows with the square of the clients of a round.
 """
 
 import json
@@ -71,7 +71,7 @@ class AffinityMoE(Algorithm):
             the same experts (nested); or "random".
         budget: "searched" (see the module) or "even", as many experts in every layer.
         likeness: "usage" weighs clients by how alike their usage of experts is; "none" weighs all alike, as FedMoE
-            does; "self" weighs nobody but the client itself, which then trains alone.
+            does; "self" uses the client's own changes only, so that it trains alone.
         floor: weight of a client that is not alike at all, in [0, 1].
         rows: rows of training data on which a client measures, and of validation data on which it scores shapes.
     """

@@ -124,7 +124,8 @@ class PersonalClient(Client):
 
 
 def frozen(held: ExpertSet | None, still: Callable[[str], bool]) -> Callable[[TaskModel], Correct]:
-    """Return what makes the correction that drops the gradients of all parameters whose flat names are `still`."""
+    """Return a factory of corrections that drop the gradients of every parameter with a flat name for which still(name)
+    is true."""
 
     def make(model: TaskModel) -> Correct:
         names = table(model, held)

@@ -77,7 +77,7 @@ def random_experts(setup: Setup, client: ClientId, n: int) -> dict[str, tuple[in
 
 
 def random_choice(setup: Setup, client: ClientId, counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """Return so many random experts of every block, from the run's seed and the client's id."""
+    """Return random experts of every block, as many as `counts` says, from the run's seed and the client's id."""
     rng = torch.Generator().manual_seed(derive_seed(setup.seed, "random experts", client))
     return {
         block: tuple(sorted(torch.randperm(total, generator=rng)[: counts[block]].tolist()))

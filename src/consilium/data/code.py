@@ -1,8 +1,8 @@
-"""The embedded testbed: clients whose data is code and technical text of one domain, or of several.
+"""The embedded testbed: clients with code and technical text of one domain, or of several.
 
-The task is the next token; it is scored in bits per byte of text, and by the share of tokens that rank first. Which
-texts there are, and which of them are public, is said in `domains`. Of a client's documents none is in the public shard
-or in another client's training data; the validation and test documents of a domain are the same for all its clients.
+The task is the next token. It is scored in bits per byte of text, and by the share of tokens that rank first. `domains`
+says which texts there are and which are public. No document of a client is in the public shard or in another client's
+training data; the validation and test documents of a domain are the same for all its clients.
 """
 
 import math
@@ -25,7 +25,7 @@ SHORTEST = {"train": 3_000, "validation": 3_000, "test": 3_000}
 
 @dataclass(frozen=True)
 class CodeData:
-    """Clients whose data is code and technical text that every installation has.
+    """Clients with code and technical text that every installation has.
 
     Args:
         domains: names of domains; "public" and "private" stand for all of a kind (see `domains.DOMAINS`).

@@ -23,7 +23,7 @@ __all__ = ["Delimited", "Dialect", "decode", "parse"]
 _SEPARATORS = (",", ";", "\t", "|")
 _WORDS = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "space": " "}
 _ESCAPED, _SPACED = '"\\', '" after blanks'
-"""Quotes that are recognised beside the plain ones: with a backslash before a quote inside, as MySQL writes them; and
+"""Quotes that are recognised next to the plain ones: with a backslash before a quote inside, as MySQL writes them; and
 behind a separator and a blank."""
 _CHUNK = 4_000_000  # cells that are Python objects at a time
 
@@ -120,7 +120,7 @@ _ALPHABETS = (
     "äöüß", "àâæçéèêëîïôœùûüÿ", "áéíóúüñ", "áâãàçéêíóôõúü", "àèéìíîòóùú", "æøåéèóòâ", "åäöé", "áðéíóúýþæö",
     "áéëïíóöüúèê", "àçéèíïóòúü",
 )  # fmt: skip
-"""Letters beside a to z: German, French, Spanish, Portuguese, Italian, Danish and Norwegian, Swedish and Finnish,
+"""Letters other than a to z: German, French, Spanish, Portuguese, Italian, Danish and Norwegian, Swedish and Finnish,
 Icelandic, Dutch, Catalan."""
 
 

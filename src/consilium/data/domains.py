@@ -75,7 +75,7 @@ PUBLIC = (
     Domain("stubs", ("numpy", "torch", "pandas", "matplotlib"), (".pyi",), _SHARE),
     Domain("prose", ("numpy", "matplotlib", "networkx"), public=_SHARE, docstrings=True),
 )
-"""Domains that the shipped model has seen text of."""
+"""Domains with a public shard, from which the shipped model was pretrained."""
 
 PRIVATE = (
     Domain("cuda", ("torch/include",), (".cuh",)),
@@ -90,7 +90,7 @@ PRIVATE = (
     Domain("cmake", ("torch/share",), (".cmake",)),
     Domain("json", ("tokenizers.dist-info", "hf_xet.dist-info"), (".json",)),
 )
-"""Domains of which no text is public."""
+"""Domains without any public text."""
 
 DOMAINS = {domain.name: domain for domain in (*PUBLIC, *PRIVATE)}
 _PACKAGES = (

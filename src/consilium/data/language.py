@@ -127,7 +127,7 @@ class LanguageData:
 
     @property
     def plain(self) -> bool:
-        """Whether the data is plain text, without prompts."""
+        """Return whether the data is plain text, without prompts."""
         return bool(self.text)
 
     def _check_columns(self) -> None:

@@ -145,8 +145,8 @@ class Table:
         return numbers
 
     def _decimal_comma(self, texts: Iterable[str]) -> bool:
-        """Whether commas of a column are decimal ones: some can be nothing else, or the file separates by ";", as
-        Excel does where commas are decimal, and no point can be nothing else."""
+        """Return whether commas of a column are decimal ones: some can be nothing else, or the file separates by ";",
+        as Excel does where commas are decimal, and no point can be nothing else."""
         texts = list(texts)
         if any(re.fullmatch(r"[+-]?\d*,(\d{1,2}|\d{4,})", text) for text in texts):
             return True
@@ -202,7 +202,7 @@ def read_table(path: Path, dialect: Dialect | None = None, wanted: Iterable[str]
 
 
 def _kind(path: Path) -> str:
-    """The ending that tells the format, without that of packing; "" if none is known."""
+    """Return the ending that tells the format, without that of packing; "" if none is known."""
     endings = [ending.lower() for ending in path.suffixes]
     if endings and endings[-1] in _PACKED:
         endings.pop()
@@ -239,7 +239,7 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def _is_mark(path: Path) -> bool:
-    """Whether a file is left by an operating system, or by a program that wrote the others."""
+    """Return whether a file was left by an operating system, or by a program that wrote the others."""
     return any(is_litter(part) for part in path.parts) or bool(_MARKS.fullmatch(path.name))
 
 

@@ -1,4 +1,4 @@
-"""Whether a language model needs its experts, measured on the domains of `data.domains`.
+"""Measure whether a language model needs its experts, on the domains of `data.domains`.
 
     python -m consilium.recipes.necessity [MODEL]
 

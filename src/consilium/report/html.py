@@ -58,7 +58,7 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
         made |= {csv: to_csv(found), latex: to_latex(found)}
     try:
         for path, content in made.items():
-            write_atomic(path, content.encode("utf-8", "replace"))  # nobody ever sees half a page
+            write_atomic(path, content.encode("utf-8", "replace"))  # a reader never sees half a page
     except CheckpointError as error:
         why = getattr(error.__cause__, "strerror", None) or error
         raise ConfigError(f"the report cannot be written to {out} ({why}); choose another place") from None

@@ -1,4 +1,4 @@
-"""What a comparison says, in two sentences: the differences to the first method, and how far they can be trusted."""
+"""State the result of a comparison in two sentences: the differences to the first method, and their uncertainty."""
 
 from __future__ import annotations
 
