@@ -26,7 +26,7 @@ from rich.console import Console
 
 from consilium.addresses import Address, parse_address
 from consilium.errors import ConfigError, ConsiliumError
-from consilium.escape import one_line, terminal
+from consilium.escape import one_line, print_line, terminal
 
 if TYPE_CHECKING:
     from consilium.experiment import Experiment
@@ -143,11 +143,6 @@ def _say(text: str) -> None:
     err.print(f"consilium: {one_line(text, 4000)}", markup=False, highlight=False)
 
 
-def _tell(text: str) -> None:
-    """Print one line on stdout as it stands, whatever its length, without colours."""
-    out.print(one_line(text, 4000), markup=False, highlight=False, soft_wrap=True)
-
-
 def run_command(args: list[str]) -> None:
     """consilium run RECIPE|FILE.json [--out DIR] [--track TOOLS] [--quiet] [--json] [flags of the experiment]"""
     from consilium.run import run
@@ -216,7 +211,7 @@ def resume_command(args: list[str]) -> None:
     finished = read_config(folder)["status"] == "finished"
     with _speaking(quiet, as_json) as lines:
         if finished:
-            _tell(f"{folder} is finished")
+            print_line(out, f"{folder} is finished")
             print_table([folder], out)
             if lines:
                 summary = json.loads((folder / "summary.json").read_text())
@@ -334,7 +329,7 @@ def upcycle_command(args: list[str]) -> None:
     with new_folder(folder) as new:
         told = upcycle(model, new, how)
     for line in (*told, f"see it: consilium inspect {folder}"):
-        _tell(line)
+        print_line(out, line)
 
 
 def data_command(args: list[str]) -> None:
@@ -428,7 +423,7 @@ def data_command(args: list[str]) -> None:
         )
     show(found, out)
     target = save_picture(found, told["out"] or Path(f"{path.stem}-split.png"))
-    _tell(f"picture: {target}")
+    print_line(out, f"picture: {target}")
 
 
 def _taken(command: str, args: list[str]) -> None:
@@ -461,8 +456,8 @@ def certificates_command(args: list[str]) -> None:
             "to every site in place of its ca.crt (keys stay as they are)"
         )
     for made in made_here:
-        _tell(f"{made} is for that site alone: send it over a secure channel")
-    _tell(f"{folder / 'server'} is for the server")
+        print_line(out, f"{made} is for that site alone: send it over a secure channel")
+    print_line(out, f"{folder / 'server'} is for the server")
 
 
 def server_command(args: list[str]) -> None:
@@ -762,8 +757,8 @@ def _finish(folders: list[Path], target: Path | None = None, lines: "JsonLines |
         print(one_line(f"report: {page}", 4000))
     else:
         if tables:
-            _tell(f"table: {', '.join(tables)}")
-        _tell(f"report: {page}")
+            print_line(out, f"table: {', '.join(tables)}")
+        print_line(out, f"report: {page}")
     return page
 
 

@@ -37,7 +37,7 @@ from consilium.engine.flower import server_app as flower_app
 from consilium.engine.interrupt import end_with_parent
 from consilium.engine.starting import write_program
 from consilium.errors import ConfigError, ConsiliumError, RoundError, first_line
-from consilium.escape import one_line
+from consilium.escape import print_line
 from consilium.experiment import Experiment, from_json, to_json
 from consilium.inside import open_here
 from consilium.run import check_same, read_config, serve
@@ -87,7 +87,7 @@ def server(
         owners(keys, sites)
         _check_certificate(keys, listen)
     if (folder / "config.json").exists() and check_same(folder, experiment)["status"] == "finished":
-        out.print(f"{folder} is finished", markup=False, highlight=False, soft_wrap=True)
+        print_line(out, f"{folder} is finished")
         return
     _write_app(home / "app", experiment, folder, sites, wait, keys)
     environment = flower_environment(home)
@@ -97,7 +97,7 @@ def server(
     left, reached = RESTARTS, _reached(folder)
     while True:
         with _superlink(listen, keys, home, environment) as link:
-            _tell(out, f"listening on {address}; waiting for {', '.join(sites)}")
+            print_line(out, f"listening on {address}; waiting for {', '.join(sites)}")
             asked = subprocess.Popen(
                 [program("flwr"), "run", str(home / "app"), "run", "--stream"], env=environment, preexec_fn=WITH_PARENT
             )
@@ -113,7 +113,7 @@ def server(
         left = left - 1 if reached == before else RESTARTS
         if (home / STOPPED).exists() or left < 0:
             break
-        _tell(out, f"one of Flower's processes has ended, see {home / 'superlink.log'}; starting them again")
+        print_line(out, f"one of Flower's processes has ended, see {home / 'superlink.log'}; starting them again")
         time.sleep(PAUSE * (RESTARTS - left))
     raise RoundError(f"the run has not finished, see above; the same command goes on with {folder}")
 
@@ -175,20 +175,14 @@ def _serve(grid: Any, config: Mapping[str, Any]) -> None:
 
             def came(site: str) -> None:
                 here.append(site)
-                told = f"{site} has come, {len(here)} of {len(sites)}"
-                out.print(told, markup=False, highlight=False, soft_wrap=True)
+                print_line(out, f"{site} has come, {len(here)} of {len(sites)}")
 
             serve(experiment, folder, grid, sites, float(config["wait"]), watch, keys, came)
         except Exception as error:
             write_atomic(_home(folder) / STOPPED, repr(error).encode())
             if isinstance(error, ConsiliumError):
-                _tell(out, f"consilium: {error}")
+                print_line(out, f"consilium: {error}")
             raise
-
-
-def _tell(out: Console, text: str) -> None:
-    """Print one line as it stands."""
-    out.print(one_line(text, 4000), markup=False, highlight=False, soft_wrap=True)
 
 
 def _home(folder: Path) -> Path:

@@ -4,7 +4,7 @@ A task, a label, a client's name, a column, a cell, a generated text, another li
 Every such text passes one of these functions on its way to a screen or into a file that somebody opens:
 
     terminal         a terminal or a log (of rich: in a `Text`, never in markup)
-    one_line         the same in one line, of bounded length
+    one_line         the same in one line, of bounded length        print_line    prints it on a console of rich
     html             between tags or in a quoted attribute
     markdown         a sentence, heading or table cell of Markdown        markdown_code   a code span of it
     python_literal   a string in Python source
@@ -17,7 +17,17 @@ import re
 import unicodedata
 from typing import Any
 
-__all__ = ["csv_cell", "html", "latex", "markdown", "markdown_code", "one_line", "python_literal", "terminal"]
+__all__ = [
+    "csv_cell",
+    "html",
+    "latex",
+    "markdown",
+    "markdown_code",
+    "one_line",
+    "print_line",
+    "python_literal",
+    "terminal",
+]
 
 _JOINERS = "\u200c\u200d"
 """Zero-width joiners: Persian, Hindi and emoji need them, and no terminal obeys them."""
@@ -47,6 +57,11 @@ def terminal(text: object, keep: str = "") -> str:
 def one_line(text: object, limit: int = 1000) -> str:
     """Return a text as one line of at most `limit` characters, for a record, a log or a terminal."""
     return terminal(" ".join(str(text)[: 4 * limit].split())[:limit])
+
+
+def print_line(console: Any, text: object, limit: int = 4000) -> None:
+    """Print a text as one line of a rich console, without markup, colours or wrapping."""
+    console.print(one_line(text, limit), markup=False, highlight=False, soft_wrap=True)
 
 
 def html(text: object) -> str:

@@ -21,7 +21,7 @@ from consilium.data.names import renamed
 from consilium.data.task import Federation
 from consilium.engine.checkpoint import write_atomic
 from consilium.errors import ConfigError, ConsiliumError
-from consilium.escape import one_line, terminal
+from consilium.escape import one_line, print_line, terminal
 from consilium.experiment import Experiment, from_json, to_json
 from consilium.inside import open_here, refuse_links
 from consilium.machine import cores, free_memory
@@ -348,7 +348,7 @@ class Comparison:
             )
 
     def _say(self, text: str) -> None:
-        self.console.print(one_line(text), markup=False, highlight=False, soft_wrap=True)
+        print_line(self.console, text, 1000)
 
     def _failure(self, folder: Path, process: subprocess.Popen) -> str | None:
         if not process.returncode:
