@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from consilium.algorithms.fedavg import FedAvg
 from consilium.algorithms.fedprox import FedProx
-from consilium.core import Client, ClientContext, Payload
+from consilium.core import Client, ClientContext, Payload, experts_from_scalars
 from consilium.setup import Setup
 from consilium.training import fit, tested
 from consilium.work import setting
@@ -63,6 +63,7 @@ class FineTunedClient(Client):
         return self.federated.train(payload, context)
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
+        self.setup.admit(context, experts_from_scalars(payload.scalars))
         model = self.setup.build_sent(payload, context)
         train = self.setup.encode(context, context.data.train)
         fit(model, train, self.setup.fit, context, epochs=self.personal)
