@@ -90,7 +90,7 @@ def comparison(runs: Sequence[RunRecord]) -> str:
         words += f" Shared clients: the mean over only the {len(shared)} that every run scored."
     if any(c.head == "own best" for c in shown):
         words += " Own best: bits per byte of each client's best model by its own validation data."
-    said = "".join(f"<p>{html(sentence)}</p>" for sentence in verdict(runs))
+    said = "".join(f'<p style="margin:12px 0 0">{html(sentence)}</p>' for sentence in verdict(runs))
     note = f'{said}<p class="note" style="margin:12px 0 0">{words}</p>'
     body = f"{table(heads, rows, starred=True)}{note}"
     return f'<div class="box">{fold(f"Each of the {len(runs)} runs", body) if has_seeds(runs) else body}</div>'
