@@ -21,6 +21,7 @@ from consilium.core import COMMON_REVEALS, Algorithm, Client, Payload, Reveal
 from consilium.data.task import Federation
 from consilium.disclosure import check, disclosed, reason, without_paths
 from consilium.engine import rounds
+from consilium.engine.judge import objection
 from consilium.engine.local import LocalEngine
 from consilium.errors import CheckpointError, ConfigError, PayloadError
 from consilium.privacy import Privacy
@@ -32,7 +33,7 @@ MODES = [
     dataclasses.replace(usage, labels=labels, scores=scores)
     for usage, labels, scores in itertools.product(USAGE, ("counts", "names"), ("exact", "coarse", "none"))
 ]
-NEEDS_EXACT_USAGE = {"HFedMoE", "AffinityMoE"}
+NEEDS_EXACT_USAGE = {"HFedMoE"}
 NEEDS_SCORES = {"FedMoE", "AffinityMoE"}
 UPDATES = {"params", "factors", "control", "prototypes"}
 COSTS = {"steps", "experts", "footprint", "seconds_evaluate"}
@@ -102,6 +103,8 @@ def test_every_key_of_every_methods_replies_in_every_mode(name, world):
 
 def look(payload, privacy, context):
     labels = context.data.task.labels
+    usages = payload.groups.keys() & {"demand", "contribution", "usage", "importance", "trained"}
+    assert privacy.usage == "exact" or len(usages) <= 1, f"{usages} together tell more than one of them"
     for group, tensors in payload.groups.items():
         if group in UPDATES:
             continue
@@ -113,10 +116,7 @@ def look(payload, privacy, context):
             for t in tensors.values() if privacy.scores == "coarse" else ():
                 torch.testing.assert_close(t, (20 * t).round() / 20)
             continue
-        assert group in {"demand", "contribution", "usage", "importance", "trained"}, (
-            f"nobody knows what group {group} reveals"
-        )
-        assert privacy.usage == "exact" or group == "demand"
+        assert group in usages, f"nobody knows what group {group} reveals"
         for n_E in tensors.values():
             if privacy.usage == "coarse":
                 assert sorted(n_E.tolist()) == [0] * 4 + [1] * 4
@@ -162,6 +162,28 @@ def test_without_counts_fedproto_takes_the_plain_mean():
     ]  # fmt: skip
     server.aggregate(1, iter(replies))
     assert (server.params["a"] == 4).all()
+
+
+@pytest.mark.parametrize(("choice", "told"), [("contribution", "contribution"), ("usage", "demand")])
+@pytest.mark.parametrize("privacy", USAGE[1:])
+def test_affinitymoe_goes_by_the_one_measure_that_a_site_tells(choice, told, privacy):
+    """The server ranks by it, also next to a site that tells both: a map for everybody, and likeness of all pairs."""
+    made = tiny.setup(clients_per_round=6)
+    algorithm = METHODS["AffinityMoE"](choice=choice)
+    server, client = algorithm.server(made), algorithm.client(made)
+    sent, replies = server.configure(1, made.clients), {}
+    for place, (name, payload) in enumerate(sorted(sent.items())):
+        own = privacy if place else Privacy()
+        replies[name] = rounds.trained(client, payload, tiny.context(name), own)[0]
+        assert objection(server, next(c for c in made.clients if c.id == name), payload, replies[name]) is None
+        assert (replies[name].groups.keys() & {"demand", "contribution"} == {told}) == bool(place)
+    server.aggregate(1, iter(replies.items()))
+    for name, reply in replies.items():
+        own = reply.groups["contribution" if choice == "contribution" else "demand"]
+        for block, ids in server.map[name].items():
+            worst = min(float(own[block][i]) for i in ids)
+            assert all(float(own[block][i]) <= worst for i in range(len(own[block])) if i not in ids)
+    assert all(0 < s <= 1 for row in server.alike.values() for s in row.values())
 
 
 @pytest.mark.parametrize("unused", [FedMoE(), FedMoE(stage1="forward")])

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import runs
 import tiny
-from deployments import Deployment, rounds
+from deployments import Deployment, free_port, rounds
 from network import Namespaces, Proxy, why_no_namespaces
 from processes import until
 
@@ -246,3 +246,37 @@ def test_a_link_goes_down_and_up(tmp_path, seconds, length):
     missing = checked(there, tmp_path)
     assert not any("site-1" in m for m in missing[:2]) and any("site-1" in m for m in missing)
     assert not any(name in m for m in missing for name in ("site-0", "site-2"))
+
+
+SLOW = """
+import sys, time
+if any("flwr-serverapp" in word or "flwr-clientapp" in word for word in sys.orig_argv):
+    class Slow:
+        def find_spec(self, name, path=None, target=None):
+            if name == "flwr":
+                sys.meta_path.remove(self)
+                time.sleep(45)
+    sys.meta_path.insert(0, Slow())
+"""
+
+
+def test_programs_that_take_longer_to_start_than_their_tokens_live(tmp_path):
+    """Flower's tokens live for 30 s; the server's program and every program of the site take 45 s to be imported.
+    No second one is started in their place, and the run ends."""
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow/sitecustomize.py").write_text(SLOW)
+    path = os.pathsep.join([str(tmp_path / "slow"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with Sites(tmp_path, deadline=1200 * PATIENCE, length=1) as there:
+        at = f"127.0.0.1:{there.port}"
+        own = ["--certificates", "keys/site-0", "--server", at, "--state", "state", "--port", free_port()]
+        secure = ["--certificates", "keys", "--sites", "site-0", "--address", at, "--wait", "3000"]
+        fewer = ["--sampling.clients-per-round", "1"]
+        server, _ = there.start(["server", "experiment.json", *fewer, *secure], PYTHONPATH=path)
+        _, said = there.start(
+            ["client", "experiment.json", "--data.path", "site-0.jsonl", "--name", "site-0", *own], PYTHONPATH=path
+        )
+        there.finished(server, 2400 * PATIENCE)
+        assert "gives up its turn" not in there.logs()
+        assert said.read_text().count("Start `flwr-clientapp` process") == 3  # to describe, to train, to score
+    (record,) = rounds(tmp_path / "runs/short")
+    assert record["missing"] == {} and list(record["clients"]) == ["site-0"]

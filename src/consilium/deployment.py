@@ -90,7 +90,7 @@ def server(
         print_line(out, f"{folder} is finished")
         return
     _write_app(home / "app", experiment, folder, sites, wait, keys)
-    environment = flower_environment(home)
+    environment = _in_turn(home, "flwr-serverapp", flower_environment(home))
     if keys:
         _register(keys, sites, home, environment)
     (home / STOPPED).unlink(missing_ok=True)
@@ -297,10 +297,8 @@ def client(
         command += ["--root-certificates", str(keys / "ca.crt"), "--auth-supernode-private-key", str(keys / "key")]
     else:
         command += ["--insecure"]
-    command, environment = again.command(command), flower_environment(state.absolute() / "flower")
-    programs = state.absolute() / "flower" / "bin"
-    write_program(programs, "flwr-clientapp", program("flwr-clientapp"))
-    os.execve(command[0], command, {**environment, "PATH": f"{programs}{os.pathsep}{environment['PATH']}"})
+    home, command = state.absolute() / "flower", again.command(command)
+    os.execve(command[0], command, _in_turn(home, "flwr-clientapp", flower_environment(home)))
 
 
 def in_time(address: str, ca: Path) -> None:
@@ -355,6 +353,12 @@ def flower_environment(home: Path) -> dict[str, str]:
     off["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
     home.mkdir(parents=True, exist_ok=True)
     return {**os.environ, **off, "PATH": path, "FLWR_HOME": str(home.absolute())}
+
+
+def _in_turn(home: Path, name: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment in which one of Flower's programs starts by `engine.starting`."""
+    write_program(home / "bin", name, program(name))
+    return {**environment, "PATH": f"{home / 'bin'}{os.pathsep}{environment['PATH']}"}
 
 
 @contextlib.contextmanager

@@ -355,11 +355,11 @@ def usage_told(demand: Mapping[str, Tensor], privacy: Privacy) -> dict[str, Tens
     """What a client tells of its usage.
 
     Args:
-        demand: block -> tokens that asked for each expert, int64 [E].
+        demand: block -> tokens that asked for each expert, int64 [E], or another measure >= 0 of each, float [E].
 
     Returns:
-        Of the same form: the counts; 1 for the upper half of a layer's experts (ties: lower id) and 0 for the others;
-        or noised shares of `TOKENS`, none below 0.
+        Of the same form and dtypes: what is given; 1 for the upper half of a layer's experts (ties: lower id) and 0 for
+        the others; or noised shares of `TOKENS`, none below 0.
     """
     if privacy.usage == "exact":
         return dict(demand)
@@ -368,9 +368,9 @@ def usage_told(demand: Mapping[str, Tensor], privacy: Privacy) -> dict[str, Tens
     generator, std = fresh_generator(), privacy.usage_noise * math.sqrt(2 * len(demand))
     told = {}
     for block, n_E in demand.items():
-        share_E = n_E.double() / max(float(n_E.sum()), 1.0)
+        share_E = n_E.double() / (float(n_E.sum()) or 1.0)
         share_E = share_E + std * torch.randn(share_E.shape, generator=generator, dtype=torch.float64)
-        told[block] = (share_E.clamp(min=0) * TOKENS).round().to(torch.int64)
+        told[block] = (share_E.clamp(min=0) * TOKENS).round().to(n_E.dtype)
     return told
 
 

@@ -277,6 +277,61 @@ def test_a_deadline_of_a_message_that_is_none(deadline, tmp_path):
     assert re.search("deadline .*; it must be a number of seconds", reply.content["failed"]["reason"])
 
 
+def asked(made: Experiment, grid, content_of) -> str:
+    """Send a site one message to train with the content that `content_of(told)` makes; returns its refusal."""
+    told = {
+        "protocol": PROTOCOL, "experiment": json.dumps(to_json(made)), "heads": "{}", "run": "r1", "model": "",
+        "client": "north", "round": 1, "version": 0, "seed": 0, "cap": "512GB", "reply": "exact", "zstd": False,
+        "deadline": 60.0, "base": "", "hold": False,
+    }  # fmt: skip
+    (sent,) = grid.push_messages([Message(content_of(told), dst_node_id=100, message_type="train")])
+    (reply,) = grid.pull_messages([sent])
+    return str(reply.content["failed"]["reason"])
+
+
+@pytest.mark.parametrize(
+    ("groups", "said"),
+    [
+        (40, r"the blob of group 'g4' unfolds to 500\d\d\d bytes; at most 499\d\d\d are allowed"),
+        (1, r"the blob of group 'g0' unfolds to 24\d{6} bytes; at most 2500000 are allowed"),
+        (65, "the message has 65 groups; at most 64 are allowed"),
+    ],
+    ids=["the sum", "one group", "too many groups"],
+)
+def test_groups_that_unfold_are_bounded_at_a_site_by_their_sum(tmp_path, monkeypatch, groups, said):
+    """The server allows 512 GB. Of 40 groups of 500 kB that take 100 bytes each, a site that takes 2.5 MB unfolds
+    four, and none of a message with too many."""
+    from consilium.engine.flower import records
+
+    made = small(tmp_path, "pFedMoE")
+    grid = site(tmp_path, made, bytes="2.5MB")
+    unfolded = []
+    real = records.zstandard.decompress
+    monkeypatch.setattr(
+        records.zstandard, "decompress", lambda *a, **k: (lambda b: unfolded.append(len(b)) or b)(real(*a, **k))
+    )
+
+    def content(told):
+        size = 6_000_000 if groups == 1 else 125_000
+        many = {f"g{i}": {"w": torch.zeros(size)} for i in range(groups)}
+        return to_record(Payload(many), told, compress=True)
+
+    assert re.search(said, asked(made, grid, content))
+    assert len(unfolded) == (4 if groups == 40 else 0) and sum(unfolded) < 2_500_000
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_site_starts_from_no_number_that_is_none(tmp_path, value):
+    """As a real server half sends it, but for one number."""
+    made = small(tmp_path, "pFedMoE")
+    grid = site(tmp_path, made)
+    server = made.algorithm.server(made.setup({"ill": ("much", "none", "some")}.items(), shape=(2,)))
+    params = {key: tensor.clone() for key, tensor in server.params.items()}
+    next(tensor for tensor in params.values() if tensor.is_floating_point()).view(-1)[0] = value
+    reason = asked(made, grid, lambda told: to_record(Payload({"params": params}), told))
+    assert re.search("what no client can start from: params .* is not finite", reason)
+
+
 @pytest.mark.parametrize(
     ("experiment", "heads", "said"),
     [

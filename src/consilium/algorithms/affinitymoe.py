@@ -20,6 +20,10 @@ changes. Each can be switched off:
     c_ie   reply group "contribution"              n_j    scalars["num_examples"]
     g_i    `shares[client]`, joined over layers    w_i    `states[client]`
 
+A site that tells less than exact usage (`privacy.usage`) tells one of the two alone, lowered: "contribution" where
+experts are chosen by it, else "demand". The server then uses it for both. Experts that it makes equal are ordered by
+the usage of the public data.
+
 A client keeps its structure for the whole run. `params`, the global model, moves by the mean of all changes, with
 weights n_j. The server's work grows with the square of the clients of a round.
 """
@@ -49,7 +53,6 @@ from consilium.errors import BudgetError
 from consilium.moe.addressing import select
 from consilium.moe.gates import absent_rows
 from consilium.moe.layers import most, shapes
-from consilium.moe.routing import shares
 from consilium.params import Like, Params
 from consilium.setup import Setup
 from consilium.training import local_round, local_test, mean_loss, profile
@@ -59,6 +62,10 @@ __all__ = ["AffinityMoE", "affinities"]
 Scores = Mapping[str, Tensor]
 """Block -> a number per expert [E], float64."""
 MOST = 2**40
+MEASURES = ("demand", "contribution")
+"""Groups of a reply that tell which experts the client's data asks for."""
+NEXT = 1e-9
+"""Weight of the public usage where it only orders experts that are equal."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +165,8 @@ class AffinityMoEServer(Server):
             return super().expects(client, sent)
         counts = self.setup.model.counts
         return {
-            "demand": {block: Like((n,), torch.int64, 0, MOST) for block, n in counts.items()},
-            "contribution": {block: Like((n,), torch.float32, 0) for block, n in counts.items()},
+            "demand": {block: Like((n,), torch.int64, 0, MOST, needed=False) for block, n in counts.items()},
+            "contribution": {block: Like((n,), torch.float32, 0, needed=False) for block, n in counts.items()},
             "losses": {"shapes": Like((len(shapes(len(counts))),), torch.float32, 0)},
         }
 
@@ -167,9 +174,12 @@ class AffinityMoEServer(Server):
         if self.map:
             return self._merged(replies)
         usage, contribution, losses = {}, {}, {}
+        public = self._public()
         for client, reply in replies:
-            usage[client] = shares(reply.group("demand"))
-            contribution[client] = {b: c.double() for b, c in reply.group("contribution").items()}
+            told = [_normalised(reply.groups[group]) for group in MEASURES if reply.groups.get(group)]
+            if len(told) == 1:
+                told = [{b: p_E + NEXT * public[b] for b, p_E in told[0].items()}] * 2
+            usage[client], contribution[client] = told
             losses[client] = reply.group("losses")["shapes"].double()
         self._cut(usage, contribution, losses)
         return {"profiled": float(len(usage)), "shape": float(self.shape)}
@@ -181,8 +191,7 @@ class AffinityMoEServer(Server):
         losses: Mapping[ClientId, Tensor],
     ) -> None:
         """Choose the shape, every client's experts, and who is alike; who was not measured counts as the mean."""
-        setup, method = self.setup, self.algorithm
-        public = {b: share.double() / float(share.sum()) for b, share in setup.public_usage("no usage").items()}
+        setup, method, public = self.setup, self.algorithm, self._public()
         means = [_mean(list(found.values())) or public for found in (usage, contribution)]
         if losses and method.budget == "searched":
             self.shape = int(torch.stack(list(losses.values())).mean(0).argmin())
@@ -204,6 +213,9 @@ class AffinityMoEServer(Server):
                 {"event": "structure", "client": client.id, "experts": sum(counts.values()), "source": source}
             )
         self.alike = self._affinities()
+
+    def _public(self) -> dict[str, Tensor]:
+        return _normalised(self.setup.public_usage("no usage"))
 
     def _affinities(self) -> dict[ClientId, dict[ClientId, float]]:
         if self.algorithm.likeness == "self":
@@ -264,6 +276,11 @@ class AffinityMoEServer(Server):
         self.alike = self._affinities() if self.shares else {}
 
 
+def _normalised(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the share of each expert in the sum of its block, float64 [E]; zeros where the sum is zero."""
+    return {block: s_E.double() / (float(s_E.sum()) or 1.0) for block, s_E in scores.items()}
+
+
 def _mean(found: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {block: torch.stack([one[block] for one in found]).mean(0) for block in found[0]} if found else {}
 
@@ -282,16 +299,13 @@ def _by_client(tensors: Params) -> dict[ClientId, dict[str, Tensor]]:
 class AffinityMoEClient(Client):
     """Measures the full MoE in the first round, trains its sub-MoE in all others."""
 
-    # Contributions are a second measure of usage, which neither an upper half nor one noise on the shares covers.
-    reveals: ClassVar[Mapping[str, Reveal]] = {
-        "demand": Reveal("usage", "less"),
-        "contribution": Reveal("usage", "exact"),
-        "losses": Reveal("score", "less"),
-    }
-
     def __init__(self, setup: Setup, algorithm: AffinityMoE):
         self.setup = setup
         self.algorithm = algorithm
+        # Two measures of usage would tell more than one upper half, and cost the epsilon of two noised tellings.
+        main = "contribution" if algorithm.choice == "contribution" else "demand"
+        self.reveals = {group: Reveal("usage", "less" if group == main else "nothing") for group in MEASURES}
+        self.reveals["losses"] = Reveal("score", "less")
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         if payload.scalars["stage"] == "profile":

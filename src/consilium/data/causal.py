@@ -30,10 +30,10 @@ from transformers import PreTrainedTokenizerBase
 
 from consilium.data.encode import Encoded, pad, shuffled
 from consilium.data.task import Split
-from consilium.errors import ConfigError, DataError, first_line
-from consilium.escape import one_line
+from consilium.data.template import render
+from consilium.errors import ConfigError, DataError
 
-__all__ = ["Packed", "Rows", "check_rows", "encode_language", "rendered"]
+__all__ = ["Packed", "Rows", "check_rows", "encode_language", "rendered", "renderings"]
 
 Rows = Literal["examples", "documents", "blocks", "packed"]
 """See above."""
@@ -57,7 +57,8 @@ def encode_language(
         sources: list[list[int]] = [[] for _ in targets]
         cut = 0 if rows == "blocks" else sum(len(ids) > width for ids in whole)
     else:
-        pairs = [rendered(json.loads(t), a, tokenizer) for t, a in zip(split.texts, split.targets, strict=True)]
+        asked = [json.loads(text) for text in split.texts]
+        pairs = renderings(list(zip(asked, split.targets, strict=True)), tokenizer)
         begun = [] if tokenizer.chat_template else first  # a template writes the mark itself
         prompts = [begun + ids for ids in _ids(tokenizer, [prompt for prompt, _ in pairs])]
         answers = [_ended(ids, end) for ids in _ids(tokenizer, [answer for _, answer in pairs])]
@@ -78,30 +79,46 @@ def check_rows(rows: Rows, plain: bool) -> None:
 def rendered(
     conversation: Sequence[Mapping[str, Any]], answer: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, str]:
-    """What the model reads, and what it shall write: two texts, the second without an end mark where none is written.
+    """Return `renderings` of one conversation."""
+    return renderings([(conversation, answer)], tokenizer)[0]
 
-    Where a template writes a conversation otherwise once it is answered, the answer as it stands follows the mark
-    after which it begins.
+
+def renderings(
+    pairs: Sequence[tuple[Sequence[Mapping[str, Any]], str]], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[str, str]]:
+    """Return what the model reads and what it shall write, for conversations with their answers.
+
+    The second text has no end mark where the template writes none. Where a template writes a conversation otherwise
+    once it is answered, the answer as it stands follows the mark after which it begins.
 
     Raises:
-        DataError: if the template refuses the conversation, or there is none and tools are used.
+        DataError: if the template refuses a conversation or does not come to an end, or there is none and tools are
+            used.
     """
     if not tokenizer.chat_template:
-        if any(turn["role"] not in _PLAIN or turn.get("tool_calls") for turn in conversation):
-            raise DataError(
-                "a conversation uses tools, and the tokenizer has no chat template to write them; "
-                "take a model with one, or leave these conversations out"
-            )
-        parts = [f"### {_PLAIN[turn['role']]}:\n{turn['content']}\n\n" for turn in conversation]
-        return "".join(parts) + f"### {_PLAIN['assistant']}:\n", answer
-    try:
-        prompt = tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template([*conversation, {"role": "assistant", "content": answer}], tokenize=False)
-    except Exception as error:  # a template is a program, and may raise anything
-        roles = ", ".join(turn["role"] for turn in conversation)
+        return [_plainly(conversation, answer) for conversation, answer in pairs]
+    jobs: list[tuple[Sequence[Mapping[str, Any]], bool]] = []
+    for conversation, answer in pairs:
+        whole = [*conversation, {"role": "assistant", "content": answer}]
+        jobs += [(list(conversation), True), (whole, False)]
+    texts = render(jobs, tokenizer)
+    return [
+        _split(prompt, whole, answer) for prompt, whole, (_, answer) in zip(texts[::2], texts[1::2], pairs, strict=True)
+    ]
+
+
+def _plainly(conversation: Sequence[Mapping[str, Any]], answer: str) -> tuple[str, str]:
+    if any(turn["role"] not in _PLAIN or turn.get("tool_calls") for turn in conversation):
         raise DataError(
-            f"the tokenizer's chat template refuses a conversation of {roles}: {one_line(first_line(error), 300)}"
-        ) from error
+            "a conversation uses tools, and the tokenizer has no chat template to write them; "
+            "take a model with one, or leave these conversations out"
+        )
+    parts = [f"### {_PLAIN[turn['role']]}:\n{turn['content']}\n\n" for turn in conversation]
+    return "".join(parts) + f"### {_PLAIN['assistant']}:\n", answer
+
+
+def _split(prompt: str, whole: str, answer: str) -> tuple[str, str]:
+    """Return the prompt, and what the template writes behind it for the answer."""
     if not whole.startswith(prompt):
         return prompt, answer
     written = whole.removeprefix(prompt)

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from consilium.data.names import names_of
 from consilium.data.pixels import Images, Pages, labelled, stack
+from consilium.data.room import check_parquet
 from consilium.data.sets import digest, is_directory, is_litter, open_set
 from consilium.errors import DataError, first_line
 from consilium.pointers import refuse_pointer
@@ -83,9 +85,10 @@ def _opened(path: Path, wanted: Sequence[str]) -> Any:
     quiet = are_progress_bars_disabled()
     disable_progress_bars()
     try:
+        check_parquet(path)
         with tempfile.TemporaryDirectory() as cache:
             rows = Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
-    except (DatasetGenerationError, ValueError, OSError, KeyError) as error:
+    except (DatasetGenerationError, ValueError, OSError, KeyError, pa.ArrowException) as error:
         raise DataError(f"{path.name} cannot be read as parquet: {first_line(error.__cause__ or error)}") from error
     finally:
         if not quiet:

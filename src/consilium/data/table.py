@@ -11,14 +11,12 @@ Text files may be packed as .gz, .bz2, .xz or .zst. A value is what the file say
 format itself has types, a whole number is its digits, another number its shortest decimal form, a date in ISO 8601.
 """
 
-import bz2
 import difflib
-import gzip
 import json
 import lzma
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime
 from pathlib import Path
@@ -30,6 +28,7 @@ import pyarrow.parquet as pq
 
 from consilium.data.dialect import Dialect, decode, parse
 from consilium.data.names import MISSING
+from consilium.data.room import PACKED, check_archive, check_parquet, unpack
 from consilium.data.sets import is_directory, is_hub_name, is_litter, rows_of
 from consilium.errors import ConfigError, DataError, first_line
 from consilium.pointers import refuse_pointer
@@ -38,12 +37,6 @@ __all__ = ["Table", "number_of", "parts_of", "read_table"]
 
 _TEXTS = (".csv", ".tsv", ".tab")
 _JSON = (".jsonl", ".ndjson", ".json")
-_PACKED: dict[str, Callable[[bytes], bytes]] = {
-    ".gz": gzip.decompress,
-    ".bz2": bz2.decompress,
-    ".xz": lzma.decompress,
-    ".zst": lambda data: pa.input_stream(pa.BufferReader(data), compression="zstd").read(),
-}
 _READABLE = ".csv, .tsv, .jsonl, .json, .parquet, .xlsx (text also as .gz or .zst), or a folder of one kind"
 _MARKS = re.compile(r"_.*|.*\.crc|dataset_infos\.json|README(\.md|\.txt)?")
 
@@ -204,7 +197,7 @@ def read_table(path: Path, dialect: Dialect | None = None, wanted: Iterable[str]
 def _kind(path: Path) -> str:
     """Return the ending that tells the format, without that of packing; "" if none is known."""
     endings = [ending.lower() for ending in path.suffixes]
-    if endings and endings[-1] in _PACKED:
+    if endings and endings[-1] in PACKED:
         endings.pop()
         return endings[-1] if endings and endings[-1] in (*_TEXTS, *_JSON) else ""
     return endings[-1] if endings and endings[-1] in (*_TEXTS, *_JSON, ".parquet", ".xlsx") else ""
@@ -217,12 +210,11 @@ def _file(path: Path, dialect: Dialect) -> Table:
     refuse_pointer(path, DataError)
     try:
         if kind == ".parquet":
+            check_parquet(path)
             return _of_arrow(path.name, pq.ParquetFile(path).read(), "Parquet")
         if kind == ".xlsx":
             return _excel(path)
-        data = path.read_bytes()
-        packed = _PACKED.get(path.suffix.lower())
-        text, encoding = decode(packed(data) if packed else data, path.name, dialect.encoding)
+        text, encoding = decode(unpack(path), path.name, dialect.encoding)
     except (OSError, EOFError, ValueError, KeyError, lzma.LZMAError, pa.ArrowException) as error:
         raise DataError(f"{path.name} cannot be read as {kind[1:]}: {first_line(error)}") from error
     if kind in _JSON:
@@ -315,6 +307,7 @@ def _excel(path: Path) -> Table:
     from zipfile import BadZipFile
 
     try:
+        check_archive(path)
         book = load_workbook(path, read_only=True, data_only=True)
         sheets = {}
         for sheet in book.worksheets:

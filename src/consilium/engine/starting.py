@@ -1,23 +1,32 @@
-"""Starts Flower's client program at a site, one process at a time: `python -m consilium.engine.starting LOCK PROGRAM`.
+"""Starts one of Flower's programs, however long that takes: `python -m consilium.engine.starting LOCK PROGRAM ...`.
 
-Flower starts a `flwr-clientapp` for every message, gives it a token that lives for 30 seconds until its first request,
-and starts the next one when the token has expired, while the one before still imports. On an overloaded machine, where
-that takes longer, the processes slow each other down without end. So a site puts this in the place of the program: it
-waits until no other process of the site is starting, and gives up while there is still time for the next one. The lock
-is passed on to the program, and `started` releases it as soon as everything is imported.
+Flower starts a `flwr-clientapp` for every message at a site, and a `flwr-serverapp` for a run at a server. It gives
+each a token that lives for 30 seconds until the first request, and starts another process when the token has expired,
+while the one before still imports. On an overloaded machine the processes slow each other down without end. So a site
+and a server put this in the place of the program. It does two things:
+
+- It waits until no other process of the kind is starting, and gives up if that takes too long. `started` lets the next
+  one start.
+- From then until `started` it sends Flower's heartbeats for the token, which lives for 60 seconds after each. When the
+  program has been imported, it sends its own.
 
 This module imports nothing large.
 """
 
 import fcntl
+import http.client
+import itertools
 import os
+import runpy
 import shlex
+import ssl
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["in_turn", "started", "write_program"]
+__all__ = ["Heartbeat", "in_turn", "started", "write_program"]
 
 LOCK = "CONSILIUM_STARTING"
 """Environment variable: the descriptor of the lock that a starting process holds."""
@@ -25,19 +34,25 @@ PATIENCE = 15.0
 """Seconds for which a process waits for its turn: half of its token's life, so that the other half is left to start."""
 LOST = 75
 """Exit code of a process that has given up."""
+EVERY = 10.0
+"""Seconds between two heartbeats."""
+LONGEST = 900.0
+"""Seconds after which a program that has not started gets no more heartbeats: it hangs, and another may be tried."""
+BEAT = "/v1/runtime/send-task-heartbeat"
+"""Path of Flower's Runtime API. The request and its answer are empty protobuf messages, so no library is needed."""
 
 
 def write_program(folder: Path, name: str, program: str) -> None:
-    """Write an executable `name` into a folder that starts the program in turn; put the folder first on PATH."""
+    """Write an executable `name` into a folder that starts a Python program in turn; put the folder first on PATH."""
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "consilium.engine.starting", str(folder / f".{name}.lock"), program]
+    command = [sys.executable, "-P", "-m", "consilium.engine.starting", str(folder / f".{name}.lock"), program]
     path = folder / name
     path.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
     path.chmod(0o700)
 
 
 def in_turn(lock: Path, program: Sequence[str], patience: float = PATIENCE) -> int:
-    """Become the program as soon as no other process is starting; return `LOST` if that takes too long."""
+    """Run a Python program here as soon as no other process is starting; return `LOST` if that takes too long."""
     end = time.monotonic() + patience
     held = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     while True:
@@ -46,17 +61,69 @@ def in_turn(lock: Path, program: Sequence[str], patience: float = PATIENCE) -> i
             break
         except BlockingIOError:
             if time.monotonic() > end:
-                print("another client process of this site is still starting; this one gives up its turn", flush=True)
+                print("another process of this program is still starting; this one gives up its turn", flush=True)
                 return LOST
             time.sleep(0.1)
-    os.set_inheritable(held, True)
-    os.execve(program[0], list(program), {**os.environ, LOCK: str(held)})
+    os.environ[LOCK] = str(held)
+    if beat := Heartbeat.of(program):
+        threading.Thread(target=beat.run, daemon=True).start()
+    sys.argv = list(program)
+    runpy.run_path(program[0], run_name="__main__")
+    return 0
 
 
 def started() -> None:
     """Let the next process start: this one has imported what it needs."""
     if held := os.environ.pop(LOCK, None):
         os.close(int(held))
+
+
+class Heartbeat:
+    """Keeps the token of a task alive while its process starts.
+
+    Args:
+        address: HOST:PORT of Flower's Runtime API.
+        token: of the task.
+        certificates: file of the authorities that the API's certificate must be from; None: plain HTTP.
+    """
+
+    def __init__(self, address: str, token: str, certificates: str | None) -> None:
+        self.address, self.token, self.certificates = address, token, certificates
+
+    @classmethod
+    def of(cls, program: Sequence[str]) -> "Heartbeat | None":
+        """Return the heartbeat for a program with the arguments that Flower gives it; None for any others."""
+        given = dict(itertools.pairwise(program))
+        token, address = given.get("--token"), given.get("--runtime-api-address")
+        if not token or not address:
+            return None
+        return cls(address, token, None if "--insecure" in program else given.get("--root-certificates"))
+
+    def run(self) -> None:
+        """Send a heartbeat every `EVERY` seconds until `started`, for at most `LONGEST` seconds."""
+        end = time.monotonic() + LONGEST
+        while LOCK in os.environ and time.monotonic() < end:
+            self.send()
+            wake = time.monotonic() + EVERY
+            while LOCK in os.environ and time.monotonic() < wake:
+                time.sleep(0.2)
+
+    def send(self) -> bool:
+        """Return whether the API took a heartbeat; one that fails is made up for by the next."""
+        try:
+            if self.certificates is None:
+                connection = http.client.HTTPConnection(self.address, timeout=EVERY)
+            else:
+                context = ssl.create_default_context(cafile=self.certificates)
+                connection = http.client.HTTPSConnection(self.address, timeout=EVERY, context=context)
+            try:
+                head = {"content-type": "application/protobuf", "accept": "application/protobuf"}
+                connection.request("POST", BEAT, b"", {**head, "flwr-task-token": self.token})
+                return connection.getresponse().status == 200
+            finally:
+                connection.close()
+        except (OSError, ValueError, http.client.HTTPException):
+            return False
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from consilium.data.arrays import TableData
-from consilium.data.causal import rendered
+from consilium.data.causal import renderings
 from consilium.data.dialect import Dialect
 from consilium.data.language import COMPANIONS, LanguageData
 from consilium.data.names import names_of
@@ -334,7 +334,7 @@ def _lengths(federation: Federation, tokenizer: PreTrainedTokenizerBase) -> dict
     for role, values in texts.items():
         values = values[:: -(-len(values) // 2000)]
         if role == "prompt":
-            values = [rendered(json.loads(value), "", tokenizer)[0] for value in values]
+            values = [prompt for prompt, _ in renderings([(json.loads(value), "") for value in values], tokenizer)]
         sizes = sorted(len(ids) for ids in tokenizer(values, verbose=False)["input_ids"])
         found[role] = (sizes[0], sizes[len(sizes) // 2], sizes[int(len(sizes) * 0.95)], sizes[-1])
     return found

@@ -18,6 +18,7 @@ from consilium.engine.flower.client import client_app
 from consilium.engine.flower.described import checked_description, checked_name
 from consilium.engine.flower.heap import give_back_at_once
 from consilium.engine.flower.roster import Roster, ask, failed
+from consilium.engine.starting import started
 from consilium.errors import ConfigError, PayloadError, RoundError
 from consilium.experiment import Experiment
 from consilium.machine import cores
@@ -114,6 +115,7 @@ def server_app(serve: Callable[[Grid, dict[str, Any]], None]) -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
+        started()
         give_back_at_once()
         serve(grid, dict(context.run_config))
 

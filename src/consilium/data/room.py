@@ -1,0 +1,119 @@
+"""Room for what a file unfolds to: a small file of data may hold far more than the memory.
+
+What a file unfolds to is found before it is read, or while it is unpacked, and may take half of the free memory.
+"""
+
+import bz2
+import gzip
+import lzma
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from consilium.errors import DataError
+from consilium.machine import free_memory
+
+__all__ = ["PACKED", "check_archive", "check_parquet", "check_room", "unpack"]
+
+PACKED: dict[str, Callable[[Path], IO[bytes]]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": lambda path: pa.input_stream(pa.OSFile(str(path)), compression="zstd"),
+}
+"""Ending of a packed file -> how it is opened."""
+PART = 2**22
+"""Bytes that are unpacked at a time."""
+WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT96": 12}
+"""Bytes of a value of a Parquet type; all others take 8, texts and bytes their own length as well."""
+OBJECT = 64
+"""Bytes of a text beside its characters, as Python has it."""
+
+
+def check_room(path: Path, size: int, what: str = "") -> None:
+    """Raise DataError if `size` bytes, to which a file unfolds, are more than half of the free memory."""
+    if size > (free := free_memory()) // 2:
+        raise DataError(
+            f"{path.name} has {path.stat().st_size:,} bytes and unfolds to {size:,} or more{what}; {free:,} are free, "
+            "of which half may be used. Take fewer rows or columns, or a machine with more memory"
+        )
+
+
+def unpack(path: Path) -> bytes:
+    """Return the content of a file, unpacked if its ending says that it is packed.
+
+    Raises:
+        DataError: as `check_room`, as soon as too much is unpacked. OSError, EOFError, ValueError, lzma.LZMAError,
+            pa.ArrowException: for a file that is no such thing.
+    """
+    opened = PACKED.get(path.suffix.lower())
+    if opened is None:
+        check_room(path, path.stat().st_size)
+        return path.read_bytes()
+    parts: list[bytes] = []
+    with opened(path) as file:
+        while part := file.read(PART):
+            parts.append(part)
+            check_room(path, sum(map(len, parts)))
+    return b"".join(parts)
+
+
+def check_archive(path: Path) -> None:
+    """Raise DataError if a zip archive, such as an Excel workbook, unpacks to too much; zipfile reads no more of an
+    entry than it announces."""
+    with zipfile.ZipFile(path) as archive:
+        check_room(path, sum(entry.file_size for entry in archive.infolist()))
+
+
+def check_parquet(path: Path) -> None:
+    """Raise DataError if a Parquet file unfolds to too much. Repeated values take next to no room in the file.
+
+    Raises:
+        OSError, pa.ArrowException: for a file that is no Parquet.
+    """
+    with pq.ParquetFile(path) as file:
+        about = file.metadata
+    columns = [about.row_group(g).column(c) for g in range(about.num_row_groups) for c in range(about.num_columns)]
+    least, most = 0, 0
+    for column in columns:
+        text = column.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
+        width = OBJECT if text else WIDTHS.get(column.physical_type, 8)
+        least += max(column.num_values * width, column.total_uncompressed_size)
+        longest = column.total_uncompressed_size if text and column.has_dictionary_page else 0
+        most += column.num_values * longest
+    rows = f" in {about.num_rows:,} rows"
+    check_room(path, least, rows)
+    if least + most > free_memory() // 2:  # only if the longest value were the one that is repeated
+        check_room(path, least + _repeated(path, columns), rows)
+
+
+def _repeated(path: Path, columns: list[Any]) -> int:
+    """Return the bytes of all texts of a Parquet file: it is read with each distinct value once."""
+    texts = sorted({column.path_in_schema for column in columns if column.has_dictionary_page})
+    total = 0
+    with pq.ParquetFile(path, read_dictionary=texts) as file:
+        for batch in file.iter_batches(8192):
+            total += sum(map(_text_bytes, batch.columns))
+            check_room(path, total)
+    return total
+
+
+def _text_bytes(array: pa.Array) -> int:
+    """Return the bytes of the texts in an array, nested ones included, each as often as it is repeated."""
+    if pa.types.is_dictionary(array.type):
+        if pa.types.is_fixed_size_binary(array.type.value_type) or not len(array.dictionary):
+            return len(array) * getattr(array.type.value_type, "byte_width", 0)
+        lengths = pc.cast(pc.binary_length(array.dictionary), pa.int64())
+        return pc.sum(pc.take(lengths, array.indices)).as_py() or 0
+    if pa.types.is_struct(array.type):
+        return sum(map(_text_bytes, array.flatten()))
+    if pa.types.is_map(array.type):
+        return _text_bytes(array.keys) + _text_bytes(array.items)
+    if pa.types.is_nested(array.type):
+        return _text_bytes(array.flatten())
+    return 0

@@ -1,0 +1,181 @@
+"""Chat templates, run in a process of their own with limits of time and memory.
+
+A chat template is a program (Jinja) that comes with a model. transformers runs it in Jinja's sandbox, which keeps it
+from files and from Python's own objects, but not from loops that never end or from texts that fill the memory. So this
+module starts one process (`python -m consilium.data.template`) that renders, and that the operating system ends when
+one conversation takes more than `SECONDS` of CPU time. It serves all calls of this process, and ends with it.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from consilium.errors import DataError, first_line
+from consilium.escape import one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["SECONDS", "render"]
+
+SECONDS = 10
+"""CPU time in which a template must have written a conversation."""
+MEMORY = 2**30
+"""Bytes that a template may use beyond what its process has at the start."""
+LONGEST = 2**24
+"""Characters of a conversation as a template writes it, at most."""
+AT_ONCE = 64
+"""Conversations in one request to the process."""
+
+Conversation = Sequence[Mapping[str, Any]]
+
+
+def render(jobs: Sequence[tuple[Conversation, bool]], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """Write conversations by a tokenizer's chat template.
+
+    Args:
+        jobs: messages, and whether the mark after which an answer begins follows them.
+
+    Raises:
+        DataError: if the template refuses a conversation, takes too long, needs too much memory or writes too much.
+    """
+    told = {
+        "template": tokenizer.get_chat_template(),
+        "tokens": {name: _plain(value) for name, value in tokenizer.special_tokens_map.items()},
+        "seconds": SECONDS,
+        "longest": LONGEST,
+    }
+    written: list[str] = []
+    for start in range(0, len(jobs), AT_ONCE):
+        part = jobs[start : start + AT_ONCE]
+        answer = _process.ask({**told, "jobs": part})
+        written += answer["texts"]
+        if "error" in answer:
+            roles = ", ".join(str(turn["role"]) for turn in part[len(answer["texts"])][0])
+            raise DataError(
+                one_line(f"the tokenizer's chat template {answer['error'].replace('ROLES', one_line(roles, 200))}", 800)
+            )
+    return written
+
+
+def _plain(value: Any) -> Any:
+    return [str(one) for one in value] if isinstance(value, list | tuple) else str(value)
+
+
+class _Process:
+    """The process that renders; it is started at the first request, and again after it was ended."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: subprocess.Popen[str] | None = None
+        self._owner = 0
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the texts, and in "error" why there are fewer than conversations were given."""
+        with self._lock:
+            process = self._started()
+            assert process.stdin is not None and process.stdout is not None
+            texts: list[str] = []
+            try:
+                process.stdin.write(json.dumps(request) + "\n")
+                process.stdin.flush()
+                for line in process.stdout:
+                    answer = json.loads(line)
+                    if "text" not in answer:
+                        return {"texts": texts, **answer}
+                    texts.append(answer["text"])
+            except BrokenPipeError:
+                pass
+            code = process.wait()
+            self._forget()
+        if code == -signal.SIGXCPU:
+            why = f"has not written a conversation of ROLES within {SECONDS} s of CPU time"
+        else:
+            why = f"ended its process while it wrote a conversation of ROLES (exit code {code})"
+        return {"texts": texts, "error": f"{why}; take a model with another template"}
+
+    def _started(self) -> "subprocess.Popen[str]":
+        if self._running is None or self._running.poll() is not None or self._owner != os.getpid():
+            self._forget()
+            self._owner = os.getpid()  # a forked process must not share its parent's pipes
+            self._running = subprocess.Popen(
+                [sys.executable, "-P", "-m", "consilium.data.template"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
+            )  # fmt: skip
+        return self._running
+
+    def close(self) -> None:
+        """End the process; it would end with this one anyway."""
+        if self._running is not None and self._owner == os.getpid():
+            self._running.kill()
+            self._running.wait()
+            self._forget()
+
+    def _forget(self) -> None:
+        for pipe in (self._running.stdin, self._running.stdout) if self._running else ():
+            if pipe is not None:
+                with contextlib.suppress(OSError):  # what was still to be written to a process that has ended
+                    pipe.close()
+        self._running = None
+
+
+_process = _Process()
+atexit.register(_process.close)
+
+# --- in the process that renders --------------------------------------------------------------------------------------
+
+
+def _serve() -> None:
+    """Answer each line of stdin: a line {"text"} per conversation, then {} or {"error"}."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    size = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for line in sys.stdin:
+        request = json.loads(line)
+        _answer({} if (error := _written(request, render_jinja_template)) is None else {"error": error})
+
+
+def _written(request: Mapping[str, Any], render_template: Any) -> str | None:
+    """Write the texts of a request's conversations to stdout; return why one could not be written."""
+    for messages, prompt in request["jobs"]:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        spent = int(used.ru_utime + used.ru_stime) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (spent + request["seconds"], resource.RLIM_INFINITY))
+        try:
+            (text,), _ = render_template(
+                conversations=[messages],
+                chat_template=request["template"],
+                add_generation_prompt=prompt,
+                **request["tokens"],
+            )
+        except MemoryError:
+            return (
+                f"needs more than {MEMORY / 1e9:.1f} GB for a conversation of ROLES; take a model with another template"
+            )
+        except Exception as error:  # a template is a program, and may raise anything
+            return f"refuses a conversation of ROLES: {one_line(first_line(error), 300)}"
+        if len(text) > request["longest"]:
+            most = f"at most {request['longest']:,} are allowed"
+            return f"writes {len(text):,} characters for a conversation of ROLES; {most}"
+        _answer({"text": text})
+    return None
+
+
+def _answer(value: Mapping[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    _serve()
