@@ -56,10 +56,10 @@ def testbed(monkeypatch, tmp_path):
 
 
 def test_a_finished_run_of_the_testbed_is_read(testbed, tmp_path):
-    """Best validation of a: 1.5, of b: 2.5; traffic 30 MB over two clients."""
+    """Validation of the clients' best models 1.5 and 2.5; traffic 30 MB over two clients."""
 
-    def line(number, validation, **more):
-        told = {c: {"bits_per_byte": v, "peak_bytes_model": 4_000_000} for c, v in validation.items()}
+    def line(number, **more):
+        told = {c: {"peak_bytes_model": 4_000_000} for c in ("a", "b")}
         return {
             "round": number,
             "clients": told,
@@ -71,9 +71,10 @@ def test_a_finished_run_of_the_testbed_is_read(testbed, tmp_path):
     last = {
         "bits_per_byte": {"a": 2.0, "b": 3.0},
         "personal_bits_per_byte": {"a": 1.9, "b": 2.9},
+        "personal_validation": {"a": 1.5, "b": 2.5},
         "test": {"a": 0.4, "b": 0.3},
     }
-    rounds = [line(1, {"a": 1.5, "b": 2.6}), line(2, {"a": 1.7, "b": 2.5}, **last)]
+    rounds = [line(1), line(2, **last)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rounds))
     (tmp_path / "config.json").write_text(json.dumps({"experiment": {"fit": {"lr": 5e-4}}}))
     found = testbed.read(tmp_path)

@@ -47,12 +47,12 @@ def scored(monkeypatch, values):
 
 
 def test_the_best_round_is_kept_in_the_state_and_out_of_the_methods_sight(monkeypatch):
-    """Validation 0.4, 0.6, 0.5 after three rounds; the second's weights stay."""
+    """Validation 0.1 before and 0.4, 0.6, 0.5 after each of three rounds; what the second trained stays."""
     setup, state = tiny.setup(personal="best"), ClientState()
     replies = []
     for value in (0.4, 0.6, 0.5):
         context = tiny.context(state=state, round=len(replies) + 1)
-        scored(monkeypatch, [value])
+        scored(monkeypatch, [0.1, value])
         half = Half(setup)
         replies.append(rounds.trained(half, sent(setup, noise=len(replies)), context, Privacy())[0])
         state = context.state
@@ -61,6 +61,18 @@ def test_the_best_round_is_kept_in_the_state_and_out_of_the_methods_sight(monkey
     second = replies[1].group("params")
     assert best.keys() == second.keys() and all(torch.equal(best[key], second[key]) for key in best)
     assert state.scalars["engine/best/score"] == 0.6
+
+
+def test_a_model_that_training_makes_worse_is_kept_as_it_was_sent(monkeypatch):
+    """Validation 0.6 before and 0.5 after training: the weights that were sent stay."""
+    setup, context = tiny.setup(personal="best"), tiny.context()
+    scored(monkeypatch, [0.6, 0.5])
+    payload = sent(setup, noise=1.0)
+    reply = rounds.trained(Half(setup), payload, context, Privacy())[0]
+    best = {key.removeprefix("engine/best/"): t for key, t in context.state.params.items()}
+    assert all(torch.equal(best[key], payload.group("params")[key]) for key in best) and best
+    assert not all(torch.equal(best[key], reply.group("params")[key]) for key in best)
+    assert reply.scalars["validation"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -73,17 +85,19 @@ def test_the_best_round_is_kept_in_the_state_and_out_of_the_methods_sight(monkey
 def test_the_better_of_the_best_and_the_delivered_is_scored(monkeypatch, values, score, personal):
     setup = tiny.setup(personal="best")
     context = tiny.context()
-    scored(monkeypatch, [0.6])
+    scored(monkeypatch, [0.1, 0.6])
     half = Half(setup)
     rounds.trained(half, sent(setup), context, Privacy())
     scored(monkeypatch, values)
     reply = rounds.tested(half, sent(setup), tiny.context(state=context.state), Privacy())[1]
     assert reply.scalars["score"] == score and reply.scalars["personal"] == personal
+    assert reply.scalars["personal_validation"] == max(0.6, values[1])
 
 
 def test_bits_per_byte_decide_where_there_are_any(monkeypatch):
     setup, state = tiny.setup(personal="best"), ClientState()
-    told = iter([{"score": 0.5, "bits_per_byte": 2.0}, {"score": 0.9, "bits_per_byte": 2.5}])
+    found = [(0.1, 3.0), (0.5, 2.0), (0.9, 2.5), (0.9, 2.4)]
+    told = iter([{"score": score, "bits_per_byte": bits} for score, bits in found])
     monkeypatch.setattr("consilium.training.assess", lambda *args, **kwargs: next(told))
     for number in (1, 2):
         context = tiny.context(state=state, round=number)

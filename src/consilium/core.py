@@ -296,6 +296,7 @@ COMMON_REVEALS: Mapping[str, Reveal] = {
     "bits_per_byte": Reveal("score"),
     "personal": Reveal("score"),
     "personal_bits_per_byte": Reveal("score"),
+    "personal_validation": Reveal("score"),
     "score": Reveal("score"),
     "report/test before aggregation": Reveal("score"),
 }

@@ -83,8 +83,8 @@ class Fit:
             total gate that the full router gives this token. "slice": the softmax over the held experts as it is, up to
             E times too large.
         personal: score, next to the model that a client is delivered, one of its own: "best" is the best by its
-            validation data among what it trained in each round and what it is delivered in the end, so that a client
-            stops early on its own. For mixtures of experts only.
+            validation data among what it is sent and what it makes of it in each round, and what it is delivered in the
+            end. So a client stops early on its own. For mixtures of experts only.
         lora: train adapters on the experts instead of all parameters. Then only adapters, router rows and head rows
             travel, and every client has the rest from the model's own place.
     """

@@ -475,8 +475,11 @@ def local_round(
     params, model = payload.group("params"), setup.build_sent(payload, context)
     del payload  # a full copy of the weights, unless the caller still holds it
     start = local(model, params, held) if model.dtype.itemsize < 4 else None
+    train, validation = setup.encode(context, context.data.train), None
+    if setup.fit.personal == "best":
+        validation = setup.encode(context, context.data.validation)
+        _keep_better(context, assess(model, validation, context, setup), {**outside, **params}, held)
     del params
-    train = setup.encode(context, context.data.train)
     fitted = fit(
         model,
         train,
@@ -492,7 +495,7 @@ def local_round(
         if isinstance(setup.model, Cohort):
             scores, told = _after_training(model, context, setup)
         else:
-            validation = setup.encode(context, context.data.validation)
+            validation = validation or setup.encode(context, context.data.validation)
             scores, told = assess(model, validation, context, setup, tap if usage else None), {}
     seconds_evaluate = time.perf_counter() - began
     groups: dict[str, Params] = {"params": flatten(model, held, fitted.masters)}  # after evaluation needed its room
@@ -570,13 +573,15 @@ def local_test(setup: Setup, payload: Payload, context: ClientContext) -> Payloa
     if setup.fit.personal == "none":
         return reply
     validation = assess(model, setup.encode(context, context.data.validation), context, setup)
-    scores = reply.scalars
+    scores, measure = reply.scalars, "bits_per_byte" if "bits_per_byte" in validation else "score"
+    reached = validation[measure]
     if context.best.params and not _better(validation, context):
         del model
         held = experts_from_scalars(context.best.scalars)
         best = setup.sub_moe(context.best.params, context.data.task.name, held)
         scores = tested(setup, setup.build_sent(best, context), context).scalars
-    personal = {"personal": scores["score"]}
+        reached = float(context.best.scalars[measure])
+    personal = {"personal": scores["score"], "personal_validation": reached}
     if "bits_per_byte" in scores:
         personal["personal_bits_per_byte"] = scores["bits_per_byte"]
     return Payload(scalars={**reply.scalars, **personal, "seconds_evaluate": time.perf_counter() - start})

@@ -68,7 +68,7 @@ def test_no_text_at_all(monkeypatch):
         ({"domains": ()}, "at least one"),
         ({"partition": "iid"}, "domain or dirichlet"),
         ({"train": 1}, "data.train is 1 kB"),
-        ({"clients": 3}, "at least 11, one per domain"),
+        ({"clients": 3}, "at least 12, one per domain"),
         ({"alpha": 0.0}, "data.alpha is 0"),
     ],
 )

@@ -47,7 +47,7 @@ def figures(page):
 
 def of_one_run():
     """What a run of a mixture of experts draws by itself: all but what compares, and what is of small models."""
-    experts = ("usage_heat_map", "training_heat_map", "expert_map")
+    experts = ("usage_heat_map", "likeness_map", "training_heat_map", "expert_map")
     return {kind.name: [(None, "yes")] for kind in FIGURES if not kind.only_if_drawn or kind.name in experts}
 
 
@@ -63,7 +63,7 @@ def test_three_runs_draw_every_figure_or_say_why(three_page):
             assert kind.name not in found
         elif not kind.each_run:
             assert found[kind.name] == [(None, "yes")]
-        elif kind.name in ("usage_heat_map", "training_heat_map", "expert_map"):
+        elif kind.name in ("usage_heat_map", "likeness_map", "training_heat_map", "expert_map"):
             assert found[kind.name] == [("FedMoE", "yes"), ("RandomMoE", "yes"), ("FedAvg", "no")]
         else:
             assert [drawn for _, drawn in found[kind.name]] == ["yes"] * 3

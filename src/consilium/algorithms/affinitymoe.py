@@ -89,7 +89,7 @@ class AffinityMoE(Algorithm):
     budget: Literal["searched", "even"] = setting("searched", "free")
     likeness: Literal["usage", "none", "self"] = setting("usage", "server")
     floor: float = setting(0.1, "server", "[0, 1]")
-    rows: int = setting(16, "batch_size", "[1, 1e6]")
+    rows: int = setting(8, "batch_size", "[1, 1e6]")
 
     def reads(self) -> frozenset[str]:
         return frozenset({"usage", "losses of sub-models"})

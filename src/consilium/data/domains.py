@@ -89,13 +89,14 @@ PRIVATE = (
     Domain("generated-c", ("fontTools",), (".c",)),
     Domain("cmake", ("torch/share",), (".cmake",)),
     Domain("json", ("tokenizers.dist-info", "hf_xet.dist-info"), (".json",)),
+    Domain("idna", ("idna",)),
 )
 """Domains without any public text."""
 
 DOMAINS = {domain.name: domain for domain in (*PUBLIC, *PRIVATE)}
 _PACKAGES = (
     "torch", "pyarrow", "transformers", "pandas", "scipy", "scikit-learn", "sympy", "numpy", "networkx", "matplotlib",
-    "nltk", "pygments", "fonttools", "pillow", "tokenizers", "hf-xet",
+    "nltk", "pygments", "fonttools", "pillow", "tokenizers", "hf-xet", "idna",
 )  # fmt: skip
 
 

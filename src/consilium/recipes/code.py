@@ -15,7 +15,7 @@ from consilium.setup import Fit
 
 __all__ = ["DEVICE", "affinitymoe_code", "fedmoe_code"]
 
-DEVICE = "136.2MB"
+DEVICE = "80.8MB"
 """Memory of every client: by the memory model it can train 16 of the 64 experts, and run all of them."""
 FEDMOE = FedMoE(stage1="forward", stage2=False, alpha=1.0)
 RIVALS = {
@@ -37,11 +37,11 @@ def affinitymoe_code() -> Experiment:
     return Experiment(
         name="affinitymoe-code",
         algorithm=AffinityMoE(),
-        data=CodeData(("cuda", "yaml", "metrics", "lexers"), 12, train=18, validation=12, test=70),
+        data=CodeData(("generated-c", "json", "metrics", "lexers"), 12, train=10, validation=9, test=62),
         model=ModelSource("code-olmoe", form="text-to-text"),
         fit=Fit(
             lr=6e-4,
-            batch_size=8,
+            batch_size=4,
             max_length=64,
             target_length=64,
             rows="blocks",

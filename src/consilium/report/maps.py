@@ -31,7 +31,16 @@ from consilium.report.style import (
     shorten_all,
 )
 
-__all__ = ["RAMP", "block_names", "expert_map", "gate_weights", "training_heat_map", "usage_heat_map"]
+__all__ = [
+    "RAMP",
+    "block_names",
+    "expert_map",
+    "gate_weights",
+    "known_clients",
+    "paint",
+    "training_heat_map",
+    "usage_heat_map",
+]
 
 _WIDTH, _RIGHT, _TOP, _BOTTOM = 340, 18, 4, 34
 RAMP = {  # low to high; each starts at the page's own background so that "hardly used" recedes in both themes
@@ -61,7 +70,7 @@ def _heat_map(run: RunRecord, key: str, missing: str, lead: str) -> tuple[list[P
     Raises:
         NothingToDraw: with `missing`.
     """
-    shares = _known((run.structure or {}).get(key), run)
+    shares = known_clients((run.structure or {}).get(key), run)
     rows = [c for c in run.order if c in shares]
     blocks = _blocks(run, shares.values())
     names = block_names(blocks)
@@ -85,7 +94,7 @@ def _heat_map(run: RunRecord, key: str, missing: str, lead: str) -> tuple[list[P
             figure = _grid_figure(run, rows, table.shape[1])
             for i, (theme, colors) in enumerate(RAMP.items()):
                 ramp = LinearSegmentedColormap.from_list(theme, colors).with_extremes(bad=(0, 0, 0, 0))
-                _image(figure.axes[0], ramp(norm(np.ma.masked_invalid(table))), theme, i)
+                paint(figure.axes[0], ramp(norm(np.ma.masked_invalid(table))), theme, i)
             _separate(figure.axes[0], run, rows, table.shape[1])
         often = np.nanmean(np.nan_to_num(table), axis=0)
         most = int(np.argmax(often))
@@ -100,8 +109,8 @@ def expert_map(run: RunRecord) -> Drawing:
     """Which client holds which expert at the end, and what was added or given up since the first map."""
     maps = (run.structure or {}).get("rounds") or {}
     order = sorted((k for k in maps if str(k).lstrip("-").isdigit()), key=int)
-    first = _known(maps[order[0]] if order else None, run)
-    last = _known(maps[order[-1]] if order else None, run)
+    first = known_clients(maps[order[0]] if order else None, run)
+    last = known_clients(maps[order[-1]] if order else None, run)
     if not first or not last:
         raise NothingToDraw(_no_structure(run, "which client holds which expert"))
     rows = [c for c in run.order if c in first or c in last]
@@ -152,7 +161,7 @@ def gate_weights(run: RunRecord) -> Drawing:
             axes.set_xticks(places, shorten_all([labels[p] for p in places], 8) if places else [])
             for i, (theme, colors) in enumerate(RAMP.items()):
                 ramp = LinearSegmentedColormap.from_list(theme, colors).with_extremes(bad=(0, 0, 0, 0))
-                _image(axes, ramp(np.ma.masked_invalid(table)), theme, i)
+                paint(axes, ramp(np.ma.masked_invalid(table)), theme, i)
             _separate(axes, run, rows, len(labels))
         low, high = float(np.nanmin(table)), float(np.nanmax(table))
         mean = float(np.nanmean(table))
@@ -184,7 +193,7 @@ def _map_panel(run: RunRecord, name: str, rows: list[str], start: np.ndarray, en
             cells[kept] = to_rgba(palette["kept"])
             cells[added] = to_rgba(palette["c0"])
             cells[gone] = (*to_rgba(palette["c1"])[:3], 0.32)
-            _image(axes, cells, theme, i)
+            paint(axes, cells, theme, i)
         _separate(axes, run, rows, end.shape[1])
         size = min(9.0, 0.62 * min(_cell_width(end.shape[1]), _row_height(len(rows))))
         for cells, marker, shade in ((added, "+", "panel"), (gone, "_", "c1")):
@@ -227,7 +236,8 @@ def _name_tasks(axes: Axes, run: RunRecord, rows: list[str], height: float) -> N
                           textcoords="offset points", rotation=270, va="center", fontsize=10)  # fmt: skip
 
 
-def _image(axes: Axes, cells: np.ndarray, theme: str, index: int) -> None:
+def paint(axes: Axes, cells: np.ndarray, theme: str, index: int) -> None:
+    """Draw coloured cells [rows, columns, 4] for a theme over axes whose limits stay as they are."""
     limits = axes.get_xlim(), axes.get_ylim()
     image = axes.imshow(cells, interpolation="none", aspect="auto", origin="upper", zorder=1)
     image.set_gid(f"{theme}-{index}")
@@ -280,7 +290,8 @@ def _experts(run: RunRecord, block: str) -> int:
     return int(told) if told else 1
 
 
-def _known(table: Any, run: RunRecord) -> dict[str, Mapping[str, Any]]:
+def known_clients(table: Any, run: RunRecord) -> dict[str, Mapping[str, Any]]:
+    """Return client -> block -> values for the clients of the run that a table of the structure file has."""
     if not isinstance(table, Mapping):
         return {}
     return {c: blocks for c, blocks in table.items() if c in run.clients and isinstance(blocks, Mapping)}

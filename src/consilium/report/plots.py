@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from consilium.report import costs, curves, gains, maps, tradeoff
+from consilium.report import costs, curves, gains, likeness, maps, tradeoff
 from consilium.report.costs import memory, time_split, traffic, traffic_per_client
 from consilium.report.curves import expert_counts, scores_over_bytes, scores_over_rounds, scores_over_seconds
 from consilium.report.gains import gain_over_standalone
+from consilium.report.likeness import likeness_map
 from consilium.report.maps import expert_map, gate_weights, training_heat_map, usage_heat_map
 from consilium.report.style import Drawing, NothingToDraw
 from consilium.report.tradeoff import score_for_cost
@@ -26,6 +27,7 @@ __all__ = [
     "expert_map",
     "gain_over_standalone",
     "gate_weights",
+    "likeness_map",
     "memory",
     "score_for_cost",
     "scores_over_bytes",
@@ -128,6 +130,20 @@ FIGURES: tuple[FigureKind, ...] = (
         "little. Rows with an even colour mean that experts have not specialised, and that choosing among them is "
         "close to chance.",
         maps.usage_heat_map,
+        each_run=True,
+        only_if_drawn=True,
+    ),
+    FigureKind(
+        "likeness_map",
+        "Experts",
+        "Which clients are alike",
+        "A row is a client, and the columns are the same clients in the same order. The stronger the colour, the more "
+        "alike the two clients use the experts: the cosine of their shares of all layers, less the mean of all "
+        "clients. Clients that are alike stand next to each other.",
+        "Dark squares along the diagonal are groups of clients with text of one kind, found without anybody showing "
+        "text. Averaging within a group helps most where the group is short of text. Without squares there are no "
+        "groups, and weighing clients by likeness has nothing to go by.",
+        likeness.likeness_map,
         each_run=True,
         only_if_drawn=True,
     ),
