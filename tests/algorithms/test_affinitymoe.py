@@ -25,6 +25,15 @@ def test_affinities_by_hand():
     assert all(s == 1.0 for row in affinities(usage, floor=1.0).values() for s in row.values())
 
 
+def test_the_cosine_is_squared():
+    """Usage (1,0,0), (0,1,0), (1/2,1/2,0), (1/2,1/2,2) less the mean (1/2,1/2,1/2): (1/2,-1/2,-1/2), (-1/2,1/2,-1/2),
+    (0,0,-1/2), (0,0,3/2). The cosine of the first and the third is 1/sqrt(3), its square 1/3; of the first two -1/3."""
+    rows = {"w": [1.0, 0.0, 0.0], "x": [0.0, 1.0, 0.0], "y": [0.5, 0.5, 0.0], "z": [0.5, 0.5, 2.0]}
+    usage = {c: {"a": torch.tensor(row)} for c, row in rows.items()}
+    assert affinities(usage, 0.0)["w"] == pytest.approx({"w": 1.0, "x": 0.0, "y": 1 / 3, "z": 0.0})
+    assert affinities(usage, 0.4)["w"] == pytest.approx({"w": 1.0, "x": 0.4, "y": 0.6, "z": 0.4})
+
+
 def test_clients_that_are_all_alike_weigh_the_floor_but_for_themselves():
     """Usage less its mean is zero for all: nothing says who is alike."""
     usage = {c: {"a": torch.tensor([0.5, 0.5])} for c in "xy"}

@@ -11,7 +11,7 @@ changes. Each can be switched off:
    for all. A client's number of experts is what its memory allows. FedMoE's Eq 3 has one threshold of usage instead.
 3. Likeness (`likeness`). The server keeps a state per client, and moves it by what it and clients like it learn:
 
-       s_ij   = floor + (1 - floor) max(0, cos(g_i, g_j)),   s_ii = 1
+       s_ij   = floor + (1 - floor) max(0, cos(g_i, g_j))^2,   s_ii = 1
        w_i[k] += sum_j n_j s_ij (w_j'[k] - w_j[k]) / sum_j n_j s_ij      over the j that trained the tensor k
 
    g_i is the client's usage of experts in the first round less the mean usage of all clients, w_j what client j was
@@ -79,7 +79,8 @@ class AffinityMoE(Algorithm):
         budget: "searched" (see the module) or "even", as many experts in every layer.
         likeness: "usage" weighs clients by how alike their usage of experts is; "none" weighs all alike, as FedMoE
             does; "self" uses the client's own changes only, so that it trains alone.
-        floor: weight of a client that is not alike at all, in [0, 1].
+        floor: weight of a client that is not alike at all, in [0, 1]. At 0, clients with text of one and the same kind
+            hardly learn from each other, since nothing tells them apart from the rest: use likeness "none" for them.
         rows: rows of training data on which a client measures, and of validation data on which it scores shapes.
     """
 
@@ -88,7 +89,7 @@ class AffinityMoE(Algorithm):
     choice: Literal["contribution", "usage", "public", "random"] = setting("contribution", "free")
     budget: Literal["searched", "even"] = setting("searched", "free")
     likeness: Literal["usage", "none", "self"] = setting("usage", "server")
-    floor: float = setting(0.1, "server", "[0, 1]")
+    floor: float = setting(0.0, "server", "[0, 1]")
     rows: int = setting(8, "batch_size", "[1, 1e6]")
 
     def reads(self) -> frozenset[str]:
@@ -113,7 +114,7 @@ def affinities(usage: Mapping[ClientId, Scores], floor: float) -> dict[ClientId,
     rows = rows - rows.mean(0)
     rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
     cosines = (rows @ rows.T).clamp_min(0.0).fill_diagonal_(1.0)
-    alike = floor + (1 - floor) * cosines
+    alike = floor + (1 - floor) * cosines.square()
     return {a: dict(zip(names, row, strict=True)) for a, row in zip(names, alike.tolist(), strict=True)}
 
 
