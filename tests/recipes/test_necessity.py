@@ -35,6 +35,8 @@ def test_the_shipped_model_needs_its_experts_in_all_domains():
     assert told.between >= 0.17 and told.within <= 0.05
 
 
-def test_it_goes_on_with_code():
-    text = complete(CODE, PROMPTS[1], tokens=24)
-    assert "const Tensor&" in text
+def test_it_goes_on_with_code_and_prose():
+    """A test of pandas goes on with a result and what is expected, a docstring with a shape and what is returned."""
+    tested, documented = (complete(CODE, prompt) for prompt in PROMPTS[2:])
+    assert "result = df" in tested and "expected = pd.DataFrame" in tested
+    assert "array of shape" in documented and "Returns\n    -------" in documented

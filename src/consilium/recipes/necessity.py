@@ -9,7 +9,7 @@ A model on which a random choice of experts is as good as any other cannot show 
                         text, and a random quarter; without training and after equal fine-tuning
     between, within     total variation of the usage of experts between two domains, and between two halves of the text
                         of one
-    completions         greedy ones of three prompts
+    completions         greedy ones of four prompts, with a penalty on tokens that have been there already
 
 Losses are in nats per token, means over the public domains on text that no model was trained on.
 """
@@ -35,10 +35,12 @@ from consilium.training import fit, mean_loss, profile
 __all__ = ["PROMPTS", "Necessity", "complete", "measure"]
 
 ROWS = 24
+PENALTY = 1.2
 PROMPTS = (
     "def mean(values):\n    ",
-    "template <typename T>\nclass Tensor {\n public:\n  ",
-    "import numpy as np\n\ndef test_",
+    "#pragma once\n\n#include <ATen/core/Tensor.h>\n\nnamespace at {\n\n",
+    "def test_merge_columns(self):\n    df = DataFrame({\"a\": [1, 2], \"b\": ",
+    "Parameters\n----------\nx : array_like\n    ",
 )
 
 
@@ -94,12 +96,19 @@ def measure(model: ModelSource, domains: int = 12, steps: int = 40) -> Necessity
 
 
 def complete(model: ModelSource, prompt: str, tokens: int = 48) -> str:
-    """Return the greedy continuation of a prompt."""
+    """Return the greedy continuation of a prompt, with `PENALTY` on the tokens that have been there already.
+
+    Args:
+        tokens: of the continuation, at most.
+    """
     model = replace(model, form="text-to-text")
     live = model.build(model.load(), "", ()).eval()
     encoded = model.tokenizer()(prompt, return_tensors="pt", add_special_tokens=False)
-    ids = live.generate(encoded, tokens)[0]
-    return model.tokenizer().decode(ids, skip_special_tokens=True)
+    with torch.inference_mode():
+        ids = live.backbone.generate(
+            **encoded, max_new_tokens=tokens, do_sample=False, num_beams=1, repetition_penalty=PENALTY
+        )[0]
+    return model.tokenizer().decode(ids[encoded["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def _setup(model: ModelSource) -> Setup:
