@@ -17,7 +17,7 @@ FLOORS = {
     "pointers": 0, "products": 0,
     "moe": 1, "models": 1, "data": 1, "privacy": 1,
     "disclosure": 2, "setup": 2,
-    "batched": 3,
+    "batched": 3, "completions": 3,
     "training": 4,
     "algorithms": 5,
     "experiment": 6,

@@ -86,6 +86,8 @@ class Experiment:
         rounds: communication rounds, >= 1; a first stage counts.
         memory: device memory of the clients in id order, cycled ("60MB", "12GiB"); (): no limit.
         evaluate_every: rounds between scoring all clients on their test data; the last round always is.
+        completions: clients of which a simulation keeps how the models before and after go on with a test text, for the
+            report. For language models.
         seed: of everything random.
         strict: turn every payload into bytes and back, as between machines.
         threads: torch threads.
@@ -110,6 +112,7 @@ class Experiment:
     rounds: int = setting(20, "rounds", "[1, 1e12]")
     memory: tuple[str, ...] = setting((), "server")
     evaluate_every: int = setting(1, "free", "[1, 1e12]")
+    completions: int = setting(0, "server", "[0, 1e6]")
     seed: int = setting(0, "free")
     strict: bool = setting(False, "server")
     threads: int = setting(1, "server", "[1, 1e12]")

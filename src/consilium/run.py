@@ -5,6 +5,7 @@ runs/<name>/
   partition.json    who holds what data
   metrics.jsonl     one record per round, with its ledger       events.jsonl   what happened to whom
   structure.jsonl   who holds which experts        summary.json   the result
+  completions.json  what models write, if asked for
   checkpoints/  clients/  report.html
 """
 
@@ -31,6 +32,7 @@ from typing import Any, Protocol
 import torch
 
 from consilium import disclosure
+from consilium.completions import completions
 from consilium.core import ClientId, ClientInfo, Server
 from consilium.data.task import Federation
 from consilium.data.tensor import on_device
@@ -522,6 +524,10 @@ def _rounds(prepared: _Prepared, folder: Path, watch: Watch | None) -> dict[str,
     except KeyboardInterrupt:
         _write_config(folder, "interrupted", prepared)
         raise
+    if prepared.experiment.completions and prepared.federation is not None:
+        clients = [info for info in prepared.infos if info.id in prepared.federation.clients]
+        of = prepared.setup, prepared.server, clients, prepared.federation, prepared.experiment.completions
+        _write_json(folder / "completions.json", {"completions": completions(*of)})
     _write_json(folder / "summary.json", summary)
     _write_config(folder, "finished", prepared)
     return summary

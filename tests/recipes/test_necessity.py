@@ -1,11 +1,14 @@
 """What is measured of a model's need of its experts, and the numbers that the shipped model must have."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from consilium.completions import complete
 from consilium.moe.build import ModelSource
 from consilium.recipes import necessity
-from consilium.recipes.necessity import PROMPTS, complete, measure
+from consilium.recipes.necessity import PROMPTS, measure
 
 CODE = ModelSource("code-olmoe", form="text-to-text")
 
@@ -37,6 +40,8 @@ def test_the_shipped_model_needs_its_experts_in_all_domains():
 
 def test_it_goes_on_with_code_and_prose():
     """A test of pandas goes on with a result and what is expected, a docstring with a shape and what is returned."""
-    tested, documented = (complete(CODE, prompt) for prompt in PROMPTS[2:])
+    source = replace(CODE, form="text-to-text")
+    model = source.build(source.load(), "", ())
+    tested, documented = (complete(model, source.tokenizer(), prompt) for prompt in PROMPTS[2:])
     assert "result = df" in tested and "expected = pd.DataFrame" in tested
     assert "array of shape" in documented and "Returns\n    -------" in documented

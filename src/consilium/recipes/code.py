@@ -53,6 +53,7 @@ def affinitymoe_code() -> Experiment:
         rounds=6,
         memory=(DEVICE,),
         evaluate_every=6,
+        completions=3,
     )
 
 

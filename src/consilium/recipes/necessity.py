@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from consilium.algorithms.randommoe import random_choice
+from consilium.completions import complete
 from consilium.core import ClientContext, ClientInfo, ClientState, Sampling, derive_seed
 from consilium.data.code import CodeData
 from consilium.data.task import ClientData, Split
@@ -32,14 +33,13 @@ from consilium.moe.routing import shares
 from consilium.setup import Fit, Setup
 from consilium.training import fit, mean_loss, profile
 
-__all__ = ["PROMPTS", "Necessity", "complete", "measure"]
+__all__ = ["PROMPTS", "Necessity", "measure"]
 
 ROWS = 24
-PENALTY = 1.2
 PROMPTS = (
     "def mean(values):\n    ",
     "#pragma once\n\n#include <ATen/core/Tensor.h>\n\nnamespace at {\n\n",
-    "def test_merge_columns(self):\n    df = DataFrame({\"a\": [1, 2], \"b\": ",
+    'def test_merge_columns(self):\n    df = DataFrame({"a": [1, 2], "b": ',
     "Parameters\n----------\nx : array_like\n    ",
 )
 
@@ -95,22 +95,6 @@ def measure(model: ModelSource, domains: int = 12, steps: int = 40) -> Necessity
     return Necessity(**means, between=statistics.mean(pairs), within=statistics.mean(halves))
 
 
-def complete(model: ModelSource, prompt: str, tokens: int = 48) -> str:
-    """Return the greedy continuation of a prompt, with `PENALTY` on the tokens that have been there already.
-
-    Args:
-        tokens: of the continuation, at most.
-    """
-    model = replace(model, form="text-to-text")
-    live = model.build(model.load(), "", ()).eval()
-    encoded = model.tokenizer()(prompt, return_tensors="pt", add_special_tokens=False)
-    with torch.inference_mode():
-        ids = live.backbone.generate(
-            **encoded, max_new_tokens=tokens, do_sample=False, num_beams=1, repetition_penalty=PENALTY
-        )[0]
-    return model.tokenizer().decode(ids[encoded["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
 def _setup(model: ModelSource) -> Setup:
     tuning = Fit(
         lr=6e-4, batch_size=8, max_length=64, target_length=64, rows="blocks", label_smoothing=0.0, balance=0.0
@@ -153,8 +137,10 @@ def main() -> None:
         f"({told.random_tuned - told.own_tuned:+.3f})"
     )
     print(f"total variation of usage: between domains {told.between:.3f}, between halves of one {told.within:.3f}")
+    source = replace(model, form="text-to-text")
+    live = source.build(source.load(), "", ())
     for prompt in PROMPTS:
-        print(f"--- {prompt}\033[1m{complete(model, prompt)}\033[0m")
+        print(f"--- {prompt}\033[1m{complete(live, source.tokenizer(), prompt)}\033[0m")
 
 
 if __name__ == "__main__":

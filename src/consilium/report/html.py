@@ -40,6 +40,7 @@ from consilium.report.tables import (
     over_seeds,
     versions,
 )
+from consilium.report.written import written
 
 __all__ = ["render", "write_report"]
 
@@ -79,6 +80,8 @@ def render(runs: Sequence[RunRecord]) -> str:
     for section in sections:
         parts.append(f'<h2 id="{_anchor(section)}">{html(section)}</h2>')
         parts += [_figure(kind, runs) for kind in FIGURES if kind.section == section]
+    if texts := written(first_runs(runs)):
+        parts.append(f'<h2 id="completions">Completions</h2>{_of_firsts(runs)}{texts}')
     parts.append(f'<h2 id="clients">Clients</h2>{client_tables(runs)}{left_out(runs)}')
     parts.append(f'<h2 id="events">Events</h2>{_of_firsts(runs)}{event_tables(first_runs(runs))}')
     parts.append(f'<h2 id="setup">Set-up</h2>{_of_firsts(runs)}{configuration(first_runs(runs))}')
@@ -124,7 +127,8 @@ def _subtitle(runs: Sequence[RunRecord]) -> str:
 
 def _nav(runs: Sequence[RunRecord]) -> str:
     names = ["Comparison"] if len(runs) > 1 else []
-    names += [*dict.fromkeys(kind.section for kind in FIGURES), "Clients", "Events", "Set-up"]
+    names += dict.fromkeys(kind.section for kind in FIGURES)
+    names += [*(["Completions"] if any(run.completions for run in runs) else []), "Clients", "Events", "Set-up"]
     return f"<nav>{''.join(f'<a href={chr(34)}#{_anchor(n)}{chr(34)}>{html(n)}</a>' for n in names)}</nav>"
 
 

@@ -38,6 +38,8 @@ h3{font-size:1.06rem;margin:0 0 4px}
 h4{font-size:.88rem;font-weight:600;margin:0 0 4px;overflow-wrap:anywhere}
 p{margin:0 0 10px}
 a{color:var(--c0)}
+pre{font:12px/1.45 ui-monospace,'DejaVu Sans Mono',monospace;white-space:pre-wrap;
+overflow-wrap:anywhere;margin:0 0 10px}
 code{font:.92em ui-monospace,'DejaVu Sans Mono',monospace;overflow-wrap:anywhere}
 .sub,.muted{color:var(--muted)}
 .sub{overflow-wrap:anywhere}

@@ -44,6 +44,7 @@ _SHAPES: dict[str, dict[str, Any]] = {
     | {key: {} for key in ("unable", "test", "scores", "seconds", "server")},
     "events.jsonl": {"event": str, "client": str},
     OLD: {"blocks": {}, "rounds": {"*": _HELD}, "usage": _USAGE, "trained": _USAGE},
+    "completions.json": {"completions": [{key: str for key in ("client", "prompt", "text", "before", "after")}]},
     NAME: {"round": int, "blocks": {}, "held": _HELD, "usage": _USAGE, "trained": _USAGE},
 }
 """File -> what it holds, as far as the report builds on it: a dict is an object ("*": of any key, {}: of any values), a
@@ -94,6 +95,7 @@ class RunRecord:
     events: tuple[Json, ...]
     structure: Json | None
     summary: Json | None
+    completions: tuple[Json, ...]
     notes: tuple[str, ...]
 
     @property
@@ -157,6 +159,7 @@ def read_run(path: Path | str) -> RunRecord:
         events=tuple(renamed(_json_lines(path / "events.jsonl", notes), names)),
         structure=renamed(_structure(path, notes), names),
         summary=summary,
+        completions=tuple((_optional_json(path / "completions.json", notes) or {}).get("completions") or ()),
         notes=(*notes, *_texts(partition.get("notes"))),
     )
 

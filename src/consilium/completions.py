@@ -1,0 +1,91 @@
+"""How a language model goes on with the beginning of clients' test texts, before a federation and after it.
+
+For looking at, not for measuring. A simulation writes completions.json for as many clients as `Experiment.completions`
+says; a deployment never does, because prompts are text of the sites.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from consilium.core import ClientContext, ClientInfo, ClientState, Payload, Server
+from consilium.data.task import Federation
+from consilium.moe.model import TaskModel
+from consilium.setup import Setup
+
+__all__ = ["complete", "completions", "spaced"]
+
+PENALTY = 1.2
+"""On the logits of tokens that have been there already: small models repeat themselves without it."""
+PROMPT = 240
+"""Characters of a test text that are given, cut behind a line if there is one in the second half."""
+TOKENS = 48
+"""Tokens of a completion."""
+
+
+def complete(model: TaskModel, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int = TOKENS) -> str:
+    """Return the greedy continuation of a prompt, with a penalty on repetition, whether the text would end or not.
+
+    Args:
+        model: a causal language model.
+        tokens: of the continuation; the end of a text counts as no token.
+    """
+    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    device = next(model.parameters()).device
+    ids = encoded["input_ids"].to(device)
+    model.eval()
+    with torch.inference_mode():
+        written = model.backbone.generate(
+            input_ids=ids,
+            attention_mask=encoded["attention_mask"].to(device),
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=PENALTY,
+        )
+    return tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def completions(
+    setup: Setup, server: Server, clients: Sequence[ClientInfo], federation: Federation, number: int
+) -> list[dict[str, Any]]:
+    """Complete the beginning of a test text of some clients with the model that they began with and the one they got.
+
+    Args:
+        clients: from which `number` are taken, evenly spaced in the order of their ids.
+        number: >= 1.
+
+    Returns:
+        For each client "client", "prompt", "text" (how it really goes on), "before" (by the public model, whole) and
+        "after" (by the model that the client is delivered). Clients that are delivered no model, or whose task is not
+        to predict text, are left out.
+    """
+    found = []
+    for info in spaced(sorted(clients, key=lambda client: client.id), number):
+        data = federation.clients[info.id]
+        sent = server.deliver(info)
+        if data.task.form != "language" or not sent.group("params"):
+            continue
+        context = ClientContext(info, data, torch.device("cpu"), setup.seed, ClientState())
+        prompt, rest = _cut(data.test.targets[0])
+        row: dict[str, Any] = {"client": info.id, "prompt": prompt, "text": rest}
+        for name, payload in (("before", Payload({"params": setup.initial_params()})), ("after", sent)):
+            row[name] = complete(setup.build_sent(payload, context), setup.model.tokenizer(), prompt)
+        found.append(row)
+    return found
+
+
+def spaced(clients: Sequence[ClientInfo], number: int) -> list[ClientInfo]:
+    """Return `number` of the clients, evenly spaced, the first among them; all if there are fewer."""
+    number = min(number, len(clients))
+    return [clients[place * len(clients) // number] for place in range(number)]
+
+
+def _cut(text: str) -> tuple[str, str]:
+    """Cut a text into a prompt of at most `PROMPT` characters, and as much again of what follows."""
+    line = text.rfind("\n", PROMPT // 2, PROMPT) + 1
+    place = line or min(PROMPT, len(text) // 2)
+    return text[:place], text[place : place + PROMPT]

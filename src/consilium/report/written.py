@@ -1,0 +1,29 @@
+"""Completions of clients' texts: how they really go on, by the public model, and by the model of each run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from consilium.escape import html
+from consilium.report.read import RunRecord
+
+__all__ = ["written"]
+
+
+def written(runs: Sequence[RunRecord]) -> str:
+    """Return a box for each client of which a run has completions, "" if there are none."""
+    by_run = {run.label: {str(row.get("client")): row for row in run.completions} for run in runs}
+    rows = {client: row for found in reversed(by_run.values()) for client, row in found.items()}
+    return "".join(_box(client, row, by_run) for client, row in sorted(rows.items()))
+
+
+def _box(client: str, row: Mapping[str, Any], by_run: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    after = {label: found[client].get("after") for label, found in by_run.items() if client in found}
+    texts = {"goes on with": row.get("text"), "public model": row.get("before"), **after}
+    prompt = f"<h3>{html(client)}</h3>{_text('a test text begins with', row.get('prompt'))}"
+    return f'<div class="box">{prompt}{"".join(_text(name, text) for name, text in texts.items())}</div>'
+
+
+def _text(name: str, text: Any) -> str:
+    return f'<p class="muted">{html(name)}</p><pre>{html(text or "")}</pre>'
