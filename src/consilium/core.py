@@ -158,6 +158,7 @@ class ClientContext:
         seed: derived from the run's seed, the round and the client's id; the only source of randomness.
         state: what survives; mutate it in place.
         best: with `fit.personal`, the client's best model so far by its validation data; empty: none yet.
+        private: parts of the model that are trained here and never sent, whatever the method (`fit.lora.rule`).
         progress: called with (done, total) steps during training.
         work: what the client may spend, counted by whoever spends it; without limits in a simulation.
         round: the number of the round, from 1; 0: not known.
@@ -173,6 +174,7 @@ class ClientContext:
     work: Work = field(default_factory=Work)
     meet: "Meet | None" = None
     best: ClientState = field(default_factory=ClientState)
+    private: ClientState = field(default_factory=ClientState)
     round: int = 0
 
 
@@ -223,10 +225,16 @@ class Server(ABC):
     def expects(self, client: ClientInfo, sent: Payload) -> dict[str, dict[str, Like]]:
         """What the tensors of a reply to `sent` must look like, group -> name; a reply with any other is rejected.
 
-        By default the params that were sent; of head rows, a client has those of its own labels.
+        By default the params that were sent; of head rows, a client has those of its own labels, and where the scalar
+        "halves" was sent, of adapters the half that it has trained.
         """
         params = sent.group("params").items()
-        return {"params": {key: Like.of(t, needed=not key.startswith("head.")) for key, t in params}}
+        halves = (".lora_A", ".lora_B") if sent.scalars.get("halves") else ()
+        return {
+            "params": {
+                key: Like.of(t, needed=not key.startswith("head.") and not key.endswith(halves)) for key, t in params
+            }
+        }
 
     def objection(self, client: ClientInfo, sent: Payload, reply: Payload) -> str | None:
         """What else keeps a reply, whose tensors are as expected, from being merged; None: nothing."""
@@ -337,6 +345,8 @@ class Algorithm(ABC):
     models of which every client has its own architecture."""
     merges: ClassVar[bool] = True
     """Whether replies change the server's model through `Setup.mean` alone, so that its rules can take their place."""
+    exchanges: ClassVar[bool] = True
+    """Whether parameters travel at all."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -25,6 +25,7 @@ from consilium.moe.budget import bytes_of
 from consilium.moe.build import ModelSource
 from consilium.moe.lora import Lora
 from consilium.moe.merging import Merging
+from consilium.moe.rules import PAIRWISE
 from consilium.privacy import Privacy
 from consilium.setup import Fit, Setup
 from consilium.work import MISSING, check_settings, setting
@@ -166,7 +167,7 @@ class Experiment:
     def _check_merging(self) -> None:
         """Refuse rules and noise that would not hold with the method."""
         merging, privacy, method = self.merging, self.privacy, type(self.algorithm).__name__
-        products = self.fit.lora.rank and self.fit.lora.mean == "products"
+        rule, lora = self.fit.lora.rule, bool(self.fit.lora.rank)
         if merging.needs > self.sampling.clients_per_round:
             raise ConfigError(
                 f"merging.rule {merging.rule} with {merging.attackers} attackers needs {merging.needs} contributors, "
@@ -176,8 +177,19 @@ class Experiment:
             raise ConfigError(
                 f"{method}'s server does not merge models alone; merging and privacy.noise are not for it"
             )
-        if (privacy.noise or merging.rule != "mean") and products:
-            raise ConfigError("fit.lora.mean 'products' is a mean of its own; take 'factors' with merging or privacy")
+        if lora and rule in PAIRWISE and (privacy.noise or merging.rule != "mean"):
+            raise ConfigError(
+                f"fit.lora.rule {rule!r} is a mean of its own; with merging and privacy take mean, ffa or share_a"
+            )
+        if lora and rule == "alternate" and privacy.noise:  # which would move the half that nobody trained
+            raise ConfigError("fit.lora.rule 'alternate' is not for privacy.noise; take mean, ffa or share_a")
+        if lora and self.fit.lora.ranks == "memory" and not merging.plain:
+            raise ConfigError("fit.lora.ranks 'memory' is not for merging, which compares updates of one shape")
+        if lora and rule in PAIRWISE and self.algorithm.exchanges and not self.algorithm.merges:
+            raise ConfigError(
+                f"{method}'s server merges by itself; fit.lora.rule {rule!r} is not for it: take mean, ffa, alternate "
+                "or share_a"
+            )
         if privacy.noise and self.wire.enough:  # who takes part may cost another its place: moves the sum twice
             raise ConfigError("wire.enough lets one client take another's place, which privacy.noise does not cover")
         if privacy.noise and not merging.plain:

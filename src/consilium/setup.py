@@ -33,14 +33,15 @@ from consilium.data.task import ClientData, Split, Task
 from consilium.data.tensor import TensorSplit, of_texts
 from consilium.errors import BudgetError, ConfigError, PayloadError
 from consilium.models.cohort import Cohort, SplitModel, initial
-from consilium.moe.addressing import load_flat, select, travels
+from consilium.moe.addressing import is_adapter, load_flat, select, travels
 from consilium.moe.budget import Footprint, MemoryModel, Mode, human
 from consilium.moe.build import ModelSource
 from consilium.moe.gates import NEED_ROWS, Gates, Kind, absent_rows, gates_from_scalars, gates_to_scalars
 from consilium.moe.layers import Shape, spread
-from consilium.moe.lora import Lora, ProductMean, add_lora, initial_adapters
+from consilium.moe.lora import Lora, add_lora, folded, initial_adapters, is_folded
 from consilium.moe.merging import Merging, RobustMean
 from consilium.moe.model import TaskModel
+from consilium.moe.rules import FOLDED, FOLDS, PAIRWISE, AdapterMean
 from consilium.moe.surgery import checked
 from consilium.params import Params, WeightedMean, nbytes
 from consilium.privacy import Privacy, PrivateMean
@@ -188,16 +189,55 @@ class Setup:
             return self._one_model(client)
         params = self.model.load()
         if self.fit.lora.rank:
-            adapters = initial_adapters(self.model.skeleton("", ()), self.fit.lora, derive_seed(self.seed, "lora"))
-            params = {key: tensor for key, tensor in params.items() if travels(key)} | adapters
+            params = {key: tensor for key, tensor in params.items() if travels(key)} | self.initial_adapters()
         for key in list(params):  # one by one, so that the model is never in memory twice
             params[key] = params[key].to(torch.float32)
-        width = self.model.config.hidden_size
+        return params | self.zero_heads()
+
+    def zero_heads(self) -> Params:
+        """Return the head rows with which mixtures of experts begin: zeros for every label of every task."""
+        heads: Params = {}
         for task, labels in self.heads.items():
             for label in labels:
-                params[f"head.{task}.{label}.weight"] = torch.zeros(width)
-                params[f"head.{task}.{label}.bias"] = torch.zeros(())
-        return params
+                heads[f"head.{task}.{label}.weight"] = torch.zeros(self.model.config.hidden_size)
+                heads[f"head.{task}.{label}.bias"] = torch.zeros(())
+        return heads
+
+    def initial_adapters(self, *seed: object) -> Params:
+        """Return the adapters with which all begin, float32, and for rules that fold zeros to add to.
+
+        Args:
+            seed: further parts of the seed, for a later beginning.
+        """
+        adapters = initial_adapters(self.model.skeleton("", ()), self.fit.lora, derive_seed(self.seed, "lora", *seed))
+        adapters = {key: tensor.to(torch.float32) for key, tensor in adapters.items()}
+        if self.fit.lora.rule in FOLDS:
+            for key in [key for key in adapters if key.endswith(".lora_A")]:
+                name = key.removesuffix(".lora_A")
+                adapters[f"{name}.{FOLDED}"] = torch.zeros(len(adapters[f"{name}.lora_B"]), adapters[key].shape[1])
+        return adapters
+
+    def rank_of(self, client: ClientInfo) -> int:
+        """Return the rank of a client's adapters: with `fit.lora.ranks` "memory" the largest with which the whole model
+        fits its memory, at least 1."""
+        lora = self.fit.lora
+        if lora.ranks == "equal" or client.memory_bytes is None:
+            return lora.rank
+
+        def fits(rank: int) -> bool:
+            return self.with_rank(rank).footprint(self.model.counts).total <= client.memory_bytes
+
+        return _most(1, lora.rank, fits) if fits(1) else 1
+
+    def with_rank(self, rank: int) -> "Setup":
+        """Return the set-up with adapters of another rank and the same scale."""
+        return replace(self, fit=replace(self.fit, lora=self.fit.lora.at(rank)))
+
+    def _for(self, client: ClientInfo) -> "Setup":
+        """Return the set-up at the rank of a client."""
+        if not self.fit.lora.rank or self.fit.lora.ranks == "equal":
+            return self
+        return self.with_rank(self.rank_of(client))
 
     def _one_model(self, client: ClientInfo | None) -> Params:
         if client is None and self.model.world != "cohort":
@@ -342,7 +382,7 @@ class Setup:
         counts = self.model.counts
         if held is not None:
             counts = counts_of(checked(held, counts, self.model.family))
-        told = self.reported(counts, mode, references, rank, trained)
+        told = self._for(context.info).reported(counts, mode, references, rank, trained)
         context.work.hold(told["footprint"], f"a model of {sum(counts.values())} experts")
         return told
 
@@ -378,7 +418,7 @@ class Setup:
         """Why the client's device cannot train `counts` experts per block; None if it can."""
         if client.memory_bytes is None:
             return None
-        need = self.footprint(counts, mode, references, rank, trained).total
+        need = self._for(client).footprint(counts, mode, references, rank, trained).total
         if need <= client.memory_bytes:
             return None
         return f"needs {human(need)}, has {human(client.memory_bytes)}, lacks {human(need - client.memory_bytes)}"
@@ -411,10 +451,10 @@ class Setup:
         least, total = sum(self.least.values()), sum(self.model.counts.values())
         if client.memory_bytes is None:
             return dict(self.model.counts)
-        most = share * client.memory_bytes
+        most, own = share * client.memory_bytes, self._for(client)
 
         def fits(experts: int) -> bool:
-            return self.footprint(self.spread(experts, shape), references=references).total <= most
+            return own.footprint(self.spread(experts, shape), references=references).total <= most
 
         return self.spread(_most(least, total, fits), shape)
 
@@ -526,18 +566,72 @@ class Setup:
         decodes = self.model.form == "text-to-text" and not self.model.config.is_encoder_decoder
         self.model.check_texts(self.fit.max_length + (self.fit.target_length if decodes else 0))
 
-    def sub_moe(self, params: Params, task: str, held: ExpertSet | None) -> Payload:
+    def sub_moe(self, params: Params, task: str, held: ExpertSet | None, client: ClientInfo | None = None) -> Payload:
         """Return what a client of `task` needs to build the sub-MoE with the experts `held` (None: all).
 
         Group "params", scalars that name the experts and the scale of their gates, and, where `fit.gates` needs them,
-        group "router": the router rows of the absent experts.
+        group "router": the router rows of the absent experts. Of adapters, the part that a rule keeps away from the
+        server is left out, and group "base" has what a rule has added to the frozen weights.
+
+        Args:
+            client: whose rank adapters are cut to; None: the full rank.
         """
-        groups = {"params": select(params, task, held)}
+        groups, scalars = {"params": select(params, task, held)}, {}
+        if self.fit.lora.rank:
+            groups, scalars = self._adapted(groups["params"], client)
         if held is None:
-            return Payload(groups)
+            return Payload(groups, scalars)
         if self.fit.gates in NEED_ROWS:
             groups["router"] = absent_rows(params, held)
-        return Payload(groups, self.slice_scalars(held))
+        return Payload(groups, {**self.slice_scalars(held), **scalars})
+
+    def _adapted(self, chosen: Params, client: ClientInfo | None) -> tuple[dict[str, Params], dict[str, Scalar]]:
+        """Groups and scalars of a payload with adapters, see `sub_moe`."""
+        lora = self.fit.lora
+        rank = lora.rank if client is None else self.rank_of(client)
+        base = {key: tensor for key, tensor in chosen.items() if is_folded(key)}
+        sent = {}
+        for key, tensor in ((key, tensor) for key, tensor in chosen.items() if key not in base):
+            if is_adapter(key):
+                if lora.private and key.endswith(lora.private):
+                    continue
+                if rank < lora.rank:
+                    tensor = tensor[:rank] if key.endswith("_A") else tensor[:, :rank].contiguous()
+            sent[key] = tensor
+        groups = {"params": sent, "base": base} if base else {"params": sent}
+        return groups, {"halves": True} if lora.rule == "alternate" else {}
+
+    def leaving(self, params: Params, model: TaskModel | SplitModel, context: ClientContext) -> Params:
+        """Return what leaves a client of the parameters that it has trained: of adapters the halves that a rule merges.
+
+        What stays is kept in `context.private`.
+
+        Args:
+            model: the live model that they are of.
+        """
+        lora = self.fit.lora
+        if not lora.rank or lora.rule in PAIRWISE or lora.rule == "mean":
+            return params
+        if lora.rule == "share_a":
+            own = {key: t for key, t in params.items() if is_adapter(key) and key.endswith(lora.private)}
+            context.private.params = {**context.private.params, **own}
+            return {key: t for key, t in params.items() if key not in own}
+        trains = tuple({n.rsplit(".", 1)[1] for n, half in model.adapters.named().items() if half.requires_grad})
+        return {key: t for key, t in params.items() if not is_adapter(key) or key.endswith(trains)}
+
+    def both_halves(self, params: Params, own: Params) -> Params:
+        """Return parameters with the halves of adapters that are not sent.
+
+        Args:
+            own: the client's halves (`ClientContext.private`); those it has none of are as they begin.
+        """
+        missing = self.fit.lora.private
+        if not missing:
+            return params
+        sent = [key for key in params if is_adapter(key) and not key.endswith(missing)]
+        names = [key[: -len(missing)] + missing for key in sent]
+        begin = {} if all(name in params or name in own for name in names) else self.initial_adapters()
+        return {name: own.get(name, begin.get(name)) for name in names} | params
 
     def slice_scalars(self, held: ExpertSet) -> dict[str, Scalar]:
         """Return the scalars of a payload that say which experts a sub-MoE holds and how its gates are scaled."""
@@ -570,12 +664,25 @@ class Setup:
             )
         self.admit(context, held, "forward")
         _check_dtypes(params, {self.model.torch_dtype, torch.float32})
-        params = self.model.round(params)
         if not lora.rank:
+            params = self.model.round(params)
             return self.model.build(params, task.name, task.labels, held, gates).to(context.device)
-        whole = self.model.load(held) | params
-        model = self.model.build(whole, task.name, task.labels, held, gates).to(context.device)
-        return load_flat(add_lora(model, lora), params, held)
+        base = self.model.load(held)
+        if lora.rule in FOLDS:
+            base = folded(self.model.skeleton("", ()), base, params)
+        params = self.both_halves({k: t for k, t in params.items() if not is_folded(k)}, context.private.params)
+        params = self.model.round(params)
+        model = self.model.build(base | params, task.name, task.labels, held, gates).to(context.device)
+        rank = next((len(t) for key, t in params.items() if is_adapter(key) and key.endswith("_A")), lora.rank)
+        if not 1 <= rank <= lora.rank:
+            raise PayloadError(f"adapters of rank {rank} were sent; fit.lora.rank is {lora.rank}")
+        load_flat(add_lora(model, lora.at(rank)), params, held)
+        trains = lora.trains(context.round)
+        if lora.rule == "alternate" and not any(t.any() for key, t in params.items() if key.endswith(".lora_B")):
+            trains = ("lora_B",)  # no gradient reaches A before
+        for name, half in model.adapters.named().items():
+            half.requires_grad_(name.endswith(trains))
+        return model
 
     def build_sent(self, payload: Payload, context: ClientContext) -> TaskModel | SplitModel:
         """Build the client's live model from what it was sent (see `sub_moe`): its experts, and how their gates are
@@ -585,18 +692,26 @@ class Setup:
             ModelError, PayloadError: see `build`.
         """
         gates = gates_from_scalars(self.fit.gates, payload.scalars, payload.group("router"))
-        return self.build(payload.group("params"), context, experts_from_scalars(payload.scalars), gates)
+        params = payload.group("base") | payload.group("params")
+        return self.build(params, context, experts_from_scalars(payload.scalars), gates)
 
-    def mean(self, previous: Params) -> WeightedMean | RobustMean | PrivateMean:
-        """What a server merges a round's replies with: the weighted mean (of adapters as `fit.lora.mean` says), or what
+    def mean(self, previous: Params, round: int = 0) -> WeightedMean | RobustMean | PrivateMean:
+        """What a server merges a round's replies with: the weighted mean (of adapters as `fit.lora.rule` says), or what
         `merging` and `privacy` put in its place.
 
         Args:
             previous: the server's parameters, of which the replies are changed versions.
+            round: of the run; adapters that a rule begins anew are drawn by it.
         """
+        lora = self.fit.lora
         if self.privacy.noise:
-            return PrivateMean(self.privacy, previous, self.cohort)
-        mean = ProductMean() if self.fit.lora.rank and self.fit.lora.mean == "products" else WeightedMean()
+            kept = (lora.private,) if lora.private else ()
+            sent = {key: t for key, t in previous.items() if not (is_adapter(key) and key.endswith(kept))}
+            return PrivateMean(self.privacy, sent, self.cohort)
+        mean = WeightedMean()
+        if lora.rank:
+            anew = (round,) if lora.rule == "stack" else ()
+            mean = AdapterMean(lora.rule, lora.scale, lambda: self.initial_adapters(*anew))
         return mean if self.merging.plain else RobustMean(self.merging, previous, mean)
 
     @property

@@ -35,7 +35,7 @@ from consilium.data.tensor import TensorSplit
 from consilium.errors import DataError
 from consilium.masters import MasterOptimizer, Masters
 from consilium.models.cohort import Cohort, SplitModel, padded
-from consilium.moe.addressing import flatten, local, parameters, table, unpack
+from consilium.moe.addressing import flatten, local, parameters, select, table, unpack
 from consilium.moe.experts import Active, Experts
 from consilium.moe.model import TaskModel
 from consilium.moe.routing import Tap
@@ -53,6 +53,8 @@ __all__ = [
     "even",
     "evened",
     "fit",
+    "is_better",
+    "keep_better",
     "local_round",
     "local_test",
     "mean_loss",
@@ -60,6 +62,7 @@ __all__ = [
     "read_batches",
     "seeded",
     "tested",
+    "tested_beside_best",
     "trained",
 ]
 
@@ -450,6 +453,7 @@ def local_round(
     choose: Choose | None = None,
     learning: int | None = None,
     anchored: float = 0.0,
+    prepare: Callable[[TaskModel], None] | None = None,
 ) -> tuple[TaskModel, Payload]:
     """One client's round on what it was sent: build, fit, validate, flatten.
 
@@ -463,6 +467,7 @@ def local_round(
         anchored: see `fit`.
         choose: see `fit`; the reply then has the group "trained": block -> batches in which each held expert was
             trained, int64 [E_held].
+        prepare: changes the live model before it is trained (numbers of active experts, further parameters).
         learning: with `choose`, the most experts of all blocks together that it chooses for a batch, for the footprint.
 
     Returns:
@@ -470,15 +475,18 @@ def local_round(
         train_loss, steps, experts, footprint (bytes by the memory model), seconds_evaluate, cut (training examples
         longer than max_length or target_length), perplexity and bits_per_byte (if the metric is of tokens).
     """
-    held, outside = experts_from_scalars(payload.scalars), payload.group("router")
+    held, outside, base = experts_from_scalars(payload.scalars), payload.group("router"), payload.group("base")
     footprint = setup.admit(context, held, references=references, trained=learning)
-    params, model = payload.group("params"), setup.build_sent(payload, context)
+    params = setup.both_halves(payload.group("params"), context.private.params)
+    model = setup.build_sent(payload, context)
     del payload  # a full copy of the weights, unless the caller still holds it
     start = local(model, params, held) if model.dtype.itemsize < 4 else None
+    if prepare is not None:
+        prepare(model)
     train, validation = setup.encode(context, context.data.train), None
     if setup.fit.personal == "best":
         validation = setup.encode(context, context.data.validation)
-        _keep_better(context, assess(model, validation, context, setup), {**outside, **params}, held)
+        keep_better(context, assess(model, validation, context, setup), {**outside, **base, **params}, held)
     del params
     fitted = fit(
         model,
@@ -500,7 +508,8 @@ def local_round(
     seconds_evaluate = time.perf_counter() - began
     groups: dict[str, Params] = {"params": flatten(model, held, fitted.masters)}  # after evaluation needed its room
     if setup.fit.personal == "best":
-        _keep_better(context, scores, {**outside, **groups["params"]}, held)
+        keep_better(context, scores, {**outside, **base, **groups["params"]}, held)
+    groups["params"] = setup.leaving(groups["params"], model, context)
     if usage:
         groups |= {"demand": tap.usage.demand, "served": tap.usage.served}
     if choose is not None:
@@ -527,10 +536,11 @@ def trained(
     context: ClientContext,
     objective: Objective | None = None,
     rates: Mapping[str, float] | None = None,
+    correct: Correct | None = None,
 ) -> dict[str, Scalar]:
     """`fit` and validate the model of a method that builds it itself; returns the scalars of `local_round`'s reply."""
     train = setup.encode(context, context.data.train)
-    fitted = fit(model, train, setup.fit, context, objective=objective, rates=rates)
+    fitted = fit(model, train, setup.fit, context, correct, objective=objective, rates=rates)
     start = time.perf_counter()
     scores, told = _after_training(model, context, setup)
     return {
@@ -564,22 +574,49 @@ def _scored(model: SplitModel, data: TensorSplit, places: Sequence[int], context
     return score(context.data.task.metric, [model.labels[i] for i in places], data.texts)
 
 
-def local_test(setup: Setup, payload: Payload, context: ClientContext) -> Payload:
+def local_test(
+    setup: Setup, payload: Payload, context: ClientContext, prepare: Callable[[TaskModel], None] | None = None
+) -> Payload:
     """Score a delivered model on the client's test split: scalars score, (perplexity, bits_per_byte,) examples,
-    seconds_evaluate."""
-    start = time.perf_counter()
-    model = setup.build_sent(payload, context)
+    seconds_evaluate.
+
+    Args:
+        prepare: changes the live model before it is scored.
+    """
+    prepare = prepare or (lambda model: None)
+
+    def built(payload: Payload) -> TaskModel | SplitModel:
+        model = setup.build_sent(payload, context)
+        prepare(model)
+        return model
+
+    def best() -> TaskModel | SplitModel:
+        task, kept = context.data.task.name, context.best
+        held = experts_from_scalars(kept.scalars)
+        sent = setup.sub_moe(kept.params, task, held)
+        return built(Payload({**sent.groups, "params": select(kept.params, task, held)}, sent.scalars))
+
+    return tested_beside_best(setup, context, lambda: built(payload), best)
+
+
+def tested_beside_best(
+    setup: Setup, context: ClientContext, delivered: Callable[[], nn.Module], best: Callable[[], nn.Module]
+) -> Payload:
+    """Score a delivered model, and with `fit.personal` also the client's best one by its validation data.
+
+    Args:
+        delivered, best: make the live models; there is only one at a time.
+    """
+    start, model = time.perf_counter(), delivered()
     reply = tested(setup, model, context, start)
     if setup.fit.personal == "none":
         return reply
     validation = assess(model, setup.encode(context, context.data.validation), context, setup)
     scores, measure = reply.scalars, "bits_per_byte" if "bits_per_byte" in validation else "score"
     reached = validation[measure]
-    if context.best.params and not _better(validation, context):
+    if context.best.params and not is_better(validation, context):
         del model
-        held = experts_from_scalars(context.best.scalars)
-        best = setup.sub_moe(context.best.params, context.data.task.name, held)
-        scores = tested(setup, setup.build_sent(best, context), context).scalars
+        scores = tested(setup, best(), context).scalars
         reached = float(context.best.scalars[measure])
     personal = {"personal": scores["score"], "personal_validation": reached}
     if "bits_per_byte" in scores:
@@ -587,7 +624,7 @@ def local_test(setup: Setup, payload: Payload, context: ClientContext) -> Payloa
     return Payload(scalars={**reply.scalars, **personal, "seconds_evaluate": time.perf_counter() - start})
 
 
-def _better(scores: Mapping[str, float], context: ClientContext) -> bool:
+def is_better(scores: Mapping[str, float], context: ClientContext) -> bool:
     """Return whether validation scores beat those of the client's best model, by bits per byte if there are any, else
     by the metric of the task."""
     best = context.best.scalars
@@ -596,9 +633,9 @@ def _better(scores: Mapping[str, float], context: ClientContext) -> bool:
     return scores["score"] > float(best.get("score", -math.inf))
 
 
-def _keep_better(context: ClientContext, scores: Mapping[str, float], params: Params, held: ExpertSet | None) -> None:
+def keep_better(context: ClientContext, scores: Mapping[str, float], params: Params, held: ExpertSet | None) -> None:
     """Keep a trained model, with the router rows that it was sent, as the client's best if it is."""
-    if _better(scores, context):
+    if is_better(scores, context):
         context.best.params = params
         context.best.scalars = {**scores, **(experts_to_scalars(held) if held else {})}
 

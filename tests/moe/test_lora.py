@@ -8,7 +8,7 @@ from consilium.algorithms.fedavg import FedAvg
 from consilium.algorithms.fedmoe import FedMoE
 from consilium.algorithms.fedprox import FedProx
 from consilium.core import Payload
-from consilium.errors import ConfigError, PayloadError
+from consilium.errors import ConfigError
 from consilium.moe.addressing import (
     expert_of,
     flatten,
@@ -20,9 +20,8 @@ from consilium.moe.addressing import (
     travels,
     unpack,
 )
-from consilium.moe.lora import Lora, ProductMean, add_expert_lora, add_lora, initial_adapters
+from consilium.moe.lora import Lora, add_expert_lora, add_lora, initial_adapters
 from consilium.moe.routing import Tap
-from consilium.params import WeightedMean
 from consilium.training import local_round
 
 
@@ -176,7 +175,7 @@ def test_what_does_not_fit_the_family_is_refused(lora, what):
 
 
 @pytest.mark.parametrize("bad", [dict(rank=-1), dict(alpha=-1.0), dict(alpha=float("nan")), dict(base="int8"),
-                                 dict(mean="median")], ids=str)  # fmt: skip
+                                 dict(rule="median"), dict(ranks="memory")], ids=str)  # fmt: skip
 def test_refused_settings(bad):
     with pytest.raises(ConfigError, match=rf"lora\.{next(iter(bad))} is "):
         Lora(**bad)
@@ -201,81 +200,13 @@ def test_adapters_travel_by_the_ids_of_the_full_model():
     assert torch.equal(fused[1], base[name.format(4)])
 
 
-# --- averaging --------------------------------------------------------------------------------------------------------
-
-E = "block.experts.0.w"
-
-
-def pair(b, a):
-    return {f"{E}.lora_B": torch.tensor(b), f"{E}.lora_A": torch.tensor(a)}
-
-
-def product(params):
-    return params[f"{E}.lora_B"] @ params[f"{E}.lora_A"]
-
-
-CLIENTS = [(pair([[1.0], [0.0]], [[1.0, 0.0]]), 3), (pair([[0.0], [1.0]], [[0.0, 1.0]]), 1)]
-"""Updates diag(1, 0) and diag(0, 1) with weights 3 and 1: the mean update is diag(3/4, 1/4)."""
-
-
-def test_the_mean_of_factors_by_hand():
-    """A = (3/4, 1/4) and B = A^T: their product [[9, 3], [3, 1]] / 16 is not the mean update."""
-    mean = WeightedMean()
-    for params, weight in CLIENTS:
-        mean.add(params, weight)
-    found = product(mean.mean(CLIENTS[0][0]))
-    torch.testing.assert_close(found, torch.tensor([[9.0, 3.0], [3.0, 1.0]]) / 16)
-
-
-def test_the_mean_of_products_by_hand():
-    """Of diag(3/4, 1/4) the nearest matrix of rank 1 is diag(3/4, 0): B = (3/4, 0), A = (1, 0), up to one sign."""
-    mean = ProductMean()
-    for params, weight in CLIENTS:
-        mean.add(params | {"block.router.0.weight": torch.tensor([float(weight)])}, weight)
-    found = mean.mean(CLIENTS[0][0] | {"block.router.0.weight": torch.zeros(1), "other": torch.ones(1)})
-    torch.testing.assert_close(product(found), torch.diag(torch.tensor([0.75, 0.0])))
-    torch.testing.assert_close(found[f"{E}.lora_A"].abs(), torch.tensor([[1.0, 0.0]]))
-    assert found["block.router.0.weight"] == 2.5 and found["other"] == 1  # (3 * 3 + 1 * 1) / 4
-
-
-def test_with_full_rank_the_mean_of_products_is_exact():
-    mean = ProductMean()
-    rng = torch.Generator().manual_seed(0)
-    clients = [
-        pair(torch.randn(2, 2, generator=rng).tolist(), torch.randn(2, 3, generator=rng).tolist()) for _ in "abc"
-    ]
-    for params in clients:
-        mean.add(params, 2.0)
-    expected = sum(product(params) for params in clients) / 3
-    torch.testing.assert_close(product(mean.mean(clients[0])), expected)
-
-
-def test_where_nothing_was_learnt_something_still_can_be():
-    """B zero everywhere: the product is zero, and A keeps rows of length one."""
-    mean = ProductMean()
-    mean.add(pair([[0.0], [0.0]], [[3.0, 4.0]]), 1)
-    found = mean.mean(pair([[0.0], [0.0]], [[3.0, 4.0]]))
-    assert not found[f"{E}.lora_B"].any() and found[f"{E}.lora_A"].norm() == pytest.approx(1)
-
-
-def test_an_adapter_without_its_other_half_is_refused():
-    alone = {f"{E}.lora_A": torch.ones(1, 2)}
-    with pytest.raises(PayloadError, match="without"):
-        ProductMean().add(alone, 1)
-    mean = ProductMean()
-    mean.add(pair([[1.0], [1.0]], [[1.0, 0.0]]), 1)
-    with pytest.raises(PayloadError, match="no parameter of the server's model"):
-        mean.mean({})
-
-
 # --- rounds -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mean", ["factors", "products"])
 @pytest.mark.parametrize("method", [FedAvg(), FedMoE(stage1_epochs=1), FedProx(mu=0.1)], ids=lambda m: type(m).__name__)
-def test_methods_run_on_adapters(method, mean, tmp_path):
+def test_methods_run_on_adapters(method, tmp_path):
     """Nothing but adapters, router rows and head rows travels, and they change."""
-    setup = tiny.setup(tiny.source("mixtral"), clients_per_round=2, lora=Lora(rank=2, mean=mean))
+    setup = tiny.setup(tiny.source("mixtral"), clients_per_round=2, lora=Lora(rank=2))
     server, client = method.server(setup), method.client(setup)
     before, sent = dict(server.params), []
     train = client.train

@@ -348,8 +348,8 @@ def test_what_does_not_go_together_is_refused(data):
         dataclasses.replace(base, merging=Merging("median"))
     with pytest.raises(ConfigError, match="SCAFFOLD's server does not merge"):
         runs.experiment(data, "SCAFFOLD", merging=Merging(clip=1))
-    with pytest.raises(ConfigError, match="products"):
-        fit = Fit(lora=Lora(rank=2, mean="products"))
+    with pytest.raises(ConfigError, match="'svd' is a mean of its own"):
+        fit = Fit(lora=Lora(rank=2, rule="svd"))
         dataclasses.replace(base, sampling=Sampling(5), fit=fit, merging=Merging("median"))
     with pytest.raises(ConfigError, match="router 'plain'"):
         HFedMoE().server(dataclasses.replace(tiny.setup(), merging=Merging(clip=1)))

@@ -59,7 +59,7 @@ def test_one_run_draws_every_figure(one_page):
 def test_three_runs_draw_every_figure_or_say_why(three_page):
     found = figures(three_page)
     for kind in FIGURES:
-        if kind.name in ("gate_weights", "gain_over_standalone"):  # of small models; beside a run of Standalone
+        if kind.name in ("gate_weights", "gain_over_standalone", "adapter_ranks"):  # small models, Standalone, adapters
             assert kind.name not in found
         elif not kind.each_run:
             assert found[kind.name] == [(None, "yes")]

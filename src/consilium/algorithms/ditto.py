@@ -16,7 +16,16 @@ from typing import ClassVar, Literal
 
 from consilium.algorithms.fedavg import FedAvgServer, common_experts
 from consilium.algorithms.fedprox import proximal
-from consilium.core import Algorithm, Client, ClientContext, Payload, Server, derive_seed, experts_from_scalars
+from consilium.core import (
+    Algorithm,
+    Client,
+    ClientContext,
+    ClientState,
+    Payload,
+    Server,
+    derive_seed,
+    experts_from_scalars,
+)
 from consilium.moe.addressing import local
 from consilium.setup import Setup
 from consilium.training import local_round, local_test
@@ -55,10 +64,11 @@ class DittoClient(Client):
         self.lam = lam
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
-        held, received = experts_from_scalars(payload.scalars), payload.group("params")
+        held = experts_from_scalars(payload.scalars)
+        received = self.setup.both_halves(payload.group("params"), context.private.params)
         _, reply = local_round(self.setup, payload, context, references=REFERENCES)
-        own = Payload({"params": context.state.params or received}, payload.scalars)
-        apart = replace(context, seed=derive_seed(context.seed, "personal"))
+        own = Payload({**payload.groups, "params": context.state.params or received}, payload.scalars)
+        apart = replace(context, seed=derive_seed(context.seed, "personal"), private=ClientState())
         _, personal = local_round(
             self.setup,
             own,
@@ -66,9 +76,9 @@ class DittoClient(Client):
             lambda model: proximal(model, self.lam, local(model, received, held)),
             references=REFERENCES,
         )
-        context.state.params = personal.group("params")
+        context.state.params = {**own.group("params"), **personal.group("params"), **apart.private.params}
         return Payload(reply.groups, {**reply.scalars, "validation": personal.scalars["validation"]})
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         own = context.state.params or payload.group("params")
-        return local_test(self.setup, Payload({"params": own}, payload.scalars), context)
+        return local_test(self.setup, Payload({**payload.groups, "params": own}, payload.scalars), context)

@@ -86,12 +86,12 @@ class FedAvgServer(Server):
         return {client.id: self.deliver(client) for client in chosen}
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
-        mean = self.setup.mean(self.params)
+        mean = self.setup.mean(self.params, round)
         self.params = averaged(self.params, replies, mean)
         return mean.told()
 
     def deliver(self, client: ClientInfo) -> Payload:
-        return self.setup.sub_moe(self.params, client.task, self.held_by(client))
+        return self.setup.sub_moe(self.params, client.task, self.held_by(client), client)
 
 
 class FedAvgClient(Client):

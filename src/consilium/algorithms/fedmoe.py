@@ -65,7 +65,7 @@ from consilium.core import (
     setting,
 )
 from consilium.errors import BudgetError
-from consilium.moe.addressing import expert_of, router_row_of, select
+from consilium.moe.addressing import expert_of, router_row_of
 from consilium.moe.budget import Mode
 from consilium.moe.gates import absent_rows
 from consilium.moe.lora import add_expert_lora
@@ -268,10 +268,15 @@ class FedMoEServer(Server):
         if self.stage == "one":
             able = [client for client in clients if self.unable(client) is None]
             if able:
-                return {c.id: Payload({"params": select(self.params, c.task)}, {"stage": "one"}) for c in able}
+                return {client.id: self._profiled(client) for client in able}
             self._set_structures()
         chosen = self.setup.sampling.choose(clients, round, self.setup.seed)
         return {client.id: self._sub_moe(client) for client in chosen}
+
+    def _profiled(self, client: ClientInfo) -> Payload:
+        """Return what a client measures in stage one: all."""
+        sent = self.setup.sub_moe(self.params, client.task, None, client)
+        return Payload(sent.groups, {**sent.scalars, "stage": "one"})
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
         if self.stage == "one":
@@ -280,7 +285,7 @@ class FedMoEServer(Server):
                 self.measured.append(client)
             self._set_structures()
             return {"profiled": float(len(self.measured))}
-        mean, scores = self.setup.mean(self.params), {}
+        mean, scores = self.setup.mean(self.params, round), {}
         for client, reply in replies:
             mean.add(reply.group("params"), self._weight(reply))
             self.p[client] = self._usage(reply)
@@ -293,7 +298,7 @@ class FedMoEServer(Server):
         return {"experts": sum(held) / len(held), **mean.told()}
 
     def deliver(self, client: ClientInfo) -> Payload:
-        return self.setup.sub_moe(self.params, client.task, self.map.get(client.id))
+        return self.setup.sub_moe(self.params, client.task, self.map.get(client.id), client)
 
     def unable(self, client: ClientInfo) -> str | None:
         """In stage one: why the client cannot profile the full MoE. Later everybody has a sub-MoE that fits."""
@@ -521,7 +526,7 @@ class FedMoEClient(Client):
         """Stage one: LoRA on the experts for a few epochs, then the usage over the validation data."""
         setup, lora = self.setup, self.algorithm.stage1 == "lora"
         footprint = setup.admit(context, None, self.algorithm.mode_for(setup), rank=self.algorithm.rank_for(setup))
-        model = setup.build(payload.group("params"), context)
+        model = setup.build_sent(payload, context)
         del payload  # see local_round
         scalars: dict[str, Any] = {"num_examples": context.info.num_examples}
         if lora:

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from consilium.algorithms.fedavg import FedAvgClient, FedAvgServer, averaged, common_experts
 from consilium.core import Algorithm, Client, ClientId, Payload, Server
+from consilium.errors import ConfigError
+from consilium.moe.rules import PAIRWISE
 from consilium.params import Params
 from consilium.setup import Setup
 from consilium.work import setting
@@ -106,6 +108,11 @@ class FedOptServer(FedAvgServer):
     """FedAvg's server, which steps along the mean change."""
 
     def __init__(self, setup: Setup, algorithm: FedAvgM):
+        if setup.fit.lora.rank and setup.fit.lora.rule in PAIRWISE:
+            raise ConfigError(
+                f"fit.lora.rule is {setup.fit.lora.rule!r}; an optimiser at the server needs a mean number by number: "
+                "take mean, ffa, alternate or share_a"
+            )
         super().__init__(setup, common_experts(setup, algorithm.experts))
         self.algorithm = algorithm
         self.m: Params = {}

@@ -108,7 +108,7 @@ class PersonalClient(Client):
             apart = replace(context, seed=derive_seed(context.seed, "head"))
             learned = local_round(first, mine, apart, frozen(held, lambda key: not is_private(key)))[1].group("params")
             own = {key: t for key, t in learned.items() if is_private(key)}
-            mine = Payload({"params": mine.group("params") | own}, payload.scalars)
+            mine = Payload({**mine.groups, "params": mine.group("params") | own}, payload.scalars)
             _, reply = local_round(self.setup, mine, context, frozen(held, is_private))
         else:
             _, reply = local_round(self.setup, mine, context)
@@ -120,7 +120,8 @@ class PersonalClient(Client):
         return local_test(self.setup, self._mine(payload, context), context)
 
     def _mine(self, payload: Payload, context: ClientContext) -> Payload:
-        return Payload({"params": payload.group("params") | context.state.params}, payload.scalars)
+        params = payload.group("params") | context.state.params
+        return Payload({**payload.groups, "params": params}, payload.scalars)
 
 
 def frozen(held: ExpertSet | None, still: Callable[[str], bool]) -> Callable[[TaskModel], Correct]:

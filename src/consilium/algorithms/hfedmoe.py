@@ -345,7 +345,7 @@ class HFedMoEServer(Server):
         return {client.id: self._task(client) for client in chosen}
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
-        mean, told, trained, merged = self.setup.mean(self.params), [], [], set()
+        mean, told, trained, merged = self.setup.mean(self.params, round), [], [], set()
         for client, reply in replies:
             params, weights = reply.group("params"), self._expert_weights(reply)
             examples = float(reply.scalars["num_examples"])
@@ -369,7 +369,7 @@ class HFedMoEServer(Server):
 
     def deliver(self, client: ClientInfo) -> Payload:
         held = self.resident(client)
-        return self.setup.sub_moe(self.params, client.task, held)
+        return self.setup.sub_moe(self.params, client.task, held, client)
 
     def resident(self, client: ClientInfo) -> Held:
         """The experts this client holds now: those its data asks for most, as many as its forward budget.

@@ -156,7 +156,7 @@ class ScaffoldClient(Client):
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         held = experts_from_scalars(payload.scalars)
-        c_i = context.state.params or {k: torch.zeros_like(t) for k, t in payload.group("params").items()}
+        c_i = {k: torch.zeros_like(t) for k, t in payload.group("params").items()} | context.state.params
         variates = Controlled(payload.group("control"), c_i)
 
         def correct(model: TaskModel) -> Correct:
@@ -184,12 +184,15 @@ class Controlled:
     def attach(self, model: TaskModel, held) -> Correct:
         trainable = {path for path, p in parameters(model).items() if p.requires_grad}
         names = {path: name for path, name in table(model, held).items() if path in trainable}
+        names = {path: name for path, name in names.items() if isinstance(name, tuple) or name in self.c_i}
         c, c_i = pack(names, self.c), pack(names, self.c_i)
         shift = {path: (c[path] - c_i[path]) for path in c}
 
         def correct(trainable: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
             self.steps += 1
             for path, p in trainable.items():
+                if path not in shift:  # private, see `fit.lora.rule`
+                    continue
                 if p.grad is None:
                     p.grad = torch.zeros_like(p)
                 total = self.sums.setdefault(path, torch.zeros_like(p, dtype=torch.float32))

@@ -39,6 +39,7 @@ class Standalone(Algorithm):
     experts: int | Literal["all", "fit"] = setting("all", "server")
     worlds: ClassVar[tuple[str, ...]] = ("moe", "cohort", "mixed")
     merges: ClassVar[bool] = False
+    exchanges: ClassVar[bool] = False
 
     def server(self, setup: Setup) -> Server:
         return StandaloneServer(setup, common_experts(setup, self.experts))
@@ -72,7 +73,7 @@ class StandaloneClient(Client):
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         own = self._own(payload, context)
         _, reply = local_round(self.setup, own, context)
-        context.state.params = {**reply.group("params"), **own.group("router")}
+        context.state.params = {**own.group("params"), **reply.group("params"), **own.group("router")}
         return Payload(scalars=reply.scalars)
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
@@ -81,5 +82,5 @@ class StandaloneClient(Client):
     def _own(self, payload: Payload, context: ClientContext) -> Payload:
         held = experts_from_scalars(payload.scalars)
         params = context.state.params or self.setup.initial_params(context.info)
-        mine = self.setup.sub_moe(params, context.data.task.name, held)
+        mine = self.setup.sub_moe(params, context.data.task.name, held, context.info)
         return Payload(mine.groups, payload.scalars)

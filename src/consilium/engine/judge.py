@@ -46,6 +46,8 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
     "personal": (float, 0, 1),
     "personal_bits_per_byte": (float, 0, LARGEST),
     "personal_validation": (float, 0, LARGEST),
+    "full_k": (float, 0, 1),
+    "full_k_bits_per_byte": (float, 0, LARGEST),
     "steps": (int, 0, 2**53),
     "experts": (int, 0, 2**53),
     "footprint": (int, 0, 2**63),
@@ -55,7 +57,15 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
 """Scalars of a reply that the engines and servers read: kind (a whole number is a float, a bool is no number), least,
 most. `num_examples` must be there, and not be more than the client has registered."""
 
-MEASURES = ("perplexity", "bits_per_byte", "personal", "personal_bits_per_byte", "personal_validation")
+MEASURES = (
+    "perplexity",
+    "bits_per_byte",
+    "personal",
+    "personal_bits_per_byte",
+    "personal_validation",
+    "full_k",
+    "full_k_bits_per_byte",
+)
 """What models are measured by, next to the score of their task."""
 RECORDED = {*MEASURES, "experts", "footprint", "cut", "seconds_evaluate"}
 """Those of them that nothing but the record is made of."""

@@ -48,6 +48,8 @@ OWN = (BudgetError, DataError, PayloadError)
 
 BEST = "engine/best/"
 """Begins the names of a client's best model among what survives a round on it."""
+PRIVATE = "engine/private/"
+"""Begins the names of what a client's model has for itself, see `ClientContext.private`."""
 
 REPORTED = 100
 """Numbers of a method's own ("report/...") that the record takes of one reply."""
@@ -184,7 +186,7 @@ def trained(client: Client, payload: Payload, context: ClientContext, privacy: P
     """
     start = time.perf_counter()
     check_sent(payload)
-    with _best_apart(context), seeded(derive_seed(context.seed, "train")):  # whatever draws from torch's own generator
+    with _apart(context), seeded(derive_seed(context.seed, "train")):  # whatever draws from torch's own generator
         reply = client.train(payload, context)
     return disclosed(reply, client, privacy), time.perf_counter() - start
 
@@ -202,25 +204,31 @@ def tested(client: Client, payload: Payload, context: ClientContext, privacy: Pr
         PayloadError: for a payload that no client can start from, or an answer with something that is not declared.
     """
     check_sent(payload)
-    with _best_apart(context), seeded(derive_seed(context.seed, "evaluate")):
+    with _apart(context), seeded(derive_seed(context.seed, "evaluate")):
         answer = client.evaluate(payload, context)
     return disclosed(answer, client, privacy), answer
 
 
 @contextmanager
-def _best_apart(context: ClientContext) -> Iterator[None]:
-    """Keep a client's best model in its state, out of the method's sight."""
-    state, best = context.state, ClientState()
-    for mine, kept in ((state.params, best.params), (state.scalars, best.scalars)):
-        for key in [key for key in mine if key.startswith(BEST)]:
-            kept[key.removeprefix(BEST)] = mine.pop(key)
-    context.best = best
+def _apart(context: ClientContext) -> Iterator[None]:
+    """Keep a client's best model, and what its model has for itself, in its state, out of the method's sight."""
+    context.best, context.private = taken(context.state, BEST), taken(context.state, PRIVATE)
     try:
         yield
     finally:
         state = context.state
-        state.params = {**state.params, **{f"{BEST}{key}": tensor for key, tensor in best.params.items()}}
-        state.scalars = {**state.scalars, **{f"{BEST}{key}": value for key, value in best.scalars.items()}}
+        for prefix, kept in ((BEST, context.best), (PRIVATE, context.private)):
+            state.params = {**state.params, **{f"{prefix}{key}": tensor for key, tensor in kept.params.items()}}
+            state.scalars = {**state.scalars, **{f"{prefix}{key}": value for key, value in kept.scalars.items()}}
+
+
+def taken(state: ClientState, prefix: str) -> ClientState:
+    """Move what begins with a prefix out of a state, and return it without the prefix."""
+    kept = ClientState()
+    for mine, out in ((state.params, kept.params), (state.scalars, kept.scalars)):
+        for key in [key for key in mine if key.startswith(prefix)]:
+            out[key.removeprefix(prefix)] = mine.pop(key)
+    return kept
 
 
 def told_of(

@@ -13,6 +13,7 @@ from consilium.data.language import LanguageData
 from consilium.data.task import ClientData
 from consilium.engine.checkpoint import ClientStore, load_checkpoint
 from consilium.engine.codec import decode
+from consilium.engine.rounds import PRIVATE, taken
 from consilium.errors import CheckpointError, ConfigError, PayloadError
 from consilium.experiment import Experiment, from_json
 from consilium.inside import refuse_links
@@ -145,6 +146,8 @@ def of_run(run: Finished, client: str | None) -> Deployed:
     metrics = {task: (values["metric"], values["score"]) for task, values in summary["tasks"].items()}
     name = type(run.experiment.algorithm).__name__
     if client is None:
+        if run.experiment.fit.lora.rank and run.experiment.fit.lora.rule == "share_a":
+            raise ConfigError(f"with fit.lora.rule share_a there is no global model; name a client: {', '.join(told)}")
         if not server.params:
             raise ConfigError(f"{name} has no global model; name a client, --client: {', '.join(map(run.name, told))}")
         labels, params, held, scores, members = run.setup.heads, server.params, None, metrics, list(told)
@@ -154,12 +157,14 @@ def of_run(run: Finished, client: str | None) -> Deployed:
         client = info.id
         payload = server.deliver(info)
         held = experts_from_scalars(payload.scalars)
-        if not payload.groups and run.away:
+        shared_a = run.experiment.fit.lora.rank and run.experiment.fit.lora.rule == "share_a"
+        if (not payload.groups or shared_a) and run.away:
             raise ConfigError(
-                f"{name} keeps the model of {run.name(client)} at the site: export it there, from its --state"
+                f"{name} keeps the model of {run.name(client)}, or a part of it, at the site: export it there, from "
+                "its --state"
             )
         state = ClientState() if run.away else run.store.load(client)
-        params = _params(payload, state)
+        params = _params(payload, state, run.setup)
         if not params:
             payload = Payload(run.setup.sub_moe(run.setup.initial_params(), info.task, held).groups, payload.scalars)
             params = payload.group("params")
@@ -222,7 +227,9 @@ def of_site(given: dict[str, Any], data: ClientData, payload: Payload, told: dic
     # What counts is the server's; data and model are where the site has them.
     experiment = replace(from_json(json.loads(str(told["experiment"]))), data=own.data, model=own.model)
     labels = {data.task.name: data.task.labels} if data.task.labels else {}
-    params, held = _params(payload, ClientState(payload.group(OWN))), experts_from_scalars(payload.scalars)
+    setup = experiment.setup([(data.task.name, data.task.labels)])
+    params = _params(payload, ClientState(payload.group(OWN)), setup)
+    held = experts_from_scalars(payload.scalars)
     return Deployed(
         experiment=experiment,
         client=str(given["name"]),
@@ -237,10 +244,12 @@ def of_site(given: dict[str, Any], data: ClientData, payload: Payload, told: dic
     )
 
 
-def _params(payload: Payload, state: ClientState) -> Params:
-    """The delivered weights, or what the client keeps (without what an engine has put there)."""
+def _params(payload: Payload, state: ClientState, setup: Setup) -> Params:
+    """The delivered weights, or what the client keeps (without what an engine has put there), with the halves of
+    adapters that are never sent."""
     own = {key: tensor for key, tensor in state.params.items() if not key.startswith("engine/")}
-    return payload.group("params") or own
+    params = payload.group("base") | (payload.group("params") or own)
+    return setup.both_halves(params, taken(state, PRIVATE).params) if params else params
 
 
 def _gates(experiment: Experiment, payload: Payload, params: Params) -> Gates:

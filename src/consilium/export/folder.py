@@ -32,11 +32,12 @@ from consilium.export.card import card
 from consilium.export.deployed import Deployed
 from consilium.machine import quietly
 from consilium.moe.adapter_files import save_adapters
-from consilium.moe.addressing import load_flat
+from consilium.moe.addressing import is_adapter, load_flat
 from consilium.moe.files import save_sub_moe
 from consilium.moe.gates import fold_gates
 from consilium.moe.lora import add_lora, merged
 from consilium.moe.model import TaskModel
+from consilium.moe.rules import FOLDS
 from consilium.moe.uniform import uniform
 from consilium.params import Params
 
@@ -174,13 +175,19 @@ def _adapters(folder: Path, deployed: Deployed) -> list[str]:
     lora = experiment.fit.lora
     if not lora.rank:
         raise ConfigError("the run trained whole experts, no adapters (fit.lora.rank 0): use --format transformers")
+    if lora.rule in FOLDS:
+        raise ConfigError(
+            f"the rule {lora.rule!r} changed the base itself, so adapters alone are not the model: use --format "
+            "transformers"
+        )
     held = deployed.held
     if held is not None and any(len(ids) < source.counts[block] for block, ids in held.items()):
         raise ConfigError(
             f"adapters fit the whole base, and {deployed.client} holds a part of its experts: use --format transformers"
         )
     model = source.build(source.load() | deployed.params, "", ())
-    load_flat(add_lora(model, replace(lora, base="full")), deployed.params)
+    rank = next(len(t) for key, t in deployed.params.items() if is_adapter(key) and key.endswith("_A"))
+    load_flat(add_lora(model, replace(lora.at(rank), base="full")), deployed.params)
     save_adapters(model, folder, source.path)
     if lora.router:
         _add_routers(folder, model)

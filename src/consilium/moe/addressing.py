@@ -3,6 +3,7 @@
     trunk        the parameter's own path            encoder.block.0.layer.0.SelfAttention.q.weight
     expert       <block>.experts.<id>.<tensor>       model.layers.3.mlp.experts.17.down_proj
     adapter      <block>.experts.<id>.<tensor>.lora_A   of a LoRA on the tensor (or module); and .lora_B
+    folded       <block>.experts.<id>.<tensor>.lora_W   what a rule of `moe.rules` has added to it, on the server
     router row   <block>.router.<id>.<tensor>        model.layers.3.mlp.router.17.weight (also where it is a buffer)
     head row     head.<task>.<label>.<tensor>        head.topic.numpy.weight
 

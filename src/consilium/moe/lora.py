@@ -5,35 +5,35 @@ that adapters travel and are averaged expert by expert. `moe/experts.py` compute
 base frozen; PEFT instead builds the merged weights of all experts in every step. Parameters and files are the same:
 see `moe/adapter_files.py`.
 
-On averaging. The mean of A and the mean of B, each apart, is not the mean of the updates B A: with two clients,
-mean(B) mean(A) holds the cross terms B1 A2 and B2 A1 too. The bias is zero when all clients share A, as they do before
-the first step, and grows as they part. `ProductMean` averages the products and cuts the result back to rank R.
+How a server merges the adapters of its clients is said in `moe/rules.py`.
 """
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from consilium.errors import ConfigError, PayloadError
+from consilium.errors import ConfigError
 from consilium.moe.addressing import all_experts, expert_of, is_adapter
 from consilium.moe.experts import Experts
 from consilium.moe.model import TaskModel
 from consilium.moe.quantise import dequantise, quantise
-from consilium.params import Params, WeightedMean
+from consilium.moe.rules import ANY_RANK, FOLDED, Rule
+from consilium.params import Params
 from consilium.work import check_settings, setting
 
 __all__ = [
     "Adapters",
     "Lora",
-    "ProductMean",
     "add_expert_lora",
     "add_lora",
+    "folded",
     "initial_adapters",
+    "is_folded",
     "merged",
     "peft_targets",
 ]
@@ -50,8 +50,13 @@ class Lora:
             (): all of them.
         router: whether routers are trained, in full; heads are, the rest of the model never is.
         base: "full", the frozen weights as they are, or "nf4": experts in 4 bits (bitsandbytes).
-        mean: how a server averages adapters: "factors" averages A and B apart (biased, see the module), "products"
-            the updates B A, cut back to rank R by a singular value decomposition.
+        rule: how adapters are trained and merged, see `moe.rules`: "mean" (FedIT), "ffa" (A stays as it begins),
+            "alternate" (B in odd rounds, A in even ones), "share_a" (B stays with the client), "stack" (the products
+            are added to the base, and adapters begin anew), "residual" (the mean of factors, and what it lacks is
+            added to the base), "svd" (the best factors of the mean product), "pad" and "pad_norm" (zero padding to the
+            largest rank, with weights n_k or the norms of the updates), "rank_partition" (row by row over who has it).
+        ranks: "equal", or "memory": of each client the largest rank, up to `rank`, with which the whole model fits its
+            memory, at least 1. For "stack", "svd", "pad", "pad_norm" and "rank_partition".
     """
 
     rank: int = setting(0, "memory", "[0, 1e12]")
@@ -59,15 +64,36 @@ class Lora:
     targets: tuple[str, ...] = setting((), "free")
     router: bool = setting(True, "free")
     base: Literal["full", "nf4"] = setting("full", "free")
-    mean: Literal["factors", "products"] = setting("factors", "server")
+    rule: Rule = setting("mean", "free")
+    ranks: Literal["equal", "memory"] = setting("equal", "free")
 
     def __post_init__(self) -> None:
         check_settings(self, "lora.")
+        if self.ranks == "memory" and self.rule not in ANY_RANK:
+            raise ConfigError(
+                f"lora.ranks is 'memory', which needs a rule for unequal ranks; lora.rule is {self.rule!r}, allowed "
+                f"are {', '.join(sorted(ANY_RANK))}"
+            )
 
     @property
     def scale(self) -> float:
-        """Of B A: alpha / rank."""
+        """Of B A: alpha / rank, also for clients of a smaller rank."""
         return (self.alpha or self.rank) / self.rank
+
+    def at(self, rank: int) -> "Lora":
+        """Return the same with another rank, and the same scale."""
+        return replace(self, rank=rank, alpha=self.scale * rank)
+
+    def trains(self, round: int) -> tuple[str, ...]:
+        """Return the halves of a pair that are trained in a round (from 1)."""
+        if self.rule == "alternate":
+            return ("lora_A",) if round and round % 2 == 0 else ("lora_B",)
+        return ("lora_B",) if self.rule == "ffa" else ("lora_A", "lora_B")
+
+    @property
+    def private(self) -> str:
+        """The half that the server never sends: "lora_A", which all have from the seed, "lora_B", or "": none."""
+        return {"ffa": "lora_A", "share_a": "lora_B"}.get(self.rule, "")
 
 
 class Adapters(nn.Module):
@@ -149,25 +175,50 @@ def add_lora(model: TaskModel, lora: Lora, seed: int = 0) -> TaskModel:
 
 def merged(model: TaskModel, base: Mapping[str, Tensor], params: Mapping[str, Tensor], lora: Lora) -> Params:
     """The model that `params` (adapters, router rows, head rows) make of a base, without adapters: W + alpha/rank B A,
-    computed in float32, in the dtype of W. A base in 4 bits is first rounded as `add_lora` rounds it.
+    computed in float32, in the dtype of W. What rules added to the base is added first (`folded`), and a base in 4 bits
+    is then rounded as `add_lora` rounds it.
 
     Args:
         model: of the family, on the meta device or not. base: flat parameters, of all or of the held experts.
     """
     modules = model.family.layout == "modules"
-    transposed = not modules and next(iter(model.blocks().values())).get_submodule(model.family.experts).is_transposed
-    whole = dict(base) | {key: tensor for key, tensor in params.items() if not is_adapter(key)}
+    whole = folded(model, base, params)
+    whole |= {key: tensor for key, tensor in params.items() if not is_adapter(key) and not is_folded(key)}
     if lora.base == "nf4":
         ends = tuple(f".{target}{'.weight' if modules else ''}" for target in model.family.lora_targets)
         for key in [key for key in whole if expert_of(key) and key.endswith(ends)]:
             whole[key] = dequantise(*quantise(whole[key]))
-    for key in (key for key in params if key.endswith(".lora_A") and is_adapter(key)):
-        name = key.removesuffix(".lora_A")
+    changes = {
+        name: lora.scale * params[f"{name}.lora_B"].float() @ params[f"{name}.lora_A"].float()
+        for name in (key.removesuffix(".lora_A") for key in params if key.endswith(".lora_A") and is_adapter(key))
+    }
+    return _moved(model, whole, changes)
+
+
+def is_folded(key: str) -> bool:
+    """Return whether a flat name is of what a rule has added to an expert's weights, [Y, X]."""
+    return key.endswith(f".{FOLDED}")
+
+
+def folded(model: TaskModel, base: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> Params:
+    """Return a base with what `params` say that rules have added to it, in its dtype.
+
+    Args:
+        model: of the family, on the meta device or not. base: flat parameters of the experts that are held at least.
+    """
+    changes = {key.removesuffix(f".{FOLDED}"): tensor for key, tensor in params.items() if is_folded(key)}
+    return _moved(model, base, changes)
+
+
+def _moved(model: TaskModel, whole: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> Params:
+    """Parameters with changes [Y, X] added to them, summed in float32."""
+    modules, moved = model.family.layout == "modules", dict(whole)
+    transposed = not modules and next(iter(model.blocks().values())).get_submodule(model.family.experts).is_transposed
+    for name, change_YX in changes.items():
         target = f"{name}.weight" if modules else name
-        change_YX = lora.scale * params[f"{name}.lora_B"].float() @ params[key].float()
-        old = whole[target]
-        whole[target] = (old.float() + (change_YX.t() if transposed else change_YX)).to(old.dtype)
-    return whole
+        old = moved[target]
+        moved[target] = (old.float() + (change_YX.t() if transposed else change_YX)).to(old.dtype)
+    return moved
 
 
 def _quantise(model: TaskModel) -> None:
@@ -186,62 +237,6 @@ def _quantise(model: TaskModel) -> None:
                 for place, matrix in enumerate(fused.detach()):
                     model.quantised[f"{block}.experts.{place}.{target}"] = quantise(matrix)
                 setattr(module, target, nn.Parameter(fused.to("meta"), requires_grad=False))
-
-
-# --- on the server ----------------------------------------------------------------------------------------------------
-
-
-class ProductMean(WeightedMean):
-    """A weighted mean that takes A and B of an adapter together: the best factors of rank R of the mean of w_k B_k A_k.
-
-    With U S V^T the singular value decomposition of that mean, B = U_R S_R and A = V_R^T (Eckart-Young: no product of
-    that rank is nearer). A has orthonormal rows, so also where nothing was learnt a direction can still be. The
-    product is never formed: the clients' factors side by side are, of rank K R. All other keys: see `WeightedMean`.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._factors: dict[str, list[tuple[float, Tensor, Tensor]]] = {}
-
-    def add(self, params: Mapping[str, Tensor], weight: float | Callable[[str], float]) -> None:
-        """See `WeightedMean.add`; the weight of a pair is that of its A.
-
-        Raises:
-            PayloadError: also for an A without its B.
-        """
-        super().add({key: tensor for key, tensor in params.items() if not is_adapter(key)}, weight)
-        for key, a_RX in ((k, t) for k, t in params.items() if is_adapter(k) and k.endswith(".lora_A")):
-            name = key.removesuffix(".lora_A")
-            if f"{name}.lora_B" not in params:
-                raise PayloadError(f"{key!r} arrived without {name + '.lora_B'!r}")
-            w = weight(key) if callable(weight) else weight
-            if not 0 <= w < float("inf"):
-                raise PayloadError(f"weight {w!r} of {key!r} is not a finite number >= 0")
-            if w:
-                b_YR = params[f"{name}.lora_B"]
-                self._factors.setdefault(name, []).append((w, a_RX.double(), b_YR.double()))
-
-    def mean(self, previous: Mapping[str, Tensor]) -> Params:
-        """See `WeightedMean.mean`."""
-        merged = super().mean(previous)
-        for name, terms in self._factors.items():
-            for leaf, i in (("lora_A", 1), ("lora_B", 2)):
-                old = previous.get(f"{name}.{leaf}")
-                if old is None or any(term[i].shape != old.shape for term in terms):
-                    raise PayloadError(f"'{name}.{leaf}' is no parameter of the server's model, or has another shape")
-            old = merged[f"{name}.lora_A"]
-            a_RX, b_YR = _truncated(terms, len(old))
-            merged |= {f"{name}.lora_A": a_RX.to(old.dtype), f"{name}.lora_B": b_YR.to(old.dtype)}
-        return merged
-
-
-def _truncated(terms: list[tuple[float, Tensor, Tensor]], rank: int) -> tuple[Tensor, Tensor]:
-    """A [R, X] and B [Y, R], float64, of the weighted mean of products B A, through the QR of both stacks."""
-    total = sum(w for w, _, _ in terms)
-    left, r_left = torch.linalg.qr(torch.cat([b_YR * (w / total) for w, _, b_YR in terms], dim=1))
-    right, r_right = torch.linalg.qr(torch.cat([a_RX for _, a_RX, _ in terms]).t())
-    u, s, vh = torch.linalg.svd(r_left @ r_right.t(), full_matrices=False)
-    return vh[:rank] @ right.t(), left @ (u[:, :rank] * s[:rank])
 
 
 # --- PEFT ------------------------------------------------------------------------------------------------------------

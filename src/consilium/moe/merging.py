@@ -184,7 +184,7 @@ class RobustMean:
         They are the parts that clients returned, and of them the experts and others that stayed as they were because
         too few did; the clients that were clipped, and the median norm of their changes of trunk and heads.
         """
-        told: dict[str, float] = {}
+        told: dict[str, float] = self._mean.told()
         if self._spool is not None:
             experts = sum(expert_of(group) is not None for group in self._kept)
             told |= {"experts_kept": float(experts), "others_kept": float(len(self._kept) - experts)}

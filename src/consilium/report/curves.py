@@ -29,7 +29,7 @@ from consilium.report.style import (
     shorten_all,
 )
 
-__all__ = ["expert_counts", "scores_over_bytes", "scores_over_rounds", "scores_over_seconds"]
+__all__ = ["adapter_ranks", "expert_counts", "scores_over_bytes", "scores_over_rounds", "scores_over_seconds"]
 
 _WIDTH, _HEIGHT = 340, 215
 Points = list[tuple[float, float]]
@@ -90,6 +90,39 @@ def expert_counts(run: RunRecord) -> Drawing:
              ("rollback", "change taken back", "cross"), ("freeze", "frozen from here", "hollow"))  # fmt: skip
     seen = {event.get("event") for event in run.events}
     return Drawing(panels, keys + [Key(text, "ink", mark) for name, text, mark in marks if name in seen])
+
+
+RANKS = {"effective_rank": ("effective rank", 1), "energy_beyond": ("energy beyond the smallest rank, %", 100)}
+
+
+def adapter_ranks(runs: Sequence[RunRecord]) -> Drawing:
+    """Effective rank of the merged adapters, and their energy beyond the smallest rank, over the rounds."""
+    panels = []
+    styles = run_styles([run.method for run in runs])
+    for name, (title, factor) in RANKS.items():
+        found = [
+            [
+                (_number_of(line, i), factor * value)
+                for i, line in enumerate(run.rounds)
+                if (value := number((line.get("server") or {}).get(name))) is not None
+            ]
+            for run in runs
+        ]
+        if not any(found):
+            raise NothingToDraw("No run merges adapters by a rule that has a merged update.")
+        with drawing_style():
+            figure = new_figure(_WIDTH, _HEIGHT, left=42, bottom=36, right=12)
+            axes = figure.axes[0]
+            clean_axes(axes)
+            for style, points in zip(styles, found, strict=True):
+                if points:
+                    axes.plot(*zip(*points, strict=True), lw=2.2, ms=4.5, **series(style))
+            axes.margins(x=0.03, y=0.12)
+            _x_axis(axes, "round")
+            axes.yaxis.set_major_locator(round_ticks(5))
+        panels.append(Panel(title, figure, _alt(title, [run.label for run in runs], found, "round")))
+    keys = [Key(run.label, "ink", f"run {i}") for i, run in zip(styles, runs, strict=True)] if len(runs) > 1 else []
+    return Drawing(panels, keys)
 
 
 def _score_panels(runs: Sequence[RunRecord], placed: Sequence[Placed], along: str, single_detail: bool) -> Drawing:

@@ -198,6 +198,18 @@ FIGURES: tuple[FigureKind, ...] = (
         only_if_drawn=True,
     ),
     FigureKind(
+        "adapter_ranks",
+        "Experts",
+        "Rank of the merged adapters",
+        "Left: how many directions the merged updates really use, as the mean over all adapted matrices (exp of the "
+        "entropy of the singular values). Right: the share of their squared singular values beyond the smallest rank "
+        "that took part in the round.",
+        "Lines that fall round after round while clients of large rank take part: rank collapse. Rules that keep the "
+        "mean of the products, or that merge row by row, do not have it.",
+        curves.adapter_ranks,
+        only_if_drawn=True,
+    ),
+    FigureKind(
         "traffic",
         "Cost",
         "Traffic",

@@ -1,0 +1,229 @@
+"""Rules by which a server merges adapters: pairs A [R, X], B [Y, R] of which clients send changed versions.
+
+The mean of A and the mean of B, each apart, is not the mean of the updates B A: mean(B) mean(A) holds the cross terms
+B_1 A_2 and B_2 A_1 too. The bias is zero when all clients share A, and grows as they part. With w_k the weight that the
+method gives client k, scaled to a sum of 1 over the clients that returned the pair:
+
+    mean             A = sum w_k A_k, B = sum w_k B_k                                       FedIT (2305.05644): biased
+    ffa              A stays as it begins for all; B = sum w_k B_k                          FFA-LoRA (2403.12313): exact
+    alternate        B alone is trained and merged in odd rounds, A alone in even rounds    RoLoRA (2409.02346): exact
+    share_a          A = sum w_k A_k; B stays with its client                               FedSA-LoRA (2410.01463)
+    stack            W += s sum w_k B_k A_k; A drawn anew, B = 0                            FLoRA (2409.05976): exact
+    residual         mean, and W += s (sum w_k B_k A_k - B A)                            FedEx-LoRA (2410.09432): exact
+    svd              B A = the best rank R of sum w_k B_k A_k, B = U S, A = V^T             FlexLoRA (2402.11505)
+    pad              smaller ranks filled up with zeros, then mean                     HetLoRA (2401.06432), weights n_k
+    pad_norm         the same, with w_k proportional to the norm of all updates of k        HetLoRA's own weights
+    rank_partition   row r of A and column r of B: the mean over clients of rank > r        raFLoRA (2602.13486)
+
+s is the scale alpha / R, and W what is added to the base: `<tensor>.lora_W` [Y, X] among the server's parameters, sent
+in a payload's group "base". It is as large as the adapted weights: "stack" and "residual" save memory, not traffic to
+the client. FLoRA sends the stack of one round to clients that have all earlier ones; we send the sum, which a client
+that was absent can use. HetLoRA's pruning of ranks is left out. The papers of RoLoRA, FFA-LoRA, HetLoRA and FedEx-LoRA
+were not at hand; the rules are as others describe them.
+
+A client of rank r < R is sent the first r rows of A and columns of B: of "svd" these are the largest.
+
+Rank collapse: as small ranks are averaged with large ones, the energy of the merged updates sinks into the few rows
+that all have (raFLoRA). `AdapterMean.told` measures it in every round, as means over the pairs whose update is not
+zero: "effective_rank", exp of the entropy of the singular values of the merged update scaled to a sum of 1, and
+"energy_beyond", the share of their squares beyond the smallest rank that took part.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from consilium.errors import PayloadError
+from consilium.params import Params, WeightedMean
+
+__all__ = ["ANY_RANK", "FOLDED", "FOLDS", "PAIRWISE", "AdapterMean", "Rule", "effective_rank", "spectrum"]
+
+Rule = Literal["mean", "ffa", "alternate", "share_a", "stack", "residual", "svd", "pad", "pad_norm", "rank_partition"]
+FOLDS = frozenset({"stack", "residual"})
+"""Rules that add to the base."""
+ANY_RANK = frozenset({"stack", "svd", "pad", "pad_norm", "rank_partition"})
+"""Rules for clients of unequal ranks."""
+PAIRWISE = ANY_RANK | FOLDS
+"""Rules that take A and B of a pair together; the others are a mean of every number by itself."""
+FOLDED = "lora_W"
+
+Weight = float | Callable[[str], float]
+Term = tuple[float, Tensor, Tensor]
+"""w_k, A_k [r, X], B_k [Y, r]; float64."""
+
+
+class AdapterMean(WeightedMean):
+    """A weighted mean that merges adapters by a rule; other keys: see `WeightedMean`.
+
+    Args:
+        rule: see the module. scale: s.
+        begin: flat names of A -> A as it begins in the next round, for "stack" (whose adapters begin anew) and "ffa"
+            (whose clients do not send A); called once at most.
+    """
+
+    def __init__(self, rule: Rule, scale: float, begin: Callable[[], Params]):
+        super().__init__()
+        self._rule = rule
+        self._scale = scale
+        self._begin = begin
+        self._terms: dict[str, list[Term]] = {}
+        self._least = 0
+        self._told: dict[str, float] = {}
+
+    def add(self, params: Mapping[str, Tensor], weight: Weight) -> None:
+        """Count one client's tensors, see `WeightedMean.add`; the weight of a pair is that of its A.
+
+        Raises:
+            PayloadError: also for a half of a pair without the other, where the rule takes them together.
+        """
+        adapters = {key for key in params if key.endswith((".lora_A", ".lora_B"))}
+        ranks = [params[key].shape[0] for key in adapters if key.endswith("_A")]
+        self._least = min([*([self._least] if self._least else []), *ranks], default=0)
+        if self._rule not in PAIRWISE:
+            return super().add(params, weight)
+        super().add({key: tensor for key, tensor in params.items() if key not in adapters}, weight)
+        terms: dict[str, Term] = {}
+        for key in sorted(adapters):
+            name, other = key[:-1], key[:-1] + ("B" if key.endswith("A") else "A")
+            if other not in params:
+                raise PayloadError(f"{key!r} arrived without {other!r}")
+            w = weight(f"{name}A") if callable(weight) else weight
+            if not 0 <= w < math.inf:
+                raise PayloadError(f"weight {w!r} of {key!r} is not a finite number >= 0")
+            if w and key.endswith("A"):
+                terms[name.removesuffix(".lora_")] = (w, params[key].double(), params[other].double())
+        if self._rule == "pad_norm":
+            norm = math.sqrt(sum(_squared_norm(a_RX, b_YR) for _, a_RX, b_YR in terms.values()))
+            terms = {name: (norm or 1e-30, a_RX, b_YR) for name, (_, a_RX, b_YR) in terms.items()}
+        for name, term in terms.items():
+            self._terms.setdefault(name, []).append(term)
+
+    def mean(self, previous: Mapping[str, Tensor]) -> Params:
+        """See `WeightedMean.mean`."""
+        counted = {key for key in self._sums if key.endswith((".lora_A", ".lora_B"))}
+        merged = super().mean(previous)
+        spectra: list[Tensor] = []
+        begin = self._begin() if self._terms and self._rule == "stack" else {}
+        for name, terms in self._terms.items():
+            a, b, w = (f"{name}.{leaf}" for leaf in ("lora_A", "lora_B", FOLDED))
+            _check(name, terms, previous)
+            changed, factors = self._merged(terms, merged[a], merged[b], begin.get(a))
+            spectra.append(spectrum(*factors))
+            for key, tensor in zip((a, b, w), changed, strict=True):
+                if tensor is not None:
+                    tensor = tensor + merged[key].double() if key == w else tensor
+                    merged[key] = tensor.to(previous[key].dtype)
+        if self._rule not in PAIRWISE and counted:
+            spectra = self._spectra(merged, {key[:-1] for key in counted})
+        self._told = self._collapse(spectra)
+        return merged
+
+    def told(self) -> dict[str, float]:
+        """Return the measures of rank collapse, see the module; {} where the server has no merged update."""
+        return dict(self._told)
+
+    def _merged(
+        self, terms: list[Term], a_RX: Tensor, b_YR: Tensor, fresh: Tensor | None
+    ) -> tuple[tuple[Tensor | None, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]:
+        """New A, new B and what is added to the base (None: nothing), and factors of the merged update."""
+        total, rank = sum(w for w, _, _ in terms), len(a_RX)
+        stacked = torch.cat([a for _, a, _ in terms]), torch.cat([b * (w / total) for w, _, b in terms], dim=1)
+        if self._rule == "stack":
+            product = stacked[1] @ stacked[0]
+            start = a_RX if fresh is None else fresh
+            return (start.double(), torch.zeros_like(b_YR, dtype=torch.float64), self._scale * product), stacked
+        if self._rule == "svd":
+            a, b = truncated(*stacked, rank)
+            short = rank - len(a)  # as many rows as the server has, those that nobody sent without an effect
+            a = torch.cat([a, a_RX[len(a) :].double()])
+            b = torch.cat([b, torch.zeros(len(b), short, dtype=b.dtype)], dim=1)
+            return (a, b, None), (a, b)
+        if self._rule == "rank_partition":
+            a = _rows([(w, a) for w, a, _ in terms], a_RX.double())
+            b = _rows([(w, b.t()) for w, _, b in terms], b_YR.double().t()).t()
+            return (a, b, None), (a, b)
+        a = sum(_padded(a, rank) * (w / total) for w, a, _ in terms)
+        b = sum(_padded(b.t(), rank) * (w / total) for w, _, b in terms).t()
+        if self._rule == "residual":
+            return (a, b, self._scale * (stacked[1] @ stacked[0] - b @ a)), stacked
+        return (a, b, None), (a, b)
+
+    def _spectra(self, merged: Params, pairs: set[str]) -> list[Tensor]:
+        """Of rules that merge numbers one by one; none of "share_a", which has no merged update."""
+        if self._rule == "share_a":
+            return []
+        begin = self._begin() if self._rule == "ffa" else {}
+        found = []
+        for name in sorted(pairs):
+            a_RX = begin.get(f"{name}A", merged.get(f"{name}A"))
+            if a_RX is not None and f"{name}B" in merged:
+                found.append(spectrum(a_RX.double(), merged[f"{name}B"].double()))
+        return found
+
+    def _collapse(self, spectra: list[Tensor]) -> dict[str, float]:
+        spectra = [s for s in spectra if float(s.sum()) > 0]
+        if not spectra:
+            return {}
+        least = self._least or min(len(s) for s in spectra)
+        beyond = [float(s[least:].square().sum() / s.square().sum()) for s in spectra]
+        return {
+            "effective_rank": sum(map(effective_rank, spectra)) / len(spectra),
+            "energy_beyond": sum(beyond) / len(beyond),
+        }
+
+
+def spectrum(a_RX: Tensor, b_YR: Tensor) -> Tensor:
+    """Return the singular values of B A, descending, without forming it; as many as the smallest side."""
+    r_left, r_right = torch.linalg.qr(b_YR, mode="r").R, torch.linalg.qr(a_RX.t(), mode="r").R
+    return torch.linalg.svdvals(r_left @ r_right.t())
+
+
+def effective_rank(values: Tensor) -> float:
+    """Return exp of the entropy of singular values scaled to a sum of 1 (Roy and Vetterli 2007): between 1 and their
+    number; 0 if all are zero."""
+    total = float(values.sum())
+    if not total:
+        return 0.0
+    share = values[values > 0] / total
+    return math.exp(float(-(share * share.log()).sum()))
+
+
+def truncated(a_RX: Tensor, b_YR: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return A [r, X] and B [Y, r], r <= rank, of the best rank-`rank` approximation of B A (Eckart-Young), through the
+    QR of both: B = U S, A = V^T. A has orthonormal rows, so also where nothing was learnt a direction can still be."""
+    left, r_left = torch.linalg.qr(b_YR)
+    right, r_right = torch.linalg.qr(a_RX.t())
+    u, s, vh = torch.linalg.svd(r_left @ r_right.t(), full_matrices=False)
+    return vh[:rank] @ right.t(), left @ (u[:, :rank] * s[:rank])
+
+
+def _squared_norm(a_RX: Tensor, b_YR: Tensor) -> float:
+    """||B A||_F^2 = trace((B^T B) (A A^T))."""
+    return float(((b_YR.t() @ b_YR) * (a_RX @ a_RX.t())).sum().clamp(min=0))
+
+
+def _padded(x_RX: Tensor, rank: int) -> Tensor:
+    """The rows, and zeros below them."""
+    return torch.cat([x_RX, x_RX.new_zeros(rank - len(x_RX), x_RX.shape[1])])
+
+
+def _rows(terms: list[tuple[float, Tensor]], old_RX: Tensor) -> Tensor:
+    """Row by row the weighted mean over those that have the row; a row that nobody has stays as it was."""
+    new = old_RX.clone()
+    for r in range(max(len(x) for _, x in terms)):
+        having = [(w, x[r]) for w, x in terms if len(x) > r]
+        new[r] = sum(w * x for w, x in having) / sum(w for w, _ in having)
+    return new
+
+
+def _check(name: str, terms: list[Term], previous: Mapping[str, Tensor]) -> None:
+    """Raise PayloadError for a pair that is none of the server's, or of another shape than the first r of its rows."""
+    old_a, old_b = previous.get(f"{name}.lora_A"), previous.get(f"{name}.lora_B")
+    for _, a_RX, b_YR in terms:
+        fits = old_a is not None and old_b is not None and a_RX.dim() == b_YR.dim() == 2
+        fits = fits and a_RX.shape[1] == old_a.shape[1] and b_YR.shape[0] == old_b.shape[0]
+        if not fits or not 1 <= len(a_RX) == b_YR.shape[1] <= len(old_a):
+            raise PayloadError(f"'{name}' is no pair of the server's model, or has another shape")
