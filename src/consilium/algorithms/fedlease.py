@@ -1,0 +1,280 @@
+"""FedLEASE: Adaptive LoRA Experts Allocation and Selection for Federated Fine-Tuning.
+
+Wang, Fan, Zhao, Deng, Ye, Li, Jin. NeurIPS 2025. https://arxiv.org/abs/2509.15087; code
+github.com/lei-wang-link/FedLEASE
+
+The model is frozen. In `warmup` rounds every client trains an adapter alone. Then the clients are clustered, and every
+client holds one expert per cluster:
+
+    d(i, j) = mean over layers of 1 - cos(B_i, B_j);   average linkage; M in 2 .. M_max by the silhouette
+    expert_m <- sum_{k in m} n_k / n adapter_k
+    slots of the router of a client of cluster j: expert 1 .. M, and expert j again M - 1 times: V [2M - 1, X]
+    g = softmax(V x), the M largest kept and scaled to 1;   y = W0 x + s sum g B_e A_e x
+
+So a token may use its own cluster's expert alone, or several. A client trains its own cluster's expert and V; the
+expert is averaged within the cluster.
+
+    adapter_k   <layer>.pairs.own.*      experts  <layer>.pairs.e<m>.*     V   context.state: <layer>.route
+
+What is ours: V stays with the client; the head goes on learning after the warm-up (in the released code it does not);
+at the hand-over a client gets all experts at once (there: its own first), and layers 0, 10, 20 get theirs, too (there,
+their names are rewritten). A client that was absent in the warm-up has a round of it when it is first chosen, and
+joins the cluster whose members are nearest on average. With fewer than three known clients there is one cluster less
+than clients. The published GLUE scores are of RoBERTa-large with the validation set as test set; they cannot be
+compared with here.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from consilium.algorithms.fedavg import averaged
+from consilium.algorithms.mixed import MixedModels, heads_of, own_adapters
+from consilium.core import (
+    Algorithm,
+    Client,
+    ClientContext,
+    ClientId,
+    ClientInfo,
+    Payload,
+    Server,
+    derive_seed,
+    setting,
+)
+from consilium.errors import PayloadError, shown
+from consilium.moe.mixtures import Mixing, initial_pair, initial_route
+from consilium.params import Like, Params
+from consilium.setup import Setup
+
+__all__ = ["FedLEASE", "clusters", "distances"]
+
+OWN = "own"
+
+
+@dataclass(frozen=True)
+class FedLEASE(Algorithm):
+    """Clusters of clients, an expert of each, and routers that may fall back on their own.
+
+    Args:
+        r: rank of the adapters, >= 1.
+        alpha: the scale of an adapter is alpha / r.
+        warmup: rounds in which clients train alone, >= 1.
+        M_max: clusters at most, >= 2.
+        targets: names of the adapted layers; (): query and value projections.
+    """
+
+    worlds: ClassVar[tuple[str, ...]] = ("moe",)
+    merges: ClassVar[bool] = False
+    r: int = setting(4, "memory", "[1, 1e6]")
+    alpha: float = setting(16.0, "factor", "(0, 1e6]")
+    warmup: int = setting(5, "server", "[1, 1e6]")
+    M_max: int = setting(4, "memory", "[2, 1e4]")
+    targets: tuple[str, ...] = setting((), "free")
+
+    def models(self, setup: Setup, experts: int) -> MixedModels:
+        """How clients build and train their models; experts: M, 0 in the warm-up."""
+        own_adapters(setup, "FedLEASE")
+        mixing = Mixing(self.r, self.alpha / self.r, max(experts, 1), "rows" if experts else "", self.targets)
+        return MixedModels(setup, mixing, () if experts else (OWN,))
+
+    def server(self, setup: Setup) -> Server:
+        return FedLEASEServer(setup, self)
+
+    def client(self, setup: Setup) -> Client:
+        return FedLEASEClient(setup, self)
+
+
+def distances(b_K: Sequence[Sequence[Tensor]]) -> np.ndarray:
+    """d [K, K]: the mean over layers of 1 - cos(B_i, B_j), of clients' B by layer; 1 where a B is zero."""
+    layers = []
+    for of_layer in zip(*b_K, strict=True):
+        flat_KX = torch.stack([b.double().flatten() for b in of_layer])
+        unit_KX = flat_KX / flat_KX.norm(dim=1, keepdim=True).clamp(min=1e-30)
+        layers.append(1 - unit_KX @ unit_KX.t())
+    d_KK = torch.stack(layers).mean(0).clamp(min=0)
+    return d_KK.fill_diagonal_(0).numpy()
+
+
+def clusters(d_KK: np.ndarray, most: int) -> list[int]:
+    """Return the cluster of each client, numbered in the order of the clients: average linkage, as many as the
+    silhouette prefers of 2 .. most."""
+    from sklearn.cluster import AgglomerativeClustering  # takes a second to import
+    from sklearn.metrics import silhouette_score
+
+    clients = len(d_KK)
+    if clients < 3:
+        return list(range(max(clients - 1, 1))) + [0] * (clients > 1)
+    best, found = -2.0, [0] * clients
+    for m in range(2, min(most, clients - 1) + 1):
+        labels = AgglomerativeClustering(m, metric="precomputed", linkage="average").fit_predict(d_KK)
+        quality = silhouette_score(d_KK, labels, metric="precomputed")
+        if quality > best + 1e-12:
+            best, found = quality, labels.tolist()
+    order = {label: i for i, label in enumerate(dict.fromkeys(found))}
+    return [order[label] for label in found]
+
+
+class FedLEASEServer(Server):
+    """Collects adapters in the warm-up, then averages experts within clusters.
+
+    Attributes:
+        cluster: client -> its cluster. adapters: client -> what it sent last in the warm-up. rounds: with replies.
+    """
+
+    def __init__(self, setup: Setup, algorithm: FedLEASE):
+        self.setup, self.algorithm = setup, algorithm
+        self.models = algorithm.models(setup, 0)
+        self.params = setup.zero_heads()
+        for path, (x, y) in self.models.paths.items():
+            for name in (OWN, *(f"e{m}" for m in range(algorithm.M_max))):
+                rng = torch.Generator().manual_seed(derive_seed(setup.seed, "FedLEASE", path))  # all begin alike
+                a, b = initial_pair(x, y, algorithm.r, rng)
+                self.params |= {f"{path}.pairs.{name}.a": a, f"{path}.pairs.{name}.b": b}
+        self.cluster: dict[ClientId, int] = {}
+        self.adapters: dict[ClientId, Params] = {}
+        self.examples: dict[ClientId, int] = {}
+        self.rounds = 0
+        self.log: list[dict[str, Any]] = []
+
+    @property
+    def stage(self) -> str:
+        return "experts" if self.cluster else "warm-up"
+
+    @property
+    def M(self) -> int:
+        """Clusters."""
+        return max(self.cluster.values(), default=-1) + 1
+
+    def unable(self, client: ClientInfo) -> str | None:
+        return self.models.lacks(client, self.algorithm.M_max)
+
+    def configure(self, round: int, clients: Sequence[ClientInfo]) -> dict[ClientId, Payload]:
+        able = [client for client in clients if self.unable(client) is None]
+        chosen = self.setup.sampling.choose(able, round, self.setup.seed)
+        return {client.id: self.deliver(client) for client in chosen}
+
+    def deliver(self, client: ClientInfo) -> Payload:
+        own, heads = self.cluster.get(client.id), heads_of(self.params, client.task)
+        names = (OWN,) if own is None else tuple(f"e{m}" for m in range(self.M))
+        keys = [f"{path}.pairs.{name}.{leaf}" for path in self.models.paths for name in names for leaf in "ab"]
+        return Payload(
+            {"params": heads | {key: self.params[key] for key in keys}},
+            {"M": 0 if own is None else self.M, "own": OWN if own is None else f"e{own}"},
+        )
+
+    def expects(self, client: ClientInfo, sent: Payload) -> dict[str, dict[str, Like]]:
+        own, params = str(sent.scalars["own"]), super().expects(client, sent)["params"]
+        return {"params": {k: like for k, like in params.items() if k.startswith("head.") or f".pairs.{own}." in k}}
+
+    def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
+        mean, answered, begun = self.setup.mean(self.params), 0, bool(self.cluster)
+        for client, reply in replies:
+            params, n_k = reply.group("params"), reply.scalars["num_examples"]
+            if client not in self.cluster:
+                self.adapters[client] = {k: t for k, t in params.items() if not k.startswith("head.")}
+                self.examples[client] = int(n_k)
+                params = heads_of(params)
+            mean.add(params, n_k)
+            answered += 1
+        self.params = mean.mean(self.params)
+        self.rounds += bool(answered)
+        if begun:
+            self._join()
+        elif self.rounds >= self.algorithm.warmup and len(self.adapters) > 1:
+            self._cluster()
+        return {"clusters": float(self.M)}
+
+    def _cluster(self) -> None:
+        """End the warm-up."""
+        clients = sorted(self.adapters)
+        d_KK = distances([self._b(client) for client in clients])
+        self.cluster = dict(zip(clients, clusters(d_KK, self.algorithm.M_max), strict=True))
+        for m in range(self.M):
+            members = [client for client in clients if self.cluster[client] == m]
+            replies = [(c, Payload({"params": self.adapters[c]}, {"num_examples": self.examples[c]})) for c in members]
+            expert = averaged(self.adapters[members[0]], replies)
+            self.params |= {key.replace(f".pairs.{OWN}.", f".pairs.e{m}."): t for key, t in expert.items()}
+        for client, m in self.cluster.items():
+            self.log.append({"event": "cluster", "client": client, "experts": m})
+
+    def _join(self) -> None:
+        """Give clients that had their warm-up late the cluster of the nearest members."""
+        for client in sorted(self.adapters.keys() - self.cluster.keys()):
+            known = sorted(self.cluster)
+            d = distances([self._b(client), *(self._b(other) for other in known)])[0, 1:]
+            means = [
+                np.mean([d[i] for i, other in enumerate(known) if self.cluster[other] == m]) for m in range(self.M)
+            ]
+            self.cluster[client] = int(np.argmin(means))
+            self.log.append({"event": "cluster", "client": client, "experts": self.cluster[client]})
+
+    def _b(self, client: ClientId) -> list[Tensor]:
+        return [self.adapters[client][f"{path}.pairs.{OWN}.b"] for path in self.models.paths]
+
+    def state(self) -> Payload:
+        adapters = {f"{client}/{key}": t for client, own in self.adapters.items() for key, t in own.items()}
+        rest = {"cluster": self.cluster, "examples": self.examples, "rounds": self.rounds, "log": self.log}
+        return Payload({"params": self.params, "adapters": adapters}, {"lease": json.dumps(rest)})
+
+    def restore(self, state: Payload) -> None:
+        self.params, self.adapters = state.group("params"), {}
+        for key, tensor in state.group("adapters").items():
+            client, _, name = key.partition("/")
+            self.adapters.setdefault(client, {})[name] = tensor
+        rest: Mapping[str, Any] = json.loads(str(state.scalars["lease"]))
+        self.cluster, self.examples, self.rounds, self.log = (
+            rest[name] for name in ("cluster", "examples", "rounds", "log")
+        )
+
+    def events(self) -> list[dict[str, Any]]:
+        log, self.log = self.log, []
+        return log
+
+
+class FedLEASEClient(Client):
+    """Trains its own adapter, later its cluster's expert and its router."""
+
+    def __init__(self, setup: Setup, algorithm: FedLEASE):
+        self.setup, self.algorithm = setup, algorithm
+        algorithm.models(setup, 0)
+
+    def train(self, payload: Payload, context: ClientContext) -> Payload:
+        own, experts = str(payload.scalars["own"]), int(payload.scalars["M"])
+        models, params, slots = self._ready(payload, context)
+
+        def is_frozen(key: str) -> bool:
+            return ".pairs." in key and f".pairs.{own}." not in key
+
+        model = models.build(params, context, slots, is_frozen)
+        fitted, told = models.train(model, context)
+        flat = models.flatten(model, fitted.masters)
+        sent = {key: t for key, t in flat.items() if key.startswith("head.") or f".pairs.{own}." in key}
+        kept = {key: t for key, t in flat.items() if key.endswith(".route")} if experts else sent
+        context.state.params, context.state.scalars = kept, {"M": experts, "own": own}
+        return Payload({"params": sent}, told)
+
+    def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
+        models, params, slots = self._ready(payload, context)
+        return models.score(params, context, slots)
+
+    def _ready(self, payload: Payload, context: ClientContext) -> tuple[MixedModels, Params, list[str]]:
+        """How the model is built, its parameters and the slots of its routers."""
+        own, experts, params = str(payload.scalars["own"]), int(payload.scalars["M"]), payload.group("params")
+        models, state = self.algorithm.models(self.setup, experts), context.state
+        if experts and (experts > self.algorithm.M_max or own not in [f"e{m}" for m in range(experts)]):
+            raise PayloadError(f"the server sent {experts} clusters and the own expert {shown(own)}")
+        if not experts:  # alone: as the client left it
+            return models, {**params, **(state.params if state.scalars.get("M") == 0 else {})}, []
+        slots = [f"e{m}" for m in range(experts)] + [own] * (experts - 1)
+        if (state.scalars.get("M"), state.scalars.get("own")) == (experts, own):
+            return models, {**params, **state.params}, slots
+        routes = {}
+        for path, (x, _) in models.paths.items():
+            rng = torch.Generator().manual_seed(derive_seed(self.setup.seed, "FedLEASE", path, "route"))
+            routes[f"{path}.route"] = initial_route(len(slots), x, rng)
+        return models, {**params, **routes}, slots

@@ -1,0 +1,262 @@
+"""What methods share whose clients train mixtures of adapters on a frozen model (FedAMoLE, CoMiGS, FedLEASE, ...).
+
+Their flat names are `<layer>.pairs.<name>.a`, `.b` and `<layer>.route` (see `moe.mixtures`), and the head rows of a
+task.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from consilium.core import ClientContext, ClientInfo, Payload, Scalar
+from consilium.data.encode import Encoded
+from consilium.errors import ConfigError
+from consilium.moe.budget import human
+from consilium.moe.mixtures import AdapterMixture, Mixing, attach, layers, mark, mixtures, names_of
+from consilium.moe.model import TaskModel
+from consilium.params import Params
+from consilium.setup import Setup
+from consilium.training import Fitted, assess, fit, keep_better, read_batches, tested_beside_best
+
+__all__ = ["MixedModels", "heads_of", "own_adapters", "part"]
+
+COPIES = 5
+"""Float32 numbers for one that is trained: as it was sent, as it is, its gradient, and Adam's moments."""
+
+
+def own_adapters(setup: Setup, method: str) -> None:
+    """Refuse `fit.lora` with a method that has adapters of its own.
+
+    Raises:
+        ConfigError: if fit.lora.rank is not 0.
+    """
+    if setup.fit.lora.rank:
+        raise ConfigError(f"fit.lora.rank is {setup.fit.lora.rank}; {method} has adapters of its own: set it to 0")
+
+
+def heads_of(params: Mapping[str, Tensor], task: str = "") -> Params:
+    """Return the head rows, of a task or of all."""
+    return {key: tensor for key, tensor in params.items() if key.startswith(f"head.{task}." if task else "head.")}
+
+
+@dataclass(frozen=True)
+class MixedModels:
+    """Builds, trains and scores a client's model with mixtures.
+
+    Args:
+        setup: of the run. mixing: how adapters are mixed. always: the adapters that every token has.
+        balance: weight of the mean load-balance loss of the mixtures, each scaled by its number of slots.
+    """
+
+    setup: Setup
+    mixing: Mixing
+    always: tuple[str, ...] = ()
+    balance: float = 0.0
+
+    def pairs_in(self, params: Mapping[str, Tensor]) -> int:
+        """Return the most adapters of a layer among flat parameters."""
+        return max(len(names_of(params, path)) for path in self.paths)
+
+    @property
+    def paths(self) -> Mapping[str, tuple[int, int]]:
+        """Layers that are adapted: path -> (X, Y)."""
+        return layers(self.setup.model, self.mixing.targets)
+
+    # --- memory -------------------------------------------------------------------------------------------------------
+
+    def need(self, pairs: int, trained: int | None = None) -> int:
+        """Bytes of a client with `pairs` adapters per layer, of which `trained` learn (None: all).
+
+        By the memory model for a frozen model whose activations are saved, and on top the numbers of adapters and
+        routers, what is saved of their products, and what an optimiser keeps.
+        """
+        fit, rank = self.setup.fit, self.mixing.rank
+        trained = pairs if trained is None else trained
+        lengths = fit.lengths
+        tokens = fit.batch_size * (lengths["max_length"] + lengths["target_length"])
+        numbers = sum((x + y) * rank * (2 * pairs + (COPIES - 2) * trained) for x, y in self.paths.values())
+        numbers += sum(COPIES * x * rank for x, _ in self.paths.values())
+        saved = sum(2 * x + (self.mixing.top_k + 2) * y + 3 * pairs * rank for x, y in self.paths.values())
+        return self.setup.footprint(self.setup.model.counts, "lora", rank=rank).total + 4 * (numbers + tokens * saved)
+
+    def lacks(self, client: ClientInfo, pairs: int, trained: int | None = None) -> str | None:
+        """Why a device cannot train so many adapters per layer; None if it can."""
+        if client.memory_bytes is None or (need := self.need(pairs, trained)) <= client.memory_bytes:
+            return None
+        return f"needs {human(need)}, has {human(client.memory_bytes)}, lacks {human(need - client.memory_bytes)}"
+
+    # --- work ---------------------------------------------------------------------------------------------------------
+
+    def build(
+        self,
+        params: Params,
+        context: ClientContext,
+        slots: Mapping[str, Sequence[str]] | Sequence[str] | None = None,
+        frozen: Callable[[str], bool] = lambda key: False,
+    ) -> TaskModel:
+        """Return the client's live model; of its mixtures and its head, all is trained but what is `frozen` by name.
+
+        Raises:
+            BudgetError: if it does not fit what the client allows.
+        """
+        pairs = self.pairs_in(params)
+        context.work.hold(self.need(pairs), f"a model with {pairs} adapters per layer")
+        setup, task = self.setup, context.data.task
+        base = setup.model.load() | setup.model.round(heads_of(params, task.name))
+        model = setup.model.build(base, task.name, task.labels)
+        attach(model, params, self.mixing, self.paths, self.always, slots).to(context.device)
+        for path, mixture in mixtures(model):
+            for key, parameter in mixture.named_parameters():
+                parameter.requires_grad_(not key.startswith("base.") and not frozen(f"{path}.{key}"))
+        return model
+
+    def objective(self, model: TaskModel, batch: Mapping[str, Tensor]) -> Tensor:
+        """The cross-entropy, and the load balance of the mixtures."""
+        mark(model, batch)
+        logits, labels = model(batch)
+        loss = self.setup.fit.cross_entropy(logits, labels)
+        found = [m.balance for _, m in mixtures(model) if m.balance is not None] if self.balance else []
+        return loss + self.balance * torch.stack(found).sum() if found else loss
+
+    def rows(self, context: ClientContext) -> Encoded:
+        """Return the client's training rows."""
+        return self.setup.encode(context, context.data.train)
+
+    def train(
+        self,
+        model: TaskModel,
+        context: ClientContext,
+        decay: float = 1.0,
+        epochs: int | None = None,
+        rows: range | None = None,
+        heads: bool = True,
+        assessed: bool = True,
+    ) -> tuple[Fitted, dict[str, Scalar]]:
+        """`fit` and validate a model; returns what was done, and the scalars of `training.local_round`'s reply.
+
+        Args:
+            decay: the learning rates are those of `fit` times decay^(round - 1).
+            rows: which training rows; None: all. heads: whether the head is trained.
+            assessed: whether the model is validated; without, there are no scalars.
+        """
+        setup, config = self.setup, self.setup.fit
+        train = self.rows(context)
+        if rows is not None:
+            train = part(train, rows)
+        if model.head is not None:
+            model.head.requires_grad_(heads)
+        validation = setup.encode(context, context.data.validation)
+        if config.personal == "best" and assessed:
+            scores = assess(model, validation, context, setup)
+            self._keep(context, scores, model, self.flatten(model))
+        factor = decay ** max(context.round - 1, 0)
+        rates = {"head.": factor * config.head_lr, "": factor * config.lr}
+        fitted = fit(model, train, config, context, epochs=epochs, objective=self.objective, rates=rates)
+        if not assessed:
+            return fitted, {}
+        began = time.perf_counter()
+        scores = assess(model, validation, context, setup)
+        if config.personal == "best":
+            self._keep(context, scores, model, self.flatten(model, fitted.masters))
+        pairs = max(len(mixture.pairs) for _, mixture in mixtures(model))
+        return fitted, {
+            "num_examples": context.info.num_examples,
+            "validation": scores.pop("score"),
+            **scores,
+            "train_loss": fitted.loss,
+            "steps": fitted.steps,
+            "cut": train.cut,
+            "experts": sum(setup.model.counts.values()),
+            "footprint": self.need(pairs),
+            "seconds_evaluate": time.perf_counter() - began,
+        }
+
+    def flatten(self, model: TaskModel, masters: Mapping[str, Tensor] | None = None) -> Params:
+        """Return adapters, routers and head rows under flat names, float32 copies on the CPU."""
+        masters = masters or {}
+
+        def copied(path: str, tensor: Tensor) -> Tensor:
+            return masters.get(path, tensor).detach().to("cpu", torch.float32, copy=True)
+
+        flat = {}
+        for path, mixture in mixtures(model):
+            own = {f"{path}.{key}": p for key, p in mixture.named_parameters() if not key.startswith("base.")}
+            flat |= {key: copied(key, p) for key, p in own.items()}
+        if model.head is not None:
+            for leaf in ("weight", "bias"):
+                rows = copied(f"head.{leaf}", getattr(model.head, leaf)).unbind()
+                flat |= {
+                    f"head.{model.task}.{label}.{leaf}": r.clone() for label, r in zip(model.labels, rows, strict=True)
+                }
+        return flat
+
+    def score(
+        self,
+        params: Params,
+        context: ClientContext,
+        slots: Mapping[str, Sequence[str]] | Sequence[str] | None = None,
+        prepare: Callable[[TaskModel], None] = lambda model: None,
+    ) -> Payload:
+        """Score a delivered model on the test split; with `fit.personal`, the client's best one next to it.
+
+        Args:
+            prepare: changes a live model before it is scored.
+        """
+
+        def delivered() -> TaskModel:
+            model = self.build(params, context, slots)
+            prepare(model)
+            return model
+
+        def best() -> TaskModel:
+            models, kept = self._best(context)
+            model = models.build(context.best.params, context, kept)
+            prepare(model)
+            return model
+
+        return tested_beside_best(self.setup, context, delivered, best)
+
+    def _keep(self, context: ClientContext, scores: dict[str, float], model: TaskModel, params: Params) -> None:
+        """Keep a trained model as the client's best if it is, with what its mixtures were made of."""
+        keep_better(context, scores, params, None)
+        if context.best.params is params:
+            found = [mixture for _, mixture in mixtures(model)]
+            if len({mixture.slots for mixture in found}) == 1:
+                context.best.scalars["slots"] = list(found[0].slots)
+            mixing = {"top_k": self.mixing.top_k, "router": self.mixing.router, "always": list(self.always)}
+            context.best.scalars |= mixing
+
+    def _best(self, context: ClientContext) -> tuple["MixedModels", list[str] | None]:
+        """How the client's best model is built."""
+        kept = context.best.scalars
+        mixing = replace(self.mixing, top_k=kept["top_k"], router=kept["router"])
+        return replace(self, mixing=mixing, always=tuple(kept["always"])), kept.get("slots")
+
+    def measured(self, model: TaskModel, context: ClientContext, rows: int) -> dict[str, AdapterMixture]:
+        """Run the first training rows through a model with `measure` on, and return its mixtures by path."""
+        train = self.setup.encode(context, context.data.train)
+        found = dict(mixtures(model))
+        for mixture in found.values():
+            mixture.measure = True
+        run_rows(self.setup, model, train, context, rows)
+        for mixture in found.values():
+            mixture.measure = False
+        return found
+
+
+def part(data: Encoded, rows: range) -> Encoded:
+    """Return some rows of a split."""
+    chosen = {name: [getattr(data, name)[i] for i in rows] for name in ("sources", "targets", "texts")}
+    return replace(data, **chosen)
+
+
+def run_rows(setup: Setup, model: TaskModel, data: object, context: ClientContext, rows: int) -> None:
+    """Run the first rows of a split through a model in evaluation mode."""
+    model.eval()
+    with torch.inference_mode():
+        for batch in read_batches(data, setup.evaluation_rows, context, range(min(rows, len(data)))):
+            mark(model, batch)
+            model(batch)

@@ -1,0 +1,218 @@
+"""pFedMoAP: Mixture of Experts Made Personalized, for adapters: the nearest clients' adapters as frozen experts.
+
+Luo, Chen, Wu. ICLR 2025. https://arxiv.org/abs/2410.10114; code github.com/ljaiverson/pFedMoAP
+
+The paper shares prompts of a frozen CLIP. Here the same is done with adapters on a frozen model:
+
+    down      the average of all adapters, and the K - 1 nearest other clients' last adapters, which stay frozen
+    client    its adapter begins as the average; a private gate weighs all K:
+              g = softmax(V x),   y = W0 x + s lam B_0 A_0 x + s sum_j g_j B_j A_j x         B_0, A_0 the client's own
+    up        its own adapter        server: average by n_k
+
+    own     <layer>.pairs.own.*      nearest  <layer>.pairs.near<j>.*      V   context.state: <layer>.route
+
+When it first takes part, a client trains its adapter alone, as in the paper. The adapter restarts from the average in
+every round; the gate persists.
+
+What is ours: adapters in place of prompts; a linear gate in place of attention over text features; the distance is the
+cosine of B (`distance` "l2": of all numbers, as in the paper); K from a client's memory, at most `K`. The paper's
+prompts for CLIP are not here. The paper's tables could not be obtained. In the released code stale gates and features
+of one client reach the next, and the learning rate decays once per client. Every client sees the adapters of others as
+they are: a privacy cost of the method.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from consilium.algorithms.fedlease import distances
+from consilium.algorithms.mixed import MixedModels, heads_of, own_adapters
+from consilium.core import (
+    Algorithm,
+    Client,
+    ClientContext,
+    ClientId,
+    ClientInfo,
+    Payload,
+    Server,
+    derive_seed,
+    setting,
+)
+from consilium.errors import PayloadError
+from consilium.moe.mixtures import Mixing, initial_pair, initial_route, mixtures, names_of
+from consilium.moe.model import TaskModel
+from consilium.params import Params
+from consilium.setup import Setup
+
+__all__ = ["pFedMoAP"]
+
+OWN = "own"
+
+
+@dataclass(frozen=True)
+class pFedMoAP(Algorithm):
+    """One's own adapter, and the nearest clients' as frozen experts behind a private gate.
+
+    Args:
+        K: adapters of a client's mixture, its own included, >= 1; fewer where its memory has no room. 1 is FedAvg.
+        r: rank of the adapters, >= 1.
+        alpha: the scale of an adapter is alpha / r.
+        lam: weight of the client's own adapter beside the mixture, >= 0.
+        distance: by which clients are near: "cosine" of B, or "l2" of all numbers.
+        targets: names of the adapted layers; (): query and value projections.
+    """
+
+    worlds: ClassVar[tuple[str, ...]] = ("moe",)
+    K: int = setting(4, "memory", "[1, 1e4]")
+    r: int = setting(8, "memory", "[1, 1e6]")
+    alpha: float = setting(16.0, "factor", "(0, 1e6]")
+    lam: float = setting(0.5, "factor", "[0, 1e4]")
+    distance: Literal["cosine", "l2"] = setting("cosine", "server")
+    targets: tuple[str, ...] = setting((), "free")
+
+    def reads(self) -> frozenset[str]:
+        return frozenset({"single adapters"} if self.K > 1 else ())
+
+    def models(self, setup: Setup, near: int) -> MixedModels:
+        """How clients build and train their models with so many adapters of others."""
+        own_adapters(setup, "pFedMoAP")
+        mixing = Mixing(self.r, self.alpha / self.r, near + 1, "rows" if near else "", self.targets)
+        return MixedModels(setup, mixing, (OWN,))
+
+    def server(self, setup: Setup) -> Server:
+        return PFedMoAPServer(setup, self)
+
+    def client(self, setup: Setup) -> Client:
+        return PFedMoAPClient(setup, self)
+
+
+class PFedMoAPServer(Server):
+    """Holds the average, and what each client sent last.
+
+    Attributes:
+        last: client -> its adapter.
+    """
+
+    def __init__(self, setup: Setup, algorithm: pFedMoAP):
+        self.setup, self.algorithm = setup, algorithm
+        self.models = algorithm.models(setup, 0)
+        self.params = setup.zero_heads()
+        for path, (x, y) in self.models.paths.items():
+            rng = torch.Generator().manual_seed(derive_seed(setup.seed, "pFedMoAP", path))
+            a, b = initial_pair(x, y, algorithm.r, rng)
+            self.params |= {f"{path}.pairs.{OWN}.a": a, f"{path}.pairs.{OWN}.b": b}
+        self.last: dict[ClientId, Params] = {}
+
+    def unable(self, client: ClientInfo) -> str | None:
+        return self.models.lacks(client, 1)
+
+    def configure(self, round: int, clients: Sequence[ClientInfo]) -> dict[ClientId, Payload]:
+        able = [client for client in clients if self.unable(client) is None]
+        chosen = self.setup.sampling.choose(able, round, self.setup.seed)
+        return {client.id: self.deliver(client) for client in chosen}
+
+    def deliver(self, client: ClientInfo) -> Payload:
+        params = {key: t for key, t in self.params.items() if not key.startswith("head.")}
+        near: Params = {}
+        for j, other in enumerate(self._nearest(client)):
+            near |= {key.replace(f".pairs.{OWN}.", f".pairs.near{j}."): t for key, t in self.last[other].items()}
+        return Payload({"params": {**params, **heads_of(self.params, client.task)}, "near": near})
+
+    def _nearest(self, client: ClientInfo) -> list[ClientId]:
+        """The nearest other clients, as many as this one has room for; none before it has taken part."""
+        if client.id not in self.last:
+            return []
+        others = sorted(self.last.keys() - {client.id})
+        far = dict(zip(others, self._distances(client.id, others), strict=True))
+        room = next((n for n in range(self.algorithm.K - 1, 0, -1) if self.models.lacks(client, n + 1, 1) is None), 0)
+        return sorted(others, key=lambda other: far[other])[:room]
+
+    def _distances(self, client: ClientId, others: Sequence[ClientId]) -> list[float]:
+        mine = self.last[client]
+        if self.algorithm.distance == "l2":
+            return [
+                sum(float((t.double() - self.last[o][key].double()).square().sum()) for key, t in mine.items())
+                for o in others
+            ]
+        b_K = [[self.last[c][f"{path}.pairs.{OWN}.b"] for path in self.models.paths] for c in (client, *others)]
+        return distances(b_K)[0, 1:].tolist()
+
+    def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
+        mean = self.setup.mean(self.params)
+        for client, reply in replies:
+            params = reply.group("params")
+            mean.add(params, reply.scalars["num_examples"])
+            if self.algorithm.K > 1:
+                self.last[client] = {key: t for key, t in params.items() if not key.startswith("head.")}
+        self.params = mean.mean(self.params)
+        return mean.told()
+
+    def state(self) -> Payload:
+        last = {f"{client}/{key}": t for client, own in self.last.items() for key, t in own.items()}
+        return Payload({"params": self.params, "last": last})
+
+    def restore(self, state: Payload) -> None:
+        super().restore(state)
+        self.last = {}
+        for key, tensor in state.group("last").items():
+            client, _, name = key.partition("/")
+            self.last.setdefault(client, {})[name] = tensor
+
+
+class PFedMoAPClient(Client):
+    """Trains its own adapter and its gate; keeps the gate."""
+
+    def __init__(self, setup: Setup, algorithm: pFedMoAP):
+        self.setup, self.algorithm = setup, algorithm
+        algorithm.models(setup, 0)
+
+    def train(self, payload: Payload, context: ClientContext) -> Payload:
+        models, params, slots = self._ready(payload, context)
+        model = models.build(params, context, slots, is_frozen)
+        self._weigh(model)
+        fitted, told = models.train(model, context)
+        flat = models.flatten(model, fitted.masters)
+        routes = {key: t for key, t in flat.items() if key.endswith(".route")}
+        if routes:
+            context.state.params = routes
+        sent = payload.group("params")
+        return Payload({"params": {key: t for key, t in flat.items() if key in sent}}, told)
+
+    def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
+        models, params, slots = self._ready(payload, context)
+        return models.score(params, context, slots, prepare=self._weigh)
+
+    def _weigh(self, model: TaskModel) -> None:
+        """Give the client's own adapter the weight lam where there are others."""
+        for _, mixture in mixtures(model):
+            mixture.always_weight = self.algorithm.lam if mixture.route is not None else 1.0
+
+    def _ready(self, payload: Payload, context: ClientContext) -> tuple[MixedModels, Params, list[str]]:
+        """How the model is built, its parameters and the slots of its gates."""
+        near = payload.group("near")
+        models = self.algorithm.models(self.setup, 0)
+        count = len(names_of(near, next(iter(models.paths))))
+        if count >= max(self.algorithm.K, 1):
+            raise PayloadError(f"the server sent {count} adapters of others; K is {self.algorithm.K}")
+        params = {**payload.group("params"), **near}
+        if not count:
+            return models, params, []
+        models = self.algorithm.models(self.setup, count)
+        slots = [OWN, *(f"near{j}" for j in range(count))]
+        for path, (x, _) in models.paths.items():
+            kept = context.state.params.get(f"{path}.route")
+            if kept is None or len(kept) != len(slots):
+                rng = torch.Generator().manual_seed(derive_seed(self.setup.seed, "pFedMoAP", path, "route"))
+                begin: Tensor = initial_route(len(slots), x, rng)
+                known = 0 if kept is None else min(len(kept), len(slots))
+                kept = begin if kept is None else torch.cat([kept[:known], begin[known:]])
+            params[f"{path}.route"] = kept
+        return models, params, slots
+
+
+def is_frozen(key: str) -> bool:
+    """Return whether a parameter is of another client's adapter."""
+    return ".pairs.near" in key

@@ -1,0 +1,258 @@
+"""Mixtures of adapters on linear layers: a frozen W0, adapters beside it, and a router that has them weigh.
+
+    y = W0 x + s sum_{i in always} B_i A_i x + s sum_{slots j among the top k} g_j B_e(j) A_e(j) x
+
+The adapters A_i [R, X], B_i [Y, R] of a layer have names. A slot of the router stands for one of them; several slots
+may stand for the same. Two routers:
+
+    "dot"    z_e = <P x, A_e x> / sqrt(R), P [R, X]: one slot per adapter, for any number of them (FedAMoLE)
+    "rows"   z = V x, V [slots, X]: a row per slot (CoMiGS, FedLEASE)
+
+g is the softmax of z over the slots, of which the k largest are kept and scaled to a sum of 1. Adapters and routers are
+float32 whatever the model is, so that small steps are not lost; what they add is rounded once.
+
+Flat names are the paths in the live model: `<layer>.pairs.<name>.a` and `.b`, `<layer>.route` (P or V).
+
+Shapes: B examples, S tokens, X inputs, Y outputs, R rank, N real tokens, J slots.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from consilium.errors import ConfigError
+from consilium.moe.build import ModelSource
+from consilium.moe.model import Batch, TaskModel
+from consilium.params import Params
+
+__all__ = [
+    "AdapterMixture",
+    "Mixing",
+    "attach",
+    "initial_pair",
+    "initial_route",
+    "layers",
+    "mark",
+    "mixtures",
+    "names_of",
+]
+
+ATTENTION = (("q_proj", "v_proj"), ("q", "v"), ("q_b_proj", "kv_b_proj"), ("q_proj", "kv_b_proj"), ("qkv_proj",))
+"""Names of the projections that are adapted by default; the first set of which a model has all."""
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How the adapters of a layer are mixed.
+
+    Args:
+        rank: R. scale: s. top_k: k. router: see the module; "": there is none, all adapters are `always` on.
+        targets: names of the linear layers, by their last part; (): query and value projections.
+        dropout: of what the adapters read, in training.
+    """
+
+    rank: int
+    scale: float
+    top_k: int = 1
+    router: Literal["dot", "rows", ""] = "dot"
+    targets: tuple[str, ...] = ()
+    dropout: float = 0.0
+
+
+class Pair(nn.Module):
+    """One adapter: A [R, X], B [Y, R]."""
+
+    def __init__(self, x: int, y: int, rank: int):
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(rank, x))
+        self.b = nn.Parameter(torch.zeros(y, rank))
+
+
+class AdapterMixture(nn.Module):
+    """A linear layer with adapters beside it, see the module.
+
+    Args:
+        base: the layer, which is frozen.
+        names: of the adapters. always: those that every token has. slots: those that the router's slots stand for.
+
+    Attributes:
+        mask: real tokens [B, S] bool of the batch that comes next; None: all.
+        always_weight: factor on the adapters that every token has.
+        balance: after a forward pass, J sum_j P_j f_j: P the mean probability of a slot, f its share of the choices.
+        sums: with `measure` on, "token" -> sum over real tokens of P x [R], adapter -> sum of A_e x [R].
+        count: real tokens in these sums.
+        used: slot -> how many real tokens chose it, float64 [J], while `measure` is on.
+    """
+
+    def __init__(
+        self, base: nn.Linear, names: Sequence[str], always: Sequence[str], slots: Sequence[str], mixing: Mixing
+    ):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.always, self.slots, self.mixing = tuple(always), tuple(slots), mixing
+        y, x = base.weight.shape
+        self.pairs = nn.ModuleDict({name: Pair(x, y, mixing.rank) for name in names})
+        rows = mixing.rank if mixing.router == "dot" else len(self.slots)
+        self.route = nn.Parameter(torch.empty(rows, x)) if mixing.router and self.slots else None
+        self.always_weight = 1.0
+        self.mask: Tensor | None = None
+        self.balance: Tensor | None = None
+        self.measure = False
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+        self.used = torch.zeros(len(self.slots), dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, shape = self.base(x), x.shape[:-1]
+        x_TX = x.reshape(-1, x.shape[-1]).float()
+        real_T = self._real(shape, x_TX)
+        read = F.dropout(x_TX, self.mixing.dropout, self.training)
+        added = self.always_weight * sum((read @ self.pairs[n].a.t()) @ self.pairs[n].b.t() for n in self.always)
+        if self.route is not None:
+            added = added + self._mixed(x_TX, read, real_T)
+        if isinstance(added, float):  # neither adapters that are always on nor a router
+            return y
+        return y + (self.mixing.scale * added).reshape(y.shape).to(y.dtype)
+
+    def weights(self, x_TX: Tensor, real_T: Tensor) -> Tensor:
+        """g [T, J], zero for slots that are not among the top k; sets `balance`."""
+        z_TJ = self._logits(x_TX, real_T)
+        p_TJ = z_TJ.softmax(-1)
+        k = min(self.mixing.top_k, len(self.slots))
+        best = p_TJ.topk(k, dim=-1)
+        kept_TJ = torch.zeros_like(p_TJ).scatter(-1, best.indices, best.values)
+        chosen_TJ = (kept_TJ > 0)[real_T]
+        f_J = chosen_TJ.float().mean(0) / k
+        self.balance = len(self.slots) * (p_TJ[real_T].mean(0) * f_J.detach()).sum()
+        if self.measure:
+            self.used += chosen_TJ.sum(0).double().cpu()
+        return kept_TJ / kept_TJ.sum(-1, keepdim=True)
+
+    def _logits(self, x_TX: Tensor, real_T: Tensor) -> Tensor:
+        if self.mixing.router == "rows":
+            return x_TX @ self.route.t()
+        token_TR = x_TX @ self.route.t()
+        keys = {name: x_TX @ self.pairs[name].a.t() for name in self.slots}
+        if self.measure:
+            for name, rows_TR in {"token": token_TR, **keys}.items():
+                self.sums[name] = self.sums.get(name, 0) + rows_TR[real_T].detach().double().sum(0).cpu()
+            self.count += int(real_T.sum())
+        return torch.stack([(token_TR * key_TR).sum(-1) for key_TR in keys.values()], dim=-1) / self.mixing.rank**0.5
+
+    def _mixed(self, x_TX: Tensor, read_TX: Tensor, real_T: Tensor) -> Tensor:
+        """sum_j g_j B_e(j) A_e(j) x [T, Y]: each adapter computes the tokens that chose it."""
+        g_TJ = self.weights(x_TX, real_T)
+        added = x_TX.new_zeros(len(x_TX), self.base.weight.shape[0])
+        for name in dict.fromkeys(self.slots):
+            g_T = g_TJ[:, [j for j, slot in enumerate(self.slots) if slot == name]].sum(-1)
+            rows = g_T.nonzero().flatten()
+            if len(rows):
+                pair = self.pairs[name]
+                out = (read_TX[rows] @ pair.a.t()) @ pair.b.t()
+                added = added.index_add(0, rows, g_T[rows, None] * out)
+        return added
+
+    def _real(self, shape: torch.Size, x_TX: Tensor) -> Tensor:
+        """Which tokens are real [T] bool; all where the mask is of other positions (cross attention)."""
+        if self.mask is None or self.mask.shape != shape:
+            return torch.ones(len(x_TX), dtype=torch.bool, device=x_TX.device)
+        return self.mask.reshape(-1)
+
+
+# --- making them ------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=8)
+def layers(source: ModelSource, targets: tuple[str, ...] = ()) -> Mapping[str, tuple[int, int]]:
+    """Return path -> (X, Y) of the linear layers outside the experts with these names.
+
+    Raises:
+        ConfigError: if the model has none of them.
+    """
+    model = source.skeleton("", ())
+    inside = tuple(f"{block}." for block in model.blocks())
+    linear = {
+        path: (module.in_features, module.out_features)
+        for path, module in model.backbone.named_modules()
+        if isinstance(module, nn.Linear) and not path.startswith(inside)
+    }
+    last = {path.rsplit(".", 1)[-1] for path in linear}
+    wanted = targets or next((names for names in ATTENTION if last.issuperset(names)), ())
+    found = {path: sides for path, sides in linear.items() if path.rsplit(".", 1)[-1] in wanted}
+    if not found:
+        raise ConfigError(
+            f"targets is {targets}, but {source.path} has no such linear layer; it has {', '.join(sorted(last))}"
+        )
+    return found
+
+
+def initial_pair(x: int, y: int, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A uniform in +-1/sqrt(X) and B zero, float32."""
+    if rank > min(x, y):
+        raise ConfigError(f"the rank is {rank}; a layer is {y} x {x}, so it must be at most {min(x, y)}")
+    return (2 * torch.rand(rank, x, generator=generator) - 1) / x**0.5, torch.zeros(y, rank)
+
+
+def initial_route(rows: int, x: int, generator: torch.Generator) -> Tensor:
+    """Uniform in +-1/sqrt(X) [rows, X], float32, as linear layers begin."""
+    return (2 * torch.rand(rows, x, generator=generator) - 1) / x**0.5
+
+
+def names_of(params: Mapping[str, Tensor], path: str) -> list[str]:
+    """Return the names of the adapters of a layer among flat parameters, sorted: sums must not depend on the order in
+    which they came."""
+    prefix = f"{path}.pairs."
+    return sorted(key[len(prefix) : -2] for key in params if key.startswith(prefix) and key.endswith(".a"))
+
+
+def attach(
+    model: TaskModel,
+    params: Params,
+    mixing: Mixing,
+    paths: Mapping[str, tuple[int, int]],
+    always: Sequence[str] = (),
+    slots: Mapping[str, Sequence[str]] | Sequence[str] | None = None,
+) -> TaskModel:
+    """Freeze a live model but for its head, and put mixtures in the place of linear layers, with these parameters.
+
+    Args:
+        params: flat names; adapters of a layer are those that it names.
+        slots: of all layers, or layer -> slots; None: every adapter that is not `always` on has one.
+    """
+    for parameter in model.backbone.parameters():
+        parameter.requires_grad_(False)
+    device = next(model.backbone.parameters()).device
+    for path in paths:
+        owner, _, name = path.rpartition(".")
+        names = names_of(params, path)
+        chosen = slots.get(path) if isinstance(slots, Mapping) else slots
+        chosen = [n for n in names if n not in always] if chosen is None else chosen
+        parent = model.backbone.get_submodule(owner)
+        mixture = AdapterMixture(getattr(parent, name), names, [n for n in always if n in names], chosen, mixing)
+        own = {key: p for key, p in mixture.named_parameters() if not key.startswith("base.")}
+        for key, parameter in own.items():
+            value = params[f"{path}.{key}"]
+            if value.shape != parameter.shape:
+                raise ConfigError(f"{path}.{key} has shape {tuple(value.shape)}, it must be {tuple(parameter.shape)}")
+            parameter.data = value.to(device, torch.float32, copy=True)
+        setattr(parent, name, mixture)
+    return model
+
+
+def mixtures(model: TaskModel) -> Iterator[tuple[str, AdapterMixture]]:
+    """Yield (path, mixture) of all layers that have one."""
+    for path, module in model.backbone.named_modules():
+        if isinstance(module, AdapterMixture):
+            yield path, module
+
+
+def mark(model: TaskModel, batch: Batch) -> None:
+    """Tell all mixtures which positions of the batch that comes next are real."""
+    masks = list(model.masks(batch).values())
+    for path, mixture in mixtures(model):
+        mixture.mask = masks[-1] if path.startswith("decoder.") else masks[0]
