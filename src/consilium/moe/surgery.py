@@ -1,6 +1,7 @@
 """Cutting a sub-MoE out of a model: its own experts, and its own number of them, in every layer."""
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from consilium.moe.addressing import all_experts
 from consilium.moe.families import Family
 from consilium.moe.model import TaskModel
 
-__all__ = ["attribute", "checked", "slice_experts"]
+__all__ = ["attribute", "checked", "graft", "slice_experts"]
 
 
 def checked(keep: ExpertSet, counts: Mapping[str, int], family: Family | None = None) -> dict[str, tuple[int, ...]]:
@@ -58,6 +59,29 @@ def slice_experts(model: TaskModel, keep: ExpertSet) -> TaskModel:
     for name, block in model.blocks().items():
         if len(keep[name]) < totals[name]:
             _slice_block(block, model.family, keep[name], totals[name])
+    return model
+
+
+def graft(model: TaskModel) -> TaskModel:
+    """Give every sparse block one expert and one router row more, copies of its last, in place; works on the meta
+    device too. As in a slice, a router that chooses among groups has one group afterwards."""
+    family = model.family
+    for name, total in counts_of(all_experts(model)).items():
+        block = model.blocks()[name]
+        experts = block.get_submodule(family.experts)
+        if family.layout == "modules":
+            last = experts.get_submodule(family.module.format(total - 1))
+            experts.add_module(family.module.format(total), deepcopy(last))
+        ids = (*range(total), total - 1)
+        router = block.get_submodule(family.router)
+        for row in family.rows:
+            _select(router, row, ids, total)
+        for tensor in family.tensors:
+            _select(experts, tensor, ids, total)
+        for path in family.counts:
+            _set(block, path, total + 1)
+        if family.groups:
+            router.num_group = router.topk_group = 1
     return model
 
 

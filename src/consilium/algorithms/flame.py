@@ -1,0 +1,261 @@
+"""FLAME and UB-SMoE: fewer active experts per token on weak devices, instead of smaller ranks or models.
+
+FLAME: Towards Federated Fine-Tuning Large Language Models Through Adaptive SMoE. Le, Chen, Zheng, Ho, Khoa, Nguyen,
+Hwang. 2025. https://arxiv.org/abs/2506.16600
+UB-SMoE: 2026. https://arxiv.org/abs/2605.16690 (no code)
+
+    client k of FLAME     every token uses k_k of the K experts that the full model uses;  out = s_k MoE(x), s_k private
+    server                expert e <- sum_k w_ke x_ke / sum_k w_ke,   w_ke = n_k (a_ke / S_k)^t;  the rest by n_k
+    UB-SMoE               the router prefers experts that are used less: logit + reach tanh(u* / u - 1) among the N
+                          largest, in training; experts that no token reached get a gradient, k_k / E times the mean of
+                          the others
+
+    a_ke   group "served", validation tokens that expert e computed     S_k   tokens: sum_e a_ke / k_k
+    s_k    context.private "scale/<block>", one per layer               u     usage, with momentum `zeta`
+
+This saves computation, not memory: all experts stay resident. `experts` "memory" saves both: each device holds as many
+of the publicly most used experts as fit, the larger sets containing the smaller (as NestedMoE).
+
+What is ours: s_k per layer; a_ke of validation rows, which a site's privacy settings may keep back (then t must be 0);
+k_k in proportion to a device's memory if `k` does not say it, as there is no budget of computation. Of UB-SMoE, whose
+equations were not at hand, the form of the gradient, and that usage begins even in every round; it merges by n_k.
+Where routers choose by more than the largest of a softmax (Switch, DeepSeek) they are left as they are, and in Switch
+K is 1.
+
+Every client is scored at its own k_k, and once more with the server's model as it is at the full K ("full_k"):
+published low-end scores collapse where only one of the two is given. UB-SMoE's published accuracies on OLMoE-1B-7B and
+Commonsense-15K (low-end 0.3936, high-end 0.5240) are the ones to compare with, on such a model.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from consilium.algorithms.fedavg import FedAvgServer, common_experts
+from consilium.core import (
+    Algorithm,
+    Client,
+    ClientContext,
+    ClientId,
+    ClientInfo,
+    ExpertMap,
+    ExpertSet,
+    Payload,
+    Reveal,
+    Server,
+    experts_from_scalars,
+    setting,
+)
+from consilium.moe.active import SCALE, activate, add_scales, balance_routing, fill_gradients, scales_of
+from consilium.moe.addressing import expert_of, router_row_of
+from consilium.moe.model import TaskModel
+from consilium.moe.routing import shares
+from consilium.params import Like
+from consilium.setup import Setup
+from consilium.training import Correct, local_round, local_test
+
+__all__ = ["FLAME", "UBSMoE"]
+
+MOST = 2**40
+"""Tokens that a client may have counted for an expert."""
+KEPT = "scale/"
+
+
+@dataclass(frozen=True)
+class FLAME(Algorithm):
+    """Fewer active experts, a learned scale, and means weighted by activation.
+
+    Args:
+        k: active experts per token, of the clients in the order of their ids and again from the first; (): in
+            proportion to a device's memory, of the full number where it could train all experts.
+        t: temperature of the weights by activation, >= 0; 0: weights n_k.
+        scale: whether the output of the experts has a learned scale.
+        experts: experts per layer: "all", a number or "fit", see FedAvg; "memory": as many as each device has room for.
+    """
+
+    worlds: ClassVar[tuple[str, ...]] = ("moe",)
+    k: tuple[int, ...] = setting((), "server", "[1, 1e4]")
+    t: float = setting(1.0, "server", "[0, 10]")
+    scale: bool = setting(True, "free")
+    experts: int | Literal["all", "fit", "memory"] = setting("all", "server")
+
+    def reads(self) -> frozenset[str]:
+        return frozenset({"usage"} if self.t else ())
+
+    def server(self, setup: Setup) -> Server:
+        return FlameServer(setup, self)
+
+    def client(self, setup: Setup) -> Client:
+        return FlameClient(setup, self)
+
+    def prepare(self, model: TaskModel) -> None:
+        """Change a live model before it is trained."""
+
+    def correct(self, model: TaskModel, held: ExpertSet | None, k: int) -> Correct | None:
+        """Return what changes gradients."""
+        return None
+
+
+@dataclass(frozen=True)
+class UBSMoE(FLAME):
+    """Fewer active experts, balanced routing, and gradients for experts that no token reached.
+
+    Args:
+        k: see FLAME.
+        t: see FLAME.
+        scale: see FLAME.
+        experts: see FLAME.
+        candidates: N, a token's experts that may be preferred; 0: twice as many as are active.
+        reach: the largest change of a logit, >= 0.
+        zeta: momentum of the usage, in [0, 1).
+        pseudo: factor on the gradients of experts that no token reached, on top of k / E, >= 0.
+    """
+
+    t: float = setting(0.0, "server", "[0, 10]")
+    scale: bool = setting(False, "free")
+    candidates: int = setting(0, "free", "[0, 1e4]")
+    reach: float = setting(1.0, "factor", "[0, 1e3]")
+    zeta: float = setting(0.9, "factor", "[0, 1)")
+    pseudo: float = setting(1.0, "factor", "[0, 1e3]")
+
+    def prepare(self, model: TaskModel) -> None:
+        balance_routing(model, self.candidates, self.reach, self.zeta)
+
+    def correct(self, model: TaskModel, held: ExpertSet | None, k: int) -> Correct | None:
+        experts = max(len(ids) for ids in held.values()) if held else int(getattr(model.config, model.family.number))
+        return fill_gradients(model, held, self.pseudo * k / experts) if self.pseudo else None
+
+
+class FlameServer(FedAvgServer):
+    """FedAvg's server, which tells each client its k and weighs experts by activation."""
+
+    def __init__(self, setup: Setup, algorithm: FLAME):
+        nested = algorithm.experts == "memory"
+        super().__init__(setup, None if nested else common_experts(setup, algorithm.experts))
+        self.algorithm = algorithm
+        ordered = sorted(setup.clients, key=lambda c: c.id)
+        self.map: ExpertMap = {c.id: _nested(setup, c) for c in ordered} if nested else {}
+        self.k = {client.id: self._active(client, place) for place, client in enumerate(ordered)}
+        self.served: dict[ClientId, dict[str, Tensor]] = {}
+
+    def _active(self, client: ClientInfo, place: int) -> int:
+        """k_k."""
+        setup, given = self.setup, self.algorithm.k
+        full = int(getattr(setup.model.config, "num_experts_per_tok", 1))
+        if given:
+            return min(given[place % len(given)], full)
+        if client.memory_bytes is None:
+            return full
+        share = client.memory_bytes / setup.footprint(setup.model.counts).total
+        return max(1, round(full * min(share, 1.0)))
+
+    def held_by(self, client: ClientInfo) -> ExpertSet | None:
+        return self.map.get(client.id, self.held)
+
+    def deliver(self, client: ClientInfo) -> Payload:
+        sent = super().deliver(client)
+        return Payload(sent.groups, {**sent.scalars, "k": self.k[client.id]})
+
+    def expects(self, client: ClientInfo, sent: Payload) -> dict[str, dict[str, Like]]:
+        counts = {block: Like((n,), torch.int64, 0, MOST) for block, n in self.setup.model.counts.items()}
+        return {**super().expects(client, sent), **({"served": counts} if self.algorithm.t else {})}
+
+    def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
+        mean = self.setup.mean(self.params, round)
+        for client, reply in replies:
+            self.served[client] = reply.group("served")
+            mean.add(reply.group("params"), activation_weight(reply, self.k[client], self.algorithm.t))
+        self.params = mean.mean(self.params)
+        return {"active": sum(self.k.values()) / max(len(self.k), 1), **mean.told()}
+
+    def structure(self) -> ExpertMap | None:
+        return dict(self.map) or None
+
+    def usage(self) -> dict[ClientId, dict[str, list[float]]]:
+        found = {client: shares(served) for client, served in self.served.items() if served}
+        return {client: {block: p_E.tolist() for block, p_E in own.items()} for client, own in found.items()}
+
+    def state(self) -> Payload:
+        served = {f"{client}/{block}": n for client, own in self.served.items() for block, n in own.items()}
+        return Payload({"params": self.params, "served": served})
+
+    def restore(self, state: Payload) -> None:
+        super().restore(state)
+        self.served = {}
+        for key, counts in state.group("served").items():
+            client, _, block = key.partition("/")
+            self.served.setdefault(client, {})[block] = counts
+
+
+def activation_weight(reply: Payload, k: int, t: float) -> float | Callable[[str], float]:
+    """w_ke = n_k (a_ke / S_k)^t for tensors and router rows of expert e, n_k for others; see the module."""
+    n_k, served = float(reply.scalars["num_examples"]), reply.group("served")
+    if not t:
+        return n_k
+    tokens = {block: max(float(n_E.sum()) / k, 1.0) for block, n_E in served.items()}
+
+    def weight(key: str) -> float:
+        place = expert_of(key) or router_row_of(key)
+        if place is None:
+            return n_k
+        block, e = place
+        return n_k * min(float(served[block][e]) / tokens[block], 1.0) ** t
+
+    return weight
+
+
+def _nested(setup: Setup, client: ClientInfo) -> ExpertSet:
+    """The publicly most used experts, as many per layer as the device has room for."""
+    n = max(setup.largest_uniform(client.memory_bytes), setup.model.family.least)
+    return common_experts(setup, n)
+
+
+class FlameClient(Client):
+    """Trains with its own number of active experts."""
+
+    def __init__(self, setup: Setup, algorithm: FLAME):
+        self.setup, self.algorithm = setup, algorithm
+        self.reveals: Mapping[str, Reveal] = {
+            **({"served": Reveal("usage", "exact")} if algorithm.t else {}),
+            "full_k": Reveal("score"),
+            "full_k_bits_per_byte": Reveal("score"),
+        }
+
+    def train(self, payload: Payload, context: ClientContext) -> Payload:
+        k, held, algorithm = int(payload.scalars["k"]), experts_from_scalars(payload.scalars), self.algorithm
+
+        def prepare(model: TaskModel) -> None:
+            self._own(k, context, model)
+            algorithm.prepare(model)
+
+        correct = (
+            partial(algorithm.correct, held=held, k=k) if isinstance(algorithm, UBSMoE) and algorithm.pseudo else None
+        )
+        asked = bool(algorithm.t)
+        model, reply = local_round(self.setup, payload, context, correct, usage=asked, prepare=prepare)
+        if algorithm.scale:
+            scales = {f"{KEPT}{block}": value for block, value in scales_of(model).items()}
+            context.private.params = {**context.private.params, **scales}
+        params = {key: t for key, t in reply.group("params").items() if not key.endswith(f".{SCALE}")}
+        groups = {"params": params, **({"served": reply.group("served")} if asked else {})}
+        return Payload(groups, reply.scalars)
+
+    def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
+        own = local_test(self.setup, payload, context, partial(self._own, int(payload.scalars["k"]), context))
+        full = local_test(self.setup, payload, context)
+        told = {"full_k": full.scalars["score"]}
+        if "bits_per_byte" in full.scalars:
+            told["full_k_bits_per_byte"] = full.scalars["bits_per_byte"]
+        seconds = own.scalars["seconds_evaluate"] + full.scalars["seconds_evaluate"]
+        return Payload(scalars={**own.scalars, **told, "seconds_evaluate": seconds})
+
+    def _own(self, k: int, context: ClientContext, model: TaskModel) -> None:
+        """The client's k and scales."""
+        activate(model, k)
+        if self.algorithm.scale:
+            kept = context.private.params.items()
+            add_scales(model, {key.removeprefix(KEPT): t for key, t in kept if key.startswith(KEPT)})

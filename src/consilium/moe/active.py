@@ -1,0 +1,141 @@
+"""Fewer active experts per token, and what makes up for them: a scale of the experts' output, balanced routing, and
+gradients for experts that no token reached. Shapes: T tokens, E experts in the model, K chosen per token.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from consilium.core import ExpertSet
+from consilium.moe.addressing import expert_of, table
+from consilium.moe.gates import WEIGHTS
+from consilium.moe.model import TaskModel
+from consilium.moe.surgery import attribute
+from consilium.params import Params
+
+__all__ = ["activate", "add_scales", "balance_routing", "fill_gradients", "full_k", "scales_of"]
+
+SCALE = "output_scale"
+
+
+def full_k(model: TaskModel) -> int:
+    """Return K of the full model, 1 where the family's routers have no such number."""
+    return int(getattr(model.config, "num_experts_per_tok", 1))
+
+
+def activate(model: TaskModel, k: int) -> TaskModel:
+    """Let every token use at most k experts from now on, in place.
+
+    A family whose routers always choose one (Switch) or two (PhiMoE) stays as it is.
+    """
+    family = model.family
+    if family.top_k is not None and (family.least == 1 or family.groups):
+        owner, _, name = family.top_k.rpartition(".")
+        for block in model.blocks().values():
+            setattr(block.get_submodule(owner), name, max(1, min(k, attribute(block, family.top_k))))
+    return model
+
+
+def add_scales(model: TaskModel, scales: Params) -> TaskModel:
+    """Multiply the output of every block's experts by a scalar that is trained, float32; 1 where `scales` has none.
+
+    Shared experts that a family computes beside them are not scaled.
+
+    Args:
+        scales: block -> scalar.
+    """
+    for name, block in model.blocks().items():
+        experts = block.get_submodule(model.family.experts)
+        value = scales.get(name, torch.ones(())).to(next(model.backbone.parameters()).device, torch.float32, copy=True)
+        experts.register_parameter(SCALE, nn.Parameter(value))
+        experts.register_forward_hook(lambda module, args, output: output * getattr(module, SCALE).to(output.dtype))
+    return model
+
+
+def scales_of(model: TaskModel, masters: Mapping[str, Tensor] | None = None) -> Params:
+    """Return block -> trained scalar, copies on the CPU."""
+    found = {}
+    for name, block in model.blocks().items():
+        value = block.get_submodule(model.family.experts).get_parameter(SCALE)
+        found[name] = value.detach().to("cpu", torch.float32, copy=True)
+    return found
+
+
+def balance_routing(model: TaskModel, candidates: int, reach: float, momentum: float) -> TaskModel:
+    """Favour experts that are used less, among each token's candidates, in training; in place.
+
+    A family is left alone where choosing is more than the K largest of a softmax: correction biases, groups, capacity.
+
+    Args:
+        candidates: N, experts with the largest logits of a token that may be chosen; 0: 2 K.
+        reach: the largest change of a logit. momentum: of the usage u: u <- momentum u + (1 - momentum) shares.
+    """
+    family = model.family
+    simple = family.choice is None and not family.groups and not family.dispatch and family.least == 1
+    if not simple or (family.logits, family.routed) != (0, 2):
+        return model
+    normal = family.normalised
+    normal = bool(getattr(model.config, normal)) if isinstance(normal, str) else bool(normal)
+    for block in model.blocks().values():
+        router = block.get_submodule(family.router)
+        router.register_forward_hook(Balanced(candidates, reach, momentum, normal))
+    return model
+
+
+class Balanced:
+    """A forward hook on a router: logits + reach tanh(u*/u - 1) among the candidates, u* = 1 / E.
+
+    Attributes:
+        u: usage [E], which sums to 1; it begins even.
+    """
+
+    def __init__(self, candidates: int, reach: float, momentum: float, normal: bool):
+        self.candidates, self.reach, self.momentum, self.normal = candidates, reach, momentum, normal
+        self.u: Tensor | None = None
+
+    def __call__(self, router: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if not router.training:
+            return output
+        logits_TE, gates_TK = output[0].float(), output[WEIGHTS]
+        experts, k = logits_TE.shape[-1], gates_TK.shape[-1]
+        u_E = torch.full((experts,), 1 / experts, device=logits_TE.device) if self.u is None else self.u
+        change_E = self.reach * torch.tanh(1 / (experts * u_E.clamp(min=1e-6)) - 1)
+        near = logits_TE.topk(min(max(self.candidates or 2 * k, k), experts), dim=-1).indices
+        allowed_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(-1, near, True)
+        moved_TE = (logits_TE + change_E).masked_fill(~allowed_TE, float("-inf"))
+        best = moved_TE.softmax(-1).topk(k, dim=-1)
+        weights = best.values / best.values.sum(-1, keepdim=True) if self.normal else best.values
+        share_E = torch.bincount(best.indices.flatten(), minlength=experts).float() / best.indices.numel()
+        self.u = self.momentum * u_E + (1 - self.momentum) * share_E
+        return (output[0], weights.to(gates_TK.dtype), best.indices, *output[3:])
+
+
+def fill_gradients(model: TaskModel, held: ExpertSet | None, factor: float):
+    """Return a correction for `training.fit`: an expert that no token reached gets `factor` times the mean gradient of
+    those of its block that were reached."""
+    names = table(model, held)
+
+    @torch.no_grad()
+    def correct(trainable: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+        apart: dict[tuple[str, str], list[Tensor]] = {}
+        for path, p in trainable.items():
+            name = names[path]
+            place = expert_of(name if isinstance(name, str) else name[0])
+            if place is None:
+                continue
+            if isinstance(name, str):
+                apart.setdefault((place[0], name.split(f".experts.{place[1]}.", 1)[1]), []).append(p)
+            elif p.grad is not None:
+                reached = p.grad.flatten(1).any(1)
+                if reached.any() and not reached.all():
+                    p.grad[~reached] = factor * p.grad[reached].mean(0)
+        for members in apart.values():
+            reached = [p for p in members if p.grad is not None and p.grad.any()]
+            if reached:
+                mean = factor * torch.stack([p.grad for p in reached]).mean(0)
+                for p in members:
+                    if all(p is not other for other in reached):
+                        p.grad = mean.clone()
+
+    return correct
