@@ -10,12 +10,14 @@ A small shared model G (its representation has d1 < d2 numbers, the client's own
 
     G        params["small.*"]          F_k, P_k    context.state: private.*, projector.*, head.*        d1   d1
 
-Departures: none in the rule; momentum, weight decay and clipping are `fit`'s.
+Departures: none in the rule; momentum, weight decay and clipping are `fit`'s. `aggregation` "last" is a fault of the
+released code, as an ablation: there the uploads of a round are references to one object that the next client
+overwrites, so that the "average" is the last client's G, and published numbers may come from that.
 """
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from torch.nn import functional as F
 
 from consilium.algorithms.fedavg import FedAvgServer
 from consilium.algorithms.fml import SMALL, small_params
+from consilium.algorithms.pfedafm import LastServer
 from consilium.core import Algorithm, Client, ClientContext, Payload, Server, setting
 from consilium.errors import ConfigError
 from consilium.models.cohort import SplitModel, initial
@@ -41,13 +44,16 @@ class FedMRL(Algorithm):
     Args:
         d1: width of the small model's representation, >= 1, at most the own model's; None: a fifth of it. Where the
             small model is a function of your own or an encoder, it has its own width.
+        aggregation: "mean" by n_k, or "last": the last selected client wins, as in the released code.
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
     d1: int | None = setting(None, "memory", "[1, 1e12]")
+    aggregation: Literal["mean", "last"] = setting("mean", "server")
 
     def server(self, setup: Setup) -> Server:
-        return FedAvgServer(setup, params=small_params(self.narrow(setup)))
+        params = small_params(self.narrow(setup))
+        return (LastServer if self.aggregation == "last" else FedAvgServer)(setup, params=params)
 
     def client(self, setup: Setup) -> Client:
         return FedMRLClient(setup, self.narrow(setup))

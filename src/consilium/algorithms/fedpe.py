@@ -1,0 +1,221 @@
+"""FedPE-style pruning and expanding of small models.
+
+After the title of: Adaptive Model Pruning-Expanding for Federated Learning on Mobile Devices. IEEE Transactions on
+Mobile Computing 23(11), 2024. No text, code, equation or number of this paper could be obtained; all that follows is
+ours, and no published result can be compared with it. Its cousins with sources are HeteroFL and FedRolex.
+
+Client k has a sub-network: some units of every hidden layer. In each of its rounds
+
+    importance   s <- 0.9 s + 0.1 * mean over batches of |w . dL/dw|, summed over the parameters of a unit
+    prune        the lowest units of every layer, a fraction rho_t = rho (1 + cos(pi t / T)) / 2; at least one stays
+    expand       of the units it does not have, those with the highest importance to others, as long as the sub-network
+                 has no more parameters than its budget
+    gate         if the validation score has fallen by more than eps since the change, it is taken back, and rho of the
+                 client is halved
+    server       every parameter: the mean over who has it, by n_k; what nobody has keeps its value
+
+    units   scalars "units/<layer>"    s   group "importance": layer -> [units held]    budget   `shares`, as HeteroFL
+
+The server chooses the units, by importances and validation scores that the clients tell. Prune and expand alone are
+`expand` False and `rho` 0; with `shares` 1 it is FedAvg.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from consilium.algorithms.heterofl import HeteroFL, SubNetClient, SubNetServer, Units, units_from, window
+from consilium.core import Client, ClientContext, ClientId, ClientInfo, Payload, Reveal, Server, setting
+from consilium.models.narrow import params_of
+from consilium.moe.addressing import flatten
+from consilium.params import Like
+from consilium.setup import Setup
+from consilium.training import trained
+
+__all__ = ["FedPE", "expanded", "pruned"]
+
+FORGET = 0.9
+"""Weight of what was known of a unit's importance."""
+
+
+@dataclass(frozen=True)
+class FedPE(HeteroFL):
+    """Sub-networks that lose unimportant units and gain important ones.
+
+    Args:
+        shares: see HeteroFL; the budget of a client is the parameters of its sub-network there.
+        rho: largest fraction of a layer's units that is pruned in a round, in [0, 1).
+        eps: fall of the validation score by which a change is taken back, >= 0.
+        expand: whether pruned room is filled again.
+    """
+
+    rho: float = setting(0.2, "server", "[0, 1)")
+    eps: float = setting(0.01, "server", "[0, 1]")
+    expand: bool = setting(True, "server")
+
+    def reads(self) -> frozenset[str]:
+        return frozenset({"importances", "validation scores"})
+
+    def server(self, setup: Setup) -> Server:
+        return FedPEServer(setup, self)
+
+    def client(self, setup: Setup) -> Client:
+        return FedPEClient(setup)
+
+
+def pruned(importance: Mapping[str, Mapping[int, float]], fraction: float) -> Units:
+    """Return the units of every layer without the lowest `fraction` (rounded down; ties: the higher unit goes)."""
+    kept = {}
+    for layer, own in importance.items():
+        order = sorted(own, key=lambda unit: (-own[unit], unit))
+        kept[layer] = sorted(order[: max(1, len(order) - int(fraction * len(order)))])
+    return kept
+
+
+def expanded(units: Units, others: Mapping[str, Mapping[int, float]], size: Any, budget: int) -> Units:
+    """Return the units with those added that matter most to others, as long as `size(units)` <= budget.
+
+    The importance of a unit is taken relative to the mean of its layer, so that layers compare.
+    """
+    grown = {layer: list(ids) for layer, ids in units.items()}
+    ranked = []
+    for layer, known in others.items():
+        mean = sum(known.values()) / max(len(known), 1) or 1.0
+        ranked += [(s / mean, layer, unit) for unit, s in known.items() if unit not in grown[layer]]
+    for _, layer, unit in sorted(ranked, key=lambda item: (-item[0], item[1], item[2])):
+        tried = {**grown, layer: sorted([*grown[layer], unit])}
+        if size(tried) <= budget:
+            grown = tried
+    return grown
+
+
+class FedPEServer(SubNetServer):
+    """Chooses units by importance.
+
+    Attributes:
+        held: client -> layer -> its units. known: client -> layer -> unit -> s.
+        judged: client -> the validation score before its last change, the units then, and its factor on rho.
+    """
+
+    def __init__(self, setup: Setup, algorithm: FedPE):
+        super().__init__(setup, algorithm)
+        self.held: dict[ClientId, Units] = {
+            c: {link.name: window(link.units, share, 1, "static") for link in self.links[:-1]}
+            for c, share in self.share.items()
+        }
+        self.budget = {c: params_of(self.links, units) for c, units in self.held.items()}
+        self.known: dict[ClientId, dict[str, dict[int, float]]] = {}
+        self.judged: dict[ClientId, dict[str, Any]] = {}
+        self.log: list[dict[str, Any]] = []
+
+    def units(self, client: ClientId) -> Units:
+        return self.held[client]
+
+    def expects(self, client: ClientInfo, sent: Payload) -> dict[str, dict[str, Like]]:
+        importance = {layer: Like((len(ids),), torch.float32, least=0) for layer, ids in units_from(sent).items()}
+        return {**super().expects(client, sent), "importance": importance}
+
+    def objection(self, client: ClientInfo, sent: Payload, reply: Payload) -> str | None:
+        return None if "validation" in reply.scalars else "validation is missing"
+
+    def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
+        told: dict[ClientId, float] = {}
+
+        def noted() -> Iterable[tuple[ClientId, Payload]]:
+            for client, reply in replies:
+                self._note(client, reply.group("importance"))
+                told[client] = float(reply.scalars["validation"])
+                yield client, reply
+
+        self.params = self.merged(noted())
+        for client in sorted(told):
+            self._change(client, told[client], round)
+        self.round = round + 1
+        held = [params_of(self.links, units) for units in self.held.values()]
+        return {"parameters": sum(held) / max(len(held), 1)}
+
+    def _note(self, client: ClientId, importance: Mapping[str, Tensor]) -> None:
+        """Follow a client's importances; a unit that is new to it begins with what it tells."""
+        before, now = self.known.get(client, {}), {}
+        for layer, ids in self.held[client].items():
+            old = before.get(layer, {})
+            now[layer] = {
+                u: FORGET * old[u] + (1 - FORGET) * s if u in old else s
+                for u, s in zip(ids, importance[layer].tolist(), strict=True)
+            }
+        self.known = self.known | {client: now}
+
+    def _change(self, client: ClientId, validation: float, round: int) -> None:
+        """Take a change back, or prune and expand."""
+        algorithm, judged = self.algorithm, self.judged.get(client, {"factor": 1.0})
+        event = None
+        if "units" in judged and validation < judged["score"] - algorithm.eps:
+            units, judged, event = judged["units"], {"factor": judged["factor"] / 2}, "rollback"
+        else:
+            horizon = max(self.setup.rounds, 1)
+            decay = (1 + math.cos(math.pi * min(round / horizon, 1.0))) / 2 if self.setup.rounds else 1.0
+            units = pruned(self.known[client], algorithm.rho * judged["factor"] * decay)
+            if algorithm.expand:
+                units = expanded(units, self._others(client), lambda u: params_of(self.links, u), self.budget[client])
+            if units != self.held[client]:
+                before, after = (sum(map(len, u.values())) for u in (self.held[client], units))
+                judged = {**judged, "score": validation, "units": self.held[client]}
+                event = "grow" if after >= before else "shrink"
+        if event:
+            self.log.append({"event": event, "client": client, "experts": sum(map(len, units.values()))})
+        self.held, self.judged = self.held | {client: units}, self.judged | {client: judged}
+
+    def _others(self, client: ClientId) -> dict[str, dict[int, float]]:
+        """Layer -> unit -> mean importance to the other clients that have it."""
+        found: dict[str, dict[int, list[float]]] = {link.name: {} for link in self.links[:-1]}
+        for other in sorted(self.known.keys() - {client}):
+            for layer, own in self.known[other].items():
+                for unit, s in own.items():
+                    found[layer].setdefault(unit, []).append(s)
+        return {layer: {u: sum(s) / len(s) for u, s in own.items()} for layer, own in found.items()}
+
+    def events(self) -> list[dict[str, Any]]:
+        log, self.log = self.log, []
+        return log
+
+    def state(self) -> Payload:
+        known = {c: {layer: list(own.items()) for layer, own in of.items()} for c, of in self.known.items()}
+        rest = {"held": self.held, "known": known, "judged": self.judged, "log": self.log, "round": self.round}
+        return Payload({"params": self.params}, {"pe": json.dumps(rest)})
+
+    def restore(self, state: Payload) -> None:
+        self.params, rest = state.group("params"), json.loads(str(state.scalars["pe"]))
+        self.held, self.judged, self.log, self.round = (rest[k] for k in ("held", "judged", "log", "round"))
+        self.known = {
+            c: {layer: {int(u): s for u, s in own} for layer, own in of.items()} for c, of in rest["known"].items()
+        }
+
+
+class FedPEClient(SubNetClient):
+    """Trains its sub-network, and measures how much each unit matters."""
+
+    reveals: ClassVar[Mapping[str, Reveal]] = {
+        "importance": Reveal("usage", "exact"),
+        "validation": Reveal("score", "less"),
+    }
+
+    def train(self, payload: Payload, context: ClientContext) -> Payload:
+        model, layers = self.build(payload, context), units_from(payload)
+        sums, batches = {layer: torch.zeros(len(ids)) for layer, ids in layers.items()}, 0
+
+        def measure(trainable: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+            nonlocal batches
+            batches += 1
+            for layer, total in sums.items():
+                for leaf in ("weight", "bias"):
+                    p = trainable[f"{layer}.{leaf}"]
+                    total += (p.detach() * p.grad).reshape(len(p), -1).sum(1).abs().cpu()
+
+        told = trained(self.setup, model, context, correct=measure)
+        importance = {layer: total / max(batches, 1) for layer, total in sums.items()}
+        return Payload({"params": flatten(model), "importance": importance}, told)

@@ -1,0 +1,128 @@
+"""Sub-networks of small models: some units of every layer, and what of the neighbours' weights belongs to them.
+
+A model is a chain of convolutions and linear layers in a Sequential (`models.cohort.ARCHITECTURES`). Of every layer
+but the last, which makes the representation, some units (filters) are kept; the next layer then reads these alone,
+after a Flatten with all the places of each. Flat names are those of the model: "3.weight", "3.bias".
+
+Shapes: O units of a layer, I units that it reads, P places of a filter after a Flatten (1 elsewhere).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from consilium.errors import ConfigError
+from consilium.params import Params
+
+__all__ = ["Link", "chain", "cut", "narrowed", "params_of", "put"]
+
+Units = Mapping[str, Sequence[int]]
+"""Layer -> the units that are kept, ascending."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """A layer of the chain.
+
+    Args:
+        name: its place in the Sequential. units: O. before: the layer that it reads, "": the input.
+        places: P of each unit of that layer. inside: parameters of one unit per unit that it reads (a kernel's size).
+    """
+
+    name: str
+    units: int
+    before: str
+    places: int
+    inside: int
+
+
+def chain(module: nn.Module) -> tuple[Link, ...]:
+    """Return the layers of a model, in order.
+
+    Raises:
+        ConfigError: for a model that is no chain of convolutions and linear layers.
+    """
+    if not isinstance(module, nn.Sequential):
+        raise ConfigError(
+            f"{type(module).__name__} is no chain of layers; sub-networks are for cnn-*, mnist-* and mlp-*"
+        )
+    links: list[Link] = []
+    for name, layer in module.named_children():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            before = links[-1] if links else None
+            out, read = layer.weight.shape[:2]
+            places = read // before.units if before and isinstance(layer, nn.Linear) else 1
+            inside = layer.weight[0, 0].numel() * places if before else layer.weight[0].numel()
+            links.append(Link(name, out, before.name if before else "", places, inside))
+        elif any(True for _ in layer.parameters()):
+            raise ConfigError(
+                f"{type(layer).__name__} in a model of which sub-networks are taken; allowed are Conv2d, Linear"
+            )
+    return tuple(links)
+
+
+def _places(link: Link, units: Units) -> Tensor | None:
+    """Where the inputs of a layer that belong to the kept units lie; None: all."""
+    if link.before not in units:
+        return None
+    kept = torch.tensor(units[link.before])
+    return (kept[:, None] * link.places + torch.arange(link.places)).flatten()
+
+
+def cut(params: Mapping[str, Tensor], links: Sequence[Link], units: Units) -> Params:
+    """Return the parameters of a sub-network, copies; names outside the chain (heads) as they are."""
+    sub = dict(params)
+    for link in links:
+        weight, bias, read = params[f"{link.name}.weight"], params[f"{link.name}.bias"], _places(link, units)
+        if link.name in units:
+            kept = torch.tensor(units[link.name])
+            weight, bias = weight[kept], bias[kept]
+        sub[f"{link.name}.weight"] = weight if read is None else weight[:, read].contiguous()
+        sub[f"{link.name}.bias"] = bias
+    return sub
+
+
+def put(sums: Params, counts: Params, sub: Mapping[str, Tensor], links: Sequence[Link], units: Units, w: float) -> None:
+    """Add w times a sub-network to the sums [like the whole], float64, and w to the counts, at the places it has."""
+    for link in links:
+        read = _places(link, units)
+        kept = torch.tensor(units[link.name]) if link.name in units else torch.arange(link.units)
+        for leaf in ("weight", "bias"):
+            key = f"{link.name}.{leaf}"
+            if leaf == "bias" or read is None:
+                sums[key].index_add_(0, kept, sub[key].double(), alpha=w)
+                counts[key].index_add_(0, kept, torch.ones_like(sub[key], dtype=torch.float64), alpha=w)
+            else:
+                rows_OX, count_OX = sums[key].index_select(0, kept), counts[key].index_select(0, kept)
+                rows_OX.index_add_(1, read, sub[key].double(), alpha=w)
+                count_OX.index_add_(1, read, torch.ones_like(sub[key], dtype=torch.float64), alpha=w)
+                sums[key][kept], counts[key][kept] = rows_OX, count_OX
+
+
+def narrowed(module: nn.Sequential, units: Units) -> nn.Sequential:
+    """Return the model with its layers as narrow as the sub-network, in place, with new weights."""
+    for link in chain(module):
+        layer = module.get_submodule(link.name)
+        out = len(units.get(link.name, range(link.units)))
+        read = _places(link, units)
+        if isinstance(layer, nn.Conv2d):
+            inputs = layer.in_channels if read is None else len(read)
+            new = nn.Conv2d(inputs, out, layer.kernel_size, layer.stride, layer.padding, device=layer.weight.device)
+        else:
+            inputs = layer.in_features if read is None else len(read)
+            new = nn.Linear(inputs, out, device=layer.weight.device)
+        module[int(link.name)] = new
+    return module
+
+
+def params_of(links: Sequence[Link], units: Units) -> int:
+    """Parameters of a sub-network, heads apart."""
+    total = 0
+    for link in links:
+        out = len(units.get(link.name, range(link.units)))
+        read = len(units[link.before]) if link.before in units else None
+        before = next((other.units for other in links if other.name == link.before), 1)
+        total += out * (link.inside * (before if read is None else read) + 1)
+    return total
