@@ -33,12 +33,14 @@ MODES = [
     dataclasses.replace(usage, labels=labels, scores=scores)
     for usage, labels, scores in itertools.product(USAGE, ("counts", "names"), ("exact", "coarse", "none"))
 ]
-NEEDS_EXACT_USAGE = {"HFedMoE"}
-NEEDS_SCORES = {"FedMoE", "AffinityMoE"}
+NEEDS_EXACT_USAGE = {"HFedMoE", "FedAMoLE", "FLAME", "FedPE", "Flux"}
+NEEDS_SCORES = {"FedMoE", "AffinityMoE", "FedPE"}
 UPDATES = {"params", "factors", "control", "prototypes"}
 COSTS = {"steps", "experts", "footprint", "seconds_evaluate"}
 SIZES = {"num_examples", "examples", "cut"}
-SCORES = {"validation", "train_loss", "perplexity", "bits_per_byte", "score", "report/test before aggregation"}
+SCORES = {"validation", "train_loss", "perplexity", "bits_per_byte", "score", "report/test before aggregation",
+          "full_k"}  # fmt: skip
+USAGES = {"demand", "contribution", "usage", "importance", "trained", "served", "token", "experts", "utility"}
 
 
 def context(world, client="colour-00"):
@@ -103,7 +105,7 @@ def test_every_key_of_every_methods_replies_in_every_mode(name, world):
 
 def look(payload, privacy, context):
     labels = context.data.task.labels
-    usages = payload.groups.keys() & {"demand", "contribution", "usage", "importance", "trained"}
+    usages = payload.groups.keys() & USAGES
     assert privacy.usage == "exact" or len(usages) <= 1, f"{usages} together tell more than one of them"
     for group, tensors in payload.groups.items():
         if group in UPDATES:
