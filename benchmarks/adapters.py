@@ -1,6 +1,6 @@
 """Rules for adapters, and methods that train mixtures of adapters: next-token loss in bits per byte at equal bytes.
 
-Eight clients with one private domain of the testbed each (`consilium.data.code`), all from the shipped model
+Eight clients with one private domain each (`consilium.data.code`), all from the shipped model
 `code-olmoe`, whose experts are trained by adapters:
 
     unequal ranks   2, 4, .. 16, each client's largest by its memory: stack, svd, pad, pad_norm, rank_partition,
@@ -52,7 +52,7 @@ RANK = 8
 RANK_MEASURES = ("effective_rank", "energy_beyond")
 RATE = 3e-3
 ROUNDS = 5
-BUDGET = 8.0
+BUDGET = 14.0
 """Megabytes per client."""
 ONE_RANK = ("mean", "ffa", "alternate", "share_a", "residual")
 ANY_RANK = ("stack", "svd", "pad", "pad_norm", "rank_partition")

@@ -95,3 +95,40 @@ def test_the_testbeds_table_has_paired_differences(testbed, tmp_path, capsys):
     testbed.write(cells)
     assert "| AffinityMoE - alone | -0.300 ± 1.271 | -0.300 ± 1.271 |" in (tmp_path / "testbed.md").read_text()
     assert "| alone | 2 | 0.0006 |" in capsys.readouterr().out
+
+
+# --- rules for adapters -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapters(monkeypatch, tmp_path):
+    """benchmarks/adapters.py as a module, which writes its results to a temporary folder."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module("adapters")
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return module
+
+
+def test_methods_are_read_at_equal_bytes(adapters, tmp_path, capsys):
+    """Half of the budget a round: two rounds count, so svd has 1.5 - 1.6 and 1.5 - 1.8 of `mean`: -0.2, half width
+    12.706 * 0.1. A method whose first round is dearer than the budget is read after that one."""
+
+    def run(megabytes, *scores):
+        rounds = [
+            {"megabytes": (i + 1) * megabytes, "G": s, "S": s, "worst": s, "effective_rank": 2.0 - i / 2,
+             "energy_beyond": 0.5 / (i + 1)}
+            for i, s in enumerate(scores)
+        ]  # fmt: skip
+        return {"rounds": rounds}
+
+    half = adapters.BUDGET / 2
+    cells = {
+        "mean-0": run(half, 2.0, 1.6, 1.0), "mean-1": run(half, 2.0, 1.8, 1.0), "svd-0": run(half, 1.9, 1.5, 0.9),
+        "svd-1": run(half, 1.9, 1.5, 0.9), "stack-0": run(3 * adapters.BUDGET, 1.2, 1.1),
+    }  # fmt: skip
+    adapters.write(cells)
+    text = (tmp_path / "adapters.md").read_text()
+    assert "| svd | 2 | 2 of 5 | 14.0 | 1.500 | 1.500 | 1.500 | -0.20 [-1.47, +1.07] | -0.20 [-1.47, +1.07] |" in text
+    assert "| stack | 1 | 1 of 5 | 42.0 | 1.200 |" in text
+    assert "| svd | 2.00 | 1.00 | 0.500 | 0.167 |" in text  # all rounds, whatever the bytes
+    assert capsys.readouterr().out
