@@ -410,7 +410,10 @@ class HFedMoEServer(Server):
         if any(int(n_E.max()) > reply.scalars["steps"] for n_E in batches.values()):
             return "an expert was trained in more batches than there were"
         wanted = {k for k in sent.group("params") if expert_of(k) in trained}
-        if self.algorithm.experts == "usage" and {k for k in reply.group("params") if expert_of(k)} != wanted:
+        returned = {k for k in reply.group("params") if expert_of(k)}
+        if sent.scalars.get("halves"):  # one of the two adapters of a pair
+            wanted, returned = ({expert_of(k) for k in keys} for keys in (wanted, returned))
+        if self.algorithm.experts == "usage" and returned != wanted:
             return "the experts that return are not those that were trained"
         return None
 
