@@ -3,9 +3,14 @@
 import json
 from dataclasses import replace
 
-from consilium.completions import PROMPT, _cut, spaced
+import tiny
+
+from consilium.algorithms.fedamole import FedAMoLE
+from consilium.algorithms.fedavg import FedAvg
+from consilium.completions import PROMPT, _cut, completions, spaced
 from consilium.core import ClientInfo
 from consilium.data.code import CodeData
+from consilium.data.task import Federation, Split
 from consilium.recipes.code import affinitymoe_code
 from consilium.report import read_runs, render
 from consilium.run import run
@@ -42,3 +47,14 @@ def test_a_run_keeps_completions_and_the_report_shows_them(tmp_path):
     assert row["before"] and row["after"] and row["before"] != row["after"]
     page = render(read_runs([tmp_path / "run"]))
     assert 'id="completions"' in page and "a test text begins with" in page and "public model" in page
+
+
+def test_clients_that_are_sent_a_part_of_a_model_are_left_out():
+    """FedAMoLE sends adapters of its own, with which no plain model can be built; FedAvg sends a whole one."""
+    setup = tiny.setup(tiny.source("olmoe", "text-to-text"), clients_per_round=6)
+    clients = {}
+    for client, data in tiny.federation("text-to-text").clients.items():
+        clients[client] = replace(data, task=replace(data.task, form="language"), test=Split(["", ""], ["a b c d"] * 2))
+    federation = Federation(clients)
+    assert len(completions(setup, FedAvg().server(setup), setup.clients, federation, 2)) == 2
+    assert completions(setup, FedAMoLE(E=6, r=2).server(setup), setup.clients, federation, 2) == []

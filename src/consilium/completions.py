@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from consilium.core import ClientContext, ClientInfo, ClientState, Payload, Server
 from consilium.data.task import Federation
+from consilium.errors import ModelError
 from consilium.moe.model import TaskModel
 from consilium.setup import Setup
 
@@ -60,8 +61,8 @@ def completions(
 
     Returns:
         For each client "client", "prompt", "text" (how it really goes on), "before" (by the public model, whole) and
-        "after" (by the model that the client is delivered). Clients that are delivered no model, or whose task is not
-        to predict text, are left out.
+        "after" (by the model that the client is delivered). Clients that are delivered no whole model, or whose task
+        is not to predict text, are left out.
     """
     found = []
     for info in spaced(sorted(clients, key=lambda client: client.id), number):
@@ -72,8 +73,14 @@ def completions(
         context = ClientContext(info, data, torch.device("cpu"), setup.seed, ClientState())
         prompt, rest = _cut(data.test.targets[0])
         row: dict[str, Any] = {"client": info.id, "prompt": prompt, "text": rest}
-        for name, payload in (("before", Payload({"params": setup.initial_params()})), ("after", sent)):
-            row[name] = complete(setup.build_sent(payload, context), setup.model.tokenizer(), prompt)
+        try:
+            after = setup.build_sent(sent, context)
+        except ModelError:  # the client is sent a part, such as adapters of its own, and has the rest itself
+            continue
+        row["after"] = complete(after, setup.model.tokenizer(), prompt)
+        del after
+        before = setup.build_sent(Payload({"params": setup.initial_params()}), context)
+        row["before"] = complete(before, setup.model.tokenizer(), prompt)
         found.append(row)
     return found
 
