@@ -41,6 +41,7 @@ PARSED = {
     r"consilium (server|client|certificates) .*": "processes over a network: test_deployment.py runs them",
     r"consilium export north .*": "a site's state comes of a deployment: test_deployment.py exports one",
     r"consilium run .* --device cuda": "needs a GPU: test_gpu.py runs there",
+    r"consilium (expert|hub) .*": "tests/oneshot runs all of them, and test_transcripts.py a page of them",
     r"consilium upcycle .*": "moe/test_upcycle.py runs every family",
     r"consilium run pfedmoe-cifar10 .*": "a data set of 160 MB",
     r"scripts/(demo|test|setup|release-check|docs).*": "installs packages; the demo's own command is parsed",
@@ -228,6 +229,10 @@ def test_a_command_is_taken(command, tmp_path, monkeypatch):
     monkeypatch.setattr(command_line, "_deployment", Deployment)
     for name in ("consilium.run.run", "consilium.moe.upcycle.upcycle"):
         monkeypatch.setattr(name, stop)
+    if re.search("--one-shot|^consilium (expert|hub)", command):
+        pytest.importorskip("flwr")
+        for name in ("network.offer", "network.collect", "hub.Hub.open", "commands.create", "train.site_data"):
+            monkeypatch.setattr(f"consilium.oneshot.{name}", stop)
     words = shlex.split(command)
     if words[0].startswith("scripts/"):
         assert subprocess.run(["bash", "-n", ROOT / words[0]], check=False).returncode == 0

@@ -25,7 +25,8 @@ FLOORS = {
     "certificates": 8, "run": 8,
     "export": 9, "report": 9, "recipes": 9, "tracking": 9, "watch": 9,
     "api": 10, "deployment": 10,
-    "__main__": 11,
+    "oneshot": 11,
+    "__main__": 12,
 }  # fmt: skip
 FILES = sorted(SRC.rglob("*.py"))
 MODULES = {".".join(path.relative_to(SRC).with_suffix("").parts): path for path in FILES}

@@ -50,9 +50,13 @@ HELP = """[bold]consilium[/bold]: federated fine-tuning of mixture-of-experts mo
   consilium predict DIR --text "..."         labels or texts of an exported model; --image, --table
   consilium chat DIR                         talk to an exported language model
 
+  consilium expert train RECIPE --name A     a site's part of a federation of one exchange, as one signed file
+  consilium hub init|add|withdraw|build HUB  put such parts together as one model, and take them out again
+
   consilium certificates DIR --sites A,B     keys for a server and its sites, on machines of their own
   consilium server RECIPE --sites A,B        run an experiment over sites, or go on with it
   consilium client RECIPE --name A           take part as a site, with its own data
+  consilium server|client --one-shot ...     packages of sites over the network, into a hub, as sites come
 
   consilium COMMAND --help                   the flags of a command; with a recipe, those of its experiment
 """
@@ -79,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "export": lambda args: _taken("Export", args),
         "predict": lambda args: _taken("Predict", args),
         "chat": lambda args: _taken("Chat", args),
+        "expert": lambda args: _one_shot("expert", args),
+        "hub": lambda args: _one_shot("hub", args),
         "certificates": certificates_command,
         "server": server_command,
         "client": client_command,
@@ -434,6 +440,68 @@ def _taken(command: str, args: list[str]) -> None:
         print(terminal(line, keep="\t\n"), flush=True)  # no line of rich's: tabs stay, and nothing is wrapped
 
 
+def _one_shot(room: str, args: list[str]) -> None:
+    """consilium expert | hub COMMAND [its flags] [RECIPE flags of an experiment]"""
+    try:
+        import consilium.certificates  # noqa: F401  signatures
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is missing: pip install 'consilium[flower]'") from error
+    from consilium.oneshot.commands import ROOMS, Rows
+
+    commands = ROOMS[room]
+    if not args or args[0] not in commands:
+        if args and args[0] not in ("-h", "--help"):
+            raise ConfigError(f"unknown command {room} {args[0]!r}; allowed are {', '.join(commands)}")
+        for name, kind in commands.items():
+            line = f"consilium {room} {name:10} {kind.__doc__.splitlines()[0]}"
+            out.print(line, markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(0)
+    kind, prog, rest = commands[args[0]], f"consilium {room} {args[0]}", args[1:]
+    recipe, rest = _recipe_first(rest) if args[0] == "train" else ("", rest)
+    options, rest = _split(rest, {"--rows": recipe})
+    given = [arg for arg in rest if arg.startswith("--") and _is_of_experiment(arg)]
+    own, flags = _divided(rest)
+    if given and not options["--rows"]:
+        raise ConfigError(f"{given[0]} is a flag of an experiment: name a recipe by --rows first")
+    command = _parse(kind, own, prog)
+    rows = Rows(_rows(options["--rows"], flags, prog) if options["--rows"] else None)
+    for line in command.lines(rows):
+        print_line(out, line)
+
+
+_GROUPS = ("data", "model", "fit", "algorithm", "sampling", "wire", "merging", "privacy")
+_SINGLE = ("--memory", "--device", "--seed", "--threads", "--rounds")
+
+
+def _is_of_experiment(flag: str) -> bool:
+    """Whether a flag of a one-shot command belongs to the experiment that says how rows are read and trained."""
+    name = flag.partition("=")[0]
+    return name in _SINGLE or (name.removeprefix("--").removeprefix("no-").partition(".")[0] in _GROUPS and "." in name)
+
+
+def _divided(args: list[str]) -> tuple[list[str], list[str]]:
+    """The command's own arguments, and those of an experiment: each flag with the values after it."""
+    parts: dict[bool, list[str]] = {True: [], False: []}
+    foreign = False
+    for arg in args:
+        if arg.startswith("--"):
+            foreign = _is_of_experiment(arg)
+        parts[foreign].append(arg)
+    return parts[False], parts[True]
+
+
+def _recipe_first(args: list[str]) -> tuple[str, list[str]]:
+    """The recipe that stands first at a site, and the other arguments."""
+    return (args[0], args[1:]) if args and not args[0].startswith("-") else ("", args)
+
+
+def _rows(recipe: str, flags: list[str], prog: str) -> "Experiment":
+    """The experiment that says how a site's rows, or a hub's, are read: those of one client unless flags say more."""
+    default, rest = _experiment([recipe, *flags], prog)
+    experiment = _parse(type(default), rest, prog, default)
+    return experiment if recipe.endswith(".json") else _of_one_client(experiment, {f.partition("=")[0] for f in flags})
+
+
 def certificates_command(args: list[str]) -> None:
     """consilium certificates DIR --sites A,B [--hosts NAME,ADDRESS]"""
     if not args or args[0].startswith("-"):
@@ -463,6 +531,8 @@ def certificates_command(args: list[str]) -> None:
 def server_command(args: list[str]) -> None:
     """consilium server RECIPE|FILE.json --sites A,B --certificates DIR [--address HOST:PORT] [--wait S] [--out DIR]
     [--insecure] [flags of the experiment]"""
+    if any(arg.partition("=")[0] == "--one-shot" for arg in args):
+        return _collect(args)
     default, rest = _experiment(args, "server")
     own = {"--sites": "", "--certificates": "", "--address": "0.0.0.0:8000", "--wait": "600", "--out": "runs"}
     options, rest = _split(rest, own)
@@ -482,11 +552,50 @@ def server_command(args: list[str]) -> None:
     _finish([folder])
 
 
+def _collect(args: list[str]) -> None:
+    """consilium server --one-shot HUB --sites A,B --certificates DIR [--address HOST:PORT] [--insecure]"""
+    own = {"--one-shot": "", "--sites": "", "--certificates": "", "--address": "0.0.0.0:8000"}
+    options, rest = _split(args, own)
+    insecure, rest = _insecure(rest)
+    if rest:
+        raise ConfigError(f"unknown argument {rest[0]!r}; with --one-shot allowed are {', '.join(own)} and --insecure")
+    sites = _names(options["--sites"])
+    if not sites:
+        raise ConfigError("--sites is empty; name the sites, e.g. --sites north,south")
+    _deployment()  # or say what is missing
+    from consilium.oneshot.network import collect
+
+    keys = _keys(options, insecure, parse_address(options["--address"], "--address"), "server")
+    try:
+        collect(Path(options["--one-shot"]), sites, options["--address"], keys, out)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("; the same command goes on collecting") from None
+
+
+def _offer(args: list[str]) -> None:
+    """consilium client --one-shot FILE --name A --server HOST:PORT --certificates DIR [--state DIR] [--port N]
+    [--insecure]"""
+    own = {"--one-shot": "", "--name": "", "--server": "", "--certificates": "", "--state": "", "--port": "9094"}
+    options, rest = _split(args, own)
+    insecure, rest = _insecure(rest)
+    if rest:
+        raise ConfigError(f"unknown argument {rest[0]!r}; with --one-shot allowed are {', '.join(own)} and --insecure")
+    _deployment()
+    from consilium.oneshot.network import offer
+
+    keys = _keys(options, insecure, parse_address(options["--server"], "--server"), None)
+    state = Path(options["--state"] or f"offer-{options['--name']}")
+    port = _whole(options, "--port", 1)
+    offer(Path(options["--one-shot"]), options["--name"], options["--server"], keys, state, port)
+
+
 def client_command(args: list[str]) -> None:
     """consilium client RECIPE|FILE.json --name A --server HOST:PORT --certificates DIR [--state DIR] [--port N]
     [--insecure] [--max-lr X] [--max-epochs N] [--max-steps N] [--max-batch-size N] [--max-tokens N] [--max-seconds S]
     [--max-rounds N] [--max-bytes SIZE] [--max-memory SIZE] [--max-state SIZE] [--max-days N]
     [flags of the experiment: --data.*, --model.*, --memory, --device]"""
+    if any(arg.partition("=")[0] == "--one-shot" for arg in args):
+        return _offer(args)
     default, rest = _experiment(args, "client")
     own = {"--name": "", "--server": "", "--certificates": "", "--state": "", "--port": "9094"}
     most = {

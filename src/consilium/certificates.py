@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import NameOID
 
 from consilium.addresses import parse_host
@@ -20,7 +20,7 @@ from consilium.core import CLIENT_ID
 from consilium.engine.checkpoint import write_atomic
 from consilium.errors import ConfigError
 
-__all__ = ["certificates", "certified", "check_key", "owners"]
+__all__ = ["certificates", "certified", "check_key", "is_signed", "owners", "public_text", "sign", "site_key"]
 
 _MARK = "@consilium"
 """Behind a site's name, in the comment of its public key."""
@@ -204,3 +204,55 @@ def _write_secret(path: Path, blob: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch(mode=0o600)
     path.write_bytes(blob)
+
+
+# --- signatures -------------------------------------------------------------------------------------------------------
+
+
+def site_key(folder: Path) -> Any:
+    """Load the secret key in a site's folder (`key`, as `certificates` or ssh-keygen writes it); make it if missing.
+
+    Raises:
+        ConfigError: for a file that is no such key.
+    """
+    path = folder / "key"
+    if not path.exists():
+        key = ec.generate_private_key(ec.SECP384R1())
+        _write_secret(path, _private(key, serialization.PrivateFormat.OpenSSH))
+        write_atomic(folder / "key.pub", _public(key) + b"\n")
+        return key
+    try:
+        key = serialization.load_ssh_private_key(path.read_bytes(), None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ConfigError(f"{path} is no secret key as ssh-keygen writes it: {type(error).__name__}") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey):
+        raise ConfigError(f"{path} is a {type(key).__name__}; allowed are keys of ssh-keygen -t ecdsa or ed25519")
+    return key
+
+
+def public_text(key: Any) -> str:
+    """Return the public half of a secret key as one line of OpenSSH."""
+    return _public(key).decode()
+
+
+def sign(key: Any, message: bytes) -> str:
+    """Return a signature (hex) of a message by a secret key: ECDSA with SHA-384, or Ed25519."""
+    if isinstance(key, ed25519.Ed25519PrivateKey):
+        return key.sign(message).hex()
+    return key.sign(message, ec.ECDSA(hashes.SHA384())).hex()
+
+
+def is_signed(public: str, signature: str, message: bytes) -> bool:
+    """Return whether a signature (hex) of a message is by the owner of a public key (a line of OpenSSH)."""
+    try:
+        key = serialization.load_ssh_public_key(public.encode())
+        given = bytes.fromhex(signature)
+        if isinstance(key, ed25519.Ed25519PublicKey):
+            key.verify(given, message)
+        elif isinstance(key, ec.EllipticCurvePublicKey):
+            key.verify(given, message, ec.ECDSA(hashes.SHA384()))
+        else:
+            return False
+    except (InvalidSignature, ValueError, UnsupportedAlgorithm):
+        return False
+    return True

@@ -19,7 +19,8 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -42,7 +43,22 @@ from consilium.experiment import Experiment, from_json, to_json
 from consilium.inside import open_here
 from consilium.run import check_same, read_config, serve
 
-__all__ = ["Limits", "child", "client", "flower_environment", "in_time", "listening", "program", "server", "server_app"]
+__all__ = [
+    "App",
+    "Limits",
+    "become_node",
+    "check_keys",
+    "child",
+    "client",
+    "flower_environment",
+    "in_time",
+    "keep_serving",
+    "listening",
+    "program",
+    "server",
+    "server_app",
+    "stop_serving",
+]
 
 RESTARTS = 5
 """Times in a row, without a round in between, that a server starts Flower's processes again when one has ended."""
@@ -50,6 +66,8 @@ PAUSE = 5.0
 """Seconds before the second time in a row, twice as many before the third, and so on."""
 CLOCKS = 290.0
 """Seconds that the clocks of a site and its server may be apart; Flower's authentication allows 300."""
+SETTINGS = "site.json"
+"""In a site's state folder."""
 STOPPED = "stopped"
 """In Flower's folder: why the run ended by itself, so that nobody starts it again."""
 
@@ -82,22 +100,61 @@ def server(
         RoundError: if the run did not come to its end.
     """
     listen = parse_address(address, "--address")
-    home, keys = _home(folder), keys and keys.absolute()
-    if keys:
-        owners(keys, sites)
-        _check_certificate(keys, listen)
+    keys = keys and keys.absolute()
+    check_keys(keys, sites, listen)
     if (folder / "config.json").exists() and check_same(folder, experiment)["status"] == "finished":
         print_line(out, f"{folder} is finished")
         return
-    _write_app(home / "app", experiment, folder, sites, wait, keys)
+    config = {"experiment": json.dumps(to_json(experiment)), "folder": str(folder.absolute()), "wait": wait}
+
+    def finished() -> bool:
+        return (folder / "config.json").exists() and read_config(folder)["status"] == "finished"
+
+    app = App("consilium.deployment:server_app", config, _home(folder), finished, lambda: _reached(folder))
+    keep_serving(app, sites, listen, keys, out)
+
+
+@dataclass(frozen=True)
+class App:
+    """A ServerApp that Flower's SuperLink starts again until its work is done.
+
+    Args:
+        name: "module:object". config: what it is told; sites and keys come on top.
+        home: folder for Flower's own files.
+        finished: whether the work is done. reached: a text that changes when it has come further.
+    """
+
+    name: str
+    config: Mapping[str, str | float]
+    home: Path
+    finished: Callable[[], bool]
+    reached: Callable[[], str]
+
+
+def check_keys(keys: Path | None, sites: Sequence[str], listen: Address) -> None:
+    """Raise ConfigError unless every site has a key and the certificate is for this address; None: nothing to check."""
+    if keys:
+        owners(keys, sites)
+        _check_certificate(keys, listen)
+
+
+def keep_serving(app: App, sites: Sequence[str], listen: Address, keys: Path | None, out: Console) -> None:
+    """Run a ServerApp in a SuperLink until its work is done; if one of Flower's processes ends on the way, all are
+    started again (`RESTARTS`).
+
+    Raises:
+        RoundError: if the work is not done in the end.
+    """
+    home = app.home
+    _write_app(home / "app", app, {**app.config, "sites": ",".join(sites), "keys": str(keys or "")})
     environment = _in_turn(home, "flwr-serverapp", flower_environment(home))
     if keys:
         _register(keys, sites, home, environment)
     (home / STOPPED).unlink(missing_ok=True)
-    left, reached = RESTARTS, _reached(folder)
+    left, reached = RESTARTS, app.reached()
     while True:
         with _superlink(listen, keys, home, environment) as link:
-            print_line(out, f"listening on {address}; waiting for {', '.join(sites)}")
+            print_line(out, f"listening on {listen}; waiting for {', '.join(sites)}")
             asked = subprocess.Popen(
                 [program("flwr"), "run", str(home / "app"), "run", "--stream"], env=environment, preexec_fn=WITH_PARENT
             )
@@ -107,15 +164,15 @@ def server(
             finally:
                 asked.kill()
                 asked.wait()
-        if (folder / "config.json").exists() and read_config(folder)["status"] == "finished":
+        if app.finished():
             return
-        before, reached = reached, _reached(folder)
+        before, reached = reached, app.reached()
         left = left - 1 if reached == before else RESTARTS
         if (home / STOPPED).exists() or left < 0:
             break
         print_line(out, f"one of Flower's processes has ended, see {home / 'superlink.log'}; starting them again")
         time.sleep(PAUSE * (RESTARTS - left))
-    raise RoundError(f"the run has not finished, see above; the same command goes on with {folder}")
+    raise RoundError("the work has not finished, see above; the same command goes on with it")
 
 
 def _check_certificate(keys: Path, listen: Address) -> None:
@@ -133,17 +190,8 @@ def _reached(folder: Path) -> str:
     return max((path.name for path in folder.glob("checkpoints/round-*")), default="")
 
 
-def _write_app(
-    folder: Path, experiment: Experiment, run: Path, sites: Sequence[str], wait: float, keys: Path | None
-) -> None:
-    """A Flower app without any code: it names two objects of the installed package."""
-    config = {
-        "experiment": json.dumps(to_json(experiment)),
-        "folder": str(run.absolute()),
-        "sites": ",".join(sites),
-        "wait": wait,
-        "keys": str(keys or ""),
-    }
+def _write_app(folder: Path, app: App, config: Mapping[str, str | float]) -> None:
+    """Write a Flower app without any code: it names two objects of the installed package."""
     lines = [
         "[project]",
         'name = "consilium-run"',
@@ -154,7 +202,7 @@ def _write_app(
         "[tool.flwr.app]",
         'publisher = "consilium"',
         "[tool.flwr.app.components]",
-        'serverapp = "consilium.deployment:server_app"',
+        f"serverapp = {json.dumps(app.name)}",
         'clientapp = "consilium.engine.flower:client_app"',
         "[tool.flwr.app.config]",
         *(f"{key} = {json.dumps(value)}" for key, value in config.items()),
@@ -179,10 +227,15 @@ def _serve(grid: Any, config: Mapping[str, Any]) -> None:
 
             serve(experiment, folder, grid, sites, float(config["wait"]), watch, keys, came)
         except Exception as error:
-            write_atomic(_home(folder) / STOPPED, repr(error).encode())
-            if isinstance(error, ConsiliumError):
-                print_line(out, f"consilium: {error}")
+            stop_serving(_home(folder), error, out)
             raise
+
+
+def stop_serving(home: Path, error: Exception, out: Console) -> None:
+    """Note in the process of a ServerApp that its work has ended by itself, so that it is not started again."""
+    write_atomic(home / STOPPED, repr(error).encode())
+    if isinstance(error, ConsiliumError):
+        print_line(out, f"consilium: {error}")
 
 
 def _home(folder: Path) -> Path:
@@ -283,13 +336,17 @@ def client(
         ConsiliumError: if the data cannot be used, or the server is there and this machine's clock is not its, before
             anything is started.
     """
-    address = str(parse_address(address, "--server"))
     if not CLIENT_ID.fullmatch(name):
         raise ConfigError(f"--name is {name!r}; use 1 to 64 of A-Z a-z 0-9 . _ - and no leading dot")
     if keys:
         check_key(keys, name)
-    settings = state.absolute() / "site.json"
-    save_site(settings, name, experiment, limits)
+    save_site(state.absolute() / SETTINGS, name, experiment, limits)
+    become_node(address, keys, state, port)
+
+
+def become_node(address: str, keys: Path | None, state: Path, port: int) -> NoReturn:
+    """Become a SuperNode for the site whose settings are in its state folder, see `client`."""
+    address, settings = str(parse_address(address, "--server")), state.absolute() / SETTINGS
     command = [program("flower-supernode"), "--superlink", address, "--node-config", f'site="{settings}"']
     command += ["--host", "127.0.0.1", "--port", str(port)]
     if keys:

@@ -7,7 +7,8 @@
     ├── BudgetError        more than the memory of a device, or the limits of a site, allow
     ├── PayloadError       something that may not travel, or arrived broken
     ├── RoundError         a round that too few clients answered, or a site that cannot be reached
-    └── CheckpointError    a run directory or checkpoint that cannot be continued
+    ├── CheckpointError    a run directory or checkpoint that cannot be continued
+    └── PackageError       a site's package that cannot be taken, or a hub that cannot be used
 
 A message is one line: what was given, what is allowed, what to do. The command line prints it and exits with 2.
 """
@@ -22,6 +23,7 @@ __all__ = [
     "ConsiliumError",
     "DataError",
     "ModelError",
+    "PackageError",
     "PayloadError",
     "RoundError",
     "first_line",
@@ -62,6 +64,10 @@ class RoundError(ConsiliumError):
 
 class CheckpointError(ConsiliumError):
     """A run directory or checkpoint that cannot be continued."""
+
+
+class PackageError(ConsiliumError):
+    """A site's package that cannot be taken, or a hub of packages that cannot be used."""
 
 
 def first_line(error: Exception) -> str:

@@ -54,6 +54,7 @@ __all__ = [
     "PoissonSampling",
     "Privacy",
     "PrivateMean",
+    "epsilon_of_sgd",
     "epsilon_spent",
     "fresh_generator",
     "sampling_rate",
@@ -338,6 +339,17 @@ def _sampled_epsilon(rate: float, noise: float, rounds: int, inverse: float, ste
         composed = composed.compose(from_gaussian_mechanism(inverse**-0.5, value_discretization_interval=step))
     with np.errstate(over="ignore"):  # a ratio of masses that is beyond all numbers is larger than any loss
         return float(composed.get_epsilon_for_delta(delta))
+
+
+def epsilon_of_sgd(rate: float, noise: float, steps: int, delta: float) -> float:
+    """Return epsilon of so many steps of DP-SGD, every row drawn with `rate` and noise of `noise` times the clip.
+
+    Raises:
+        ConfigError: if dp-accounting is not installed.
+    """
+    privacy = Privacy(noise=noise, delta=delta, epsilon=1.0)
+    clients = 1_000_000  # any number: the rate is the cohort's share of it, and delta is given
+    return epsilon_spent(privacy, clients, round(rate * clients), steps, usage=False)
 
 
 @lru_cache(maxsize=32)

@@ -41,10 +41,11 @@ from consilium.moe.rules import FOLDS
 from consilium.moe.uniform import uniform
 from consilium.params import Params
 
-__all__ = ["Format", "new_folder", "use_of", "write"]
+__all__ = ["USE", "Format", "new_folder", "use_of", "write"]
 
 Format = Literal["transformers", "adapter", "consilium"]
 USE = "consilium.json"
+"""How an exported model is used."""
 
 
 @contextmanager

@@ -42,7 +42,7 @@ from consilium.machine import quietly
 from consilium.moe.build import ModelSource
 from consilium.moe.families import FAMILIES, Family, blocks
 
-__all__ = ["Upcycling", "upcycle"]
+__all__ = ["FAMILY_OF", "Upcycling", "convert", "dense_model", "upcycle"]
 
 SHARED = 64
 """Width of Qwen2-MoE's shared expert, which the dense model does not have."""
@@ -99,23 +99,18 @@ def upcycle(path: str, folder: Path, how: Upcycling) -> list[str]:
         ConfigError: for settings that its family does not have.
     """
     source = ModelSource(path)
-    dense = source.config
-    family = _family(dense)
-    config = _configuration(dense, family, how)
+    _configuration(source.config, _family(source.config), how)  # refuses before the weights are read
     tokenizer = source.tokenizer()
-    model = _loaded(source)
-    cls = getattr(transformers, family.classes["text-to-text"])
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        made = cls._from_config(config, dtype=model.dtype)
-    made.load_state_dict(_weights(model.state_dict(), made, family, how), assign=True)
-    made.tie_weights()
+    model = dense_model(source)
+    made, family = convert(model, how)
+    k = getattr(made.config, "num_experts_per_tok", 1)
     if model.generation_config is not None:
         made.generation_config = model.generation_config
     sparse = blocks(made, family)
     made.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    k = getattr(config, "num_experts_per_tok", 1)
-    told = [f"{path}: {dense.model_type} as {family.name}, {how.experts} experts in {len(sparse)} layers, top-{k}"]
+    kind = source.config.model_type
+    told = [f"{path}: {kind} as {family.name}, {how.experts} experts in {len(sparse)} layers, top-{k}"]
     (folder / "README.md").write_text(_card(path, told[0], how))
     if family.top_k is None:
         (folder / "card.json").write_text(json.dumps({"gates_public": _scales(sparse, how.experts)}, indent=1) + "\n")
@@ -124,6 +119,22 @@ def upcycle(path: str, folder: Path, how: Upcycling) -> list[str]:
     if family.top_k is None:
         told.append("Switch weighs an expert by its probability: logits are near the dense model's, not equal to them")
     return told
+
+
+def convert(dense: Any, how: Upcycling) -> tuple[Any, Family]:
+    """Return a live dense model as a mixture of experts in memory, and its family.
+
+    Raises:
+        ModelError: for a model that no family holds. ConfigError: for settings that its family does not have.
+    """
+    family = _family(dense.config)
+    config = _configuration(dense.config, family, how)
+    cls = getattr(transformers, family.classes["text-to-text"])
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        made = cls._from_config(config, dtype=dense.dtype)
+    made.load_state_dict(_weights(dense.state_dict(), made, family, how), assign=True)
+    made.tie_weights()
+    return made, family
 
 
 # --- configurations ---------------------------------------------------------------------------------------------------
@@ -233,8 +244,8 @@ def _switch(dense: Any, every: int) -> dict[str, Any]:
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def _loaded(source: ModelSource) -> Any:
-    """The dense model in its own dtype."""
+def dense_model(source: ModelSource) -> Any:
+    """Load a dense model in its own dtype."""
     encoder_decoder = source.config.is_encoder_decoder
     cls = transformers.T5ForConditionalGeneration if encoder_decoder else transformers.AutoModelForCausalLM
     try:

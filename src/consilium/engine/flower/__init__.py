@@ -7,6 +7,7 @@
     held      what a client holds, where it is sent changes
     client    the client's end, a ClientApp
     site      what a site of a deployment keeps of its own
+    offered   a file that a site hands over piece by piece
     limits    what a site does not let a server ask of it
     server    the server's end: a Grid from the simulation runtime or a deployment
 
@@ -21,23 +22,28 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 from consilium.engine.flower.client import DELIVERED, OWN, client_app
 from consilium.engine.flower.grid import FlowerEngine
 from consilium.engine.flower.limits import Limits
+from consilium.engine.flower.offered import PIECE, save_offer
 from consilium.engine.flower.records import PROTOCOL
-from consilium.engine.flower.roster import Roster
+from consilium.engine.flower.roster import Roster, ask, failed
 from consilium.engine.flower.server import describe, one_cohort, server_app, simulation
 from consilium.engine.flower.site import read_site, relabelled, save_site
 
 __all__ = [
     "DELIVERED",
     "OWN",
+    "PIECE",
     "PROTOCOL",
     "FlowerEngine",
     "Limits",
     "Roster",
+    "ask",
     "client_app",
     "describe",
+    "failed",
     "one_cohort",
     "read_site",
     "relabelled",
+    "save_offer",
     "save_site",
     "server_app",
     "simulation",

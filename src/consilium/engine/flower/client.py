@@ -30,6 +30,7 @@ from consilium.engine.checkpoint import KEEP, ClientStore, remove_unfinished, wr
 from consilium.engine.flower.grid import within
 from consilium.engine.flower.held import Held
 from consilium.engine.flower.limits import Limits, check_texts, is_run, prune_runs, size_of
+from consilium.engine.flower.offered import piece, site_name
 from consilium.engine.flower.records import SAID, TOLD, blobs_of, checked, parsed, payload_of, stamp, to_record
 from consilium.engine.flower.site import check_model, read_site, relabelled
 from consilium.engine.judge import diverged
@@ -222,10 +223,18 @@ def evaluate(message: Message, context: Context) -> RecordDict:
 def name(message: Message, context: Context) -> RecordDict:
     """Who this node is: a partition's number, or the site's name."""
     if "site" in context.node_config:
-        own = {"name": str(read_site(Path(str(context.node_config["site"])))[0]["name"])}
+        own = {"name": site_name(Path(str(context.node_config["site"])))}
     else:
         own = {"partition": int(context.node_config["partition-id"])}
     return RecordDict({"engine": ConfigRecord(own)})
+
+
+def package(message: Message, context: Context) -> RecordDict:
+    """One piece of the file that this site offers; nothing else of the site is read."""
+    told = message.content.config_records.get("engine", {})
+    if "site" not in context.node_config:
+        raise PayloadError("a simulation offers no package")
+    return RecordDict({"engine": ConfigRecord(piece(Path(str(context.node_config["site"])), told.get("offset")))})
 
 
 def describe(message: Message, context: Context) -> RecordDict:
@@ -332,4 +341,5 @@ client_app = ClientApp()
 client_app.train()(_answering(train))
 client_app.evaluate()(_answering(evaluate))
 client_app.query("name")(_answering(name))
+client_app.query("package")(_answering(package))
 client_app.query("describe")(_answering(describe))

@@ -1,0 +1,163 @@
+"""The public model that all sites start from: a mixture of experts or a dense decoder, frozen.
+
+Its digest covers every tensor, so that a package can say exactly what it was trained against.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from consilium.data.task import Task
+from consilium.errors import ModelError
+from consilium.experiment import Experiment
+from consilium.moe.build import ModelSource
+from consilium.moe.families import FAMILIES, Family
+from consilium.moe.model import TaskModel
+from consilium.moe.surgery import slice_experts
+from consilium.moe.upcycle import FAMILY_OF, Upcycling, convert, dense_model
+from consilium.setup import Setup
+
+__all__ = ["OPEN_FAMILIES", "Base", "Frozen", "digest_of", "frozen_tensors"]
+
+OPEN_FAMILIES = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "gpt_oss")
+"""Model types whose routers take one more row and nothing else: no groups, no correction bias, no sampling."""
+_DENSE = Family("dense", "", "", "", (), "", "fused", {"text-to-text": ""})
+
+
+class Frozen(TaskModel):
+    """A causal language model whose own parameters are frozen; what is trained is attached to its modules.
+
+    `blocks` is empty: the local loop must neither look for the family's routers nor balance them.
+    """
+
+    def blocks(self) -> dict[str, nn.Module]:
+        """Return no block; `Base.sparse` has them."""
+        return {}
+
+
+@dataclass(frozen=True)
+class _Any(ModelSource):
+    """A model source that has a row of the table for dense decoders, too."""
+
+    @cached_property
+    def family(self) -> Family:
+        """The family, or the row of dense decoders."""
+        return FAMILIES.get(self.config.model_type, _DENSE)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A public model and where it comes from.
+
+    Args:
+        source: with form "text-to-text".
+    """
+
+    source: ModelSource
+
+    @cached_property
+    def family(self) -> Family | None:
+        """The family of a mixture of experts, None for a dense decoder.
+
+        Raises:
+            ModelError: for a model that is not a decoder of a known kind.
+        """
+        kind = self.source.config.model_type
+        if self.source.config.is_encoder_decoder:
+            raise ModelError(f"model type {kind!r} is an encoder-decoder; packages are for causal language models")
+        if kind in FAMILIES:
+            return FAMILIES[kind]
+        if kind not in FAMILY_OF:
+            allowed = ", ".join(sorted({*FAMILIES, *FAMILY_OF} - {"t5", "switch_transformers"}))
+            raise ModelError(f"model type {kind!r} cannot be extended; allowed are {allowed}")
+        return None
+
+    def setup(self, experiment: Experiment, task: Task | None = None) -> Setup:
+        """Return how an experiment reads rows and trains, with this model, which may be dense."""
+        source = _Any(**{f.name: getattr(self.source, f.name) for f in fields(self.source)})
+        labels = [] if task is None else [(task.name, task.labels)]
+        return replace(experiment, model=source).setup(labels)
+
+    def model(self) -> Frozen:
+        """Return the live model on the CPU, all parameters frozen, in evaluation mode."""
+        source = self.source
+        if self.family is None:
+            backbone, family = dense_model(source).to(source.torch_dtype), _scaled(_DENSE, source)
+        else:
+            backbone, family = source.build(source.load(), "", ()).backbone, self.family
+        return _frozen(backbone, family, source.torch_dtype)
+
+    def open_model(self) -> Frozen:
+        """Return the live mixture of experts that takes further experts.
+
+        A dense decoder becomes one with a single expert, its own feed-forward network, and a router row of zeros: it
+        computes what the dense model does.
+
+        Raises:
+            ModelError: for a family whose router cannot take one more row.
+        """
+        source = self.source
+        if self.family is not None:
+            _check_open(source.config.model_type, self.family.name)
+            return self.model()
+        backbone, family = convert(dense_model(source).to(source.torch_dtype), Upcycling(experts=2, top_k=2))
+        _check_open(family.model_type, family.name)
+        task = TaskModel(backbone, family, "", (), source.torch_dtype)
+        slice_experts(task, {block: (0,) for block in task.blocks()})
+        for block in task.blocks().values():
+            nn.init.zeros_(block.get_submodule(family.router).weight)
+        return _frozen(backbone, family, source.torch_dtype)
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token of the public model; of a dense one 1."""
+        return 1 if self.family is None else int(self.source.config.num_experts_per_tok)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 (hex) of the public model's tensors: what was frozen during training."""
+        return digest_of(frozen_tensors(self.model()))
+
+    @staticmethod
+    def sparse(model: TaskModel) -> dict[str, nn.Module]:
+        """Return block name -> sparse block, in the order of the layers."""
+        return TaskModel.blocks(model)
+
+
+def _frozen(backbone: nn.Module, family: Family, dtype: torch.dtype) -> Frozen:
+    model = Frozen(backbone, family, "", (), dtype)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model.eval()
+
+
+def _scaled(family: Family, source: ModelSource) -> Family:
+    """Return the row of a dense model, whose logits Granite divides."""
+    return replace(family, divisor="logits_scaling" if hasattr(source.config, "logits_scaling") else None)
+
+
+def _check_open(model_type: str, name: str) -> None:
+    if model_type not in OPEN_FAMILIES:
+        raise ModelError(
+            f"{name} cannot take one more expert exactly (groups, a correction bias or a sampling router); whole "
+            f"experts are for {', '.join(OPEN_FAMILIES)}; train adapters instead (--kind adapter)"
+        )
+
+
+def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return path -> tensor of everything in a model that does not require a gradient, buffers included."""
+    found = {path: p for path, p in model.named_parameters() if not p.requires_grad}
+    return found | {path: b for path, b in model.named_buffers() if b.is_floating_point()}
+
+
+def digest_of(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> str:
+    """Return the sha256 (hex) of names, dtypes, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(dict(tensors).items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()

@@ -1,0 +1,386 @@
+"""A hub as one model: the public model with the parts of its sites, and a router between them.
+
+    assemble      the live model, for scores
+    write         a folder: for plain transformers where the family can hold the model, for PEFT's Arrow where that
+                  computes the same, and for `built.load_built` elsewhere
+
+What is fitted over several sites together (`fit_router`) follows from the packages, the rows and the seed alone, so a
+model that is built again after a withdrawal equals one of a hub that never had the site.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from consilium.errors import ConfigError, ModelError, PackageError
+from consilium.export.folder import USE, new_folder
+from consilium.machine import quietly
+from consilium.oneshot import routers
+from consilium.oneshot.adapters import Pair, attach, deltas
+from consilium.oneshot.base import Base, Frozen
+from consilium.oneshot.guests import Guest, fuse, open_blocks
+from consilium.oneshot.package import Package
+from consilium.oneshot.routers import ADAPTER_ROUTERS, EXPERT_ROUTERS, JOINT, Router
+
+__all__ = ["BUILT", "Building", "Format", "assemble", "fit_ridge", "kind_of", "write"]
+
+Format = Literal["auto", "transformers", "peft", "consilium"]
+BUILT, PARTS = "oneshot.json", "parts.safetensors"
+PEFT_STEPS, PEFT_TOLERANCE = 15, 1e-2
+"""Power iterations of PEFT's Arrow, and the largest error of a prototype that they may leave."""
+_DEFAULT_K = {"arrow": 3, "phatgoose": 2, "ridge": 1}
+
+
+@dataclass(frozen=True)
+class Building:
+    """How the packages of a hub become one model.
+
+    Args:
+        router: which site's part computes a token, see `routers`.
+        top_k: sites per token, of `flexolmo` experts per token; 0: arrow 3, phatgoose 2, ridge 1, flexolmo those of the
+            public model and as many as one site has.
+        sites: whose parts; (): all.
+        temperature: of arrow, > 0.
+        sharpness: of ridge: factor of the regression before the softmax, > 0. strength: its damping, > 0.
+        tries: of lorahub: models that are scored in the search.
+        seed: of the search.
+    """
+
+    router: Router = "arrow"
+    top_k: int = 0
+    sites: tuple[str, ...] = ()
+    temperature: float = 1.0
+    sharpness: float = 8.0
+    strength: float = 1e-3
+    tries: int = 40
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.top_k < 0 or self.tries < 1:
+            raise ConfigError(f"top_k is {self.top_k} and tries {self.tries}; they must be >= 0 and >= 1")
+        if min(self.temperature, self.sharpness, self.strength) <= 0:
+            raise ConfigError("temperature, sharpness and strength must be greater than 0")
+
+
+def kind_of(packages: Mapping[str, Package], router: Router, fitted: bool = False) -> str:
+    """Return the kind of the packages, after checking that the router is for it.
+
+    Args:
+        fitted: the router has been fitted, so what it is fitted on need not be there.
+
+    Raises:
+        PackageError: for no package, packages of two kinds, or packages that lack what the router needs.
+    """
+    kinds = {package.kind for package in packages.values()}
+    if len(kinds) != 1:
+        raise PackageError(f"the sites' packages are of {len(kinds)} kinds; name sites of one kind by --sites")
+    kind = kinds.pop()
+    allowed = EXPERT_ROUTERS if kind == "expert" else ADAPTER_ROUTERS
+    if router not in allowed:
+        raise PackageError(f"router {router} is not for packages of kind {kind}; allowed are {', '.join(allowed)}")
+    needed = {"phatgoose": "gate", "ridge": "" if fitted else "moment"}.get(router)
+    lacking = [site for site, package in packages.items() if needed and not package.part(needed)]
+    if lacking:
+        how = "--kind gated" if needed == "gate" else "--moments"
+        raise PackageError(f"router {router} needs what {', '.join(lacking)} did not train: use {how} at the site")
+    return kind
+
+
+def fit_ridge(
+    packages: Mapping[str, Package], building: Building, public: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return module or block -> W [X + 1, classes] of the ridge router; the first class is the public rows, if any."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for site, package in packages.items():
+        for path, moment in package.part("moment").items():
+            found.setdefault(path, {} if public is None else {"": public[path]})[site] = moment
+    return {path: routers.solve_ridge(moments, building.strength) for path, moments in sorted(found.items())}
+
+
+def assemble(
+    base: Base, packages: Mapping[str, Package], building: Building, fitted: Mapping[str, Tensor] | None = None
+) -> Frozen:
+    """Return the live model of these packages.
+
+    Args:
+        fitted: of lorahub "weights" [E]; of ridge what `fit_ridge` returns.
+    """
+    fitted = fitted or {}
+    if kind_of(packages, building.router, fitted=bool(fitted)) == "expert":
+        return _with_experts(base, packages, building, fitted)
+    model = base.model()
+    pairs = _pairs(packages)
+    placed = attach(model, {path: list(own.values()) for path, own in pairs.items()})
+    for path, module in placed.items():
+        module.weigh = _weigh(path, pairs[path], packages, building, fitted)
+        module.requires_grad_(False)
+    return model
+
+
+def _pairs(packages: Mapping[str, Package]) -> dict[str, dict[str, Pair]]:
+    """Module -> site -> adapter, of the sites that have one there, sorted."""
+    found: dict[str, dict[str, Pair]] = {}
+    for site, package in sorted(packages.items()):
+        for path, pair in package.pairs().items():
+            found.setdefault(path, {})[site] = pair
+    return dict(sorted(found.items()))
+
+
+def _weigh(
+    path: str,
+    pairs: Mapping[str, Pair],
+    packages: Mapping[str, Package],
+    building: Building,
+    fitted: Mapping[str, Tensor],
+) -> routers.Weigh:
+    """Return the router of one module."""
+    if building.router == "arrow":
+        return routers.arrow(list(pairs.values()), building.top_k or _DEFAULT_K["arrow"], building.temperature)
+    if building.router == "phatgoose":
+        gates = [packages[site].tensors[f"{path}.gate"] for site in pairs]
+        return routers.phatgoose(gates, building.top_k or _DEFAULT_K["phatgoose"])
+    if building.router == "ridge":
+        w_XC = fitted[path]
+        k = building.top_k or _DEFAULT_K["ridge"]
+        return routers.ridge(w_XC, k, building.sharpness, w_XC.shape[1] > len(pairs))
+    return routers.constant([_constants(packages, building, fitted)[site] for site in pairs])
+
+
+def _constants(packages: Mapping[str, Package], building: Building, fitted: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return site -> coefficient, the same for all tokens."""
+    if building.router == "uniform":
+        return dict.fromkeys(packages, 1 / len(packages))
+    return dict(zip(sorted(packages), fitted["weights"].tolist(), strict=True))
+
+
+def _with_experts(
+    base: Base, packages: Mapping[str, Package], building: Building, fitted: Mapping[str, Tensor]
+) -> Frozen:
+    model = base.open_model()
+    opened = open_blocks(model, _guests(packages), _checked_k(base, packages, building))
+    for path, router in opened.routers.items():
+        if building.router == "ridge":
+            router.adjust = _domain_score(fitted[path], packages, path, building)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model
+
+
+def _guests(packages: Mapping[str, Package]) -> dict[str, list[Guest]]:
+    """Block -> guests of all sites, in the order of their names."""
+    found: dict[str, list[Guest]] = {}
+    for _, package in sorted(packages.items()):
+        for path, guests in package.guests().items():
+            found.setdefault(path, []).extend(guests)
+    return found
+
+
+def _checked_k(base: Base, packages: Mapping[str, Package], building: Building) -> int:
+    """Return the number of experts per token: by default those of the public model, and as many as one site has."""
+    own = [len(guests) for package in packages.values() for guests in package.guests().values()]
+    public = 1 if base.family is None else min(base.source.counts.values())
+    most = public + min(len(guests) for guests in _guests(packages).values())
+    k = base.top_k + max(own)
+    if building.router == "flexolmo" and building.top_k:
+        k = building.top_k
+    if not 1 <= k <= most:
+        raise ConfigError(f"--top-k is {k}; it must be within 1..{most}, the experts of a layer")
+    return k
+
+
+def _domain_score(w_XC: Tensor, packages: Mapping[str, Package], path: str, building: Building) -> routers.Weigh:
+    """Return x -> log of the ridge regression's share of each guest's site: a row keeps the logit that its site trained
+    on tokens of the site's domain, and loses on others."""
+    counts = [len(package.guests()[path]) for _, package in sorted(packages.items())]
+    owner_G = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    first = w_XC.shape[1] - len(counts)  # 1: the public rows are a class
+
+    def adjust(x_ND: Tensor) -> Tensor:
+        x = torch.cat([x_ND.float(), x_ND.new_ones(len(x_ND), 1, dtype=torch.float32)], dim=1)
+        score_NC = torch.log_softmax(building.sharpness * (x @ w_XC.to(x.device)), dim=-1)
+        return score_NC[:, first:][:, owner_G.to(x.device)]
+
+    return adjust
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def write(
+    folder: Path,
+    base: Base,
+    packages: Mapping[str, Package],
+    building: Building,
+    fitted: Mapping[str, Tensor] | None = None,
+    form: Format = "auto",
+    told: Mapping[str, Any] | None = None,
+) -> Format:
+    """Write the model into a new folder; returns the format that it has.
+
+    Args:
+        form: auto: the first of transformers, peft and consilium that holds the model exactly.
+        told: more for `oneshot.json`, e.g. which rows a router was fitted on.
+
+    Raises:
+        ConfigError: for a format that cannot hold the model, with the reason.
+    """
+    fitted = dict(fitted or {})
+    kind = kind_of(packages, building.router)
+    reasons = {"transformers": _not_plain(base, packages, building), "peft": _not_peft(packages, building)}
+    chosen: Format = form
+    if form == "auto":
+        chosen = next((f for f in ("transformers", "peft") if reasons[f] is None), "consilium")  # type: ignore[assignment]
+    elif reason := reasons.get(form):
+        raise ConfigError(f"--format {form} cannot hold this model: {reason}; use --format consilium")
+    with new_folder(folder) as made:
+        if chosen == "transformers":
+            _write_plain(made, base, packages, building, fitted)
+            (made / USE).write_text(json.dumps(_use(base, packages), indent=1) + "\n")
+        elif chosen == "peft":
+            _write_peft(made, base, packages)
+        else:
+            _write_parts(made, packages, fitted)
+        if chosen != "peft":
+            base.source.tokenizer().save_pretrained(made)
+        record = {
+            "format": chosen, "kind": kind, "building": asdict(building), "joint": building.router in JOINT,
+            "model": base.source.path, "dtype": base.source.dtype, "fingerprint": base.source.fingerprint,
+            "sites": {site: {"signature": p.signature, "scale": p.scale} for site, p in sorted(packages.items())},
+            **(told or {}),
+        }  # fmt: skip
+        (made / BUILT).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        (made / "README.md").write_text(_card(record))
+    return chosen
+
+
+def _not_plain(base: Base, packages: Mapping[str, Package], building: Building) -> str | None:
+    """Return why no checkpoint of plain transformers computes this model; None: one does."""
+    if building.router in ("uniform", "lorahub"):
+        model = base.model()
+        for path in _pairs(packages):
+            if not isinstance(model.backbone.get_submodule(path), nn.Linear):
+                return f"the adapters on {path} go around a whole block, which is no matrix to add them to"
+        return None
+    if building.router == "flexolmo":
+        try:
+            fuse(base.open_model(), _guests(packages), _checked_k(base, packages, building))
+        except ModelError as error:
+            return str(error)
+        return None
+    return f"transformers has no router of kind {building.router}"
+
+
+def _not_peft(packages: Mapping[str, Package], building: Building) -> str | None:
+    """Return why PEFT's Arrow does not compute this model; None: it does."""
+    if building.router != "arrow":
+        return f"PEFT has no router of kind {building.router}"
+    pairs = _pairs(packages)
+    shapes = [
+        {path: (own[site].a_RX.shape, own[site].b_YR.shape) for path, own in pairs.items() if site in own}
+        for site in packages
+    ]
+    if any(shape != shapes[0] for shape in shapes):
+        return "PEFT's Arrow needs the same modules and ranks at all sites"
+    if len({path.rpartition(".")[2] for path in pairs} & {"mlp", "block_sparse_moe"}):
+        return "PEFT adapts linear layers only, and some adapters go around whole blocks"
+    for path, own in pairs.items():
+        for site, pair in own.items():
+            if (error := _power_error(pair)) > PEFT_TOLERANCE:
+                return f"PEFT's {PEFT_STEPS} power iterations leave an error of about {error:.2g} at {path} of {site}"
+    return None
+
+
+def _power_error(pair: Pair) -> float:
+    """Return about how far power iterations are from the top singular vector: (s_2 / s_1) ^ (2 steps)."""
+    s_R = torch.linalg.svdvals(next(deltas([pair])))
+    return float((s_R[1] / s_R[0]) ** (2 * PEFT_STEPS)) if len(s_R) > 1 and s_R[0] > 0 else 0.0
+
+
+def _write_plain(
+    folder: Path, base: Base, packages: Mapping[str, Package], building: Building, fitted: Mapping[str, Tensor]
+) -> None:
+    if building.router == "flexolmo":
+        model = fuse(base.open_model(), _guests(packages), _checked_k(base, packages, building))
+    else:
+        model = base.model()
+        weights = _constants(packages, building, fitted)
+        for path, own in _pairs(packages).items():
+            matrix = model.backbone.get_submodule(path).weight
+            change = sum(weights[site] * delta for site, delta in zip(own, deltas(list(own.values())), strict=True))
+            matrix.data = (matrix.float() + change).to(matrix.dtype)
+    with quietly():
+        model.backbone.save_pretrained(folder)
+
+
+def _write_peft(folder: Path, base: Base, packages: Mapping[str, Package]) -> None:
+    """A folder of PEFT for each site; `README.md` says how they are loaded."""
+    from peft import LoraConfig
+
+    for site, package in sorted(packages.items()):
+        pairs, where = package.pairs(), folder / site
+        rank = next(iter(pairs.values())).a_RX.shape[0]
+        config = LoraConfig(
+            r=rank, lora_alpha=package.scale * rank, target_modules=list(pairs), task_type="CAUSAL_LM",
+            base_model_name_or_path=base.source.path, inference_mode=True,
+        )  # fmt: skip
+        config.target_modules = sorted(pairs)  # PEFT keeps a set, of which the order differs from run to run
+        where.mkdir()
+        config.save_pretrained(str(where))
+        tensors = {}
+        for path, pair in pairs.items():
+            tensors[f"base_model.model.{path}.lora_A.weight"] = pair.a_RX.contiguous()
+            tensors[f"base_model.model.{path}.lora_B.weight"] = pair.b_YR.contiguous()
+        save_file(tensors, where / "adapter_model.safetensors", {"format": "pt"})
+
+
+def _write_parts(folder: Path, packages: Mapping[str, Package], fitted: Mapping[str, Tensor]) -> None:
+    """All parts in one file, without the sums that only the hub needs, and what the router was fitted to."""
+    tensors = {
+        f"{site}/{name}": tensor.contiguous()
+        for site, package in sorted(packages.items())
+        for name, tensor in package.tensors.items()
+        if not name.endswith(".moment")
+    }
+    tensors |= {f"/{name}": tensor.contiguous() for name, tensor in fitted.items()}
+    save_file(tensors, folder / PARTS, {"format": "pt"})
+
+
+def _use(base: Base, packages: Mapping[str, Package]) -> dict[str, Any]:
+    """Return how the model is used, for `consilium predict` and `chat`: as the sites' own data was read."""
+    settings = [package.settings for _, package in sorted(packages.items())]
+    lengths = {name: max(int(s["fit"][name]) for s in settings) for name in ("max_length", "target_length")}
+    return {
+        "format": "transformers", "kind": settings[0]["kind_of_text"], "form": "text-to-text",
+        "dtype": base.source.dtype, "tasks": {}, **lengths,
+    }  # fmt: skip
+
+
+_LOADING = {
+    "transformers": """model = AutoModelForCausalLM.from_pretrained(folder)""",
+    "peft": """base = AutoModelForCausalLM.from_pretrained({model!r})
+    config = ArrowConfig(top_k={k}, router_temperature={temperature})
+    model = create_arrow_model(base, [f"{{folder}}/{{site}}" for site in {sites}], config)""",
+    "consilium": """model = consilium.oneshot.built.load_built(Path(folder)).backbone""",
+}
+
+
+def _card(record: Mapping[str, Any]) -> str:
+    building = record["building"]
+    sites = sorted(record["sites"])
+    k = min(building["top_k"] or _DEFAULT_K["arrow"], len(sites))
+    how = _LOADING[record["format"]].format(
+        model=record["model"], k=k, temperature=building["temperature"], sites=sites
+    )
+    joint = "It was fitted over all sites together: build it again after a withdrawal.\n\n" if record["joint"] else ""
+    return f"""# Parts of {len(sites)} sites, put together
+
+Router {building["router"]}, parts of {", ".join(sites)}, on the public model {record["model"]}.
+
+{joint}    {how}
+"""

@@ -1,0 +1,72 @@
+"""Loading what `build.write` wrote, of any of its formats, as a live model of transformers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from consilium.errors import ModelError, PackageError
+from consilium.inside import refuse_links
+from consilium.moe.build import ModelSource
+from consilium.oneshot.base import Base, Frozen
+from consilium.oneshot.build import BUILT, PARTS, Building, assemble
+from consilium.oneshot.package import Package
+
+__all__ = ["load_built", "record_of"]
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    """Return what `oneshot.json` of a built model says.
+
+    Raises:
+        ModelError: for another folder.
+    """
+    try:
+        told = json.loads((folder / BUILT).read_text())
+        told["format"], told["building"], told["sites"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder} is not what `consilium hub build` makes ({type(error).__name__})") from error
+    return told
+
+
+def load_built(folder: Path, model: str = "") -> Frozen:
+    """Load a built model; `.backbone` is the model of transformers.
+
+    Args:
+        model: where the public model lies; "": where it lay when the model was built.
+
+    Raises:
+        ModelError: for a folder that is none or broken, or another public model.
+    """
+    told = record_of(folder)
+    refuse_links(folder)
+    if told["format"] == "transformers":
+        return Base(ModelSource(str(folder.resolve()), "text-to-text", told["dtype"])).model()
+    base = Base(ModelSource(model or told["model"], "text-to-text", told["dtype"]))
+    if base.source.fingerprint != told["fingerprint"]:
+        raise ModelError(f"{base.source.path} is another model than the one that {folder} was built for")
+    try:
+        tensors = _peft_tensors(folder, told) if told["format"] == "peft" else load_file(folder / PARTS)
+        building = Building(**{**told["building"], "sites": tuple(told["building"]["sites"])})
+        packages = {site: _package(site, told, tensors) for site in told["sites"]}
+        fitted = {name[1:]: tensor for name, tensor in tensors.items() if name.startswith("/")}
+        return assemble(base, packages, building, fitted)
+    except (OSError, SafetensorError, TypeError, KeyError, AttributeError, PackageError) as error:
+        raise ModelError(f"{folder} is broken ({type(error).__name__}: {error}); build it again") from error
+
+
+def _package(site: str, told: dict[str, Any], tensors: dict[str, Tensor]) -> Package:
+    own = {name.removeprefix(f"{site}/"): t for name, t in tensors.items() if name.startswith(f"{site}/")}
+    scale = float(told["sites"][site]["scale"])
+    return Package(site, told["kind"], "none", told["fingerprint"], "", 1, scale, tensors=own)
+
+
+def _peft_tensors(folder: Path, told: dict[str, Any]) -> dict[str, Tensor]:
+    found = {}
+    for site in told["sites"]:
+        for name, tensor in load_file(folder / site / "adapter_model.safetensors").items():
+            found[f"{site}/{name.removeprefix('base_model.model.').removesuffix('.weight')}"] = tensor
+    return found

@@ -1,0 +1,378 @@
+"""The flags of `consilium expert` and `consilium hub`, and what they print."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from consilium.engine.checkpoint import write_atomic
+from consilium.errors import ConfigError
+from consilium.escape import one_line
+from consilium.experiment import Experiment, from_json, to_json
+from consilium.moe.budget import human
+from consilium.oneshot.build import Building, Format
+from consilium.oneshot.hub import Hub, create
+from consilium.oneshot.package import check_site, file_digest
+from consilium.oneshot.routers import JOINT, Router
+from consilium.oneshot.train import Training
+
+__all__ = ["ROOMS", "ReadExperiment", "Rows"]
+
+ReadExperiment = Callable[[str, Sequence[str], str], Experiment]
+"""(recipe or saved experiment, flags, name of the command) -> the experiment."""
+Positional = tyro.conf.Positional
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An experiment that was read for a command, of which the data, and how it becomes tokens, counts."""
+
+    experiment: Experiment | None = None
+
+    def of(self, hub: Hub) -> Any:
+        """Return the rows as domains for a hub's model; None if there are none."""
+        from consilium.oneshot.evaluate import Domains
+
+        if self.experiment is None:
+            return None
+        return Domains.of(replace(self.experiment, model=hub.base.source, memory=()))
+
+    def needed(self, hub: Hub, what: str) -> Any:
+        """Return the rows; raise ConfigError if there are none."""
+        if self.experiment is None:
+            raise ConfigError(f"{what} needs rows: name a recipe by --rows, with its --data flags")
+        return self.of(hub)
+
+
+# --- at a site --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train this site's part on its own data, next to the frozen public model, and write it as one signed file.
+
+    The recipe says how data is read and trained; its flags follow: --data.*, --model.*, --fit.*, --memory, --device,
+    --seed. The same command continues a training that was interrupted.
+
+    Args:
+        name: of this site.
+        out: file to write.
+        state: folder for the training's state and, unless --key is given, the site's key; default: site-NAME.
+        key: folder with the site's key, as `consilium certificates` makes it.
+        client: whose rows of the data; needed if the data has several clients.
+        about: what the data is, for people. licence: of the package. contact: for questions.
+        part: what is trained.
+    """
+
+    name: str
+    out: Path
+    state: Path | None = None
+    key: Path | None = None
+    client: str = ""
+    about: str = ""
+    licence: str = ""
+    contact: str = ""
+    part: Annotated[Training, tyro.conf.arg(name="")] = field(default_factory=Training)
+
+    def lines(self, rows: Rows) -> Iterator[str]:
+        """Do it; yield what is to be said about it."""
+        from consilium.certificates import site_key
+        from consilium.oneshot.package import to_bytes
+        from consilium.oneshot.train import site_data, train
+
+        if rows.experiment is None:
+            raise ConfigError("name a recipe: consilium expert train RECIPE --name A --out FILE")
+        if self.out.exists():
+            raise ConfigError(f"{self.out} is there already; choose another --out, or remove it first")
+        check_site(self.name)
+        state = self.state or Path(f"site-{self.name}")
+        key = site_key(self.key or state)
+        data = site_data(rows.experiment, self.client)
+        card = {name: text for name in ("about", "licence", "contact") if (text := getattr(self, name))}
+        said: list[str] = []
+        package = train(rows.experiment, self.name, self.part, state, data, card, said.append).signed(key)
+        write_atomic(self.out, to_bytes(package))
+        yield from said[-1:]
+        size = self.out.stat().st_size
+        yield f"{self.out}: {package.kind}, router part {package.router}, {package.examples} examples, {human(size)}"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Test how much text of this site's training data a package gives away, before it is handed over.
+
+    Args:
+        package: the file.
+        client: whose rows of the data.
+        prefix: tokens that are given. length: tokens that must be reproduced. most: rows that are tried.
+    """
+
+    package: Annotated[Path, Positional]
+    client: str = ""
+    prefix: int = 32
+    length: int = 32
+    most: int = 100
+
+    def lines(self, rows: Rows) -> Iterator[str]:
+        """Do it; yield what is to be said about it."""
+        from consilium.oneshot.base import Base
+        from consilium.oneshot.evaluate import Domains, alone
+        from consilium.oneshot.package import read
+        from consilium.oneshot.train import site_data
+        from consilium.oneshot.trust import extraction
+
+        if rows.experiment is None:
+            raise ConfigError("name a recipe by --rows, with the --data flags of the training")
+        package = read(self.package)
+        data = site_data(rows.experiment, self.client)
+        domains = Domains(rows.experiment, {package.site: data}, "train")
+        base = Base(rows.experiment.model)
+        for name, model in (("public model", base.model()), ("with the package", alone(base, package))):
+            found = extraction(model, domains.rows[package.site], self.prefix, self.length, self.most)
+            yield (
+                f"{name}: {100 * found['reproduced']:.1f} % of {found['rows']} rows reproduced over {self.length} "
+                f"tokens, at most {found['longest']} tokens"
+            )
+
+
+# --- at the hub -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Init:
+    """Make a hub for a public model.
+
+    Args:
+        hub: folder to make.
+        model: a directory, a shipped model's name, or a hub name.
+        dtype: in which sites train.
+        keys: folder with <site>.pub of every site that may add, the part `server` of `consilium certificates`;
+            default: any site may, with any key.
+        max_bytes: largest package.
+    """
+
+    hub: Annotated[Path, Positional]
+    model: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    keys: Path | None = None
+    max_bytes: str = "8GB"
+
+    def lines(self, rows: Rows) -> Iterator[str]:
+        """Do it; yield what is to be said about it."""
+        hub = create(self.hub, self.model, self.dtype, self.keys, self.max_bytes)
+        takes = "adapters and whole experts" if hub.layout.experts else "adapters"
+        yield f"{self.hub}: takes {takes} for {self.model} ({hub.layout.frozen[:12]})"
+
+
+@dataclass(frozen=True)
+class Add:
+    """Check packages and add them; nothing of other sites changes.
+
+    Args:
+        hub: its folder.
+        packages: files of sites.
+    """
+
+    hub: Annotated[Path, Positional]
+    packages: Annotated[tuple[Path, ...], Positional]
+
+    def lines(self, rows: Rows) -> Iterator[str]:
+        """Do it; yield what is to be said about it."""
+        if not self.packages:
+            raise ConfigError("no package named; give at least one file")
+        hub = Hub.open(self.hub)
+        for path in self.packages:
+            package = hub.add(path)
+            yield f"{package.site}: added, {package.kind}, {package.examples} examples, {human(package.nbytes)}"
+
+
+@dataclass(frozen=True)
+class Withdraw:
+    """Remove all that sites brought; the hub is then the one that never had them.
+
+    Args:
+        hub: its folder.
+        sites: their names.
+    """
+
+    hub: Annotated[Path, Positional]
+    sites: Annotated[tuple[str, ...], Positional]
+
+    def lines(self, rows: Rows) -> Iterator[str]:
+        """Do it; yield what is to be said about it."""
+        hub = Hub.open(self.hub)
+        for site in self.sites:
+            hub.withdraw(site)
+            yield f"{site}: withdrawn; models that were built with it must be built again (hub build --again)"
+
+
+@dataclass(frozen=True)
+class List:
+    """List the packages of a hub.
+
+    Args:
+        hub: its folder.
+    """
+
+    hub: Annotated[Path, Positional]
+
+    def lines(self, rows: Rows) -> Iterator[str]:
+        """Do it; yield what is to be said about it."""
+        hub = Hub.open(self.hub)
+        for site, package in hub.packages().items():
+            digest = file_digest(hub.path(site))[:12]
+            about = f"  {one_line(package.card.get('about', ''), 60)}".rstrip()
+            told = f"{package.kind}  {package.router}  {package.examples} examples  {human(package.nbytes)}"
+            yield f"{site}  {told}  {digest}{about}"
+        yield f"{len(hub.sites)} sites"
+
+
+@dataclass(frozen=True)
+class Build:
+    """Put packages together as one model.
+
+    Args:
+        hub: its folder.
+        out: directory to write; it must be new or empty.
+        format: auto: for plain transformers or PEFT where they compute the same model, else for this package.
+        again: a built model: take its settings and rows, and the sites that are here now.
+        how: the router.
+    """
+
+    hub: Annotated[Path, Positional]
+    out: Path
+    format: Format = "auto"
+    again: Path | None = None
+    how: Annotated[Building, tyro.conf.arg(name="")] = field(default_factory=Building)
+
+    def lines(self, rows: Rows) -> Iterator[str]:
+        """Do it; yield what is to be said about it."""
+        from consilium.oneshot.build import write
+        from consilium.oneshot.built import record_of
+        from consilium.oneshot.evaluate import fit_router
+
+        hub, how = Hub.open(self.hub), self.how
+        if self.again is not None:
+            record = record_of(self.again)
+            settings = record["building"]
+            settings["sites"] = tuple(site for site in settings["sites"] if site in hub.sites)
+            how = Building(**settings)
+            rows = Rows(from_json(record["rows"])) if record.get("rows") else Rows()
+        packages, base, public = hub.packages(how.sites), hub.base, rows.of(hub)
+        fitted = fit_router(base, packages, how, public)
+        told = {"rows": to_json(rows.experiment)} if rows.experiment is not None else {}
+        form = write(self.out, base, packages, how, fitted, self.format, told)
+        joint = "; fitted over all sites: build it again after a withdrawal" if how.router in JOINT else ""
+        yield f"{self.out}: {len(packages)} sites, router {how.router}, format {form}{joint}"
+        if form == "transformers":
+            yield f'try it: consilium predict {self.out} --text "..."'
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Score the public model, every package and routers on rows by domain, and what each site's contribution is worth.
+
+    Args:
+        hub: its folder.
+        routers: of the matrix, those that the packages are fit for; default: all of them.
+        worth: the router with which contributions are measured; default: the best on these rows.
+        out: file for the scores, JSON; `consilium hub report` takes it.
+    """
+
+    hub: Annotated[Path, Positional]
+    routers: tuple[Router, ...] = ()
+    worth: Router | None = None
+    out: Path = Path("scores.json")
+
+    def lines(self, rows: Rows) -> Iterator[str]:
+        """Do it; yield what is to be said about it."""
+        from consilium.oneshot.evaluate import contributions, matrix
+
+        hub = Hub.open(self.hub)
+        domains = rows.needed(hub, "evaluate")
+        base, packages = hub.base, hub.packages()
+        chosen = self.routers or fitting(packages)
+        table = matrix(base, packages, [Building(router) for router in chosen], domains, domains)
+        means = {name: sum(scores.values()) / len(scores) for name, scores in table.items()}
+        best = self.worth or min(chosen, key=lambda router: means[f"router {router}"])
+        worth = contributions(base, packages, Building(best), domains, domains)
+        told = {"unit": domains.unit, "matrix": table, "router": best, "contributions": worth}
+        write_atomic(self.out, (json.dumps(told, indent=1) + "\n").encode())
+        names = list(domains.rows)
+        yield f"{domains.unit}: {', '.join(names)}"
+        for name, scores in table.items():
+            yield f"{name}: {', '.join(f'{scores[d]:.3f}' for d in names)}"
+        for site, gains in worth.items():
+            yield f"without {site}, router {best}: {', '.join(f'{gains[d]:+.3f}' for d in names)}"
+
+
+def fitting(packages: Any) -> tuple[Router, ...]:
+    """Return the routers that need nothing but these packages and rows."""
+    from consilium.errors import PackageError
+    from consilium.oneshot.build import kind_of
+
+    found = []
+    for router in ("uniform", "arrow", "phatgoose", "flexolmo", "ridge"):
+        try:
+            kind_of(packages, router)
+        except PackageError:
+            continue
+        found.append(router)
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Check:
+    """Look for poisoned packages: their scores on public rows, and the size of their numbers.
+
+    Args:
+        hub: its folder.
+    """
+
+    hub: Annotated[Path, Positional]
+
+    def lines(self, rows: Rows) -> Iterator[str]:
+        """Do it; yield what is to be said about it."""
+        from consilium.oneshot.trust import check
+
+        hub = Hub.open(self.hub)
+        for found in check(hub.base, hub.packages(), rows.of(hub)):
+            said = "; ".join(found.reasons) or "nothing found"
+            yield f"{found.site}: {said} (norm {found.norm:.3g})"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write one page about a hub, for a browser without network: who brought what, with which rights, and scores.
+
+    Args:
+        hub: its folder.
+        scores: what `consilium hub evaluate` wrote.
+        out: file to write.
+    """
+
+    hub: Annotated[Path, Positional]
+    scores: Path | None = None
+    out: Path = Path("hub.html")
+
+    def lines(self, rows: Rows) -> Iterator[str]:
+        """Do it; yield what is to be said about it."""
+        from consilium.oneshot.report import page
+
+        hub = Hub.open(self.hub)
+        told = json.loads(self.scores.read_text()) if self.scores else {}
+        write_atomic(self.out, page(hub, told).encode())
+        yield f"report: {self.out}"
+
+
+ROOMS: dict[str, dict[str, Any]] = {
+    "expert": {"train": Train, "memory": Memory},
+    "hub": {
+        "init": Init, "add": Add, "withdraw": Withdraw, "list": List, "build": Build, "evaluate": Evaluate,
+        "check": Check, "report": Report,
+    },
+}  # fmt: skip
+"""Command -> its own commands."""
