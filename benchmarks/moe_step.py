@@ -36,8 +36,8 @@ from torch import nn
 from transformers import MistralConfig, MistralModel, MixtralConfig, MixtralModel
 
 from consilium.moe.addressing import parameters
+from consilium.moe.discovery import family_of
 from consilium.moe.experts import Experts
-from consilium.moe.families import family_of
 from consilium.moe.lora import Lora, add_expert_lora, add_lora
 from consilium.moe.model import TaskModel
 from consilium.products import quicken

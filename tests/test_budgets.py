@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from consilium.core import ClientInfo
 from consilium.errors import BudgetError
 from consilium.moe.budget import MemoryModel
-from consilium.moe.families import FAMILIES
 
 
 def device(memory):
@@ -23,7 +22,7 @@ def large(model_type="olmoe", **fit):
     return tiny.setup(tiny.source(model_type, **wide), **fit)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", tiny.FAMILIES)
 def test_without_a_limit_all_are_held_and_trained(model_type):
     setup = tiny.setup(tiny.source(model_type))
     total = sum(setup.model.counts.values())
@@ -31,12 +30,12 @@ def test_without_a_limit_all_are_held_and_trained(model_type):
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", tiny.FAMILIES)
 def test_the_smallest_device_and_one_byte_less(model_type, mode):
     """With just enough there is a budget; below it an error with the bytes missing, as `lacks` has it."""
     setup = tiny.setup(tiny.source(model_type))
     least, blocks = sum(setup.least.values()), len(setup.model.counts)
-    assert least == FAMILIES[model_type].least * blocks
+    assert least == tiny.FAMILIES[model_type].least * blocks
     need = setup.footprint(setup.least, mode, trained=blocks).total
     forward, backward = setup.budgets(device(need), mode=mode)
     assert forward >= least and backward >= blocks

@@ -523,7 +523,7 @@ def test_inspect_shows_every_family(capsys, model_type, form):
     assert code == 0 and all(len(line) <= 80 for line in out.splitlines() if str(tiny.root) not in line)
     assert f"{family.name}, {form}" in out and f"{blocks[0]} to " in out
     router = {"sigmoid": "by sigmoid with a correction bias", "softmax": "by softmax with a correction bias"}
-    assert f"top-{2 if family.top_k else 1}, {router.get(family.choice, 'by logits')}" in out
+    assert f"top-{2 if family.top_k else 1}, {router.get(family.correction and family.score, 'by logits')}" in out
     assert ("in 2 of 4 groups" in out or "in 1 of 4 groups" in out) == (model_type.startswith("deepseek"))
     rows = [words for line in out.splitlines() if (words := line.split())[:1] == ["4"]]  # "4 layers" is one, too
     row = next(words for words in rows if words[1].rstrip("*").endswith("B"))

@@ -59,6 +59,7 @@ SMALL = {
     "hfedmoe-docstrings": DOCSTRINGS,
     "fedmoe-text": "--rounds 1 --fit.max-length 16 --algorithm.stage1 forward",
     "fedmoe-instructions": f"{LANGUAGE} --fit.target-length 4",
+    "lora-instructions": "--rounds 1 --fit.max-length 16 --data.clients 2 --model.dtype float32 --fit.target-length 4",
     "fedmoe-plaintext": f"{LANGUAGE} --fit.target-length 64",
     "pfedmoe-digits": "--rounds 1",
     "pfedmoe-images": "--rounds 1 --data.clients 2 --model.width 8",

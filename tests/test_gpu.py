@@ -18,7 +18,6 @@ from consilium.data.arrays import ImageData
 from consilium.experiment import Experiment
 from consilium.models.cohort import Cohort
 from consilium.moe.addressing import select
-from consilium.moe.families import FAMILIES
 from consilium.moe.lora import Lora
 from consilium.recipes.digits import SMALL_FIT
 from consilium.run import resume, run
@@ -86,7 +85,7 @@ def test_a_run_is_resumed(tmp_path):
 
 
 @pytest.mark.parametrize("method", [FedMoE(stage1_epochs=1), HFedMoE(), FedAvg()], ids=lambda m: type(m).__name__)
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", tiny.FAMILIES)
 def test_methods_run_over_every_family(method, model_type, tmp_path):
     """The same names and shapes as on the CPU; numbers that are any."""
     made = runs.experiment(

@@ -1,6 +1,6 @@
-"""The command line: `consilium run | compare | resume | report | list | inspect | data`, to make a mixture of experts
-of a dense model `upcycle`, to take a model away `export | predict | chat`, and for sites on machines of their own
-`certificates | server | client`.
+"""The command line: `consilium run | compare | plan | resume | report | list | inspect | data`, to make a mixture of
+experts of a dense model `upcycle`, to take a model away `export | predict | chat`, and for sites on machines of their
+own `certificates | server | client`.
 
 Flags and their help come from the dataclasses themselves, through tyro. Errors are one line, and exit with 2.
 A command imports what it needs when it is called: torch and transformers take seconds, help and mistypes should not.
@@ -44,6 +44,8 @@ HELP = """[bold]consilium[/bold]: federated fine-tuning of mixture-of-experts mo
   consilium list                             recipes, algorithms, shipped models
   consilium inspect MODEL \\[--memory 12GiB]  layers, experts and bytes of a model, and what fits a device
 
+  consilium plan RECIPE|FILE.json \\[flags]  memory, bytes, steps and time of every client, before a run
+
   consilium upcycle MODEL --out DIR          a dense model as a mixture of experts: copies of its feed-forward networks
   consilium data PATH                        columns, labels and split of a file or of images, and the command to run
   consilium export RUN --client A --out DIR  a client's model for plain transformers; at a site: of its --state folder
@@ -78,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "report": report_command,
         "list": list_command,
         "inspect": inspect_command,
+        "plan": plan_command,
         "upcycle": upcycle_command,
         "data": data_command,
         "export": lambda args: _taken("Export", args),
@@ -276,6 +279,7 @@ def inspect_command(args: list[str]) -> None:
 
     def parameters(
         model: Annotated[str, tyro.conf.Positional],
+        gguf: str = "",
         memory: str | None = None,
         form: Literal["classification", "text-to-text"] | None = None,
         batch_size: int = 16,
@@ -288,6 +292,7 @@ def inspect_command(args: list[str]) -> None:
 
         Args:
             model: a directory, a shipped model's name, or a hub name.
+            gguf: a GGUF file in that directory.
             memory: a device's memory, e.g. 12GiB: says what fits.
             form: classification or text-to-text; default: what the checkpoint was made for.
             batch_size: examples per step.
@@ -296,9 +301,10 @@ def inspect_command(args: list[str]) -> None:
             rank: of LoRA adapters.
             gradient_checkpointing: recompute activations in the backward pass.
         """
-        source = ModelSource(model)
+        source = ModelSource(model, gguf=gguf)
         generates = any("LM" in name or "Generation" in name for name in source.config.architectures or ())
-        source = ModelSource(model, form or ("text-to-text" if generates else "classification"))
+        generates = generates or source.dense
+        source = ModelSource(model, gguf=gguf, form=form or ("text-to-text" if generates else "classification"))
         fit = Fit(
             batch_size=batch_size,
             max_length=max_length,
@@ -312,6 +318,14 @@ def inspect_command(args: list[str]) -> None:
     print_model(setup, limit, rank, out)
 
 
+def plan_command(args: list[str]) -> None:
+    """consilium plan RECIPE|FILE.json [flags of the experiment]"""
+    from consilium.report.forecast import print_plan
+
+    default, rest = _experiment(args, "plan")
+    print_plan(_parse(type(default), rest, f"consilium plan {args[0]}", default, {}), out)
+
+
 def upcycle_command(args: list[str]) -> None:
     """consilium upcycle MODEL \\[--experts 8] \\[--top-k 2] --out DIR"""
     from consilium.export.folder import new_folder
@@ -321,19 +335,21 @@ def upcycle_command(args: list[str]) -> None:
         model: Annotated[str, tyro.conf.Positional],
         out: Path,
         how: Annotated[Upcycling, tyro.conf.arg(name="")],
-    ) -> tuple[str, Path, Upcycling]:
+        gguf: str = "",
+    ) -> tuple[str, Path, Upcycling, str]:
         """Make a mixture of experts of a dense model (Komatsuzaki et al. 2023), with its tokenizer and chat template.
 
         Args:
-            model: a directory or a hub name: llama, mistral, granite, qwen2, qwen3 or t5.
+            model: a directory or a hub name: llama, mistral, granite, qwen2, qwen3, olmo2 or t5.
             out: directory to write; it must be new or empty.
             how: the experts.
+            gguf: a GGUF file in the directory.
         """
-        return model, out, how
+        return model, out, how, gguf
 
-    model, folder, how = _parse(parameters, args, "consilium upcycle")
+    model, folder, how, gguf = _parse(parameters, args, "consilium upcycle")
     with new_folder(folder) as new:
-        told = upcycle(model, new, how)
+        told = upcycle(model, new, how, gguf)
     for line in (*told, f"see it: consilium inspect {folder}"):
         print_line(out, line)
 
@@ -683,7 +699,10 @@ def _experiment(args: list[str], command: str) -> "tuple[Experiment, list[str]]"
         raise ConfigError(f"consilium {command} needs a recipe; {find_all}")
     if args[0] in ("-h", "--help"):
         find("fedmoe-docstrings")
-        commands = {"run": run_command, "compare": compare_command, "server": server_command, "client": client_command}
+        commands = {
+            "run": run_command, "compare": compare_command, "plan": plan_command, "server": server_command,
+            "client": client_command,
+        }  # fmt: skip
         doc = commands[command].__doc__
         out.print(f"{doc}\n\nRecipes: {', '.join(sorted(RECIPES))}", markup=False, highlight=False)
         out.print(f"Flags of an experiment: consilium {command} RECIPE --help", markup=False, highlight=False)

@@ -343,6 +343,8 @@ class Algorithm(ABC):
     worlds: ClassVar[tuple[str, ...]] = ("moe", "cohort")
     """What it can train. "moe" is one mixture-of-experts model for all, "cohort" one small model for all, "mixed" small
     models of which every client has its own architecture."""
+    dense: ClassVar[bool] = False
+    """Whether a model that all have ("moe") may be without experts."""
     merges: ClassVar[bool] = True
     """Whether replies change the server's model through `Setup.mean` alone, so that its rules can take their place."""
     exchanges: ClassVar[bool] = True

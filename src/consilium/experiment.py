@@ -155,6 +155,11 @@ class Experiment:
                 f"{type(self.algorithm).__name__} cannot train {self.model.path}: it is for "
                 f"{' and '.join(WORLDS[world] for world in self.algorithm.worlds)}"
             )
+        if isinstance(self.model, ModelSource) and self.model.dense and not self.algorithm.dense:
+            raise ConfigError(
+                f"{type(self.algorithm).__name__} cannot train {self.model.path}: it needs a mixture of experts, and "
+                "this model has none; consilium upcycle makes one of it"
+            )
         form = getattr(self.data, "form", self.model.form)
         if form != self.model.form:
             raise ConfigError(f"the data asks for {form}, the model is set up for {self.model.form}")

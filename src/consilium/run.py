@@ -124,6 +124,15 @@ def check(experiment: Experiment) -> None:
     _Prepared.of(experiment)
 
 
+def prepare(experiment: Experiment) -> "_Prepared":
+    """Return an experiment with its clients known, its budgets worked out and its server half built.
+
+    Raises:
+        ConsiliumError: if it cannot be run, saying why.
+    """
+    return _Prepared.of(experiment)
+
+
 def run(experiment: Experiment, folder: Path | str, watch: Watch | None = None) -> dict[str, Any]:
     """Run an experiment in a new directory and return its summary.
 

@@ -40,7 +40,7 @@ from consilium.moe.gates import NEED_ROWS, Gates, Kind, absent_rows, gates_from_
 from consilium.moe.layers import Shape, spread
 from consilium.moe.lora import Lora, add_lora, folded, initial_adapters, is_folded
 from consilium.moe.merging import Merging, RobustMean
-from consilium.moe.model import TaskModel
+from consilium.moe.model import TaskModel, text_config
 from consilium.moe.rules import FOLDED, FOLDS, PAIRWISE, AdapterMean
 from consilium.moe.surgery import checked
 from consilium.params import Params, WeightedMean, nbytes
@@ -199,7 +199,7 @@ class Setup:
         heads: Params = {}
         for task, labels in self.heads.items():
             for label in labels:
-                heads[f"head.{task}.{label}.weight"] = torch.zeros(self.model.config.hidden_size)
+                heads[f"head.{task}.{label}.weight"] = torch.zeros(text_config(self.model.config).hidden_size)
                 heads[f"head.{task}.{label}.bias"] = torch.zeros(())
         return heads
 

@@ -10,7 +10,6 @@ from consilium.algorithms.fedmoe import FedMoE
 from consilium.algorithms.hfedmoe import HFedMoE
 from consilium.core import counts_of
 from consilium.moe.build import ModelSource
-from consilium.moe.families import FAMILIES
 
 
 def three_trained(source: ModelSource) -> int:
@@ -20,7 +19,7 @@ def three_trained(source: ModelSource) -> int:
 
 def three_held(source: ModelSource) -> int:
     """A device that can hold three experts per layer, and train as few in a batch as the family's router needs."""
-    least = FAMILIES[source.config.model_type].least * len(source.counts)
+    least = tiny.FAMILIES[source.config.model_type].least * len(source.counts)
     return tiny.setup(source).footprint(dict.fromkeys(source.counts, 3), trained=least).total
 
 
@@ -49,7 +48,7 @@ def test_two_rounds_within_the_memory_of_devices(name, model_type, form, tmp_pat
         told = record["clients"][info.id]
         assert told["rejected"] is None and math.isfinite(told["train_loss"])
         assert 0 < told["peak_bytes_model"] <= info.memory_bytes
-        assert all(n >= FAMILIES[model_type].least for n in counts_of(server.structure()[info.id]).values())
+        assert all(n >= tiny.FAMILIES[model_type].least for n in counts_of(server.structure()[info.id]).values())
     assert sum(counts_of(server.structure()["animal-01"]).values()) < sum(source.counts.values())
     moved = {key for key, tensor in server.params.items() if not torch.equal(tensor, before[key])}
     assert any(".experts." in key for key in moved) and any(".router." in key for key in moved)

@@ -19,7 +19,6 @@ from consilium.moe.addressing import (
     table,
     unpack,
 )
-from consilium.moe.families import FAMILIES
 from consilium.moe.surgery import slice_experts
 from consilium.params import nbytes
 
@@ -174,7 +173,7 @@ def test_existing_parameters_keep_their_dtype():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("model_type", [name for name, row in FAMILIES.items() if row.choice])
+@pytest.mark.parametrize("model_type", tiny.CORRECTED)
 def test_correction_biases_travel_with_the_router_rows(model_type, dtype):
     """Parameter or buffer, [E] or [1, E]: a row of the router, in float32, whatever the model's dtype."""
     source = tiny.source(model_type, dtype=dtype)
@@ -190,7 +189,7 @@ def test_correction_biases_travel_with_the_router_rows(model_type, dtype):
         assert tiny.same(flatten(model, held), mine)
         load_flat(model, mine, held)
         assert tiny.same(flatten(model, held), mine)
-        path = f"{next(iter(held))}.{source.family.router}.{source.family.rows[-1]}"
+        path = f"{next(iter(held))}.{source.family.correction}"
         assert model.backbone.state_dict()[path].shape in ((3,), (1, 3))
         assert model.backbone.state_dict()[path].dtype == torch.float32
 

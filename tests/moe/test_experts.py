@@ -12,7 +12,6 @@ from consilium import products
 from consilium.moe import kernel
 from consilium.moe.addressing import expert_of, flatten, parameters, table, unpack
 from consilium.moe.experts import Experts
-from consilium.moe.families import FAMILIES
 from consilium.moe.lora import Lora, add_lora
 from consilium.moe.routing import Tap
 from consilium.moe.surgery import slice_experts
@@ -29,7 +28,7 @@ def build(model_type, form="classification", dtype="float32", **changes):
     return source.build(source.load() | heads, "animal", labels).eval(), tiny.batch(source)
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=tiny.FAMILIES)
 def case(request):
     return build(request.param)
 

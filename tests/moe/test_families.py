@@ -7,35 +7,38 @@ import transformers
 from torch import nn
 
 from consilium.errors import ModelError
-from consilium.moe.families import FAMILIES, blocks, family_of
+from consilium.moe.discovery import family_of
+from consilium.moe.families import blocks
 
 
 @pytest.fixture(scope="module", params=tiny.CASES, ids="-".join)
 def backbone(request):
     model_type, form = request.param
-    row = FAMILIES[model_type]
+    row = tiny.FAMILIES[model_type]
     model = getattr(transformers, row.classes[form]).from_pretrained(tiny.directory(model_type, form))
     return row, model
 
 
-def test_the_key_is_the_model_type():
-    for model_type, row in FAMILIES.items():
-        assert row.model_type == model_type == tiny.configuration(model_type).model_type
-        assert family_of(model_type) is row
+def test_what_is_found_is_found_once():
+    for model_type, row in tiny.FAMILIES.items():
+        assert row.model_type == model_type
+        assert family_of(tiny.configuration(model_type)) is row
         assert set(row.classes) == set(tiny.FORMS)
 
 
-def test_an_unknown_type_is_refused():
-    with pytest.raises(ModelError, match=r"model type 'bert' is not .* known are .*olmoe, phimoe, qwen2_moe"):
-        family_of("bert")
+def test_what_is_no_language_model_is_refused():
+    with pytest.raises(ModelError, match=r"is neither a mixture of experts .* nor a causal language"):
+        family_of("clip")
+    with pytest.raises(ModelError, match="model type 'perceptron' is not known to transformers"):
+        family_of("perceptron")
 
 
 def test_nllb_moe_is_refused_for_what_transformers_makes_of_it():
     """Whatever the router chooses, only experts 0 and 1 run; when this fails, a row for it may be due."""
     from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP
 
-    with pytest.raises(ModelError, match=r"'nllb_moe' cannot be federated: .* experts 0 and 1 alone"):
-        family_of("nllb_moe")
+    with pytest.raises(ModelError, match=r"'nllb-moe' cannot be federated: .* experts 0 and 1 alone"):
+        family_of("nllb-moe")
     config = transformers.NllbMoeConfig(d_model=32, num_experts=8, expert_capacity=64)
     block = NllbMoeSparseMLP(config, ffn_dim=16).eval()
     ran = set()
@@ -93,26 +96,26 @@ def test_the_routers_output_is_where_the_row_says(backbone):
     if row.dispatch:
         expected = nn.functional.one_hot(logits.argmax(-1), 8)
         assert torch.equal(output[row.routed].reshape(-1, 8).bool(), expected.bool())
-    elif row.choice or row.groups:
+    elif row.correction or row.groups:
         assert output[row.routed].reshape(10, -1).shape == (10, router.top_k)
     else:
         expected = logits.topk(router.top_k).indices.sort().values
         assert torch.equal(output[row.routed].reshape(10, -1).sort().values, expected)
 
 
-@pytest.mark.parametrize("model_type", [name for name, row in FAMILIES.items() if row.choice])
+@pytest.mark.parametrize("model_type", tiny.CORRECTED)
 def test_correction_biases_are_not_trained(model_type):
     """They are in the state of the model, and none of its trainable parameters; also where transformers' are."""
     source = tiny.source(model_type)
     model = source.build(source.load(), "t", ())
     for block in source.counts:
-        path = f"{block}.{model.family.router}.{model.family.rows[-1]}"
+        path = f"{block}.{model.family.correction}"
         assert path not in {name for name, p in model.backbone.named_parameters() if p.requires_grad}
         assert path in model.backbone.state_dict()
 
 
 def test_a_model_without_sparse_layers_is_refused():
-    row = FAMILIES["switch_transformers"]
+    row = tiny.FAMILIES["switch_transformers"]
     config = tiny.configuration("switch_transformers", num_layers=1, num_sparse_encoder_layers=0)
     config.encoder_sparse_step = 7
     model = transformers.SwitchTransformersEncoderModel(config)

@@ -19,7 +19,6 @@ from consilium.errors import ConfigError, ModelError, PayloadError
 from consilium.moe.addressing import flatten, parameters
 from consilium.moe.build import ModelSource
 from consilium.moe.experts import Experts
-from consilium.moe.families import FAMILIES
 from consilium.moe.files import MAP, WEIGHTS, load_sub_moe, save_sub_moe
 from consilium.moe.gates import (
     KINDS,
@@ -178,12 +177,13 @@ def test_the_card_tells_constants(tmp_path):
 
 
 def test_which_families_are_touched():
-    assert {name for name in FAMILIES if shares_gates(FAMILIES[name], full(name)[0].config)} == set(SHARING)
+    assert {name for name in tiny.FAMILIES if shares_gates(tiny.FAMILIES[name], full(name)[0].config)} == set(SHARING)
     for name in ("olmoe", "qwen2_moe", "qwen3_moe"):
-        assert not shares_gates(FAMILIES[name], tiny.source(name, norm_topk_prob=True).config)
+        source = tiny.source(name, norm_topk_prob=True)
+        assert not shares_gates(source.family, source.config)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", tiny.FAMILIES)
 def test_a_layer_of_a_slice_stays_near_the_full_layer(model_type):
     """The experts' output for the same hidden states, the most used kept: nearer than with the gates as they are.
 

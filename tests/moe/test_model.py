@@ -4,8 +4,6 @@ import pytest
 import tiny
 import torch
 
-from consilium.moe.families import FAMILIES
-
 ROWS = (0, 1, 2, 3)
 
 
@@ -15,7 +13,7 @@ def built(model_type, form):
     return source, source.build(source.load() | tiny.heads("animal", labels), "animal", labels).eval()
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", tiny.FAMILIES)
 def test_the_head_sees_the_mean_of_the_real_positions(model_type):
     source, model = built(model_type, "classification")
     batch = tiny.batch(source, rows=ROWS)
@@ -51,7 +49,7 @@ def test_an_encoder_decoder_is_asked_for_every_target_token():
     assert logits.shape == (len(labels), tiny.VOCABULARY)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", tiny.FAMILIES)
 def test_generation_does_not_depend_on_the_batch(model_type):
     source, model = built(model_type, "text-to-text")
     setup, context = tiny.setup(source), tiny.context(form="text-to-text")
@@ -76,7 +74,7 @@ def test_masks():
         )
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", tiny.FAMILIES)
 def test_logits_are_those_of_the_whole_model(model_type):
     """No labels, no cache, and for a causal model no logits but the asked ones: the same numbers and gradients."""
     source, model = built(model_type, "text-to-text")

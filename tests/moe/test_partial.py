@@ -9,7 +9,6 @@ from consilium.errors import ModelError
 from consilium.moe import partial
 from consilium.moe.addressing import select
 from consilium.moe.build import ModelSource
-from consilium.moe.families import FAMILIES
 
 
 def uneven(source) -> dict[str, tuple[int, ...]]:
@@ -55,7 +54,7 @@ def test_nothing_of_the_others_is_read(monkeypatch):
 
 def test_shards_are_read_one_by_one(tmp_path):
     source = tiny.source("olmoe", "text-to-text")
-    cls = getattr(transformers, FAMILIES["olmoe"].classes["text-to-text"])
+    cls = getattr(transformers, tiny.FAMILIES["olmoe"].classes["text-to-text"])
     cls.from_pretrained(source.location).save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     held = dict.fromkeys(source.counts, (0, 3, 7))

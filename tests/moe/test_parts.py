@@ -7,13 +7,12 @@ import transformers
 from torch.nn import functional as F
 
 from consilium.moe.experts import Experts
-from consilium.moe.families import FAMILIES
 from consilium.moe.lora import Lora, add_expert_lora, add_lora
 from consilium.moe.model import TaskModel
 from consilium.moe.parts import PARTS
 from consilium.moe.routing import Tap
 
-DECODERS = [name for name in FAMILIES if name != "switch_transformers"]
+DECODERS = [name for name in tiny.FAMILIES if name != "switch_transformers"]
 B, N, K, E = 3, 14, 2, 8
 WIDE = {
     "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "first_k_dense_replace": 0,
@@ -32,7 +31,7 @@ def model_of(model_type, layers, mode, dropout):
     if "kv_lora_rank" in settings:
         wide |= {"num_key_value_heads": 4, "head_dim": settings.get("head_dim")}
     wide = {key: value for key, value in wide.items() if key in settings}
-    family = FAMILIES[model_type]
+    family = tiny.FAMILIES[model_type]
     config = tiny.configuration(model_type, **wide)
     config.layer_types = None if getattr(config, "layer_types", None) is None else config.layer_types[:1] * layers
     cls = getattr(transformers, family.classes["classification"])

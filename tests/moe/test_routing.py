@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from consilium.errors import ModelError
 from consilium.moe.addressing import load_flat, router_row_of, select
-from consilium.moe.families import FAMILIES
 from consilium.moe.routing import Tap
 from consilium.moe.surgery import slice_experts
 
@@ -44,14 +43,16 @@ def rank(model, logits, correction, among):
     """Experts, the first choice first. Of eight experts, only those of the best groups."""
     family, config = model.family, model.config
     score = {i: logits[i] for i in among}
-    if family.choice == "sigmoid":
+    if family.correction and family.score == "sigmoid":
         score = {i: 1 / (1 + exp(-logits[i])) + correction[i] for i in among}
-    elif family.choice == "softmax":
+    elif family.correction:
         score = {i: exp(logits[i]) / sum(exp(logits[j]) for j in among) + correction[i] for i in among}
     if family.groups and len(among) == 8:
         size = 8 // config.n_group
         groups = [range(g * size, (g + 1) * size) for g in range(config.n_group)]
-        groups.sort(key=lambda group: -sum(sorted(score[i] for i in group)[-family.groups :]))
+        groups.sort(
+            key=lambda group: -sum(sorted(score[i] for i in group)[-(1 if family.model_type == "deepseek_v2" else 2) :])
+        )
         among = [i for group in groups[: config.topk_group] for i in group]
     return sorted(among, key=lambda i: -score[i])
 
@@ -117,7 +118,7 @@ def everything(source):
 def test_usage_is_exact(model_type, form, data):
     """Demand over all rows, served over the held ones, padding left out: for any sub-MoE."""
     source, params, batch = full(model_type, form)
-    some = st.sets(st.integers(0, 7), min_size=FAMILIES[model_type].least).map(lambda ids: tuple(sorted(ids)))
+    some = st.sets(st.integers(0, 7), min_size=tiny.FAMILIES[model_type].least).map(lambda ids: tuple(sorted(ids)))
     held = data.draw(st.fixed_dictionaries(dict.fromkeys(source.counts, some)))
     model = slice_experts(copy.deepcopy(whole(model_type, form)), held)
     with Tap(model, held, outside_rows(params, held), source.counts) as tap, torch.no_grad():
@@ -251,7 +252,7 @@ def test_demand_of_one_expert_is_still_top_k():
         assert tap.usage.served[block].tolist() == [0, 0, 0, tokens, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", tiny.FAMILIES)
 def test_a_tap_changes_nothing_and_goes_away(model_type):
     _, _, batch = full(model_type, "classification")
     model = build(model_type, "classification")
@@ -317,7 +318,7 @@ def test_top_2_with_a_correction(model_type):
     Sigmoids, each divided by their sum: P = (1/2, .., 1/2, 1, 1) / 5 with the ones at 3 and 4, 8 * (P_5 + P_6) / 2 =
     8 * 0.1. Softmax: P_5 = P_6 = 0.
     """
-    one = {"n_group": 1, "topk_group": 1} if FAMILIES[model_type].groups else {}
+    one = {"n_group": 1, "topk_group": 1} if tiny.FAMILIES[model_type].groups else {}
     source, params, _ = full(model_type, "classification", **one)
     high = {
         k: torch.full_like(t, 9.0 * (router_row_of(k)[1] in (5, 6))) for k, t in params.items() if "correction" in k
@@ -357,7 +358,7 @@ def test_each_layer_has_its_own_E_and_padding_does_not_count(model_type, expecte
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", tiny.FAMILIES)
 def test_the_balance_loss_trains_every_router(model_type, checkpointing):
     _, _, batch = full(model_type, "classification")
     model = build(model_type, "classification")
@@ -398,7 +399,7 @@ def test_gates_and_what_a_batch_was_served(model_type, form):
         mask = masks["decoder" if block.startswith("decoder") else "encoder"].reshape(-1)
         assert gates_TE.dtype == torch.float32
         for token, gate in zip(logits[block][mask].tolist(), gates_TE.tolist(), strict=True):
-            weigh = (lambda x: 1 / (1 + exp(-x))) if model.family.choice == "sigmoid" else exp
+            weigh = (lambda x: 1 / (1 + exp(-x))) if model.family.score == "sigmoid" else exp
             total = sum(map(weigh, token))
             assert gate == pytest.approx([weigh(x) / total for x in token], rel=1e-4, abs=1e-6)
 

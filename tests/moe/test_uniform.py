@@ -6,7 +6,6 @@ import torch
 import transformers
 
 from consilium.errors import ModelError
-from consilium.moe.families import FAMILIES
 from consilium.moe.surgery import slice_experts
 from consilium.moe.uniform import uniform
 from consilium.moe.widen import GAIN, ROW
@@ -52,7 +51,7 @@ def test_equal_counts_need_a_configuration_alone(model_type, form, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "form"), [("few", "text-to-text"), ("partly whole", "classification")])
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", tiny.FAMILIES)
 def test_filled_up_with_experts_that_no_token_reaches(model_type, kind, form, tmp_path):
     """Also where a layer holds fewer experts than a token takes. DeepSeek's groups are for another test."""
     groups = {"topk_group": 4} if model_type.startswith("deepseek") else {}

@@ -25,11 +25,13 @@ DENSE = {
     "qwen2": dict(tie_word_embeddings=True),
     "qwen2-sliding": dict(use_sliding_window=True, sliding_window=4, max_window_layers=1),
     "qwen3": dict(head_dim=8, attention_bias=True),
+    "olmo2": dict(),
     "t5": {},
 }
 MADE = {
     "llama": "mixtral", "mistral": "mixtral", "llama-biased": "granitemoe", "granite": "granitemoe",
-    "qwen2": "qwen2_moe", "qwen2-sliding": "qwen2_moe", "qwen3": "qwen3_moe", "t5": "switch_transformers",
+    "qwen2": "qwen2_moe", "qwen2-sliding": "qwen2_moe", "qwen3": "qwen3_moe",
+    "olmo2": "flex_olmo", "t5": "switch_transformers",
 }  # fmt: skip
 EXACT = [name for name in DENSE if name != "t5"]
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -225,3 +227,45 @@ def test_settings_that_a_family_does_not_have(name, options, message, tmp_path):
 def test_refused(options):
     with pytest.raises(ConfigError, match=r" is .*; it must be"):
         Upcycling(**options)
+
+
+def other(folder, name, seed):
+    """A dense model of the same configuration with other weights."""
+    saved(folder, name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    rng = torch.Generator().manual_seed(seed)
+    for tensor in model.parameters():
+        tensor.data += torch.randn(tensor.shape, generator=rng) * 0.1
+    model.save_pretrained(folder)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_branches_are_mixed(name, tmp_path):
+    """Branch-Train-MiX: experts of the models in turn, and the mean of what is no feed-forward network."""
+    states = [other(tmp_path / part, name, i) for i, part in enumerate("abc")]
+    paths = tuple(str(tmp_path / part) for part in "bc")
+    told = upcycle(str(tmp_path / "a"), tmp_path / "mixed", Upcycling(experts=4, branches=paths))
+    assert told[0].startswith(f"{tmp_path / 'a'} + {tmp_path / 'b'} + ")
+    params = ModelSource(str(tmp_path / "mixed"), "text-to-text").load()
+    for layer in range(2):
+        for i in range(4):
+            mlp = f"model.layers.{layer}.mlp"
+            state = states[i % 3]
+            gate_up = torch.cat([state[f"{mlp}.gate_proj.weight"], state[f"{mlp}.up_proj.weight"]])
+            assert torch.equal(params[f"{mlp}.experts.{i}.gate_up_proj"], gate_up)
+            assert torch.equal(params[f"{mlp}.experts.{i}.down_proj"], state[f"{mlp}.down_proj.weight"])
+    for key in ("model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight", "model.norm.weight"):
+        torch.testing.assert_close(params[key], (states[0][key] + states[1][key] + states[2][key]) / 3)
+
+
+def test_branches_must_fit(tmp_path):
+    for part, name in (("a", "llama"), ("b", "qwen3")):
+        saved(tmp_path / part, name)
+    saved(tmp_path / "c", "llama", hidden_size=32)
+    with pytest.raises(ModelError, match=r"branch .*b' is a qwen3, and .*a' a llama"):
+        upcycle(str(tmp_path / "a"), tmp_path / "x", Upcycling(branches=(str(tmp_path / "b"),)))
+    with pytest.raises(ModelError, match=r"differ in .*: give models of one configuration"):
+        upcycle(str(tmp_path / "a"), tmp_path / "x", Upcycling(branches=(str(tmp_path / "c"),)))
+    with pytest.raises(ConfigError, match=r"branches has 2 models, .*: experts is 2; it must be at least as many"):
+        Upcycling(experts=2, branches=("b", "c"))

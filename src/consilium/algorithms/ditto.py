@@ -48,6 +48,7 @@ class Ditto(Algorithm):
     worlds: ClassVar[tuple[str, ...]] = ("moe", "cohort")
     lam: float = setting(0.1, "factor", "[0, 1e4]")
     experts: int | Literal["all", "fit"] = setting("all", "server")
+    dense: ClassVar[bool] = True
 
     def server(self, setup: Setup) -> Server:
         return FedAvgServer(setup, common_experts(setup, self.experts, REFERENCES), REFERENCES)

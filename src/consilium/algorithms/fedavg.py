@@ -14,7 +14,7 @@ hold the model cannot take part. The gates of a sub-MoE are scaled as `fit.gates
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from consilium.core import (
     Algorithm,
@@ -48,6 +48,7 @@ class FedAvg(Algorithm):
     """
 
     experts: int | Literal["all", "fit"] = setting("all", "server")
+    dense: ClassVar[bool] = True
 
     def server(self, setup: Setup) -> Server:
         return FedAvgServer(setup, common_experts(setup, self.experts))

@@ -17,7 +17,7 @@ averages uniformly.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -46,6 +46,7 @@ class FedProx(Algorithm):
     mu: float = setting(0.01, "factor", "[0, 1e4]")
     experts: int | Literal["all", "fit"] = setting("all", "server")
     pull: Literal["gradient", "step"] = setting("gradient", "free")
+    dense: ClassVar[bool] = True
 
     def server(self, setup: Setup) -> Server:
         return FedAvgServer(setup, common_experts(setup, self.experts, REFERENCES), REFERENCES)

@@ -52,6 +52,7 @@ class FedPer(Algorithm):
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("moe", "cohort")
+    dense: ClassVar[bool] = True
     head_epochs: ClassVar[int] = 0  # FedRep trains the personal part first
     private: Literal["head", "router", "both"] = setting("head", "free")
     experts: int | Literal["all", "fit"] = setting("all", "server")

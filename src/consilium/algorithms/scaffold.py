@@ -62,6 +62,7 @@ class SCAFFOLD(Algorithm):
     eta_l: float = setting(0.1, "lr", "(0, 1e38]")
     eta_g: float = setting(1.0, "server", "(0, 1e6]")
     experts: int | Literal["all", "fit"] = setting("all", "server")
+    dense: ClassVar[bool] = True
 
     def server(self, setup: Setup) -> Server:
         return ScaffoldServer(self._sgd(setup), self)

@@ -40,6 +40,7 @@ class Standalone(Algorithm):
     worlds: ClassVar[tuple[str, ...]] = ("moe", "cohort", "mixed")
     merges: ClassVar[bool] = False
     exchanges: ClassVar[bool] = False
+    dense: ClassVar[bool] = True
 
     def server(self, setup: Setup) -> Server:
         return StandaloneServer(setup, common_experts(setup, self.experts))

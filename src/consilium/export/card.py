@@ -120,6 +120,17 @@ def _facts(deployed: Deployed) -> list[str]:
     ]
 
 
+SERVING_DENSE = """
+The files are in PEFT's layout for linear layers, which programs that serve LoRA read as they are (vLLM, SGLang,
+text-generation-inference): one base model, with an adapter per site.
+"""
+SERVING_EXPERTS = """
+The files are in PEFT's layout for the parameters of experts (`target_parameters`). vLLM reads it since its pull
+requests 41384 and 52194, SGLang since 25528; earlier versions refuse it or pass over it without a word. Other programs
+serve the merged model of `--format transformers`, of which the tensors have the names and shapes of the base's.
+"""
+
+
 def _use(deployed: Deployed, format: str, family: Family) -> str:
     model = deployed.experiment.model
     chat = "chat DIR" if deployed.kind == "conversation" else 'predict DIR --text "..."'
@@ -132,10 +143,15 @@ def _use(deployed: Deployed, format: str, family: Family) -> str:
     if format == "adapter":
         lines = ["from peft import PeftModel", f"from transformers import AutoTokenizer, {cls}", ""]
         base = python_literal(_base(deployed))
-        lines += [f"base = {cls}.from_pretrained({base})", 'base.config.model_type = "custom"']
+        lines += [f"base = {cls}.from_pretrained({base})"]
+        lines += [] if family.dense else ['base.config.model_type = "custom"']
         lines += ['model = PeftModel.from_pretrained(base, "DIR").eval()']
-        lines += [f"base.config.model_type = {python_literal(model.config.model_type)}"]
-        text = '\n`"custom"` keeps PEFT 0.21 from taking the names of experts for those of other layers.\n'
+        if family.dense:
+            text = SERVING_DENSE
+        else:
+            lines += [f"base.config.model_type = {python_literal(model.config.model_type)}"]
+            text = '\n`"custom"` keeps PEFT 0.21 from taking the names of experts for those of other layers.\n'
+            text += SERVING_EXPERTS
         return _code([*lines, 'tokenizer = AutoTokenizer.from_pretrained("DIR")', *head]) + text
     lines = [f"from transformers import AutoTokenizer, {cls}", ""]
     lines += [f'model = {cls}.from_pretrained("DIR").eval()', 'tokenizer = AutoTokenizer.from_pretrained("DIR")']

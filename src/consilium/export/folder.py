@@ -36,7 +36,7 @@ from consilium.moe.addressing import is_adapter, load_flat
 from consilium.moe.files import save_sub_moe
 from consilium.moe.gates import fold_gates
 from consilium.moe.lora import add_lora, merged
-from consilium.moe.model import TaskModel
+from consilium.moe.model import TaskModel, text_config
 from consilium.moe.rules import FOLDS
 from consilium.moe.uniform import uniform
 from consilium.params import Params
@@ -147,7 +147,7 @@ def _plain(folder: Path, deployed: Deployed) -> list[str]:
         backbone.generation_config = _generation(source.location, source.revision, config)
     with quietly():
         backbone.save_pretrained(folder)
-    _heads(folder, deployed, config.hidden_size)
+    _heads(folder, deployed, text_config(config).hidden_size)
     notes, rounded = [], source.dtype != "float32"
     if any(c != 1 for c in deployed.gates.scale.values()):
         notes.append(
@@ -159,10 +159,10 @@ def _plain(folder: Path, deployed: Deployed) -> list[str]:
             f"the layers serve up to {longest} to {config.expert_capacity} tokens per expert, and the configuration "
             f"has the largest: the same model for texts of up to {longest} tokens"
         )
-    if (wide := config.hidden_size) != source.config.hidden_size:
+    if (wide := text_config(config).hidden_size) != text_config(source.config).hidden_size:
         notes.append(
-            f"the hidden size is {wide} in place of {source.config.hidden_size}, so that layers with different numbers "
-            "of experts could be filled up to one number; the logits are the same"
+            f"the hidden size is {wide} in place of {text_config(source.config).hidden_size}, so that layers with "
+            "different numbers of experts could be filled up to one number; the logits are the same"
             + (f" but for the rounding of {source.dtype}" if rounded else "")
         )
     if deployed.experiment.fit.lora.rank and rounded:
@@ -190,9 +190,9 @@ def _adapters(folder: Path, deployed: Deployed) -> list[str]:
     rank = next(len(t) for key, t in deployed.params.items() if is_adapter(key) and key.endswith("_A"))
     load_flat(add_lora(model, replace(lora.at(rank), base="full")), deployed.params)
     save_adapters(model, folder, source.path)
-    if lora.router:
+    if lora.router and not source.family.dense:
         _add_routers(folder, model)
-    _heads(folder, deployed, source.config.hidden_size)
+    _heads(folder, deployed, text_config(source.config).hidden_size)
     return [] if lora.base == "full" else ["the run had its base in 4 bits (NF4): load the base so, or scores differ"]
 
 

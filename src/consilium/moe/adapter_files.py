@@ -25,6 +25,8 @@ def _peft_keys(model: TaskModel) -> Iterator[tuple[str, list[str]]]:
     """Key in the file -> the flat names of its adapters, both without `lora_A` and what follows."""
     family = model.family
     names = {name.rsplit(".", 1)[0] for name in model.adapters.names}
+    if family.dense:
+        yield from ((f"base_model.model.{name}", [name]) for name in sorted(names))
     for block, places in all_experts(model).items():
         path = f"base_model.model.{block}.{family.experts}"
         targets = [t for t in family.lora_targets if f"{block}.experts.0.{t}" in names]

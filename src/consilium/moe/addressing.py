@@ -3,6 +3,7 @@
     trunk        the parameter's own path            encoder.block.0.layer.0.SelfAttention.q.weight
     expert       <block>.experts.<id>.<tensor>       model.layers.3.mlp.experts.17.down_proj
     adapter      <block>.experts.<id>.<tensor>.lora_A   of a LoRA on the tensor (or module); and .lora_B
+                 <path of a linear layer>.lora_A        in a dense model
     folded       <block>.experts.<id>.<tensor>.lora_W   what a rule of `moe.rules` has added to it, on the server
     router row   <block>.router.<id>.<tensor>        model.layers.3.mlp.router.17.weight (also where it is a buffer)
     head row     head.<task>.<label>.<tensor>        head.topic.numpy.weight
@@ -11,7 +12,8 @@ Ids are those of the full model. A model that holds experts (3, 17) of a block k
 index changes its name here, on the way in (`load_flat`) and on the way out (`flatten`), and nowhere else.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,7 @@ __all__ = [
     "local",
     "pack",
     "router_row_of",
+    "row_dimension",
     "select",
     "tensors",
     "travels",
@@ -44,9 +47,8 @@ def all_experts(model: TaskModel) -> dict[str, tuple[int, ...]]:
     """Every expert place of the model as it stands: block -> (0, .., E-1)."""
     if not model.blocks():  # a small dense model, which has no family either
         return {}
-    counts = {name: block.get_submodule(model.family.router) for name, block in model.blocks().items()}
-    row = model.family.rows[0]
-    return {name: tuple(range(router.get_parameter(row).shape[0])) for name, router in counts.items()}
+    row, extra = model.family.row_paths[0], model.family.extra
+    return {name: tuple(range(_at(block, row).shape[0] - extra)) for name, block in model.blocks().items()}
 
 
 def expert_of(key: str) -> tuple[str, int] | None:
@@ -56,11 +58,11 @@ def expert_of(key: str) -> tuple[str, int] | None:
 
 def is_adapter(key: str) -> bool:
     """Whether a flat name is that of an adapter."""
-    return key.endswith((".lora_A", ".lora_B")) and expert_of(key) is not None
+    return key.endswith((".lora_A", ".lora_B")) and not key.startswith("head.")
 
 
 def travels(key: str) -> bool:
-    """Whether a flat name is one of those that travel when experts are trained by adapters: theirs, router rows and
+    """Whether a flat name is one of those that travel when a model is trained by adapters: theirs, router rows and
     head rows."""
     return is_adapter(key) or router_row_of(key) is not None or key.startswith("head.")
 
@@ -97,6 +99,16 @@ def select(params: Mapping[str, Tensor], task: str, held: ExpertSet | None = Non
     return chosen
 
 
+def _at(block: nn.Module, path: str) -> Tensor:
+    owner, _, name = path.rpartition(".")
+    return getattr(block.get_submodule(owner), name)
+
+
+def row_dimension(tensor: Tensor, total: int) -> int:
+    """Return the dimension along which a tensor has rows of experts: of a row [1, E] the second."""
+    return int(tensor.ndim == 2 and tensor.shape[0] == 1 and tensor.shape[1] >= total > 1)
+
+
 def table(model: TaskModel, held: ExpertSet | None = None) -> Table:
     """How each tensor of the model is called in the flat name space.
 
@@ -111,36 +123,42 @@ def table(model: TaskModel, held: ExpertSet | None = None) -> Table:
     if counts_of(held) != counts_of(places):
         raise ModelError(f"the model has {counts_of(places)} experts per block, the names given are {counts_of(held)}")
     names: Table = {}
-    for path in tensors(model):
-        names[path] = _flat_name(path, model, held)
+    for path, tensor in tensors(model).items():
+        names[path] = _flat_name(path, tensor, model.family, held)
     for path in model.adapters.named() if model.adapters is not None else ():
-        block, place = expert_of(path)
-        names[path] = path.replace(f".experts.{place}.", f".experts.{held[block][place]}.", 1)
+        names[path] = path
+        if found := expert_of(path):
+            block, place = found
+            names[path] = path.replace(f".experts.{place}.", f".experts.{held[block][place]}.", 1)
     if model.head is not None:
         for leaf in ("weight", "bias"):
             names[f"head.{leaf}"] = tuple(f"head.{model.task}.{label}.{leaf}" for label in model.labels)
     return names
 
 
-def _flat_name(path: str, model: TaskModel, held: ExpertSet) -> str | tuple[str, ...]:
-    family = model.family
+def _flat_name(path: str, tensor: Tensor, family: Any, held: ExpertSet) -> str | tuple[str, ...]:
     for block, ids in held.items():
         if not path.startswith(block + "."):
             continue
         rest = path[len(block) + 1 :]
-        if rest.startswith(family.router + "."):
-            row = rest[len(family.router) + 1 :]
-            if row in family.rows:
-                return tuple(f"{block}.router.{i}.{row.rsplit('.', 1)[-1]}" for i in ids)
-        elif rest.startswith(family.experts + "."):
+        if rest in family.row_paths:
+            leaf = rest.rsplit(".", 1)[-1]
+            return (*(f"{block}.router.{i}.{leaf}" for i in ids), *_behind(path, tensor, len(ids)))
+        if rest.startswith(family.experts + "."):
             inner = rest[len(family.experts) + 1 :]
             if inner in family.tensors:
-                return tuple(f"{block}.experts.{i}.{inner}" for i in ids)
-            module, _, tensor = inner.partition(".")
+                return (*(f"{block}.experts.{i}.{inner}" for i in ids), *_behind(path, tensor, len(ids)))
+            module, _, leaf = inner.partition(".")
             for place, i in enumerate(ids):
                 if family.layout == "modules" and module == family.module.format(place):
-                    return f"{block}.experts.{i}.{tensor}"
+                    return f"{block}.experts.{i}.{leaf}"
     return path
+
+
+def _behind(path: str, tensor: Tensor, experts: int) -> Iterator[str]:
+    """Yield names for the rows of a tensor behind those of experts, which belong to the trunk."""
+    for j in range(tensor.shape[row_dimension(tensor, experts)] - experts):
+        yield f"trunk.{path.replace('.experts.', '.expert.').replace('.router.', '.route.')}.{j}"
 
 
 def unpack(names: Table, tensors: Mapping[str, Tensor]) -> Params:
@@ -187,7 +205,7 @@ def tensors(model: TaskModel) -> dict[str, Tensor]:
     buffers = dict(model.backbone.named_buffers())
     if family is None:
         return parameters(model) | {path: t for path, t in buffers.items() if t.is_floating_point()}
-    rows = [f"{block}.{family.router}.{row}" for block in model.blocks() for row in family.rows]
+    rows = [f"{block}.{row}" for block in model.blocks() for row in family.row_paths]
     return parameters(model) | {path: buffers[path] for path in rows if path in buffers}
 
 
@@ -211,7 +229,7 @@ def flatten(model: TaskModel, held: ExpertSet | None = None, masters: dict[str, 
     """
     family = model.family
     masters, finer = ({}, False) if masters is None else (masters, bool(masters))
-    own = f".{family.rows[-1]}" if family is not None and family.choice else None
+    own = f".{family.correction}" if family is not None and family.correction else None
     names = table(model, held)
     form = torch.contiguous_format  # also of a row of one element, whose stride is then 1
     flat: Params = {}

@@ -27,10 +27,12 @@ from functools import lru_cache
 from math import prod
 from typing import Any, Literal
 
-from consilium.errors import ConfigError, ModelError, shown
+from consilium.errors import ConfigError, shown
 from consilium.masters import CHUNK
 from consilium.moe.addressing import all_experts, expert_of, parameters, router_row_of, table
 from consilium.moe.build import ModelSource
+from consilium.moe.families import experts_per_token, linear_layers
+from consilium.moe.measured import measured_parts
 from consilium.moe.parts import PARTS, Mode, Parts
 
 __all__ = ["PARTS", "Footprint", "MemoryModel", "Mode", "bytes_of", "human"]
@@ -38,6 +40,10 @@ __all__ = ["PARTS", "Footprint", "MemoryModel", "Mode", "bytes_of", "human"]
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMG]i?B|B|)\s*", re.IGNORECASE)
 
+CHUNKS = ("chunk_size", "mamba_chunk_size")
+"""Fields of configurations with the tokens that a state space layer computes at once."""
+LINEAR = 64
+"""Tokens that transformers' linear attention computes at once where no field says so."""
 OVERHEAD = 5_000_000
 """Bytes that come whatever the size: work space of the matrix kernels, the modules, the autograd graph."""
 SLACK = 64
@@ -133,6 +139,8 @@ class MemoryModel:
         width, vocabulary, top_k: D, V (0: no logits over it), K.
         stacks: the only stack; or encoder and decoder.
         parts: see `Parts`.
+        linear_sides: inputs plus outputs of the linear layers that adapters of a dense model change.
+        chunk: tokens to a multiple of which state space layers pad a sequence.
     """
 
     counts: Mapping[str, int]
@@ -148,14 +156,12 @@ class MemoryModel:
     top_k: int
     stacks: tuple[Stack, ...]
     parts: Mapping[Mode, Parts] = field(repr=False)
+    linear_sides: int = 0
+    chunk: int = 1
 
     @classmethod
     def of(cls, source: ModelSource) -> "MemoryModel":
-        """The memory model of a source, from its meta skeleton: nothing is loaded. Built once per source.
-
-        Raises:
-            ModelError: for a family without a row in `PARTS`.
-        """
+        """The memory model of a source, from its meta skeleton: nothing is loaded. Built once per source."""
         return _built(source)
 
     def params(self, counts: Mapping[str, int]) -> int:
@@ -199,13 +205,13 @@ class MemoryModel:
         learning = weights if mode == "full" else 0
         if mode in ("lora", "peft"):
             sizes = {block: rank * size for block, size in self.adapter_params.items()}
-            adapters = self.itemsize * sum(n * sizes[b] for b, n in counts.items())
+            adapters = self.itemsize * (sum(n * sizes[b] for b, n in counts.items()) + rank * self.linear_sides)
             routers = self.itemsize * sum(n * self.row_params[b] for b, n in counts.items())
             weights += adapters
             learning = adapters + (routers if mode == "lora" else 0)
         copies = references * (learning or weights)
         masters = learning * 4 // self.itemsize if self.itemsize < 4 else 0
-        if trained is not None and learning:
+        if trained is not None and learning and sizes:
             idle = max(sum(counts.values()) - trained, 0)
             learning -= self.itemsize * idle * min(sizes.values())
         batch = (batch_size, max_length, target_length)
@@ -250,7 +256,8 @@ class MemoryModel:
         _, S, T = batch
         if len(self.stacks) == 2:
             return [(self.stacks[0], S), (self.stacks[1], T)]
-        return [(self.stacks[0], S + T if self.vocabulary else S)]
+        n = S + T if self.vocabulary else S
+        return [(self.stacks[0], -(-n // self.chunk) * self.chunk)]
 
     def _layers(
         self, counts: Mapping[str, int], mode: Mode, batch: tuple[int, int, int], chosen: bool
@@ -273,7 +280,9 @@ class MemoryModel:
             else:
                 last = parts.last(B, n, S, min(self.top_k, counts[stack.blocks[-1]]) if stack.blocks else 0)
             layers += stack.layers * (attention + cross) + (stack.layers - len(sparse)) * dense + sum(sparse)
-            if mode in ("lora", "peft") and not decoder:  # nothing requires a gradient before the first adapter
+            if (
+                mode in ("lora", "peft") and not decoder and stack.blocks
+            ):  # nothing requires a gradient before the first adapter
                 layers -= stack.before * (attention + dense) + attention * (stack.before < stack.layers)
             forwards = max(sparse, default=0) if len(sparse) == stack.layers else max(dense, *sparse, 0)
             together = max(attention, cross, forwards) if mode == "forward" else attention + cross + forwards
@@ -296,8 +305,6 @@ class MemoryModel:
 
 @lru_cache(maxsize=8)
 def _built(source: ModelSource) -> MemoryModel:
-    if source.config.model_type not in PARTS:
-        raise ModelError(f"no memory model for {source.family.name} yet; run it without device memory")
     model = source.skeleton("", ())
     counts = {block: len(ids) for block, ids in all_experts(model).items()}
     sizes = {kind: dict.fromkeys(counts, 0) for kind in ("experts", "rows", "adapters", "stacked")}
@@ -313,10 +320,12 @@ def _built(source: ModelSource) -> MemoryModel:
                 sizes["experts"][block] += prod(shape)
                 sizes["adapters"][block] += sum(shape)
             if isinstance(name, tuple):
+                dense += prod(shape) * (len(name) - counts[block])
                 sizes["stacked"][block] = max(sizes["stacked"][block], prod(shape))
                 continue
         elif row := router_row_of(first):
             sizes["rows"][row[0]] += prod(shape)
+            dense += prod(shape) * (len(name) - counts[row[0]])  # rows behind those of experts
             continue
         else:
             dense += parameter.numel()
@@ -333,10 +342,27 @@ def _built(source: ModelSource) -> MemoryModel:
         itemsize=source.torch_dtype.itemsize,
         width=config.hidden_size,
         vocabulary=config.vocab_size if source.form == "text-to-text" else 0,
-        top_k=int(getattr(config, "num_experts_per_tok", 1)) if source.family.top_k else 1,
+        top_k=experts_per_token(config) if source.family.top_k else 1,
         stacks=_stacks(config, source.form, tuple(counts)),
-        parts=PARTS[config.model_type](config, int(source.torch_dtype.itemsize < 4)),
+        parts=_parts(source),
+        linear_sides=sum(m.in_features + m.out_features for _, m in linear_layers(model.backbone))
+        * source.family.dense,
+        chunk=_chunk(config),
     )
+
+
+def _chunk(config: Any) -> int:
+    """Return the tokens that state space or linear attention layers compute at once; 1 if there are none."""
+    linear = LINEAR if "linear" in repr(getattr(config, "layer_types", None)) else 1
+    return next((int(n) for name in CHUNKS if (n := getattr(config, name, None))), linear)
+
+
+def _parts(source: ModelSource) -> Mapping[Mode, Parts]:
+    """Return what the layers hold: counted, where a row of `PARTS` does, or measured on a tiny model."""
+    narrow = int(source.torch_dtype.itemsize < 4)
+    if source.config.model_type in PARTS:
+        return PARTS[source.config.model_type](source.config, narrow)
+    return measured_parts(source.config, source.family, narrow)
 
 
 def _stacks(config: Any, form: str, blocks: tuple[str, ...]) -> tuple[Stack, ...]:
@@ -347,6 +373,6 @@ def _stacks(config: Any, form: str, blocks: tuple[str, ...]) -> tuple[Stack, ...
     stacks = []
     for i, number in enumerate(layers):
         own = tuple(b for b in blocks if b.startswith("decoder.") == bool(i))
-        before = int(re.search(r"\.(\d+)\.", own[0])[1]) if own else number
+        before = int(re.search(r"\.(\d+)(?:\.|$)", own[0])[1]) if own else number
         stacks.append(Stack(number, own, before))
     return tuple(stacks)

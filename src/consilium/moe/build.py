@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,19 +18,24 @@ import transformers
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from consilium.core import ExpertSet, counts_of
 from consilium.errors import ConfigError, ModelError, first_line
 from consilium.machine import quietly
 from consilium.moe.addressing import all_experts, flatten, load_flat, router_row_of
-from consilium.moe.families import Family, Form, family_of
+from consilium.moe.discovery import family_of, fitting_config, has_experts
+from consilium.moe.families import Family, Form, experts_per_token
+from consilium.moe.formats import gguf_place, plain_config, reading
 from consilium.moe.gates import Gates, attach_gates, default_scale, shares_gates
 from consilium.moe.intact import check_folder
-from consilium.moe.model import TaskModel
+from consilium.moe.model import TaskModel, text_config
 from consilium.moe.partial import held_weights, sliced
+from consilium.moe.probe import check_slices
+from consilium.moe.structure import TOKENS
 from consilium.moe.surgery import checked, slice_experts
+from consilium.moe.tokens import read_tokenizer
 from consilium.params import Params
 from consilium.products import quicken
 
@@ -43,9 +48,6 @@ _UNREAD = re.compile(
 )
 """Files of a model's directory that change nothing: hidden ones, texts for people, pictures. All others are in its
 fingerprint, whatever their names: templates, merges, special tokens, generation settings, indices of shards."""
-_TOKENIZER_FILES = tuple(
-    ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"]
-)
 
 
 def shipped() -> dict[str, Path]:
@@ -55,7 +57,7 @@ def shipped() -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A mixture-of-experts model and how it is used.
+    """A mixture of experts, or a dense causal language model, and how it is used.
 
     Args:
         path: a shipped model's name, a local directory (config.json, safetensors, tokenizer), or a hub name.
@@ -65,6 +67,7 @@ class ModelSource:
         revision: for hub names, the commit to pin.
         resize: add rows to the embeddings where the tokenizer has more tokens than the model has rows; each begins as
             the mean of the others.
+        gguf: a GGUF file with weights, configuration and tokenizer: its name in the directory `path`, or its own path.
     """
 
     path: str = "docstring-switch"
@@ -72,6 +75,7 @@ class ModelSource:
     dtype: Literal["float32", "bfloat16"] = "float32"
     revision: str | None = None
     resize: bool = False
+    gguf: str = ""
 
     def __post_init__(self) -> None:
         for name, allowed in (("form", get_args(Form)), ("dtype", ("float32", "bfloat16"))):
@@ -82,6 +86,15 @@ class ModelSource:
     def world(self) -> str:
         """What methods must be able to train, see `core.Algorithm.worlds`."""
         return "moe"
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is known already, without asking a hub, that the model has no experts."""
+        local = self.gguf or self.path in shipped() or (Path(self.path).expanduser() / "config.json").is_file()
+        try:  # a hub is asked when the model is read, and not before
+            return bool(local) and not has_experts(self._stored)
+        except ModelError:  # which is raised again where the model is read
+            return False
 
     def architecture(self, client: int) -> str:
         """Of a client: the one model that all have."""
@@ -94,6 +107,8 @@ class ModelSource:
         Raises:
             ModelError: if `path` looks like a directory and none is there, or if the directory leads out of itself.
         """
+        if self.gguf:
+            return gguf_place(self.path, self.gguf)[0]
         if self.path in shipped():
             return str(shipped()[self.path])
         local = Path(self.path).expanduser()
@@ -113,29 +128,43 @@ class ModelSource:
     def config(self) -> Any:
         """The transformers configuration of the model that is trained; with `resize`, of as many tokens as needed."""
         stored = self._stored
-        if not self.resize or (rows := self._tokens) <= stored.vocab_size:
+        if not self.resize or (rows := self._tokens) <= text_config(stored).vocab_size:
             return stored
         config = copy.deepcopy(stored)
-        config.vocab_size = rows
+        text_config(config).vocab_size = rows
         return config
+
+    @property
+    def _where(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained` that say which file or commit is read."""
+        return {"gguf_file": gguf_place(self.path, self.gguf)[1]} if self.gguf else {"revision": self.revision}
 
     @cached_property
     def _stored(self) -> Any:
+        """The configuration of the weights as they are trained: without a word of quantisation."""
+        return plain_config(copy.deepcopy(self._found))
+
+    @cached_property
+    def _found(self) -> Any:
         """The configuration as it lies with the weights."""
         try:
-            return AutoConfig.from_pretrained(self.location, revision=self.revision, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(self.location, trust_remote_code=False, **self._where)
         except (OSError, ValueError) as error:
             raise ModelError(f"model {self.path!r} cannot be read: {first_line(error)}") from error
+        fitting = fitting_config(config)
+        if fitting is not config and getattr(config, "quantization_config", None):
+            fitting.quantization_config = config.quantization_config
+        return fitting
 
     @cached_property
     def _tokens(self) -> int:
         """The number of ids of the tokenizer: the largest and one more."""
-        return max(_tokenizer(self.location, self.revision).get_vocab().values()) + 1
+        return max(read_tokenizer(self.location, self.revision, self._where.get("gguf_file")).get_vocab().values()) + 1
 
     @cached_property
     def family(self) -> Family:
-        """The row of the table for this model."""
-        return family_of(self.config.model_type)
+        """How this model stores and chooses experts."""
+        return family_of(self._stored)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -149,7 +178,7 @@ class ModelSource:
         Raises:
             ModelError: if there is none, or no token for the end of a text or for padding is named anywhere.
         """
-        tokenizer = _tokenizer(self.location, self.revision)
+        tokenizer = read_tokenizer(self.location, self.revision, self._where.get("gguf_file"))
         for role in ("pad", *(("eos",) if self.form == "text-to-text" else ())):
             if getattr(tokenizer, f"{role}_token_id") is None:
                 raise ModelError(
@@ -169,13 +198,13 @@ class ModelSource:
             ConfigError: for texts that are longer than the model has positions.
         """
         self.tokenizer()
-        if self._tokens > self.config.vocab_size:
+        if self._tokens > text_config(self.config).vocab_size:
             raise ModelError(
                 f"the tokenizer of {self.path!r} has ids up to {self._tokens - 1}, the model has "
-                f"{self.config.vocab_size} embedding rows (ids from 0): take the tokenizer that the model was trained "
-                "with, or give --model.resize to add the rows"
+                f"{text_config(self.config).vocab_size} embedding rows (ids from 0): take the tokenizer that the "
+                "model was trained with, or give --model.resize to add the rows"
             )
-        limit = getattr(self.config, "max_position_embeddings", None)
+        limit = getattr(text_config(self.config), "max_position_embeddings", None)
         if limit is not None and length > limit:
             raise ConfigError(
                 f"texts may have {length} tokens by fit.max_length and fit.target_length; {self.path!r} has {limit} "
@@ -199,7 +228,7 @@ class ModelSource:
         """
         if not shares_gates(self.family, self.config):
             return {}
-        known, top_k = self._card.get("gates_public", {}), int(getattr(self.config, "num_experts_per_tok", 1))
+        known, top_k = self._card.get("gates_public", {}), experts_per_token(self.config)
         scales = {}
         for block, ids in held.items():
             total = self.counts[block]
@@ -232,7 +261,7 @@ class ModelSource:
 
     def round(self, params: Mapping[str, Tensor]) -> Params:
         """Return flat parameters in the dtype in which the model computes; a correction bias stays as it is."""
-        leaf = f".{self.family.rows[-1].rsplit('.', 1)[-1]}" if self.family.choice else None
+        leaf = f".{self.family.correction.rsplit('.', 1)[-1]}" if self.family.correction else None
         exact = {key for key in params if leaf and key.endswith(leaf) and router_row_of(key)}
         return {key: t if key in exact else t.to(self.torch_dtype) for key, t in params.items()}
 
@@ -268,29 +297,43 @@ class ModelSource:
         """The pretrained backbone as flat parameters (no heads).
 
         Args:
-            held: read these experts alone, block -> ids; the others are never in memory. None: all.
+            held: read these experts alone, block -> ids; the others are never in memory (of a GGUF file they are, for
+                a moment). None: all.
 
         Raises:
-            ModelError: if there are no safetensors, or the checkpoint lacks weights the form needs.
+            ModelError: if there are no safetensors, if the checkpoint lacks weights the form needs, or if the model
+                does not behave as its family says.
         """
-        cls, where = getattr(transformers, self.family.classes[self.form]), self.location
-        part: dict[str, Any] = {}
+        cls, some = getattr(transformers, self.family.classes[self.form]), None
+        if held is not None and held != all_experts(whole := self.skeleton("", ())):
+            some = checked(held, counts_of(all_experts(whole)), self.family)
+        quantised = reading(self._found, self.path)
+        if some is None or self.gguf or quantised:
+            backbone = self._read(cls, self.location, **self._where, **quantised)
+            if quantised:  # some weights come in another dtype than is asked for
+                for parameter in backbone.parameters():
+                    parameter.data = parameter.data.to(self.torch_dtype)
+            self._verify(backbone)
+        else:
+            state = held_weights(self.location, self.revision, whole, some)
+            backbone = self._read(sliced(cls, self.family, some), None, state_dict=state)
+        if (rows := text_config(self.config).vocab_size) > text_config(self._stored).vocab_size:
+            _add_rows(backbone, rows)
+        model = TaskModel(backbone, self.family, "", (), self.torch_dtype)
+        if some is None or not (self.gguf or quantised):
+            return flatten(model, held)
+        return flatten(slice_experts(model, some), some)
+
+    def _read(self, cls: Any, where: str | None, **how: Any) -> Any:
+        """Return what `from_pretrained` of a class reads."""
+        plain = {} if self.gguf else {"use_safetensors": True}
+        config = copy.deepcopy(self._found if "quantization_config" in how else self._stored)
         try:
             with quietly():
-                if held is not None and held != all_experts(whole := self.skeleton("", ())):
-                    held = checked(held, counts_of(all_experts(whole)), self.family)
-                    part["state_dict"] = held_weights(where, self.revision, whole, held)
-                    cls, where = sliced(cls, self.family, held), None
                 backbone, info = cls.from_pretrained(
-                    where,
-                    config=self._stored,
-                    revision=self.revision,
-                    dtype=self.torch_dtype,
-                    use_safetensors=True,
-                    trust_remote_code=False,
-                    output_loading_info=True,
-                    **part,
-                )
+                    where, config=config, dtype=self.torch_dtype, trust_remote_code=False, output_loading_info=True,
+                    **plain, **how,
+                )  # fmt: skip
         except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(f"model {self.path!r} cannot be loaded: {first_line(error)}") from error
         if info["missing_keys"]:
@@ -298,42 +341,22 @@ class ModelSource:
             raise ModelError(
                 f"model {self.path!r} has no weights for {self.form}: {len(missing)} are missing, e.g. {missing[0]!r}"
             )
-        part.clear()
-        if (rows := self.config.vocab_size) > self._stored.vocab_size:
-            _add_rows(backbone, rows)
-        return flatten(TaskModel(backbone, self.family, "", (), self.torch_dtype), held)
+        return backbone
 
-
-@lru_cache(maxsize=4)
-def _tokenizer(location: str, revision: str | None) -> PreTrainedTokenizerBase:
-    folder = Path(location)
-    if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES):
-        # transformers would make an empty one from the model type, which encodes every text as nothing
-        raise ModelError(f"{location!r} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
-    except Exception as error:  # `tokenizers` raises plain ones for a broken file, transformers KeyError and others
-        said = first_line(error) if isinstance(error, OSError | ValueError) else repr(error)
-        raise ModelError(f"{location!r} has no tokenizer that can be read: {said}") from error
-    for role in ("eos", "pad"):
-        if getattr(tokenizer, f"{role}_token") is None and (token := _named(tokenizer, location, revision, role)):
-            setattr(tokenizer, f"{role}_token", token)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _named(tokenizer: PreTrainedTokenizerBase, location: str, revision: str | None, role: str) -> str | None:
-    """The end or padding token that the model's own settings name by its id; of several ids the first."""
-    for kind in (GenerationConfig, AutoConfig):
+    def _verify(self, backbone: Any) -> None:
+        """Check once a process that the model, with its own weights, behaves as its family says."""
+        if self.family.dense or (key := (self.location, self.form, self.dtype)) in _VERIFIED:
+            return
+        ids = torch.tensor(TOKENS) % text_config(self.config).vocab_size
         try:
-            told = getattr(kind.from_pretrained(location, revision=revision), f"{role}_token_id", None)
-        except (OSError, ValueError):
-            continue
-        first = told[0] if isinstance(told, list) and told else told
-        if isinstance(first, int) and 0 <= first < len(tokenizer):
-            return tokenizer.convert_ids_to_tokens(first)
-    return None
+            check_slices(backbone, self.family, ids)
+        except ModelError as error:
+            raise ModelError(f"model {self.path!r} cannot be federated: {error}") from error
+        _VERIFIED.add(key)
+
+
+_VERIFIED: set[tuple[str, str, str]] = set()
+"""Models that were checked in this process: place, form, dtype."""
 
 
 @torch.no_grad()

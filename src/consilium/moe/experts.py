@@ -16,6 +16,7 @@ Shapes: T tokens, D model width, E experts, K experts per token, N tokens of one
 """
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,10 +25,11 @@ from torch import Tensor, nn
 
 from consilium.errors import ModelError
 from consilium.moe.addressing import all_experts, expert_of, parameters, table, unpack
+from consilium.moe.families import Family
 from consilium.moe.kernel import Layer, Linear, compute
 from consilium.moe.model import TaskModel
 
-__all__ = ["Active", "Experts"]
+__all__ = ["Active", "Experts", "is_transposed"]
 
 Active = Mapping[str, Collection[int]]
 """Block -> local places of the experts that a backward pass reaches; a block that is not named: none of it."""
@@ -71,6 +73,7 @@ class Experts:
         for name, leaf in self.leaves.items():
             self._of.setdefault(expert_of(name), []).append(leaf)
         tensors = own | views | {name: packed for name, (packed, _) in model.quantised.items()}
+        self._compute = _compute_inputs if model.family.inputs else compute
         self._layers = [_layer(self, model, block, tensors) for block in self.places]
 
     @property
@@ -116,14 +119,14 @@ class Experts:
     def record(self, block: str, members: list, tokens_N: Tensor, y_ND: Tensor, gates_N: Tensor) -> None:
         """Add what the experts of a group contribute to a batch; see `kernel.Layer`."""
         real_T = self.masks["decoder" if block.startswith("decoder.") else "encoder"].reshape(-1)
-        size_N = y_ND.float().norm(dim=-1) * gates_N.float() * real_T[tokens_N]
+        size_N = y_ND.float().norm(dim=-1) * gates_N.float() * real_T[tokens_N % len(real_T)]
         for place, start, end in members:
             self.contributions[block][place] += size_N[start:end].sum().double().cpu()
 
     def __enter__(self) -> "Experts":
         for layer in self._layers:
             self._before.append((layer.module, layer.module.__dict__.get("forward")))
-            layer.module.forward = partial(compute, layer)
+            layer.module.forward = partial(self._compute, layer)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -148,7 +151,8 @@ def _expert_tensors(model: TaskModel) -> tuple[dict[str, Tensor], dict[str, Tens
     views = {}
     for path, parameter in fused.items():
         for name, view in unpack(names, {path: parameter.detach()}).items():
-            views[name] = view.requires_grad_(parameter.requires_grad)
+            if expert_of(name):
+                views[name] = view.requires_grad_(parameter.requires_grad)
     return own, views
 
 
@@ -170,7 +174,7 @@ def _layer(owner: Experts, model: TaskModel, block: str, tensors: Mapping[str, T
         weight, bias = (f"{name}.weight", f"{name}.bias") if modules else (name, f"{name}_bias")
         a, b = index(f"{name}.lora_A"), index(f"{name}.lora_B")
         state = model.quantised[weight][1] if weight in model.quantised else None
-        transposed = not modules and module.is_transposed
+        transposed = not modules and is_transposed(module, family)
         matrix = tensors[weight] if state is None else state
         return Linear(
             weight=index(weight),
@@ -191,11 +195,48 @@ def _layer(owner: Experts, model: TaskModel, block: str, tensors: Mapping[str, T
         keep=owner.keep,
         reached=partial(owner.reaches, block),
         dispatch=family.dispatch,
+        skips=family.extra > 0 and hasattr(module, "identity_expert"),
         dropout=inner.dropout.p if modules else 0.0,
         tensors=tuple(flat),
         first=first,
         second=second,
-        activation=inner.act if modules else module._apply_gate,
+        activation=_activation(inner if modules else module),
         whole=tuple(getattr(module, target).detach() for target in family.lora_targets) if fused else (),
         record=partial(owner.record, block) if block in owner.contributions else None,
     )
+
+
+def _activation(module: Any) -> Callable[[Tensor], Tensor]:
+    """Return what an experts module computes between its two projections."""
+    if hasattr(module, "_apply_gate") and getattr(module, "has_gate", True):
+        return module._apply_gate
+    if hasattr(module, "gate_up_proj"):
+        return partial(_gated, module.act_fn)
+    return module.act if hasattr(module, "act") else module.act_fn
+
+
+def _gated(act: Callable[[Tensor], Tensor], h_NH: Tensor) -> Tensor:
+    gate, up = h_NH.chunk(2, dim=-1)
+    return act(gate) * up
+
+
+def is_transposed(module: Any, family: Family) -> bool:
+    """Return whether fused weights are [E, in, out]; where the module does not say so, by their shapes."""
+    if hasattr(module, "is_transposed"):
+        return bool(module.is_transposed)
+    first, second = (getattr(module, target).shape for target in family.lora_targets)
+    return first[1] == second[2] and first[2] != second[1]
+
+
+def _compute_inputs(layer: Layer, given: Tensor) -> Tensor:
+    """What replaces the forward of an experts module that gets every token once per expert, times its gate [E T, D].
+
+    Tokens that an expert was not chosen for are rows of zeros: they are left out, and give zeros.
+    """
+    experts = len(layer.first)
+    rows_SD = given.reshape(-1, given.shape[-1])
+    place_S = torch.arange(experts, device=given.device).repeat_interleave(len(rows_SD) // experts)
+    chosen_S = rows_SD.detach().ne(0).any(-1)
+    routed_S1 = place_S.masked_fill(~chosen_S, experts)[:, None]
+    layer = replace(layer, dispatch=False)
+    return compute(layer, rows_SD, routed_S1, rows_SD.new_ones(len(rows_SD), 1))

@@ -1,10 +1,10 @@
-"""How each family of mixture-of-experts models stores its routers and experts: one table, one row a family.
+"""How a mixture-of-experts model stores its routers and experts.
 
-Everything else in `moe/` reads this table and nothing else about a family. To add one, add a row and run
-`tests/moe`: the suite is parametrised over the table.
+Everything else in `moe/` reads a `Family` and nothing else about a model. `moe.discovery` finds it from a model's
+configuration; a row of `ROWS` states only what cannot be found.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,41 +12,68 @@ from torch import nn
 
 from consilium.errors import ModelError
 
-__all__ = ["FAMILIES", "REFUSED", "Family", "blocks", "family_of"]
+__all__ = [
+    "NAMES",
+    "REFUSED",
+    "ROWS",
+    "TOP_K",
+    "Family",
+    "Form",
+    "Score",
+    "blocks",
+    "experts_per_token",
+    "linear_layers",
+]
 
 Form = Literal["classification", "text-to-text"]
 
 
+Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
+
+
 @dataclass(frozen=True)
 class Family:
-    """One row.
+    """How the models of one configuration store and choose experts: what `moe.discovery` found, and what a row states.
+
+    Paths are attributes below the block, separated by dots, if nothing else is said.
 
     Args:
         name: the family's name in messages.
         model_type: `config.model_type` in transformers.
-        block: class name of the sparse block that owns one router and its experts.
-        router: attribute of the router below the block.
+        block: class name of the module that owns one router and its experts.
+        router: path of the router.
         rows: tensors below the router with one row per expert ([E, D] weights, [E] biases, or [1, E] in Ernie);
             parameters, or buffers, which are sliced, named and carried along like parameters but never trained.
-        experts: attribute of the experts below the block.
+        experts: path of the experts.
         layout: "modules", one submodule `module.format(i)` per expert; or "fused", tensors [E, ...].
         tensors: for "fused": names of the fused parameters below `experts`.
-        counts: attributes (below the block) that hold the number of experts.
+        counts: attributes that hold the number of experts, perhaps plus `extra`.
         number: field of the configuration that holds it, one number for all blocks.
-        top_k: attribute (below the block) with the experts per token; None: top-1.
+        top_k: attribute with the experts per token; None: top-1.
         least: experts that a block must keep, because its router ranks so many whatever `top_k` says.
-        choice: None: the router chooses by its logits; else by this function of them plus the last of `rows`, a
-            correction bias, which therefore keeps its own dtype (float32) everywhere.
-        groups: 0, or: the router first chooses `topk_group` of `num_group` groups of experts (attributes of the
-            router, `topk_group` and `n_group` of the configuration), each by the sum of so many of its best.
-        logits, routed: where in the router's output tuple the raw logits [.., E] and the routing decision are;
-            the decision is a 0/1 dispatch mask [.., E] (dispatch=True) or expert indices [.., K].
+        score: the function of the logits that gates are made of.
+        correction: path of the correction bias that is added to the scores before the choice, None: there is none. It
+            keeps its own dtype (float32) everywhere.
+        beside: rows that are attributes of the block and not of its router.
+        extra: rows that a router has behind those of the experts, for what is never cut (shared experts, a skip).
+        skips: whether these rows are choices, too: of no expert, but of a token that is passed on or left out.
+        groups: whether the router first chooses `topk_group` of `num_group` groups of experts (its attributes;
+            `topk_group` and `n_group` of the configuration).
+        logits, gates, routed: where in the router's output tuple the raw logits [.., E], the gates [.., K] and the
+            routing decision are; the decision is a 0/1 dispatch mask [.., E] (dispatch=True) or indices [.., K].
+        probabilities: whether the router gives out the softmax of its logits in their place.
+        inputs: whether the block multiplies the inputs of its experts by the gates, and gives each expert all tokens.
         capacity: attribute with the tokens per expert and sequence that are served at most, None: no limit.
         classes: transformers class per form of task.
-        divisor: attribute of the configuration by which text-to-text logits are divided; None: by nothing.
-        normalised: whether the gates of the chosen experts do not depend on the others: True, False, or the name of the
-            field of the configuration that says so. Where they do, `moe.gates` keeps a slice's gates on their scale.
+        finish: fields of the configuration by which the text-to-text logits are finished, in this order: see
+            `model.finish_logits`.
+        whole: whether the logits are finished in a way that only the model itself knows.
+        normalised: whether the gates of the chosen experts do not depend on the others. Where they do, `moe.gates`
+            keeps a slice's gates on their scale.
         packs: whether position ids that start again keep the examples packed into one row apart, in attention too.
+        outside: names of submodules whose blocks no text passes through (those of images); they are left alone.
+        router_class: class name of the router; blocks with another one are left alone.
+        stated: the fields that a row of `ROWS` states; the others were found.
     """
 
     name: str
@@ -63,173 +90,160 @@ class Family:
     number: str = "num_experts"
     top_k: str | None = None
     least: int = 1
-    choice: Literal["sigmoid", "softmax"] | None = None
-    groups: int = 0
+    score: Score = "softmax"
+    correction: str | None = None
+    beside: tuple[str, ...] = ()
+    extra: int = 0
+    skips: bool = False
+    groups: bool = False
     logits: int = 0
+    gates: int = 1
     routed: int = 2
     dispatch: bool = False
+    probabilities: bool = False
+    inputs: bool = False
     capacity: str | None = None
     lora_targets: tuple[str, ...] = ()
-    divisor: str | None = None
-    normalised: bool | str = True
+    finish: tuple[str, ...] = ()
+    whole: bool = False
+    normalised: bool = True
     packs: bool = False
+    outside: tuple[str, ...] = ()
+    router_class: str = ""
+    stated: tuple[str, ...] = ()
+
+    def choices(self, experts: int) -> int:
+        """Return how many rows a router with so many experts chooses from."""
+        return experts + self.extra * self.skips
+
+    @property
+    def dense(self) -> bool:
+        """Whether the model has no experts at all."""
+        return not self.block
+
+    @property
+    def row_paths(self) -> tuple[str, ...]:
+        """Paths of all tensors with a row per expert, below the block."""
+        return (*(f"{self.router}.{row}" for row in self.rows), *self.beside)
 
 
-def _fused(name: str, model_type: str, prefix: str, block: str, router: str = "gate", **changes: Any) -> Family:
-    """A decoder whose experts are two fused tensors, and whose router gives logits, weights and indices.
+NAMES = {
+    "olmoe": "OLMoE",
+    "mixtral": "Mixtral",
+    "qwen2_moe": "Qwen2-MoE",
+    "qwen3_moe": "Qwen3-MoE",
+    "granitemoe": "GraniteMoE",
+    "phimoe": "PhiMoE",
+    "deepseek_v2": "DeepSeek-V2",
+    "deepseek_v3": "DeepSeek-V3",
+    "gpt_oss": "gpt-oss",
+    "ernie4_5_moe": "Ernie 4.5 MoE",
+    "glm4_moe": "GLM4-MoE",
+}
+"""Model type -> how its makers write it; the others go by their model type."""
 
-    Args:
-        prefix: of the names of its classes. changes: fields in which it differs from the others.
-    """
-    common = dict(
+ROWS: dict[str, dict[str, Any]] = {
+    # Its experts are modules, its router gives a dispatch mask, and an expert serves a limited number of tokens.
+    "switch_transformers": dict(
+        name="Switch Transformers",
+        block="SwitchTransformersSparseMLP",
+        router="router",
+        rows=("classifier.weight", "classifier.bias"),
+        experts="experts",
+        layout="modules",
+        module="expert_{}",
+        counts=("router.num_experts", "experts.num_experts"),
+        logits=2,
+        gates=1,
+        routed=0,
+        dispatch=True,
+        capacity="router.expert_capacity",
+        classes={
+            "classification": "SwitchTransformersEncoderModel",
+            "text-to-text": "SwitchTransformersForConditionalGeneration",
+        },
+        lora_targets=("wi", "wo"),
+        normalised=False,
+    ),
+    # Its gates are normalised over the experts within a few per cent of the best, so they depend on near ones alone.
+    "phimoe": dict(normalised=True),
+    # Its experts compute all tokens, multiplied by the gates, which are 0 for those that are not chosen.
+    "llama4_text": dict(
+        name="Llama 4",
+        block="Llama4TextMoe",
+        router="router",
         rows=("weight",),
         experts="experts",
         layout="fused",
         tensors=("gate_up_proj", "down_proj"),
-        counts=(f"{router}.num_experts", "experts.num_experts"),
-        top_k=f"{router}.top_k",
-        logits=0,
-        routed=2,
-        classes={"classification": f"{prefix}Model", "text-to-text": f"{prefix}ForCausalLM"},
+        counts=("router.num_experts", "experts.num_experts", "num_experts"),
+        number="num_local_experts",
+        top_k="router.top_k",
+        score="sigmoid",
+        logits=1,
+        gates=0,
+        routed=0,
+        dispatch=True,
+        inputs=True,
+        classes={"classification": "Llama4TextModel", "text-to-text": "Llama4ForCausalLM"},
         lora_targets=("gate_up_proj", "down_proj"),
-        packs=True,
-    )
-    return Family(name, model_type, f"{prefix}{block}", router, **common | changes)
-
-
-FAMILIES: dict[str, Family] = {
-    row.model_type: row
-    for row in (
-        Family(
-            name="Switch Transformers",
-            model_type="switch_transformers",
-            block="SwitchTransformersSparseMLP",
-            router="router",
-            rows=("classifier.weight", "classifier.bias"),
-            experts="experts",
-            layout="modules",
-            module="expert_{}",
-            counts=("router.num_experts", "experts.num_experts"),
-            logits=2,
-            routed=0,
-            dispatch=True,
-            capacity="router.expert_capacity",
-            classes={
-                "classification": "SwitchTransformersEncoderModel",
-                "text-to-text": "SwitchTransformersForConditionalGeneration",
-            },
-            lora_targets=("wi", "wo"),
-            normalised=False,
-        ),
-        _fused("OLMoE", "olmoe", "Olmoe", "SparseMoeBlock", normalised="norm_topk_prob"),
-        _fused("Mixtral", "mixtral", "Mixtral", "SparseMoeBlock", number="num_local_experts"),
-        # The shared expert and its gate are trunk, and so are the layers that `mlp_only_layers` keeps dense.
-        _fused("Qwen2-MoE", "qwen2_moe", "Qwen2Moe", "SparseMoeBlock", normalised="norm_topk_prob"),
-        _fused(
-            "Qwen3-MoE",
-            "qwen3_moe",
-            "Qwen3Moe",
-            "SparseMoeBlock",
-            number="num_local_experts",
-            normalised="norm_topk_prob",
-        ),
-        _fused(
-            "GraniteMoE",
-            "granitemoe",
-            "GraniteMoe",
-            "MoE",
-            router="router",
-            number="num_local_experts",
-            divisor="logits_scaling",
-        ),
-        # Always takes the best two one after the other; with one expert the second is a softmax over nothing, NaN.
-        # In training it samples them, so what is served then is not what its logits rank first.
-        _fused("PhiMoE", "phimoe", "Phimoe", "SparseMoeBlock", router="router", number="num_local_experts", least=2),
-        # Of both DeepSeeks the first layers may be dense, and shared experts are trunk. A sliced block has one group:
-        # it equals the full model with its router masked to the kept experts where groups do not restrict
-        # (`topk_group` = `n_group`), and otherwise the full model masked so and with the groups of that block lifted.
-        _fused(
-            "DeepSeek-V2",
-            "deepseek_v2",
-            "DeepseekV2",
-            "Moe",
-            number="n_routed_experts",
-            groups=1,
-            normalised=False,  # transformers 5.23 does not read `norm_topk_prob`
-        ),
-        _fused(
-            "DeepSeek-V3",
-            "deepseek_v3",
-            "DeepseekV3",
-            "MoE",
-            rows=("weight", "e_score_correction_bias"),
-            number="n_routed_experts",
-            choice="sigmoid",
-            groups=2,
-            least=2,
-        ),
-        _fused(
-            "gpt-oss",
-            "gpt_oss",
-            "GptOss",
-            "MLP",
-            router="router",
-            rows=("weight", "bias"),
-            number="num_local_experts",
-            tensors=("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"),
-            packs=False,  # in transformers 5.23 its masks do not look at position ids: examples see each other
-        ),
-        _fused(
-            "Ernie 4.5 MoE",
-            "ernie4_5_moe",
-            "Ernie4_5_Moe",
-            "SparseMoeBlock",
-            rows=("weight", "moe_statics.e_score_correction_bias"),
-            number="moe_num_experts",
-            choice="softmax",
-        ),
-        # Groups as in DeepSeek-V3; the published models have one.
-        _fused(
-            "GLM4-MoE",
-            "glm4_moe",
-            "Glm4Moe",
-            "MoE",
-            rows=("weight", "e_score_correction_bias"),
-            number="n_routed_experts",
-            choice="sigmoid",
-            groups=2,
-            least=2,
-        ),
-    )
+    ),
+    # Their routers read these numbers off a configuration that all layers share.
+    "gemma4_text": dict(top_k="router.config.top_k_experts"),
+    "zaya": dict(
+        counts=("gate.num_experts", "gate.num_router_classes", "experts.num_experts", "gate.config.num_experts")
+    ),
 }
+"""Model type -> the fields of `Family` that cannot be found by looking at a model."""
 
 REFUSED = {
-    "nllb_moe": "in transformers 5.23 its layers run experts 0 and 1 alone, whatever the router chose",
+    "dbrx": "its block chooses experts outside of its router, and they lie in matrices without a place for each",
+    "diffusion_gemma": "it writes blocks of text by diffusion, and here models predict the next token",
+    "doge": "its experts are rows of two embeddings, found by a product of keys, and no router ranks them",
+    "jetmoe": "its attention is a mixture of experts, too, and its experts compute one sorted list of all tokens",
+    "nllb-moe": "in transformers 5.23 its layers run experts 0 and 1 alone, whatever the router chose",
 }
-"""Model type -> why there is no row for it."""
-
-
-def family_of(model_type: str) -> Family:
-    """The row for a `config.model_type`.
-
-    Raises:
-        ModelError: for a type that is not in the table, with the reason or naming those that are.
-    """
-    if model_type in REFUSED:
-        raise ModelError(f"model type {model_type!r} cannot be federated: {REFUSED[model_type]}")
-    if model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise ModelError(f"model type {model_type!r} is not a known mixture-of-experts family; known are {known}")
-    return FAMILIES[model_type]
+"""Model type -> why it is refused whatever was found."""
 
 
 def blocks(model: nn.Module, family: Family) -> dict[str, nn.Module]:
-    """Module path -> sparse block, in the order of the layers.
+    """Return module path -> sparse block, in the order of the layers; {} for a dense model.
 
     Raises:
-        ModelError: if the model has no sparse block.
+        ModelError: if a mixture of experts has no sparse block.
     """
-    found = {name: m for name, m in model.named_modules() if type(m).__name__ == family.block}
+    if family.dense:
+        return {}
+    found = {name: module for name, module in model.named_modules() if _is_block(name, module, family)}
     if not found:
         raise ModelError(f"this {family.name} model has no sparse layer, so there are no experts to federate")
     return found
+
+
+def _is_block(name: str, module: nn.Module, family: Family) -> bool:
+    if type(module).__name__ != family.block or set(name.split(".")) & set(family.outside):
+        return False
+    try:
+        router, _ = module.get_submodule(family.router), module.get_submodule(family.experts)
+    except AttributeError:  # a dense layer of the same class
+        return False
+    return family.router_class in ("", type(router).__name__)
+
+
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
+"""Fields of configurations that hold the experts per token."""
+
+
+def experts_per_token(config: Any) -> int:
+    """Return the experts per token that a configuration names; 1 where it names none."""
+    text = config if getattr(config, "is_encoder_decoder", False) else config.get_text_config()
+    found = next((value for name in TOP_K if isinstance(value := getattr(text, name, None), int)), 1)
+    return int(found)
+
+
+def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield path and module of the linear layers inside the layers of a model, the output layer apart."""
+    for path, module in model.named_modules():
+        inside = any(part.isdecimal() for part in path.split("."))
+        if isinstance(module, nn.Linear) and inside and module is not model.get_output_embeddings():
+            yield path, module

@@ -50,7 +50,7 @@ from torch.nn import functional as F
 from consilium.core import ExpertSet, Scalar, counts_of
 from consilium.errors import ModelError, PayloadError
 from consilium.moe.addressing import all_experts, router_row_of
-from consilium.moe.families import Family
+from consilium.moe.families import Family, experts_per_token
 from consilium.moe.model import Batch, TaskModel
 from consilium.params import Params
 
@@ -96,8 +96,6 @@ class Gates:
 
 def shares_gates(family: Family, config: Any) -> bool:
     """Return whether gates are shares of a softmax over all experts, so that their scale depends on which are held."""
-    if isinstance(family.normalised, str):
-        return not getattr(config, family.normalised)
     return not family.normalised
 
 
@@ -167,7 +165,7 @@ def attach_gates(model: TaskModel, gates: Gates) -> TaskModel:
             weight_XD, bias_X = _rows(gates.rows, name, total - counts[name])
             router.register_buffer("absent_weight", weight_XD, persistent=False)
             router.register_buffer("absent_bias", bias_X, persistent=False)
-            router.register_forward_hook(_Shared(gates.kind, model.family.logits, _top_k(model.config)))
+            router.register_forward_hook(_Shared(gates.kind, model.family.logits, experts_per_token(model.config)))
     return model
 
 
@@ -215,7 +213,7 @@ def measure_scales(
 
     if not shares_gates(model.family, model.config):
         return {}
-    training, k = model.training, _top_k(model.config)
+    training, k = model.training, experts_per_token(model.config)
     choices = torch.Generator().manual_seed(seed)
     counts = counts_of(all_experts(model))
     subsets = {
@@ -248,10 +246,6 @@ def _choices(total: int, n: int, draws: int, rng: torch.Generator) -> list[Tenso
     if math.comb(total, n) <= draws:
         return [torch.tensor(ids) for ids in combinations(range(total), n)]
     return [torch.randperm(total, generator=rng)[:n] for _ in range(draws)]
-
-
-def _top_k(config: Any) -> int:
-    return int(getattr(config, "num_experts_per_tok", 1))
 
 
 def _rows(rows: Params, block: str, absent: int) -> tuple[Tensor, Tensor | None]:

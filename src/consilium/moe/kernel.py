@@ -116,7 +116,8 @@ class Layer:
 
     Args:
         keep: save h of all slots for the backward pass. reached: whether that pass reaches the expert of a place.
-        dispatch: the router gives a mask instead of indices. dropout: rate behind the activation.
+        dispatch: the router gives a mask instead of indices. skips: whether choices
+            beyond the experts pass the token on as it is, times its gate. dropout: rate behind the activation.
         whole: the weights of each of the two projections in one tensor [E, ..]; (): they do not lie in one.
         record: called in the forward pass with each group's members, tokens [N], outputs [N, D] and gates [N].
     """
@@ -132,6 +133,7 @@ class Layer:
     activation: Callable[[Tensor], Tensor]
     whole: tuple[Tensor, ...] = ()
     record: Callable[[Members, Tensor, Tensor, Tensor], None] | None = None
+    skips: bool = False
 
     @cached_property
     def at_once(self) -> bool:
@@ -289,7 +291,11 @@ def compute(layer: Layer, hidden_TD: Tensor, routed: Tensor, weights_TK: Tensor)
         routed = place_T1.masked_fill(served_T1 == 0, len(layer.first))
     seed = int(torch.randint(2**62, ())) if layer.module.training and layer.dropout else None
     keep = layer.keep and torch.is_grad_enabled()
-    return _Compute.apply(hidden_TD, weights_TK, routed, layer, keep, seed, *layer.tensors)
+    out_TD = _Compute.apply(hidden_TD, weights_TK, routed, layer, keep, seed, *layer.tensors)
+    if layer.skips:
+        past_T1 = (weights_TK * (routed >= len(layer.first))).sum(-1, keepdim=True)
+        out_TD = out_TD + (hidden_TD * past_T1).to(out_TD.dtype)
+    return out_TD
 
 
 def _groups(counts: list[int], reached: Callable[[int], bool], at_once: bool) -> Iterator[tuple[Members, Spans]]:

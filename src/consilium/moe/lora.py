@@ -16,10 +16,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from consilium.errors import ConfigError
 from consilium.moe.addressing import all_experts, expert_of, is_adapter
-from consilium.moe.experts import Experts
+from consilium.moe.experts import Experts, is_transposed
+from consilium.moe.families import linear_layers
 from consilium.moe.model import TaskModel
 from consilium.moe.quantise import dequantise, quantise
 from consilium.moe.rules import ANY_RANK, FOLDED, Rule
@@ -117,11 +119,15 @@ class Adapters(nn.Module):
 
 
 def _sides(model: TaskModel, targets: tuple[str, ...]) -> Iterator[tuple[str, int, int]]:
-    """(flat name of an adapted expert tensor, X, Y) in the order of blocks, places and targets."""
+    """Yield (flat name of an adapted tensor, X, Y) in the order of blocks, places and targets; of a dense model (path
+    of a linear layer, X, Y)."""
     family = model.family
     odd = sorted(set(targets) - set(family.lora_targets))
     if odd:
         raise ConfigError(f"lora.targets has {odd[0]!r}; {family.name} has {', '.join(family.lora_targets)}")
+    for path, linear in linear_layers(model.backbone) if family.dense else ():
+        if not targets or path.rpartition(".")[2] in targets:
+            yield path, linear.in_features, linear.out_features
     for block, places in all_experts(model).items():
         module = model.blocks()[block].get_submodule(family.experts)
         for place in places:
@@ -129,7 +135,7 @@ def _sides(model: TaskModel, targets: tuple[str, ...]) -> Iterator[tuple[str, in
                 if family.layout == "modules":
                     y, x = module.get_submodule(f"{family.module.format(place)}.{target}").weight.shape
                 else:
-                    x, y = module.get_parameter(target).shape[1:][:: 1 if module.is_transposed else -1]
+                    x, y = module.get_parameter(target).shape[1:][:: 1 if is_transposed(module, family) else -1]
                 yield f"{block}.experts.{place}.{target}", x, y
 
 
@@ -167,10 +173,30 @@ def add_lora(model: TaskModel, lora: Lora, seed: int = 0) -> TaskModel:
     for path, parameter in model.backbone.named_parameters():
         parameter.requires_grad_(lora.router and any(path.startswith(router) for router in routers))
     if lora.base == "nf4":
+        if model.family.dense:
+            raise ConfigError(
+                "fit.lora.base is 'nf4', which stores experts in 4 bits; a dense model has none: use 'full'"
+            )
         _quantise(model)
     model.adapters = Adapters({name: tensor.to(device) for name, tensor in tensors.items()}, lora.scale)
-    Experts(model, keep=True).__enter__()
+    if model.family.dense:
+        named = model.adapters.named()
+        for path, linear in linear_layers(model.backbone):
+            if f"{path}.lora_A" in named:
+                linear.register_forward_hook(_Added(named[f"{path}.lora_A"], named[f"{path}.lora_B"], lora.scale))
+    else:
+        Experts(model, keep=True).__enter__()
     return model
+
+
+class _Added:
+    """A forward hook that adds scale (x A^T) B^T to what a linear layer gives."""
+
+    def __init__(self, a_RX: nn.Parameter, b_YR: nn.Parameter, scale: float):
+        self.a_RX, self.b_YR, self.scale = a_RX, b_YR, scale
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + self.scale * F.linear(F.linear(args[0], self.a_RX), self.b_YR)
 
 
 def merged(model: TaskModel, base: Mapping[str, Tensor], params: Mapping[str, Tensor], lora: Lora) -> Params:
@@ -181,7 +207,7 @@ def merged(model: TaskModel, base: Mapping[str, Tensor], params: Mapping[str, Te
     Args:
         model: of the family, on the meta device or not. base: flat parameters, of all or of the held experts.
     """
-    modules = model.family.layout == "modules"
+    modules = model.family.layout == "modules" or model.family.dense
     whole = folded(model, base, params)
     whole |= {key: tensor for key, tensor in params.items() if not is_adapter(key) and not is_folded(key)}
     if lora.base == "nf4":
@@ -212,8 +238,9 @@ def folded(model: TaskModel, base: Mapping[str, Tensor], params: Mapping[str, Te
 
 def _moved(model: TaskModel, whole: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> Params:
     """Parameters with changes [Y, X] added to them, summed in float32."""
-    modules, moved = model.family.layout == "modules", dict(whole)
-    transposed = not modules and next(iter(model.blocks().values())).get_submodule(model.family.experts).is_transposed
+    modules, moved = model.family.layout == "modules" or model.family.dense, dict(whole)
+    first = None if modules else next(iter(model.blocks().values())).get_submodule(model.family.experts)
+    transposed = not modules and is_transposed(first, model.family)
     for name, change_YX in changes.items():
         target = f"{name}.weight" if modules else name
         old = moved[target]
@@ -245,6 +272,8 @@ def _quantise(model: TaskModel) -> None:
 def peft_targets(model: TaskModel, targets: tuple[str, ...]) -> dict[str, object]:
     """What a `LoraConfig` must say for these expert tensors in every block."""
     family = model.family
+    if family.dense:
+        return {"target_modules": list(targets)}
     paths = [f"{block}.{family.experts}" for block in model.blocks()]
     if family.layout == "modules":
         joined = "|".join(re.escape(path) for path in paths)

@@ -12,12 +12,46 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from consilium.moe.families import Family, blocks
 
-__all__ = ["Batch", "TaskModel"]
+__all__ = ["Batch", "TaskModel", "finish_logits", "text_config", "trunk_of"]
 
 Batch = Mapping[str, Tensor]
 """`input_ids` [B, S] int64, `attention_mask` [B, S] 0/1, `labels` [B] (classification), [B, T] or [B, S] with -100
 where there is nothing to predict (text-to-text: encoder-decoder, causal); `position_ids` [B, S] where several examples
 are packed into a row, starting from 0 with each of them (causal, families with `packs`)."""
+
+
+def text_config(config: Any) -> Any:
+    """Return the part of a configuration that speaks of the text model: itself, in most."""
+    return config if getattr(config, "is_encoder_decoder", False) else config.get_text_config()
+
+
+def trunk_of(backbone: Any) -> nn.Module:
+    """Return the part of a language model that ends with the last hidden state."""
+    base = backbone.base_model
+    return backbone.model if base is backbone else base
+
+
+def finish_logits(logits: Tensor, config: Any, fields: tuple[str, ...]) -> Tensor:
+    """Return logits as the model itself would give them out.
+
+    Args:
+        logits: [.., V], what the output embeddings make of the last hidden state.
+        config: of the text model.
+        fields: the fields of the configuration that apply, in this order; one that is None or missing does not.
+    """
+    for field in fields:
+        value = getattr(config, field, None)
+        if value is None:
+            continue
+        if field == "logits_scaling":
+            logits = logits / value
+        elif field == "unpadded_vocab_size":
+            logits = logits[..., :value]
+        elif field == "final_logit_softcapping":
+            logits = torch.tanh(logits / value) * value
+        else:
+            logits = logits * value
+    return logits
 
 
 class _Counted(StoppingCriteria):
@@ -57,11 +91,11 @@ class TaskModel(nn.Module):
         self.task = task
         self.labels = labels
         self.dtype = dtype
-        self.config: Any = backbone.config
+        self.config: Any = text_config(backbone.config)
         self.adapters: Any = None
         self.gates: Any = None
         self.quantised: dict[str, tuple[Tensor, Any]] = {}
-        self.head = nn.Linear(backbone.config.hidden_size, len(labels), dtype=dtype) if labels else None
+        self.head = nn.Linear(self.config.hidden_size, len(labels), dtype=dtype) if labels else None
 
     @property
     def encoder_decoder(self) -> bool:
@@ -97,13 +131,15 @@ class TaskModel(nn.Module):
         packed = {}
         if "position_ids" in batch:  # only without a mask are they taken for the borders of examples
             mask, packed = None, {"position_ids": batch["position_ids"]}
-        output = self.backbone.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **packed)
+        if self.family.whole:
+            output = self.backbone(input_ids=ids, attention_mask=mask, use_cache=False, **packed)
+            keep = labels[:, 1:] != -100
+            return output.logits[:, :-1][keep], labels[:, 1:][keep]
+        output = trunk_of(self.backbone)(input_ids=ids, attention_mask=mask, use_cache=False, **packed)
         hidden = output.last_hidden_state
         keep = labels[:, 1:] != -100  # of long sequences few positions are predicted: the others get no logits
         logits = self.backbone.get_output_embeddings()(hidden[:, :-1][keep])
-        if self.family.divisor is not None:
-            logits = logits / getattr(self.config, self.family.divisor)
-        return logits, labels[:, 1:][keep]
+        return finish_logits(logits, self.config, self.family.finish), labels[:, 1:][keep]
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, count: Callable[[int], None] = lambda tokens: None) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-__all__ = ["PARTS", "Cost", "Mode", "Parts"]
+__all__ = ["PARTS", "Cost", "Mode", "Parts", "decoder"]
 
 Mode = Literal["full", "lora", "peft", "forward"]
 """Training all; adapters and routers, by `moe.lora.add_lora`; PEFT's adapters, by `add_expert_lora`; no training."""
@@ -112,7 +112,7 @@ def _switch(c: Any, w: int) -> dict[Mode, Parts]:
     }
 
 
-def _decoder(
+def decoder(
     c: Any, w: int, *, norm: int = 3, query_norm: bool = False, dropout: bool = True, copied: int = 0, gate: int = 4
 ) -> dict[Mode, Parts]:
     """A decoder with gated experts: fused or latent attention, any number of shared experts and dense layers.
@@ -129,8 +129,9 @@ def _decoder(
         gate: elements per channel between the two matrices of an expert: gate and up, activated gate, product.
     """
     D, H = c.hidden_size, c.num_attention_heads
-    F = getattr(c, "moe_intermediate_size", None) or c.intermediate_size
-    shared, d = _shared(c, F), int(dropout and c.attention_dropout > 0)
+    F = _inner(c)
+    shared, d = _shared(c, F), int(dropout and (getattr(c, "attention_dropout", 0.0) or 0.0) > 0)
+    wide = max(_widths(c, "intermediate_size", "ffn_hidden_size")) or F
     plain = H if c._attn_implementation != "sdpa" or hasattr(c, "kv_lora_rank") else 0
     scores = (1 + 2 * d) * H if plain or d else 1  # 1: the padding mask, as numbers
     full, frozen, moved = _attention(c, w, query_norm or getattr(c, "use_qk_norm", False), copied, bool(scores > 1))
@@ -142,7 +143,7 @@ def _decoder(
         "full": Parts(
             attention=Cost(token=trained + full, pair=scores),
             sparse=Cost(token=trained + 4 * shared + gated, slot=slot, choice=choice),
-            dense=Cost(token=trained + 4 * c.intermediate_size),
+            dense=Cost(token=trained + 4 * wide),
             ends=Cost(token=trained),
             last=Cost(token=-trained, slot=2 * D, pair=2 * plain),  # weighted, reordered; gone before the ends come
             chosen=Cost(token=trained + 4 * shared + gated, slot=4, choice=choice),
@@ -151,7 +152,7 @@ def _decoder(
         "lora": Parts(
             attention=Cost(token=still + frozen, pair=scores),
             sparse=Cost(token=still + D + 3 * shared + gated, slot=2 * F + 4, choice=choice),
-            dense=Cost(token=still + 3 * c.intermediate_size),
+            dense=Cost(token=still + 3 * wide),
             ends=Cost(token=still + D),
             chosen=Cost(token=still + D + 3 * shared + gated, slot=4, choice=choice),
             expert=expert,
@@ -159,14 +160,14 @@ def _decoder(
         "peft": Parts(
             attention=Cost(token=still + frozen, pair=scores),
             sparse=Cost(token=still + 3 * shared + gated, slot=slot, choice=choice),
-            dense=Cost(token=still + 3 * c.intermediate_size),
+            dense=Cost(token=still + 3 * wide),
             ends=Cost(token=still + D),
             last=Cost(token=-still - D, slot=2 * D, pair=2 * plain),
         ),
         "forward": Parts(
             attention=Cost(token=3 * D + moved, pair=3 * plain or 1),
             sparse=Cost(token=2 * D + 3 * shared + gated, slot=3 * D + (gate - 1) * F + 12, choice=choice),
-            dense=Cost(token=3 * D + 3 * c.intermediate_size),
+            dense=Cost(token=3 * D + 3 * wide),
             ends=Cost(token=D),
         ),
     }
@@ -180,35 +181,49 @@ def _attention(c: Any, w: int, query_norm: bool, copied: int, scored: bool) -> t
     H = c.num_attention_heads
     if hasattr(c, "kv_lora_rank"):  # latents with their norms; queries and keys put together, values, attended
         query, value = H * (c.qk_nope_head_dim + c.qk_rope_head_dim), H * c.v_head_dim
-        latent = c.kv_lora_rank + (c.q_lora_rank or 0)
+        latent = c.kv_lora_rank + (getattr(c, "q_lora_rank", None) or 0)
         saved = 2 * query + value + c.qk_rope_head_dim
         return saved + value + (3 + w) * latent, saved + (1 + w) * latent, 4 * (query + value)
     size = getattr(c, "head_dim", None) or c.hidden_size // H
-    query, key = H * size, (c.num_key_value_heads or H) * size
+    query, key = H * size, (getattr(c, "num_key_value_heads", None) or H) * size
     rotated = (3 + w) * query + w * key + H  # queries, keys and values; sums of the softmax
     normed = query + key if query_norm else 0  # before and after the norm; frozen, its input alone
     full = rotated + query * (1 if scored else 1 + copied) + 2 * normed
     return full, rotated + normed + (0 if scored else query), 4 * (query + max(query, key))
 
 
+def _widths(c: Any, *names: str) -> list[int]:
+    """Return the widths that a configuration has under these names; a list of widths counts as the widest."""
+    found = [getattr(c, name, None) for name in names]
+    return [max(value) if isinstance(value, list | tuple) else int(value) for value in found if value] or [0]
+
+
+def _inner(c: Any) -> int:
+    """Width inside an expert."""
+    widths = _widths(c, "moe_intermediate_size", "expert_ffn_hidden_size")
+    return max(widths) or max(_widths(c, "intermediate_size"))
+
+
 def _shared(c: Any, F: int) -> int:
     """Width of the shared experts, together."""
-    count = getattr(c, "n_shared_experts", None) or getattr(c, "moe_num_shared_experts", None) or 0
-    return getattr(c, "shared_expert_intermediate_size", count * F)
+    counts = ("n_shared_experts", "moe_num_shared_experts", "num_shared_experts")
+    count = max(getattr(c, name, None) or 0 for name in counts)
+    own = ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size")
+    return max([*_widths(c, *own), count * F])
 
 
 PARTS: dict[str, Callable[[Any, int], dict[Mode, Parts]]] = {
     "switch_transformers": _switch,
-    "olmoe": partial(_decoder, query_norm=True),
-    "mixtral": _decoder,
-    "qwen2_moe": _decoder,
-    "qwen3_moe": partial(_decoder, query_norm=True),
-    "granitemoe": _decoder,
-    "phimoe": partial(_decoder, norm=2),
-    "deepseek_v2": _decoder,
-    "deepseek_v3": _decoder,
-    "gpt_oss": partial(_decoder, gate=7),
-    "ernie4_5_moe": partial(_decoder, dropout=False),
-    "glm4_moe": partial(_decoder, copied=1),
+    "olmoe": partial(decoder, query_norm=True),
+    "mixtral": decoder,
+    "qwen2_moe": decoder,
+    "qwen3_moe": partial(decoder, query_norm=True),
+    "granitemoe": decoder,
+    "phimoe": partial(decoder, norm=2),
+    "deepseek_v2": decoder,
+    "deepseek_v3": decoder,
+    "gpt_oss": partial(decoder, gate=7),
+    "ernie4_5_moe": partial(decoder, dropout=False),
+    "glm4_moe": partial(decoder, copied=1),
 }
 """Model type -> what its layers hold, of a configuration and whether weights have fewer than 32 bits (0, 1)."""

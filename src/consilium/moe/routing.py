@@ -7,6 +7,7 @@ checkpointing runs a forward again during the backward pass, outside of it, and 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import transformers
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 
 from consilium.core import ExpertSet
 from consilium.errors import ModelError
-from consilium.moe.addressing import all_experts
+from consilium.moe.addressing import all_experts, router_row_of, row_dimension
+from consilium.moe.families import Family
 from consilium.moe.model import Batch, TaskModel
-from consilium.moe.surgery import attribute
+from consilium.moe.surgery import attribute, put_tensor, set_attribute, share_block, whole_settings
 from consilium.params import Params
 
 __all__ = ["Tap", "Usage", "shares"]
@@ -73,14 +75,15 @@ class Tap:
         self.usage = Usage()
         self.logits: dict[str, Tensor] = {}
         self._routed: dict[str, Tensor] = {}
+        self._gates: dict[str, Tensor] = {}
         self._masks: dict[str, Tensor] = {}
         self._counting = False
         self._active = False
-        self._outside = {block: self._rows(block, outside or {}) for block in self.held}
-        family = model.family
+        self._outside = outside or {}
+        self._blocks = model.blocks()
         self._hooks = [
-            block.get_submodule(family.router).register_forward_hook(self._hook(name))
-            for name, block in model.blocks().items()
+            block.get_submodule(model.family.router).register_forward_hook(self._hook(name), with_kwargs=True)
+            for name, block in self._blocks.items()
         ]
 
     def __enter__(self) -> "Tap":
@@ -98,7 +101,7 @@ class Tap:
     def batch(self, batch: Batch, count: bool = False) -> Iterator[None]:
         """Around one forward call: captures this batch's router logits, and counts usage if asked."""
         self._masks = self.model.masks(batch)
-        self.logits, self._routed, self._counting, self._active = {}, {}, count, True
+        self.logits, self._routed, self._gates, self._counting, self._active = {}, {}, {}, count, True
         try:
             yield
         finally:
@@ -109,8 +112,12 @@ class Tap:
         mask_T, routed = self._mask(block), self._routed[block]
         places = len(self.held[block])
         if self.model.family.dispatch:
-            return routed.reshape(-1, places)[mask_T].sum(0)
-        return torch.bincount(routed.reshape(mask_T.shape[0], -1)[mask_T].flatten(), minlength=places)
+            return (routed.reshape(-1, places)[mask_T] > 0).sum(0)
+        chosen = routed.reshape(mask_T.shape[0], -1)[mask_T].flatten()
+        if self.model.family.extra:  # a choice of something that is no expert, or that was made void by a gate of 0
+            real = self._gates[block].reshape(mask_T.shape[0], -1)[mask_T].flatten() != 0
+            chosen = chosen[real & (chosen < places)]
+        return torch.bincount(chosen, minlength=places)
 
     def gates(self) -> dict[str, Tensor]:
         """Block -> G_e(x_i), float32 [T, E]: the last batch's router probabilities of the experts in the model.
@@ -120,11 +127,14 @@ class Tap:
         """
         gates = {}
         for block, logits_TE in self.logits.items():
-            logits_TE = logits_TE[self._mask(block)].float()
-            if self.model.family.choice == "sigmoid":
-                gates[block] = nn.functional.normalize(logits_TE.sigmoid(), p=1, dim=-1)
-            else:
+            logits_TE = logits_TE[self._mask(block), : len(self.held[block])].float()
+            if self.model.family.probabilities:
+                gates[block] = nn.functional.normalize(logits_TE, p=1, dim=-1)
+            elif self.model.family.score == "softmax":
                 gates[block] = logits_TE.softmax(-1)
+            else:
+                scores_TE = SCORES[self.model.family.score](logits_TE)
+                gates[block] = nn.functional.normalize(scores_TE, p=1, dim=-1)
         return gates
 
     def balance_loss(self) -> Tensor:
@@ -136,58 +146,84 @@ class Tap:
         """
         losses = []
         for block, gates_TE in self.gates().items():
-            logits_TE = self.logits[block][self._mask(block)].float()
-            k = self._top_k(block)
-            chosen_TK = self._choose(logits_TE, self._correction(block), k, self._groups(block))
-            n_experts = logits_TE.shape[-1]
-            share_E = torch.bincount(chosen_TK.flatten(), minlength=n_experts) / max(chosen_TK.numel(), 1)
+            n_experts = gates_TE.shape[-1]
+            if self.model.family.dispatch:
+                logits_TE = self.logits[block][self._mask(block)]
+                chosen = logits_TE.detach().topk(self._top_k(block), dim=-1).indices.flatten()
+                count_E = torch.bincount(chosen, minlength=n_experts)
+            else:
+                count_E = self.served(block)
+            share_E = count_E / max(int(count_E.sum()), 1)
             losses.append(n_experts * (share_E * gates_TE.mean(0)).sum())
         return torch.stack(losses).mean() if losses else torch.zeros(())
 
     def _hook(self, block: str):
         family = self.model.family
 
-        def record(module: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        def record(
+            module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: tuple[Tensor, ...]
+        ) -> None:
             if not self._active:
                 return
             logits_TE = output[family.logits].reshape(-1, output[family.logits].shape[-1])
             routed = output[family.routed].detach()
             places = len(self.held[block])
-            if routed.is_floating_point() or (family.dispatch and routed.shape[-1] != places):
+            odd = routed.shape[-1] != places if family.dispatch else routed.is_floating_point()
+            if odd or logits_TE.shape[-1] < places:
                 raise ModelError(
                     f"the router of {block} does not answer as it does in transformers 5.23; installed is "
                     f"{transformers.__version__}: install the version in constraints.txt"
                 )
             self.logits[block], self._routed[block] = logits_TE, routed
+            self._gates[block] = output[family.gates].detach()
             if self._counting:
                 with torch.no_grad():
-                    self._count(block, args[0].reshape(-1, args[0].shape[-1]), logits_TE)
+                    self._count(block, args, kwargs)
 
         return record
 
-    def _count(self, block: str, hidden_TD: Tensor, logits_TE: Tensor) -> None:
+    def _count(self, block: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         mask_T = self._mask(block)
-        held = torch.tensor(self.held[block], device=logits_TE.device)
+        held = torch.tensor(self.held[block])
         served = torch.zeros(self.counts[block], dtype=torch.int64)
-        served[held.cpu()] = self.served(block).cpu().to(torch.int64)
-
-        ids, rows_XD, bias_X, correction_X = self._outside[block]
-        all_ids = torch.cat([held, ids.to(held.device)])
-        logits, correction = logits_TE[mask_T].float(), self._correction(block)
-        if len(ids):
-            extra = hidden_TD[mask_T].float() @ rows_XD.to(logits.device).T + bias_X.to(logits.device)
-            logits = torch.cat([logits, extra], dim=-1)
-            correction = None if correction is None else torch.cat([correction, correction_X.to(logits.device)])
-        order = all_ids.argsort()  # groups go by the ids of the full model
-        k = min(self._top_k(block, full=True), logits.shape[-1])
-        groups = self._groups(block, full=True) if len(all_ids) == self.counts[block] else None
-        chosen = self._choose(logits[:, order], None if correction is None else correction[order], k, groups)
-        demand = torch.bincount(all_ids[order][chosen.flatten()].cpu(), minlength=self.counts[block])
+        served[held] = self.served(block).cpu().to(torch.int64)
+        ids, whole = self._whole_router(block)
+        chosen, k = _ask(whole, self._blocks[block], self.model.family, args, kwargs, len(ids))
+        chosen = chosen.reshape(mask_T.shape[0], -1)[mask_T].flatten()
+        chosen = chosen[chosen < len(ids)].cpu()
+        demand = torch.bincount(ids[chosen], minlength=self.counts[block])
 
         usage = self.usage
         usage.demand[block] = usage.demand.get(block, 0) + demand
         usage.served[block] = usage.served.get(block, 0) + served
         usage.slots[block] = usage.slots.get(block, 0) + int(mask_T.sum()) * k
+
+    def _whole_router(self, name: str) -> tuple[Tensor, nn.Module]:
+        """Return the ids [X] of the experts of which a router row is here, ascending, and a copy of the block that has
+        these rows in its router."""
+        family, block, prefix = self.model.family, self._blocks[name], f"{name}.router."
+        held = self.held[name]
+        places = {place for key in self._outside if (place := router_row_of(key)) is not None}
+        absent = sorted(i for block_, i in places if block_ == name and i not in held)
+        ids = torch.tensor([*held, *absent])
+        order = ids.argsort()  # groups go by the ids of the full model
+        copied = _share_router(block, family)
+        for path in family.row_paths:
+            owner, _, leaf = path.rpartition(".")
+            tensor = getattr(copied.get_submodule(owner), leaf, None)
+            if tensor is None:
+                continue
+            dim = row_dimension(tensor, len(held))
+            rows = list(tensor.detach().unbind(dim))
+            here, behind = rows[: len(held)], rows[len(held) :]
+            zero = torch.zeros_like(rows[0])
+            more = [self._outside.get(f"{prefix}{i}.{leaf}", zero).to(zero).reshape(zero.shape) for i in absent]
+            all_rows = [*here, *more]
+            put_tensor(
+                copied.get_submodule(owner), leaf, torch.stack([*(all_rows[i] for i in order.tolist()), *behind], dim)
+            )
+        _restore(copied, block, family, len(ids), len(ids) == self.counts[name], len(held))
+        return ids[order], copied
 
     def _mask(self, block: str) -> Tensor:
         side = "decoder" if block.startswith("decoder.") else "encoder"
@@ -196,57 +232,60 @@ class Tap:
             raise ModelError(f"{block} routed {self.logits[block].shape[0]} tokens, the batch has {mask.shape[0]}")
         return mask
 
-    def _choose(self, logits_TE: Tensor, correction_E: Tensor | None, k: int, groups: tuple[int, int] | None) -> Tensor:
-        """The places [T, K] of the experts that the family's router takes; groups: how many there are and may serve."""
-        family = self.model.family
-        scores_TE = logits_TE.detach()
-        if family.choice is not None:
-            scores_TE = scores_TE.sigmoid() if family.choice == "sigmoid" else scores_TE.softmax(-1)
-            scores_TE = scores_TE + correction_E
-        if groups is not None:
-            scores_TGX = scores_TE.unflatten(-1, (groups[0], -1))
-            best_TG = scores_TGX.topk(family.groups, dim=-1).values.sum(-1)
-            allowed_TG = torch.zeros_like(best_TG, dtype=torch.bool)
-            allowed_TG.scatter_(-1, best_TG.topk(groups[1], dim=-1).indices, True)
-            scores_TE = scores_TGX.masked_fill(~allowed_TG.unsqueeze(-1), float("-inf")).flatten(-2)
-        return scores_TE.topk(k, dim=-1).indices
-
-    def _correction(self, block: str) -> Tensor | None:
-        """The correction biases [E] of the experts in the model."""
-        family = self.model.family
-        if family.choice is None:
-            return None
-        return attribute(self.model.blocks()[block], f"{family.router}.{family.rows[-1]}").detach().flatten()
-
-    def _groups(self, block: str, full: bool = False) -> tuple[int, int] | None:
-        """How many groups the router of a block (full: of the full model) has, and how many a token may use."""
-        family, config = self.model.family, self.model.config
-        if not family.groups or getattr(config, "topk_method", "") == "greedy":
-            return None
-        router = self.model.blocks()[block].get_submodule(family.router)
-        return (config.n_group, config.topk_group) if full else (router.num_group, router.topk_group)
-
-    def _top_k(self, block: str, full: bool = False) -> int:
+    def _top_k(self, block: str) -> int:
         path = self.model.family.top_k
-        if path is None:
-            return 1
-        if full:
-            return int(getattr(self.model.config, "num_experts_per_tok", 1))
-        return int(attribute(self.model.blocks()[block], path))
+        return 1 if path is None else int(attribute(self._blocks[block], path))
 
-    def _rows(self, block: str, outside: Params) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Ids [X], rows [X, D], biases [X] and correction biases [X] of the experts of a block that are not held."""
-        prefix = f"{block}.router."
-        ids = sorted(
-            int(k[len(prefix) :].split(".")[0]) for k in outside if k.startswith(prefix) and k.endswith(".weight")
-        )
-        ids = [i for i in ids if i not in self.held[block]]
-        if not ids:
-            return torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0), torch.zeros(0), torch.zeros(0)
 
-        def leaves(name: str) -> Tensor:
-            zero = torch.zeros(())
-            return torch.stack([outside.get(f"{prefix}{i}.{name}", zero).float().reshape(()) for i in ids])
+SCORES = {"sigmoid": torch.sigmoid, "sqrtsoftplus": lambda x: nn.functional.softplus(x).sqrt()}
+"""Scores of logits that are not a softmax."""
+UNLIMITED = 2**31
+"""A capacity that no sequence reaches."""
 
-        rows = torch.stack([outside[f"{prefix}{i}.weight"].float() for i in ids])
-        return torch.tensor(ids), rows, leaves("bias"), leaves("e_score_correction_bias")
+
+def _share_router(block: nn.Module, family: Family) -> nn.Module:
+    """Return a copy of a block that shares its tensors, without the hooks of its router, in evaluation mode."""
+    copied = nn.Module()
+    router = share_block(block.get_submodule(family.router)).eval()
+    router._forward_hooks.clear()
+    router._forward_hooks_with_kwargs.clear()
+    parents = family.router.split(".")
+    if len(parents) != 1:
+        raise ModelError(f"the router of {family.name} is at {family.router!r}, not in its block")
+    copied.add_module(parents[0], router)
+    for path in family.beside:
+        tensor = getattr(block, path)
+        if isinstance(tensor, nn.Parameter):
+            copied.register_parameter(path, tensor)
+        else:
+            copied.register_buffer(path, tensor, persistent=False)
+    return copied
+
+
+def _restore(copied: nn.Module, block: nn.Module, family: Family, rows: int, complete: bool, held: int) -> None:
+    """Give a copied router the settings of the full model, for so many rows."""
+    for path, value in whole_settings(block, family).items():
+        if not path.startswith(f"{family.router}."):
+            continue
+        if path in family.counts:
+            value = attribute(copied, path) + rows - held
+        elif path == family.top_k:
+            value = min(value, family.choices(rows))
+        elif path == family.capacity:
+            value = UNLIMITED
+        elif not complete:
+            value = 1  # groups, which go by all experts
+        set_attribute(copied, path, value)
+
+
+def _ask(
+    copied: nn.Module, block: nn.Module, family: Family, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int
+) -> tuple[Tensor, int]:
+    """Return the places that a copied router chooses [.., K], and K."""
+    own = {id(getattr(block, path)): getattr(copied, path) for path in family.beside}
+    args = tuple(own.get(id(arg), arg) for arg in args)
+    output = copied.get_submodule(family.router)(*args, **{k: own.get(id(v), v) for k, v in kwargs.items()})
+    if family.dispatch:
+        k = 1 if family.top_k is None else int(attribute(copied, family.top_k))
+        return output[family.logits].topk(k, dim=-1).indices, k
+    return output[family.routed], output[family.routed].shape[-1]

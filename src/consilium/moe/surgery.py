@@ -1,19 +1,31 @@
 """Cutting a sub-MoE out of a model: its own experts, and its own number of them, in every layer."""
 
+import copy
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from consilium.core import ExpertSet, counts_of
 from consilium.errors import ModelError
-from consilium.moe.addressing import all_experts
+from consilium.moe.addressing import all_experts, row_dimension
 from consilium.moe.families import Family
 from consilium.moe.model import TaskModel
 
-__all__ = ["attribute", "checked", "graft", "slice_experts"]
+__all__ = [
+    "attribute",
+    "checked",
+    "experts_in",
+    "graft",
+    "put_tensor",
+    "set_attribute",
+    "share_block",
+    "slice_block",
+    "slice_experts",
+    "whole_settings",
+]
 
 
 def checked(keep: ExpertSet, counts: Mapping[str, int], family: Family | None = None) -> dict[str, tuple[int, ...]]:
@@ -58,7 +70,7 @@ def slice_experts(model: TaskModel, keep: ExpertSet) -> TaskModel:
     keep = checked(keep, totals, model.family)
     for name, block in model.blocks().items():
         if len(keep[name]) < totals[name]:
-            _slice_block(block, model.family, keep[name], totals[name])
+            slice_block(block, model.family, keep[name])
     return model
 
 
@@ -71,24 +83,34 @@ def graft(model: TaskModel) -> TaskModel:
         experts = block.get_submodule(family.experts)
         if family.layout == "modules":
             last = experts.get_submodule(family.module.format(total - 1))
-            experts.add_module(family.module.format(total), deepcopy(last))
+            experts.add_module(family.module.format(total), copy.deepcopy(last))
         ids = (*range(total), total - 1)
-        router = block.get_submodule(family.router)
-        for row in family.rows:
-            _select(router, row, ids, total)
+        for path in family.row_paths:
+            _select(block, path, ids, total)
         for tensor in family.tensors:
             _select(experts, tensor, ids, total)
         for path in family.counts:
-            _set(block, path, total + 1)
-        if family.groups:
-            router.num_group = router.topk_group = 1
+            set_attribute(block, path, attribute(block, path) + 1)
+        for path in _group_settings(family):
+            set_attribute(block, path, 1)
     return model
 
 
-def _slice_block(block: nn.Module, family: Family, ids: Sequence[int], total: int) -> None:
-    router, experts = block.get_submodule(family.router), block.get_submodule(family.experts)
-    for row in family.rows:
-        _select(router, row, ids, total)
+def experts_in(block: nn.Module, family: Family) -> int:
+    """Return the number of experts of a block."""
+    return int(attribute(block, family.row_paths[0]).shape[0]) - family.extra
+
+
+def slice_block(block: nn.Module, family: Family, ids: Sequence[int]) -> nn.Module:
+    """Keep only these experts of one block, in place, and return it."""
+    total, count = experts_in(block, family), len(ids)
+    if count == total:
+        return block
+    if not hasattr(block, WHOLE):
+        setattr(block, WHOLE, {path: attribute(block, path) for path in settings(family)})
+    experts = block.get_submodule(family.experts)
+    for path in family.row_paths:
+        _select(block, path, ids, total)
     for tensor in family.tensors:
         _select(experts, tensor, ids, total)
     if family.layout == "modules":
@@ -98,35 +120,79 @@ def _slice_block(block: nn.Module, family: Family, ids: Sequence[int], total: in
         for place, module in enumerate(kept):
             experts.add_module(family.module.format(place), module)
     for path in family.counts:
-        _set(block, path, len(ids))
+        set_attribute(block, path, attribute(block, path) - total + count)
     if family.top_k is not None:
-        _set(block, family.top_k, min(attribute(block, family.top_k), len(ids)))
-    if family.groups:
-        router.num_group = router.topk_group = 1
+        set_attribute(block, family.top_k, min(attribute(block, family.top_k), family.choices(count)))
+    for path in _group_settings(family):
+        set_attribute(block, path, 1)
     if family.capacity is not None:
-        _set(block, family.capacity, -(-attribute(block, family.capacity) * total // len(ids)))
+        set_attribute(block, family.capacity, -(-attribute(block, family.capacity) * total // count))
+    return block
 
 
-def _select(module: nn.Module, path: str, ids: Sequence[int], total: int) -> None:
-    """Keep the given rows of the parameter or buffer at `path` below the module, if it has one."""
-    *parents, name = path.split(".")
-    owner = module.get_submodule(".".join(parents))
-    tensor = getattr(owner, name, None)
+WHOLE = "_before_slicing"
+"""Attribute of a sliced block with the settings that it had before."""
+
+
+def settings(family: Family) -> tuple[str, ...]:
+    """Return the paths of a block's settings that slicing changes."""
+    single = tuple(path for path in (family.top_k, family.capacity) if path is not None)
+    return (*family.counts, *single, *_group_settings(family))
+
+
+def whole_settings(block: nn.Module, family: Family) -> dict[str, Any]:
+    """Return the settings of a block as they are without slicing."""
+    before = getattr(block, WHOLE, None)
+    return dict(before) if before is not None else {path: attribute(block, path) for path in settings(family)}
+
+
+def _group_settings(family: Family) -> tuple[str, ...]:
+    return (f"{family.router}.num_group", f"{family.router}.topk_group") if family.groups else ()
+
+
+def share_block(block: nn.Module) -> nn.Module:
+    """Return a copy of a block that shares its parameters and buffers."""
+    memo = {id(t): t for t in (*block.parameters(), *block.buffers())}
+    return copy.deepcopy(block, memo)
+
+
+def _select(block: nn.Module, path: str, ids: Sequence[int], total: int) -> None:
+    """Keep the given rows of the tensor at `path`, if the block has one, and those behind the experts' rows."""
+    owner, _, name = path.rpartition(".")
+    module = block.get_submodule(owner)
+    tensor = getattr(module, name, None)
     if tensor is None:
         return
-    index = torch.tensor(list(ids), device=tensor.device)
-    kept = tensor.detach().index_select(int(tensor.shape[0] != total), index)  # a row [1, E]: along the second
-    setattr(owner, name, nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept)
-    if isinstance(owner, nn.Linear):
-        owner.out_features = len(ids)
+    dim = row_dimension(tensor, total)
+    behind = range(total, tensor.shape[dim])
+    index = torch.tensor([*ids, *behind], device=tensor.device)
+    put_tensor(module, name, tensor.detach().index_select(dim, index))
+
+
+def put_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Exchange a parameter or a buffer."""
+    old = getattr(module, name)
+    setattr(module, name, nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor)
+    if isinstance(module, nn.Linear) and name == "weight":
+        module.out_features = len(tensor)
 
 
 def attribute(block: nn.Module, path: str) -> Any:
-    """What a block has at a path that the table of families names."""
-    owner, _, name = path.rpartition(".")
-    return getattr(block.get_submodule(owner), name)
+    """Return what a block has at a path of a `Family`."""
+    found: Any = block
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
 
 
-def _set(block: nn.Module, path: str, value: int) -> None:
+def set_attribute(block: nn.Module, path: str, value: int) -> None:
+    """Set a number of a block; a configuration on the way, which other blocks share, is copied first."""
     owner, _, name = path.rpartition(".")
-    setattr(block.get_submodule(owner), name, value)
+    found: Any = block
+    for part in owner.split(".") if owner else ():
+        inner = getattr(found, part)
+        if isinstance(inner, PretrainedConfig):
+            inner = copy.copy(inner)
+            setattr(found, part, inner)
+        found = inner
+    setattr(found, name, value)

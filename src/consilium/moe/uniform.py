@@ -28,12 +28,12 @@ from torch import nn
 from consilium.core import counts_of
 from consilium.errors import ModelError
 from consilium.moe.addressing import all_experts
-from consilium.moe.families import Family
-from consilium.moe.model import TaskModel
+from consilium.moe.families import TOP_K, Family
+from consilium.moe.model import TaskModel, text_config
 from consilium.moe.surgery import attribute
 from consilium.moe.widen import widen, widens
 
-__all__ = ["uniform"]
+__all__ = ["can_fill", "uniform"]
 
 LOW = -1e9
 """A logit or correction that always loses, in every dtype we use."""
@@ -54,12 +54,15 @@ def uniform(model: TaskModel) -> tuple[Any, int | None]:
     Raises:
         ModelError: saying why, if no configuration gives this model.
     """
-    family, config, blocks = model.family, copy.deepcopy(model.config), model.blocks()
+    family, whole, blocks = model.family, copy.deepcopy(model.backbone.config), model.blocks()
+    config = text_config(whole)
     counts = counts_of(all_experts(model))
     most = max(counts.values())
+    _check_others(model, most)
     setattr(config, family.number, most)
     if family.top_k is not None:
-        config.num_experts_per_tok = max(attribute(block, family.top_k) for block in blocks.values())
+        name = next(name for name in TOP_K if isinstance(getattr(config, name, None), int))
+        setattr(config, name, max(attribute(block, family.top_k) for block in blocks.values()))
     if family.groups:
         config.n_group, config.topk_group = _groups(model)
     longest = None
@@ -68,6 +71,10 @@ def uniform(model: TaskModel) -> tuple[Any, int | None]:
         config.expert_capacity = max(served)
         longest = min(served) if len(served) > 1 else None
     if min(counts.values()) < most:
+        if family.extra:
+            raise ModelError(
+                f"the layers hold different numbers of experts, and the router of {family.name} has rows behind theirs"
+            )
         biased = _biased(family, min(counts.values()) < getattr(config, "num_experts_per_tok", 1))
         if not biased and not widens(model):
             told = ", ".join(str(n) for n in counts.values())
@@ -80,18 +87,39 @@ def uniform(model: TaskModel) -> tuple[Any, int | None]:
             _fill(block, family, counts[name], most)
         if not biased:
             widen(model, config, counts)
-    return config, longest
+    return whole, longest
+
+
+def can_fill(model: TaskModel) -> bool:
+    """Return whether layers with fewer experts can be filled up without a change of the logits, see the module."""
+    return _biased(model.family, False) or widens(model)
+
+
+def _check_others(model: TaskModel, most: int) -> None:
+    """Raise if blocks that are never cut have another number of experts, since a configuration has one."""
+    family = model.family
+    for name, module in model.backbone.named_modules():
+        if type(module).__name__ == family.block and name not in model.blocks() and family.layout == "fused":
+            experts = getattr(module, family.experts, None)
+            whole = len(getattr(experts, family.tensors[0])) if experts is not None else most
+            if whole not in (most, most + family.extra):
+                raise ModelError(
+                    f"{name} chooses its {whole} experts by token and keeps them all, the other layers hold {most}, "
+                    "and a configuration has one number"
+                )
 
 
 def _biased(family: Family, few: bool) -> bool:
     """Whether a bias is enough to keep an expert out. `few`: some layers hold fewer than a token takes."""
-    return not few if family.choice == "sigmoid" else family.choice is None and "bias" in family.rows[-1]
+    if family.score != "softmax" and family.correction:
+        return not few
+    return family.correction is None and family.score == "softmax" and "bias" in family.rows[-1]
 
 
 def _groups(model: TaskModel) -> tuple[int, int]:
     """n_group and topk_group that say what all blocks do."""
     routers = [block.get_submodule(model.family.router) for block in model.blocks().values()]
-    pairs = {(router.num_group, router.topk_group) for router in routers}
+    pairs = {(router.num_group or 1, router.topk_group or 1) for router in routers}
     if len(pairs) == 1:
         return pairs.pop()
     free = getattr(model.config, "topk_method", "") == "greedy"
@@ -104,10 +132,10 @@ def _groups(model: TaskModel) -> tuple[int, int]:
 
 
 def _fill(block: nn.Module, family: Family, count: int, most: int) -> None:
-    router, experts = block.get_submodule(family.router), block.get_submodule(family.experts)
-    for row in family.rows:
+    experts = block.get_submodule(family.experts)
+    for row in family.row_paths:
         owner, _, name = row.rpartition(".")
-        module = router.get_submodule(owner)
+        module = block.get_submodule(owner)
         tensor = getattr(module, name)
         if tensor is None:  # Switch, whose routers begin without a bias
             tensor = nn.Parameter(torch.zeros(count, dtype=module.weight.dtype))

@@ -9,6 +9,7 @@ weights.
 
     llama, mistral -> Mixtral                 granite -> GraniteMoE       (llama with biases in attention -> GraniteMoE)
     qwen2 -> Qwen2-MoE                        qwen3 -> Qwen3-MoE          t5 -> Switch Transformers
+    olmo2 -> FlexOlmo
 
 Where the weights of the k chosen experts sum to 1 (all but Switch), a token's output is that of the dense network as
 long as the copies are equal: the model begins with the dense model's logits. Qwen2-MoE has a shared expert beside the
@@ -18,12 +19,17 @@ Switch weighs its one expert by the router's probability p, about 1/E at the beg
 Here the experts' second matrices are multiplied by E, so that p E is about 1; by `scale` of False they are not. As p is
 never exactly 1/E, logits are near those of the dense model and not equal: the smaller the routers' weights, the nearer.
 
+With `branches`, dense models that were trained apart from the same beginning on different domains are mixed
+(Branch-Train-MiX, Sukhbaatar et al. 2024, https://arxiv.org/abs/2403.07816): expert i is the network of model i modulo
+their number, and what is no feed-forward network is the mean of all models. Such experts differ from the start; the
+paper then trains routers on all domains, which is left to what comes after.
+
 Departures from the paper: every layer of a decoder is sparse (`every` is for families that leave some dense), and T5 is
 routed by its family's top-1, with a capacity that drops no token of 4,096, and not by the encoder's expert choice.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +46,9 @@ from consilium.core import derive_seed
 from consilium.errors import ConfigError, ModelError, first_line
 from consilium.machine import quietly
 from consilium.moe.build import ModelSource
-from consilium.moe.families import FAMILIES, Family, blocks
+from consilium.moe.discovery import family_of, has_experts
+from consilium.moe.families import Family, blocks
+from consilium.moe.formats import gguf_place
 
 __all__ = ["FAMILY_OF", "Upcycling", "convert", "dense_model", "upcycle"]
 
@@ -63,6 +71,7 @@ class Upcycling:
         router_std: deviation of the routers' weights, > 0; None: 0.02, in Switch 0.001.
         scale: whether Switch's experts are multiplied by E.
         seed: of the noise and the routers.
+        branches: further dense models of the same configuration, trained apart, that experts are taken from in turn.
     """
 
     experts: int = 8
@@ -72,10 +81,16 @@ class Upcycling:
     router_std: float | None = None
     scale: bool = True
     seed: int = 0
+    branches: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.experts < 2:
             raise ConfigError(f"experts is {self.experts}; it must be at least 2")
+        if len(self.branches) >= self.experts:
+            raise ConfigError(
+                f"branches has {len(self.branches)} models, with the first one more: experts is {self.experts}; it "
+                "must be at least as many"
+            )
         if self.top_k is not None and not 1 <= self.top_k <= self.experts:
             raise ConfigError(f"top_k is {self.top_k}; it must be within 1..{self.experts}, the experts")
         if self.every is not None and self.every < 1:
@@ -88,29 +103,29 @@ class Upcycling:
             )
 
 
-def upcycle(path: str, folder: Path, how: Upcycling) -> list[str]:
+def upcycle(path: str, folder: Path, how: Upcycling, gguf: str = "") -> list[str]:
     """Write the mixture of experts, its tokenizer and its chat template into a directory; returns what was made of it.
 
     Args:
-        path: of the dense model, a directory or a hub name.
+        path: of the dense model, a directory or a hub name. gguf: a GGUF file there.
 
     Raises:
         ModelError: for a model that cannot be read, or that no family holds, with the reason.
         ConfigError: for settings that its family does not have.
     """
-    source = ModelSource(path)
+    source = ModelSource(path, "text-to-text", gguf=gguf)
     _configuration(source.config, _family(source.config), how)  # refuses before the weights are read
     tokenizer = source.tokenizer()
     model = dense_model(source)
-    made, family = convert(model, how)
-    k = getattr(made.config, "num_experts_per_tok", 1)
+    made, family = convert(model, how, [_branch(source, branch, model) for branch in how.branches])
     if model.generation_config is not None:
         made.generation_config = model.generation_config
     sparse = blocks(made, family)
     made.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    kind = source.config.model_type
-    told = [f"{path}: {kind} as {family.name}, {how.experts} experts in {len(sparse)} layers, top-{k}"]
+    k = getattr(made.config, "num_experts_per_tok", 1)
+    kind, named = source.config.model_type, " + ".join((path, *how.branches))
+    told = [f"{named}: {kind} as {family.name}, {how.experts} experts in {len(sparse)} layers, top-{k}"]
     (folder / "README.md").write_text(_card(path, told[0], how))
     if family.top_k is None:
         (folder / "card.json").write_text(json.dumps({"gates_public": _scales(sparse, how.experts)}, indent=1) + "\n")
@@ -121,8 +136,11 @@ def upcycle(path: str, folder: Path, how: Upcycling) -> list[str]:
     return told
 
 
-def convert(dense: Any, how: Upcycling) -> tuple[Any, Family]:
+def convert(dense: Any, how: Upcycling, branches: Sequence[Mapping[str, Tensor]] = ()) -> tuple[Any, Family]:
     """Return a live dense model as a mixture of experts in memory, and its family.
+
+    Args:
+        branches: weights of models that were trained apart from it, of which experts are made as well.
 
     Raises:
         ModelError: for a model that no family holds. ConfigError: for settings that its family does not have.
@@ -132,7 +150,7 @@ def convert(dense: Any, how: Upcycling) -> tuple[Any, Family]:
     cls = getattr(transformers, family.classes["text-to-text"])
     with init_empty_weights(include_buffers=False), no_init_weights():
         made = cls._from_config(config, dtype=dense.dtype)
-    made.load_state_dict(_weights(dense.state_dict(), made, family, how), assign=True)
+    made.load_state_dict(_weights([dense.state_dict(), *branches], made, family, how), assign=True)
     made.tie_weights()
     return made, family
 
@@ -145,6 +163,7 @@ FAMILY_OF = {
     "granite": "granitemoe",
     "qwen2": "qwen2_moe",
     "qwen3": "qwen3_moe",
+    "olmo2": "flex_olmo",
     "t5": "switch_transformers",
 }
 """Dense model type -> model type of the family that holds it."""
@@ -156,13 +175,13 @@ ELSEWHERE |= {"id2label", "label2id", "problem_type", "task_specific_params", "n
 
 def _family(dense: Any) -> Family:
     kind = dense.model_type
-    if kind in FAMILIES:
+    if has_experts(dense):
         raise ModelError(f"model type {kind!r} is a mixture of experts already: use it as it is")
     if kind not in FAMILY_OF:
         raise ModelError(f"model type {kind!r} fits no family here; dense models that do: {', '.join(FAMILY_OF)}")
     if kind == "llama" and dense.attention_bias:
-        return FAMILIES["granitemoe"]
-    return FAMILIES[FAMILY_OF[kind]]
+        return family_of("granitemoe")
+    return family_of(FAMILY_OF[kind])
 
 
 def _configuration(dense: Any, family: Family, how: Upcycling) -> Any:
@@ -172,7 +191,7 @@ def _configuration(dense: Any, family: Family, how: Upcycling) -> Any:
     given = dense.to_dict()
     known = AutoConfig.for_model(family.model_type).to_dict()
     own = _own(dense, family, every)
-    if every > 1 and family.model_type in ("mixtral", "granitemoe"):
+    if every > 1 and family.model_type in ("mixtral", "granitemoe", "flex_olmo"):
         raise ConfigError(f"every is {every}, but all layers of {family.name} are sparse; leave it at 1")
     if switch and how.top_k not in (None, 1):
         raise ConfigError(f"top_k is {how.top_k}, but {family.name} takes one expert per token; leave it at 1")
@@ -203,6 +222,8 @@ def _own(dense: Any, family: Family, every: int) -> dict[str, Any]:
     """What the family's configuration says otherwise, or more, than the dense one."""
     if family.model_type == "mixtral":
         return {}
+    if family.model_type == "flex_olmo":
+        return {"norm_topk_prob": True}
     if family.model_type == "granitemoe":
         return _granite(dense)
     if family.model_type == "switch_transformers":
@@ -250,8 +271,9 @@ def dense_model(source: ModelSource) -> Any:
     cls = transformers.T5ForConditionalGeneration if encoder_decoder else transformers.AutoModelForCausalLM
     try:
         with quietly():
+            plain = {"gguf_file": gguf_place(source.path, source.gguf)[1]} if source.gguf else {"use_safetensors": True}
             model, info = cls.from_pretrained(
-                source.location, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
+                source.location, dtype="auto", trust_remote_code=False, output_loading_info=True, **plain
             )
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"model {source.path!r} cannot be loaded: {first_line(error)}") from error
@@ -260,20 +282,46 @@ def dense_model(source: ModelSource) -> Any:
     return model
 
 
-def _weights(dense: Mapping[str, Tensor], made: Any, family: Family, how: Upcycling) -> dict[str, Tensor]:
-    """The state dict of the mixture. Every tensor of the dense model is used, or ModelError says which is not."""
-    used: set[str] = set()
+def _branch(source: ModelSource, path: str, first: Any) -> dict[str, Tensor]:
+    """Return the weights of another dense model, which must be of the same shapes as the first.
+
+    Raises:
+        ModelError: for a model that has other tensors.
+    """
+    branch = ModelSource(path)
+    if branch.config.model_type != source.config.model_type:
+        raise ModelError(
+            f"branch {path!r} is a {branch.config.model_type}, and {source.path!r} a {first.config.model_type}"
+        )
+    state, own = dense_model(branch).state_dict(), first.state_dict()
+    shapes, others = ({name: tensor.shape for name, tensor in one.items()} for one in (own, state))
+    odd = sorted(name for name, _ in shapes.items() ^ others.items())
+    if odd:
+        raise ModelError(f"branch {path!r} and {source.path!r} differ in {odd[0]!r}: give models of one configuration")
+    return {name: tensor.to(own[name].dtype) for name, tensor in state.items()}
+
+
+def _weights(states: list[Mapping[str, Tensor]], made: Any, family: Family, how: Upcycling) -> dict[str, Tensor]:
+    """The state dict of the mixture of a dense model and its branches. Every tensor of the dense model is used, or
+    ModelError says which is not."""
+    dense, used = states[0], set()
 
     def taken(name: str) -> Tensor:
         if name not in dense:
             raise ModelError(f"the dense model has no {name!r}, which {family.name} needs")
         used.add(name)
-        return dense[name]
+        if len(states) == 1:
+            return dense[name]
+        return torch.stack([state[name].float() for state in states]).mean(0).to(dense[name].dtype)
+
+    def each(name: str) -> list[Tensor]:
+        taken(name)
+        return [state[name] for state in states]
 
     weights: dict[str, Tensor] = {}
     for path in blocks(made, family):
         fill = _switch_block if family.top_k is None else _decoder_block
-        weights |= fill(path, taken, made.get_submodule(path), family, how)
+        weights |= fill(path, each, made.get_submodule(path), family, how)
     for name in made.state_dict():
         if name not in weights:  # a dense layer of Switch has its network under another name
             weights[name] = taken(name.replace(".mlp.", ".DenseReluDense.") if family.top_k is None else name)
@@ -283,17 +331,21 @@ def _weights(dense: Mapping[str, Tensor], made: Any, family: Family, how: Upcycl
 
 
 def _decoder_block(
-    path: str, taken: Callable[[str], Tensor], block: Any, family: Family, how: Upcycling
+    path: str, each: Callable[[str], list[Tensor]], block: Any, family: Family, how: Upcycling
 ) -> dict[str, Tensor]:
     """Router and fused experts of one block."""
     mlp = f"{path.rpartition('.')[0]}.mlp"
-    gate, up, down = (taken(f"{mlp}.{name}_proj.weight") for name in ("gate", "up", "down"))
-    copies = {"gate_up_proj": torch.cat([gate, up]), "down_proj": down}
+    gates, ups, downs = (each(f"{mlp}.{name}_proj.weight") for name in ("gate", "up", "down"))
+    gate = gates[0]
+    copies = {
+        "gate_up_proj": [torch.cat(pair) for pair in zip(gates, ups, strict=True)],
+        "down_proj": downs,
+    }
     weights = {
         f"{path}.{family.experts}.{name}": torch.stack(
-            [_copy(tensor, how, f"{path}.{i}.{name}") for i in range(how.experts)]
+            [_copy(tensors[i % len(tensors)], how, f"{path}.{i}.{name}") for i in range(how.experts)]
         )
-        for name, tensor in copies.items()
+        for name, tensors in copies.items()
     }
     weights[f"{path}.{family.router}.weight"] = _router(path, how, how.router_std or 0.02, gate)
     rng = torch.Generator().manual_seed(derive_seed(how.seed, "upcycle", path, "shared"))
@@ -306,17 +358,18 @@ def _decoder_block(
 
 
 def _switch_block(
-    path: str, taken: Callable[[str], Tensor], block: Any, family: Family, how: Upcycling
+    path: str, each: Callable[[str], list[Tensor]], block: Any, family: Family, how: Upcycling
 ) -> dict[str, Tensor]:
     """Router and expert modules of one block."""
     mlp = f"{path.rpartition('.')[0]}.DenseReluDense"
-    wi, wo = taken(f"{mlp}.wi.weight"), taken(f"{mlp}.wo.weight")
+    wis, wos = each(f"{mlp}.wi.weight"), each(f"{mlp}.wo.weight")
+    wi = wis[0]
     factor = how.experts if how.scale else 1
     weights = {f"{path}.{family.router}.classifier.weight": _router(path, how, how.router_std or 0.001, wi)}
     for i in range(how.experts):
         expert = f"{path}.{family.experts}.{family.module.format(i)}"
-        weights[f"{expert}.wi.weight"] = _copy(wi, how, f"{path}.{i}.wi")
-        weights[f"{expert}.wo.weight"] = _copy(wo, how, f"{path}.{i}.wo") * factor
+        weights[f"{expert}.wi.weight"] = _copy(wis[i % len(wis)], how, f"{path}.{i}.wi")
+        weights[f"{expert}.wo.weight"] = _copy(wos[i % len(wos)], how, f"{path}.{i}.wo") * factor
     return weights
 
 
@@ -348,6 +401,12 @@ library_name: transformers
 
 # Upcycled: {told}
 
-Made by `consilium upcycle` (Komatsuzaki et al. 2023): every expert is a copy of the dense feed-forward network, noise
+Made by `consilium upcycle` (Komatsuzaki et al. 2023): every expert is a copy of {_copied(how)}, noise
 {how.noise:g} of each matrix's deviation, seed {how.seed}; routers are new. It has learned nothing since.
 """
+
+
+def _copied(how: Upcycling) -> str:
+    if not how.branches:
+        return "the dense feed-forward network"
+    return "the feed-forward network of one of the dense models in turn, the rest is their mean (Branch-Train-MiX)"

@@ -6,7 +6,11 @@ The experts are trained by adapters of rank 16, at a rate for these. To train al
 
 from pathlib import Path
 
+from consilium.algorithms.fedavg import FedAvg
 from consilium.algorithms.fedmoe import FedMoE
+from consilium.algorithms.fedprox import FedProx
+from consilium.algorithms.scaffold import SCAFFOLD
+from consilium.algorithms.standalone import Standalone
 from consilium.core import Sampling
 from consilium.data.language import LanguageData
 from consilium.experiment import Experiment
@@ -16,7 +20,7 @@ from consilium.recipes import recipe
 from consilium.recipes.docstrings import EQUAL_MEMORY
 from consilium.setup import Fit
 
-__all__ = ["fedmoe_instructions", "fedmoe_plaintext"]
+__all__ = ["fedmoe_instructions", "fedmoe_plaintext", "lora_instructions"]
 
 
 @recipe("fedmoe-instructions", rivals=EQUAL_MEMORY)
@@ -58,6 +62,28 @@ def fedmoe_plaintext() -> Experiment:
             label_smoothing=0.0,
             lora=Lora(rank=16),
         ),
+        sampling=Sampling(clients_per_round=5),
+        rounds=10,
+    )
+
+
+@recipe(
+    "lora-instructions",
+    rivals={"FedProx": FedProx(), "SCAFFOLD": SCAFFOLD(eta_l=0.01), "Standalone": Standalone()},
+    compared="FedAvg,FedProx,Standalone",
+)
+def lora_instructions() -> Experiment:
+    """FedAvg of LoRA adapters on instructions, for a dense model or a mixture: --model.path MODEL --data.path FILE
+    --data.prompt COLUMN --data.response COLUMN.
+
+    A GGUF file: --model.gguf FILE. Of a dense model all linear layers are adapted, fewer by --fit.lora.targets.
+    """
+    return Experiment(
+        name="lora-instructions",
+        algorithm=FedAvg(),
+        data=LanguageData(path=Path("instructions.jsonl")),
+        model=ModelSource("HuggingFaceTB/SmolLM2-135M-Instruct", form="text-to-text", dtype="bfloat16"),
+        fit=Fit(lr=1e-4, batch_size=8, max_length=512, target_length=256, label_smoothing=0.0, lora=Lora(rank=16)),
         sampling=Sampling(clients_per_round=5),
         rounds=10,
     )

@@ -27,8 +27,8 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 from consilium.data.domains import PUBLIC, documents, versions
 from consilium.errors import CheckpointError, ConfigError, DataError
 from consilium.moe.build import ModelSource
+from consilium.moe.discovery import family_of
 from consilium.moe.experts import Experts
-from consilium.moe.families import family_of
 from consilium.moe.gates import measure_scales
 from consilium.moe.model import TaskModel
 from consilium.moe.routing import Tap

@@ -11,6 +11,9 @@ from consilium.core import ClientInfo
 from consilium.errors import BudgetError
 from consilium.escape import one_line, terminal
 from consilium.moe.budget import MemoryModel, human
+from consilium.moe.families import experts_per_token
+from consilium.moe.model import text_config
+from consilium.moe.uniform import can_fill
 from consilium.setup import Setup
 
 __all__ = ["print_model"]
@@ -34,15 +37,15 @@ def print_model(setup: Setup, limit: int | None, rank: int, out: Console) -> Non
     say(f"  {source.family.name}, {source.form}", head=source.path)
     say(f"  {whole / 1e6:,.1f} M parameters, {human(whole * size)} in {source.dtype}")
     say(f"  without experts: {memory.dense_params / 1e6:,.1f} M parameters, {human(memory.dense_params * size)}")
-    say(f"  {sum(stack.layers for stack in memory.stacks)} layers, of which {len(counts)} are sparse:")
+    layers = sum(stack.layers for stack in memory.stacks)
+    say(f"  {layers} layers" + (f", of which {len(counts)} are sparse:" if counts else ""))
     for (count, each), alike in itertools.groupby(counts, key=lambda b: (counts[b], memory.expert_params[b])):
         blocks = list(alike)
         named = blocks[0] if len(blocks) == 1 else f"{blocks[0]} to {blocks[-1]}"
         say(f"    {named}:")
         say(f"    {len(blocks)} x {count} experts of {each:,} parameters, {human(each * size)} each")
-    say(f"  router: {_router(setup)}")
-    if source.family.least > 1:
-        say(f"  every layer needs {source.family.least} experts")
+    for line in _structure(setup, memory):
+        say(f"  {line}")
     say("")
     fit = setup.fit
     tokens = f"{fit.batch_size} x {fit.max_length} tokens" + ("" if setup.heads else f", {fit.target_length} of target")
@@ -57,10 +60,57 @@ def print_model(setup: Setup, limit: int | None, rank: int, out: Console) -> Non
             out.print(line, highlight=False)
 
 
+def _structure(setup: Setup, memory: MemoryModel) -> list[str]:
+    """Say what was found of the experts, what a row states, and whether an export is exact."""
+    source, family = setup.model, setup.model.family
+    if family.dense:
+        return [
+            f"no experts: LoRA changes {', '.join(family.lora_targets)}",
+            f"found: {_found(setup)}",
+            "export: exact; adapters as PEFT's files, or merged",
+        ]
+    k = experts_per_token(source.config) if family.top_k else 1
+    active = memory.dense_params + sum(
+        min(k, n) * memory.expert_params[block] + n * memory.row_params[block] for block, n in memory.counts.items()
+    )
+    lines = [f"active per token: {active / 1e6:,.1f} M parameters", f"router: {_router(setup)}"]
+    lines.append(
+        "gates: do not depend on experts that are not chosen"
+        if family.normalised
+        else "gates: shares of a softmax over all experts; slices scale them (fit.gates)"
+    )
+    if family.least > 1:
+        lines.append(f"every layer needs {family.least} experts")
+    lines.append(f"found: {_found(setup)}")
+    if family.stated:
+        lines.append(f"stated by a row of moe/families.py: {', '.join(family.stated)}")
+    lines.append(f"export: {_export(setup)}")
+    return lines
+
+
+def _found(setup: Setup) -> str:
+    family = setup.model.family
+    if family.dense:
+        return f"logits finished by {', '.join(family.finish) or 'nothing'}"
+    parts = [f"block {family.block}", f"router .{family.router}", f"experts .{family.experts} ({family.layout})"]
+    parts += [f"correction .{family.correction}"] if family.correction else []
+    parts += [f"{family.extra} rows behind the experts"] if family.extra else []
+    return ", ".join(part for part in parts)
+
+
+def _export(setup: Setup) -> str:
+    """Say which slices plain transformers can hold without a change of their logits."""
+    model = setup.model.skeleton("", ())
+    if model.family.extra or not can_fill(model):
+        return "exact where all layers hold as many experts; others with --format consilium"
+    return "exact, also where layers hold different numbers of experts"
+
+
 def _router(setup: Setup) -> str:
-    family, config = setup.model.family, setup.model.config
-    top_k = int(getattr(config, "num_experts_per_tok", None) or 1) if family.top_k else 1
-    said = f"top-{top_k}, by {family.choice or 'logits'}" + (" with a correction bias" if family.choice else "")
+    family, config = setup.model.family, text_config(setup.model.config)
+    top_k = experts_per_token(config) if family.top_k else 1
+    by = family.score if family.correction or family.score != "softmax" else "logits"
+    said = f"top-{top_k}, by {by}" + (" with a correction bias" if family.correction else "")
     if family.groups and config.n_group and config.n_group > 1:
         said += f", in {config.topk_group} of {config.n_group} groups"
     return said
@@ -68,6 +118,8 @@ def _router(setup: Setup) -> str:
 
 def _steps(setup: Setup) -> list[int]:
     """All experts of a layer, a half, a quarter, an eighth, and the fewest; descending."""
+    if not setup.model.counts:
+        return [0]
     most, least = max(setup.model.counts.values()), max(setup.least.values())
     return sorted({max(n, least) for n in (most, most // 2, most // 4, most // 8, least)}, reverse=True)
 
@@ -79,7 +131,7 @@ def _counts(setup: Setup, n: int) -> dict[str, int]:
 def _budgets(setup: Setup, limit: int | None, rank: int) -> Table:
     """Rows: experts held per layer. Columns: trained per layer, plain training, adapters."""
     steps = _steps(setup)
-    trained = steps if steps[-1] == 1 else [*steps, 1]
+    trained = [] if steps == [0] else steps if steps[-1] == 1 else [*steps, 1]
 
     def cell(counts: Mapping[str, int], mode: str, learning: int | None) -> str:
         need = setup.footprint(counts, mode, rank=rank, trained=learning).total
@@ -100,6 +152,10 @@ def _budgets(setup: Setup, limit: int | None, rank: int) -> Table:
 def _verdict(setup: Setup, limit: int, rank: int) -> list[str]:
     """What the device can do: with two budgets, plainly, and with adapters."""
     device, total = ClientInfo("device", 1, "task", limit), sum(setup.model.counts.values())
+    if not total:
+        modes = {"plainly": "full", "with LoRA": "lora"}
+        able = [name for name, mode in modes.items() if not setup.lacks(device, {}, mode, rank=rank)]
+        return [f"It can train the model {' and '.join(able)}." if able else "It cannot train the model."]
     try:
         forward, backward = setup.budgets(device)
         lines = [f"It can hold {forward} of {total} experts, and train {backward} of them in a batch."]

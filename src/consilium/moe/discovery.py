@@ -1,0 +1,153 @@
+"""What kind of mixture of experts a configuration makes, found by building and running a tiny model of it.
+
+The tiny model (`moe.twin`) runs one batch with a hook on every module:
+
+    experts     the module that is given expert indices, and holds a tensor [E, ..] per projection
+    router      the module that gave out these indices
+    block       the module that owns both; blocks that no token passed are left alone
+    rows        tensors with a row per expert below the router, or beside it in the block
+    behaviour   the score function, whether gates depend on experts that were not chosen, the fewest experts that a
+                router can rank, how logits are finished, whether position ids keep packed examples apart
+
+`moe.probe` then cuts the tiny model and compares it with its masked self. A model that does not behave as found is
+refused by name.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import transformers
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto import modeling_auto as auto
+
+from consilium.errors import ModelError, first_line
+from consilium.machine import quietly
+from consilium.moe.families import NAMES, REFUSED, ROWS, Family, linear_layers
+from consilium.moe.structure import Finder
+from consilium.moe.twin import EXPERTS, shrink, twin
+
+__all__ = ["Key", "classes_of", "family_of", "fitting_config", "has_experts"]
+
+
+def classes_of(config: PretrainedConfig) -> dict[str, str]:
+    """Return the transformers class per form of task; {} if there is none for text."""
+    found = {}
+    for form, names in (
+        ("text-to-text", (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+                          auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)),
+        ("classification", (auto.MODEL_MAPPING_NAMES,)),
+    ):  # fmt: skip
+        name = next((names[config.model_type] for names in names if config.model_type in names), None)
+        if isinstance(name, str) and hasattr(transformers, name):
+            found[form] = name
+    return found
+
+
+def fitting_config(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the configuration that the text class of a model takes: its own, or the text part of it."""
+    name = classes_of(config).get("text-to-text")
+    expected = getattr(transformers, name).config_class if name else None
+    if expected is not None and not isinstance(config, expected):
+        return config.get_text_config()
+    return config
+
+
+def has_experts(config: PretrainedConfig) -> bool:
+    """Return whether a configuration names more than one routed expert."""
+    text = config.get_text_config()
+    parts = [text, *(part for part in vars(text).values() if isinstance(part, PretrainedConfig))]
+    return any(isinstance(n := getattr(part, name, None), int) and n > 1 for part in parts for name in EXPERTS)
+
+
+def family_of(config: PretrainedConfig | str) -> Family:
+    """Return how the models of a configuration store and choose experts.
+
+    Args:
+        config: of a model; or a model type, for its default configuration.
+
+    Raises:
+        ModelError: for a model without experts, or of which the structure is not understood, with the reason.
+    """
+    if isinstance(config, str):
+        try:
+            config = AutoConfig.for_model(config)
+        except ValueError as error:
+            raise ModelError(
+                f"model type {config!r} is not known to transformers {transformers.__version__}"
+            ) from error
+    kind = config.model_type
+    if kind in REFUSED:
+        raise ModelError(f"model type {kind!r} cannot be federated: {REFUSED[kind]}")
+    return _discover(Key(config)) if has_experts(config) else _dense(Key(config))
+
+
+@dataclass(frozen=True)
+class Key:
+    """A configuration that compares by what it says."""
+
+    config: PretrainedConfig
+
+    def __hash__(self) -> int:
+        return hash(self._text())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Key) and self._text() == other._text()
+
+    def _text(self) -> str:
+        names = ("_name_or_path", "dtype", "torch_dtype")
+        return repr((type(self.config).__name__, {k: v for k, v in self.config.to_dict().items() if k not in names}))
+
+
+@lru_cache(maxsize=128)
+def _discover(key: Key) -> Family:
+    config = key.config
+    kind, row = config.model_type, ROWS.get(config.model_type, {})
+    name = row.get("name", NAMES.get(kind, kind))
+    if "block" in row:
+        return Family(model_type=kind, stated=tuple(row), **row)
+    classes = dict(row.get("classes", classes_of(config)))
+    if not classes:
+        raise ModelError(f"model type {kind!r} cannot be federated: transformers has no text class for it")
+    form = "text-to-text" if "text-to-text" in classes else "classification"
+    try:
+        with quietly(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = twin(shrink(config), getattr(transformers, classes[form]))
+            return Finder(model, config, name, classes, row).family()
+    except ModelError as error:
+        raise ModelError(f"model type {kind!r} cannot be federated: {error}") from error
+    except Exception as error:
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise ModelError(
+            f"model type {kind!r} cannot be federated: a tiny model of it does not run ({said})"
+        ) from error
+
+
+@lru_cache(maxsize=64)
+def _dense(key: Key) -> Family:
+    """Return what is found of a dense causal language model: its linear layers, and how its logits are finished."""
+    config = key.config
+    kind = config.model_type
+    neither = (
+        f"model type {kind!r} is neither a mixture of experts (its configuration names no routed experts) nor a causal "
+        "language model"
+    )
+    if kind not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "is_encoder_decoder", False):
+        raise ModelError(neither)
+    classes = classes_of(config)
+    family = Family(kind, kind, "", "", (), "", "fused", classes)
+    try:
+        with quietly(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = twin(shrink(config), getattr(transformers, classes["text-to-text"]))
+            found = Finder(model, config, kind, classes, {})
+    except Exception as error:
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise ModelError(f"model type {kind!r}: a tiny model of it does not run ({said})") from error
+    if not found.causal():
+        raise ModelError(neither)
+    targets = dict.fromkeys(path.rpartition(".")[2] for path, _ in linear_layers(model))
+    if not targets:
+        raise ModelError(f"model type {kind!r} has no linear layers (torch.nn.Linear) that adapters could change")
+    return replace(family, lora_targets=tuple(targets), **found.finish())

@@ -1,0 +1,146 @@
+"""What `consilium plan` prints: memory, bytes, steps and time of every client, before anything is trained.
+
+The server half of the method makes its payloads for the first round, to all clients at once; what they hold and weigh
+is counted. Time is an estimate: 6 floating point operations per active parameter and token of a step (4 with adapters,
+which need no gradients of the frozen weights), at half the rate of matrix products that this machine shows now.
+"""
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from consilium.core import ClientInfo, Payload, counts_of, experts_from_scalars
+from consilium.experiment import Experiment
+from consilium.models.cohort import Cohort
+from consilium.moe.budget import MemoryModel, human
+from consilium.moe.families import experts_per_token
+from consilium.run import prepare
+from consilium.setup import Setup
+
+__all__ = ["Forecast", "forecasts", "print_plan"]
+
+SIDE, EFFICIENCY = 1024, 0.5
+"""Side of the matrices whose product is timed; share of its rate that training reaches."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What one client is expected to need in a round in which it takes part.
+
+    Args:
+        client: its name. examples: for training. experts: held, over all layers, None where there are none.
+        memory: bytes while it trains, None for small models, which have no memory model.
+        down, up: bytes of tensors that it gets, and sends at least.
+        steps: of the optimiser. seconds: an estimate.
+        note: why it cannot take part, or "".
+    """
+
+    client: str
+    examples: int
+    experts: int | None
+    memory: int | None
+    down: int
+    up: int
+    steps: int
+    seconds: float
+    note: str = ""
+
+
+def forecasts(experiment: Experiment, rate: float | None = None) -> list[Forecast]:
+    """Return a forecast for every client, in their order.
+
+    Args:
+        rate: floating point operations per second of matrix products; None: measured.
+
+    Raises:
+        ConsiliumError: for an experiment that cannot be run.
+    """
+    found = prepare(experiment)
+    every = dataclasses.replace(experiment.sampling, clients_per_round=len(found.infos))
+    found = prepare(dataclasses.replace(experiment, sampling=every))
+    server, setup, rate = found.server, found.setup, rate or _rate()
+    unable = {info.id: server.unable(info) for info in found.infos}
+    able = [info for info in found.infos if unable[info.id] is None]
+    payloads = server.configure(1, able)
+    return [
+        _forecast(setup, info, payloads[info.id], rate)
+        if info.id in payloads
+        else Forecast(info.id, info.num_examples, None, None, 0, 0, 0, 0.0, unable[info.id] or "not chosen")
+        for info in found.infos
+    ]
+
+
+def _forecast(setup: Setup, info: ClientInfo, payload: Payload, rate: float) -> Forecast:
+    down = sum(t.numel() * t.element_size() for group in payload.groups.values() for t in group.values())
+    up = sum(t.numel() * t.element_size() for t in payload.groups.get("params", {}).values())
+    fit = setup.fit
+    steps = fit.epochs * math.ceil(info.num_examples / fit.batch_size)
+    if isinstance(setup.model, Cohort):
+        parameters = sum(t.numel() for t in payload.groups.get("params", {}).values())
+        operations = 6.0 * parameters * info.num_examples * fit.epochs
+        return Forecast(info.id, info.num_examples, None, None, down, up, steps, operations / rate / EFFICIENCY)
+    held = experts_from_scalars(payload.scalars)
+    counts = counts_of(held) if held else dict(setup.model.counts)
+    tokens = sum(fit.lengths.values()) * info.num_examples * fit.epochs
+    operations = (4.0 if fit.lora.rank else 6.0) * active_parameters(setup, counts) * tokens
+    memory = setup.footprint(counts).total
+    experts = sum(counts.values()) or None
+    return Forecast(info.id, info.num_examples, experts, memory, down, up, steps, operations / rate / EFFICIENCY)
+
+
+def active_parameters(setup: Setup, counts: dict[str, int]) -> int:
+    """Return the parameters that one token passes: all outside the experts, and those of the experts it takes."""
+    memory, k = MemoryModel.of(setup.model), experts_per_token(setup.model.config)
+    return memory.dense_params + sum(
+        min(k, n) * memory.expert_params[block] + n * memory.row_params[block] for block, n in counts.items()
+    )
+
+
+def _rate() -> float:
+    """Return the floating point operations per second of float32 matrix products here."""
+    a = torch.ones(SIDE, SIDE)
+    a @ a
+    best = min(_seconds(lambda: a @ a) for _ in range(3))
+    return 2.0 * SIDE**3 / best
+
+
+def _seconds(call: object) -> float:
+    start = time.perf_counter()
+    call()  # type: ignore[operator]
+    return time.perf_counter() - start
+
+
+def print_plan(experiment: Experiment, out: Console) -> None:
+    """Print a row per client, and what a run of all rounds moves."""
+    found = forecasts(experiment)
+    table = Table(box=None, padding=(0, 1), header_style="bold")
+    for title in ("client", "examples", "experts", "memory", "down", "up", "steps", "time"):
+        table.add_column(title, justify="left" if title == "client" else "right", no_wrap=True)
+    for one in found:
+        cells = [
+            str(one.experts or ""),
+            "" if one.memory is None else human(one.memory),
+            human(one.down),
+            human(one.up),
+        ]
+        told = [*cells, str(one.steps), f"{one.seconds:.1f} s"] if not one.note else ["", "", "", "", "", ""]
+        table.add_row(one.client, str(one.examples), *told)
+    out.print(table)
+    for one in found:
+        if one.note:
+            out.print(f"{one.client} cannot take part: {one.note}", highlight=False, markup=False, soft_wrap=True)
+    able = [one for one in found if not one.note]
+    share = min(experiment.sampling.clients_per_round, len(able)) / max(len(able), 1)
+    moved = sum(one.down + one.up for one in able) * share * experiment.rounds
+    out.print(
+        f"{experiment.rounds} rounds of {min(experiment.sampling.clients_per_round, len(able))} clients: about "
+        f"{human(round(moved))} over the network, {sum(one.seconds for one in able) * share * experiment.rounds:.0f} s "
+        "of training one after the other (an estimate from the rate of matrix products here)",
+        highlight=False,
+        soft_wrap=True,
+    )
