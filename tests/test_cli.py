@@ -197,7 +197,7 @@ def test_a_file_that_is_no_experiment(capsys, tmp_path, content, message):
     ("args", "message"),
     [
         (["resume"], "Missing from consilium resume: PATH the run directory"),
-        (["resume", "nowhere"], "nowhere is not a run directory: config.json FileNotFoundError"),
+        (["resume", "nowhere"], "nowhere is not a run directory: it does not exist"),
         (["resume", "a", "b"], "unknown argument 'b'"),
         (["report"], "no run named; give at least one run directory"),
         (["report", "nowhere"], "nowhere is not a run"),

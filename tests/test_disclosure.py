@@ -38,8 +38,16 @@ NEEDS_SCORES = {"FedMoE", "AffinityMoE", "FedPE"}
 UPDATES = {"params", "factors", "control", "prototypes"}
 COSTS = {"steps", "experts", "footprint", "seconds_evaluate"}
 SIZES = {"num_examples", "examples", "cut"}
-SCORES = {"validation", "train_loss", "perplexity", "bits_per_byte", "score", "report/test before aggregation",
-          "full_k"}  # fmt: skip
+SCORES = {
+    "balanced",
+    "validation",
+    "train_loss",
+    "perplexity",
+    "bits_per_byte",
+    "score",
+    "report/test before aggregation",
+    "full_k",
+}
 USAGES = {"demand", "contribution", "usage", "importance", "trained", "served", "token", "experts", "utility"}
 
 
@@ -131,6 +139,9 @@ def look(payload, privacy, context):
             assert privacy.scores != "none"
             for x in plain(value) if privacy.scores == "coarse" else ():
                 assert x == pytest.approx(round(20 * x) / 20 if abs(x) < 1 else float(f"{x:.1e}"))
+            continue
+        if key.startswith("recall "):
+            assert key[7:] in labels and privacy.labels == "counts" and privacy.scores == "exact"
             continue
         assert key.startswith("report/gate ") and key[12:] in labels, f"nobody knows what scalar {key} reveals"
         assert privacy.labels == "counts"

@@ -219,7 +219,11 @@ BAD = {
     "no such model": (ModelError, r"neither a directory", {"model": ModelSource("./nowhere")}),
     "not a file": (DataError, r"nowhere\.csv is not a file", {"data": TextFileData(path=Path("nowhere.csv"))}),
     "no client": (DataError, r"no client has any data", {"data": NoClients()}),
-    "device": (ConfigError, r"device 'cuda:77' cannot be used .*use cpu, cuda", {"device": "cuda:77"}),
+    "device": (
+        ConfigError,
+        r"device (is )?'cuda:77'.*(use cpu, cuda|no CUDA GPU; use --device cpu)",
+        {"device": "cuda:77"},
+    ),
     "no device at all": (ConfigError, r"device 'abacus' cannot be used", {"device": "abacus"}),
     "fit of one device": (
         BudgetError,

@@ -95,6 +95,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         out.print(HELP, highlight=False, soft_wrap=True)
         return 0
+    if args[0] in ("--version", "-V", "version"):
+        from importlib.metadata import version
+
+        print(f"consilium {version('consilium')}")
+        return 0
     try:
         if args[0] not in commands:
             near = difflib.get_close_matches(args[0], commands, n=1)
@@ -169,7 +174,7 @@ def run_command(args: list[str]) -> None:
 def compare_command(args: list[str]) -> None:
     """consilium compare RECIPE [--algorithms A,B] [--seeds N] [--jobs N] [--out DIR] [--track TOOLS] [--quiet] [--json]
     [flags of the experiment]"""
-    from consilium.api import by_default, plan
+    from consilium.api import by_default, plan, split_names
     from consilium.recipes import find
     from consilium.watch import Comparison, at_a_time
 
@@ -181,7 +186,9 @@ def compare_command(args: list[str]) -> None:
     own = {**options, "--quiet": None, "--json": None}
     experiment = _parse(type(default), rest, f"consilium compare {args[0]}", default, own)
     seeds, jobs = _whole(options, "--seeds", 1), _whole(options, "--jobs", 0)
-    names = options["--algorithms"].split(",")
+    names = split_names(options["--algorithms"])
+    if not names:
+        raise ConfigError("--algorithms is empty; name methods, e.g. --algorithms FedMoE,FedAvg")
     root = Path(options["--out"]) / experiment.name
     planned = plan(recipe, experiment, names, seeds, root)
     track = _tracked(options["--track"])
@@ -650,7 +657,7 @@ def _names(text: str) -> list[str]:
     """The sites of --sites."""
     from consilium.core import CLIENT_ID
 
-    names = text.split(",") if text else []
+    names = [name.strip() for name in text.split(",")] if text else []
     for name in names:
         if not CLIENT_ID.fullmatch(name):
             raise ConfigError(f"--sites names {name!r}; give names of A-Z a-z 0-9 . _ - separated by commas")
@@ -707,6 +714,8 @@ def _experiment(args: list[str], command: str) -> "tuple[Experiment, list[str]]"
         out.print(f"{doc}\n\nRecipes: {', '.join(sorted(RECIPES))}", markup=False, highlight=False)
         out.print(f"Flags of an experiment: consilium {command} RECIPE --help", markup=False, highlight=False)
         raise SystemExit(0)
+    if (Path(args[0]) / "config.json").is_file():  # a run's directory
+        args = [str(Path(args[0]) / "config.json"), *args[1:]]
     if args[0].endswith(".json"):
         try:
             saved = json.loads(Path(args[0]).read_text())
@@ -869,9 +878,11 @@ def _finish(folders: list[Path], target: Path | None = None, lines: "JsonLines |
     Args:
         lines: of --json; gets the summary of the run, or of each by its name with the rows of the table.
     """
-    from consilium.report import methods, print_table, read_runs, rows, table_files, write_report
+    from consilium.report import methods, print_clients, print_table, read_runs, rows, table_files, write_report
 
     print_table(folders, out)
+    if len(folders) == 1:
+        print_clients(folders[0], out)
     if target is None:
         target = (folders[0] if len(folders) == 1 else Path(os.path.commonpath(folders))) / "report.html"
     page = write_report(folders, target)

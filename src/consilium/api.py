@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from consilium.errors import ConfigError
 from consilium.experiment import Experiment, from_json
 from consilium.recipes import Recipe, find
 from consilium.report import methods, read_runs, rows, write_report
@@ -18,7 +19,7 @@ from consilium.watch import Comparison, at_a_time
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Run", "by_default", "compare", "load_run", "plan"]
+__all__ = ["Run", "by_default", "compare", "load_run", "plan", "split_names"]
 
 
 def plan(
@@ -40,6 +41,19 @@ def plan(
     return planned
 
 
+def split_names(given: Sequence[str] | str) -> list[str]:
+    """Return names given as a sequence, or as a text with commas between them, without blanks around them.
+
+    Raises:
+        ConfigError: for a name that is given twice.
+    """
+    parts = given.split(",") if isinstance(given, str) else given
+    names = [name.strip() for name in parts if name.strip()]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"{twice!r} is named twice; name each method once, and give --seeds for several runs of it")
+    return names
+
+
 def by_default(recipe: Recipe, experiment: Experiment) -> str:
     """What is compared where nobody says what: names, separated by commas."""
     return recipe.compared or f"{type(experiment.algorithm).__name__},FedAvg,RandomMoE"
@@ -47,7 +61,7 @@ def by_default(recipe: Recipe, experiment: Experiment) -> str:
 
 def compare(
     experiment: Experiment | str,
-    algorithms: Sequence[str] = (),
+    algorithms: Sequence[str] | str = (),
     seeds: int = 1,
     jobs: int = 0,
     out: Path | str = "runs",
@@ -60,7 +74,8 @@ def compare(
 
     Args:
         experiment: one, or the name of a recipe, whose settings of its rivals are then used.
-        algorithms: names; the first is the one that the others are tested against. (): those of the recipe.
+        algorithms: names, or one text with commas between them; the first is the one that the others are tested
+            against. (): those of the recipe.
         seeds: runs per method, with seeds from experiment.seed on, >= 1.
         jobs: runs at a time; 0: as many as cores and free memory allow.
         progress: show bars.
@@ -78,7 +93,7 @@ def compare(
     else:
         given = experiment
         recipe = Recipe(given.name, lambda: given)
-    names = list(algorithms) or by_default(recipe, experiment).split(",")
+    names = split_names(algorithms) or split_names(by_default(recipe, experiment))
     root = Path(out) / experiment.name
     planned = plan(recipe, experiment, names, seeds, root)
     console = Console(quiet=not progress)

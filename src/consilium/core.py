@@ -273,13 +273,13 @@ class Reveal:
 
     Args:
         kind: "update", models and what is computed for them; "size", numbers of examples and tokens; "cost", seconds,
-            steps and bytes; "score", losses and scores of the client's data; "labels", values by label; "usage", which
-            experts the client's data asks for.
+            steps and bytes; "score", losses and scores of the client's data; "labels", values by label; "label
+            scores", scores by label; "usage", which experts the client's data asks for.
         need: "exact", as it was computed; "less", also lowered as the site's `privacy` says; "nothing", for the record
             alone. A site that does not tell what is needed refuses the method.
     """
 
-    kind: Literal["update", "size", "cost", "score", "labels", "usage"]
+    kind: Literal["update", "size", "cost", "score", "labels", "label scores", "usage"]
     need: Literal["exact", "less", "nothing"] = "nothing"
 
     def __post_init__(self) -> None:
@@ -306,6 +306,8 @@ COMMON_REVEALS: Mapping[str, Reveal] = {
     "personal_bits_per_byte": Reveal("score"),
     "personal_validation": Reveal("score"),
     "score": Reveal("score"),
+    "balanced": Reveal("score"),
+    "recall *": Reveal("label scores"),
     "report/test before aggregation": Reveal("score"),
 }
 """What the replies of `training.local_round`, `trained`, `local_test` and `tested` say."""
@@ -361,6 +363,10 @@ class Algorithm(ABC):
         """What the server goes by of single clients' replies beside what it merges, in words: no noise covers that,
         unless it is "usage", which has a mode of its own."""
         return frozenset()
+
+    def chooses_by_memory(self) -> bool:
+        """Return whether it gives a client the experts that fit its memory, so that without a limit it gives all."""
+        return False
 
     @abstractmethod
     def server(self, setup: Any) -> Server: ...

@@ -355,7 +355,9 @@ def become_node(address: str, keys: Path | None, state: Path, port: int) -> NoRe
     else:
         command += ["--insecure"]
     home, command = state.absolute() / "flower", again.command(command)
-    os.execve(command[0], command, _in_turn(home, "flwr-clientapp", flower_environment(home)))
+    environment = {"FLWR_LOG_LEVEL": "WARNING", **_in_turn(home, "flwr-clientapp", flower_environment(home))}
+    print_line(Console(), f"{name}: waiting for the server at {address}; Ctrl-C ends this")
+    os.execve(command[0], command, environment)
 
 
 def in_time(address: str, ca: Path) -> None:

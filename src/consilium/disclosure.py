@@ -7,6 +7,8 @@ refuses what is not declared. `check` refuses a method before the first round if
     kind       setting             passed on, where the site tells less
     usage      privacy.usage       "coarse" and "noised": see `privacy.usage_told`; nothing of what is only recorded
     labels     privacy.labels      "names": a count of examples becomes 1; nothing of what is only recorded
+    label      privacy.labels and  nothing
+     scores     privacy.scores
     score      privacy.scores      "coarse": rounded; "none": nothing
     update, size, cost             always passed on as they are
 """
@@ -72,6 +74,8 @@ def _declared(name: str, what: str, client: Client) -> Reveal:
 
 def _passes(name: str, reveal: Reveal, client: Client, privacy: Privacy) -> bool:
     """Return whether a value leaves at all, perhaps lowered."""
+    if reveal.kind == "label scores":
+        return privacy.labels == "counts" and privacy.scores == "exact"
     if reveal.kind not in _SETTINGS:
         return True
     field = _SETTINGS[reveal.kind]

@@ -1,6 +1,7 @@
 """An experiment is one frozen dataclass, saved as JSON and given back."""
 
 import dataclasses
+import difflib
 import os
 import re
 import types
@@ -278,8 +279,18 @@ def from_json(saved: Mapping[str, Any]) -> Experiment:
             return Path(value) if hint is Path and isinstance(value, str) else value
         kind = value.get("type")
         if not isinstance(kind, str) or kind not in classes:
-            raise ConfigError(f"saved experiment has unknown type {kind!r}; known are {', '.join(sorted(classes))}")
+            if kind is None:
+                raise ConfigError(
+                    'saved experiment has unknown type None: each part needs a "type", e.g. "type": "Fit"'
+                )
+            near = _near(str(kind), classes) or f"known are {', '.join(sorted(classes))}"
+            raise ConfigError(f"saved experiment has unknown type {kind!r}; {near}")
         hints = typing.get_type_hints(classes[kind])
+        names = [field.name for field in dataclasses.fields(classes[kind])]
+        for key in value:
+            if key not in (*names, "type") and (kind, key) != ("Wire", "quorum"):
+                near = _near(key, names) or f"known are {', '.join(names)}"
+                raise ConfigError(f"saved {kind} does not fit this version: it has no field {key!r}; {near}")
         fields = {key: load(item, hints.get(key)) for key, item in value.items() if key != "type"}
         if kind == "Wire" and fields.get("quorum") == 1:  # is sampling.min_clients now, with the same default
             del fields["quorum"]
@@ -295,6 +306,11 @@ def from_json(saved: Mapping[str, Any]) -> Experiment:
     if not isinstance(experiment, Experiment):
         raise ConfigError(f"saved is {type(experiment).__name__}; give an Experiment, e.g. a run's config.json")
     return experiment
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else ""
 
 
 def differences(before: Experiment, now: Experiment, ignored: Collection[str] = ()) -> str:

@@ -9,6 +9,7 @@ runs/<name>/
   checkpoints/  clients/  report.html
 """
 
+import difflib
 import fcntl
 import hashlib
 import importlib.util
@@ -34,6 +35,7 @@ import torch
 from consilium import disclosure
 from consilium.completions import completions
 from consilium.core import ClientId, ClientInfo, Server
+from consilium.data.simple import simple_scores
 from consilium.data.task import Federation
 from consilium.data.tensor import on_device
 from consilium.engine.account import Account
@@ -60,6 +62,7 @@ from consilium.inside import open_here, refuse_links
 from consilium.machine import free_memory
 from consilium.models.cohort import Cohort
 from consilium.moe.budget import bytes_of, human
+from consilium.moe.build import ModelSource
 from consilium.params import checksum
 from consilium.setup import Fit, Setup
 
@@ -111,8 +114,18 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / "config.json").read_text())
         experiment, status = config["experiment"], config["status"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{folder} is not a run directory: config.json {type(error).__name__}") from error
+        raise CheckpointError(_no_run(folder, error)) from error
     return {**config, "experiment": experiment, "status": status}
+
+
+def _no_run(folder: Path, error: Exception) -> str:
+    """Return why a folder is no run, with the runs that may have been meant."""
+    if folder.is_dir():
+        return f"{folder} is not a run directory: config.json {type(error).__name__}"
+    near = [path for path in (Path("runs") / folder.name, folder.parent / "runs" / folder.name) if path.is_dir()]
+    others = [path.parent for path in [*folder.parent.glob("*/config.json"), *Path("runs").glob("*/config.json")]]
+    near += [path for path in others if path.name in difflib.get_close_matches(folder.name, [p.name for p in others])]
+    return f"{folder} is not a run directory: it does not exist" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def check(experiment: Experiment) -> None:
@@ -375,6 +388,8 @@ class _Prepared:
         _check_device(experiment.device)
         if experiment.engine == "flower" and importlib.util.find_spec("flwr") is None:
             raise ConfigError("engine flower needs the package flwr: pip install 'consilium[simulation]'")
+        if isinstance(experiment.model, ModelSource):
+            _ = experiment.model.location  # refuses a model that is not there before data is read
         federation = experiment.data.load(experiment.seed)
         if not federation.clients:
             raise DataError("no client has any data")
@@ -786,6 +801,7 @@ def _summary(prepared: _Prepared, folder: Path, store: ClientStore, writing: flo
         "tasks": tasks,
         "mean": last["scores"].get("mean"),
         **_papers_metric(rounds),
+        **({"simple": simple} if (simple := _simple(prepared)) else {}),
         "clients": clients,
         "coverage": f"{len(last['test'])}/{len(infos)}",
         "skipped": dict(prepared.partition["skipped"]),
@@ -801,6 +817,13 @@ def _summary(prepared: _Prepared, folder: Path, store: ClientStore, writing: flo
         "experts": {"start": counts[0], "end": counts[-1]} if counts else None,
         "weights": checksum(server.params),
     }
+
+
+def _simple(prepared: _Prepared) -> dict[str, Any] | None:
+    """Return the scores of a simple model; None in a deployment, whose data is elsewhere, and where none are told."""
+    if prepared.federation is None or prepared.experiment.privacy.scores != "exact":
+        return None
+    return simple_scores(prepared.federation)
 
 
 def _papers_metric(rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -875,6 +898,10 @@ def _check_device(name: str) -> None:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
+        if name.startswith(("cuda", "gpu")) and not torch.cuda.is_available():
+            raise ConfigError(f"device is {name!r}, but this machine has no CUDA GPU; use --device cpu") from error
+        if name.startswith("gpu"):
+            raise ConfigError(f"device is {name!r}; a GPU is called cuda, or cuda:N of several") from error
         raise ConfigError(f"device {name!r} cannot be used ({first_line(error)}); use cpu, cuda or cuda:N") from error
 
 

@@ -30,7 +30,7 @@ from consilium.core import (
 )
 from consilium.data.causal import Packed
 from consilium.data.encode import Encoded, token_bytes
-from consilium.data.task import score
+from consilium.data.task import balanced, recalls, score
 from consilium.data.tensor import TensorSplit
 from consilium.errors import DataError
 from consilium.masters import MasterOptimizer, Masters
@@ -287,13 +287,21 @@ def evaluate(model: TaskModel, data: Encoded, context: ClientContext, setup: Set
 
 
 def assess(
-    model: TaskModel, data: Encoded, context: ClientContext, setup: Setup, tap: Tap | None = None
+    model: TaskModel,
+    data: Encoded,
+    context: ClientContext,
+    setup: Setup,
+    tap: Tap | None = None,
+    by_label: bool = False,
 ) -> dict[str, float]:
-    """The task's metric on a split, "score" in [0, 1]; where it is the accuracy of tokens, "perplexity" and
-    "bits_per_byte" (the loss of all predicted tokens in bits, divided by the bytes of text they stand for) as well.
+    """Return the task's metric on a split, "score" in [0, 1], and what stands next to it.
+
+    Where the metric is the accuracy of tokens these are "perplexity" and "bits_per_byte" (the loss of all predicted
+    tokens in bits, divided by the bytes of text they stand for).
 
     Args:
         tap: counts the usage of experts over the split (teacher-forced for text-to-text).
+        by_label: of a classification, return "balanced" (the mean recall of the labels) and "recall <label>" as well.
     """
     if context.data.task.metric == "token_accuracy":
         sizes = token_bytes(setup.model.tokenizer()).to(context.device)
@@ -301,6 +309,8 @@ def assess(
     size = setup.evaluation_rows
     if isinstance(data, TensorSplit) and tap is None:
         (places,) = _first_ranked(model, [data], setup.fit, context, size)
+        if by_label:
+            return _by_label([model.labels[i] for i in places], data.texts)
         return {"score": _scored(model, data, places, context)}
     predictions = []
     model.eval()
@@ -321,7 +331,16 @@ def assess(
                 context.work.read(prompt["input_ids"].numel())
                 ids = model.generate(prompt, setup.fit.target_length, context.work.read)
                 predictions += setup.model.tokenizer().batch_decode(ids, skip_special_tokens=True)
-    return {"score": score(context.data.task.metric, predictions, [data.texts[i] for i in order])}
+    targets = [data.texts[i] for i in order]
+    if by_label and data.way == "classification":
+        return _by_label(predictions, targets)
+    return {"score": score(context.data.task.metric, predictions, targets)}
+
+
+def _by_label(predictions: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
+    found = recalls(predictions, targets)
+    told = {f"recall {label}": value for label, value in found.items()}
+    return {"score": score("accuracy", predictions, targets), "balanced": balanced(found), **told}
 
 
 def _first_ranked(
@@ -643,7 +662,7 @@ def keep_better(context: ClientContext, scores: Mapping[str, float], params: Par
 def tested(setup: Setup, model: nn.Module, context: ClientContext, start: float | None = None) -> Payload:
     """Score a live model on the client's test split; start: `perf_counter` when the work for it began."""
     start = time.perf_counter() if start is None else start
-    scores = assess(model, setup.encode(context, context.data.test), context, setup)
+    scores = assess(model, setup.encode(context, context.data.test), context, setup, by_label=True)
     return Payload(
         scalars={
             **scores,

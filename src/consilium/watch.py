@@ -71,6 +71,7 @@ class Terminal:
     _tasks: dict[str, Any] = field(default_factory=dict)
     _cut: set[str] = field(default_factory=set)
     _names: dict[str, str] = field(default_factory=dict)
+    _width: int = 12
 
     def started(self, experiment: Experiment, setup: Setup, federation: Federation | None, first: int) -> None:
         sizes = [info.num_examples for info in setup.clients]
@@ -89,9 +90,17 @@ class Terminal:
         experts = f"{sum(counts.values())} experts in {len(counts)} layers; " if counts else ""
         needs = f"training all needs {human(setup.footprint(counts).total)}; " if counts else ""
         say(f"  model {experiment.model.path}: {experts}{needs}devices: {devices}")
+        if counts and not memories and experiment.algorithm.chooses_by_memory():
+            name = type(experiment.algorithm).__name__
+            say(
+                "  note: no --memory is given, so every client holds nearly all experts and nothing is chosen: "
+                f"{name} then does what FedAvg does, at a higher cost; say what a device holds, e.g. --memory 8GiB"
+            )
         if warning := experiment.privacy.delta_warning(len(sizes)):
             say(f"  warning: {warning}")
         self._names = dict(federation.names) if federation else {}
+        shown = (one_line(self._names.get(info.id, info.id), 200) for info in setup.clients)
+        self._width = min(max((len(name) for name in shown), default=0), 40)
         for client, reason in federation.skipped.items() if federation else ():
             say(f"  skipped {federation.names.get(client, client)}: {reason}")
         for note in federation.notes if federation else ():
@@ -173,22 +182,25 @@ class Terminal:
             loss = "-" if c["train_loss"] is None else f"{c['train_loss']:.3f}"
             value = "-" if c["validation"] is None else f"{c['validation']:.3f}"
             say(
-                f"  {client:12} {c['experts'] or '-':>4} experts  loss {loss}  validation {value}  "
-                f"{human(c['bytes_down'] + c['bytes_up'])}  {c['seconds']['train'] + c['seconds']['evaluate']:.1f} s"
+                f"  {client:{self._width}} {c['experts'] or '-':>4} experts  loss {loss}  validation {value}  "
+                f"sent+received {human(c['bytes_down'] + c['bytes_up'])}  "
+                f"{c['seconds']['train'] + c['seconds']['evaluate']:.1f} s"
             )
             if c.get("cut") and client not in self._cut:
                 self._cut.add(client)
-                say(f"  {client:12} {c['cut']} of {c['examples']} examples cut to fit.max_length, fit.target_length")
+                cut = f"{c['cut']} of {c['examples']} examples cut to fit.max_length, fit.target_length"
+                say(f"  {client:{self._width}} {cut}")
             if c["rejected"]:
-                say(f"  {client:12} left out of this round: {c['rejected']}", style="red")
+                say(f"  {client:{self._width}} left out of this round: {c['rejected']}", style="red")
         for what, key in (("missing", "missing"), ("missing", "untested"), ("failed", "errors")):
             for client, reason in record.get(key, {}).items():
-                say(f"  {client:12} {what}: {reason}", style="red")
+                say(f"  {client:{self._width}} {what}: {reason}", style="red")
         for client, rounds in record.get("late", {}).items():
-            say(f"  {client:12} late: its answer of round {', '.join(map(str, rounds))} is not used", style="red")
+            late = f"late: its answer of round {', '.join(map(str, rounds))} is not used"
+            say(f"  {client:{self._width}} {late}", style="red")
         for event in events:
             if event["event"] == "benched":
-                say(f"  {event['client']:12} benched, not selected any more: {event['reason']}", style="red")
+                say(f"  {event['client']:{self._width}} benched, not selected any more: {event['reason']}", style="red")
                 continue
             if event["event"] != "structure":
                 more = f" to {event['experts']} experts" if "experts" in event else ""

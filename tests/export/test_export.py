@@ -140,6 +140,47 @@ def test_predictions_as_json_and_several_labels(root, tmp_path, capsys, monkeypa
     assert call(capsys, "predict", tmp_path / "m", "--top", "0", "--text", "a cat")[0] == 2
 
 
+def test_the_models_of_all_clients_at_once(root, tmp_path, capsys):
+    """A folder per client, the same as exported one by one, for everybody to read; then the texts of a file."""
+    code, out, _ = call(capsys, "export", root / "fm", "--client", "all", "--out", tmp_path / "all")
+    assert code == 0 and out.splitlines()[-1] == f"3 of 3 clients: {tmp_path / 'all'}/CLIENT"
+    assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["site-0", "site-1", "site-2"]
+    call(capsys, "export", root / "fm", "--client", "site-1", "--out", tmp_path / "one")
+    for name in ("model.safetensors", "head.safetensors", "labels.json"):
+        alone, together = tmp_path / "one" / name, tmp_path / "all/site-1" / name
+        assert alone.read_bytes() == together.read_bytes()
+        assert together.stat().st_mode & 0o044 == (tmp_path / "all/site-1").stat().st_mode & 0o044
+    code, _, err = call(capsys, "export", root / "fm", "--client", "all", "--out", tmp_path / "all")
+    assert code == 2 and "is not empty" in err
+    rows = "".join(f'"{text}, yes",x\n' for text in TEXTS) + ",y\n"
+    (tmp_path / "new.csv").write_text("text,other\n" + rows)
+    folder = tmp_path / "one"
+    code, out, _ = call(capsys, "predict", folder, "--csv", tmp_path / "new.csv")
+    texts = [f"{text}, yes" for text in TEXTS] + [""]
+    typed = [word for text in texts[:3] for word in ("--text", text)]
+    assert code == 0 and len(out.splitlines()) == 4
+    assert out.splitlines()[:3] == call(capsys, "predict", folder, *typed)[1].splitlines()
+    code, out, _ = call(capsys, "predict", folder, "--csv", tmp_path / "new.csv", "--column", "text", "--json")
+    assert code == 0 and [json.loads(line)["text"] for line in out.splitlines()] == texts
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "said"),
+    [
+        ("a,b\n1,2\n", ["--csv", "x.csv"], "--column is missing: x.csv has a | b"),
+        ("a,b\n1,2\n", ["--csv", "x.csv", "--column", "c"], "x.csv has no column 'c'"),
+        ("a,b\n1,2\n", ["--column", "a"], "no file is given: --csv FILE --column a"),
+        ("a,b\n1,2\n", ["--table", "x.csv"], "reads texts: --text, or --csv FILE --column COLUMN"),
+    ],
+)
+def test_files_of_texts_that_cannot_be_read(content, arguments, said, root, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("x.csv").write_text(content)
+    call(capsys, "export", root / "fm", "--client", "site-1", "--out", "one")
+    code, _, err = call(capsys, "predict", "one", *arguments)
+    assert code == 2 and said in err
+
+
 def test_the_card_tells_what_the_model_is(root, tmp_path, capsys):
     taken(capsys, root, root / "fm", "--client", "site-0", "--out", tmp_path / "m")
     text = (tmp_path / "m/README.md").read_text()

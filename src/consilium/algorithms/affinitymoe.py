@@ -92,6 +92,9 @@ class AffinityMoE(Algorithm):
     floor: float = setting(0.0, "server", "[0, 1]")
     rows: int = setting(8, "batch_size", "[1, 1e6]")
 
+    def chooses_by_memory(self) -> bool:
+        return True
+
     def reads(self) -> frozenset[str]:
         return frozenset({"usage", "losses of sub-models"})
 

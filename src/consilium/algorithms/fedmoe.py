@@ -132,6 +132,9 @@ class FedMoE(Algorithm):
             return "forward"
         return "lora" if setup.fit.lora.rank else "peft"
 
+    def chooses_by_memory(self) -> bool:
+        return True
+
     def reads(self) -> frozenset[str]:
         used = {"usage"} if self.stage2 or self.stage1 != "none" else set()
         return frozenset(used | ({"validation scores"} if self.stage2 else set()))

@@ -38,6 +38,9 @@ class RandomMoE(Algorithm):
     experts: int | None = setting(None, "server")
     share: float = setting(1.0, "server", "(0, 1]")
 
+    def chooses_by_memory(self) -> bool:
+        return self.experts is None and self.share == 1
+
     def server(self, setup: Setup) -> Server:
         least, most = setup.model.family.least, max(setup.model.counts.values())
         if self.experts is not None and not least <= self.experts <= most:

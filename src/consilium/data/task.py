@@ -13,7 +13,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -265,6 +265,19 @@ def score(metric: Metric, predictions: Sequence[str], targets: Sequence[str]) ->
     else:
         raise ConfigError(f"metric {metric!r} is unknown; use accuracy, token_f1 or rouge2")
     return sum(values) / len(values)
+
+
+def recalls(predictions: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
+    """Return the share of the examples of each label in `targets` that are predicted to have it, in [0, 1]."""
+    found: dict[str, list[float]] = {}
+    for prediction, target in zip(predictions, targets, strict=True):
+        found.setdefault(target, []).append(float(prediction == target))
+    return {label: sum(found[label]) / len(found[label]) for label in sorted(found)}
+
+
+def balanced(found: Mapping[str, float]) -> float:
+    """Return the balanced accuracy, the mean of `recalls`: every label counts alike, however rare it is."""
+    return sum(found.values()) / len(found)
 
 
 def token_f1(prediction: str, target: str) -> float:

@@ -41,6 +41,7 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
     "num_examples": (int, 1, 2**53),
     "validation": (float, 0, 1),
     "train_loss": (float, -LARGEST, LARGEST),
+    "balanced": (float, 0, 1),
     "perplexity": (float, 0, LARGEST),
     "bits_per_byte": (float, 0, LARGEST),
     "personal": (float, 0, 1),
@@ -58,6 +59,7 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
 most. `num_examples` must be there, and not be more than the client has registered."""
 
 MEASURES = (
+    "balanced",
     "perplexity",
     "bits_per_byte",
     "personal",

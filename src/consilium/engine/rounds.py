@@ -147,6 +147,7 @@ class Engine(ABC):
             "test": scores,
             "scores": self._by_task(scores) if scores is not None else None,
             **{name: values for name, values in measures.items() if values},
+            **({"recall": recall} if (recall := _recalls(told)) else {}),
             **_measured(record, start, aggregated),
             "experts_mean": _experts(self.server),
             "server": {name: _plain(value) for name, value in metrics.items()},
@@ -187,8 +188,14 @@ def trained(client: Client, payload: Payload, context: ClientContext, privacy: P
     start = time.perf_counter()
     check_sent(payload)
     with _apart(context), seeded(derive_seed(context.seed, "train")):  # whatever draws from torch's own generator
-        reply = client.train(payload, context)
+        reply = _a_payload(client.train(payload, context), client, "train")
     return disclosed(reply, client, privacy), time.perf_counter() - start
+
+
+def _a_payload(reply: Any, client: Client, method: str) -> Payload:
+    if not isinstance(reply, Payload):
+        raise PayloadError(f"{type(client).__name__}.{method} returned {type(reply).__name__}, not a Payload")
+    return reply
 
 
 def tested(client: Client, payload: Payload, context: ClientContext, privacy: Privacy) -> tuple[Payload, Payload]:
@@ -205,7 +212,7 @@ def tested(client: Client, payload: Payload, context: ClientContext, privacy: Pr
     """
     check_sent(payload)
     with _apart(context), seeded(derive_seed(context.seed, "evaluate")):
-        answer = client.evaluate(payload, context)
+        answer = _a_payload(client.evaluate(payload, context), client, "evaluate")
     return disclosed(answer, client, privacy), answer
 
 
@@ -356,6 +363,16 @@ def _scored(
     }
     record["untested"] |= silent
     return {client: scalars for client, scalars in told.items() if client not in silent}
+
+
+def _recalls(told: Mapping[ClientId, Mapping[str, Scalar]]) -> dict[ClientId, dict[str, float]]:
+    """Return client -> label -> share of its test examples of the label that were recognised, where clients tell it."""
+    found = {}
+    for client, scalars in told.items():
+        values = ((key, v) for key, v in scalars.items() if key.startswith("recall ") and number(v, 0, 1))
+        if own := {one_line(key[7:107]): float(v) for key, v in islice(values, REPORTED) if isinstance(v, int | float)}:
+            found[client] = own
+    return found
 
 
 def _measured(record: Mapping[str, Any], start: float, aggregated: float) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,7 +22,8 @@ class Export:
     Args:
         run: a finished run's directory; or, at a site, its --state folder, for the model that it was last delivered.
         out: directory to write; it must be new or empty.
-        client: whose model; default: the global model. A site has its own.
+        client: whose model; all: that of every client, each in a folder of its own in --out; default: the global model.
+            A site has its own.
         format: transformers: adapters merged, and one number of experts in all layers, where that is exact; adapter:
             LoRA for PEFT; consilium: every layer as it is, with a keep-map.
     """
@@ -34,6 +35,25 @@ class Export:
 
     def lines(self) -> Iterator[str]:
         """Do it; what is to be said about it, line by line."""
+        from consilium.export.deployed import Finished
+        from consilium.export.folder import new_folder
+
+        if self.client != "all" or (self.run / "site.json").exists():
+            yield from self._one()
+            return
+        run = Finished.of(self.run)
+        with new_folder(self.out, keep=False):  # is it new or empty?
+            pass
+        written = 0
+        for info in run.setup.clients:
+            if reason := run.summary["clients"][info.id]["reason"]:
+                yield one_line(f"note: there is no model for {run.name(info.id)}: it {reason}")
+                continue
+            yield from replace(self, client=info.id, out=self.out / info.id)._one()
+            written += 1
+        yield f"{written} of {len(run.setup.clients)} clients: {one_line(self.out)}/CLIENT"
+
+    def _one(self) -> Iterator[str]:
         from consilium.experiment import from_json
         from consilium.export import cohort
         from consilium.export.deployed import Finished, delivered, of_run, of_site
@@ -84,6 +104,8 @@ class Predict:
         text: a text in quotes, as often as you like; none: the lines of standard input.
         image: a file, likewise, of a model of images.
         table: a file with the columns that the model was trained on; its rows count from 0.
+        csv: a file with texts: CSV or another format that training reads, see --column.
+        column: of --csv, where the texts are; default: text, or the only column.
         tokens: generated at most; default: as in training.
         top: labels of a text, the most probable first.
         json: print a line of JSON per text, with its labels and probabilities or what was generated; texts keep their
@@ -94,6 +116,8 @@ class Predict:
     text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     image: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     table: Path | None = None
+    csv: Path | None = None
+    column: str = ""
     tokens: int | None = None
     top: int = 1
     json: bool = False
@@ -105,13 +129,15 @@ class Predict:
 
         _positive(self.tokens)
         lines = (line.rstrip("\n") for line in sys.stdin if line.strip())
+        if self.column and not self.csv:
+            raise ConfigError(f"--column is {self.column!r}, but no file is given: --csv FILE --column {self.column}")
         if self.top < 1:
             raise ConfigError(f"--top is {self.top}; it must be at least 1")
         if use_of(self.folder)["format"] == "cohort":
             from consilium.export.cohort import Small
 
-            if self.top > 1 or self.json:
-                raise ConfigError(f"--top and --json are for models of texts; {self.folder} holds a small model")
+            if self.top > 1 or self.json or self.csv:
+                raise ConfigError(f"--top, --json and --csv are for models of texts; {self.folder} holds a small model")
 
             small = Small.of(self.folder)
             if self.table:
@@ -126,8 +152,9 @@ class Predict:
             return
         taken = Taken.of(self.folder)
         if self.image or self.table:
-            raise ConfigError(f"{self.folder} reads texts: --text")
-        for text in self.text or (map(_unquoted, lines) if self.json else lines):
+            raise ConfigError(f"{self.folder} reads texts: --text, or --csv FILE --column COLUMN")
+        given = self._of_file() if self.csv else self.text
+        for text in given or (map(_unquoted, lines) if self.json else lines):
             if self.json and taken.kind != "classification":
                 yield json.dumps({"text": text, "written": taken.written(text, self.tokens)})
                 continue
@@ -140,6 +167,19 @@ class Predict:
             for found in next(taken.labelled([text], self.top)):
                 task = f"{terminal(found.task)}\t" if len(taken.models) > 1 else ""
                 yield f"{task}{terminal(found.label)}\t{found.probability:.3f}\t{one_line(text, 60)}"
+
+    def _of_file(self) -> list[str]:
+        """The texts of --csv; an empty cell is an empty text, so that answers keep the order of the rows."""
+        from consilium.data.table import read_table
+
+        assert self.csv is not None
+        table = read_table(self.csv)
+        columns = table.column_names
+        column = self.column or ("text" if "text" in columns else columns[0] if len(columns) == 1 else "")
+        if not column:
+            raise ConfigError(f"--column is missing: {self.csv.name} has {' | '.join(columns[:40])}")
+        table.require([column])
+        return [text or "" for text in table.texts(column)]
 
 
 def _unquoted(line: str) -> str:

@@ -111,6 +111,12 @@ class ModelSource:
             return gguf_place(self.path, self.gguf)[0]
         if self.path in shipped():
             return str(shipped()[self.path])
+        if not self.path:
+            raise ModelError(
+                "no model is given: name one with --model.path, a directory with a checkpoint or a name on the hub, "
+                "e.g. ibm-granite/granite-3.1-1b-a400m-instruct for a CPU or allenai/OLMoE-1B-7B-0924 for a GPU; the "
+                "page docs/models.md says which model is for what"
+            )
         local = Path(self.path).expanduser()
         if local.is_dir():
             if not (local / "config.json").exists():

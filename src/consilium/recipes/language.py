@@ -34,7 +34,7 @@ def fedmoe_instructions() -> Experiment:
         name="fedmoe-instructions",
         algorithm=FedMoE(stage1_epochs=1),
         data=LanguageData(path=Path("instructions.jsonl")),
-        model=ModelSource("allenai/OLMoE-1B-7B-0924-Instruct", form="text-to-text", dtype="bfloat16"),
+        model=ModelSource("", form="text-to-text", dtype="bfloat16"),
         fit=Fit(lr=1e-4, batch_size=8, max_length=512, target_length=256, label_smoothing=0.0, lora=Lora(rank=16)),
         sampling=Sampling(clients_per_round=5),
         rounds=10,
@@ -52,7 +52,7 @@ def fedmoe_plaintext() -> Experiment:
         name="fedmoe-plaintext",
         algorithm=FedMoE(stage1_epochs=1),
         data=LanguageData(path=Path("documents.jsonl"), text="text", task="text"),
-        model=ModelSource("allenai/OLMoE-1B-7B-0924", form="text-to-text", dtype="bfloat16"),
+        model=ModelSource("", form="text-to-text", dtype="bfloat16"),
         fit=Fit(
             lr=1e-4,
             batch_size=8,

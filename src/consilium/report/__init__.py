@@ -4,6 +4,7 @@ for the terminal."""
 from consilium.report.export import table_files
 from consilium.report.html import render, write_report
 from consilium.report.methods import Method, methods, rows
+from consilium.report.plain import print_clients
 from consilium.report.read import ClientRecord, RunRecord, read_run, read_runs
 from consilium.report.table import print_table
 
@@ -12,6 +13,7 @@ __all__ = [
     "Method",
     "RunRecord",
     "methods",
+    "print_clients",
     "print_table",
     "read_run",
     "read_runs",

@@ -5,6 +5,7 @@ No external resource, no script: the page can be mailed, archived, and opened of
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from consilium.report.export import table_files, to_csv, to_latex
 from consilium.report.methods import Method, Spread, first_runs, has_seeds, methods
 from consilium.report.page import STYLE
 from consilium.report.parts import caption, card, fold, one_figure
+from consilium.report.plain import balanced_scores, simple_values
 from consilium.report.plots import FIGURES, FigureKind
 from consilium.report.read import RunRecord, read_runs
 from consilium.report.results import (
@@ -176,6 +178,12 @@ def _cards_of_one(run: RunRecord, row: Result) -> str:
         cards.append(
             card(task, format_score(score.mean), f"{METRICS.get(run.metric(task), run.metric(task))}, {clients}")
         )
+    for head, found, what in (
+        ("Balanced accuracy", balanced_scores(run), "every label counts alike"),
+        ("Bag of words, alone", simple_values(run, "alone"), "a simple model of each client’s own rows"),
+    ):
+        if found:
+            cards.append(card(head, format_score(statistics.fmean(found.values())), f"{what}, mean over clients"))
     unable = len(unable_clients(run))
     cards.append(card("Clients served", row.coverage, f"{unable} cannot run it" if unable else "all can run it"))
     note = f"{format_bytes(row.bytes_down)} down, {format_bytes(row.bytes_up)} up" if row.bytes_total else ""

@@ -76,6 +76,7 @@ class ClientRecord:
 class RunRecord:
     """One run, as its directory tells it.
 
+    is_deployment: the clients are sites on machines of their own.
     label: the name used in figures, unique among the runs compared. method: the name that all runs share which differ
     in nothing but their seed and name. seed: of everything random, None where the run does not say.
     """
@@ -97,6 +98,7 @@ class RunRecord:
     summary: Json | None
     completions: tuple[Json, ...]
     notes: tuple[str, ...]
+    is_deployment: bool = False
 
     @property
     def finished(self) -> bool:
@@ -161,6 +163,7 @@ def read_run(path: Path | str) -> RunRecord:
         summary=summary,
         completions=tuple((_optional_json(path / "completions.json", notes) or {}).get("completions") or ()),
         notes=(*notes, *_texts(partition.get("notes"))),
+        is_deployment="run" in partition,
     )
 
 

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from consilium.escape import one_line
 from consilium.report.methods import Method, has_seeds, method_columns, methods, paired_columns
+from consilium.report.plain import simple_sentence
 from consilium.report.read import RunRecord, label_runs, read_runs
 from consilium.report.results import Column, best, columns
 from consilium.report.style import shorten
@@ -45,7 +46,7 @@ def print_table(runs: Sequence[RunRecord | Path | str], console: Console | None 
         console.print(Text("* best of its column, finished runs only; ± standard deviation over clients", "dim"))
     if has_seeds(records):
         _print_methods(methods(records), console)
-    for sentence in verdict(records):
+    for sentence in [*verdict(records), *([simple_sentence(records)] if len(records) > 1 else [])]:
         console.print(Text(one_line(sentence)))
     if any(column.head == "shared" for column in shown):
         console.print(Text("shared: mean over the clients that every run scored; compare this one", "dim"))

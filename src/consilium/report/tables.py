@@ -11,6 +11,7 @@ from consilium.escape import html
 from consilium.report.maps import block_names
 from consilium.report.methods import Paired, has_seeds, method_columns, methods, paired_columns
 from consilium.report.parts import cell, fold, table
+from consilium.report.plain import balanced_scores, class_recalls, rising, simple_sentence, simple_values
 from consilium.report.read import RunRecord
 from consilium.report.results import (
     Column,
@@ -90,8 +91,9 @@ def comparison(runs: Sequence[RunRecord]) -> str:
         words += f" Shared clients: the mean over only the {len(shared)} that every run scored."
     if any(c.head == "own best" for c in shown):
         words += " Own best: bits per byte of each client's best model by its own validation data."
-    said = "".join(f'<p style="margin:12px 0 0">{html(sentence)}</p>' for sentence in verdict(runs))
-    note = f'{said}<p class="note" style="margin:12px 0 0">{words}</p>'
+    said = [sentence for sentence in (*verdict(runs), simple_sentence(runs)) if sentence]
+    told = "".join(f'<p style="margin:12px 0 0">{html(sentence)}</p>' for sentence in said)
+    note = f'{told}<p class="note" style="margin:12px 0 0">{words}</p>'
     body = f"{table(heads, rows, starred=True)}{note}"
     return f'<div class="box">{fold(f"Each of the {len(runs)} runs", body) if has_seeds(runs) else body}</div>'
 
@@ -199,6 +201,8 @@ def _mean_scores(runs: Sequence[RunRecord]) -> dict[str, float]:
 def _one_run_clients(run: RunRecord) -> str:
     scores, unable = client_scores(run), unable_clients(run)
     told = (run.summary or {}).get("clients") or {}
+    beside = {"Balanced": balanced_scores(run), "Bag of words, alone": simple_values(run, "alone")}
+    beside = {head: values for head, values in beside.items() if values}
     rows = []
     for client in run.order:
         record, end = run.clients[client], told.get(client) or {}
@@ -209,12 +213,33 @@ def _one_run_clients(run: RunRecord) -> str:
         rows.append([
             cell(client, tag="th"), cell(record.task, "wrap"),
             cell("cannot run" if client in unable else format_score(scores.get(client)), "num"),
+            *(cell(format_score(values.get(client)), "num") for values in beside.values()),
             cell(" / ".join(str(record.sizes.get(s, "–")) for s in ("train", "validation", "test")), "num"),
             cell(part, "num"), cell("–" if held is None else held, "num"),
             cell(format_bytes(peak), "num"), cell(format_bytes(record.memory_bytes), "num"),
         ])  # fmt: skip
-    names = ("Test score", "Train / val. / test", "Rounds", "Experts", "Peak memory", "Device")
-    return table([("Client", ""), ("Task", ""), *((n, "num") for n in names)], rows, tall=len(rows) > 16)
+    names = ("Test score", *beside, "Train / val. / test", "Rounds", "Experts", "Peak memory", "Device")
+    made = table([("Client", ""), ("Task", ""), *((n, "num") for n in names)], rows, tall=len(rows) > 16)
+    notes = (simple_sentence([run]), rising(run))
+    words = "".join(f'<p class="note below">{html(one[:1].upper() + one[1:])}</p>' for one in notes if one)
+    return f"{made}{words}{_recalls(run)}"
+
+
+def _recalls(run: RunRecord) -> str:
+    """How many of the test examples of each label are recognised, where the task has labels."""
+    found = class_recalls(run)
+    if not found:
+        return ""
+    rows = [
+        [cell(label, "wrap", tag="th"), cell(format_score(mean), "num"), cell(clients, "num")]
+        for label, (mean, clients) in found.items()
+    ]
+    made = table([("Label", ""), ("Recall", "num"), ("Clients", "num")], rows, tall=len(rows) > 16)
+    words = (
+        "Recall: the share of the test examples of a label that the model recognises, mean over the clients that have "
+        "some."
+    )
+    return f'<h3 class="next">Recall of each label</h3>{made}<p class="note below">{words}</p>'
 
 
 def left_out(runs: Sequence[RunRecord]) -> str:

@@ -13,6 +13,7 @@ import functools
 import json
 import logging
 import math
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -41,7 +42,7 @@ from consilium.errors import ConfigError, ConsiliumError, DataError, PayloadErro
 from consilium.escape import one_line, terminal
 from consilium.experiment import Experiment, from_json
 from consilium.models.cohort import Cohort
-from consilium.moe.budget import bytes_of
+from consilium.moe.budget import bytes_of, human
 from consilium.privacy import Privacy
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,8 @@ class Site:
         info: as the server knows it. data: the client's. client: the method's client half.
         fingerprint: of the data. privacy: what the client may tell.
         folder: of the client's states for this run; None: where the message says (a simulation).
-        device: where to train. limits: the site's own; of a simulation's clients those of anybody.
+        device: where to train. rounds: of the whole run.
+        limits: the site's own; of a simulation's clients those of anybody.
     """
 
     info: ClientInfo
@@ -74,6 +76,7 @@ class Site:
     privacy: Privacy
     folder: Path | None
     device: torch.device
+    rounds: int
     limits: Limits | None = None
 
 
@@ -162,6 +165,7 @@ def _site(
         privacy=experiment.privacy,
         folder=folder,
         device=torch.device(experiment.device),
+        rounds=experiment.rounds,
     )
 
 
@@ -200,6 +204,14 @@ def train(message: Message, context: Context) -> RecordDict:
     answer["reset"] = reset and disclosure.without_paths(reset, _private(context))
     content = to_record(reply if rejected is None else Payload(scalars=reply.scalars), answer, bool(told["zstd"]))
     within(str(told["cap"]), content, site.info.id)
+    if rejected is None:
+        loss = reply.scalars.get("train_loss")
+        said = f"round {told['round']} of {site.rounds}: trained"
+        said += f", loss {loss:.3f}" if isinstance(loss, float) else ""
+        sent = sum(len(array.data) for array in content["payload"].values())
+        _say(site, f"{said}; received {human(_size(message))}, sent {human(sent)}, {seconds:.1f} s")
+    else:
+        _say(site, f"round {told['round']} of {site.rounds}: not sent, {rejected}")
     return content
 
 
@@ -217,6 +229,11 @@ def evaluate(message: Message, context: Context) -> RecordDict:
             groups[OWN] = work.state.params
             scalars |= {f"{OWN}/{key}": value for key, value in work.state.scalars.items()}
         write_atomic(site.folder.parent / DELIVERED, codec.encode(Payload(groups, scalars)))
+        score = answer.scalars["score"]
+        said = f"round {told['round']} of {site.rounds}: the delivered model scores {score:.3f} on the test data here"
+        _say(site, f"{said}; received {human(_size(message))}")
+        if int(told["round"]) >= site.rounds:
+            _say(site, f"the run is done: `consilium export {site.folder.parent} --out DIR` takes the model away")
     return to_record(disclosed, {"rejected": ""})
 
 
@@ -242,6 +259,7 @@ def describe(message: Message, context: Context) -> RecordDict:
     shape of its examples, and with how many torch threads it trains; no rows and no counts of labels. The
     digest of the data is keyed with a secret of the site."""
     site = _site_of(checked(dict(message.content.config_records.get("engine", {})), SAID), context)
+    _say(site, f"connected; a run of {site.rounds} rounds asks who is here")
     task = site.data.task
     return RecordDict(
         {
@@ -305,6 +323,16 @@ def _begin(told: dict[str, Scalar], context: Context) -> tuple[Site, ClientStore
         round=number,
     )
     return site, store, work
+
+
+def _say(site: Site, text: str) -> None:
+    """Print a line on the console of a site; clients of a simulation print none."""
+    if site.folder is not None:
+        print(f"{time.strftime('%H:%M:%S')} {one_line(f'{site.info.id}: {text}', 500)}", flush=True)
+
+
+def _size(message: Message) -> int:
+    return sum(len(array.data) for array in message.content["payload"].values())
 
 
 def _answering(work: Callable[[Message, Context], RecordDict]) -> Callable[[Message, Context], Message]:

@@ -1,0 +1,75 @@
+"""A simple model next to the federated ones: a bag of words for the texts of each client, trained alone.
+
+It is the score that a federation must beat to be worth its effort: TF-IDF of words and pairs of words, and logistic
+regression, by scikit-learn. Each client trains it on its own training rows. Where the data of all clients is in one
+place, which is a simulation, it is also trained on the rows of all clients of a task ("pooled"): what could be had if
+the data were brought together.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from consilium.data.task import ClientData, Federation, Split, balanced, recalls, score
+
+__all__ = ["NAME", "simple_scores"]
+
+NAME = "bag of words"
+ROWS = 20_000
+"""Training rows of a model at most; rows are dealt in a random order, so the first ones are a sample."""
+CLIENTS = 500
+"""Clients for which it is computed at most: it must stay a matter of seconds."""
+FEATURES = 100_000
+
+
+def simple_scores(federation: Federation) -> dict[str, dict[str, Any]] | None:
+    """Return the scores of bags of words on each client's test data.
+
+    Returns:
+        "alone" and "pooled", each client -> "score" (accuracy) and "balanced" (mean recall of the labels), in [0, 1];
+        only clients whose task is to classify texts. None if there are none, or too many.
+    """
+    able = {
+        client: data
+        for client, data in federation.clients.items()
+        if data.task.form == "classification" and isinstance(data.train, Split) and len(data.train) and len(data.test)
+    }
+    if not able or len(able) > CLIENTS:
+        return None
+    alone = {client: _scores(_fitted(data.train.texts, data.train.targets), data) for client, data in able.items()}
+    pooled: dict[str, dict[str, float]] = {}
+    for task in {data.task.name for data in able.values()}:
+        members = {client: data for client, data in able.items() if data.task.name == task}
+        share = max(ROWS // len(members), 1)
+        texts = [text for data in members.values() for text in data.train.texts[:share]]
+        targets = [target for data in members.values() for target in data.train.targets[:share]]
+        model = _fitted(texts, targets)
+        pooled |= {client: _scores(model, data) for client, data in members.items()}
+    return {"alone": alone, "pooled": {client: pooled[client] for client in alone}}
+
+
+def _fitted(texts: Sequence[str], targets: Sequence[str]) -> Any:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    texts, targets = texts[:ROWS], targets[:ROWS]
+    if len(set(targets)) == 1:
+        return targets[0]
+    settings: Mapping[str, Any] = {"sublinear_tf": True, "max_features": FEATURES}
+    for words in ({"ngram_range": (1, 2)}, {"analyzer": "char_wb", "ngram_range": (1, 3)}):
+        model = make_pipeline(TfidfVectorizer(**settings, **words), LogisticRegression(C=10.0, max_iter=500))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                return model.fit(list(texts), list(targets))
+        except ValueError:  # no words: other scripts, or signs alone
+            continue
+    return max(sorted(set(targets)), key=list(targets).count)
+
+
+def _scores(model: Any, data: ClientData) -> dict[str, float]:
+    texts, targets = list(data.test.texts), list(data.test.targets)
+    told = [model] * len(texts) if isinstance(model, str) else [str(label) for label in model.predict(texts)]
+    return {"score": score("accuracy", told, targets), "balanced": balanced(recalls(told, targets))}

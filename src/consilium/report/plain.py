@@ -1,0 +1,129 @@
+"""What the end of a run says next to its table: each client's score, a simple model's, and what to do next."""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+from consilium.escape import one_line
+from consilium.report.read import RunRecord, read_runs
+from consilium.report.results import client_scores, format_score, measured, number
+
+__all__ = ["balanced_scores", "class_recalls", "print_clients", "rising", "simple_sentence", "simple_values"]
+
+SHOWN = 20
+"""Clients with a line of their own on the screen."""
+RISE = 0.005
+"""A mean score that grew by more than this in the last tested round is still rising."""
+
+
+def simple_values(run: RunRecord, kind: str, value: str = "score") -> dict[str, float]:
+    """Return the scores of the simple model of each client that the run has scored; {} where there are none.
+
+    Args:
+        kind: "alone" or "pooled". value: "score" or "balanced".
+    """
+    told = (run.summary or {}).get("simple")
+    found = told.get(kind) if isinstance(told, Mapping) else None
+    if not isinstance(found, Mapping):
+        return {}
+    scored = client_scores(run)
+    values = {c: number(v.get(value)) for c, v in found.items() if c in scored and isinstance(v, Mapping)}
+    return {c: v for c, v in values.items() if v is not None}
+
+
+def simple_sentence(runs: Sequence[RunRecord]) -> str:
+    """Return how far a bag of words is from the first finished run that knows; "" if none does."""
+    for run in runs:
+        alone, pooled = simple_values(run, "alone"), simple_values(run, "pooled")
+        if run.finished and alone:
+            own = statistics.fmean(client_scores(run)[c] for c in alone)
+            mean, gap = statistics.fmean(alone.values()), 100 * (own - statistics.fmean(alone.values()))
+            said = f"bag of words (TF-IDF and logistic regression), each client alone: {100 * mean:.1f}"
+            said += f"; {run.label} is {_apart(gap)} it"
+            if pooled:
+                best = statistics.fmean(pooled.values())
+                said += f". Trained on the rows of all clients together it reaches {100 * best:.1f}, "
+                said += f"{_apart(100 * (best - own))} {run.label}"
+            return f"{said}."
+    return ""
+
+
+def _apart(points: float) -> str:
+    """Return a difference in words that a name may follow."""
+    if abs(points) < 0.05:
+        return "level with"
+    return f"{abs(points):.1f} points {'above' if points > 0 else 'below'}"
+
+
+def balanced_scores(run: RunRecord) -> dict[str, float]:
+    """Return the balanced accuracy of each client in the last tested round."""
+    return measured(run, "balanced")
+
+
+def class_recalls(run: RunRecord) -> dict[str, tuple[float, int]]:
+    """Return label -> (mean recall, number of clients) over the clients that have test examples of the label."""
+    found: dict[str, list[float]] = {}
+    for line in reversed(run.rounds):
+        if isinstance(line.get("recall"), Mapping):
+            for client, values in line["recall"].items():
+                for label, value in values.items() if client in run.clients and isinstance(values, Mapping) else ():
+                    if (known := number(value)) is not None:
+                        found.setdefault(str(label), []).append(known)
+            break
+    return {label: (statistics.fmean(values), len(values)) for label, values in sorted(found.items())}
+
+
+def rising(run: RunRecord) -> str:
+    """Return a note if the mean score still rose in the last tested round; "" otherwise."""
+    means = [
+        mean
+        for line in run.rounds
+        if isinstance(line.get("scores"), Mapping) and (mean := number(line["scores"].get("mean"))) is not None
+    ]
+    if len(means) < 2 or means[-1] < max(means) or means[-1] - means[-2] <= RISE:
+        return ""
+    return (
+        f"the mean score still rose in the last round that was tested, from {100 * means[-2]:.1f} to "
+        f"{100 * means[-1]:.1f}: more --rounds may give more"
+    )
+
+
+def print_clients(folder: object, console: Console) -> None:
+    """Print the scores of a finished run's clients, what a simple model reaches, and the command that exports one."""
+    (run,) = read_runs([folder])
+    scores = client_scores(run)
+    if not run.finished or not scores:
+        return
+    shown = list(scores)[:SHOWN]
+    width = min(max(len(one_line(c)) for c in shown), 40)
+    balanced, alone = balanced_scores(run), simple_values(run, "alone")
+    alone_balanced = simple_values(run, "alone", "balanced")
+    tests = {c: run.clients[c].sizes.get("test") for c in shown}
+    heads = [("test", True), ("balanced", bool(balanced)), ("bag of words alone", bool(alone))]
+    said = "  ".join(f"{head:>8}" for head, is_there in heads if is_there)
+    console.print(Text(f"{'client':{width}}  {said}", "dim"))
+    for c in shown:
+        parts = [f"{one_line(c)[:width]:{width}}", f"{format_score(scores[c]):>8}"]
+        if balanced:
+            parts.append(f"{format_score(balanced.get(c)):>8}")
+        if alone:
+            beside = f" (balanced {format_score(alone_balanced.get(c))})" if balanced else ""
+            parts.append(f"{format_score(alone.get(c)):>8}{beside}")
+        parts.append(f"{tests[c]} test examples" if tests[c] is not None else "")
+        console.print(Text("  ".join(parts).rstrip()), soft_wrap=True)
+    if len(scores) > SHOWN:
+        console.print(Text(f"and {len(scores) - SHOWN} more clients: see the report", "dim"))
+    for sentence in (simple_sentence([run]), f"note: {note}" if (note := rising(run)) else ""):
+        if sentence:
+            console.print(Text(one_line(sentence, 1000)), soft_wrap=True)
+    if run.is_deployment:
+        console.print(Text("next: at each site, consilium export SITE-STATE-FOLDER --out DIR"), soft_wrap=True)
+        return
+    worst = min(scores, key=lambda c: scores[c])
+    command = shlex.join(["consilium", "export", str(folder), "--client", worst, "--out", "DIR"])
+    console.print(Text(one_line(f"next: {command}", 1000)), soft_wrap=True)
