@@ -341,10 +341,10 @@ def client(
     if keys:
         check_key(keys, name)
     save_site(state.absolute() / SETTINGS, name, experiment, limits)
-    become_node(address, keys, state, port)
+    become_node(name, address, keys, state, port)
 
 
-def become_node(address: str, keys: Path | None, state: Path, port: int) -> NoReturn:
+def become_node(name: str, address: str, keys: Path | None, state: Path, port: int) -> NoReturn:
     """Become a SuperNode for the site whose settings are in its state folder, see `client`."""
     address, settings = str(parse_address(address, "--server")), state.absolute() / SETTINGS
     command = [program("flower-supernode"), "--superlink", address, "--node-config", f'site="{settings}"']

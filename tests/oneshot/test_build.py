@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from consilium.errors import ConfigError, ModelError, PackageError
 from consilium.export.predict import Taken
 from consilium.moe.build import ModelSource
-from consilium.moe.families import FAMILIES
 from consilium.oneshot.base import OPEN_FAMILIES, Base
 from consilium.oneshot.build import Building, assemble, kind_of, write
 from consilium.oneshot.built import load_built
@@ -138,15 +137,15 @@ def test_every_open_family_takes_guests_and_writes_them(tmp_path, model_type):
     assert torch.allclose(sites.logits(fused), live, atol=1e-5)
     assert not torch.allclose(live, sites.logits(public), atol=1e-3)
     fused.backbone.save_pretrained(tmp_path / "fused")
-    again = getattr(transformers, FAMILIES[model_type].classes["text-to-text"]).from_pretrained(tmp_path / "fused")
+    again = getattr(transformers, tiny.FAMILIES[model_type].classes["text-to-text"]).from_pretrained(tmp_path / "fused")
     fused.backbone = again
     assert torch.allclose(sites.logits(fused), live, atol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", sorted({*FAMILIES} - {*OPEN_FAMILIES} - {"switch_transformers"}))
+@pytest.mark.parametrize("model_type", sorted({*tiny.FAMILIES} - {*OPEN_FAMILIES} - {"switch_transformers"}))
 def test_other_families_are_refused_by_name(model_type):
     base = Base(ModelSource(str(tiny.directory(model_type, "text-to-text")), "text-to-text"))
-    with pytest.raises(ModelError, match=f"{FAMILIES[model_type].name} cannot take one more expert"):
+    with pytest.raises(ModelError, match=f"{tiny.FAMILIES[model_type].name} cannot take one more expert"):
         base.open_model()
     base = Base(ModelSource(str(tiny.directory("switch_transformers", "text-to-text")), "text-to-text"))
     with pytest.raises(ModelError, match="is an encoder-decoder"):

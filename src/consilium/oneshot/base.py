@@ -5,7 +5,7 @@ Its digest covers every tensor, so that a package can say exactly what it was tr
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -15,17 +15,17 @@ from consilium.data.task import Task
 from consilium.errors import ModelError
 from consilium.experiment import Experiment
 from consilium.moe.build import ModelSource
-from consilium.moe.families import FAMILIES, Family
+from consilium.moe.discovery import has_experts
+from consilium.moe.families import Family
 from consilium.moe.model import TaskModel
 from consilium.moe.surgery import slice_experts
-from consilium.moe.upcycle import FAMILY_OF, Upcycling, convert, dense_model
+from consilium.moe.upcycle import Upcycling, convert, dense_model
 from consilium.setup import Setup
 
 __all__ = ["OPEN_FAMILIES", "Base", "Frozen", "digest_of", "frozen_tensors"]
 
 OPEN_FAMILIES = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "gpt_oss")
 """Model types whose routers take one more row and nothing else: no groups, no correction bias, no sampling."""
-_DENSE = Family("dense", "", "", "", (), "", "fused", {"text-to-text": ""})
 
 
 class Frozen(TaskModel):
@@ -37,16 +37,6 @@ class Frozen(TaskModel):
     def blocks(self) -> dict[str, nn.Module]:
         """Return no block; `Base.sparse` has them."""
         return {}
-
-
-@dataclass(frozen=True)
-class _Any(ModelSource):
-    """A model source that has a row of the table for dense decoders, too."""
-
-    @cached_property
-    def family(self) -> Family:
-        """The family, or the row of dense decoders."""
-        return FAMILIES.get(self.config.model_type, _DENSE)
 
 
 @dataclass(frozen=True)
@@ -69,24 +59,19 @@ class Base:
         kind = self.source.config.model_type
         if self.source.config.is_encoder_decoder:
             raise ModelError(f"model type {kind!r} is an encoder-decoder; packages are for causal language models")
-        if kind in FAMILIES:
-            return FAMILIES[kind]
-        if kind not in FAMILY_OF:
-            allowed = ", ".join(sorted({*FAMILIES, *FAMILY_OF} - {"t5", "switch_transformers"}))
-            raise ModelError(f"model type {kind!r} cannot be extended; allowed are {allowed}")
-        return None
+        family = self.source.family
+        return family if has_experts(self.source.config) else None
 
     def setup(self, experiment: Experiment, task: Task | None = None) -> Setup:
         """Return how an experiment reads rows and trains, with this model, which may be dense."""
-        source = _Any(**{f.name: getattr(self.source, f.name) for f in fields(self.source)})
         labels = [] if task is None else [(task.name, task.labels)]
-        return replace(experiment, model=source).setup(labels)
+        return replace(experiment, model=self.source).setup(labels)
 
     def model(self) -> Frozen:
         """Return the live model on the CPU, all parameters frozen, in evaluation mode."""
         source = self.source
         if self.family is None:
-            backbone, family = dense_model(source).to(source.torch_dtype), _scaled(_DENSE, source)
+            backbone, family = dense_model(source).to(source.torch_dtype), source.family
         else:
             backbone, family = source.build(source.load(), "", ()).backbone, self.family
         return _frozen(backbone, family, source.torch_dtype)
@@ -133,11 +118,6 @@ def _frozen(backbone: nn.Module, family: Family, dtype: torch.dtype) -> Frozen:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model.eval()
-
-
-def _scaled(family: Family, source: ModelSource) -> Family:
-    """Return the row of a dense model, whose logits Granite divides."""
-    return replace(family, divisor="logits_scaling" if hasattr(source.config, "logits_scaling") else None)
 
 
 def _check_open(model_type: str, name: str) -> None:

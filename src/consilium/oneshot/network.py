@@ -49,7 +49,7 @@ def offer(package: Path, name: str, address: str, keys: Path | None, state: Path
     if keys:
         check_key(keys, name)
     save_offer(state.absolute() / SETTINGS, name, blob)
-    become_node(address, keys, state, port)
+    become_node(name, address, keys, state, port)
 
 
 def collect(folder: Path, sites: Sequence[str], address: str, keys: Path | None, out: Console) -> None:
