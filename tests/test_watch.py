@@ -103,7 +103,20 @@ def test_a_diverged_round_shows_dashes(monkeypatch):
     }  # fmt: skip
     Terminal(console).rounded(record, [{"event": "grow", "client": "a", "experts": 7}])
     lines = console.file.getvalue().splitlines()
-    assert lines[0].split() == ["a", "-", "experts", "loss", "-", "validation", "-", "10", "B", "1.5", "s"]
+    assert lines[0].split() == [
+        "a",
+        "-",
+        "experts",
+        "loss",
+        "-",
+        "validation",
+        "-",
+        "sent+received",
+        "10",
+        "B",
+        "1.5",
+        "s",
+    ]
     assert lines[1].split(maxsplit=1) == ["a", "left out of this round: train_loss is nan"]
     assert lines[2:] == ["  grow a to 7 experts", "round 1: 1 clients, 1 unable  2.0 s"]
 

@@ -241,7 +241,8 @@ def write(
     with new_folder(folder) as made:
         if chosen == "transformers":
             _write_plain(made, base, packages, building, fitted)
-            (made / USE).write_text(json.dumps(_use(base, packages), indent=1) + "\n")
+            if base.family is not None or kind == "expert":  # `consilium predict` reads mixtures of experts
+                (made / USE).write_text(json.dumps(_use(base, packages), indent=1) + "\n")
         elif chosen == "peft":
             _write_peft(made, base, packages)
         else:

@@ -267,7 +267,7 @@ class Build:
         form = write(self.out, base, packages, how, fitted, self.format, told)
         joint = "; fitted over all sites: build it again after a withdrawal" if how.router in JOINT else ""
         yield f"{self.out}: {len(packages)} sites, router {how.router}, format {form}{joint}"
-        if form == "transformers":
+        if (self.out / "consilium.json").exists():
             yield f'try it: consilium predict {self.out} --text "..."'
 
 
