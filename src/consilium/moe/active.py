@@ -72,11 +72,10 @@ def balance_routing(model: TaskModel, candidates: int, reach: float, momentum: f
         reach: the largest change of a logit. momentum: of the usage u: u <- momentum u + (1 - momentum) shares.
     """
     family = model.family
-    simple = family.choice is None and not family.groups and not family.dispatch and family.least == 1
-    if not simple or (family.logits, family.routed) != (0, 2):
+    simple = family.correction is None and family.score == "softmax" and not family.groups and family.least == 1
+    if not simple or family.dispatch or (family.logits, family.routed) != (0, 2):
         return model
     normal = family.normalised
-    normal = bool(getattr(model.config, normal)) if isinstance(normal, str) else bool(normal)
     for block in model.blocks().values():
         router = block.get_submodule(family.router)
         router.register_forward_hook(Balanced(candidates, reach, momentum, normal))

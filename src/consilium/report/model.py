@@ -1,6 +1,7 @@
 """What `consilium inspect` prints: a model's layers, experts, router and bytes, and which budgets fit a device."""
 
 import itertools
+import textwrap
 from collections.abc import Mapping
 
 from rich.console import Console
@@ -45,7 +46,8 @@ def print_model(setup: Setup, limit: int | None, rank: int, out: Console) -> Non
         say(f"    {named}:")
         say(f"    {len(blocks)} x {count} experts of {each:,} parameters, {human(each * size)} each")
     for line in _structure(setup, memory):
-        say(f"  {line}")
+        for part in textwrap.wrap(line, 78, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False):
+            say(f"  {part}")
     say("")
     fit = setup.fit
     tokens = f"{fit.batch_size} x {fit.max_length} tokens" + ("" if setup.heads else f", {fit.target_length} of target")
