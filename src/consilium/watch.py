@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -92,10 +93,11 @@ class Terminal:
         say(f"  model {experiment.model.path}: {experts}{needs}devices: {devices}")
         if counts and not memories and experiment.algorithm.chooses_by_memory():
             name = type(experiment.algorithm).__name__
-            say(
-                "  note: no --memory is given, so every client holds nearly all experts and nothing is chosen: "
+            note = (
+                "note: no --memory is given, so every client holds nearly all experts and nothing is chosen: "
                 f"{name} then does what FedAvg does, at a higher cost; say what a device holds, e.g. --memory 8GiB"
             )
+            self.console.print(Padding(Text(note), (0, 0, 0, 2)), highlight=False)
         if warning := experiment.privacy.delta_warning(len(sizes)):
             say(f"  warning: {warning}")
         self._names = dict(federation.names) if federation else {}

@@ -120,7 +120,7 @@ def print_clients(folder: object, console: Console) -> None:
         console.print(Text(f"and {len(scores) - SHOWN} more clients: see the report", "dim"))
     for sentence in (simple_sentence([run]), f"note: {note}" if (note := rising(run)) else ""):
         if sentence:
-            console.print(Text(one_line(sentence, 1000)), soft_wrap=True)
+            console.print(Text(one_line(sentence, 1000)))
     if run.is_deployment:
         console.print(Text("next: at each site, consilium export SITE-STATE-FOLDER --out DIR"), soft_wrap=True)
         return
