@@ -41,7 +41,7 @@ PARSED = {
     r"consilium (server|client|certificates) .*": "processes over a network: test_deployment.py runs them",
     r"consilium export north .*": "a site's state comes of a deployment: test_deployment.py exports one",
     r"consilium run .* --device cuda": "needs a GPU: test_gpu.py runs there",
-    r"consilium (expert|hub) .*": "tests/oneshot runs all of them, and test_transcripts.py a page of them",
+    r"consilium (expert|hub) .*": "tests/oneshot runs all of them",
     r"consilium upcycle .*": "moe/test_upcycle.py runs every family",
     r"consilium run pfedmoe-cifar10 .*": "a data set of 160 MB",
     r"scripts/(demo|test|setup|release-check|docs).*": "installs packages; the demo's own command is parsed",

@@ -1,4 +1,4 @@
-"""docs/own-texts.md, docs/own-images.md and docs/one-shot.md, executed: from a user's own files to a model that is
+"""docs/own-texts.md and docs/own-images.md, executed: from a user's own file or folder to a model per hospital that is
 loaded without this package, in at most five commands. `pytest tests/test_transcripts.py --rewrite` writes what is
 printed now into the pages."""
 
@@ -44,27 +44,7 @@ def scans(folder: Path) -> None:
         Image.fromarray((pixels.reshape(8, 8) * 15.9).astype("uint8")).save(path)
 
 
-def questions(folder: Path) -> None:
-    """north.csv and south.csv: questions about wards and about laboratories, asked in five ways, and their answers."""
-    places = ("east", "west", "eye", "heart", "bone", "child", "skin", "ear")
-    people = ("Ada", "Ben", "Eva", "Kim", "Leo", "Mia", "Tom", "Zoe")
-    ways = ("", "Please tell me: ", "I would like to know: ", "Quick question: ", "Hello. ")
-    asked = {
-        "north": ("When does the {} ward open?", "The {} ward opens at {}.", range(5, 13)),
-        "south": ("Who runs the {} laboratory?", "{1} runs the {0} laboratory.", people),
-    }
-    for site, (question, answer, values) in asked.items():
-        with (folder / f"{site}.csv").open("w", newline="") as file:
-            rows = csv.writer(file)
-            rows.writerow(["question", "answer"])
-            for way in ways:
-                rows.writerows(
-                    [way + question.format(place), answer.format(place, value)]
-                    for place, value in zip(places, values, strict=True)
-                )
-
-
-PAGES = {"own-texts": notes, "own-images": scans, "one-shot": questions}
+PAGES = {"own-texts": notes, "own-images": scans}
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -72,7 +52,7 @@ def test_a_page_is_what_a_terminal_shows(name, tmp_path, request):
     page = DOCS / f"{name}.md"
     PAGES[name](tmp_path)
     shown = steps(page.read_text())
-    assert 3 <= len(shown) <= 6
+    assert 3 <= len(shown) <= 5
     assert any(transcripts.python_alone(step.command) for step in shown)
     printed = [ran(step.command, tmp_path) for step in shown]
     if request.config.getoption("--rewrite"):

@@ -48,8 +48,7 @@ def loss(model, tokenizer, site):
 
 
 def test_five_commands_lead_to_one_model_for_both(tmp_path):
-    """The tiny public model knows neither site's answers. docs/one-shot.md, which test_transcripts.py runs, has a model
-    that writes them."""
+    """The tiny public model knows neither site's answers; the model for both has a lower loss on those of each."""
     model = str(sites.olmoe())
     for site in ("north", "south"):
         sites.table(tmp_path, site, rows=60)
