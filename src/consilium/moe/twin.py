@@ -161,6 +161,9 @@ def _consistent(small: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
             head = small.get("head_dim") or WIDTH // HEADS
             pairs = int(head * (part.get("partial_rotary_factor") or 1.0)) // 2
             part["mrope_section"] = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
+    heads, width = small.get("num_attention_heads"), small.get("hidden_size")
+    if heads and width and not given.get("head_dim"):  # the width of a head is that of the model by their number
+        small["num_attention_heads"] = max(n for n in range(1, heads + 1) if width % n == 0)
     if given.get("num_key_value_heads") and given.get("num_key_value_heads") == given.get("num_attention_heads"):
         small["num_key_value_heads"] = small["num_attention_heads"]
     for name, value in {"attn_layer_period": 2, "attn_layer_offset": 0, "expert_layer_period": 2}.items():
