@@ -462,6 +462,7 @@ def results(kind: str) -> dict[str, str]:
     found = {}
     for name, check in CHECKS.items():
         try:
+            torch.manual_seed(0)
             check(made)
             found[name] = ""
         except (Exception, ConsiliumError) as error:

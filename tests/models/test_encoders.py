@@ -128,7 +128,7 @@ def test_each_way_a_function_can_be_wrong(nets, name, message):
 
 
 MIXED = [name for name, method in Algorithm.registry.items() if "mixed" in method().worlds]
-NEED_ONE_WIDTH = {"LGFedAvg", "FedProto", "FedGH", "FedTGP", "FedSSA"}
+NEED_ONE_WIDTH = {"LGFedAvg", "FedProto", "FedGH", "FedTGP", "FedSSA", "pFedAFM"}
 
 
 @pytest.mark.parametrize("name", MIXED)

@@ -85,6 +85,7 @@ class FedAMoLE(Algorithm):
         targets: names of the adapted layers; (): query and value projections.
     """
 
+    merges: ClassVar[bool] = False
     worlds: ClassVar[tuple[str, ...]] = ("moe",)
     E: int = setting(30, "server", "[2, 1e4]")
     r: int = setting(8, "memory", "[1, 1e6]")

@@ -162,6 +162,11 @@ class ModelSource:
             fitting.quantization_config = config.quantization_config
         return fitting
 
+    @property
+    def quantised(self) -> bool:
+        """Whether the weights lie there in fewer bits than they are trained in."""
+        return bool(getattr(self._found, "quantization_config", None))
+
     @cached_property
     def _tokens(self) -> int:
         """The number of ids of the tokenizer: the largest and one more."""

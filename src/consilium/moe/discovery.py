@@ -20,6 +20,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto import modeling_auto as auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from consilium.errors import ModelError, first_line
 from consilium.machine import quietly
@@ -54,10 +55,19 @@ def fitting_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def has_experts(config: PretrainedConfig) -> bool:
-    """Return whether a configuration names more than one routed expert."""
+    """Return whether a configuration names routed experts: more than one, or one where its type has more by default,
+    as in a slice."""
+    most = _most_experts(config)
+    if most == 1 and config.model_type in CONFIG_MAPPING_NAMES:
+        return _most_experts(AutoConfig.for_model(config.model_type)) > 1
+    return most > 1
+
+
+def _most_experts(config: PretrainedConfig) -> int:
     text = config.get_text_config()
     parts = [text, *(part for part in vars(text).values() if isinstance(part, PretrainedConfig))]
-    return any(isinstance(n := getattr(part, name, None), int) and n > 1 for part in parts for name in EXPERTS)
+    numbers = [getattr(part, name, None) for part in parts for name in EXPERTS]
+    return max((n for n in numbers if isinstance(n, int)), default=0)
 
 
 def family_of(config: PretrainedConfig | str) -> Family:

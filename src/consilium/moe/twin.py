@@ -138,6 +138,8 @@ def _size(name: str, value: Any) -> Any:
         return [_size(name, item) for item in value]
     if type(value) is not int:
         return copy.deepcopy(value)
+    if name in EXPERTS and value == 1:  # a slice: what experts are is only seen where there are several
+        return 4
     if name in _AT_MOST:
         return min(value, _AT_MOST[name])
     most = next((most for end, most in _ENDS if name.endswith(end)), None)

@@ -114,6 +114,8 @@ def upcycle(path: str, folder: Path, how: Upcycling, gguf: str = "") -> list[str
         ConfigError: for settings that its family does not have.
     """
     source = ModelSource(path, "text-to-text", gguf=gguf)
+    if source.quantised:
+        raise ModelError("its weights are quantised; upcycle the model that they were made from")
     _configuration(source.config, _family(source.config), how)  # refuses before the weights are read
     tokenizer = source.tokenizer()
     model = dense_model(source)
@@ -206,8 +208,6 @@ def _refuse(dense: Any, given: Mapping[str, Any], family: Family, places: set[st
     layers = {kind for kind in given.get("layer_types") or () if kind != "full_attention"}
     if layers and family.model_type != "qwen2_moe":
         raise ModelError(f"some layers have {layers.pop()}, and {family.name} has one kind of attention for all layers")
-    if getattr(dense, "quantization_config", None):
-        raise ModelError("its weights are quantised; upcycle the model that they were made from")
     if getattr(dense, "is_gated_act", False):
         raise ModelError(f"its feed-forward networks are gated (as in T5 1.1), and those of {family.name} are not")
     plain = type(dense)().to_dict()
