@@ -520,7 +520,12 @@ def _recipe_first(args: list[str]) -> tuple[str, list[str]]:
 
 def _rows(recipe: str, flags: list[str], prog: str) -> "Experiment":
     """The experiment that says how a site's rows, or a hub's, are read: those of one client unless flags say more."""
+    from dataclasses import replace
+
+    from consilium.algorithms.fedavg import FedAvg
+
     default, rest = _experiment([recipe, *flags], prog)
+    default = replace(default, algorithm=FedAvg())  # which takes any model; no method is used
     experiment = _parse(type(default), rest, prog, default)
     return experiment if recipe.endswith(".json") else _of_one_client(experiment, {f.partition("=")[0] for f in flags})
 

@@ -9,6 +9,7 @@ import tiny
 import torch
 import transformers
 
+from consilium.algorithms.fedavg import FedAvg
 from consilium.certificates import site_key
 from consilium.core import Sampling
 from consilium.data.language import LanguageData
@@ -19,7 +20,6 @@ from consilium.oneshot.base import Base
 from consilium.oneshot.layout import Layout
 from consilium.oneshot.package import Package
 from consilium.oneshot.train import Trainer, Training, site_data, train
-from consilium.recipes.language import fedmoe_instructions
 from consilium.setup import Fit
 
 ANSWERS = {
@@ -69,7 +69,7 @@ def experiment(folder: Path, site: str, model: Path | None = None, rounds: int =
     settings = dict(lr=1e-2, batch_size=8, max_length=24, target_length=12, label_smoothing=0.0, balance=0.0)
     return Experiment(
         name="oneshot",
-        algorithm=fedmoe_instructions().algorithm,
+        algorithm=FedAvg(),
         data=LanguageData(path=table(folder, site), prompt="question", response="answer", clients=1),
         model=ModelSource(str(model or olmoe()), "text-to-text"),
         fit=Fit(**settings | fit),
