@@ -497,7 +497,7 @@ _SINGLE = ("--memory", "--device", "--seed", "--threads", "--rounds")
 
 
 def _is_of_experiment(flag: str) -> bool:
-    """Whether a flag of a one-shot command belongs to the experiment that says how rows are read and trained."""
+    """Return whether a flag of a one-shot command belongs to the experiment, which says how rows are read."""
     name = flag.partition("=")[0]
     return name in _SINGLE or (name.removeprefix("--").removeprefix("no-").partition(".")[0] in _GROUPS and "." in name)
 

@@ -1,4 +1,4 @@
-"""How a language model goes on with the beginning of clients' test texts, before a federation and after it.
+"""Completions of the beginning of clients' test texts, by the models before a federation and after it.
 
 For looking at, not for measuring. A simulation writes completions.json for as many clients as `Experiment.completions`
 says; a deployment never does, because prompts are text of the sites.

@@ -346,11 +346,11 @@ class Algorithm(ABC):
     """What it can train. "moe" is one mixture-of-experts model for all, "cohort" one small model for all, "mixed" small
     models of which every client has its own architecture."""
     dense: ClassVar[bool] = False
-    """Whether a model that all have ("moe") may be without experts."""
+    """True if the model of world "moe" may have no experts."""
     merges: ClassVar[bool] = True
     """Whether replies change the server's model through `Setup.mean` alone, so that its rules can take their place."""
     exchanges: ClassVar[bool] = True
-    """Whether parameters travel at all."""
+    """True if parameters travel at all."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

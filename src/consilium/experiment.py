@@ -88,8 +88,8 @@ class Experiment:
         rounds: communication rounds, >= 1; a first stage counts.
         memory: device memory of the clients in id order, cycled ("60MB", "12GiB"); (): no limit.
         evaluate_every: rounds between scoring all clients on their test data; the last round always is.
-        completions: clients of which a simulation keeps how the models before and after go on with a test text, for the
-            report. For language models.
+        completions: number of clients for which a simulation keeps completions of a test text, by the models before
+            and after the run, for the report. For language models.
         seed: of everything random.
         strict: turn every payload into bytes and back, as between machines.
         threads: torch threads.

@@ -696,8 +696,8 @@ class Setup:
         return self.build(params, context, experts_from_scalars(payload.scalars), gates)
 
     def mean(self, previous: Params, round: int = 0) -> WeightedMean | RobustMean | PrivateMean:
-        """What a server merges a round's replies with: the weighted mean (of adapters as `fit.lora.rule` says), or what
-        `merging` and `privacy` put in its place.
+        """Return what a server merges a round's replies with: the weighted mean (of adapters by `fit.lora.rule`), or
+        what `merging` and `privacy` put in its place.
 
         Args:
             previous: the server's parameters, of which the replies are changed versions.

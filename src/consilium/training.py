@@ -60,6 +60,7 @@ __all__ = [
     "mean_loss",
     "profile",
     "read_batches",
+    "reply_scalars",
     "seeded",
     "tested",
     "tested_beside_best",
@@ -535,18 +536,32 @@ def local_round(
         groups["trained"] = dict(fitted.trained)
     counts = counts_of(held) if held else setup.model.counts
     scalars = {
-        "num_examples": context.info.num_examples,
-        "validation": scores.pop("score"),
-        **scores,
-        "train_loss": fitted.loss,
-        "steps": fitted.steps,
-        "cut": train.cut,
+        **reply_scalars(context, fitted, scores, train.cut, seconds_evaluate),
         **({"experts": sum(counts.values())} if counts else {}),
         **footprint,
-        "seconds_evaluate": seconds_evaluate,
         **told,
     }
     return model, Payload(groups, scalars)
+
+
+def reply_scalars(
+    context: ClientContext, fitted: Fitted, scores: Mapping[str, float], cut: int, seconds: float
+) -> dict[str, Scalar]:
+    """Return the scalars that the reply of every method has after training.
+
+    Args:
+        fitted: what `fit` did. scores: of the trained model on the validation data, as `assess` returns them.
+        cut: training examples that were cut. seconds: that the scoring took.
+    """
+    return {
+        "num_examples": context.info.num_examples,
+        "validation": scores["score"],
+        **{name: value for name, value in scores.items() if name != "score"},
+        "train_loss": fitted.loss,
+        "steps": fitted.steps,
+        "cut": cut,
+        "seconds_evaluate": seconds,
+    }
 
 
 def trained(
@@ -562,15 +577,7 @@ def trained(
     fitted = fit(model, train, setup.fit, context, correct, objective=objective, rates=rates)
     start = time.perf_counter()
     scores, told = _after_training(model, context, setup)
-    return {
-        "num_examples": context.info.num_examples,
-        "validation": scores["score"],
-        "train_loss": fitted.loss,
-        "steps": fitted.steps,
-        "cut": train.cut,
-        "seconds_evaluate": time.perf_counter() - start,
-        **told,
-    }
+    return {**reply_scalars(context, fitted, scores, train.cut, time.perf_counter() - start), **told}
 
 
 def _after_training(

@@ -63,12 +63,12 @@ class CoMiGS(Algorithm):
     targets: tuple[str, ...] = setting((), "free")
 
     @property
-    def own(self) -> tuple[str, ...]:
-        """Names of the specialists."""
+    def specialist_names(self) -> tuple[str, ...]:
+        """The names of the specialists."""
         return tuple(f"s{i}" for i in range(self.specialists))
 
     def models(self, setup: Setup) -> MixedModels:
-        """How clients build and train their models."""
+        """Return the object that builds and trains the models of clients."""
         own_adapters(setup, "CoMiGS")
         mixing = Mixing(self.r, self.alpha / self.r, self.top_k, "rows", self.targets)
         return MixedModels(setup, mixing, (), self.balance)
@@ -102,8 +102,8 @@ class CoMiGSClient(Client):
         self.setup, self.algorithm, self.models = setup, algorithm, algorithm.models(setup)
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
-        params = {**self._own(context), **payload.group("params")}
-        slots, models = (GENERAL, *self.algorithm.own), self.models
+        params = {**self._private(context), **payload.group("params")}
+        slots, models = (GENERAL, *self.algorithm.specialist_names), self.models
         rows = models.rows(context)
         last = max(1, round(self.algorithm.held_out * len(rows)))
         first = range(max(len(rows) - last, 1))
@@ -123,16 +123,16 @@ class CoMiGSClient(Client):
         )
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
-        params = {**self._own(context), **payload.group("params")}
-        return self.models.score(params, context, (GENERAL, *self.algorithm.own))
+        params = {**self._private(context), **payload.group("params")}
+        return self.models.score(params, context, (GENERAL, *self.algorithm.specialist_names))
 
-    def _own(self, context: ClientContext) -> Params:
-        """Specialists and router: as the client left them, or as all begin."""
+    def _private(self, context: ClientContext) -> Params:
+        """Return specialists and router, as the client left them or as all begin."""
         if context.state.params:
             return context.state.params
         own: Params = {}
         for path, (x, y) in self.models.paths.items():
-            for name in self.algorithm.own:
+            for name in self.algorithm.specialist_names:
                 a, b = initial_pair(x, y, self.algorithm.r, _rng(self.setup, path, name))
                 own |= {f"{path}.pairs.{name}.a": a, f"{path}.pairs.{name}.b": b}
             own[f"{path}.route"] = initial_route(1 + self.algorithm.specialists, x, _rng(self.setup, path, "route"))

@@ -21,10 +21,10 @@ programme is an exact assignment. HiGHS's dual simplex (scipy) finds it; the aut
 
 What is ours: weights n_k (`weight` "uniform" is theirs). max_k from a client's memory, at most `max_experts`; where
 experts have more places to give than clients have room, the lowest scored experts are given fewer. Clients that are
-absent keep their last t_k; who has never trained is scored at the mean of the others; an expert that nobody returned
-keeps its value. Trainables are float32, where the authors' bfloat16 steps are lost. `keep` adds a bonus for experts
-that a client holds already. The embeddings are of training rows, where the authors hold 5 % out. Left out: their noise
-on updates, which is not differential privacy as they draw it.
+absent keep their last t_k; a client that has never trained is scored at the mean of the others; an expert that no
+client returned keeps its value. Trainables are float32, where the authors' bfloat16 steps are lost. `keep` adds a bonus
+for experts that a client holds already. The embeddings are of training rows, where the authors hold 5 % out. Left out:
+their noise on updates, which is not differential privacy as they draw it.
 
 The published 25.66 MB per client and round are bfloat16, up and down, for Llama-3.2-1B: 7 adapters per layer and P. In
 float32 it is twice as much. The published scores are the best round's, before aggregation.
@@ -76,7 +76,7 @@ class FedAMoLE(Algorithm):
         balance: weight of the load-balance loss.
         decay: the learning rates are those of `fit` times decay^(round - 1), in (0, 1].
         dropout: of what the adapters read.
-        rows: training rows whose mean embeddings are told.
+        rows: training rows over which the mean embeddings are computed.
         assign: "reverse" (selection by the embeddings), "random" scores in every round, or "static": those of the
             beginning.
         even: whether all clients hold equally many experts.
@@ -107,7 +107,7 @@ class FedAMoLE(Algorithm):
         return frozenset({"mean embeddings"} if self.assign == "reverse" else ())
 
     def models(self, setup: Setup) -> MixedModels:
-        """How clients build and train their models."""
+        """Return the object that builds and trains the models of clients."""
         own_adapters(setup, "FedAMoLE")
         mixing = Mixing(self.r, self.alpha / self.r, self.top_k, "dot", self.targets, self.dropout)
         return MixedModels(setup, mixing, (SHARED,), self.balance)

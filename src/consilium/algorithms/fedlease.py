@@ -77,7 +77,7 @@ class FedLEASE(Algorithm):
     targets: tuple[str, ...] = setting((), "free")
 
     def models(self, setup: Setup, experts: int) -> MixedModels:
-        """How clients build and train their models; experts: M, 0 in the warm-up."""
+        """Return the object that builds and trains the models of clients; experts: M, 0 in the warm-up."""
         own_adapters(setup, "FedLEASE")
         mixing = Mixing(self.r, self.alpha / self.r, max(experts, 1), "rows" if experts else "", self.targets)
         return MixedModels(setup, mixing, () if experts else (OWN,))
@@ -263,7 +263,7 @@ class FedLEASEClient(Client):
         return models.score(params, context, slots)
 
     def _ready(self, payload: Payload, context: ClientContext) -> tuple[MixedModels, Params, list[str]]:
-        """How the model is built, its parameters and the slots of its routers."""
+        """Return the builder of the model, its parameters and the slots of its routers."""
         own, experts, params = str(payload.scalars["own"]), int(payload.scalars["M"]), payload.group("params")
         models, state = self.algorithm.models(self.setup, experts), context.state
         if experts and (experts > self.algorithm.M_max or own not in [f"e{m}" for m in range(experts)]):

@@ -12,7 +12,7 @@ Client k has a sub-network: some units of every hidden layer. In each of its rou
                  has no more parameters than its budget
     gate         if the validation score has fallen by more than eps since the change, it is taken back, and rho of the
                  client is halved
-    server       every parameter: the mean over who has it, by n_k; what nobody has keeps its value
+    server       every parameter: the mean over the clients that have it, by n_k; without any, its value
 
     units   scalars "units/<layer>"    s   group "importance": layer -> [units held]    budget   `shares`, as HeteroFL
 

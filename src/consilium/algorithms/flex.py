@@ -36,7 +36,7 @@ from consilium.moe.surgery import graft
 from consilium.params import Params
 from consilium.products import quicken
 from consilium.setup import Setup
-from consilium.training import Correct, assess, fit, keep_better, profile, tested_beside_best
+from consilium.training import Correct, assess, fit, keep_better, profile, reply_scalars, tested_beside_best
 
 __all__ = ["FLEx"]
 
@@ -118,15 +118,9 @@ class FLExClient(Client):
         if setup.fit.personal == "best":
             keep_better(context, scores, {**sent, **context.state.params}, None)
         scalars = {
-            "num_examples": context.info.num_examples,
-            "validation": scores.pop("score"),
-            **scores,
-            "train_loss": fitted.loss,
-            "steps": fitted.steps,
-            "cut": train.cut,
+            **reply_scalars(context, fitted, scores, train.cut, time.perf_counter() - began),
             "experts": sum(map(len, self.held.values())),
             "footprint": need(setup),
-            "seconds_evaluate": time.perf_counter() - began,
         }
         return Payload({"params": sent}, scalars)
 
@@ -147,7 +141,7 @@ class FLExClient(Client):
         return tested_beside_best(setup, context, delivered, best)
 
     def _grafted(self, key: str) -> bool:
-        """Whether a flat name is of the client's own expert or its router row."""
+        """Return whether a flat name belongs to the client's own expert or to its router row."""
         place = expert_of(key) or router_row_of(key)
         return place is not None and place[1] == self.setup.model.counts[place[0]]
 
@@ -172,7 +166,7 @@ class FLExClient(Client):
         return quicken(load_flat(model, params, self.held)).to(context.device)
 
     def _only_the_grafted(self, model: TaskModel) -> Correct:
-        """Of experts and routers let the last one of each layer alone learn."""
+        """Clear the gradients of all experts and router rows but the last one of each layer."""
         names = table(model, self.held)
         modules: set[str] = set()
         fused: set[str] = set()

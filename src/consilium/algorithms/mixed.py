@@ -1,4 +1,4 @@
-"""What methods share whose clients train mixtures of adapters on a frozen model (FedAMoLE, CoMiGS, FedLEASE, ...).
+"""The parts shared by methods that train mixtures of adapters on a frozen model (FedAMoLE, CoMiGS, FedLEASE, ...).
 
 Their flat names are `<layer>.pairs.<name>.a`, `.b` and `<layer>.route` (see `moe.mixtures`), and the head rows of a
 task.
@@ -19,7 +19,7 @@ from consilium.moe.mixtures import AdapterMixture, Mixing, attach, layers, mark,
 from consilium.moe.model import TaskModel
 from consilium.params import Params
 from consilium.setup import Setup
-from consilium.training import Fitted, assess, fit, keep_better, read_batches, tested_beside_best
+from consilium.training import Fitted, assess, fit, keep_better, read_batches, reply_scalars, tested_beside_best
 
 __all__ = ["MixedModels", "heads_of", "own_adapters", "part"]
 
@@ -83,7 +83,7 @@ class MixedModels:
         return self.setup.footprint(self.setup.model.counts, "lora", rank=rank).total + 4 * (numbers + tokens * saved)
 
     def lacks(self, client: ClientInfo, pairs: int, trained: int | None = None) -> str | None:
-        """Why a device cannot train so many adapters per layer; None if it can."""
+        """Return why a device cannot train `pairs` adapters per layer, or None if it can."""
         if client.memory_bytes is None or (need := self.need(pairs, trained)) <= client.memory_bytes:
             return None
         return f"needs {human(need)}, has {human(client.memory_bytes)}, lacks {human(need - client.memory_bytes)}"
@@ -163,15 +163,9 @@ class MixedModels:
             self._keep(context, scores, model, self.flatten(model, fitted.masters))
         pairs = max(len(mixture.pairs) for _, mixture in mixtures(model))
         return fitted, {
-            "num_examples": context.info.num_examples,
-            "validation": scores.pop("score"),
-            **scores,
-            "train_loss": fitted.loss,
-            "steps": fitted.steps,
-            "cut": train.cut,
+            **reply_scalars(context, fitted, scores, train.cut, time.perf_counter() - began),
             "experts": sum(setup.model.counts.values()),
             "footprint": self.need(pairs),
-            "seconds_evaluate": time.perf_counter() - began,
         }
 
     def flatten(self, model: TaskModel, masters: Mapping[str, Tensor] | None = None) -> Params:
@@ -230,7 +224,7 @@ class MixedModels:
             context.best.scalars |= mixing
 
     def _best(self, context: ClientContext) -> tuple["MixedModels", list[str] | None]:
-        """How the client's best model is built."""
+        """Return the builder and the parameters of the client's best model."""
         kept = context.best.scalars
         mixing = replace(self.mixing, top_k=kept["top_k"], router=kept["router"])
         return replace(self, mixing=mixing, always=tuple(kept["always"])), kept.get("slots")

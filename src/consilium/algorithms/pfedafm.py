@@ -125,7 +125,7 @@ class PFedAFMClient(Client):
         return {"head.": config.head_lr, ALPHA: self.algorithm.lr_a or config.lr, "": config.lr}
 
     def _model(self, payload: Payload, context: ClientContext) -> SplitModel:
-        """What is the client's own, as it left it or as it begins, and G as received."""
+        """Return the client's own parameters, as it left them or as they begin, and G as received."""
         cohort, shape, own = self.setup.model, self.setup.shape, context.state.params
         if not own:
             begun = self.setup.own_params(context).items()

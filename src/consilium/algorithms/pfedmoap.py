@@ -77,7 +77,7 @@ class pFedMoAP(Algorithm):
         return frozenset({"single adapters"} if self.K > 1 else ())
 
     def models(self, setup: Setup, near: int) -> MixedModels:
-        """How clients build and train their models with so many adapters of others."""
+        """Return the object that builds and trains models with a number of adapters of other clients."""
         own_adapters(setup, "pFedMoAP")
         mixing = Mixing(self.r, self.alpha / self.r, near + 1, "rows" if near else "", self.targets)
         return MixedModels(setup, mixing, (OWN,))
@@ -191,7 +191,7 @@ class PFedMoAPClient(Client):
             mixture.always_weight = self.algorithm.lam if mixture.route is not None else 1.0
 
     def _ready(self, payload: Payload, context: ClientContext) -> tuple[MixedModels, Params, list[str]]:
-        """How the model is built, its parameters and the slots of its gates."""
+        """Return the builder of the model, its parameters and the slots of its gates."""
         near = payload.group("near")
         models = self.algorithm.models(self.setup, 0)
         count = len(names_of(near, next(iter(models.paths))))

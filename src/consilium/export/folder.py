@@ -45,7 +45,7 @@ __all__ = ["USE", "Format", "new_folder", "use_of", "write"]
 
 Format = Literal["transformers", "adapter", "consilium"]
 USE = "consilium.json"
-"""How an exported model is used."""
+"""The file that says how an exported model is used."""
 
 
 @contextmanager

@@ -89,7 +89,7 @@ class ModelSource:
 
     @property
     def dense(self) -> bool:
-        """Whether it is known already, without asking a hub, that the model has no experts."""
+        """True if it is known already, without asking a hub, that the model has no experts."""
         local = self.gguf or self.path in shipped() or (Path(self.path).expanduser() / "config.json").is_file()
         try:  # a hub is asked when the model is read, and not before
             return bool(local) and not has_experts(self._stored)
@@ -164,7 +164,7 @@ class ModelSource:
 
     @property
     def quantised(self) -> bool:
-        """Whether the weights lie there in fewer bits than they are trained in."""
+        """True if the weights are stored in fewer bits than they are trained in."""
         return bool(getattr(self._found, "quantization_config", None))
 
     @cached_property
@@ -174,7 +174,7 @@ class ModelSource:
 
     @cached_property
     def family(self) -> Family:
-        """How this model stores and chooses experts."""
+        """The family: how this model stores and chooses experts."""
         return family_of(self._stored)
 
     @property

@@ -1,4 +1,4 @@
-"""What kind of mixture of experts a configuration makes, found by building and running a tiny model of it.
+"""Find the kind of mixture of experts that a configuration makes, by building and running a tiny model of it.
 
 The tiny model (`moe.twin`) runs one batch with a hook on every module:
 

@@ -118,7 +118,7 @@ class Family:
 
     @property
     def dense(self) -> bool:
-        """Whether the model has no experts at all."""
+        """True if the model has no experts at all."""
         return not self.block
 
     @property

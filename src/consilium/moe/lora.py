@@ -79,7 +79,7 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        """Of B A: alpha / rank, also for clients of a smaller rank."""
+        """The factor of B A: alpha / rank, also for clients of a smaller rank."""
         return (self.alpha or self.rank) / self.rank
 
     def at(self, rank: int) -> "Lora":

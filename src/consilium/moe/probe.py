@@ -28,7 +28,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 @dataclass
 class Call:
-    """What a module was given, and what it gave."""
+    """The inputs and the output of one call of a module."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]

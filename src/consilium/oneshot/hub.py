@@ -61,7 +61,7 @@ class Hub:
 
     @cached_property
     def layout(self) -> Layout:
-        """What packages for the public model look like."""
+        """The layout of packages for the public model."""
         return Layout.from_json(self.told["layout"])
 
     @property

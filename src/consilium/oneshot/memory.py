@@ -1,4 +1,4 @@
-"""What a site's training needs, before anything is loaded."""
+"""The memory that a site's training needs, computed before anything is loaded."""
 
 from math import prod
 from typing import TYPE_CHECKING

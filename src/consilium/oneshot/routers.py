@@ -1,4 +1,4 @@
-"""Which site's part computes a token: the routers of a hub.
+"""The routers of a hub, which choose the site whose part computes a token.
 
     uniform     every adapter counts 1/E for every token
     lorahub     constants w_e, searched on a few public rows (Huang et al. 2023, https://arxiv.org/abs/2307.13269)

@@ -1,4 +1,4 @@
-"""How a site makes its package: it trains once, on its own data, next to the frozen public model.
+"""Make the package of a site: it trains once, on its own data, next to the frozen public model.
 
 Training goes in stretches of so many steps. After each the validation loss is taken, and what is needed to go on is
 written in one atomic file, so a run that was killed continues to the same bits. The package holds the best stretch by

@@ -1,4 +1,4 @@
-"""What can be found out about packages: poisoned ones, and memorised text.
+"""Checks of packages: poisoned ones, and memorised text.
 
 `check` looks for what a careless or hostile site leaves: a part that makes the public model worse on public rows, or
 weights of another size than the others'. It finds clumsy attacks; a backdoor that is silent on the rows at hand passes.
@@ -36,7 +36,7 @@ large or small as the median of all a norm may be."""
 
 @dataclass(frozen=True)
 class Finding:
-    """What is known of one package.
+    """The findings about one package.
 
     Args:
         norm: of its part, see `norm_of`. scores: domain -> score on public rows; {}: not scored.

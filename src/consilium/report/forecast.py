@@ -1,4 +1,4 @@
-"""What `consilium plan` prints: memory, bytes, steps and time of every client, before anything is trained.
+"""The table of `consilium plan`: memory, bytes, steps and time of every client, before anything is trained.
 
 The server half of the method makes its payloads for the first round, to all clients at once; what they hold and weigh
 is counted. Time is an estimate: 6 floating point operations per active parameter and token of a step (4 with adapters,
@@ -30,7 +30,7 @@ SIDE, EFFICIENCY = 1024, 0.5
 
 @dataclass(frozen=True)
 class Forecast:
-    """What one client is expected to need in a round in which it takes part.
+    """The needs of one client in a round in which it takes part.
 
     Args:
         client: its name. examples: for training. experts: held, over all layers, None where there are none.

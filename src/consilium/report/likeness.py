@@ -9,7 +9,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
-from consilium.report.maps import RAMP, known_clients, paint
+from consilium.report.maps import RAMP, known_clients, paint, row_height
 from consilium.report.read import RunRecord
 from consilium.report.results import number
 from consilium.report.style import (
@@ -70,7 +70,7 @@ def likeness_map(run: RunRecord) -> Drawing:
     if len(usage) < LEAST:
         raise NothingToDraw(f"{run.label} has not recorded how its clients use the experts.")
     names, cosines = likeness(usage)
-    height = 17 if len(names) <= 14 else 13.5 if len(names) <= 40 else 10.5
+    height = row_height(len(names))
     texts = shorten_all(names, 16)
     with drawing_style():
         left = 10 + 6 * max(map(len, texts))

@@ -38,6 +38,7 @@ __all__ = [
     "gate_weights",
     "known_clients",
     "paint",
+    "row_height",
     "training_heat_map",
     "usage_heat_map",
 ]
@@ -195,7 +196,7 @@ def _map_panel(run: RunRecord, name: str, rows: list[str], start: np.ndarray, en
             cells[gone] = (*to_rgba(palette["c1"])[:3], 0.32)
             paint(axes, cells, theme, i)
         _separate(axes, run, rows, end.shape[1])
-        size = min(9.0, 0.62 * min(_cell_width(end.shape[1]), _row_height(len(rows))))
+        size = min(9.0, 0.62 * min(_cell_width(end.shape[1]), row_height(len(rows))))
         for cells, marker, shade in ((added, "+", "panel"), (gone, "_", "c1")):
             y, x = np.nonzero(cells)
             axes.plot(x, y, linestyle="none", marker=marker, ms=size, mew=1.5, color=color(shade), clip_on=False)
@@ -210,7 +211,7 @@ def _map_panel(run: RunRecord, name: str, rows: list[str], start: np.ndarray, en
 
 def _grid_figure(run: RunRecord, rows: list[str], columns: int) -> Figure:
     """Axes over a rows x columns grid of cells, clients named at the left and grouped by task."""
-    height = _row_height(len(rows))
+    height = row_height(len(rows))
     names = shorten_all(rows, 13)
     left = 10 + 6 * max(map(len, names))
     figure = new_figure(_WIDTH, _TOP + _BOTTOM + height * len(rows), left, _BOTTOM, _RIGHT, _TOP)
@@ -259,7 +260,8 @@ def _separate(axes: Axes, run: RunRecord, rows: list[str], columns: int) -> None
             axes.add_patch(PathPatch(path, fill=False, edgecolor=color("panel"), lw=width, zorder=2))
 
 
-def _row_height(rows: int) -> float:
+def row_height(rows: int) -> float:
+    """Return the height of a row of a map with so many rows, in pixels."""
     return 17 if rows <= 14 else 13.5 if rows <= 40 else 10.5
 
 

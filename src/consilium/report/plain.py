@@ -1,4 +1,4 @@
-"""What the end of a run says next to its table: each client's score, a simple model's, and what to do next."""
+"""Lines that follow the table at the end of a run: each client's score, a simple model's, and what to do next."""
 
 from __future__ import annotations
 

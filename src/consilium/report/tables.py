@@ -226,7 +226,7 @@ def _one_run_clients(run: RunRecord) -> str:
 
 
 def _recalls(run: RunRecord) -> str:
-    """How many of the test examples of each label are recognised, where the task has labels."""
+    """Return a table of the share of test examples of each label that are recognised, where the task has labels."""
     found = class_recalls(run)
     if not found:
         return ""
