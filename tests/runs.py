@@ -94,7 +94,7 @@ def of_world(world: str, data: Path, method: Algorithm, dtype: str = "float32", 
     settings = {"rounds": 2, **changes}
     if world == "moe":
         model = tiny.source(num_experts=4, dtype=dtype)
-        return experiment(data, method, **{"model": model, "memory": memory(8, 2), **settings})
+        return experiment(data, method, **{"model": model, "memory": memory(16, 2), **settings})
     names = ("mnist-5",) if world == "cohort" else ("mnist-4", "mnist-5")
     model = Cohort(names, small="mnist-5", width=8, kernel=3, padding=1)
     return experiment(data, method, **{"data": ImageData(clients=3, examples=60), "model": model, **settings})

@@ -48,7 +48,18 @@ SCORES = {
     "report/test before aggregation",
     "full_k",
 }
-USAGES = {"demand", "contribution", "usage", "importance", "trained", "served", "token", "experts", "utility"}
+USAGES = {
+    "demand",
+    "contribution",
+    "usage",
+    "importance",
+    "trained",
+    "served",
+    "token",
+    "experts",
+    "utility",
+    "saliency",
+}
 
 
 def context(world, client="colour-00"):
@@ -196,7 +207,7 @@ def test_affinitymoe_goes_by_the_one_measure_that_a_site_tells(choice, told, pri
         for block, ids in server.map[name].items():
             worst = min(float(own[block][i]) for i in ids)
             assert all(float(own[block][i]) <= worst for i in range(len(own[block])) if i not in ids)
-    assert all(0 < s <= 1 for row in server.alike.values() for s in row.values())
+    assert all(0 <= s <= 1 and server.alike[a][a] == 1 for a, row in server.alike.items() for s in row.values())
 
 
 @pytest.mark.parametrize("unused", [FedMoE(), FedMoE(stage1="forward")])

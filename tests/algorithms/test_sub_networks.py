@@ -147,7 +147,7 @@ def test_a_change_that_costs_validation_is_taken_back_and_rho_halved():
     def reply(validation):
         sent = server.deliver(info)
         importance = {layer: torch.arange(1.0, len(ids) + 1) for layer, ids in server.held[info.id].items()}
-        groups = {"params": sent.group("params"), "importance": importance}
+        groups = {"params": sent.group("params"), "saliency": importance}
         return iter([(info.id, Payload(groups, {"num_examples": 1, "validation": validation}))])
 
     server.aggregate(1, reply(0.8))

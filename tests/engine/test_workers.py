@@ -15,6 +15,7 @@ import torch
 
 from consilium.algorithms.fedavg import FedAvg
 from consilium.core import Payload, Sampling
+from consilium.data import template
 from consilium.data.arrays import ImageData
 from consilium.engine import workers as workers_of
 from consilium.engine.workers import forked
@@ -24,6 +25,12 @@ from consilium.models.cohort import Cohort
 from consilium.run import run
 
 COHORT = Experiment("small", FedAvg(), ImageData(), Cohort(("mnist-5",)), sampling=Sampling(4))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_templates():
+    """End the process that renders chat templates, which serves all tests of the session."""
+    template.close()
 
 
 def children():

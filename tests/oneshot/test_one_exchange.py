@@ -48,16 +48,17 @@ def loss(model, tokenizer, site):
 
 
 def test_five_commands_lead_to_one_model_for_both(tmp_path):
-    """The tiny public model knows neither site's answers; the model for both has a lower loss on those of each."""
+    """The tiny public model knows neither site's answers; the model for both has a lower loss on those of each. Without
+    moments the rows, trained apart on the same words around other answers, send the tokens of one site to the other."""
     model = str(sites.olmoe())
     for site in ("north", "south"):
         sites.table(tmp_path, site, rows=60)
-    consilium(tmp_path, *train("north", model))
-    consilium(tmp_path, *train("south", model))
+    consilium(tmp_path, *train("north", model), "--moments")
+    consilium(tmp_path, *train("south", model), "--moments")
     consilium(tmp_path, "hub", "init", "hub", "--model", model)
     consilium(tmp_path, "hub", "add", "hub", "north.safetensors", "south.safetensors")
     said = consilium(tmp_path, "hub", "build", "hub", "--router", "flexolmo", "--out", "both")
-    assert "format transformers" in said
+    assert "format transformers" in said and "note" not in said
 
     folder = tmp_path / "both"
     both, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
@@ -65,6 +66,11 @@ def test_five_commands_lead_to_one_model_for_both(tmp_path):
     with torch.no_grad():
         for site in ("north", "south"):
             assert loss(both, tokenizer, site) < 0.6 * loss(public, tokenizer, site)
+
+    consilium(tmp_path, "hub", "build", "hub", "--router", "flexolmo", "--apart", "0", "--out", "left")
+    left = AutoModelForCausalLM.from_pretrained(tmp_path / "left").eval()
+    with torch.no_grad():
+        assert loss(left, tokenizer, "north") > 0.9 * loss(public, tokenizer, "north")
 
 
 def test_the_command_line_says_what_is_wrong(tmp_path, monkeypatch, capsys):
@@ -101,7 +107,7 @@ def test_the_rest_of_the_commands(tmp_path, monkeypatch, capsys):
     assert main(["hub", "init", "hub", "--model", model]) == 0
     assert main(["hub", "add", "hub", "north.safetensors", "south.safetensors"]) == 0
     assert main(["hub", "list", "hub"]) == 0
-    assert "north expert row 48 examples" in " ".join(capsys.readouterr().out.split())
+    assert "north expert row 32 examples" in " ".join(capsys.readouterr().out.split())
     assert main(["hub", "check", "hub", *rows]) == 0
     assert main(["hub", "evaluate", "hub", *rows]) == 0
     said = capsys.readouterr().out

@@ -9,7 +9,7 @@ import torch
 from consilium.errors import ConfigError
 from consilium.oneshot.adapters import Pair
 from consilium.oneshot.build import Building, assemble
-from consilium.oneshot.routers import arrow, constant, phatgoose, prototype, ridge, solve_ridge
+from consilium.oneshot.routers import arrow, constant, directions, phatgoose, prototype, ridge, solve_ridge
 
 
 def pair(seed, x=6, y=5, r=2):
@@ -71,6 +71,18 @@ def test_ridge_tells_two_clouds_apart_and_sums_can_be_taken_out():
     without = {name: m for name, m in moments.items() if name != "b"}
     assert torch.equal(solve_ridge(without, 1e-3), solve_ridge(dict(without), 1e-3))
     assert not torch.allclose(solve_ridge(without, 1e-3), w[:, [0, 2]], atol=1e-3)
+
+
+def test_directions_by_hand():
+    """Tokens (1, 0) at a and (0, 1) at b, of b twice as many: M_a + M_b = I, so w_a = (2 m_a - m_a - m_b) / (1 + 1)
+    = (1, -1) / 2 at lambda = 1, and w_b = -w_a."""
+
+    def moment(x, times):
+        x = torch.tensor([*x, 1.0])
+        return times * x[:, None] * x
+
+    found = directions({"a": moment((1.0, 0.0), 3), "b": moment((0.0, 1.0), 6)}, 1.0)
+    assert torch.allclose(found["a"], torch.tensor([0.5, -0.5])) and torch.equal(found["b"], -found["a"])
 
 
 def test_constants_and_limits():

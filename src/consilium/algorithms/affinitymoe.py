@@ -174,6 +174,13 @@ class AffinityMoEServer(Server):
             "losses": {"shapes": Like((len(shapes(len(counts))),), torch.float32, 0)},
         }
 
+    def objection(self, client: ClientInfo, sent: Payload, reply: Payload) -> str | None:
+        """A site may tell one measure of usage or both, but each of them for every layer."""
+        if sent.scalars["stage"] != "profile":
+            return None
+        sizes = {len(reply.groups[group]) for group in MEASURES if reply.groups.get(group)}
+        return None if sizes == {len(self.setup.model.counts)} else f"{' or '.join(MEASURES)} of a layer is missing"
+
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
         if self.map:
             return self._merged(replies)

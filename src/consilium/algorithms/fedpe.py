@@ -14,7 +14,7 @@ Client k has a sub-network: some units of every hidden layer. In each of its rou
                  client is halved
     server       every parameter: the mean over the clients that have it, by n_k; without any, its value
 
-    units   scalars "units/<layer>"    s   group "importance": layer -> [units held]    budget   `shares`, as HeteroFL
+    units   scalars "units/<layer>"    s   group "saliency": layer -> [units held]    budget   `shares`, as HeteroFL
 
 The server chooses the units, by importances and validation scores that the clients tell. Prune and expand alone are
 `expand` False and `rho` 0; with `shares` 1 it is FedAvg.
@@ -117,8 +117,8 @@ class FedPEServer(SubNetServer):
         return self.held[client]
 
     def expects(self, client: ClientInfo, sent: Payload) -> dict[str, dict[str, Like]]:
-        importance = {layer: Like((len(ids),), torch.float32, least=0) for layer, ids in units_from(sent).items()}
-        return {**super().expects(client, sent), "importance": importance}
+        saliency = {layer: Like((len(ids),), torch.float32, least=0) for layer, ids in units_from(sent).items()}
+        return {**super().expects(client, sent), "saliency": saliency}
 
     def objection(self, client: ClientInfo, sent: Payload, reply: Payload) -> str | None:
         return None if "validation" in reply.scalars else "validation is missing"
@@ -128,7 +128,7 @@ class FedPEServer(SubNetServer):
 
         def noted() -> Iterable[tuple[ClientId, Payload]]:
             for client, reply in replies:
-                self._note(client, reply.group("importance"))
+                self._note(client, reply.group("saliency"))
                 told[client] = float(reply.scalars["validation"])
                 yield client, reply
 
@@ -200,7 +200,7 @@ class FedPEClient(SubNetClient):
     """Trains its sub-network, and measures how much each unit matters."""
 
     reveals: ClassVar[Mapping[str, Reveal]] = {
-        "importance": Reveal("usage", "exact"),
+        "saliency": Reveal("usage", "exact"),
         "validation": Reveal("score", "less"),
     }
 
@@ -217,5 +217,5 @@ class FedPEClient(SubNetClient):
                     total += (p.detach() * p.grad).reshape(len(p), -1).sum(1).abs().cpu()
 
         told = trained(self.setup, model, context, correct=measure)
-        importance = {layer: total / max(batches, 1) for layer, total in sums.items()}
-        return Payload({"params": flatten(model), "importance": importance}, told)
+        saliency = {layer: total / max(batches, 1) for layer, total in sums.items()}
+        return Payload({"params": flatten(model), "saliency": saliency}, told)

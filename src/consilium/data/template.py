@@ -25,7 +25,7 @@ from consilium.escape import one_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["SECONDS", "render"]
+__all__ = ["SECONDS", "close", "render"]
 
 SECONDS = 10
 """CPU time in which a template must have written a conversation."""
@@ -129,7 +129,14 @@ class _Process:
 
 
 _process = _Process()
-atexit.register(_process.close)
+
+
+def close() -> None:
+    """End the process that renders, if there is one; the next call of `render` starts another."""
+    _process.close()
+
+
+atexit.register(close)
 
 # --- in the process that renders --------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from consilium.algorithms.pfedafm import FeatureMixture
 from consilium.algorithms.pfedmoe import Mixture
 from consilium.core import ClientContext, ClientInfo, ClientState, Payload, derive_seed
 from consilium.data.arrays import ImageData, Scale, TableData, matrix
@@ -284,7 +285,10 @@ def load(folder: Path, own_code: bool = False) -> SplitModel:
     backbone: nn.Module = own
     if any(key.startswith("backbone.shared.") for key in tensors):
         shared = experiment.model.extractor(experiment.model.small, shape)
-        backbone = Mixture(shared, own, torch.Size(shape).numel(), experiment.algorithm)
+        if "backbone.alpha" in tensors:
+            backbone = FeatureMixture(own, shared)
+        else:
+            backbone = Mixture(shared, own, torch.Size(shape).numel(), experiment.algorithm)
     model = SplitModel(backbone, told["task"], tuple(told["labels"]))
     model.load_state_dict(tensors)
     return model.eval()

@@ -329,7 +329,11 @@ def _for(copy: nn.Module, block: nn.Module, family: Family, args: tuple[Any, ...
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-4, atol=1e-5)
+    """Return whether two results differ by rounding alone, measured by their largest element: sums in another order
+    leave errors of that size in small elements as well."""
+    return a.shape == b.shape and torch.allclose(
+        a.float(), b.float(), rtol=1e-4, atol=1e-5 * (1 + float(b.abs().max()))
+    )
 
 
 def _proportional(gates: Tensor, scores: Tensor) -> bool:

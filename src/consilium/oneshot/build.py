@@ -10,7 +10,7 @@ model that is built again after a withdrawal equals one of a hub that never had 
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,7 +47,10 @@ class Building:
             public model and as many as one site has.
         sites: whose parts; (): all.
         temperature: of arrow, > 0.
-        sharpness: of ridge: factor of the regression before the softmax, > 0. strength: its damping, > 0.
+        sharpness: of ridge: factor of the regression before the softmax, > 0.
+        strength: damping of the regression, of ridge and of `apart`, > 0.
+        apart: of flexolmo: how far rows are moved away from the texts of other sites, where every package has moments;
+            0: rows stay as the sites trained them.
         tries: of lorahub: models that are scored in the search.
         seed: of the search.
     """
@@ -58,6 +61,7 @@ class Building:
     temperature: float = 1.0
     sharpness: float = 8.0
     strength: float = 1e-3
+    apart: float = 20.0
     tries: int = 40
     seed: int = 0
 
@@ -66,6 +70,8 @@ class Building:
             raise ConfigError(f"top_k is {self.top_k} and tries {self.tries}; they must be >= 0 and >= 1")
         if min(self.temperature, self.sharpness, self.strength) <= 0:
             raise ConfigError("temperature, sharpness and strength must be greater than 0")
+        if not 0 <= self.apart < 1e6:
+            raise ConfigError(f"apart is {self.apart}; it must be within 0..1e6")
 
 
 def kind_of(packages: Mapping[str, Package], router: Router, fitted: bool = False) -> str:
@@ -103,6 +109,34 @@ def fit_ridge(
     return {path: routers.solve_ridge(moments, building.strength) for path, moments in sorted(found.items())}
 
 
+def moved_apart(packages: Mapping[str, Package], building: Building) -> Mapping[str, Package]:
+    """Return the packages of experts with rows moved away from the texts of other sites, and without moments.
+
+    They return as they are with another router, for one site, and where a site gives no moments.
+    """
+    if building.router != "flexolmo" or not building.apart or not can_move(packages):
+        return packages
+    found = {}
+    ways: dict[str, dict[str, Tensor]] = {}
+    for site, package in sorted(packages.items()):
+        for path, moment in package.part("moment").items():
+            ways.setdefault(path, {})[site] = moment
+    ways = {path: routers.directions(moments, building.strength) for path, moments in sorted(ways.items())}
+    for site, package in packages.items():
+        tensors = {name: t for name, t in package.tensors.items() if not name.endswith(".moment")}
+        for path, guests in package.guests().items():
+            for i, guest in enumerate(guests):
+                way_D = building.apart * ways[path][site]
+                tensors[f"{path}.guest.{i}.row"] = (guest.row_D.float() + way_D).to(guest.row_D.dtype)
+        found[site] = replace(package, tensors=tensors)
+    return found
+
+
+def can_move(packages: Mapping[str, Package]) -> bool:
+    """Return whether `moved_apart` has what it needs: two sites at least, all with moments."""
+    return len(packages) > 1 and all(package.part("moment") for package in packages.values())
+
+
 def assemble(
     base: Base, packages: Mapping[str, Package], building: Building, fitted: Mapping[str, Tensor] | None = None
 ) -> Frozen:
@@ -111,7 +145,7 @@ def assemble(
     Args:
         fitted: of lorahub "weights" [E]; of ridge what `fit_ridge` returns.
     """
-    fitted = fitted or {}
+    fitted, packages = fitted or {}, moved_apart(packages, building)
     if kind_of(packages, building.router, fitted=bool(fitted)) == "expert":
         return _with_experts(base, packages, building, fitted)
     model = base.model()
@@ -230,7 +264,7 @@ def write(
     Raises:
         ConfigError: for a format that cannot hold the model, with the reason.
     """
-    fitted = dict(fitted or {})
+    fitted, packages = dict(fitted or {}), moved_apart(packages, building)
     kind = kind_of(packages, building.router)
     reasons = {"transformers": _not_plain(base, packages, building), "peft": _not_peft(packages, building)}
     chosen: Format = form

@@ -250,7 +250,7 @@ class Build:
 
     def lines(self, rows: Rows) -> Iterator[str]:
         """Do it; yield what is to be said about it."""
-        from consilium.oneshot.build import write
+        from consilium.oneshot.build import can_move, write
         from consilium.oneshot.built import record_of
         from consilium.oneshot.evaluate import fit_router
 
@@ -267,6 +267,11 @@ class Build:
         form = write(self.out, base, packages, how, fitted, self.format, told)
         joint = "; fitted over all sites: build it again after a withdrawal" if how.router in JOINT else ""
         yield f"{self.out}: {len(packages)} sites, router {how.router}, format {form}{joint}"
+        if how.router == "flexolmo" and how.apart and len(packages) > 1 and not can_move(packages):
+            yield (
+                "note: rows that sites trained apart are not calibrated against each other; packages trained with "
+                "--moments, at all sites, let the hub move them apart"
+            )
         if (self.out / "consilium.json").exists():
             yield f'try it: consilium predict {self.out} --text "..."'
 

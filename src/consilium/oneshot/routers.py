@@ -6,7 +6,9 @@
                 (Ostapenko et al. ICML 2024, https://arxiv.org/abs/2405.11157)
     phatgoose   <norm(x), norm(v_e)> / sqrt(X), v_e a gate vector that the site trained; softmax over all, the k
                 largest, divided by their sum (Muqeeth et al. ICML 2024, https://arxiv.org/abs/2402.05859)
-    flexolmo    the router rows that sites trained, next to the public model's own (whole experts, see `guests`)
+    flexolmo    the router rows that sites trained, next to the public model's own (whole experts, see `guests`). Rows
+                trained apart know nothing of each other's texts; where every site gives its sums M_e, they are moved:
+                r_e + apart (sum_c M_c + lambda I)^-1 (2 m_e - sum_c m_c), without the constant in x; ours
     ridge       a linear regression of the site on x, from sums that sites and the hub's public rows give:
                 W = (sum_e M_e + lambda I)^-1 [m_0 .. m_E]; ours
 
@@ -33,6 +35,7 @@ __all__ = [
     "Router",
     "arrow",
     "constant",
+    "directions",
     "phatgoose",
     "prototype",
     "ridge",
@@ -110,6 +113,22 @@ def solve_ridge(moments: Mapping[str, Tensor], strength: float) -> Tensor:
     damping = strength * total.diagonal().mean() * torch.eye(len(total), dtype=torch.float64)
     targets = torch.stack([mean[:, -1] for mean in means], dim=1)
     return torch.linalg.solve(total + damping, targets).float()
+
+
+def directions(moments: Mapping[str, Tensor], strength: float) -> dict[str, Tensor]:
+    """Return site -> float32 [X], the regression of +1 on its tokens and -1 on those of the others, without constant.
+
+    Args:
+        moments: site -> sum of (x, 1)(x, 1)^T over its tokens, [X + 1, X + 1]; every site counts alike. strength: as in
+            `solve_ridge`.
+    """
+    means = {site: m.double() / m[-1, -1].double() for site, m in moments.items()}
+    total = torch.stack([m[:-1, :-1] for m in means.values()]).sum(0)
+    damping = strength * total.diagonal().mean() * torch.eye(len(total), dtype=torch.float64)
+    common = torch.stack([m[:-1, -1] for m in means.values()]).sum(0)
+    targets = torch.stack([2 * m[:-1, -1] - common for m in means.values()], dim=1)
+    solved = torch.linalg.solve(total + damping, targets).float()
+    return dict(zip(means, solved.unbind(1), strict=True))
 
 
 def ridge(w_XC: Tensor, top_k: int, sharpness: float, public: bool) -> Weigh:
