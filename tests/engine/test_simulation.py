@@ -1,6 +1,7 @@
 """Flower's own simulation runtime: Ray's worker processes, in a process of their own so that nothing is left here.
 
-A start of Ray costs as much as twenty short runs: the whole registry goes through one."""
+A start of Ray costs as much as twenty short runs: all methods go through one. Those with something of their own on the
+wire or in the clients' states go always; the others with -m slow, since `test_flower` sends them through the messages."""
 
 import dataclasses
 import ipaddress
@@ -27,6 +28,7 @@ CASES = [
     for dtype in (("float32", "bfloat16") if world == "moe" else ("float32",))
 ]
 """Every method of the registry in every world it is for; the small models are float32 alone."""
+ALWAYS = ("FedMoE", "HFedMoE", "AffinityMoE", "FedAMoLE", "SCAFFOLD", "FedProto", "FedPE", "pFedMoE")
 
 SCRIPT = """
 import contextlib, json, signal, sys
@@ -72,11 +74,13 @@ def simulated(experiments, folder, *more, seconds=1800):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Case -> its experiment."""
+def made(tmp_path_factory, request):
+    """Case -> its experiment, of the cases that were asked for."""
+    asked = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
+    asked = {call.params["case"] for call in asked if call is not None}
     data = runs.table(tmp_path_factory.mktemp("data"))
     some = {"sampling": Sampling(3), "evaluate_every": 2}
-    return {case: runs.of_world(case[1], data, METHODS[case[0]](), case[2], **some) for case in CASES}
+    return {case: runs.of_world(case[1], data, METHODS[case[0]](), case[2], **some) for case in CASES if case in asked}
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +90,10 @@ def through_ray(made, tmp_path_factory):
     return dict(zip(made, simulated(made.values(), folder), strict=True)) | {None: folder}
 
 
-@pytest.mark.parametrize("case", CASES, ids=":".join)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=() if case[0] in ALWAYS else pytest.mark.slow, id=":".join(case)) for case in CASES],
+)
 def test_every_method_gives_the_same_bits_in_process_through_bytes_and_through_ray(case, made, through_ray, tmp_path):
     """Weights, states at the clients, scores, structures, events: all that a run leaves but seconds and bytes."""
     run(made[case], tmp_path / "local")
