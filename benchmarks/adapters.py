@@ -44,7 +44,7 @@ from consilium.experiment import Experiment
 from consilium.machine import cores
 from consilium.moe.lora import Lora
 from consilium.recipes.code import affinitymoe_code
-from consilium.run import records
+from consilium.rundir import RunDirectory
 
 PRIVATE = ("cuda", "cython", "yaml", "simd", "metrics", "doctest", "lexers", "generated-c")
 RANKS = (2, 4, 6, 8, 10, 12, 14, 16)
@@ -127,7 +127,7 @@ def experiment(setting: str, method: str, seed: int) -> Experiment:
 def read(folder: Path) -> Result:
     """What the table needs of a finished run: per round the megabytes per client so far, the scores and the ranks."""
     rounds, spent = [], 0.0
-    for record in records(folder):
+    for record in RunDirectory(folder).rounds():
         clients = len(record["test"])
         spent += (record["bytes_down"] + record["bytes_up"]) / 1e6 / clients
         personal = record["personal_bits_per_byte"]

@@ -17,7 +17,7 @@ from consilium.errors import ConsiliumError
 from consilium.experiment import Experiment
 from consilium.moe.build import ModelSource
 from consilium.report.methods import half_width
-from consilium.run import records
+from consilium.rundir import RunDirectory
 from consilium.watch import Comparison
 
 RESULTS = Path(__file__).parent / "results"
@@ -124,7 +124,7 @@ def read_run(folder: Path) -> Result:
     """
     summary = json.loads((folder / "summary.json").read_text())
     curve, spent = [], 0
-    for record in records(folder):
+    for record in RunDirectory(folder).rounds():
         spent += record["bytes_down"] + record["bytes_up"]
         if record["scores"]:
             curve.append((record["round"], spent, record["scores"]["mean"]))

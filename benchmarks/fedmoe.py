@@ -34,7 +34,7 @@ from consilium.data.docstrings import DocstringData
 from consilium.experiment import Experiment
 from consilium.machine import cores
 from consilium.recipes.docstrings import EQUAL_MEMORY
-from consilium.run import records
+from consilium.rundir import RunDirectory
 from consilium.setup import Fit
 from consilium.watch import Comparison
 
@@ -130,7 +130,7 @@ def search(benchmark: Benchmark) -> None:
     planned = {benchmark.out / cell.name: cell for cell in cells}
     Comparison(Console(), planned, benchmark.jobs).run()
     for folder in planned:
-        late = [r for r in records(folder) if r["round"] > 2 * benchmark.rounds / 3]
+        late = [r for r in RunDirectory(folder).rounds() if r["round"] > 2 * benchmark.rounds / 3]
         scores = [c["validation"] for r in late for c in r["clients"].values()]
         print(f"{folder.name:40} validation {100 * statistics.mean(scores):.1f}")
 

@@ -37,7 +37,7 @@ from consilium.core import Algorithm, Sampling
 from consilium.data.textfile import TextFileData
 from consilium.experiment import Experiment
 from consilium.moe.build import ModelSource
-from consilium.run import records
+from consilium.rundir import RunDirectory
 from consilium.setup import Fit, Setup
 from consilium.watch import Comparison
 
@@ -160,14 +160,14 @@ def search(benchmark: Benchmark) -> None:
     planned = {benchmark.out / cell.name: cell for cell in cells}
     Comparison(Console(), planned, benchmark.jobs).run()
     for folder in planned:
-        scores = [r["scores"]["mean"] for r in records(folder) if r["scores"]]
+        scores = [r["scores"]["mean"] for r in RunDirectory(folder).rounds() if r["scores"]]
         last, late = 100 * scores[-1], 100 * statistics.mean(scores[-3:])
         print(f"{folder.name:48} last {last:.1f}, mean of the last three {late:.1f}")
 
 
 def read(folder: Path) -> Result:
     """What the table needs of one run."""
-    trained = [record["server"].get("trained") for record in records(folder)][-1]
+    trained = [record["server"].get("trained") for record in RunDirectory(folder).rounds()][-1]
     return {**read_run(folder), "trained": trained}
 
 

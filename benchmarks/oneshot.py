@@ -34,6 +34,7 @@ from consilium.data.code import CodeData
 from consilium.data.task import ClientData
 from consilium.engine.checkpoint import write_atomic
 from consilium.experiment import Experiment
+from consilium.loop import run
 from consilium.moe.build import ModelSource
 from consilium.oneshot.base import Base
 from consilium.oneshot.build import Building, assemble
@@ -42,7 +43,7 @@ from consilium.oneshot.package import Package, read, to_bytes
 from consilium.oneshot.train import Training, train
 from consilium.recipes.code import DEVICE, FEDMOE, affinitymoe_code
 from consilium.report.methods import half_width
-from consilium.run import records, run
+from consilium.rundir import RunDirectory
 from consilium.training import fit
 
 DOMAINS = ("cuda", "doctest", "lexers", "metrics", "simd", "yaml")
@@ -189,7 +190,7 @@ def federated(benchmark: Benchmark, made: Experiment, method: str, name: str) ->
     if not (folder / "summary.json").exists():
         memory = (DEVICE,) if method == "FedMoE" else ()
         run(replace(made, name=name, algorithm=FEDERATED[method], memory=memory), folder)
-    rounds = list(records(folder))
+    rounds = list(RunDirectory(folder).rounds())
     last = rounds[-1]["clients"].values()
     return {
         "scores": rounds[-1]["bits_per_byte"],

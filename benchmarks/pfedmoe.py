@@ -42,7 +42,7 @@ from consilium.experiment import Experiment
 from consilium.machine import cores
 from consilium.models.cohort import Cohort
 from consilium.recipes.digits import SMALL_FIT
-from consilium.run import records
+from consilium.rundir import RunDirectory
 from consilium.setup import Fit
 
 SETTINGS = {f"N{n}-{how}": (n, how) for n in (10, 100) for how in ("pathological", "dirichlet")}
@@ -126,7 +126,7 @@ def main(benchmark: Benchmark) -> None:
 def read(folder: Path) -> Result:
     """What the table needs of one run."""
     summary = json.loads((folder / "summary.json").read_text())
-    scored = [record["scores"]["mean"] for record in records(folder) if record["scores"]]
+    scored = [record["scores"]["mean"] for record in RunDirectory(folder).rounds() if record["scores"]]
     return {
         "mean": 100 * summary["mean"],
         "best": 100 * max(scored),

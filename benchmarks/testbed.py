@@ -43,7 +43,7 @@ from consilium.experiment import Experiment
 from consilium.machine import cores
 from consilium.recipes.code import DEVICE, affinitymoe_code
 from consilium.report.methods import half_width
-from consilium.run import records
+from consilium.rundir import RunDirectory
 
 NEW = ("metrics", "idna", "cmake", "json", "codecs", "doctest", "generated-c", "lexers")
 SIZES = {"train": 8, "validation": 9, "test": 62}
@@ -132,7 +132,7 @@ def experiment(setting: str, method: str, seed: int, rate: float | None = None) 
 
 def read(folder: Path) -> Result:
     """What the table needs of a finished run."""
-    rounds = list(records(folder))
+    rounds = list(RunDirectory(folder).rounds())
     last = rounds[-1]
     peaks = [c["peak_bytes_model"] for r in rounds for c in r["clients"].values() if c["peak_bytes_model"]]
     saved = json.loads((folder / "config.json").read_text())

@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 from consilium.engine import checkpoint
 from consilium.experiment import from_json
-from consilium.run import resume, run
+from consilium.loop import resume, run
 
 
 class ForkServer:

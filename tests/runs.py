@@ -11,7 +11,7 @@ from consilium.data.arrays import ImageData
 from consilium.data.textfile import TextFileData
 from consilium.experiment import Experiment
 from consilium.models.cohort import Cohort
-from consilium.run import read_structure
+from consilium.rundir import RunDirectory
 from consilium.setup import Fit
 
 WORDS = {"cat": "purrs at the old house", "dog": "barks near a tree", "fish": "swims in some water"}
@@ -66,7 +66,7 @@ def outcome(folder: Path) -> dict:
             "summary": summary,
             "metrics": lines("metrics.jsonl"),
             "events": lines("events.jsonl"),
-            "structure": read_structure(folder) if (folder / "structure.jsonl").exists() else None,
+            "structure": RunDirectory(folder).structure() if (folder / "structure.jsonl").exists() else None,
             "partition": json.loads((folder / "partition.json").read_text()),
             "status": json.loads((folder / "config.json").read_text())["status"],
         }

@@ -22,7 +22,7 @@ from consilium.core import Algorithm, ClientInfo
 from consilium.experiment import to_json
 from consilium.moe.budget import human
 from consilium.recipes import RECIPES
-from consilium.run import read_config
+from consilium.rundir import RunDirectory
 
 
 @pytest.fixture(autouse=True)
@@ -236,7 +236,7 @@ def test_a_run_prints_lines_that_fit_and_leaves_a_report(capsys, data):
     code, out, err = call(capsys, "run", "fedmoe-text", *flags(data, rounds=2, name="mine"), "--out", "here")
     assert code == 0
     folder = Path("here/mine")
-    assert read_config(folder)["status"] == "finished"
+    assert RunDirectory(folder).config()["status"] == "finished"
     assert out.startswith("mine: FedMoE, 2 rounds\n")
     assert "  3 clients, tasks task, " in out and "training all needs" in out
     assert re.search(r"^round 1 \(stage one\): 3 clients  \d+\.\d s$", out, re.M)
@@ -341,7 +341,7 @@ def test_resuming_a_finished_run_shows_it_and_changes_nothing(capsys, finished):
 def cut(finished, target, round):
     """The run as Ctrl-C before `round` would have left it (no summary, no report, status interrupted)."""
     shutil.copytree(finished, target)
-    config = read_config(target)
+    config = RunDirectory(target).config()
     (target / "config.json").write_text(json.dumps({**config, "status": "interrupted"}))
     for path in (*target.glob("checkpoints/*"), target / "summary.json", target / "report.html"):
         if not re.search(r"round-(\d+)", path.name) or int(re.search(r"round-(\d+)", path.name)[1]) >= round:
@@ -557,7 +557,7 @@ def test_ctrl_c_ends_with_130_and_leaves_a_resumable_run(data, sent):
     finally:
         process.kill()
         process.wait()
-    assert read_config(Path("runs/long"))["status"] == "interrupted"
+    assert RunDirectory(Path("runs/long")).config()["status"] == "interrupted"
     last = Path("log").read_text().splitlines()[-1]
     assert last == "consilium: interrupted; `consilium resume runs/long` continues the run"
     assert "Traceback" not in Path("log").read_text()

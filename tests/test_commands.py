@@ -228,7 +228,7 @@ def test_a_command_is_taken(command, tmp_path, monkeypatch):
     monkeypatch.setattr(Algorithm, "registry", dict(Algorithm.registry) | {"MyMethod": Algorithm.registry["FedProx"]})
     monkeypatch.setattr(watch, "Comparison", stop)
     monkeypatch.setattr(command_line, "_deployment", Deployment)
-    for name in ("consilium.run.run", "consilium.moe.upcycle.upcycle"):
+    for name in ("consilium.loop.run", "consilium.moe.upcycle.upcycle"):
         monkeypatch.setattr(name, stop)
     if re.search("--one-shot|^consilium (expert|hub)", command):
         pytest.importorskip("flwr")

@@ -11,9 +11,9 @@ from consilium.completions import PROMPT, _cut, completions, spaced
 from consilium.core import ClientInfo
 from consilium.data.code import CodeData
 from consilium.data.task import Federation, Split
+from consilium.loop import run
 from consilium.recipes.code import affinitymoe_code
 from consilium.report import read_runs, render
-from consilium.run import run
 
 
 def test_clients_are_evenly_spaced():

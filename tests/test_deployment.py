@@ -38,7 +38,7 @@ from consilium import deployment
 from consilium.certificates import certificates, certified, check_key, owners
 from consilium.errors import ConfigError, RoundError
 from consilium.experiment import to_json
-from consilium.run import run
+from consilium.loop import run
 
 PAGE = Path(__file__).parent.parent / "docs/deployment.md"
 COMMANDS = re.findall(r"^```bash\nconsilium (.*?)\n```", PAGE.read_text(), re.M | re.S)

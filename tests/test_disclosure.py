@@ -280,8 +280,8 @@ def test_a_kind_that_there_is_not_is_refused():
 
 def test_a_run_tells_no_more_than_its_settings(tmp_path):
     """In process, whole: nothing recorded is more exact than the setting, and without scores nobody is scored."""
-    from consilium.run import check as find_faults
-    from consilium.run import run
+    from consilium.loop import run
+    from consilium.prepare import prepare as find_faults
 
     data = runs.table(tmp_path)
     run(runs.experiment(data, rounds=1, privacy=Privacy(scores="coarse")), tmp_path / "coarse")

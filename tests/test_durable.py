@@ -16,7 +16,8 @@ from test_resume import Stop, copy, everything, short, stopped
 
 from consilium.core import ClientInfo
 from consilium.errors import CheckpointError, ConfigError
-from consilium.run import _best, resume, run
+from consilium.loop import resume, run
+from consilium.summary import best_round
 
 # --- resumed as it was begun ----------------------------------------------------------------------------------------
 
@@ -75,10 +76,11 @@ def test_another_model_under_the_same_path_is_refused(short, copy, tmp_path):
 
 
 def test_other_versions_are_told_and_recorded(short, copy, monkeypatch):
-    import consilium.run as module
+    from consilium import loop, prepare
 
-    real = module._versions()
-    monkeypatch.setattr(module, "_versions", lambda: real | {"torch": "99.0"})
+    real = prepare.versions()
+    for module in (loop, prepare):
+        monkeypatch.setattr(module, "versions", lambda: real | {"torch": "99.0"})
     with pytest.warns(UserWarning, match=rf"begun with torch {re.escape(real['torch'])} \(now 99\.0\): it"):
         resume(copy)
     assert json.loads((copy / "config.json").read_text())["former_versions"] == [{"torch": real["torch"]}]
@@ -102,12 +104,14 @@ def record(round, stage="", rejected=None, **validation):
 def test_the_best_by_hand():
     """Mean over the tasks of the means over their clients; another stage begins anew; test data has no say."""
     infos = [ClientInfo("a", 1, "x"), ClientInfo("b", 1, "x"), ClientInfo("c", 1, "y")]
-    best = _best(None, record(1, a=0.5, b=0.7, c=0.2), infos)
+    best = best_round(None, record(1, a=0.5, b=0.7, c=0.2), infos)
     assert best == {"round": 1, "stage": "", "validation": pytest.approx(0.4)}
-    assert _best(best, record(2, a=0.39), infos) == best == _best(best, record(2, a=0.4), infos)
-    assert _best(best, record(2, a=0.9, rejected="bad"), infos) == best == _best(best, record(2, a=None), infos)
-    assert _best(best, record(2, a=0.9) | {"abandoned": "few"}, infos) == best
-    assert _best(best, record(2, "two", c=0.1), infos) == {"round": 2, "stage": "two", "validation": 0.1}
+    assert best_round(best, record(2, a=0.39), infos) == best == best_round(best, record(2, a=0.4), infos)
+    assert (
+        best_round(best, record(2, a=0.9, rejected="bad"), infos) == best == best_round(best, record(2, a=None), infos)
+    )
+    assert best_round(best, record(2, a=0.9) | {"abandoned": "few"}, infos) == best
+    assert best_round(best, record(2, "two", c=0.1), infos) == {"round": 2, "stage": "two", "validation": 0.1}
 
 
 # --- a full disk ----------------------------------------------------------------------------------------------------
@@ -195,9 +199,7 @@ def test_a_run_does_not_begin_where_three_checkpoints_have_no_room(short, tmp_pa
 
 
 def test_a_run_does_not_begin_where_the_memory_is_too_small(short, tmp_path, monkeypatch):
-    import consilium.run as module
-
-    monkeypatch.setattr(module, "free_memory", lambda: 1000)
+    monkeypatch.setattr("consilium.loop.free_memory", lambda: 1000)
     with pytest.raises(ConfigError, match=r"has 1\.0 kB of memory free, merging and saving the model take [\d.]+ .B "):
         run(short[0], tmp_path / "run")
     assert not (tmp_path / "run").exists()

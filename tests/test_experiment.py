@@ -26,12 +26,15 @@ from consilium.data.textfile import TextFileData
 from consilium.engine.checkpoint import load_checkpoint
 from consilium.errors import BudgetError, ConfigError, ConsiliumError, DataError, ModelError, RoundError
 from consilium.experiment import DATA, Experiment, from_json, to_json
+from consilium.loop import resume, run
 from consilium.models.cohort import Cohort
 from consilium.moe.build import ModelSource
 from consilium.params import checksum
+from consilium.prepare import Prepared
 from consilium.recipes.digits import pfedmoe_table
-from consilium.run import _git, _Prepared, read_config, read_structure, resume, run
+from consilium.rundir import RunDirectory
 from consilium.setup import Fit
+from consilium.versions import git_revision
 
 # --- as JSON and back -------------------------------------------------------------------------------------------------
 
@@ -281,7 +284,7 @@ class Following:
         self.records.append(json.loads(json.dumps(record)))
         self.lines.append([json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()])
         self.rounds.append(load_checkpoint(self.folder / "checkpoints")[0])
-        assert read_config(self.folder)["status"] == "running"
+        assert RunDirectory(self.folder).config()["status"] == "running"
         for event in events:
             assert event["round"] == record["round"] and event["client"] in self.clients
 
@@ -313,7 +316,7 @@ def test_the_files_of_a_finished_run(fedmoe):
         "round-00002.safetensors",
         "round-00003.safetensors",
     }
-    config = read_config(folder)
+    config = RunDirectory(folder).config()
     assert config["status"] == "finished" and from_json(config["experiment"]) == experiment
     assert config["versions"]["torch"] == torch.__version__
     assert json.loads((folder / "summary.json").read_text()) == summary
@@ -346,7 +349,7 @@ def test_the_summary_adds_up(fedmoe):
     assert summary["mean"] == last["scores"]["mean"]
     for id, client in summary["clients"].items():
         assert client["test"] == last["test"][id] and client["reason"] is None and client["state"] is None
-        held = list(read_structure(folder)["rounds"].values())[-1][id]
+        held = list(RunDirectory(folder).structure()["rounds"].values())[-1][id]
         assert client["experts"] == [len(ids) for ids in held.values()]
         assert client["peak_bytes_model"] <= client["memory_bytes"]
     sizes = {client: sum(values["experts"]) for client, values in summary["clients"].items()}
@@ -370,7 +373,7 @@ def test_seconds_add_up(fedmoe):
 
 def test_structure_and_events_tell_the_same_story(fedmoe):
     _, folder, _, _ = fedmoe
-    structure = read_structure(folder)
+    structure = RunDirectory(folder).structure()
     assert next(iter(structure["rounds"])) == "1" and len(structure["blocks"]) == 2
     for held in structure["rounds"].values():
         assert set(held) == {"site-0", "site-1", "site-2"}
@@ -438,17 +441,15 @@ def test_a_directory_that_holds_a_run_is_refused(fedmoe):
 
 def test_another_process_that_was_quicker_is_not_overrun(tmp_path, monkeypatch):
     """Both find an empty directory; this one gets the lock when the other has finished."""
-    import consilium.run as module
-
     experiment = runs.experiment(runs.table(tmp_path))
-    real = module._Prepared.of
+    real = Prepared.of
 
     def slow(experiment):
         (tmp_path / "run").mkdir()
         (tmp_path / "run/config.json").write_text("the other's")
         return real(experiment)
 
-    monkeypatch.setattr(module._Prepared, "of", slow)
+    monkeypatch.setattr(Prepared, "of", slow)
     with pytest.raises(ConfigError, match="already holds a run"):
         run(experiment, tmp_path / "run")
     assert (tmp_path / "run/config.json").read_text() == "the other's"
@@ -456,7 +457,7 @@ def test_another_process_that_was_quicker_is_not_overrun(tmp_path, monkeypatch):
 
 def test_memory_is_dealt_in_id_order_and_cycled(tmp_path):
     data = runs.table(tmp_path, clients=5)
-    prepared = _Prepared.of(runs.experiment(data, memory=("1GB", "2GB")))
+    prepared = Prepared.of(runs.experiment(data, memory=("1GB", "2GB")))
     assert [i.memory_bytes for i in prepared.infos] == [10**9, 2 * 10**9, 10**9, 2 * 10**9, 10**9]
 
 
@@ -467,17 +468,17 @@ def test_heads_are_the_union_of_the_clients_labels(tmp_path, monkeypatch):
 
     held = {"a": client("x", ("p", "q")), "b": client("x", ("q", "r")), "c": client("y", ("p", "s"))}
     monkeypatch.setattr(TextFileData, "load", lambda *_: Federation(held))
-    prepared = _Prepared.of(runs.experiment(Path("any.csv")))
+    prepared = Prepared.of(runs.experiment(Path("any.csv")))
     assert prepared.setup.heads == {"x": ("p", "q", "r"), "y": ("p", "s")}
 
 
 def test_the_revision_is_of_this_source_or_none(tmp_path, monkeypatch):
     import subprocess
 
-    import consilium.run as module
+    from consilium import versions as module
 
-    assert _git() is None or len(_git()) == 40
-    outside = tmp_path / "site-packages/consilium/run.py"
+    assert git_revision() is None or len(git_revision()) == 40
+    outside = tmp_path / "site-packages/consilium/versions.py"
     outside.parent.mkdir(parents=True)
     outside.touch()
     for command in (
@@ -486,7 +487,7 @@ def test_the_revision_is_of_this_source_or_none(tmp_path, monkeypatch):
     ):
         subprocess.run(["git", "-C", tmp_path, *command], check=True)
     monkeypatch.setattr(module, "__file__", str(outside))
-    assert _git() is None  # an installation inside somebody else's repository
+    assert git_revision() is None  # an installation inside somebody else's repository
 
 
 # --- small models -----------------------------------------------------------------------------------------------------

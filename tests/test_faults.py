@@ -25,7 +25,7 @@ from consilium.algorithms.scaffold import SCAFFOLD
 from consilium.certificates import certificates
 from consilium.core import Sampling
 from consilium.experiment import Wire, to_json
-from consilium.run import run, serve
+from consilium.loop import run, serve
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from consilium.engine import rounds
 from consilium.errors import CheckpointError, ConfigError, PayloadError
 from consilium.experiment import from_json, to_json
 from consilium.privacy import Privacy
-from consilium.run import read_config
+from consilium.rundir import RunDirectory
 
 
 def test_version(capsys):
@@ -92,26 +92,26 @@ def test_a_run_that_is_named_without_its_folder(tmp_path, monkeypatch):
 
     none = "is not a run directory: it does not exist"
     with pytest.raises(CheckpointError, match=rf"^fedmoe-text {none}; did you mean runs/fedmoe-text\?"):
-        read_config(Path("fedmoe-text"))
+        RunDirectory(Path("fedmoe-text")).config()
     with pytest.raises(CheckpointError, match=rf"^runs/fedmoe-txt {none}; did you mean runs/fedmoe-text\?"):
-        read_config(Path("runs/fedmoe-txt"))
+        RunDirectory(Path("runs/fedmoe-txt")).config()
     with pytest.raises(CheckpointError, match=rf"^x/y {none}$"):
-        read_config(Path("x/y"))
+        RunDirectory(Path("x/y")).config()
     with pytest.raises(CheckpointError, match=r"runs is a comparison|runs/fedmoe-text is not a run directory: config"):
-        read_config(Path("runs/fedmoe-text"))
+        RunDirectory(Path("runs/fedmoe-text")).config()
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda", "cuda:1"])
 def test_a_gpu_that_is_not_there(name, tmp_path, monkeypatch):
     import torch
 
-    from consilium.run import check
+    from consilium.prepare import prepare
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def none_here(*_, **__):
         raise RuntimeError("Torch not compiled with CUDA enabled")
 
-    monkeypatch.setattr("consilium.run.torch.empty", none_here)
+    monkeypatch.setattr("consilium.prepare.torch.empty", none_here)
     with pytest.raises(ConfigError, match=f"device is '{name}', but this machine has no CUDA GPU; use --device cpu"):
-        check(dataclasses.replace(runs.experiment(runs.table(tmp_path)), device=name))
+        prepare(dataclasses.replace(runs.experiment(runs.table(tmp_path)), device=name))

@@ -13,7 +13,6 @@ import tiny
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file, save_file
 
-from consilium import run as run_module
 from consilium.__main__ import main
 from consilium.algorithms.fedavg import FedAvg
 from consilium.data.images import read_images
@@ -21,9 +20,10 @@ from consilium.data.sets import open_set
 from consilium.engine.checkpoint import append_json, write_atomic
 from consilium.errors import CheckpointError, ConfigError, DataError, ModelError
 from consilium.inside import refuse_links
+from consilium.loop import resume, run
 from consilium.moe.build import ModelSource
+from consilium.prepare import Prepared
 from consilium.report import write_report
-from consilium.run import resume, run
 from consilium.tracking import Tracking
 
 
@@ -127,7 +127,7 @@ def test_a_run_that_never_began_leaves_no_directory(tmp_path, monkeypatch):
     def broken(*_):
         raise DataError("a row that no client can use")
 
-    monkeypatch.setattr(run_module._Prepared, "engine", broken)
+    monkeypatch.setattr(Prepared, "engine", broken)
     with pytest.raises(DataError, match="no client can use"):
         run(experiment, tmp_path / "new/runs/x")
     assert not (tmp_path / "new").exists()

@@ -22,11 +22,12 @@ from consilium.data.language import LanguageData
 from consilium.data.task import ClientData, Split, Task
 from consilium.errors import ConfigError, ConsiliumError
 from consilium.experiment import from_json, to_json
+from consilium.loop import run
 from consilium.moe.budget import MemoryModel
 from consilium.moe.build import ModelSource
 from consilium.moe.routing import Tap
 from consilium.params import checksum
-from consilium.run import check, run
+from consilium.prepare import prepare
 from consilium.setup import Fit
 from consilium.training import assess, evaluate, fit
 
@@ -240,9 +241,9 @@ def test_what_does_not_fit_is_refused_before_the_run(tmp_path):
     with pytest.raises(ConfigError, match="the data asks for text-to-text, the model is set up for classification"):
         experiment(path, model=tiny.source("olmoe"))
     with pytest.raises(ConfigError, match="Switch Transformers is an encoder-decoder"):
-        check(experiment(path, model=tiny.source("switch_transformers", "text-to-text")))
+        prepare(experiment(path, model=tiny.source("switch_transformers", "text-to-text")))
     with pytest.raises(ConfigError, match="in gpt-oss examples in one row would see each other"):
-        check(experiment(path, model=tiny.source("gpt_oss", "text-to-text"), rows="packed"))
+        prepare(experiment(path, model=tiny.source("gpt_oss", "text-to-text"), rows="packed"))
 
 
 def dolly() -> Path:

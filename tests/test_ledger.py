@@ -23,8 +23,9 @@ from consilium.engine.rounds import ledger
 from consilium.errors import BudgetError, ConfigError, ConsiliumError, DataError, ModelError, PayloadError, RoundError
 from consilium.escape import one_line
 from consilium.experiment import from_json, to_json
+from consilium.loop import FAILED, resume, run
 from consilium.report import write_report
-from consilium.run import FAILED, records, resume, run
+from consilium.rundir import RunDirectory
 from consilium.watch import Terminal
 
 Algorithm.registry.pop("Toy", None)  # the tests over the registry are not to find it
@@ -180,7 +181,7 @@ def test_an_abandoned_round_is_tried_again_and_the_end_is_the_same(toys, faults,
         (1, False), (2, True), (2, False), (3, False), (4, False)
     ]  # fmt: skip
     assert "1 of 3 selected clients counted, needed are 2" in told[1]["abandoned"]
-    assert [record["round"] for record in records(tmp_path / "run")] == [1, 2, 3, 4]
+    assert [record["round"] for record in RunDirectory(tmp_path / "run").rounds()] == [1, 2, 3, 4]
     whole, over = runs.outcome(tmp_path / "whole"), runs.outcome(tmp_path / "run")
     assert over["summary"] == whole["summary"] and over["events"] == whole["events"]
     assert over["structure"] == whole["structure"]
@@ -281,7 +282,7 @@ def test_benched_in_a_round_that_is_abandoned(toys, faults, tmp_path):
     with pytest.raises(RoundError, match="2 of 3 selected clients counted, needed are 3"):
         run(strict, tmp_path / "run")
     resume(tmp_path / "run")
-    told = list(records(tmp_path / "run"))
+    told = list(RunDirectory(tmp_path / "run").rounds())
     assert [line["selected"] for line in told] == [["site-0", "site-1", "site-2"]] + [["site-0", "site-2"]] * 3
     assert len([event for event in lines(tmp_path / "run", "events") if event["event"] == "benched"]) == 1
 

@@ -53,7 +53,7 @@ def test_losses_of_a_run_that_has_memorised_its_data(tmp_path):
     """Twelve rounds of the benchmark's own run: every image is scored once, members' losses are the lower ones."""
     from dataclasses import replace
 
-    from consilium.run import run
+    from consilium.loop import run
 
     found = benchmark()
     path = found.write_digits(tmp_path / "digits.npz", 1.0, 0)

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from consilium import loop as running
 from consilium import privacy as module
-from consilium import run as running
 from consilium.algorithms.fedavg import FedAvgClient, FedAvgServer
 from consilium.algorithms.fedmoe import FedMoE
 from consilium.core import Algorithm, Payload, Sampling
@@ -26,10 +26,12 @@ from consilium.engine.account import Account
 from consilium.engine.checkpoint import load_checkpoint
 from consilium.errors import CheckpointError, ConfigError, DataError, PayloadError
 from consilium.export import card
+from consilium.loop import resume, run
 from consilium.moe.merging import Merging
 from consilium.params import WeightedMean
+from consilium.prepare import prepare
 from consilium.privacy import PoissonSampling, Privacy, PrivateMean, epsilon_spent, usage_told
-from consilium.run import read_structure, resume, run
+from consilium.rundir import RunDirectory
 from consilium.watch import Terminal
 
 pytest.importorskip("dp_accounting", reason="the extra 'privacy' is not installed")
@@ -545,7 +547,7 @@ def test_fedmoe_goes_by_what_it_is_told(mode, data, tmp_path):
         data, FedMoE(stage1="forward"), rounds=2, privacy=dataclasses.replace(mode, epsilon=1e4)
     )
     summary = run(experiment, tmp_path / "run")
-    usage = read_structure(tmp_path / "run")["usage"]
+    usage = RunDirectory(tmp_path / "run").structure()["usage"]
     for blocks in usage.values():
         for p_E in blocks.values():
             assert sum(p_E) == pytest.approx(1)
@@ -572,7 +574,7 @@ def test_usage_and_weights_share_a_budget(data, tmp_path):
 def test_modes_that_a_method_cannot_use_are_refused(data):
     for method in (FedMoE(usage="served"), FedMoE(weight="tokens"), Algorithm.registry["HFedMoE"]()):
         with pytest.raises(ConfigError, match="usage"):
-            running.check(runs.experiment(data, method, privacy=Privacy(usage="coarse")))
+            prepare(runs.experiment(data, method, privacy=Privacy(usage="coarse")))
 
 
 def test_a_sites_own_setting_holds():

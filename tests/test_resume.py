@@ -16,7 +16,8 @@ from consilium.algorithms.fedmoe import FedMoE
 from consilium.algorithms.scaffold import SCAFFOLD
 from consilium.errors import CheckpointError
 from consilium.experiment import to_json
-from consilium.run import _Prepared, resume, run
+from consilium.loop import resume, run
+from consilium.prepare import Prepared
 
 KILLED = -signal.SIGKILL
 
@@ -204,7 +205,7 @@ def test_resuming_a_finished_run_changes_nothing(short, tmp_path):
 
 
 def test_a_run_in_use_is_refused_at_once(copy, monkeypatch):
-    monkeypatch.setattr(_Prepared, "of", lambda _: pytest.fail("the data was read before the lock was tried"))
+    monkeypatch.setattr(Prepared, "of", lambda _: pytest.fail("the data was read before the lock was tried"))
     before = everything(copy)
     with (copy / ".lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -9,7 +9,7 @@ import runs
 
 from consilium import tracking
 from consilium.errors import ConfigError
-from consilium.run import resume, run
+from consilium.loop import resume, run
 from consilium.tracking import TRACKERS, Tracking, measures, named, parameters
 
 MISSING = {n: importlib.util.find_spec(package) is None for n, (_, package) in TRACKERS.items()}

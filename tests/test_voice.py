@@ -12,7 +12,7 @@ from rich.console import Console
 from consilium import watch
 from consilium.__main__ import main
 from consilium.engine.checkpoint import write_atomic
-from consilium.run import run
+from consilium.loop import run
 from consilium.watch import Comparison, JsonLines, Several, Terminal, _Followed
 
 

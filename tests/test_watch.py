@@ -21,8 +21,9 @@ from consilium.core import CLIENT_ID, Sampling
 from consilium.errors import ConfigError, ConsiliumError
 from consilium.experiment import to_json
 from consilium.export.deployed import Finished, of_run
+from consilium.loop import run
 from consilium.report.read import read_run
-from consilium.run import read_config, run
+from consilium.rundir import RunDirectory
 from consilium.watch import Comparison, Terminal
 
 
@@ -152,15 +153,15 @@ def test_compare_runs_keeps_and_resumes(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr()
     names = ["FedAvg-seed0", "FedAvg-seed1", "RandomMoE-seed0", "RandomMoE-seed1"]
     assert sorted(p.name for p in root.iterdir()) == [*names, "report.csv", "report.html", "report.tex"]
-    assert all(read_config(root / name)["status"] == "finished" for name in names)
-    assert [read_config(root / name)["experiment"]["seed"] for name in names] == [0, 1, 0, 1]
+    assert all(RunDirectory(root / name).config()["status"] == "finished" for name in names)
+    assert [RunDirectory(root / name).config()["experiment"]["seed"] for name in names] == [0, 1, 0, 1]
     assert "\x1b" not in said.out and "FedAvg" in said.out and "RandomMoE" in said.out
     outcomes = {name: runs.outcome(root / name) for name in names}
     assert outcomes[names[0]]["partition"] != outcomes[names[1]]["partition"]  # seeds deal anew
     assert outcomes[names[0]]["partition"]["fingerprint"] == outcomes[names[2]]["partition"]["fingerprint"]
 
     cut = root / "RandomMoE-seed1"
-    (cut / "config.json").write_text(json.dumps({**read_config(cut), "status": "interrupted"}))
+    (cut / "config.json").write_text(json.dumps({**RunDirectory(cut).config(), "status": "interrupted"}))
     for name in ("summary.json", "checkpoints/round-00002.safetensors"):
         (cut / name).unlink()
     files = {p: p.stat().st_mtime_ns for p in root.rglob("*") if p.is_file()}

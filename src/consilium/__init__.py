@@ -41,16 +41,16 @@ _PLACES = {
     "data.arrays": ("ImageData", "TableData"), "data.code": ("CodeData",), "data.docstrings": ("DocstringData",),
     "data.language": ("LanguageData",), "data.textfile": ("TextFileData",),
     "errors": ("ConsiliumError",), "experiment": ("Experiment",), "models.cohort": ("Cohort",),
-    "moe.build": ("ModelSource",), "moe.surgery": ("slice_experts",), "run": ("resume",), "setup": ("Fit",),
+    "moe.build": ("ModelSource",), "moe.surgery": ("slice_experts",), "loop": ("resume", "run"), "setup": ("Fit",),
 }  # fmt: skip
 _HOME = {name: f"consilium.{place}" for place, names in _PLACES.items() for name in names}
 
-__all__ = sorted([*_HOME, "recipes", "run"])
+__all__ = sorted([*_HOME, "recipes"])
 
 
 def __getattr__(name: str) -> object:
-    if name in ("recipes", "run"):  # a package of recipes; a module that can be called
-        return import_module(f"consilium.{name}")
+    if name == "recipes":
+        return import_module("consilium.recipes")
     if name == "__version__":
         from importlib.metadata import version
 

@@ -30,7 +30,7 @@ from consilium.escape import one_line, print_line, terminal
 
 if TYPE_CHECKING:
     from consilium.experiment import Experiment
-    from consilium.run import Watch
+    from consilium.loop import Watch
     from consilium.watch import JsonLines
 
 __all__ = ["main"]
@@ -159,7 +159,7 @@ def _say(text: str) -> None:
 
 def run_command(args: list[str]) -> None:
     """consilium run RECIPE|FILE.json [--out DIR] [--track TOOLS] [--quiet] [--json] [flags of the experiment]"""
-    from consilium.run import run
+    from consilium.loop import run
 
     default, rest = _experiment(args, "run")
     options, rest = _split(rest, {"--out": "runs", "--track": ""})
@@ -210,8 +210,9 @@ def compare_command(args: list[str]) -> None:
 
 def resume_command(args: list[str]) -> None:
     """consilium resume RUN [--track TOOLS] [--quiet] [--json]"""
+    from consilium.loop import resume
     from consilium.report.table import print_table
-    from consilium.run import read_config, resume
+    from consilium.rundir import RunDirectory
 
     def parameters(run: Annotated[Path, tyro.conf.Positional]) -> Path:
         """Continue an interrupted run from its last checkpoint, to the same bits, and in the same tracked run.
@@ -224,7 +225,7 @@ def resume_command(args: list[str]) -> None:
     options, rest = _split(args, {"--track": ""})
     quiet, as_json, rest = _voice(rest)
     folder = _parse(parameters, rest, "consilium resume")
-    finished = read_config(folder)["status"] == "finished"
+    finished = RunDirectory(folder).config()["status"] == "finished"
     with _speaking(quiet, as_json) as lines:
         if finished:
             print_line(out, f"{folder} is finished")

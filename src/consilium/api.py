@@ -13,7 +13,7 @@ from consilium.errors import ConfigError
 from consilium.experiment import Experiment, from_json
 from consilium.recipes import Recipe, find
 from consilium.report import methods, read_runs, rows, write_report
-from consilium.run import read_config, read_structure, records
+from consilium.rundir import RunDirectory
 from consilium.watch import Comparison, at_a_time
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class Run:
     @property
     def scores(self) -> dict[str, float]:
         """Test score in [0, 1] per task and their "mean", of the last round that was scored; {} before the first."""
-        return next((dict(r["scores"]) for r in reversed(list(records(self.folder))) if r["scores"]), {})
+        return next((dict(r["scores"]) for r in reversed(list(RunDirectory(self.folder).rounds())) if r["scores"]), {})
 
     def rounds(self) -> "pd.DataFrame":
         """One row a round, indexed by its number: scores (NaN where not tested), bytes, seconds, replies by fate."""
@@ -152,7 +152,7 @@ class Run:
                 "experts_mean": record["experts_mean"],
                 **{fate: record["ledger"][fate] for fate in ("ok", "error", "rejected", "missing")},
             }
-            for record in records(self.folder)
+            for record in RunDirectory(self.folder).rounds()
         ]
         return pd.DataFrame(lines, columns=None if lines else ["round"]).set_index("round")
 
@@ -161,7 +161,7 @@ class Run:
         import pandas as pd
 
         lines = []
-        for record in records(self.folder):
+        for record in RunDirectory(self.folder).rounds():
             test = record["test"] or {}
             for client in sorted({*record["clients"], *test}):
                 told = record["clients"].get(client, {})
@@ -177,8 +177,8 @@ def load_run(folder: Path | str) -> Run:
         CheckpointError: if the folder is not a run.
     """
     folder = Path(folder)
-    config = read_config(folder)
-    summary, maps = _json(folder / "summary.json"), read_structure(folder)["rounds"]
+    config = RunDirectory(folder).config()
+    summary, maps = _json(folder / "summary.json"), RunDirectory(folder).structure()["rounds"]
     last = maps[max(maps, key=int)] if maps else {}
     experts = {client: {block: tuple(ids) for block, ids in blocks.items()} for client, blocks in last.items()}
     return Run(folder, config["status"], config["experiment"], summary, experts, folder / "report.html")

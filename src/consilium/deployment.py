@@ -41,7 +41,8 @@ from consilium.errors import ConfigError, ConsiliumError, RoundError, first_line
 from consilium.escape import print_line
 from consilium.experiment import Experiment, from_json, to_json
 from consilium.inside import open_here
-from consilium.run import check_same, read_config, serve
+from consilium.loop import check_same, serve
+from consilium.rundir import RunDirectory
 
 __all__ = [
     "App",
@@ -108,7 +109,7 @@ def server(
     config = {"experiment": json.dumps(to_json(experiment)), "folder": str(folder.absolute()), "wait": wait}
 
     def finished() -> bool:
-        return (folder / "config.json").exists() and read_config(folder)["status"] == "finished"
+        return (folder / "config.json").exists() and RunDirectory(folder).config()["status"] == "finished"
 
     app = App("consilium.deployment:server_app", config, _home(folder), finished, lambda: _reached(folder))
     keep_serving(app, sites, listen, keys, out)

@@ -31,7 +31,7 @@ from consilium.errors import ConfigError
 from consilium.escape import one_line
 from consilium.experiment import Experiment, flat_fields, to_json
 from consilium.inside import refuse_links
-from consilium.run import records
+from consilium.rundir import RunDirectory
 from consilium.setup import Setup
 
 __all__ = ["TRACKERS", "Tracking", "measures", "named", "parameters"]
@@ -214,7 +214,7 @@ class Tracking:
             self.trackers[name] = TRACKERS[name][0](self.folder, experiment, state["token"])
             state["token"] = self.trackers[name].token
         self._save()
-        for record in records(self.folder):
+        for record in RunDirectory(self.folder).rounds():
             if record["round"] < first:
                 self.rounded(record, [])
 

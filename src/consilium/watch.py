@@ -25,10 +25,12 @@ from consilium.errors import ConfigError, ConsiliumError
 from consilium.escape import one_line, print_line, terminal
 from consilium.experiment import Experiment, from_json, to_json
 from consilium.inside import open_here, refuse_links
+from consilium.loop import Watch
 from consilium.machine import cores, free_memory
 from consilium.moe.budget import MemoryModel, bytes_of, human
 from consilium.moe.build import ModelSource
-from consilium.run import Watch, check, read_config
+from consilium.prepare import prepare
+from consilium.rundir import RunDirectory
 from consilium.setup import Setup
 
 __all__ = ["Comparison", "JsonLines", "Several", "Terminal", "at_a_time"]
@@ -325,7 +327,7 @@ class Comparison:
     def _finished(self, folder: Path, experiment: Experiment) -> bool:
         if not (folder / "config.json").exists():
             return False
-        saved = read_config(folder)
+        saved = RunDirectory(folder).config()
         if from_json(saved["experiment"]) != experiment:
             raise ConfigError(f"{folder} holds another experiment; choose another --name or --out, or delete it")
         return saved["status"] == "finished"
@@ -337,7 +339,7 @@ class Comparison:
                 first.setdefault(self.planned[folder].algorithm, folder)
         for folder in first.values():
             try:
-                check(self.planned[folder])
+                prepare(self.planned[folder])
             except ConsiliumError as error:
                 raise ConfigError(f"{folder.name} cannot run: {error}") from error
 

@@ -17,7 +17,7 @@ from consilium.core import Algorithm, Sampling
 from consilium.engine.flower.described import checked_description, checked_name
 from consilium.errors import DataError, PayloadError, RoundError
 from consilium.experiment import Wire
-from consilium.run import serve
+from consilium.loop import serve
 from consilium.watch import Terminal
 
 Algorithm.registry.pop("Toy", None)  # the tests over the registry are not to find it

@@ -56,7 +56,7 @@ from types import SimpleNamespace
 if sys.argv[2] == "1":
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 from consilium.experiment import from_json
-from consilium.run import resume, run
+from consilium.loop import resume, run
 root, out = Path(sys.argv[1]), Path(sys.argv[1], sys.argv[2])
 made = {name: from_json(saved) for name, saved in json.loads((root / "made.json").read_text()).items()}
 for name, experiment in made.items():

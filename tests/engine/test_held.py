@@ -17,7 +17,7 @@ from consilium.engine.codec import encode
 from consilium.engine.flower.held import Held
 from consilium.errors import ConfigError
 from consilium.experiment import Wire
-from consilium.run import resume, run
+from consilium.loop import resume, run
 
 
 def weights(rows=64, columns=64, seed=0):

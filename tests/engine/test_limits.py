@@ -34,8 +34,8 @@ from consilium.engine.flower.limits import ELSEWHERE, check_texts, costs_of, pru
 from consilium.engine.flower.records import PROTOCOL, to_record
 from consilium.errors import BudgetError, ConfigError, PayloadError, RoundError
 from consilium.experiment import Experiment, Wire, from_json, to_json
+from consilium.loop import serve
 from consilium.moe.lora import Lora
-from consilium.run import serve
 from consilium.setup import Fit
 from consilium.work import COSTS
 
@@ -403,7 +403,7 @@ def test_flowers_own_folder_is_no_run(tmp_path):
     made = small(tmp_path, FedProto())
     grid = site(tmp_path, made)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("consilium.run.uuid.uuid4", lambda: type("U", (), {"hex": "flower"}))
+        patch.setattr("consilium.loop.uuid.uuid4", lambda: type("U", (), {"hex": "flower"}))
         assert "the run's token is 'flower'" in refused(made, grid, tmp_path)
 
 

@@ -23,7 +23,7 @@ from consilium.core import Algorithm, Payload, Sampling, derive_seed
 from consilium.engine.checkpoint import ClientStore, load_checkpoint, save_checkpoint
 from consilium.engine.flower.records import STYPE, to_record
 from consilium.experiment import Wire, to_json
-from consilium.run import _Prepared
+from consilium.prepare import Prepared
 
 Algorithm.registry.pop("Toy", None)  # the tests over the registry are not to find it
 NAMES = ["site-0", "site-1", "site-2"]
@@ -56,7 +56,7 @@ class Rounds(RuleBasedStateMachine):
 
     def start(self):
         """The server's process begins, with nothing but what is on disk."""
-        prepared = _Prepared.of(self.experiment)
+        prepared = Prepared.of(self.experiment)
         found = load_checkpoint(self.folder / "checkpoints")
         if found:
             prepared.server.restore(found.server)

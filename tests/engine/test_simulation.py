@@ -1,7 +1,7 @@
 """Flower's own simulation runtime: Ray's worker processes, in a process of their own so that nothing is left here.
 
 A start of Ray costs as much as twenty short runs: all methods go through one. Those with something of their own on the
-wire or in the clients' states go always; the others with -m slow, since `test_flower` sends them through the messages."""
+wire or in the clients' states go always; the others with -m slow, `test_flower` sends them all."""
 
 import dataclasses
 import ipaddress
@@ -16,7 +16,7 @@ from processes import finished, started
 from consilium.algorithms.scaffold import SCAFFOLD
 from consilium.core import Algorithm, Sampling
 from consilium.experiment import to_json
-from consilium.run import run
+from consilium.loop import run
 
 pytest.importorskip("ray")
 
@@ -36,7 +36,7 @@ from pathlib import Path
 import psutil
 import consilium.engine.flower as flower
 from consilium.experiment import from_json
-from consilium.run import run
+from consilium.loop import run
 
 class Watch:
     def started(self, *_): pass

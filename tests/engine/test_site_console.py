@@ -9,7 +9,7 @@ import tiny
 
 import consilium.engine.flower as flower
 from consilium.core import Sampling
-from consilium.run import serve
+from consilium.loop import serve
 
 
 def test_a_site_shows_the_federation(tmp_path, capsys):

@@ -24,8 +24,8 @@ from consilium.experiment import Experiment, from_json
 from consilium.export.cohort import Own, Small
 from consilium.export.cohort import write as write_own
 from consilium.export.deployed import Finished, delivered
+from consilium.loop import run, serve
 from consilium.models.cohort import Cohort
-from consilium.run import run, serve
 
 METHODS = {name: cls for name, cls in Algorithm.registry.items() if cls.__module__.startswith("consilium.")}
 MIXED = [name for name, cls in METHODS.items() if "mixed" in cls.worlds]

@@ -11,7 +11,8 @@ import torch
 import toy
 
 from consilium.core import Algorithm, Sampling
-from consilium.run import records, run
+from consilium.loop import run
+from consilium.rundir import RunDirectory
 
 Algorithm.registry.pop("Toy", None)  # the tests over the registry are not to find it
 
@@ -68,7 +69,7 @@ def test_five_hundred_rounds_of_eight_clients(tmp_path, monkeypatch):
     slope = float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
     files, threads = ({m[i] for m in meter.found[WARM:]} for i in (1, 2))
     print(json.dumps({"MB per round": slope, "MB": float(y[-1]), "files": sorted(files), "threads": sorted(threads)}))
-    told = [record["ledger"] for record in records(tmp_path / "run")]
+    told = [record["ledger"] for record in RunDirectory(tmp_path / "run").rounds()]
     assert len(told) == ROUNDS and sum(t["rejected"] for t in told) == ROUNDS // 5
     assert all(t["selected"] == t["ok"] + t["error"] + t["rejected"] + t["missing"] == CLIENTS for t in told)
     assert slope < 0.1 and len(files) == 1 and len(threads) == 1

@@ -11,7 +11,8 @@ from test_resume import Stop
 from consilium.algorithms.randommoe import RandomMoE
 from consilium.engine.structure import StructureLog, fold
 from consilium.errors import CheckpointError
-from consilium.run import read_structure, resume, run
+from consilium.loop import resume, run
+from consilium.rundir import RunDirectory
 
 
 class Server:
@@ -83,13 +84,13 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path):
     run(experiment, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(experiment, tmp_path / "old", Stop("rounded", round=2))
-    before = read_structure(tmp_path / "old")
+    before = RunDirectory(tmp_path / "old").structure()
     assert set(before["rounds"]) == {"1"} and before["blocks"]
     (tmp_path / "old/structure.json").write_text(json.dumps(before))
     (tmp_path / "old/structure.jsonl").unlink()
-    assert read_structure(tmp_path / "old") == before
+    assert RunDirectory(tmp_path / "old").structure() == before
     resume(tmp_path / "old")
-    assert read_structure(tmp_path / "old") == read_structure(tmp_path / "whole")
+    assert RunDirectory(tmp_path / "old").structure() == RunDirectory(tmp_path / "whole").structure()
     assert not (tmp_path / "old/structure.json").exists()
 
 

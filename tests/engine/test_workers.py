@@ -21,8 +21,8 @@ from consilium.engine import workers as workers_of
 from consilium.engine.workers import forked
 from consilium.errors import BudgetError, CheckpointError, ConfigError, RoundError
 from consilium.experiment import Experiment
+from consilium.loop import run
 from consilium.models.cohort import Cohort
-from consilium.run import run
 
 COHORT = Experiment("small", FedAvg(), ImageData(), Cohort(("mnist-5",)), sampling=Sampling(4))
 

@@ -33,10 +33,10 @@ from consilium.experiment import from_json, to_json
 from consilium.export import cohort
 from consilium.export.deployed import Deployed, Finished, of_run
 from consilium.export.folder import write
+from consilium.loop import run
 from consilium.models.cohort import Cohort
 from consilium.moe.addressing import flatten
 from consilium.moe.lora import Lora, add_lora
-from consilium.run import run
 from consilium.setup import Fit
 
 TEXTS = ["old cat purrs at the house", "we see a dog near a tree", "fish"]

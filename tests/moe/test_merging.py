@@ -22,10 +22,11 @@ from consilium.core import Algorithm, Payload, Sampling
 from consilium.engine.checkpoint import load_checkpoint
 from consilium.errors import ConfigError, DataError, PayloadError
 from consilium.experiment import from_json, to_json
+from consilium.loop import run
 from consilium.moe.lora import Lora
 from consilium.moe.merging import Merging, RobustMean, group_of, krum, median_of, trimmed_mean
 from consilium.params import WeightedMean
-from consilium.run import read_structure, run
+from consilium.rundir import RunDirectory
 from consilium.setup import Fit
 from consilium.watch import Terminal
 
@@ -307,7 +308,7 @@ def test_experts_of_few_stay_in_a_run(data, tmp_path):
     experiment = runs.experiment(data, RandomMoE(experts=2), rounds=1, sampling=Sampling(5), merging=Merging("median"))
     folder = tmp_path / "few"
     run(experiment, folder)
-    held = read_structure(folder)["rounds"]["1"]
+    held = RunDirectory(folder).structure()["rounds"]["1"]
     holders = {}
     for blocks in held.values():
         for block, ids in blocks.items():

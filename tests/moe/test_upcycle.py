@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoTokenizer
 
 from consilium.__main__ import main
 from consilium.errors import ConfigError, ModelError
+from consilium.loop import run
 from consilium.moe.build import ModelSource
 from consilium.moe.upcycle import Upcycling, upcycle
-from consilium.run import run
 from consilium.setup import Fit
 
 DENSE = {

@@ -9,8 +9,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from consilium.loop import run
 from consilium.recipes import find
-from consilium.run import run
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 """Open data that may lie beside the project."""

@@ -6,9 +6,10 @@ import math
 import runs
 
 from consilium.algorithms.fedavg import FedAvg
+from consilium.loop import run
 from consilium.moe.families import experts_per_token
+from consilium.prepare import prepare
 from consilium.report.forecast import active_parameters, forecasts
-from consilium.run import prepare, run
 
 
 def test_a_forecast_is_what_the_round_shows(tmp_path):

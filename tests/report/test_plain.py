@@ -14,7 +14,7 @@ from consilium.report.read import read_run
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    from consilium.run import run
+    from consilium.loop import run
 
     folder = tmp_path_factory.mktemp("plain")
     run(runs.experiment(runs.table(folder), rounds=1, name="short"), folder / "short")

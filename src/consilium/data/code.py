@@ -123,7 +123,11 @@ class CodeData:
 
 
 class _Pool:
-    """The clients' documents of one domain, shuffled by the seed. Training text is dealt once, other text is shared."""
+    """The clients' documents of one domain, shuffled by the seed.
+
+    Training text is dealt once, a document after the other, so a client owns few documents. Validation and test text is
+    shared, and is taken a piece here and a piece there, so that a few kilobytes speak for the domain.
+    """
 
     def __init__(self, domain: str, seed: int):
         self._pieces: dict[str, list[tuple[str, str]]] = {}  # of a split: (place, text), those of a file together
@@ -131,6 +135,8 @@ class _Pool:
             found = documents(domain, split)
             random.Random(f"{seed}:{domain}:{split}").shuffle(found)
             self._pieces[split] = [piece for d in found for piece in _chunks(d.place, d.text)]
+            if split != "train":
+                random.Random(f"{seed}:{domain}:{split}:pieces").shuffle(self._pieces[split])
         self._next = 0
 
     def take(self, split: str, size: float) -> list[tuple[str, str]]:

@@ -21,7 +21,7 @@ from consilium.models.cohort import Cohort
 from consilium.moe.build import ModelSource
 from consilium.moe.gates import Gates, absent_rows, gates_from_scalars
 from consilium.params import Params
-from consilium.run import SITES, read_config
+from consilium.rundir import SITES, RunDirectory
 from consilium.setup import Setup
 
 __all__ = ["Deployed", "Finished", "delivered", "of_run", "of_site"]
@@ -86,7 +86,7 @@ class Finished:
     @classmethod
     def of(cls, folder: Path) -> "Finished":
         """Raises CheckpointError if it has not finished, or is no run."""
-        config = read_config(folder)
+        config = RunDirectory(folder).config()
         if config["status"] != "finished":
             on = "start `consilium server` again" if config.get("data") == SITES else f"`consilium resume {folder}`"
             raise CheckpointError(f"{folder} has not finished (it is {config['status']}): {on} to go on with it")

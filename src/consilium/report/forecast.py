@@ -19,7 +19,7 @@ from consilium.experiment import Experiment
 from consilium.models.cohort import Cohort
 from consilium.moe.budget import MemoryModel, human
 from consilium.moe.families import experts_per_token
-from consilium.run import prepare
+from consilium.prepare import prepare
 from consilium.setup import Setup
 
 __all__ = ["Forecast", "forecasts", "print_plan"]

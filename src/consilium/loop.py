@@ -1,0 +1,330 @@
+"""The loop over the rounds: `run` turns an experiment into a run directory, `resume` continues one, `serve` runs over
+sites on machines of their own."""
+
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Protocol
+
+from consilium.completions import completions
+from consilium.core import ClientId, Server
+from consilium.data.task import Federation
+from consilium.engine.account import Account
+from consilium.engine.checkpoint import ClientStore, load_checkpoint, remove_unfinished, save_checkpoint
+from consilium.engine.interrupt import interruptible
+from consilium.engine.judge import BENCH, tally
+from consilium.engine.rounds import Engine
+from consilium.errors import CheckpointError, ConfigError, RoundError
+from consilium.experiment import Experiment, differences, from_json, to_json
+from consilium.machine import free_memory
+from consilium.moe.budget import human
+from consilium.prepare import MAY_CHANGE, Prepared, check_data_unchanged, check_unchanged
+from consilium.rundir import SITES, RunDirectory
+from consilium.setup import Fit, Setup
+from consilium.summary import best_round, summarise
+from consilium.versions import git_revision, versions
+
+__all__ = ["Watch", "check_same", "resume", "run", "serve"]
+
+FAILED = 3
+"""A run stops after so many abandoned rounds in a row."""
+GRACE = 60.0
+"""Seconds that the server of a deployment waits for a server before it to end, after its SuperLink was killed."""
+
+
+class Watch(Protocol):
+    """An object that follows a run; `watch.Bars` shows progress bars."""
+
+    def started(self, experiment: Experiment, setup: Setup, federation: Federation | None, first: int) -> None: ...
+
+    def step(self, client: str, phase: str, done: int, total: int) -> None: ...
+
+    def rounded(self, record: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> None: ...
+
+
+def run(experiment: Experiment, folder: Path | str, watch: Watch | None = None) -> dict[str, Any]:
+    """Run an experiment in a new directory and return its summary.
+
+    Everything that can be wrong with the experiment is found before anything is written.
+
+    Raises:
+        ConfigError: if the folder already holds a run, or the experiment cannot be run.
+    """
+    directory = RunDirectory(Path(folder))
+    directory.refuse_a_second_run()
+    return _begin(Prepared.of(experiment), directory, watch)
+
+
+def resume(folder: Path | str, watch: Watch | None = None) -> dict[str, Any]:
+    """Continue an interrupted run from its newest checkpoint, to the same bits as a run never interrupted.
+
+    A finished run is left as it is.
+
+    Raises:
+        CheckpointError: if the folder is not a run, is in use, or its data, its model or its settings have changed; the
+            message says how. Of settings, `MAY_CHANGE` may.
+    """
+    directory = RunDirectory(Path(folder))
+    if directory.config().get("data") == SITES:
+        raise CheckpointError(f"{folder} is the run of a deployment: start `consilium server` again to continue it")
+    return _continue(directory, watch, Prepared.of)
+
+
+def check_same(folder: Path, experiment: Experiment) -> dict[str, Any]:
+    """Return config.json of a run that is of this experiment, apart from what may change.
+
+    Raises:
+        ConfigError: if the folder holds another experiment, or a finished run of another number of rounds.
+    """
+    config = RunDirectory(folder).config()
+    before = from_json(config["experiment"])
+    if changed := differences(before, experiment, MAY_CHANGE):
+        raise ConfigError(f"{folder} holds another experiment ({changed}); choose another --name or --out")
+    if config["status"] == "finished" and before.rounds != experiment.rounds:
+        raise ConfigError(
+            f"{folder} is finished after {before.rounds} rounds and does not go on to {experiment.rounds}: choose "
+            "another --name or --out for a run of its own"
+        )
+    return config
+
+
+def serve(
+    experiment: Experiment,
+    folder: Path,
+    grid: Any,
+    sites: Sequence[str],
+    wait: float,
+    watch: Watch | None = None,
+    keys: Mapping[bytes, str] | None = None,
+    came: Callable[[ClientId], None] | None = None,
+) -> dict[str, Any]:
+    """Run an experiment over a deployment's Grid, or go on with it where `folder` holds its run.
+
+    Args:
+        grid: Flower's. sites: the clients' names; all must be connected within `wait` seconds to begin or go on.
+        keys: whose a public key is (`certificates.owners`); a site whose key is another's is refused. None: no keys.
+        came: called with the name of each site when it has connected.
+
+    Raises:
+        ConfigError: if the folder holds another experiment.
+        RoundError: if a site is not there, or too few answer.
+    """
+    from consilium.engine.flower import Roster
+
+    roster = Roster(grid, poll=1.0, keys=keys or {})
+    directory = RunDirectory(folder)
+    if not directory.exists():
+        prepared = Prepared.across(experiment, roster, sites, wait, uuid.uuid4().hex, came)
+        return _begin(prepared, directory, watch)
+    check_same(folder, experiment)
+    token = str(directory.partition().get("run"))
+    return _continue(directory, watch, lambda _: Prepared.across(experiment, roster, sites, wait, token, came), GRACE)
+
+
+def _begin(prepared: Prepared, directory: RunDirectory, watch: Watch | None) -> dict[str, Any]:
+    """Start a new run."""
+    _check_room(directory.path, prepared)
+    with directory.created():
+        remove_unfinished(directory.path)
+        directory.write("partition.json", prepared.partition)
+        return _run_rounds(prepared, directory, watch)
+
+
+def _continue(
+    directory: RunDirectory, watch: Watch | None, prepare: Callable[[Experiment], Prepared], grace: float = 0.0
+) -> dict[str, Any]:
+    """Continue a run.
+
+    Args:
+        grace: seconds to wait for another process that has the directory.
+    """
+    directory.config()
+    with directory.locked(grace):
+        config = directory.config()
+        if config["status"] == "finished" and (summary := directory.summary()) is not None:
+            return summary
+        begun = directory.partition()
+        prepared = prepare(from_json(config["experiment"]))
+        check_data_unchanged(begun, prepared)
+        remove_unfinished(directory.path)
+        _check_room(directory.path, prepared)
+        prepared.former += config.get("former_versions", [])
+        return _run_rounds(prepared, directory, watch)
+
+
+def _check_room(folder: Path, prepared: Prepared) -> None:
+    """Raise ConfigError unless the memory has room for the model twice, and the disk for three checkpoints.
+
+    Twice: the mean, taken in float64, then a checkpoint's bytes without and with their checksum. Three: two that are
+    kept, and one being written; those that are there already need no more.
+    """
+    size = prepared.server.state().nbytes
+    if (free := free_memory()) < 2 * size:
+        raise ConfigError(
+            f"this machine has {human(free)} of memory free, merging and saving the model take {human(2 * size)} "
+            "beside it: end other programs, or take a smaller model"
+        )
+    need = 3 * size - sum(path.stat().st_size for path in folder.glob("checkpoints/*.safetensors"))
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < need:
+        raise ConfigError(
+            f"{there} has {human(free)} free, three checkpoints take {human(need)}: free space, or choose another --out"
+        )
+
+
+def _run_rounds(prepared: Prepared, directory: RunDirectory, watch: Watch | None) -> dict[str, Any]:
+    """Run the rounds that are left and write the summary; the status in config.json says how it ended."""
+    try:
+        with interruptible() as check:
+            summary = _Rounds(prepared, directory, watch, check).run()
+    except KeyboardInterrupt:
+        _write_config(directory, "interrupted", prepared)
+        raise
+    federation, wanted = prepared.federation, prepared.experiment.completions
+    if wanted and federation is not None:
+        clients = [info for info in prepared.infos if info.id in federation.clients]
+        texts = completions(prepared.setup, prepared.server, clients, federation, wanted)
+        directory.write("completions.json", {"completions": texts})
+    directory.write("summary.json", summary)
+    _write_config(directory, "finished", prepared)
+    return summary
+
+
+class _Rounds:
+    """The rounds of a run, from the newest checkpoint on."""
+
+    def __init__(
+        self, prepared: Prepared, directory: RunDirectory, watch: Watch | None, check: Callable[[], None]
+    ) -> None:
+        """Restore the server and drop what no checkpoint committed.
+
+        Args:
+            check: raises KeyboardInterrupt after Ctrl-C; called at every training step.
+        """
+        self.prepared, self.directory, self.watch, self.check = prepared, directory, watch, check
+        experiment, server, folder = prepared.experiment, prepared.server, directory.path
+        self.first, versions_of_states = 1, {}
+        if (found := load_checkpoint(folder / "checkpoints")) is not None:
+            check_unchanged(found.begun, prepared)
+            server.restore(found.server)
+            self.first, versions_of_states = found.round + 1, found.versions
+        del found
+        _write_config(directory, "running", prepared)
+        self.store = ClientStore(folder / "clients", versions_of_states)
+        directory.truncate(self.first)
+        self.structure, self.begun = directory.structure_log(), prepared.begun
+        self.account = Account(folder, experiment, len(prepared.infos))
+        self.account.check(self.first - 1)
+        self.strikes: dict[ClientId, int] = {}
+        self.best: dict[str, Any] | None = None
+        self.writing = 0.0
+        """Seconds that the files of the last round took."""
+        for record in directory.attempts():
+            tally(self.strikes, record)
+            self.best = best_round(self.best, record, prepared.infos)
+
+    def run(self) -> dict[str, Any]:
+        """Run the rounds that are left; returns the summary."""
+        experiment, account = self.prepared.experiment, self.account
+        if self.watch:
+            self.watch.started(experiment, self.prepared.setup, self.prepared.federation, self.first)
+        with self.prepared.engine(self.directory.path, self.store, self._progress) as engine:
+            number, failed = self.first, 0
+            while number <= experiment.rounds and account.affords(1):
+                record = self._one(engine, number)
+                if hopeless := _hopeless(record, experiment):
+                    raise RoundError(hopeless)
+                number, failed = (number, failed + 1) if record["abandoned"] else (number + 1, 0)
+                if failed == FAILED:
+                    raise RoundError(
+                        f"round {number} was abandoned {FAILED} times in a row: {record['abandoned']}; look at the "
+                        "clients, then resume the run"
+                    )
+        summary = summarise(self.prepared, self.directory, self.store, self.writing)
+        return summary | {"best": self.best} | account.told()
+
+    def _progress(self, client: ClientId, phase: str, done: int, total: int) -> None:
+        self.check()
+        if self.watch:
+            self.watch.step(client, phase, done, total)
+
+    def _one(self, engine: Engine, number: int) -> dict[str, Any]:
+        """Run one round and commit it; returns its record."""
+        experiment, server = self.prepared.experiment, self.prepared.server
+        last = number == experiment.rounds or not self.account.affords(2)
+        test = number % experiment.evaluate_every == 0 or last
+        self.account.charge(number)
+        record = engine.round(number, test, [client for client, n in self.strikes.items() if n >= BENCH])
+        record |= self.account.told()
+        for key in ("engine", "round"):  # a record cannot hold the time it takes to write it: the next one does
+            record["seconds"][key] += self.writing
+        start = time.perf_counter()
+        events = _events(record, server, self.strikes)
+        self.directory.append(record, events, server, self.structure)
+        if not record["abandoned"]:
+            self.best = best_round(self.best, record, self.prepared.infos)
+            best = self.best["round"] if self.best else 0
+            save_checkpoint(self.directory.path / "checkpoints", number, server.state(), self.store, self.begun, best)
+        self.writing = time.perf_counter() - start
+        if self.watch:
+            self.watch.rounded(record, events)
+        return record
+
+
+def _write_config(directory: RunDirectory, status: str, prepared: Prepared) -> None:
+    told = {
+        "format": 1,
+        "status": status,
+        "experiment": to_json(prepared.experiment),
+        "versions": versions(),
+        **({"former_versions": prepared.former} if prepared.former else {}),
+        "git": git_revision(),
+        "data": prepared.federation.source if prepared.federation else SITES,
+    }
+    directory.write("config.json", told)
+
+
+def _hopeless(record: Mapping[str, Any], experiment: Experiment) -> str | None:
+    """Return why a round would fail again if it were repeated: training diverged at every client; else None."""
+    clients = record["clients"].values()
+    if not clients or len(clients) < len(record["selected"]) or not all(told.get("diverged") for told in clients):
+        return None
+    largest, rate = _suspected_rate(experiment)
+    where = f"all {len(clients)} clients" if len(clients) > 1 else "the only client"
+    return (
+        f"the loss became NaN at {where}: the learning rate ({largest} {rate}) is probably too high; start a "
+        "new run with a lower one"
+    )
+
+
+def _suspected_rate(experiment: Experiment) -> tuple[str, float]:
+    """Return the name and value of the clients' learning rate that is the most above its default."""
+    found = []
+    for prefix, settings in (("fit", experiment.fit), ("algorithm", experiment.algorithm)):
+        for setting in fields(settings):
+            name, value = setting.name, getattr(settings, setting.name)
+            client = name in ("lr", "head_lr") or name.startswith("eta")
+            if client and name not in ("eta_s", "eta_g") and value:  # those are the server's
+                found.append((value / (setting.default or Fit.lr), f"{prefix}.{name}", value))
+    _, name, value = max(found, key=lambda item: item[0])
+    return name, value
+
+
+def _events(record: Mapping[str, Any], server: Server, strikes: dict[ClientId, int]) -> list[dict[str, Any]]:
+    """Return the events of a round: the method's own, clients that are benched by it, clients that were refused.
+
+    Args:
+        strikes: rejected replies of each client so far, see `tally`.
+    """
+    abandoned = {"abandoned": True} if record["abandoned"] else {}
+    benched = [
+        {"event": "benched", "client": client, "reason": reason, **abandoned}
+        for client, reason in tally(strikes, record).items()
+    ]
+    refused = [{"event": "refused", "client": c, "reason": why} for c, why in record.get("refused", {}).items()]
+    own = [] if abandoned else server.events()
+    return [{"round": record["round"], **event} for event in [*own, *benched, *refused]]

@@ -1,0 +1,310 @@
+"""An experiment, prepared: its clients known, its budgets worked out, its server half built."""
+
+import hashlib
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from consilium import disclosure
+from consilium.core import ClientId, ClientInfo, Server
+from consilium.data.task import Federation
+from consilium.data.tensor import on_device
+from consilium.engine.account import Account
+from consilium.engine.checkpoint import ClientStore
+from consilium.engine.local import LocalEngine
+from consilium.engine.rounds import Engine, nobody
+from consilium.engine.workers import forked
+from consilium.errors import BudgetError, CheckpointError, ConfigError, DataError, first_line
+from consilium.experiment import Experiment, differences, from_json, to_json
+from consilium.models.cohort import Cohort
+from consilium.moe.budget import bytes_of
+from consilium.moe.build import ModelSource
+from consilium.setup import Setup
+from consilium.versions import versions
+
+__all__ = ["MAY_CHANGE", "Prepared", "check_data_unchanged", "check_unchanged", "prepare"]
+
+MAY_CHANGE = ("rounds", "workers", "wire.deadline", "data.path", "model.path")
+"""Settings that may differ when a run is resumed; what lies at the paths must be the same."""
+
+
+def prepare(experiment: Experiment) -> "Prepared":
+    """Return an experiment with its clients known, its budgets worked out and its server half built.
+
+    Nothing is run or written.
+
+    Raises:
+        ConsiliumError: if it cannot be run, saying why.
+    """
+    return Prepared.of(experiment)
+
+
+@dataclass
+class Prepared:
+    """An experiment with its clients known, its budgets worked out and its server half built: ready to run.
+
+    Args:
+        partition: who holds what, as partition.json says it. metrics: task -> metric.
+        federation: the clients' data, where it is here. roster: who is behind Flower's nodes, where it is not.
+        former: versions of packages with which earlier parts of the run were made, where they differ.
+    """
+
+    experiment: Experiment
+    infos: tuple[ClientInfo, ...]
+    setup: Setup
+    server: Server
+    partition: dict[str, Any]
+    metrics: dict[str, str]
+    federation: Federation | None = None
+    roster: Any = None
+    former: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def begun(self) -> dict[str, Any]:
+        """Return what every checkpoint says of its run, see `check_unchanged`."""
+        return {
+            "experiment": to_json(self.experiment),
+            "model": self.experiment.model.fingerprint,
+            "data": self.partition["fingerprint"],
+            "versions": versions(),
+        }
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> "Prepared":
+        """Prepare a simulation: the data is read here."""
+        torch.set_num_threads(experiment.threads)
+        check_device(experiment.device)
+        if experiment.engine == "flower" and importlib.util.find_spec("flwr") is None:
+            raise ConfigError("engine flower needs the package flwr: pip install 'consilium[simulation]'")
+        if isinstance(experiment.model, ModelSource):
+            _ = experiment.model.location  # refuses a model that is not there before data is read
+        federation = experiment.data.load(experiment.seed)
+        if not federation.clients:
+            raise DataError("no client has any data")
+        infos = tuple(
+            ClientInfo(
+                id=client,
+                num_examples=len(data.train),
+                task=data.task.name,
+                memory_bytes=bytes_of(experiment.memory[i % len(experiment.memory)]) if experiment.memory else None,
+                architecture=experiment.model.architecture(i),
+            )
+            for i, (client, data) in enumerate(federation.clients.items())
+        )
+        labels = [(data.task.name, data.task.labels) for data in federation.clients.values()]
+        partition = federation.partition()
+        for info in infos:
+            partition["clients"][info.id]["memory_bytes"] = info.memory_bytes
+            if info.architecture:
+                partition["clients"][info.id]["architecture"] = info.architecture
+        metrics = {data.task.name: str(data.task.metric) for data in federation.clients.values()}
+        return cls._built(experiment, infos, labels, partition, metrics, federation=federation)
+
+    @classmethod
+    def across(
+        cls,
+        experiment: Experiment,
+        roster: Any,
+        sites: Sequence[str],
+        wait: float,
+        token: str,
+        came: Callable[[ClientId], None] | None = None,
+    ) -> "Prepared":
+        """Prepare a deployment from the sites' descriptions; their data stays where it is.
+
+        Args:
+            token: names the run to the sites' states.
+            came: called with the name of each site when it has connected.
+        """
+        from consilium.engine.flower import PROTOCOL, describe, one_cohort
+
+        torch.set_num_threads(experiment.threads)
+        told = {"experiment": json.dumps(to_json(experiment)), "heads": "{}", "run": token}
+        told |= {"model": experiment.model.fingerprint, "protocol": PROTOCOL}
+        found = describe(roster, sites, told, wait, came)
+        infos = tuple(
+            ClientInfo(site, int(d["sizes"][0]), str(d["task"]), int(d["memory_bytes"]) or None, str(d["architecture"]))
+            for site, d in found.items()
+        )
+        labels = [(str(d["task"]), d["labels"]) for d in found.values()]
+        clients = {
+            site: {
+                "task": d["task"],
+                "labels": list(d["labels"]),
+                "sizes": dict(zip(("train", "validation", "test"), d["sizes"], strict=True)),
+                "memory_bytes": int(d["memory_bytes"]) or None,
+                "threads": int(d["threads"]),
+                **({"architecture": str(d["architecture"])} if d["architecture"] else {}),
+            }
+            for site, d in found.items()
+        }
+        prints = json.dumps({site: d["fingerprint"] for site, d in found.items()})
+        partition = {
+            "clients": clients,
+            "skipped": {},
+            "fingerprint": hashlib.sha256(prints.encode()).hexdigest(),
+            "run": token,
+        }
+        shape: tuple[int, ...] = ()
+        if isinstance(experiment.model, Cohort):
+            shape = one_cohort(found)
+            partition["shape"] = list(shape)
+        metrics = {str(d["task"]): str(d["metric"]) for d in found.values()}
+        return cls._built(experiment, infos, labels, partition, metrics, shape=shape, roster=roster)
+
+    @classmethod
+    def _built(
+        cls,
+        experiment: Experiment,
+        infos: tuple[ClientInfo, ...],
+        labels: Iterable[tuple[str, Iterable[str]]],
+        partition: dict[str, Any],
+        metrics: dict[str, str],
+        shape: tuple[int, ...] = (),
+        federation: Federation | None = None,
+        roster: Any = None,
+    ) -> "Prepared":
+        setup = experiment.setup(labels, infos, federation.shape if federation else shape)
+        if roster is not None and isinstance(experiment.model, Cohort):  # whose architectures the sites have chosen
+            chosen = tuple(info.architecture for info in infos)
+            setup = replace(setup, model=replace(experiment.model, architectures=chosen))
+        for data in federation.clients.values() if federation else ():
+            setup.check_data(data)
+        if experiment.sampling.min_clients > len(infos):
+            raise ConfigError(
+                f"sampling.min_clients is {experiment.sampling.min_clients}, there are {len(infos)} clients"
+            )
+        reached = (
+            min(setup.cohort, len({info.task for info in infos})) if setup.sampling.distinct_tasks else setup.cohort
+        )
+        if (needed := experiment.merging.needs) > reached:
+            raise ConfigError(
+                f"merging.rule {experiment.merging.rule} with {experiment.merging.attackers} attackers needs {needed} "
+                f"contributors, but a round of this federation has at most {reached}: nothing would ever change; add "
+                "clients, or choose another rule"
+            )
+        Account(None, experiment, len(infos)).check(0)
+        disclosure.check(experiment.algorithm.client(setup), experiment.privacy)
+        server = experiment.algorithm.server(setup)
+        unable = {c.id: lack for c in infos if (lack := server.unable(c))}
+        # A method that fits its models to the clients may find work even where nobody can hold the full one.
+        if len(unable) == len(infos) and not server.configure(1, infos):
+            raise BudgetError(nobody(unable))
+        return cls(experiment, infos, setup, server, partition, metrics, federation, roster)
+
+    @contextmanager
+    def engine(self, folder: Path, store: ClientStore, progress: Callable[..., None]) -> Iterator[Engine]:
+        """Open the engine that carries the payloads, for as long as the rounds go on."""
+        experiment = self.experiment
+        if self.roster is None and experiment.engine == "local":
+            device, count = torch.device(experiment.device), min(experiment.at_once, len(self.infos))
+            processes = count if device.type == "cpu" else 1
+            engine = LocalEngine(
+                server=self.server,
+                client=experiment.algorithm.client(self.setup),
+                infos=self.infos,
+                federation=on_device(self.federation, device),
+                store=store,
+                seed=experiment.seed,
+                device=device,
+                strict=experiment.strict,
+                sampling=self.setup.sampling,
+                progress=progress,
+                together=count if processes == 1 else 1,
+                privacy=experiment.privacy,
+            )
+            with forked(processes, engine.work) if processes > 1 else nullcontext() as engine.workers:
+                yield engine
+            return
+        from consilium.engine.flower import FlowerEngine, Roster, simulation
+
+        with nullcontext() if self.roster is not None else simulation(experiment, len(self.infos)) as grid:
+            names = [info.id for info in self.infos]
+            roster = self.roster or Roster(grid, names, patience=experiment.wire.deadline)
+            told = {
+                "experiment": json.dumps(to_json(experiment)),
+                "heads": json.dumps(self.setup.heads),
+                "run": str(self.partition.get("run", "")),
+                "model": experiment.model.fingerprint,
+                "folder": str(store.folder.absolute()),
+                "seed": experiment.seed,
+            }
+            wire, sampling = experiment.wire, self.setup.sampling
+            yield FlowerEngine(self.server, self.infos, roster, store, wire, told, folder, progress, sampling)
+
+
+def check_data_unchanged(begun: Mapping[str, Any], prepared: Prepared) -> None:
+    """Compare partition.json of a run with the data of today.
+
+    Raises:
+        CheckpointError: if the data differs. Another number of threads at a site is a warning.
+    """
+    before, now = begun.get("fingerprint"), prepared.partition["fingerprint"]
+    if before != now:
+        raise CheckpointError(
+            f"the data has changed since the run began (fingerprint {now[:12]}, "
+            f"was {str(before)[:12]}): other packages or another file; start a new run"
+        )
+    for client, described in prepared.partition["clients"].items():
+        threads = begun["clients"][client].get("threads")
+        if threads != described.get("threads"):
+            warnings.warn(
+                f"site {client} trained with {threads} torch threads, now with {described.get('threads')}: perhaps "
+                "to other bits",
+                stacklevel=3,
+            )
+
+
+def check_unchanged(begun: Mapping[str, Any], prepared: Prepared) -> None:
+    """Compare what the rounds so far were made with, as their checkpoint says, with what is about to continue.
+
+    Raises:
+        CheckpointError: for another setting or model. Other versions of packages are a warning.
+    """
+    if not begun:  # by a version that did not say
+        return
+    if changed := differences(from_json(begun["experiment"]), prepared.experiment, MAY_CHANGE):
+        raise CheckpointError(
+            f"the run was begun with other settings: {changed}; put them back in config.json, or start a new run "
+            f"(only {', '.join(MAY_CHANGE)} may change)"
+        )
+    if begun.get("data", data := prepared.partition["fingerprint"]) != data:
+        raise CheckpointError(
+            f"the data has changed since the run began (fingerprint {data[:12]}, was {begun['data'][:12]}), and "
+            "partition.json with it; start a new run"
+        )
+    if begun["model"].startswith("sha256:"):
+        raise CheckpointError(
+            f"the run was begun by an earlier version ({begun['versions'].get('consilium')}), whose fingerprint of the "
+            "model left out files such as the chat template: it cannot be compared; resume it with that version, or "
+            "start a new run"
+        )
+    if begun["model"] != (model := prepared.experiment.model.fingerprint):
+        raise CheckpointError(
+            f"the model has changed since the run began ({model[:19]}, was {begun['model'][:19]}): other "
+            "weights, configuration, tokenizer or template; start a new run"
+        )
+    now = versions()
+    other = {name: version for name, version in begun["versions"].items() if now.get(name) != version}
+    if other:
+        told = ", ".join(f"{name} {version} (now {now.get(name)})" for name, version in other.items())
+        warnings.warn(f"the run was begun with {told}: it goes on, but perhaps to other bits", stacklevel=2)
+        prepared.former += [other] if other not in prepared.former else []
+
+
+def check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        if name.startswith(("cuda", "gpu")) and not torch.cuda.is_available():
+            raise ConfigError(f"device is {name!r}, but this machine has no CUDA GPU; use --device cpu") from error
+        if name.startswith("gpu"):
+            raise ConfigError(f"device is {name!r}; a GPU is called cuda, or cuda:N of several") from error
+        raise ConfigError(f"device {name!r} cannot be used ({first_line(error)}); use cpu, cuda or cuda:N") from error
