@@ -18,6 +18,7 @@ import tiny
 from PIL import Image
 
 from consilium.__main__ import main
+from consilium.cli import catalogue
 from consilium.core import Algorithm, ClientInfo
 from consilium.experiment import to_json
 from consilium.moe.budget import human
@@ -85,12 +86,13 @@ def test_help_names_every_command(capsys, args):
     ("args", "expected"),
     [(["run"], "--out"), (["compare"], "--seeds"), (["resume"], "run directory"), (["report"], "--out"),
      (["list"], "consilium list"), (["inspect"], "--memory"), (["run", "fedmoe-text"], "--data.path"),
-     (["run", "fedmoe-text"], "--out runs"), (["certificates"], "--hosts"), (["server"], "--sites"),
-     (["client"], "--name"), (["client", "fedmoe-text"], "--server X: host:port of the server"),
+     (["run", "fedmoe-text"], "--out folder of the run directories (default: runs)"), (["certificates"], "--hosts"),
+     (["server"], "--sites"),
+     (["client"], "--name"), (["client", "fedmoe-text"], "--server host:port of the server"),
      (["compare", "fedmoe-docstrings"], "--algorithm.alpha"),
      (["run", "fedmoe-instructions"], "--data.prompt"), (["run", "fedmoe-instructions"], "--data.messages"),
-     (["run", "fedmoe-plaintext"], "{examples,documents,blocks,packed}"),
-     (["compare", "fedmoe-text"], "--seeds 1")],
+     (["run", "fedmoe-plaintext", "--help-all"], "{examples,documents,blocks,packed}"),
+     (["compare", "fedmoe-text"], "from --seed on (default: 1)")],
 )  # fmt: skip
 def test_help_of_a_command(capsys, args, expected):
     with pytest.raises(SystemExit) as stop:
@@ -100,7 +102,11 @@ def test_help_of_a_command(capsys, args, expected):
     assert list(Path.cwd().iterdir()) == []
 
 
-@pytest.mark.parametrize(("args", "code"), [(["--help"], 0), (["rum"], 2), ([], 0)])
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [(["--help"], 0), (["rum"], 2), ([], 0), (["list"], 0), (["run", "--help"], 0), (["run", "fedmoe-txt"], 2),
+     (["run", "fedmoe-text", "--help"], 0), (["compare", "fedmoe-text", "--rouds", "3"], 2)],
+)  # fmt: skip
 def test_help_and_mistypes_do_not_wait_for_torch(args, code):
     program = (
         "import sys; from consilium.__main__ import main; code = main(sys.argv[1:]);"
@@ -108,6 +114,35 @@ def test_help_and_mistypes_do_not_wait_for_torch(args, code):
     )
     done = subprocess.run([sys.executable, "-c", program, *args], capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
+
+
+def test_the_catalogue_is_that_of_the_code():
+    """`python -m consilium.cli.catalogue` writes it again."""
+    assert catalogue.make_catalogue() == catalogue.read_catalogue()
+
+
+def test_help_shows_frequent_flags_and_help_all_every_one(capsys):
+    flags = catalogue.flags_of_recipe("fedmoe-text")
+    for everything in (False, True):
+        with pytest.raises(SystemExit):
+            main(["run", "fedmoe-text", "--help-all" if everything else "--help"])
+        out = capsys.readouterr().out
+        assert [flag.name for flag in flags if f"  {flag.name} " in out] == [
+            flag.name for flag in flags if everything or flag.frequent
+        ]
+        assert everything == ("more flags: --help-all" not in out)
+    assert 20 < sum(flag.frequent for flag in flags) < len(flags) / 1.5
+
+
+def test_a_mistyped_flag_is_answered_as_by_the_experiment_itself(capsys):
+    """What the catalogue takes, the parser takes; what it refuses, the parser refuses, with the same words."""
+    for flag in catalogue.flags_of_recipe("fedmoe-text"):
+        catalogue.refuse_mistyped("fedmoe-text", [flag.name, "x"], {}, "run")
+    catalogue.refuse_mistyped(
+        "fedmoe-text", ["--no-strict", "--fit.no-gradient-checkpointing", "--fit.lr=1"], {}, "run"
+    )
+    for wrong in ("--fit.lrr", "--fit.lrr=3", "--rouds"):
+        assert "did you mean" in refused(capsys, "run", "fedmoe-text", wrong)
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():

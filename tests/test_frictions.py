@@ -37,9 +37,9 @@ def test_a_method_that_is_named_twice_is_pointed_out():
 
 
 def test_sites_with_blanks():
-    from consilium.__main__ import _names
+    from consilium.cli.sites import site_names
 
-    assert _names("north, south") == ["north", "south"]
+    assert site_names("north, south") == ["north", "south"]
 
 
 class Forgetful(Client):

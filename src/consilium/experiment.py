@@ -27,6 +27,7 @@ from consilium.moe.build import ModelSource
 from consilium.moe.lora import Lora
 from consilium.moe.merging import Merging
 from consilium.moe.rules import PAIRWISE
+from consilium.plugins import import_plugins
 from consilium.privacy import Privacy
 from consilium.setup import Fit, Setup
 from consilium.work import MISSING, check_settings, setting
@@ -284,7 +285,9 @@ def from_json(saved: Mapping[str, Any]) -> Experiment:
                     'saved experiment has unknown type None: each part needs a "type", e.g. "type": "Fit"'
                 )
             near = _near(str(kind), classes) or f"known are {', '.join(sorted(classes))}"
-            raise ConfigError(f"saved experiment has unknown type {kind!r}; {near}")
+            raise ConfigError(
+                f"saved experiment has unknown type {kind!r}; {near}; if it is of your own, --import its file"
+            )
         hints = typing.get_type_hints(classes[kind])
         names = [field.name for field in dataclasses.fields(classes[kind])]
         for key in value:
@@ -355,3 +358,6 @@ def _said(hint: Any) -> str:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_said(arg) for arg in typing.get_args(hint))
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
+import_plugins()  # last, since methods of one's own use what is defined above

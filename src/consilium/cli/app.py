@@ -1,0 +1,127 @@
+"""The command line: `main` chooses the command.
+
+Flags and their help come from the dataclasses themselves, through tyro. Errors are one line, and exit with 2. A command
+is imported when it is called: torch and transformers take seconds, which help and mistyped commands should not.
+"""
+
+import difflib
+import importlib
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from consilium.cli.screen import out, say
+from consilium.errors import ConfigError, ConsiliumError
+from consilium.plugins import add_file, import_plugins
+
+__all__ = ["main", "take_imports"]
+
+HELP = """[bold]consilium[/bold]: federated fine-tuning of mixture-of-experts models
+
+  consilium run RECIPE|FILE.json \\[flags]   run an experiment; FILE.json is a saved one (a run's config.json)
+  consilium compare RECIPE \\[flags]          run several methods on the same data and weights, and compare them
+  consilium resume RUN                       continue an interrupted run, to the same bits
+  consilium report RUN \\[RUN ...]             write report.html for one run, or one that compares several
+  consilium list                             recipes, algorithms, shipped models
+  consilium inspect MODEL \\[--memory 12GiB]  layers, experts and bytes of a model, and what fits a device
+
+  consilium plan RECIPE|FILE.json \\[flags]  memory, bytes, steps and time of every client, before a run
+
+  consilium upcycle MODEL --out DIR          a dense model as a mixture of experts: copies of its feed-forward networks
+  consilium data PATH                        columns, labels and split of a file or of images, and the command to run
+  consilium export RUN --client A --out DIR  a client's model for plain transformers; at a site: of its --state folder
+  consilium predict DIR --text "..."         labels or texts of an exported model; --image, --table
+  consilium chat DIR                         talk to an exported language model
+
+  consilium expert train RECIPE --name A     a site's part of a federation of one exchange, as one signed file
+  consilium hub init|add|withdraw|build HUB  put such parts together as one model, and take them out again
+
+  consilium certificates DIR --sites A,B     keys for a server and its sites, on machines of their own
+  consilium server RECIPE --sites A,B        run an experiment over sites, or go on with it
+  consilium client RECIPE --name A           take part as a site, with its own data
+  consilium server|client --one-shot ...     packages of sites over the network, into a hub, as sites come
+
+  consilium COMMAND --help                   the flags of a command; with a recipe, those of its experiment
+  consilium COMMAND --import FILE.py         methods or recipes of your own; --algorithm FILE.py:MyMethod
+"""
+
+COMMANDS = {
+    "run": "run:run_command",
+    "compare": "compare:compare_command",
+    "resume": "run:resume_command",
+    "report": "report:report_command",
+    "list": "report:list_command",
+    "inspect": "model:inspect_command",
+    "plan": "model:plan_command",
+    "upcycle": "model:upcycle_command",
+    "data": "data:data_command",
+    "export": "export:export_command",
+    "predict": "export:predict_command",
+    "chat": "export:chat_command",
+    "expert": "oneshot:expert_command",
+    "hub": "oneshot:hub_command",
+    "certificates": "sites:certificates_command",
+    "server": "sites:server_command",
+    "client": "sites:client_command",
+}
+"""Command -> module and function, which takes the arguments after it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 done, 2 an error of the user's, 130 interrupted."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:  # a process of its own: what `kill` or a job queue sends is taken as Ctrl-C
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not args or args[0] in ("-h", "--help", "help"):
+        out.print(HELP, highlight=False, soft_wrap=True)
+        return 0
+    if args[0] in ("--version", "-V", "version"):
+        from importlib.metadata import version
+
+        print(f"consilium {version('consilium')}")
+        return 0
+    try:
+        args = take_imports(args)
+        if args[0] not in COMMANDS:
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"unknown command {args[0]!r}; allowed are {', '.join(COMMANDS)}{hint}")
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: say(f"warning: {message}")
+            module, _, function = COMMANDS[args[0]].partition(":")
+            getattr(importlib.import_module(f"consilium.cli.{module}"), function)(args[1:])
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ConsiliumError, OSError) as error:
+        say(str(error))
+        return 2
+    except KeyboardInterrupt as stop:
+        say(f"interrupted{stop}")
+        return 130
+    return 0
+
+
+def take_imports(args: Sequence[str]) -> list[str]:
+    """Take --import FILE.py out of the arguments, and the file out of --algorithm FILE.py:CLASS; import both later."""
+    rest, given = [], list(args)
+    while given:
+        name, _, value = given.pop(0).partition("=")
+        if name not in ("--import", "--algorithm"):
+            rest.append(f"{name}={value}" if value else name)
+            continue
+        if not value and not given:
+            raise ConfigError(f"{name} needs a value")
+        value = value or given.pop(0)
+        file, colon, method = value.rpartition(":")
+        if name == "--import" or (colon and file.endswith(".py")):
+            add_file(Path(file if colon and file.endswith(".py") else value))
+        if name == "--algorithm":
+            rest += [name, method if file.endswith(".py") else value]
+    if "consilium.experiment" in sys.modules:  # which imports them when it is imported itself
+        import_plugins()
+    return rest

@@ -1,0 +1,231 @@
+"""Recipes, algorithms and flags as plain data, so that `list`, `--help` and mistyped flags need no torch.
+
+catalogue.json is generated from the code: `python -m consilium.cli.catalogue` writes it again, and a test compares.
+
+  recipes      name -> {"summary", "compared", "experiment": the recipe's experiment as JSON}
+  algorithms   name -> {"summary", "experiment": the method at its defaults as JSON}
+  fields       class -> field -> {"kind": as in a usage line, "help"}
+"""
+
+import dataclasses
+import difflib
+import json
+import shutil
+import sys
+import textwrap
+import typing
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any
+
+from consilium.errors import ConfigError
+from consilium.escape import one_line
+from consilium.plugins import has_plugins
+
+__all__ = [
+    "Flag", "flags_of_recipe", "hint_for", "make_catalogue", "print_flags", "read_catalogue", "refuse_mistyped",
+    "refuse_unknown",
+]  # fmt: skip
+
+FILE = Path(__file__).with_name("catalogue.json")
+FREQUENT = (
+    "name", "algorithm", "data", "model.path", "fit.lr", "fit.epochs", "fit.batch-size", "fit.max-length",
+    "fit.lora.rank", "sampling.clients-per-round", "rounds", "memory", "evaluate-every", "seed", "workers", "device",
+)  # fmt: skip
+"""Flags, and groups of flags, that --help shows; --help-all shows every one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """One flag of an experiment.
+
+    Args:
+        name: e.g. "--fit.lr". kind: e.g. "FLOAT". default: as text. help: one sentence or more.
+    """
+
+    name: str
+    kind: str
+    default: str
+    help: str
+
+    @property
+    def frequent(self) -> bool:
+        """Whether --help shows it."""
+        name = self.name.removeprefix("--")
+        return any(name == one or name.startswith(f"{one}.") for one in FREQUENT)
+
+
+@cache
+def read_catalogue() -> dict[str, Any]:
+    """Read catalogue.json."""
+    return json.loads(FILE.read_text())
+
+
+def flags_of_recipe(recipe: str, algorithm: str = "") -> list[Flag] | None:
+    """Return the flags of a recipe's experiment; None for a recipe or an algorithm that the catalogue does not know.
+
+    Args:
+        algorithm: the method that takes the place of the recipe's own; "": its own.
+    """
+    found = read_catalogue()
+    if recipe not in found["recipes"] or (algorithm and algorithm not in found["algorithms"]):
+        return None
+    experiment = found["recipes"][recipe]["experiment"]
+    if algorithm and algorithm != experiment["algorithm"]["type"]:
+        experiment = {**experiment, "algorithm": found["algorithms"][algorithm]["experiment"]}
+    return list(_flags(experiment, found["fields"], "--"))
+
+
+def _flags(saved: Mapping[str, Any], fields: Mapping[str, Any], prefix: str) -> Iterator[Flag]:
+    for name, value in saved.items():
+        if name == "type":
+            continue
+        flag = f"{prefix}{name.replace('_', '-')}"
+        if isinstance(value, Mapping):
+            yield from _flags(value, fields, f"{flag}.")
+        else:
+            described = fields[saved["type"]][name]
+            default = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            yield Flag(flag, described["kind"], default, described["help"])
+
+
+def refuse_mistyped(recipe: str, args: list[str], own: Mapping[str, Any], command: str, algorithm: str = "") -> None:
+    """Raise ConfigError for a flag that the experiment does not have, with the nearest; without importing it.
+
+    Args:
+        args: after the recipe. own: the command's own flags.
+    """
+    flags = flags_of_recipe(recipe, algorithm)
+    if flags is None:
+        return
+    known = {flag.name for flag in flags} | own.keys() | {"--help", "-h", "--help-all", "--data.label"}
+    for arg in args:
+        name = arg.split("=")[0].replace("_", "-")
+        plain = "--" + name.removeprefix("--no-") if name.startswith("--no-") else name.replace(".no-", ".")
+        if name.startswith("--") and not {name, plain} & known:
+            raise ConfigError(f"unknown argument {arg!r}; {hint_for(name, known, f'consilium {command} {recipe}')}")
+
+
+def refuse_unknown(recipe: str) -> None:
+    """Raise ConfigError for a recipe that does not exist, with the nearest; without importing any."""
+    loaded = getattr(sys.modules.get("consilium.recipes"), "RECIPES", {})
+    known = {*read_catalogue()["recipes"], *loaded}
+    if recipe not in known and not recipe.endswith(".json") and not has_plugins():
+        near = difflib.get_close_matches(recipe, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"unknown recipe {recipe!r}; allowed are {', '.join(sorted(known))}{hint}")
+
+
+def hint_for(name: str, known: typing.Iterable[str], prog: str) -> str:
+    """Return what to do about a flag that nobody knows."""
+    known = set(known)
+    if difflib.get_close_matches(name, {"--algorithms", "--seeds", "--jobs", "--sweep"} - known, n=1, cutoff=0.9):
+        return "that is for `consilium compare`"
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"see `{prog} --help-all`"
+
+
+def print_flags(recipe: str, usage: str, own: Mapping[str, str], everything: bool, algorithm: str = "") -> None:
+    """Print a command's own flags, then those of the experiment, the frequent ones or all.
+
+    Args:
+        own: the command's own flags -> their help.
+    """
+    flags = flags_of_recipe(recipe, algorithm) or []
+    shown = [flag for flag in flags if everything or flag.frequent]
+    width = min(max(shutil.get_terminal_size().columns, 60), 120)
+
+    def show(left: str, text: str) -> None:
+        indent = " " * 34
+        lines = textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent) or [indent]
+        first = f"  {left}"
+        print(first + lines.pop(0)[len(first) :] if len(first) < len(indent) else first)
+        print(*lines, sep="\n", end="\n" if lines else "")
+
+    print(textwrap.fill(f"usage: {' '.join(usage.split())}", width, subsequent_indent="    "))
+    print()
+    print(textwrap.fill(f"{recipe}: {read_catalogue()['recipes'][recipe]['summary']}", width))
+    print("\noptions of the command")
+    for name, text in own.items():
+        show(name, text)
+    print("\nthe experiment" + ("" if everything else ", its frequent flags"))
+    for flag in shown:
+        default = flag.default if len(flag.default) < 60 else f"{flag.default[:57]}..."
+        show(f"{flag.name} {flag.kind}", f"{one_line(flag.help, 400)} (default: {default or 'empty'})")
+    if len(shown) < len(flags):
+        print(f"\n{len(flags) - len(shown)} more flags: --help-all")
+
+
+# --- making the catalogue ---------------------------------------------------------------------------------------------
+
+
+def make_catalogue(theirs: bool = False) -> dict[str, Any]:
+    """Return the catalogue of the code as it is.
+
+    Args:
+        theirs: with the user's own methods and recipes.
+    """
+    from consilium.core import Algorithm
+    from consilium.experiment import to_json
+    from consilium.recipes import RECIPES, find
+
+    find("fedmoe-docstrings")
+    fields: dict[str, Any] = {}
+    recipes = {}
+    for name, recipe in sorted(RECIPES.items()):
+        experiment = recipe.make()
+        _describe(experiment, fields)
+        recipes[name] = {"summary": recipe.summary, "compared": recipe.compared, "experiment": to_json(experiment)}
+    algorithms = {}
+    for name, kind in sorted(Algorithm.registry.items()):
+        if theirs or kind.__module__.startswith("consilium."):
+            _describe(kind(), fields)
+            summary = (kind.__doc__ or "without a docstring").splitlines()[0]
+            algorithms[name] = {"summary": summary, "experiment": to_json(kind())}
+    made = {"recipes": recipes, "algorithms": algorithms, "fields": dict(sorted(fields.items()))}
+    return json.loads(json.dumps(made).replace(f"{Path.cwd()}/", ""))  # paths in recipes are relative to where one is
+
+
+def _describe(value: Any, fields: dict[str, Any]) -> None:
+    """Add the fields of a dataclass and of all that it holds."""
+    kind = type(value)
+    hints, texts = typing.get_type_hints(kind), _helps(kind)
+    described = fields.setdefault(kind.__name__, {})
+    for field in dataclasses.fields(value):
+        inner = getattr(value, field.name)
+        if dataclasses.is_dataclass(inner):
+            _describe(inner, fields)
+        else:
+            described[field.name] = {"kind": _kind(hints[field.name]), "help": texts.get(field.name, "")}
+
+
+def _helps(kind: type) -> dict[str, str]:
+    """Return field -> help, from the section Args of the docstrings of a class and its bases."""
+    from docstring_parser import DocstringStyle, parse
+
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        doc = base.__dict__.get("__doc__")
+        if doc and dataclasses.is_dataclass(base):
+            for parameter in parse(doc, style=DocstringStyle.GOOGLE).params:
+                found[parameter.arg_name] = " ".join((parameter.description or "").split())
+    return found
+
+
+def _kind(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _kind(args[0])
+    if origin is typing.Literal:
+        return "{" + ",".join(map(str, args)) + "}"
+    if origin in (typing.Union, UnionType):
+        return "|".join(_kind(one) for one in args if one is not NoneType) + ("|None" if NoneType in args else "")
+    if origin is tuple:
+        return f"[{_kind(args[0])} ...]"
+    return "BOOL" if hint is bool else getattr(hint, "__name__", str(hint)).upper()
+
+
+if __name__ == "__main__":
+    FILE.write_text(json.dumps(make_catalogue(), indent=1) + "\n")

@@ -1,0 +1,48 @@
+"""`consilium compare`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from consilium.cli.catalogue import read_catalogue
+from consilium.cli.parsing import flags_in, read_command, whole_number
+from consilium.cli.screen import VOICE, finish, out, speaking, tracking_flags
+from consilium.errors import ConfigError, ConsiliumError
+
+if TYPE_CHECKING:
+    pass
+
+
+def compare_command(args: list[str]) -> None:
+    """consilium compare RECIPE|FILE.json [--algorithms A,B] [--seeds N] [--jobs N] [--out DIR] [--track TOOLS]
+    [--quiet] [--json] [flags of the experiment]"""
+    compared = read_catalogue()["recipes"].get(args[0] if args else "", {}).get("compared", "")
+    own = {"--out": "runs", "--algorithms": compared, "--seeds": "1", "--jobs": "0", "--track": ""}
+    asked = read_command(args, "compare", compare_command.__doc__, own, VOICE)
+    from consilium.api import by_default, plan, split_names
+    from consilium.recipes import Recipe, find
+    from consilium.watch import Comparison, at_a_time
+
+    experiment, options = asked.experiment, asked.options
+    saved = args[0] not in read_catalogue()["recipes"]
+    recipe = Recipe(experiment.name, lambda: experiment) if saved else find(args[0])
+    seeds, jobs = whole_number(options, "--seeds", 1), whole_number(options, "--jobs", 0)
+    if "--algorithms" in flags_in(args) and not options["--algorithms"]:
+        raise ConfigError("--algorithms is empty; name methods, e.g. --algorithms FedMoE,FedAvg")
+    names = split_names(options["--algorithms"] or by_default(recipe, experiment))
+    root = Path(options["--out"]) / experiment.name
+    planned = plan(recipe, experiment, names, seeds, root)
+    track = tracking_flags(options["--track"])
+    with speaking("--quiet" in asked.switches, "--json" in asked.switches) as lines:
+        jobs = jobs or at_a_time(list(planned.values()))
+        told = (lambda name, record: lines.line({"run": name, **record})) if lines else None
+        try:
+            Comparison(out, planned, jobs, track, told).run()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("; the same command continues the comparison") from None
+        except ConfigError:  # before any run began
+            raise
+        except ConsiliumError:
+            if finished := [folder for folder in planned if (folder / "summary.json").exists()]:
+                finish(finished, root / "report.html", lines)
+            raise
+        finish(list(planned), root / "report.html", lines)

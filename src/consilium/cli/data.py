@@ -1,0 +1,108 @@
+"""`consilium data`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from consilium.cli.parsing import parse
+from consilium.cli.screen import out
+from consilium.errors import ConfigError
+from consilium.escape import print_line
+
+if TYPE_CHECKING:
+    pass
+
+
+def data_command(args: list[str]) -> None:
+    """consilium data PATH [--text COLUMN] [--label COLUMN] [--client COLUMN] ... [--out split.png]"""
+    from consilium.data.dialect import Dialect
+    from consilium.moe.build import ModelSource
+    from consilium.recipes import find
+    from consilium.report.image_preview import holds_images, preview_images
+    from consilium.report.preview import NAMES, preview, save_picture, show
+
+    def parameters(
+        file: Annotated[Path, tyro.conf.Positional],
+        text: str = "",
+        label: str = "",
+        prompt: str = "",
+        response: str = "",
+        context: str = "",
+        input: str = "",
+        choices: str = "",
+        messages: str = "",
+        image: str = "",
+        client: str = "",
+        separator: str = "",
+        quote: str = "",
+        encoding: str = "",
+        model: str = "docstring-switch",
+        clients: int | None = None,
+        partition: str | None = None,
+        alpha: float | None = None,
+        classes: int | None = None,
+        size: int = 0,
+        pages: str | None = None,
+        axes: str | None = None,
+        seed: int = 0,
+        out: Path | None = None,
+    ) -> dict[str, Any]:
+        """Look at data before using it. Columns that are not named are guessed by their names.
+
+        Args:
+            file: a .csv, .tsv, .json, .jsonl, .parquet or .xlsx file, a folder of them, a directory of `datasets`, or
+                owner/name on the hub; of images: a folder per class, Parquet, .npz, CIFAR's *.bin, MNIST's files.
+            text: column of the text.
+            label: column of its label.
+            prompt: column of what is asked.
+            response: column of the answer.
+            context: column of a text the prompt is about.
+            input: column of what the prompt is to be applied to.
+            choices: column of the answers to choose from.
+            messages: column of conversations.
+            image: column of encoded images.
+            client: column that says whose a row is; "none": the rows are dealt.
+            separator: between the fields of a text file, where it is not recognised: one character, or "tab".
+            quote: around fields there: one character, or "none".
+            encoding: of a text file, e.g. cp1252.
+            model: whose tokenizer counts the tokens.
+            clients: how many, without a client column.
+            partition: iid, dirichlet or pathological, without a client column.
+            alpha: of dirichlet.
+            classes: per client, of images, pathological.
+            size: of a side, to which images are scaled and cut; 0: as they are.
+            pages: of image files with several pages or frames: first or all.
+            axes: of one image in an .npz file: CHW or HWC.
+            seed: of the split.
+            out: where the picture of the split goes; default: NAME-split.png here.
+        """
+        return dict(locals())
+
+    told = parse(parameters, args, "consilium data")
+    path, seed = told["file"], told["seed"]
+    given = {role: told[role] for role in (*NAMES, "image") if told[role]}
+    settings = {key: told[key] for key in ("clients", "partition", "alpha")}
+    if holds_images(path):
+        settings |= {key: told[key] for key in ("classes", "pages", "axes")}
+        sheet = told["out"] or Path(f"{path.stem}-split.png")
+        sheet = sheet.with_name(f"{sheet.stem}-images.png" if told["out"] else f"{path.stem}-images.png")
+        found = preview_images(path, given, settings, told["size"], seed, sheet)
+    elif odd := [name for name in ("image", "classes", "size", "pages", "axes") if told[name]]:
+        raise ConfigError(f"--{odd[0]} is for images; {path} is a table without a column of encoded images")
+    else:
+        dialect = Dialect(told["separator"], told["quote"], told["encoding"])
+        model = "" if told["model"] == "docstring-switch" else told["model"]
+        found = preview(
+            path,
+            given,
+            ModelSource(told["model"]).tokenizer(),
+            settings,
+            seed,
+            dialect,
+            model,
+            lambda name: find(name).make().fit,
+        )
+    show(found, out)
+    target = save_picture(found, told["out"] or Path(f"{path.stem}-split.png"))
+    print_line(out, f"picture: {target}")

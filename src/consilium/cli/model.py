@@ -1,0 +1,98 @@
+"""`consilium inspect`, `consilium plan` and `consilium upcycle`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from consilium.cli.parsing import parse, read_command
+from consilium.cli.screen import out
+from consilium.escape import print_line
+
+if TYPE_CHECKING:
+    pass
+
+
+def inspect_command(args: list[str]) -> None:
+    """consilium inspect MODEL \\[--memory 12GiB]"""
+    from consilium.core import Sampling
+    from consilium.moe.budget import bytes_of
+    from consilium.moe.build import ModelSource
+    from consilium.report.model import print_model
+    from consilium.setup import Fit, Setup
+
+    def parameters(
+        model: Annotated[str, tyro.conf.Positional],
+        gguf: str = "",
+        memory: str | None = None,
+        form: Literal["classification", "text-to-text"] | None = None,
+        batch_size: int = 16,
+        max_length: int = 64,
+        target_length: int = 16,
+        rank: int = 8,
+        gradient_checkpointing: bool = False,
+    ) -> tuple[Setup, int | None, int]:
+        """Layers, experts, router and bytes of a model, and which budgets of experts fit a device.
+
+        Args:
+            model: a directory, a shipped model's name, or a hub name.
+            gguf: a GGUF file in that directory.
+            memory: a device's memory, e.g. 12GiB: says what fits.
+            form: classification or text-to-text; default: what the checkpoint was made for.
+            batch_size: examples per step.
+            max_length: tokens per example.
+            target_length: target tokens per example (text-to-text).
+            rank: of LoRA adapters.
+            gradient_checkpointing: recompute activations in the backward pass.
+        """
+        source = ModelSource(model, gguf=gguf)
+        generates = any("LM" in name or "Generation" in name for name in source.config.architectures or ())
+        generates = generates or source.dense
+        source = ModelSource(model, gguf=gguf, form=form or ("text-to-text" if generates else "classification"))
+        fit = Fit(
+            batch_size=batch_size,
+            max_length=max_length,
+            target_length=target_length,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        heads = {"task": ("label",)} if source.form == "classification" else {}
+        return Setup(source, fit, Sampling(), 0, heads), bytes_of(memory) if memory else None, rank
+
+    setup, limit, rank = parse(parameters, args, "consilium inspect")
+    print_model(setup, limit, rank, out)
+
+
+def plan_command(args: list[str]) -> None:
+    """consilium plan RECIPE|FILE.json [--algorithm NAME] [flags of the experiment]"""
+    asked = read_command(args, "plan", plan_command.__doc__, {"--algorithm": ""})
+    from consilium.report.forecast import print_plan
+
+    print_plan(asked.experiment, out)
+
+
+def upcycle_command(args: list[str]) -> None:
+    """consilium upcycle MODEL \\[--experts 8] \\[--top-k 2] --out DIR"""
+    from consilium.export.folder import new_folder
+    from consilium.moe.upcycle import Upcycling, upcycle
+
+    def parameters(
+        model: Annotated[str, tyro.conf.Positional],
+        out: Path,
+        how: Annotated[Upcycling, tyro.conf.arg(name="")],
+        gguf: str = "",
+    ) -> tuple[str, Path, Upcycling, str]:
+        """Make a mixture of experts of a dense model (Komatsuzaki et al. 2023), with its tokenizer and chat template.
+
+        Args:
+            model: a directory or a hub name: llama, mistral, granite, qwen2, qwen3, olmo2 or t5.
+            out: directory to write; it must be new or empty.
+            how: the experts.
+            gguf: a GGUF file in the directory.
+        """
+        return model, out, how, gguf
+
+    model, folder, how, gguf = parse(parameters, args, "consilium upcycle")
+    with new_folder(folder) as new:
+        told = upcycle(model, new, how, gguf)
+    for line in (*told, f"see it: consilium inspect {folder}"):
+        print_line(out, line)

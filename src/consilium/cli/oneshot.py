@@ -1,0 +1,89 @@
+"""`consilium expert` and `consilium hub`: a federation of one exchange."""
+
+from typing import TYPE_CHECKING
+
+from consilium.cli.parsing import parse, read_command, split_options
+from consilium.cli.screen import out
+from consilium.cli.sites import of_one_client
+from consilium.errors import ConfigError
+from consilium.escape import print_line
+
+if TYPE_CHECKING:
+    from consilium.experiment import Experiment
+
+_GROUPS = ("data", "model", "fit", "algorithm", "sampling", "wire", "merging", "privacy")
+_SINGLE = ("--memory", "--device", "--seed", "--threads", "--rounds")
+
+
+def run_one_shot(room: str, args: list[str]) -> None:
+    """consilium expert | hub COMMAND [its flags] [RECIPE flags of an experiment]"""
+    try:
+        import consilium.certificates  # noqa: F401  signatures
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is missing: pip install 'consilium[flower]'") from error
+    from consilium.oneshot.commands import ROOMS, Rows
+
+    commands = ROOMS[room]
+    if not args or args[0] not in commands:
+        if args and args[0] not in ("-h", "--help"):
+            raise ConfigError(f"unknown command {room} {args[0]!r}; allowed are {', '.join(commands)}")
+        for name, kind in commands.items():
+            line = f"consilium {room} {name:10} {kind.__doc__.splitlines()[0]}"
+            out.print(line, markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(0)
+    kind, prog, rest = commands[args[0]], f"consilium {room} {args[0]}", args[1:]
+    recipe, rest = _recipe_first(rest) if args[0] == "train" else ("", rest)
+    options, rest = split_options(rest, {"--rows": recipe})
+    given = [arg for arg in rest if arg.startswith("--") and _is_of_experiment(arg)]
+    own, flags = _divided(rest)
+    if given and not options["--rows"]:
+        raise ConfigError(f"{given[0]} is a flag of an experiment: name a recipe by --rows first")
+    command = parse(kind, own, prog)
+    rows = Rows(_rows(options["--rows"], flags, prog) if options["--rows"] else None)
+    for line in command.lines(rows):
+        print_line(out, line)
+
+
+def _is_of_experiment(flag: str) -> bool:
+    """Return whether a flag of a one-shot command belongs to the experiment, which says how rows are read."""
+    name = flag.partition("=")[0]
+    return name in _SINGLE or (name.removeprefix("--").removeprefix("no-").partition(".")[0] in _GROUPS and "." in name)
+
+
+def _divided(args: list[str]) -> tuple[list[str], list[str]]:
+    """The command's own arguments, and those of an experiment: each flag with the values after it."""
+    parts: dict[bool, list[str]] = {True: [], False: []}
+    foreign = False
+    for arg in args:
+        if arg.startswith("--"):
+            foreign = _is_of_experiment(arg)
+        parts[foreign].append(arg)
+    return parts[False], parts[True]
+
+
+def _recipe_first(args: list[str]) -> tuple[str, list[str]]:
+    """The recipe that stands first at a site, and the other arguments."""
+    return (args[0], args[1:]) if args and not args[0].startswith("-") else ("", args)
+
+
+def _rows(recipe: str, flags: list[str], prog: str) -> "Experiment":
+    """The experiment that says how a site's rows, or a hub's, are read: those of one client unless flags say more."""
+    from dataclasses import replace
+
+    from consilium.algorithms.fedavg import FedAvg
+
+    # FedAvg takes any model; no method is used
+    asked = read_command(
+        [recipe, *flags], prog.removeprefix("consilium "), None, {}, change=lambda e: replace(e, algorithm=FedAvg())
+    )
+    return asked.experiment if recipe.endswith(".json") else of_one_client(asked.experiment, asked.flags)
+
+
+def expert_command(args: list[str]) -> None:
+    """consilium expert COMMAND"""
+    run_one_shot("expert", args)
+
+
+def hub_command(args: list[str]) -> None:
+    """consilium hub COMMAND"""
+    run_one_shot("hub", args)

@@ -1,0 +1,239 @@
+"""The arguments of a command: its own options, and the flags of an experiment, which come from the dataclasses."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import itertools
+import json
+import re
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from consilium.cli.catalogue import hint_for, print_flags, read_catalogue, refuse_mistyped, refuse_unknown
+from consilium.errors import ConfigError
+
+if TYPE_CHECKING:
+    from consilium.core import Algorithm
+    from consilium.experiment import Experiment
+
+OWN = {
+    "--out": "folder of the run directories",
+    "--algorithm": "method to run in place of the recipe's own",
+    "--algorithms": "methods to compare, separated by commas",
+    "--seeds": "runs per method, with seeds from --seed on",
+    "--jobs": "runs at a time, each a process; 0: as many as cores and free memory allow",
+    "--sites": "names of the sites, separated by commas",
+    "--hosts": "names or addresses under which sites reach the server, separated by commas",
+    "--address": "host:port to listen on",
+    "--certificates": "folder of `consilium certificates`: its part for the server, or for this site",
+    "--insecure": "plain text without keys: once on this machine, twice elsewhere",
+    "--wait": "seconds until all sites must be connected",
+    "--name": "of this site",
+    "--server": "host:port of the server",
+    "--state": "folder for what is kept at this site",
+    "--track": "tools to track the run in, separated by commas: tensorboard, mlflow, wandb; each is an extra",
+    "--quiet": "print errors and the last line only",
+    "--json": "stdout gets a line of JSON per round and a last one with the summary; all else goes to stderr",
+    "--port": "for Flower's processes on this machine, on 127.0.0.1 alone",
+    "--max-lr": "largest learning rate that the server may ask of this site",
+    "--max-epochs": "most passes over this site's data in a round",
+    "--max-steps": "most updates of a model in a round; training ends with an error before one more",
+    "--max-batch-size": "most examples in a batch",
+    "--max-tokens": "most tokens (of images and tables: rows) that models read and write in a round",
+    "--max-seconds": "longest time that training, or scoring, may take in a round",
+    "--max-rounds": "most rounds of a run",
+    "--max-bytes": "largest message that this site takes or returns, unfolded",
+    "--max-memory": "most memory that a model may need here, e.g. 12GiB; default: --memory, or all of the device",
+    "--max-state": "most room on disk for the states of former runs; the oldest go first",
+    "--max-days": "days after which the state of a former run is removed",
+}
+"""What the commands' own flags mean; all others are fields of the experiment."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What was asked of a command that takes an experiment.
+
+    Args:
+        experiment: with all flags. options: the command's own, by flag. switches: those of its own that were given.
+        flags: the flags of the experiment that were given, without their values.
+    """
+
+    experiment: "Experiment"
+    options: dict[str, str]
+    switches: frozenset[str]
+    flags: frozenset[str]
+
+
+def read_command(
+    args: list[str],
+    name: str,
+    usage: str | None,
+    options: Mapping[str, str],
+    switches: Collection[str] = (),
+    change: "Callable[[Experiment], Experiment]" = lambda experiment: experiment,
+) -> Command:
+    """Read RECIPE|FILE.json, a command's own options, and the flags of the experiment.
+
+    Help, unknown recipes and mistyped flags are answered from the catalogue, before anything slow is imported.
+
+    Args:
+        usage: the command's synopsis. options: its own options -> default. switches: its own flags without a value.
+        change: applied to the experiment before its flags are read.
+    """
+    usage = usage or ""
+    if not args:
+        raise ConfigError(f"consilium {name} needs a recipe; see `consilium list`")
+    recipe, rest = args[0], args[1:]
+    if recipe in ("-h", "--help", "--help-all"):
+        print(f"{usage}\n\nRecipes: {', '.join(read_catalogue()['recipes'])}")
+        print(f"Flags of an experiment: consilium {name} RECIPE --help")
+        raise SystemExit(0)
+    recipe = f"{recipe}/config.json" if (Path(recipe) / "config.json").is_file() else recipe
+    given, rest = split_options(rest, options)
+    found = frozenset(arg for arg in rest if arg in switches)
+    rest = [arg for arg in rest if arg not in found]
+    method = given.get("--algorithm", "")
+    own = {**options, **dict.fromkeys(switches, "")}
+    if recipe in read_catalogue()["recipes"] and not {"-h", "--help", "--help-all"}.isdisjoint(rest):
+        print_flags(recipe, usage, {flag: _described(flag, own) for flag in own}, "--help-all" in rest, method)
+        raise SystemExit(0)
+    refuse_unknown(recipe)
+    refuse_mistyped(recipe, rest, own, name, method)
+    default = named_experiment(recipe)
+    if method:
+        default = dataclasses.replace(default, algorithm=named_algorithm(recipe, default, method))
+    default = change(default)
+    if hasattr(default.data, "target"):  # texts and tables say target for what images call label: both are taken
+        rest = [re.sub(r"^--data\.label(?=$|=)", "--data.target", arg) for arg in rest]
+    experiment = parse(type(default), rest, f"consilium {name} {args[0]}", default, own)
+    flags = frozenset(flags_in(rest))
+    return Command(experiment, given, found, flags)
+
+
+def _described(flag: str, own: Mapping[str, str]) -> str:
+    return OWN[flag] + (f" (default: {own[flag]})" if own[flag] else "")
+
+
+def named_experiment(recipe: str) -> "Experiment":
+    """Return the experiment of a recipe, or a saved one.
+
+    Args:
+        recipe: a recipe's name, or a JSON file with an experiment or a run's config.
+    """
+    if not recipe.endswith(".json"):
+        from consilium.recipes import find
+
+        return find(recipe).make()
+    from consilium.experiment import from_json
+
+    try:
+        saved = json.loads(Path(recipe).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{recipe} is not a saved experiment: {type(error).__name__}") from error
+    if not isinstance(saved, dict):
+        raise ConfigError(f"{recipe} is not a saved experiment: it holds a {type(saved).__name__}")
+    return from_json(saved.get("experiment", saved))
+
+
+def named_algorithm(recipe: str, experiment: "Experiment", name: str) -> "Algorithm":
+    """Return a method by name: as the recipe sets it up as a rival, or at its defaults."""
+    from consilium.recipes import Recipe, find
+
+    found = Recipe(recipe, lambda: experiment) if recipe.endswith(".json") else find(recipe)
+    return found.algorithm(name)
+
+
+def split_options(args: list[str], defaults: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Take a command's own options out of the arguments; the rest belongs to the experiment."""
+    options, rest, i = dict(defaults), [], 0
+    while i < len(args):
+        name, has_value, value = args[i].partition("=")
+        if name not in defaults:
+            rest.append(args[i])
+        elif has_value:
+            options[name] = value
+        elif i + 1 < len(args):
+            i += 1
+            options[name] = args[i]
+        else:
+            raise ConfigError(f"{name} needs a value, e.g. {name} {defaults[name]}")
+        i += 1
+    return options, rest
+
+
+def flags_in(args: list[str]) -> set[str]:
+    """Return the flags among the arguments, without their values."""
+    return {arg.partition("=")[0] for arg in args if arg.startswith("--")}
+
+
+def whole_number(options: dict[str, str], name: str, least: int) -> int:
+    text = options[name]
+    if not text.isdecimal() or int(text) < least:
+        raise ConfigError(f"{name} is {text!r}; it must be a whole number >= {least}")
+    return int(text)
+
+
+def number(options: dict[str, str], name: str) -> float:
+    try:
+        return float(options[name])
+    except ValueError:
+        raise ConfigError(f"{name} is {options[name]!r}; it must be a number") from None
+
+
+def parse(
+    kind: Any, args: list[str], prog: str, default: Any = None, own: Mapping[str, str | None] | None = None
+) -> Any:
+    """tyro, with its complaints as one line, and misspelt flags answered with the nearest.
+
+    Args:
+        default: the experiment that the flags change. own: the command's own flags, with their values.
+    """
+    extra = {"default": default} if default is not None else {}
+    if own:
+        words = {flag: flag if value is None else f"{flag} {value or 'X'}" for flag, value in own.items()}
+        told = "\n".join(f"{words[flag]}: {OWN[flag]}" for flag in own)
+        extra["description"] = f"The command has flags of its own, with these defaults:\n\n{told}"
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            value, unknown = tyro.cli(
+                kind, args=args, prog=prog, return_unknown_args=True, config=(tyro.conf.AvoidSubcommands,), **extra
+            )
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        raise ConfigError(f"{complaint(said.getvalue())}; see `{prog} --help`") from None
+    if unknown:
+        known = [*(flags_of(default) if default is not None else []), *(own or ())]
+        raise ConfigError(f"unknown argument {unknown[0]!r}; {hint_for(unknown[0].split('=')[0], known, prog)}")
+    return value
+
+
+def complaint(box: str) -> str:
+    """What tyro says in the first part of its box, as one line: the flag, the value, what is allowed."""
+    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
+    parts = itertools.groupby(lines, key=lambda line: bool(line.strip("─-╰╯")))  # between the rules, drawn or typed
+    text = " ".join(next((part for full, part in parts if full), ())).rstrip(".")
+    if match := re.search(r"invalid choice '(.*?)' for argument '(.+?)'.*?\((.*)\)", text):
+        allowed = re.findall(r"'(.*?)'", match[3])
+        near = difflib.get_close_matches(match[1], allowed, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{match[2]} is {match[1]!r}; allowed are {', '.join(allowed)}{hint}"
+    text = text.removeprefix("Error parsing ")
+    text = text.replace("invalid literal for int() with base 10:", "it must be a whole number, not")
+    return text.replace("could not convert string to float:", "it must be a number, not")
+
+
+def flags_of(value: Any, prefix: str = "--") -> list[str]:
+    """Every flag of an experiment, e.g. --algorithm.alpha."""
+    flags = []
+    for field in dataclasses.fields(value):
+        inner = getattr(value, field.name)
+        name = f"{prefix}{field.name.replace('_', '-')}"
+        flags += flags_of(inner, f"{name}.") if dataclasses.is_dataclass(inner) else [name]
+    return flags

@@ -1,0 +1,102 @@
+"""What a command prints: its lines, its progress, the table and the report at the end."""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from consilium.escape import one_line, print_line
+
+if TYPE_CHECKING:
+    from consilium.loop import Watch
+    from consilium.watch import JsonLines
+
+out = Console()
+err = Console(stderr=True, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """One line on stderr."""
+    err.print(f"consilium: {one_line(text, 4000)}", markup=False, highlight=False)
+
+
+VOICE = ("--quiet", "--json")
+"""Flags of commands that run something: how much they print."""
+
+
+def split_voice(args: list[str]) -> tuple[bool, bool, list[str]]:
+    """Whether --quiet and --json were said, and the other arguments."""
+    return "--quiet" in args, "--json" in args, [arg for arg in args if arg not in ("--quiet", "--json")]
+
+
+@contextlib.contextmanager
+def speaking(quiet: bool, as_json: bool) -> "Iterator[JsonLines | None]":
+    """Within it, --quiet silences `out`, and --json hands stdout over to the lines of JSON that are yielded: whatever
+    prints, ours or a library's, prints to stderr."""
+    from consilium.watch import JsonLines
+
+    lines = JsonLines(sys.stdout) if as_json else None
+    out.quiet = quiet
+    try:
+        with contextlib.redirect_stdout(sys.stderr) if lines else contextlib.nullcontext():
+            yield lines
+    finally:
+        out.quiet = False
+
+
+def tracking_flags(text: str) -> list[str]:
+    """--track as flags for a run's own process; mistakes are found before anything is begun."""
+    if not text:
+        return []
+    from consilium.tracking import named
+
+    return ["--track", ",".join(named(text))]
+
+
+def follow(work: "Callable[[Watch], Any]", folder: Path, track: str, lines: "JsonLines | None") -> None:
+    """Run with progress, tracked where that was asked for, and finish; on Ctrl-C say how to go on."""
+    from consilium.tracking import Tracking, named
+    from consilium.watch import Several, Terminal
+
+    with Tracking(folder, named(track)) as tracking:
+        try:
+            with Terminal(out) as terminal:
+                work(Several([terminal, *([lines] if lines else []), tracking]))
+        except KeyboardInterrupt:
+            begun = (folder / "config.json").exists()
+            raise KeyboardInterrupt(f"; `consilium resume {folder}` continues the run" if begun else "") from None
+        tracking.report(finish([folder], None, lines))
+
+
+def finish(folders: list[Path], target: Path | None = None, lines: "JsonLines | None" = None) -> Path:
+    """Print the table, write the report, say where it is; returns the report's path.
+
+    Args:
+        lines: of --json; gets the summary of the run, or of each by its name with the rows of the table.
+    """
+    from consilium.report import methods, print_clients, print_table, read_runs, rows, table_files, write_report
+
+    print_table(folders, out)
+    if len(folders) == 1:
+        print_clients(folders[0], out)
+    if target is None:
+        target = (folders[0] if len(folders) == 1 else Path(os.path.commonpath(folders))) / "report.html"
+    page = write_report(folders, target)
+    several = len(folders) > 1
+    tables = [str(path) for path in table_files(page) if several and path.is_file()]
+    if lines:
+        told = {folder.name: json.loads((folder / "summary.json").read_text()) for folder in folders}
+        more = {"table": rows(methods(read_runs(folders))), "tables": tables} if several else {}
+        lines.line({"summary": told if several else told[folders[0].name], **more, "report": str(page)})
+    elif out.quiet:
+        print(one_line(f"report: {page}", 4000))
+    else:
+        if tables:
+            print_line(out, f"table: {', '.join(tables)}")
+        print_line(out, f"report: {page}")
+    return page

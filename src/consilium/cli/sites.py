@@ -1,0 +1,183 @@
+"""`consilium certificates`, `consilium server` and `consilium client`: sites on machines of their own."""
+
+import dataclasses
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from consilium.addresses import Address, parse_address
+from consilium.cli.parsing import number, read_command, split_options, whole_number
+from consilium.cli.screen import finish, out, say
+from consilium.errors import ConfigError
+from consilium.escape import print_line
+
+if TYPE_CHECKING:
+    from consilium.experiment import Experiment
+
+
+def certificates_command(args: list[str]) -> None:
+    """consilium certificates DIR --sites A,B [--hosts NAME,ADDRESS]"""
+    if not args or args[0].startswith("-"):
+        out.print(certificates_command.__doc__, markup=False, highlight=False)
+        raise SystemExit(0) if args[:1] in (["-h"], ["--help"]) else ConfigError("name a folder for the keys")
+    options, rest = split_options(args[1:], {"--sites": "", "--hosts": ""})
+    if rest:
+        raise ConfigError(f"unknown argument {rest[0]!r}; allowed are --sites and --hosts")
+    try:
+        from consilium.certificates import certificates
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is missing: pip install 'consilium[flower]'") from error
+    folder, hosts = Path(args[0]), [host for host in re.split(r"[,;\s]+", options["--hosts"]) if host]
+    crt = folder / "server/server.crt"
+    before = crt.read_bytes() if crt.exists() else b""
+    made_here = certificates(folder, hosts, site_names(options["--sites"]))
+    if before and crt.read_bytes() != before:
+        say(
+            f"the list of hosts is another: {crt} is new, and only {folder / 'server/ca.crt'} trusts it; send it "
+            "to every site in place of its ca.crt (keys stay as they are)"
+        )
+    for made in made_here:
+        print_line(out, f"{made} is for that site alone: send it over a secure channel")
+    print_line(out, f"{folder / 'server'} is for the server")
+
+
+def server_command(args: list[str]) -> None:
+    """consilium server RECIPE|FILE.json --sites A,B --certificates DIR [--algorithm NAME] [--address HOST:PORT]
+    [--wait S] [--out DIR] [--insecure] [flags of the experiment]"""
+    if any(arg.partition("=")[0] == "--one-shot" for arg in args):
+        return collect_packages(args)
+    own = {"--sites": "", "--certificates": "", "--address": "0.0.0.0:8000", "--wait": "600", "--out": "runs"}
+    insecure, args = split_insecure(args)
+    asked = read_command(args, "server", server_command.__doc__, {"--algorithm": "", **own}, ("--insecure",))
+    experiment, options = asked.experiment, asked.options
+    deployment = load_deployment()
+    sites, wait = site_names(options["--sites"]), whole_number(options, "--wait", 1)
+    if not sites:
+        raise ConfigError("--sites is empty; name the sites, e.g. --sites north,south")
+    keys = keys_folder(options, insecure, parse_address(options["--address"], "--address"), "server")
+    folder = Path(options["--out"]) / experiment.name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        deployment.server(experiment, folder, sites, options["--address"], keys, wait, out)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("; the same command goes on with the run") from None
+    finish([folder])
+
+
+def collect_packages(args: list[str]) -> None:
+    """consilium server --one-shot HUB --sites A,B --certificates DIR [--address HOST:PORT] [--insecure]"""
+    own = {"--one-shot": "", "--sites": "", "--certificates": "", "--address": "0.0.0.0:8000"}
+    options, rest = split_options(args, own)
+    insecure, rest = split_insecure(rest)
+    if rest:
+        raise ConfigError(f"unknown argument {rest[0]!r}; with --one-shot allowed are {', '.join(own)} and --insecure")
+    sites = site_names(options["--sites"])
+    if not sites:
+        raise ConfigError("--sites is empty; name the sites, e.g. --sites north,south")
+    load_deployment()  # or say what is missing
+    from consilium.oneshot.network import collect
+
+    keys = keys_folder(options, insecure, parse_address(options["--address"], "--address"), "server")
+    try:
+        collect(Path(options["--one-shot"]), sites, options["--address"], keys, out)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("; the same command goes on collecting") from None
+
+
+def offer_package(args: list[str]) -> None:
+    """consilium client --one-shot FILE --name A --server HOST:PORT --certificates DIR [--state DIR] [--port N]
+    [--insecure]"""
+    own = {"--one-shot": "", "--name": "", "--server": "", "--certificates": "", "--state": "", "--port": "9094"}
+    options, rest = split_options(args, own)
+    insecure, rest = split_insecure(rest)
+    if rest:
+        raise ConfigError(f"unknown argument {rest[0]!r}; with --one-shot allowed are {', '.join(own)} and --insecure")
+    load_deployment()
+    from consilium.oneshot.network import offer
+
+    keys = keys_folder(options, insecure, parse_address(options["--server"], "--server"), None)
+    state = Path(options["--state"] or f"offer-{options['--name']}")
+    port = whole_number(options, "--port", 1)
+    offer(Path(options["--one-shot"]), options["--name"], options["--server"], keys, state, port)
+
+
+def client_command(args: list[str]) -> None:
+    """consilium client RECIPE|FILE.json --name A --server HOST:PORT --certificates DIR [--state DIR] [--port N]
+    [--insecure] [--max-lr X] [--max-epochs N] [--max-steps N] [--max-batch-size N] [--max-tokens N] [--max-seconds S]
+    [--max-rounds N] [--max-bytes SIZE] [--max-memory SIZE] [--max-state SIZE] [--max-days N]
+    [flags of the experiment: --data.*, --model.*, --memory, --device]"""
+    if any(arg.partition("=")[0] == "--one-shot" for arg in args):
+        return offer_package(args)
+    own = {"--name": "", "--server": "", "--certificates": "", "--state": "", "--port": "9094"}
+    most = {
+        f"--max-{field.replace('_', '-')}": value
+        for field, value in dataclasses.asdict(load_deployment().Limits()).items()
+    }
+    own |= {flag: str(value) for flag, value in most.items()}
+    insecure, args = split_insecure(args)
+    asked = read_command(args, "client", client_command.__doc__, own, ("--insecure",))
+    experiment, options = asked.experiment, asked.options
+    if not args[0].endswith(".json"):
+        experiment = of_one_client(experiment, asked.flags)
+    deployment = load_deployment()
+    keys = keys_folder(options, insecure, parse_address(options["--server"], "--server"), None)
+    state = Path(options["--state"] or f"site-{options['--name']}")
+    limits: dict[str, Any] = {}
+    for flag, value in most.items():
+        given = options[flag] if isinstance(value, str) else number(options, flag)
+        limits[flag[6:].replace("-", "_")] = whole_number(options, flag, 1) if type(value) is int else given
+    port = whole_number(options, "--port", 1)
+    deployment.client(
+        experiment, options["--name"], options["--server"], keys, state, port, deployment.Limits(**limits)
+    )
+
+
+def of_one_client(experiment: "Experiment", given: Collection[str]) -> "Experiment":
+    """Take a site's data as that of one client, unless its flags say how it is dealt."""
+    data = experiment.data
+    if "--data.clients" in given or not hasattr(data, "clients") or len(getattr(data, "tasks", ())) > 1:
+        return experiment
+    skewed = "--data.partition" not in given and getattr(data, "partition", "") in ("pathological", "dirichlet")
+    data = dataclasses.replace(data, clients=1, **({"partition": "iid"} if skewed else {}))
+    return dataclasses.replace(experiment, data=data)
+
+
+def site_names(text: str) -> list[str]:
+    """The sites of --sites."""
+    from consilium.core import CLIENT_ID
+
+    names = [name.strip() for name in text.split(",")] if text else []
+    for name in names:
+        if not CLIENT_ID.fullmatch(name):
+            raise ConfigError(f"--sites names {name!r}; give names of A-Z a-z 0-9 . _ - separated by commas")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--sites names a site twice: {text}")
+    return names
+
+
+def load_deployment() -> Any:
+    try:
+        from consilium import deployment
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is missing: pip install 'consilium[flower]'") from error
+    return deployment
+
+
+def split_insecure(args: list[str]) -> tuple[int, list[str]]:
+    """How often --insecure was said, and the other arguments."""
+    return args.count("--insecure"), [arg for arg in args if arg != "--insecure"]
+
+
+def keys_folder(options: dict[str, str], insecure: int, address: Address, part: str | None) -> Path | None:
+    """The folder of keys; None where plain text was asked for, on loopback once, elsewhere twice."""
+    if not insecure:
+        if not options["--certificates"]:
+            raise ConfigError("--certificates is missing: name the folder that `consilium certificates` made")
+        return Path(options["--certificates"]) / part if part else Path(options["--certificates"])
+    if insecure < 2 and not address.is_loopback:
+        raise ConfigError(
+            f"{address.host} is not this machine: --insecure would send models in plain text and let anybody take "
+            "part; use --certificates, or say --insecure twice"
+        )
+    return None
