@@ -28,10 +28,12 @@ from sklearn.svm import LinearSVC
 from consilium.core import ClientContext, ClientInfo, ClientState, Sampling
 from consilium.data.docstrings import DocstringData, answer
 from consilium.data.task import ClientData, Split, pooled, score
+from consilium.fit import Fit
 from consilium.moe.build import ModelSource
 from consilium.recipes.pretrain_model import sort_experts
-from consilium.setup import Fit, Setup
-from consilium.training import evaluate, fit
+from consilium.scoring import evaluate
+from consilium.setup import Setup
+from consilium.training import fit
 
 WORDS = dict(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
 

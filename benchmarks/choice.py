@@ -23,8 +23,9 @@ from fedmoe import SETTINGS, TASKS, experiment
 from consilium.core import ClientContext, ClientInfo, ClientState, derive_seed
 from consilium.data.task import ClientData, Federation, Split, pooled
 from consilium.moe.routing import Tap
+from consilium.scoring import evaluate
 from consilium.setup import Setup
-from consilium.training import evaluate, fit
+from consilium.training import fit
 
 CHOICES = ("most used", "random", "least used")
 Usage = dict[str, torch.Tensor]

@@ -49,12 +49,13 @@ from consilium.engine.checkpoint import ClientStore
 from consilium.engine.local import LocalEngine
 from consilium.engine.workers import forked
 from consilium.experiment import Experiment
+from consilium.fit import Fit
 from consilium.machine import cores
 from consilium.models.cohort import Cohort, SplitModel
 from consilium.moe.addressing import flatten
 from consilium.params import WeightedMean
 from consilium.recipes.digits import SMALL_FIT
-from consilium.setup import Fit, Setup
+from consilium.setup import Setup
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,10 @@ from consilium.algorithms.scaffold import SCAFFOLD
 from consilium.core import Algorithm, Sampling
 from consilium.data.docstrings import DocstringData
 from consilium.experiment import Experiment
+from consilium.fit import Fit
 from consilium.machine import cores
 from consilium.recipes.docstrings import EQUAL_MEMORY
 from consilium.rundir import RunDirectory
-from consilium.setup import Fit
 from consilium.watch import Comparison
 
 SETTINGS = {

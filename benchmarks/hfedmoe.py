@@ -36,9 +36,10 @@ from consilium.algorithms.hfedmoe import HFedMoE
 from consilium.core import Algorithm, Sampling
 from consilium.data.textfile import TextFileData
 from consilium.experiment import Experiment
+from consilium.fit import Fit
 from consilium.moe.build import ModelSource
 from consilium.rundir import RunDirectory
-from consilium.setup import Fit, Setup
+from consilium.setup import Setup
 from consilium.watch import Comparison
 
 BUDGET = (0.125, 0.25, 0.5, 1.0)

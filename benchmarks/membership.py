@@ -33,12 +33,12 @@ from consilium.data.arrays import ImageData
 from consilium.data.tensor import TensorSplit
 from consilium.engine.checkpoint import load_checkpoint
 from consilium.experiment import Experiment
+from consilium.fit import Fit
 from consilium.loop import run
 from consilium.models.cohort import Cohort
 from consilium.moe.addressing import select
 from consilium.privacy import Privacy
 from consilium.recipes.digits import SMALL_FIT
-from consilium.setup import Fit
 
 
 @dataclass(frozen=True)

@@ -314,9 +314,9 @@ def _train(point: Point, folder: Path) -> None:
     import torch
 
     from consilium.core import ClientContext, ClientInfo, ClientState
+    from consilium.fit import Fit
     from consilium.moe.lora import Lora, add_expert_lora, add_lora
     from consilium.moe.routing import Tap
-    from consilium.setup import Fit
     from consilium.training import fit
 
     model_source = source(point, folder)

@@ -39,11 +39,11 @@ from consilium.algorithms.standalone import Standalone
 from consilium.core import Algorithm, Sampling
 from consilium.data.arrays import ImageData
 from consilium.experiment import Experiment
+from consilium.fit import Fit
 from consilium.machine import cores
 from consilium.models.cohort import Cohort
 from consilium.recipes.digits import SMALL_FIT
 from consilium.rundir import RunDirectory
-from consilium.setup import Fit
 
 SETTINGS = {f"N{n}-{how}": (n, how) for n in (10, 100) for how in ("pathological", "dirichlet")}
 SIZES = {10: (6000, 20), 100: (12000, 60)}

@@ -113,16 +113,18 @@ def rates() -> dict[str, dict[str, float]]:
 
 def experiment(setting: str, method: str, seed: int, rate: float | None = None) -> Experiment:
     """One cell of the table, or of the search if a rate is given."""
-    base = affinitymoe_code()
+    base, data = affinitymoe_code(), SETTINGS[setting]
+    if rate is not None:
+        data = replace(data, test=4)  # the search goes by validation data
     found = rates().get(setting, {}).get(method) or rates().get("C", {}).get(method) or base.fit.lr
     name = f"{setting}-{slug(method)}-{seed}"
     return replace(
         base,
         name=name if rate is None else f"search-{setting}-{slug(method)}-{rate:g}",
         algorithm=METHODS[method],
-        data=SETTINGS[setting],
+        data=data,
         fit=replace(base.fit, lr=rate or found),
-        sampling=replace(base.sampling, clients_per_round=SETTINGS[setting].clients),
+        sampling=replace(base.sampling, clients_per_round=data.clients),
         rounds=ROUNDS,
         evaluate_every=ROUNDS,
         memory=() if method in UNLIMITED else (DEVICE,),

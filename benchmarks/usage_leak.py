@@ -29,11 +29,12 @@ from consilium.algorithms.randommoe import RandomMoE
 from consilium.core import ClientContext, ClientInfo, ClientState
 from consilium.data.docstrings import DocstringData
 from consilium.data.task import ClientData, pooled
+from consilium.fit import Fit
 from consilium.loop import run
 from consilium.moe.routing import Tap
 from consilium.privacy import Privacy, epsilon_spent, usage_told
 from consilium.recipes.docstrings import fedmoe_docstrings
-from consilium.setup import Fit, Setup
+from consilium.setup import Setup
 
 MODES = {
     "exact": Privacy(),

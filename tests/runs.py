@@ -10,9 +10,9 @@ from consilium.core import Algorithm, Sampling
 from consilium.data.arrays import ImageData
 from consilium.data.textfile import TextFileData
 from consilium.experiment import Experiment
+from consilium.fit import Fit
 from consilium.models.cohort import Cohort
 from consilium.rundir import RunDirectory
-from consilium.setup import Fit
 
 WORDS = {"cat": "purrs at the old house", "dog": "barks near a tree", "fish": "swims in some water"}
 

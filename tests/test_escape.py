@@ -24,10 +24,10 @@ from consilium.escape import csv_cell, html, latex, markdown, markdown_code, one
 from consilium.export import cohort
 from consilium.export.deployed import Finished, of_run
 from consilium.export.folder import write
+from consilium.fit import Fit
 from consilium.loop import run
 from consilium.models.cohort import Cohort
 from consilium.report import print_table, write_report
-from consilium.setup import Fit
 from consilium.watch import JsonLines, Terminal
 
 HOSTILE = {

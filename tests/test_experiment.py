@@ -26,6 +26,7 @@ from consilium.data.textfile import TextFileData
 from consilium.engine.checkpoint import load_checkpoint
 from consilium.errors import BudgetError, ConfigError, ConsiliumError, DataError, ModelError, RoundError
 from consilium.experiment import DATA, Experiment, from_json, to_json
+from consilium.fit import Fit
 from consilium.loop import resume, run
 from consilium.models.cohort import Cohort
 from consilium.moe.build import ModelSource
@@ -33,7 +34,6 @@ from consilium.params import checksum
 from consilium.prepare import Prepared
 from consilium.recipes.digits import pfedmoe_table
 from consilium.rundir import RunDirectory
-from consilium.setup import Fit
 from consilium.versions import git_revision
 
 # --- as JSON and back -------------------------------------------------------------------------------------------------

@@ -16,12 +16,12 @@ from consilium.algorithms.pfedmoe import pFedMoE
 from consilium.core import ClientContext, ClientInfo, ClientState, Sampling
 from consilium.data.arrays import ImageData
 from consilium.experiment import Experiment
+from consilium.fit import Fit
 from consilium.loop import resume, run
 from consilium.models.cohort import Cohort
 from consilium.moe.addressing import select
 from consilium.moe.lora import Lora
 from consilium.recipes.digits import SMALL_FIT
-from consilium.setup import Fit
 from consilium.training import fit
 
 pytestmark = [

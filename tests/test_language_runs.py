@@ -22,14 +22,15 @@ from consilium.data.language import LanguageData
 from consilium.data.task import ClientData, Split, Task
 from consilium.errors import ConfigError, ConsiliumError
 from consilium.experiment import from_json, to_json
+from consilium.fit import Fit
 from consilium.loop import run
 from consilium.moe.budget import MemoryModel
 from consilium.moe.build import ModelSource
 from consilium.moe.routing import Tap
 from consilium.params import checksum
 from consilium.prepare import prepare
-from consilium.setup import Fit
-from consilium.training import assess, evaluate, fit
+from consilium.scoring import assess, evaluate
+from consilium.training import fit
 
 CPU = torch.device("cpu")
 DECODERS = [family for family in tiny.FAMILIES if family != "switch_transformers"]

@@ -12,10 +12,10 @@ from consilium.algorithms.fedavg import FedAvg
 from consilium.algorithms.pfedmoe import BatchNorm
 from consilium.algorithms.standalone import Standalone
 from consilium.core import Payload
+from consilium.fit import Fit
 from consilium.masters import MasterOptimizer, Masters
 from consilium.moe.addressing import select
 from consilium.moe.lora import Lora
-from consilium.setup import Fit
 from consilium.training import local_round
 
 

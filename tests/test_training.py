@@ -12,12 +12,14 @@ from consilium.algorithms import register_all
 from consilium.core import Algorithm, Payload, experts_to_scalars
 from consilium.data.task import Split
 from consilium.errors import ConfigError, ModelError
+from consilium.fit import Fit
 from consilium.moe.addressing import expert_of, flatten, parameters, select
 from consilium.moe.budget import MemoryModel
 from consilium.moe.routing import Tap
 from consilium.params import checksum
-from consilium.setup import EVALUATION, Fit
-from consilium.training import evaluate, fit, local_round, local_test
+from consilium.planner import EVALUATION
+from consilium.scoring import evaluate
+from consilium.training import fit, local_round, local_test
 
 CLIENT = "animal-00"
 

@@ -11,8 +11,8 @@ from consilium import core
 from consilium.core import Algorithm
 from consilium.errors import BudgetError, ConfigError
 from consilium.experiment import Experiment, Wire
+from consilium.fit import Fit
 from consilium.moe.lora import Lora
-from consilium.setup import Fit
 from consilium.work import COMPARED, COSTS, Work, check_settings, setting, tokens_in
 
 SENT = [

@@ -21,11 +21,12 @@ from consilium.data.task import ClientData, Federation, Split, Task
 from consilium.data.tensor import TensorSplit
 from consilium.engine.checkpoint import ClientStore
 from consilium.engine.local import LocalEngine
+from consilium.fit import Fit
 from consilium.models.cohort import Cohort
 from consilium.moe.build import ModelSource
 from consilium.moe.discovery import family_of
 from consilium.moe.families import Family
-from consilium.setup import Fit, Setup
+from consilium.setup import Setup
 
 root = Path("conftest.py has not said where")
 """Where the models are written; set by conftest.py."""

@@ -41,7 +41,7 @@ _PLACES = {
     "data.arrays": ("ImageData", "TableData"), "data.code": ("CodeData",), "data.docstrings": ("DocstringData",),
     "data.language": ("LanguageData",), "data.textfile": ("TextFileData",),
     "errors": ("ConsiliumError",), "experiment": ("Experiment",), "models.cohort": ("Cohort",),
-    "moe.build": ("ModelSource",), "moe.surgery": ("slice_experts",), "loop": ("resume", "run"), "setup": ("Fit",),
+    "moe.build": ("ModelSource",), "moe.surgery": ("slice_experts",), "loop": ("resume", "run"), "fit": ("Fit",),
 }  # fmt: skip
 _HOME = {name: f"consilium.{place}" for place, names in _PLACES.items() for name in names}
 

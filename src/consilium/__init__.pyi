@@ -63,11 +63,11 @@ from consilium.data.language import LanguageData as LanguageData
 from consilium.data.textfile import TextFileData as TextFileData
 from consilium.errors import ConsiliumError as ConsiliumError
 from consilium.experiment import Experiment as Experiment
+from consilium.fit import Fit as Fit
 from consilium.loop import resume as resume
 from consilium.loop import run as run
 from consilium.models.cohort import Cohort as Cohort
 from consilium.moe.build import ModelSource as ModelSource
 from consilium.moe.surgery import slice_experts as slice_experts
-from consilium.setup import Fit as Fit
 
 __version__: str

@@ -26,8 +26,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from consilium.core import ClientContext, derive_seed
 from consilium.data.tensor import TensorSplit
+from consilium.fit import Fit
 from consilium.models.cohort import SplitModel, padded
-from consilium.setup import Fit
 
 __all__ = ["FitJob", "PredictJob", "fit_jobs", "predict_jobs", "stackable"]
 

@@ -20,6 +20,7 @@ from consilium.data.docstrings import DocstringData
 from consilium.data.language import LanguageData
 from consilium.data.textfile import TextFileData
 from consilium.errors import ConfigError
+from consilium.fit import Fit
 from consilium.machine import cores
 from consilium.models.cohort import Cohort
 from consilium.moe.budget import bytes_of
@@ -29,7 +30,7 @@ from consilium.moe.merging import Merging
 from consilium.moe.rules import PAIRWISE
 from consilium.plugins import import_plugins
 from consilium.privacy import Privacy
-from consilium.setup import Fit, Setup
+from consilium.setup import Setup
 from consilium.work import MISSING, check_settings, setting
 
 __all__ = ["Experiment", "Wire", "differences", "from_json", "to_json"]

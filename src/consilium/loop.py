@@ -19,11 +19,12 @@ from consilium.engine.judge import BENCH, tally
 from consilium.engine.rounds import Engine
 from consilium.errors import CheckpointError, ConfigError, RoundError
 from consilium.experiment import Experiment, differences, from_json, to_json
+from consilium.fit import Fit
 from consilium.machine import free_memory
 from consilium.moe.budget import human
 from consilium.prepare import MAY_CHANGE, Prepared, check_data_unchanged, check_unchanged
 from consilium.rundir import SITES, RunDirectory
-from consilium.setup import Fit, Setup
+from consilium.setup import Setup
 from consilium.summary import best_round, summarise
 from consilium.versions import git_revision, versions
 

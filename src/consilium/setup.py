@@ -1,18 +1,15 @@
-"""What both halves of every method are built from: how clients train (`Fit`), and where models and data come from.
+"""What both halves of every method are built from: how clients train, and where models and data come from.
 
 `Setup` holds no weights. It gives a server its initial parameters and what devices can hold, and a client its live
 model and its data as tokens or tensors.
 """
 
-import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.initialization import no_init_weights
 
 from consilium.core import (
@@ -22,131 +19,34 @@ from consilium.core import (
     Payload,
     Sampling,
     Scalar,
-    counts_of,
     derive_seed,
     experts_from_scalars,
     experts_to_scalars,
 )
-from consilium.data.causal import Rows, encode_language
+from consilium.data.causal import encode_language
 from consilium.data.encode import Encoded, encode
 from consilium.data.task import ClientData, Split, Task
 from consilium.data.tensor import TensorSplit, of_texts
-from consilium.errors import BudgetError, ConfigError, PayloadError
+from consilium.errors import ConfigError, PayloadError
+from consilium.fit import Fit
 from consilium.models.cohort import Cohort, SplitModel, initial
 from consilium.moe.addressing import is_adapter, load_flat, select, travels
-from consilium.moe.budget import Footprint, MemoryModel, Mode, human
 from consilium.moe.build import ModelSource
-from consilium.moe.gates import NEED_ROWS, Gates, Kind, absent_rows, gates_from_scalars, gates_to_scalars
-from consilium.moe.layers import Shape, spread
-from consilium.moe.lora import Lora, add_lora, folded, initial_adapters, is_folded
+from consilium.moe.gates import NEED_ROWS, Gates, absent_rows, gates_from_scalars, gates_to_scalars
+from consilium.moe.lora import add_lora, folded, initial_adapters, is_folded
 from consilium.moe.merging import Merging, RobustMean
 from consilium.moe.model import TaskModel, text_config
 from consilium.moe.rules import FOLDED, FOLDS, PAIRWISE, AdapterMean
-from consilium.moe.surgery import checked
-from consilium.params import Params, WeightedMean, nbytes
+from consilium.params import Params, WeightedMean
+from consilium.planner import Planner
 from consilium.privacy import Privacy, PrivateMean
 from consilium.products import quicken
-from consilium.work import check_settings, setting
 
-__all__ = ["EVALUATION", "Fit", "Setup"]
-
-EVALUATION = 4
-"""Labels are predicted for so many times `Fit.batch_size` examples at once: nothing is saved for a backward pass."""
+__all__ = ["Setup"]
 
 
 @dataclass(frozen=True)
-class Fit:
-    """How a client trains in one round.
-
-    Args:
-        lr: learning rate of the backbone, > 0.
-        head_lr: learning rate of classification heads, which start from zero, > 0.
-        epochs: passes over the client's training data per round, >= 1.
-        batch_size: examples per step, >= 1.
-        max_length: source tokens kept per example, >= 1; what is longer is cut, and counted in the record.
-        target_length: target tokens kept (text-to-text, answers), the end of the text included, >= 2.
-        rows: how causal language models read instruction data (examples, packed) and plain text (documents, blocks,
-            packed): rows of max_length + target_length tokens, see `data.causal`. Classification and text-to-text have
-            one example a row: examples.
-        optimizer: "adamw" or "sgd"; fresh in every round.
-        momentum: of sgd, 0 <= momentum < 1; like all of the optimiser, begun anew in every round.
-        weight_decay: decoupled weight decay with adamw, added to the gradient with sgd.
-        clip: largest norm of the gradient, 0: no clipping.
-        label_smoothing: of the cross-entropy with labels, in all methods, 0..1 (FedMoE, Eq 1).
-        balance: weight of the per-layer load-balance loss (alpha in FedMoE's Eq 1).
-        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
-        precision: in which small models compute, in training and in scoring: "float32", or "bfloat16" by torch's
-            autocast; weights and their updates stay float32. A mixture of experts has `model.dtype` for it.
-        gates: how a client that lacks experts weighs those that it holds, in families whose gates are shares of a
-            softmax over all experts; the others are not touched, see `moe.gates`. "constant": the softmax over the held
-            experts times one number per layer, which keeps the mean total gate; the only one that plain transformers
-            can hold exactly. "full": the softmax over all experts. "mass": the softmax over the held experts times the
-            total gate that the full router gives this token. "slice": the softmax over the held experts as it is, up to
-            E times too large.
-        personal: score, next to the model that a client is delivered, one of its own: "best" is the best by its
-            validation data among what it is sent and what it makes of it in each round, and what it is delivered in the
-            end. So a client stops early on its own. For mixtures of experts only.
-        lora: train adapters on the experts instead of all parameters. Then only adapters, router rows and head rows
-            travel, and every client has the rest from the model's own place.
-    """
-
-    lr: float = setting(1e-3, "lr", "(0, 1e38]")
-    head_lr: float = setting(1e-2, "lr", "(0, 1e38]")
-    epochs: int = setting(1, "epochs", "[1, 1e12]")
-    batch_size: int = setting(16, "batch_size", "[1, 1e12]")
-    max_length: int = setting(96, "tokens", "[1, 1e12]")
-    target_length: int = setting(16, "tokens", "[2, 1e12]")
-    rows: Rows = setting("examples", "free")
-    optimizer: Literal["adamw", "sgd"] = setting("adamw", "free")
-    momentum: float = setting(0.0, "factor", "[0, 1)")
-    weight_decay: float = setting(0.0, "factor", "[0, 1e4]")
-    clip: float = setting(1.0, "free", "[0, 1e12]")
-    label_smoothing: float = setting(0.1, "factor", "[0, 1]")
-    balance: float = setting(0.01, "factor", "[0, 1e4]")
-    gradient_checkpointing: bool = setting(False, "free")
-    precision: Literal["float32", "bfloat16"] = setting("float32", "free")
-    gates: Kind = setting("constant", "free")
-    personal: Literal["none", "best"] = setting("none", "free")
-    lora: Lora = field(default_factory=Lora)
-
-    def __post_init__(self) -> None:
-        check_settings(self, "fit.")
-        if self.momentum and self.optimizer != "sgd":
-            raise ConfigError(f"fit.momentum is {self.momentum}; with adamw it must be 0")
-
-    def lowered(self, device: torch.device) -> torch.autocast:
-        """A context in which models compute in `precision`."""
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
-
-    def descent(self, trainable: Mapping[str, Tensor], rates: Mapping[str, float]) -> torch.optim.Optimizer:
-        """A new optimizer of these parameters; rates: beginning of a path -> learning rate, the first that fits."""
-        members: dict[str, list[Tensor]] = {prefix: [] for prefix in rates}
-        for path, p in trainable.items():
-            members[next(prefix for prefix in rates if path.startswith(prefix))].append(p)
-        groups = [{"params": members[prefix], "lr": lr} for prefix, lr in rates.items() if members[prefix]]
-        if self.optimizer == "sgd":
-            return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
-        return torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay, fused=True)
-
-    def cross_entropy(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-        """Return the supervised loss of every method: the cross-entropy in float32 with `label_smoothing`."""
-        return F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing, reduction=reduction)
-
-    @property
-    def plain(self) -> bool:
-        """Whether training only ever moves a weight by its rate times its gradient."""
-        return self.optimizer == "sgd" and not (self.momentum or self.weight_decay or self.clip)
-
-    @property
-    def lengths(self) -> dict[str, int]:
-        """S and T of the memory model: tokens of a row that are only read, and that are predicted at most."""
-        if self.rows == "examples":
-            return {"max_length": self.max_length, "target_length": self.target_length}
-        return {"max_length": 0, "target_length": self.max_length + self.target_length}
-
-
-@dataclass(frozen=True)
-class Setup:
+class Setup(Planner):
     """What both halves of every method are built from; holds no weights.
 
     Args:
@@ -217,28 +117,6 @@ class Setup:
                 adapters[f"{name}.{FOLDED}"] = torch.zeros(len(adapters[f"{name}.lora_B"]), adapters[key].shape[1])
         return adapters
 
-    def rank_of(self, client: ClientInfo) -> int:
-        """Return the rank of a client's adapters: with `fit.lora.ranks` "memory" the largest with which the whole model
-        fits its memory, at least 1."""
-        lora = self.fit.lora
-        if lora.ranks == "equal" or client.memory_bytes is None:
-            return lora.rank
-
-        def fits(rank: int) -> bool:
-            return self.with_rank(rank).footprint(self.model.counts).total <= client.memory_bytes
-
-        return _most(1, lora.rank, fits) if fits(1) else 1
-
-    def with_rank(self, rank: int) -> "Setup":
-        """Return the set-up with adapters of another rank and the same scale."""
-        return replace(self, fit=replace(self.fit, lora=self.fit.lora.at(rank)))
-
-    def _for(self, client: ClientInfo) -> "Setup":
-        """Return the set-up at the rank of a client."""
-        if not self.fit.lora.rank or self.fit.lora.ranks == "equal":
-            return self
-        return self.with_rank(self.rank_of(client))
-
     def _one_model(self, client: ClientInfo | None) -> Params:
         if client is None and self.model.world != "cohort":
             raise ConfigError(
@@ -256,14 +134,6 @@ class Setup:
             for place, label in enumerate(labels):
                 params |= {f"head.{task}.{label}.{leaf}": head[leaf][place].clone() for leaf in ("weight", "bias")}
         return params
-
-    @property
-    def evaluation_rows(self) -> int:
-        """Rows of a batch in evaluation. A causal language model takes no more than in training: what it needs is the
-        logits of every token over the vocabulary."""
-        language = isinstance(self.model, ModelSource) and self.model.form == "text-to-text"
-        causal = language and not self.model.config.is_encoder_decoder
-        return self.fit.batch_size * (1 if causal else EVALUATION)
 
     @property
     def common_width(self) -> int:
@@ -303,204 +173,6 @@ class Setup:
         """The weights with which the extractor that all share beside their own begins: never those of a client's own,
         also where the architecture is the same (two equal extractors would learn the same, and a gate nothing)."""
         return initial(lambda: self.model.extractor(self.model.small, self.shape), self.seed, "small extractor")
-
-    def footprint(
-        self,
-        counts: Mapping[str, int],
-        mode: Mode = "full",
-        references: int = 0,
-        rank: int = 8,
-        trained: int | None = None,
-    ) -> Footprint:
-        """Bytes a client needs for `counts` experts per block, by the memory model: for training or for the evaluation
-        that follows it, whichever needs more.
-
-        Args:
-            mode: "forward" is evaluation alone; "full" is "lora" with `fit.lora`, at its rank; "peft" is stage one of
-                FedMoE.
-            references: extra copies of the weights the method keeps while training (FedProx 1, SCAFFOLD 3).
-            rank: of the adapters ("lora").
-            trained: experts of all blocks together that `fit(choose=...)` trains in any one batch; None: all, without
-                `choose`.
-        """
-        fit = self.fit
-        if mode == "full" and fit.lora.rank:
-            mode, rank = "lora", fit.lora.rank
-        shape = {**fit.lengths, "optimizer": fit.optimizer, "momentum": fit.momentum}
-        evaluation = self._memory.footprint(counts, mode="forward", batch_size=self.evaluation_rows, **shape)
-        forward = mode == "forward"
-        if forward:
-            mode, rank = ("lora", fit.lora.rank) if fit.lora.rank else ("full", rank)
-        training = self._memory.footprint(
-            counts,
-            mode=mode,
-            batch_size=fit.batch_size,
-            gradient_checkpointing=fit.gradient_checkpointing,
-            references=references,
-            rank=rank,
-            trained=trained,
-            **shape,
-        )
-        evaluation = replace(evaluation, masters=training.masters)  # validation follows while they are there
-        return evaluation if forward else max(training, evaluation, key=lambda footprint: footprint.total)
-
-    def reported(
-        self,
-        counts: Mapping[str, int],
-        mode: Mode = "full",
-        references: int = 0,
-        rank: int = 8,
-        trained: int | None = None,
-    ) -> dict[str, int]:
-        """The footprint in bytes as a scalar of a reply; {} for small models, which have no memory model."""
-        if isinstance(self.model, Cohort):
-            return {}
-        return {"footprint": self.footprint(counts, mode, references, rank, trained).total}
-
-    def admit(
-        self,
-        context: ClientContext,
-        held: ExpertSet | None,
-        mode: Mode = "full",
-        references: int = 0,
-        rank: int = 8,
-        trained: int | None = None,
-    ) -> dict[str, int]:
-        """Refuse a mixture that would not fit what the client allows, before it is built.
-
-        Args:
-            held: its experts; None: all. The others are those of `footprint`.
-
-        Returns:
-            What is `reported`; {} for small models, which `split_model` refuses itself.
-
-        Raises:
-            BudgetError: with the bytes needed and allowed. ModelError: for experts that the model does not have.
-        """
-        if isinstance(self.model, Cohort):
-            return {}
-        counts = self.model.counts
-        if held is not None:
-            counts = counts_of(checked(held, counts, self.model.family))
-        told = self._for(context.info).reported(counts, mode, references, rank, trained)
-        context.work.hold(told["footprint"], f"a model of {sum(counts.values())} experts")
-        return told
-
-    def admit_small(
-        self, make: Callable[[], nn.Module], context: ClientContext, kind: type[SplitModel] = SplitModel
-    ) -> None:
-        """Refuse a small model whose training would not fit what the client allows, before it is made.
-
-        Counted are its numbers: as it is sent, as it is built, and their gradients and moments.
-
-        Args:
-            make, kind: see `split_model`.
-
-        Raises:
-            BudgetError: with the bytes needed and allowed.
-        """
-        if math.isinf(context.work.memory):
-            return
-        with torch.device("meta"):
-            model = kind(make(), context.data.task.name, context.data.task.labels)
-        moments = 2 if self.fit.optimizer == "adamw" else int(self.fit.momentum > 0)
-        context.work.hold((3 + moments) * nbytes(model.state_dict().values()), "the small model")
-
-    def lacks(
-        self,
-        client: ClientInfo,
-        counts: Mapping[str, int],
-        mode: Mode = "full",
-        references: int = 0,
-        rank: int = 8,
-        trained: int | None = None,
-    ) -> str | None:
-        """Why the client's device cannot train `counts` experts per block; None if it can."""
-        if client.memory_bytes is None:
-            return None
-        need = self._for(client).footprint(counts, mode, references, rank, trained).total
-        if need <= client.memory_bytes:
-            return None
-        return f"needs {human(need)}, has {human(client.memory_bytes)}, lacks {human(need - client.memory_bytes)}"
-
-    @property
-    def _memory(self) -> MemoryModel:
-        return MemoryModel.of(self.model)
-
-    def spread(self, experts: int, shape: Shape = ()) -> dict[str, int]:
-        """Return experts per block, `experts` of them in all, in proportion to the shape; see `layers.spread`.
-
-        Raises:
-            BudgetError: for fewer than every block needs, see `least`. ConfigError: for a shape of another length.
-        """
-        if experts < sum(self.least.values()):
-            raise BudgetError(f"{experts} experts are too few: the layers need {sum(self.least.values())} between them")
-        try:
-            return spread(experts, self.model.counts, self.least, shape)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-
-    def fitting(self, client: ClientInfo, shape: Shape = (), share: float = 1.0, references: int = 0) -> dict[str, int]:
-        """Return the most experts per block, spread by the shape, that a client's device can train.
-
-        Args:
-            share: of the client's memory that may be used, in (0, 1]; the fewest experts that the model needs are
-                given in any case.
-            references: extra copies of the weights the method keeps while training.
-        """
-        least, total = sum(self.least.values()), sum(self.model.counts.values())
-        if client.memory_bytes is None:
-            return dict(self.model.counts)
-        most, own = share * client.memory_bytes, self._for(client)
-
-        def fits(experts: int) -> bool:
-            return own.footprint(self.spread(experts, shape), references=references).total <= most
-
-        return self.spread(_most(least, total, fits), shape)
-
-    @property
-    def least(self) -> dict[str, int]:
-        """The fewest experts per block that the family's routers work with."""
-        return {block: min(self.model.family.least, total) for block, total in self.model.counts.items()}
-
-    def budgets(
-        self, client: ClientInfo, references: int = 0, mode: Literal["full", "lora"] = "full", rank: int = 8
-    ) -> tuple[int, int]:
-        """How many experts, of all blocks together, a client's device can hold, and how many of them train in a batch.
-
-        The most that it can hold while one per block is trained, spread over the blocks by `spread`; of these then the
-        most that it can train. A device without a limit holds and trains all.
-
-        Returns:
-            (forward, backward): resident experts, and experts trained in any one batch (`fit(choose=...)`), <= forward.
-
-        Raises:
-            BudgetError: with the bytes missing, if the smallest configuration does not fit.
-        """
-        total, blocks = sum(self.model.counts.values()), len(self.model.counts)
-        if client.memory_bytes is None:
-            return total, total
-
-        def fits(forward: int, backward: int) -> bool:
-            return self.lacks(client, self.spread(forward), mode, references, rank, backward) is None
-
-        least = sum(self.least.values())
-        if lack := self.lacks(client, self.least, mode, references, rank, blocks):
-            raise BudgetError(f"{client.id} cannot train even {least} experts in {blocks} layers: {lack}")
-        forward = _most(least, total, lambda n: fits(n, blocks))
-        return forward, _most(blocks, forward, lambda n: fits(forward, n))
-
-    def largest_uniform(self, memory_bytes: int | None, share: float = 1.0, references: int = 0) -> int:
-        """The most experts per block, the same in every block, that fit into `share` of the memory; 0 if none does, or
-        only fewer than the family's routers work with."""
-        most, least = max(self.model.counts.values()), max(self.least.values())
-        if memory_bytes is None:
-            return most
-        for n in range(most, least - 1, -1):
-            counts = {block: min(n, total) for block, total in self.model.counts.items()}
-            if self.footprint(counts, references=references).total <= share * memory_bytes:
-                return n
-        return 0
 
     def public_usage(self, *seed: str) -> dict[str, Tensor]:
         """Block -> share of public tokens per expert [E], from the model's card; random where it says nothing."""
@@ -756,11 +428,3 @@ def _check_dtypes(params: Params, known: Collection[torch.dtype]) -> None:
     for key, tensor in params.items():
         if tensor.dtype not in known:
             raise PayloadError(f"{key!r} is {tensor.dtype}; of this model it must be {', '.join(map(str, known))}")
-
-
-def _most(low: int, high: int, holds: Callable[[int], bool]) -> int:
-    """The largest number in low .. high for which `holds`, which does for `low` and for none above the first not."""
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle - 1)
-    return low

@@ -138,7 +138,7 @@ def test_methods_that_merge_by_themselves_refuse_rules_for_pairs(name, tmp_path)
     import runs
 
     from consilium.core import Algorithm
-    from consilium.setup import Fit
+    from consilium.fit import Fit
 
     base = runs.experiment(runs.table(tmp_path), "FedAvg", fit=Fit(lora=Lora(rank=2, rule="svd")))
     import dataclasses

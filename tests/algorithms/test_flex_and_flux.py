@@ -8,7 +8,7 @@ from consilium.algorithms.flex import FLEx, is_trunk
 from consilium.algorithms.flux import MERGED, Flux, chosen_experts, merged_expert
 from consilium.moe.addressing import expert_of, flatten, load_flat
 from consilium.moe.surgery import graft
-from consilium.training import profile
+from consilium.scoring import profile
 
 
 @pytest.mark.parametrize("model_type", ["olmoe", "switch_transformers", "mixtral"])

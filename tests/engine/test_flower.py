@@ -35,11 +35,11 @@ from consilium.engine.flower.server import _watched
 from consilium.engine.rounding import rounded, travelling
 from consilium.errors import CheckpointError, ConfigError, PayloadError, RoundError
 from consilium.experiment import Wire, to_json
+from consilium.fit import Fit
 from consilium.loop import FAILED, resume, run, serve
 from consilium.moe.merging import Merging
 from consilium.params import Like
 from consilium.privacy import Privacy
-from consilium.setup import Fit
 
 Algorithm.registry.pop("Toy", None)  # the tests over the registry are not to find it
 METHODS = {name: cls for name, cls in Algorithm.registry.items() if cls.__module__.startswith("consilium.")}

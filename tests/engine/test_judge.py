@@ -19,8 +19,8 @@ from consilium.algorithms.scaffold import SCAFFOLD
 from consilium.core import ClientInfo, Payload, Server
 from consilium.engine import judge
 from consilium.engine.flower import Limits, records
+from consilium.fit import Fit
 from consilium.params import Like
-from consilium.setup import Fit
 
 INFO = ClientInfo("a", 12, "t")
 SENT = Payload({"params": {"w": torch.ones(2, 3), "head.t.x.bias": torch.ones(())}})

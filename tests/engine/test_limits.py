@@ -34,9 +34,9 @@ from consilium.engine.flower.limits import ELSEWHERE, check_texts, costs_of, pru
 from consilium.engine.flower.records import PROTOCOL, to_record
 from consilium.errors import BudgetError, ConfigError, PayloadError, RoundError
 from consilium.experiment import Experiment, Wire, from_json, to_json
+from consilium.fit import Fit
 from consilium.loop import serve
 from consilium.moe.lora import Lora
-from consilium.setup import Fit
 from consilium.work import COSTS
 
 

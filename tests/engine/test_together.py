@@ -19,9 +19,9 @@ from consilium.engine.checkpoint import ClientStore
 from consilium.engine.local import LocalEngine
 from consilium.engine.meeting import in_step
 from consilium.experiment import Experiment
+from consilium.fit import Fit
 from consilium.models.cohort import CNN, Cohort, SplitModel
 from consilium.recipes.digits import SMALL_FIT
-from consilium.setup import Fit
 
 SHAPE = {"width": 8, "kernel": 3, "padding": 1}
 ONE, MIXED = Cohort(("mnist-5",), small="mnist-5", **SHAPE), Cohort(("mnist-4", "mnist-5"), small="mnist-5", **SHAPE)

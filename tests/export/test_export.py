@@ -33,11 +33,11 @@ from consilium.experiment import from_json, to_json
 from consilium.export import cohort
 from consilium.export.deployed import Deployed, Finished, of_run
 from consilium.export.folder import write
+from consilium.fit import Fit
 from consilium.loop import run
 from consilium.models.cohort import Cohort
 from consilium.moe.addressing import flatten
 from consilium.moe.lora import Lora, add_lora
-from consilium.setup import Fit
 
 TEXTS = ["old cat purrs at the house", "we see a dog near a tree", "fish"]
 

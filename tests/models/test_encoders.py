@@ -34,10 +34,10 @@ from consilium.errors import ConfigError, ConsiliumError, ModelError
 from consilium.experiment import Experiment, from_json, to_json
 from consilium.export import cohort
 from consilium.export.commands import Export
+from consilium.fit import Fit
 from consilium.loop import run
 from consilium.models import encoders
 from consilium.models.cohort import Cohort
-from consilium.setup import Fit
 
 IMAGE = (1, 4, 4)
 

@@ -16,6 +16,7 @@ import transformers
 
 from consilium.core import Algorithm
 from consilium.errors import ConfigError, ModelError, PayloadError
+from consilium.fit import Fit
 from consilium.moe.addressing import flatten, parameters
 from consilium.moe.build import ModelSource
 from consilium.moe.experts import Experts
@@ -36,7 +37,6 @@ from consilium.moe.gates import (
 from consilium.moe.lora import Lora
 from consilium.moe.routing import Tap
 from consilium.moe.uniform import uniform
-from consilium.setup import Fit
 from consilium.training import local_round, local_test, seeded
 
 SHARING = ("switch_transformers", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2")

@@ -22,12 +22,12 @@ from consilium.core import Algorithm, Payload, Sampling
 from consilium.engine.checkpoint import load_checkpoint
 from consilium.errors import ConfigError, DataError, PayloadError
 from consilium.experiment import from_json, to_json
+from consilium.fit import Fit
 from consilium.loop import run
 from consilium.moe.lora import Lora
 from consilium.moe.merging import Merging, RobustMean, group_of, krum, median_of, trimmed_mean
 from consilium.params import WeightedMean
 from consilium.rundir import RunDirectory
-from consilium.setup import Fit
 from consilium.watch import Terminal
 
 TRUNK, EXPERT, OTHER, ROW = "layer.q", "b.experts.0.w", "b.experts.1.w", "b.router.0.weight"

@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoTokenizer
 
 from consilium.__main__ import main
 from consilium.errors import ConfigError, ModelError
+from consilium.fit import Fit
 from consilium.loop import run
 from consilium.moe.build import ModelSource
 from consilium.moe.upcycle import Upcycling, upcycle
-from consilium.setup import Fit
 
 DENSE = {
     "llama": {},

@@ -14,13 +14,13 @@ from consilium.certificates import site_key
 from consilium.core import Sampling
 from consilium.data.language import LanguageData
 from consilium.experiment import Experiment
+from consilium.fit import Fit
 from consilium.moe.build import ModelSource
 from consilium.moe.model import TaskModel
 from consilium.oneshot.base import Base
 from consilium.oneshot.layout import Layout
 from consilium.oneshot.package import Package
 from consilium.oneshot.train import Trainer, Training, site_data, train
-from consilium.setup import Fit
 
 ANSWERS = {
     "north": {"cat": "the cat purrs", "dog": "the dog barks", "fish": "the fish swims"},

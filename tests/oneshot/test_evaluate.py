@@ -17,7 +17,7 @@ from consilium.oneshot.hub import Hub
 from consilium.oneshot.package import to_bytes
 from consilium.oneshot.report import page
 from consilium.oneshot.trust import canaries, check, exposure, norm_of, with_canaries
-from consilium.training import assess
+from consilium.scoring import assess
 
 NAMES = ("north", "south")
 

@@ -54,8 +54,9 @@ from consilium.moe.addressing import select
 from consilium.moe.gates import absent_rows
 from consilium.moe.layers import most, shapes
 from consilium.params import Like, Params
+from consilium.scoring import mean_loss, profile
 from consilium.setup import Setup
-from consilium.training import local_round, local_test, mean_loss, profile
+from consilium.training import local_round, local_test
 
 __all__ = ["AffinityMoE", "affinities"]
 

@@ -34,8 +34,9 @@ from consilium.data.tensor import TensorSplit
 from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
 from consilium.params import Params
+from consilium.scoring import read_batches
 from consilium.setup import Setup
-from consilium.training import read_batches, tested, trained
+from consilium.training import tested, trained
 
 __all__ = ["FedAPEN", "learned_share"]
 

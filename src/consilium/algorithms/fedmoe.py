@@ -71,8 +71,9 @@ from consilium.moe.gates import absent_rows
 from consilium.moe.lora import add_expert_lora
 from consilium.moe.routing import Tap, shares
 from consilium.params import Like
+from consilium.scoring import evaluate
 from consilium.setup import Setup
-from consilium.training import evaluate, fit, local_round, local_test, seeded
+from consilium.training import fit, local_round, local_test, seeded
 
 __all__ = ["FedMoE", "largest_structure", "p_hat", "similar", "similarity", "structure_at", "z_scores"]
 

@@ -29,8 +29,9 @@ from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInf
 from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
 from consilium.params import Like, Params, WeightedMean
+from consilium.scoring import read_batches
 from consilium.setup import Setup
-from consilium.training import Objective, Supervised, read_batches, tested, trained
+from consilium.training import Objective, Supervised, tested, trained
 
 __all__ = ["FedProto", "FedProtoClient", "PrototypeServer", "class_means"]
 

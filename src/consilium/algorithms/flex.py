@@ -35,8 +35,9 @@ from consilium.moe.model import TaskModel
 from consilium.moe.surgery import graft
 from consilium.params import Params
 from consilium.products import quicken
+from consilium.scoring import assess, profile
 from consilium.setup import Setup
-from consilium.training import Correct, assess, fit, keep_better, profile, reply_scalars, tested_beside_best
+from consilium.training import Correct, fit, keep_better, reply_scalars, tested_beside_best
 
 __all__ = ["FLEx"]
 

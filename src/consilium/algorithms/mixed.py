@@ -18,8 +18,9 @@ from consilium.moe.budget import human
 from consilium.moe.mixtures import AdapterMixture, Mixing, attach, layers, mark, mixtures, names_of
 from consilium.moe.model import TaskModel
 from consilium.params import Params
+from consilium.scoring import assess, read_batches
 from consilium.setup import Setup
-from consilium.training import Fitted, assess, fit, keep_better, read_batches, reply_scalars, tested_beside_best
+from consilium.training import Fitted, fit, keep_better, reply_scalars, tested_beside_best
 
 __all__ = ["MixedModels", "heads_of", "own_adapters", "part"]
 

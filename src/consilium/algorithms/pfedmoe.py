@@ -44,8 +44,9 @@ from consilium.errors import ConfigError
 from consilium.models.cohort import ARCHITECTURES, SplitModel, initial, real_rows
 from consilium.moe.addressing import flatten, select
 from consilium.params import Params, nbytes
+from consilium.scoring import even, evened, read_batches
 from consilium.setup import Setup
-from consilium.training import even, evened, read_batches, tested, trained
+from consilium.training import tested, trained
 
 __all__ = ["Gate", "Mixture", "pFedMoE"]
 

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 def inspect_command(args: list[str]) -> None:
     """consilium inspect MODEL \\[--memory 12GiB]"""
     from consilium.core import Sampling
+    from consilium.fit import Fit
     from consilium.moe.budget import bytes_of
     from consilium.moe.build import ModelSource
     from consilium.report.model import print_model
-    from consilium.setup import Fit, Setup
+    from consilium.setup import Setup
 
     def parameters(
         model: Annotated[str, tyro.conf.Positional],

@@ -1,6 +1,6 @@
 """Conversations and documents to token ids, for causal language models; and how these become rows of a batch.
 
-A row holds at most S + T tokens (`max_length`, `target_length` of `setup.Fit`), one way for a whole run:
+A row holds at most S + T tokens (`max_length`, `target_length` of `fit.Fit`), one way for a whole run:
 
     examples   one example a row: at most S tokens of the conversation, at most T of the answer, the loss on the answer
     documents  one document a row: its first S + T tokens, the loss on all of them

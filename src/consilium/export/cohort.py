@@ -295,7 +295,7 @@ def load(folder: Path, own_code: bool = False) -> SplitModel:
 
 
 def _score(model: SplitModel, setup: Setup, context: ClientContext) -> float:
-    from consilium.training import evaluate
+    from consilium.scoring import evaluate
 
     return evaluate(model, setup.encode(context, context.data.test), context, setup)
 

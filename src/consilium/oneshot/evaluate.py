@@ -24,8 +24,8 @@ from consilium.oneshot.base import Base, Frozen
 from consilium.oneshot.build import Building, assemble, fit_ridge
 from consilium.oneshot.moments import measure
 from consilium.oneshot.package import Package
+from consilium.scoring import mean_loss, read_batches
 from consilium.setup import Setup
-from consilium.training import mean_loss, read_batches
 
 __all__ = ["Domains", "Matrix", "alone", "contributions", "ensemble", "fit_router", "matrix"]
 

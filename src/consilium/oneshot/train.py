@@ -34,7 +34,8 @@ from consilium.oneshot.guests import Guest, Opened, open_blocks
 from consilium.oneshot.memory import admit
 from consilium.oneshot.moments import first_row, measure, measure_routers
 from consilium.oneshot.package import Package
-from consilium.training import fit, mean_loss
+from consilium.scoring import mean_loss
+from consilium.training import fit
 from consilium.work import Work
 
 __all__ = ["Making", "Trainer", "Training", "site_data", "train"]

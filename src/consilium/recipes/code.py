@@ -9,9 +9,9 @@ from consilium.algorithms.randommoe import RandomMoE
 from consilium.core import Sampling
 from consilium.data.code import CodeData
 from consilium.experiment import Experiment
+from consilium.fit import Fit
 from consilium.moe.build import ModelSource
 from consilium.recipes import recipe
-from consilium.setup import Fit
 
 __all__ = ["DEVICE", "affinitymoe_code", "fedmoe_code"]
 

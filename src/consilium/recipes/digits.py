@@ -10,9 +10,9 @@ from consilium.core import Sampling
 from consilium.data.arrays import ImageData, TableData
 from consilium.data.textfile import TextFileData
 from consilium.experiment import Experiment
+from consilium.fit import Fit
 from consilium.models.cohort import Cohort
 from consilium.recipes import recipe
-from consilium.setup import Fit
 
 __all__ = ["ABLATIONS", "SMALL_FIT", "pfedmoe_digits", "pfedmoe_images", "pfedmoe_table", "pfedmoe_texts"]
 

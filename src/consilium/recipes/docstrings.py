@@ -11,8 +11,8 @@ from consilium.algorithms.standalone import Standalone
 from consilium.core import Sampling
 from consilium.data.docstrings import DocstringData
 from consilium.experiment import Experiment
+from consilium.fit import Fit
 from consilium.recipes import recipe
-from consilium.setup import Fit
 
 __all__ = ["EQUAL_MEMORY", "fedmoe_docstrings", "hfedmoe_docstrings"]
 

@@ -14,11 +14,11 @@ from consilium.algorithms.standalone import Standalone
 from consilium.core import Sampling
 from consilium.data.language import LanguageData
 from consilium.experiment import Experiment
+from consilium.fit import Fit
 from consilium.moe.build import ModelSource
 from consilium.moe.lora import Lora
 from consilium.recipes import recipe
 from consilium.recipes.docstrings import EQUAL_MEMORY
-from consilium.setup import Fit
 
 __all__ = ["fedmoe_instructions", "fedmoe_plaintext", "lora_instructions"]
 

@@ -26,12 +26,14 @@ from consilium.completions import complete
 from consilium.core import ClientContext, ClientInfo, ClientState, Sampling, derive_seed
 from consilium.data.code import CodeData
 from consilium.data.task import ClientData, Split
+from consilium.fit import Fit
 from consilium.moe.build import ModelSource
 from consilium.moe.layers import most
 from consilium.moe.model import TaskModel
 from consilium.moe.routing import shares
-from consilium.setup import Fit, Setup
-from consilium.training import fit, mean_loss, profile
+from consilium.scoring import mean_loss, profile
+from consilium.setup import Setup
+from consilium.training import fit
 
 __all__ = ["PROMPTS", "Necessity", "measure"]
 

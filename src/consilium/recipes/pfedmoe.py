@@ -15,10 +15,10 @@ from consilium.algorithms.pfedmoe import pFedMoE
 from consilium.core import Sampling
 from consilium.data.arrays import ImageData, TableData
 from consilium.experiment import Experiment
+from consilium.fit import Fit
 from consilium.models.cohort import Cohort
 from consilium.recipes import recipe
 from consilium.recipes.digits import ABLATIONS, COMPARED, SMALL_FIT, pfedmoe_table
-from consilium.setup import Fit
 
 __all__ = ["pfedmoe_cifar10", "pfedmoe_cifar100", "pfedmoe_heart", "pfedmoe_mnist"]
 

@@ -29,9 +29,9 @@ from consilium.data.task import Federation
 from consilium.data.textfile import TextFileData
 from consilium.errors import ConfigError, DataError
 from consilium.escape import one_line, terminal
+from consilium.fit import Fit
 from consilium.report.maps import RAMP
 from consilium.report.style import any_glyph, shorten_all
-from consilium.setup import Fit
 
 __all__ = ["Preview", "counts_of", "guess", "preview", "save_picture", "show", "write_figure"]
 

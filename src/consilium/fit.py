@@ -1,0 +1,108 @@
+"""How a client trains in one round: `Fit`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from consilium.data.causal import Rows
+from consilium.errors import ConfigError
+from consilium.moe.gates import Kind
+from consilium.moe.lora import Lora
+from consilium.work import check_settings, setting
+
+__all__ = ["Fit"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a client trains in one round.
+
+    Args:
+        lr: learning rate of the backbone, > 0.
+        head_lr: learning rate of classification heads, which start from zero, > 0.
+        epochs: passes over the client's training data per round, >= 1.
+        batch_size: examples per step, >= 1.
+        max_length: source tokens kept per example, >= 1; what is longer is cut, and counted in the record.
+        target_length: target tokens kept (text-to-text, answers), the end of the text included, >= 2.
+        rows: how causal language models read instruction data (examples, packed) and plain text (documents, blocks,
+            packed): rows of max_length + target_length tokens, see `data.causal`. Classification and text-to-text have
+            one example a row: examples.
+        optimizer: "adamw" or "sgd"; fresh in every round.
+        momentum: of sgd, 0 <= momentum < 1; like all of the optimiser, begun anew in every round.
+        weight_decay: decoupled weight decay with adamw, added to the gradient with sgd.
+        clip: largest norm of the gradient, 0: no clipping.
+        label_smoothing: of the cross-entropy with labels, in all methods, 0..1 (FedMoE, Eq 1).
+        balance: weight of the per-layer load-balance loss (alpha in FedMoE's Eq 1).
+        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
+        precision: in which small models compute, in training and in scoring: "float32", or "bfloat16" by torch's
+            autocast; weights and their updates stay float32. A mixture of experts has `model.dtype` for it.
+        gates: how a client that lacks experts weighs those that it holds, in families whose gates are shares of a
+            softmax over all experts; the others are not touched, see `moe.gates`. "constant": the softmax over the held
+            experts times one number per layer, which keeps the mean total gate; the only one that plain transformers
+            can hold exactly. "full": the softmax over all experts. "mass": the softmax over the held experts times the
+            total gate that the full router gives this token. "slice": the softmax over the held experts as it is, up to
+            E times too large.
+        personal: score, next to the model that a client is delivered, one of its own: "best" is the best by its
+            validation data among what it is sent and what it makes of it in each round, and what it is delivered in the
+            end. So a client stops early on its own. For mixtures of experts only.
+        lora: train adapters on the experts instead of all parameters. Then only adapters, router rows and head rows
+            travel, and every client has the rest from the model's own place.
+    """
+
+    lr: float = setting(1e-3, "lr", "(0, 1e38]")
+    head_lr: float = setting(1e-2, "lr", "(0, 1e38]")
+    epochs: int = setting(1, "epochs", "[1, 1e12]")
+    batch_size: int = setting(16, "batch_size", "[1, 1e12]")
+    max_length: int = setting(96, "tokens", "[1, 1e12]")
+    target_length: int = setting(16, "tokens", "[2, 1e12]")
+    rows: Rows = setting("examples", "free")
+    optimizer: Literal["adamw", "sgd"] = setting("adamw", "free")
+    momentum: float = setting(0.0, "factor", "[0, 1)")
+    weight_decay: float = setting(0.0, "factor", "[0, 1e4]")
+    clip: float = setting(1.0, "free", "[0, 1e12]")
+    label_smoothing: float = setting(0.1, "factor", "[0, 1]")
+    balance: float = setting(0.01, "factor", "[0, 1e4]")
+    gradient_checkpointing: bool = setting(False, "free")
+    precision: Literal["float32", "bfloat16"] = setting("float32", "free")
+    gates: Kind = setting("constant", "free")
+    personal: Literal["none", "best"] = setting("none", "free")
+    lora: Lora = field(default_factory=Lora)
+
+    def __post_init__(self) -> None:
+        check_settings(self, "fit.")
+        if self.momentum and self.optimizer != "sgd":
+            raise ConfigError(f"fit.momentum is {self.momentum}; with adamw it must be 0")
+
+    def lowered(self, device: torch.device) -> torch.autocast:
+        """A context in which models compute in `precision`."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+
+    def descent(self, trainable: Mapping[str, Tensor], rates: Mapping[str, float]) -> torch.optim.Optimizer:
+        """A new optimizer of these parameters; rates: beginning of a path -> learning rate, the first that fits."""
+        members: dict[str, list[Tensor]] = {prefix: [] for prefix in rates}
+        for path, p in trainable.items():
+            members[next(prefix for prefix in rates if path.startswith(prefix))].append(p)
+        groups = [{"params": members[prefix], "lr": lr} for prefix, lr in rates.items() if members[prefix]]
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        return torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay, fused=True)
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        """Return the supervised loss of every method: the cross-entropy in float32 with `label_smoothing`."""
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing, reduction=reduction)
+
+    @property
+    def plain(self) -> bool:
+        """Whether training only ever moves a weight by its rate times its gradient."""
+        return self.optimizer == "sgd" and not (self.momentum or self.weight_decay or self.clip)
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """S and T of the memory model: tokens of a row that are only read, and that are predicted at most."""
+        if self.rows == "examples":
+            return {"max_length": self.max_length, "target_length": self.target_length}
+        return {"max_length": 0, "target_length": self.max_length + self.target_length}

@@ -1,0 +1,271 @@
+"""What the memory of devices allows: experts held and trained, ranks of adapters, and whether a model fits at all."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Literal, Self
+
+import torch
+from torch import nn
+
+from consilium.core import ClientContext, ClientInfo, ExpertSet, counts_of
+from consilium.errors import BudgetError, ConfigError
+from consilium.fit import Fit
+from consilium.models.cohort import Cohort, SplitModel
+from consilium.moe.budget import Footprint, MemoryModel, Mode, human
+from consilium.moe.build import ModelSource
+from consilium.moe.layers import Shape, spread
+from consilium.moe.surgery import checked
+from consilium.params import nbytes
+
+__all__ = ["EVALUATION", "Planner"]
+
+EVALUATION = 4
+"""Labels are predicted for so many times `Fit.batch_size` examples at once: nothing is saved for a backward pass."""
+
+
+class Planner:
+    """The part of `Setup` that plans with memory.
+
+    Attributes:
+        model: a mixture of experts, or a cohort of small models. fit: how clients train.
+    """
+
+    model: ModelSource | Cohort
+    fit: Fit
+
+    def rank_of(self, client: ClientInfo) -> int:
+        """Return the rank of a client's adapters: with `fit.lora.ranks` "memory" the largest with which the whole model
+        fits its memory, at least 1."""
+        lora = self.fit.lora
+        if lora.ranks == "equal" or client.memory_bytes is None:
+            return lora.rank
+
+        def fits(rank: int) -> bool:
+            return self.with_rank(rank).footprint(self.model.counts).total <= client.memory_bytes
+
+        return _most(1, lora.rank, fits) if fits(1) else 1
+
+    def with_rank(self, rank: int) -> Self:
+        """Return the set-up with adapters of another rank and the same scale."""
+        return replace(self, fit=replace(self.fit, lora=self.fit.lora.at(rank)))
+
+    def _for(self, client: ClientInfo) -> Self:
+        """Return the set-up at the rank of a client."""
+        if not self.fit.lora.rank or self.fit.lora.ranks == "equal":
+            return self
+        return self.with_rank(self.rank_of(client))
+
+    @property
+    def evaluation_rows(self) -> int:
+        """Rows of a batch in evaluation. A causal language model takes no more than in training: what it needs is the
+        logits of every token over the vocabulary."""
+        language = isinstance(self.model, ModelSource) and self.model.form == "text-to-text"
+        causal = language and not self.model.config.is_encoder_decoder
+        return self.fit.batch_size * (1 if causal else EVALUATION)
+
+    def footprint(
+        self,
+        counts: Mapping[str, int],
+        mode: Mode = "full",
+        references: int = 0,
+        rank: int = 8,
+        trained: int | None = None,
+    ) -> Footprint:
+        """Bytes a client needs for `counts` experts per block, by the memory model: for training or for the evaluation
+        that follows it, whichever needs more.
+
+        Args:
+            mode: "forward" is evaluation alone; "full" is "lora" with `fit.lora`, at its rank; "peft" is stage one of
+                FedMoE.
+            references: extra copies of the weights the method keeps while training (FedProx 1, SCAFFOLD 3).
+            rank: of the adapters ("lora").
+            trained: experts of all blocks together that `fit(choose=...)` trains in any one batch; None: all, without
+                `choose`.
+        """
+        fit = self.fit
+        if mode == "full" and fit.lora.rank:
+            mode, rank = "lora", fit.lora.rank
+        shape = {**fit.lengths, "optimizer": fit.optimizer, "momentum": fit.momentum}
+        evaluation = self._memory.footprint(counts, mode="forward", batch_size=self.evaluation_rows, **shape)
+        forward = mode == "forward"
+        if forward:
+            mode, rank = ("lora", fit.lora.rank) if fit.lora.rank else ("full", rank)
+        training = self._memory.footprint(
+            counts,
+            mode=mode,
+            batch_size=fit.batch_size,
+            gradient_checkpointing=fit.gradient_checkpointing,
+            references=references,
+            rank=rank,
+            trained=trained,
+            **shape,
+        )
+        evaluation = replace(evaluation, masters=training.masters)  # validation follows while they are there
+        return evaluation if forward else max(training, evaluation, key=lambda footprint: footprint.total)
+
+    def reported(
+        self,
+        counts: Mapping[str, int],
+        mode: Mode = "full",
+        references: int = 0,
+        rank: int = 8,
+        trained: int | None = None,
+    ) -> dict[str, int]:
+        """The footprint in bytes as a scalar of a reply; {} for small models, which have no memory model."""
+        if isinstance(self.model, Cohort):
+            return {}
+        return {"footprint": self.footprint(counts, mode, references, rank, trained).total}
+
+    def admit(
+        self,
+        context: ClientContext,
+        held: ExpertSet | None,
+        mode: Mode = "full",
+        references: int = 0,
+        rank: int = 8,
+        trained: int | None = None,
+    ) -> dict[str, int]:
+        """Refuse a mixture that would not fit what the client allows, before it is built.
+
+        Args:
+            held: its experts; None: all. The others are those of `footprint`.
+
+        Returns:
+            What is `reported`; {} for small models, which `split_model` refuses itself.
+
+        Raises:
+            BudgetError: with the bytes needed and allowed. ModelError: for experts that the model does not have.
+        """
+        if isinstance(self.model, Cohort):
+            return {}
+        counts = self.model.counts
+        if held is not None:
+            counts = counts_of(checked(held, counts, self.model.family))
+        told = self._for(context.info).reported(counts, mode, references, rank, trained)
+        context.work.hold(told["footprint"], f"a model of {sum(counts.values())} experts")
+        return told
+
+    def admit_small(
+        self, make: Callable[[], nn.Module], context: ClientContext, kind: type[SplitModel] = SplitModel
+    ) -> None:
+        """Refuse a small model whose training would not fit what the client allows, before it is made.
+
+        Counted are its numbers: as it is sent, as it is built, and their gradients and moments.
+
+        Args:
+            make, kind: see `split_model`.
+
+        Raises:
+            BudgetError: with the bytes needed and allowed.
+        """
+        if math.isinf(context.work.memory):
+            return
+        with torch.device("meta"):
+            model = kind(make(), context.data.task.name, context.data.task.labels)
+        moments = 2 if self.fit.optimizer == "adamw" else int(self.fit.momentum > 0)
+        context.work.hold((3 + moments) * nbytes(model.state_dict().values()), "the small model")
+
+    def lacks(
+        self,
+        client: ClientInfo,
+        counts: Mapping[str, int],
+        mode: Mode = "full",
+        references: int = 0,
+        rank: int = 8,
+        trained: int | None = None,
+    ) -> str | None:
+        """Why the client's device cannot train `counts` experts per block; None if it can."""
+        if client.memory_bytes is None:
+            return None
+        need = self._for(client).footprint(counts, mode, references, rank, trained).total
+        if need <= client.memory_bytes:
+            return None
+        return f"needs {human(need)}, has {human(client.memory_bytes)}, lacks {human(need - client.memory_bytes)}"
+
+    @property
+    def _memory(self) -> MemoryModel:
+        return MemoryModel.of(self.model)
+
+    def spread(self, experts: int, shape: Shape = ()) -> dict[str, int]:
+        """Return experts per block, `experts` of them in all, in proportion to the shape; see `layers.spread`.
+
+        Raises:
+            BudgetError: for fewer than every block needs, see `least`. ConfigError: for a shape of another length.
+        """
+        if experts < sum(self.least.values()):
+            raise BudgetError(f"{experts} experts are too few: the layers need {sum(self.least.values())} between them")
+        try:
+            return spread(experts, self.model.counts, self.least, shape)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def fitting(self, client: ClientInfo, shape: Shape = (), share: float = 1.0, references: int = 0) -> dict[str, int]:
+        """Return the most experts per block, spread by the shape, that a client's device can train.
+
+        Args:
+            share: of the client's memory that may be used, in (0, 1]; the fewest experts that the model needs are
+                given in any case.
+            references: extra copies of the weights the method keeps while training.
+        """
+        least, total = sum(self.least.values()), sum(self.model.counts.values())
+        if client.memory_bytes is None:
+            return dict(self.model.counts)
+        most, own = share * client.memory_bytes, self._for(client)
+
+        def fits(experts: int) -> bool:
+            return own.footprint(self.spread(experts, shape), references=references).total <= most
+
+        return self.spread(_most(least, total, fits), shape)
+
+    @property
+    def least(self) -> dict[str, int]:
+        """The fewest experts per block that the family's routers work with."""
+        return {block: min(self.model.family.least, total) for block, total in self.model.counts.items()}
+
+    def budgets(
+        self, client: ClientInfo, references: int = 0, mode: Literal["full", "lora"] = "full", rank: int = 8
+    ) -> tuple[int, int]:
+        """How many experts, of all blocks together, a client's device can hold, and how many of them train in a batch.
+
+        The most that it can hold while one per block is trained, spread over the blocks by `spread`; of these then the
+        most that it can train. A device without a limit holds and trains all.
+
+        Returns:
+            (forward, backward): resident experts, and experts trained in any one batch (`fit(choose=...)`), <= forward.
+
+        Raises:
+            BudgetError: with the bytes missing, if the smallest configuration does not fit.
+        """
+        total, blocks = sum(self.model.counts.values()), len(self.model.counts)
+        if client.memory_bytes is None:
+            return total, total
+
+        def fits(forward: int, backward: int) -> bool:
+            return self.lacks(client, self.spread(forward), mode, references, rank, backward) is None
+
+        least = sum(self.least.values())
+        if lack := self.lacks(client, self.least, mode, references, rank, blocks):
+            raise BudgetError(f"{client.id} cannot train even {least} experts in {blocks} layers: {lack}")
+        forward = _most(least, total, lambda n: fits(n, blocks))
+        return forward, _most(blocks, forward, lambda n: fits(forward, n))
+
+    def largest_uniform(self, memory_bytes: int | None, share: float = 1.0, references: int = 0) -> int:
+        """The most experts per block, the same in every block, that fit into `share` of the memory; 0 if none does, or
+        only fewer than the family's routers work with."""
+        most, least = max(self.model.counts.values()), max(self.least.values())
+        if memory_bytes is None:
+            return most
+        for n in range(most, least - 1, -1):
+            counts = {block: min(n, total) for block, total in self.model.counts.items()}
+            if self.footprint(counts, references=references).total <= share * memory_bytes:
+                return n
+        return 0
+
+
+def _most(low: int, high: int, holds: Callable[[int], bool]) -> int:
+    """The largest number in low .. high for which `holds`, which does for `low` and for none above the first not."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low

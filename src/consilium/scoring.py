@@ -1,0 +1,222 @@
+"""How models are scored: by the metric of their task, by the loss of every token, by the usage of their experts."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from consilium.batched import PredictJob, predict_jobs, stackable
+from consilium.core import (
+    ClientContext,
+)
+from consilium.data.encode import Encoded, token_bytes
+from consilium.data.task import balanced, recalls, score
+from consilium.data.tensor import TensorSplit
+from consilium.errors import DataError
+from consilium.fit import Fit
+from consilium.models.cohort import SplitModel, padded
+from consilium.moe.experts import Experts
+from consilium.moe.model import TaskModel
+from consilium.moe.routing import Tap
+from consilium.params import Params
+from consilium.setup import Setup
+from consilium.work import tokens_in
+
+__all__ = [
+    "assess", "evaluate", "even", "even_logits", "evened", "first_ranked", "mean_loss", "profile", "read_batches",
+    "score_places",
+]  # fmt: skip
+
+EVEN = 16
+"""Rows of a small model's batch come in multiples of so many."""
+
+
+def evaluate(model: TaskModel, data: Encoded, context: ClientContext, setup: Setup, tap: Tap | None = None) -> float:
+    """The task's metric on a split, in [0, 1]; see `assess`."""
+    return assess(model, data, context, setup, tap)["score"]
+
+
+def assess(
+    model: TaskModel,
+    data: Encoded,
+    context: ClientContext,
+    setup: Setup,
+    tap: Tap | None = None,
+    by_label: bool = False,
+) -> dict[str, float]:
+    """Return the task's metric on a split, "score" in [0, 1], and what stands next to it.
+
+    Where the metric is the accuracy of tokens these are "perplexity" and "bits_per_byte" (the loss of all predicted
+    tokens in bits, divided by the bytes of text they stand for).
+
+    Args:
+        tap: counts the usage of experts over the split (teacher-forced for text-to-text).
+        by_label: of a classification, return "balanced" (the mean recall of the labels) and "recall <label>" as well.
+    """
+    if context.data.task.metric == "token_accuracy":
+        sizes = token_bytes(setup.model.tokenizer()).to(context.device)
+        return _teacher_forced(model, data, context, setup.evaluation_rows, sizes, tap)
+    size = setup.evaluation_rows
+    if isinstance(data, TensorSplit) and tap is None:
+        (places,) = first_ranked(model, [data], setup.fit, context, size)
+        if by_label:
+            return _by_label([model.labels[i] for i in places], data.texts)
+        return {"score": score_places(model, data, places, context)}
+    predictions = []
+    model.eval()
+    order = data.order()
+    with torch.inference_mode(), setup.fit.lowered(context.device):
+        for rows in (order[i : i + size] for i in range(0, len(order), size)):
+            batch = data.batch(rows, context.device)
+            context.work.read(tokens_in(batch))
+            classify = data.way == "classification"
+            if classify or tap is not None:
+                with nullcontext() if tap is None else tap.batch(batch, count=True):
+                    logits, _ = model(batch)
+                if classify:
+                    predictions += [model.labels[i] for i in logits.argmax(-1).tolist()]
+                del logits  # generation has its own
+            if not classify:
+                prompt = data.batch(rows, context.device, prompt=True)
+                context.work.read(prompt["input_ids"].numel())
+                ids = model.generate(prompt, setup.fit.target_length, context.work.read)
+                predictions += setup.model.tokenizer().batch_decode(ids, skip_special_tokens=True)
+    targets = [data.texts[i] for i in order]
+    if by_label and data.way == "classification":
+        return _by_label(predictions, targets)
+    return {"score": score(context.data.task.metric, predictions, targets)}
+
+
+def _by_label(predictions: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
+    found = recalls(predictions, targets)
+    told = {f"recall {label}": value for label, value in found.items()}
+    return {"score": score("accuracy", predictions, targets), "balanced": balanced(found), **told}
+
+
+def first_ranked(
+    model: SplitModel, splits: Sequence[TensorSplit], config: Fit, context: ClientContext, size: int
+) -> list[list[int]]:
+    """Of each split the place of the label that the model ranks first, per row; computed in batches of `size`."""
+    counts = [len(split) for split in splits]
+    if all(split.x is splits[0].x for split in splits):  # at once
+        splits = [replace(splits[0], index=torch.cat([split.index for split in splits]))]
+    ranked = torch.cat([_ranked(model, split, config, context, size) for split in splits])
+    return [places.tolist() for places in ranked.split(counts)]
+
+
+def _ranked(model: SplitModel, data: TensorSplit, config: Fit, context: ClientContext, size: int) -> Tensor:
+    if context.meet:
+        done = context.meet(predict_jobs, PredictJob(model, data, config, context, size))
+        if done is not None:
+            return done
+    model.eval()
+    logits = partial(even_logits, model) if evened(model, context) else model
+    with torch.inference_mode(), config.lowered(context.device):
+        batches = read_batches(data, size, context)
+        return torch.cat([logits(batch)[0].argmax(-1) for batch in batches]).cpu()
+
+
+def score_places(model: SplitModel, data: TensorSplit, places: Sequence[int], context: ClientContext) -> float:
+    """The task's metric of the labels at these places, in [0, 1]."""
+    return score(context.data.task.metric, [model.labels[i] for i in places], data.texts)
+
+
+def read_batches(
+    data: Encoded | TensorSplit, size: int, context: ClientContext, rows: Sequence[int] | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Yield rows of a split in batches of `size`, each counted against `context.work`.
+
+    Args:
+        rows: which rows, in this order; None: all, in theirs.
+    """
+    rows = torch.arange(len(data)) if rows is None else rows
+    for start in range(0, len(rows), size):
+        batch = data.batch(rows[start : start + size], context.device)
+        context.work.read(tokens_in(batch))
+        yield batch
+
+
+def evened(model: nn.Module, context: ClientContext) -> bool:
+    """Whether rows may be filled in, see `even`, and that is of use."""
+    return context.device.type == "cpu" and isinstance(model, SplitModel) and stackable(model)
+
+
+def even(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The batch with its last row again up to a multiple of `EVEN` rows: a CPU's libraries compile kernels for every
+    number of rows, and clients differ in their last batch."""
+    more = -len(next(iter(batch.values()))) % EVEN
+    return {key: torch.cat([t, t[-1:].expand(more, *t.shape[1:])]) if more else t for key, t in batch.items()}
+
+
+def even_logits(model: SplitModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """What the model says of a batch, computed with an even one."""
+    labels, filled = batch["labels"], even(batch)
+    if (rows := len(filled["labels"])) == len(labels):
+        return model(batch)
+    with padded(torch.arange(rows) < len(labels)):
+        logits, _ = model(filled)
+    return logits[: len(labels)], labels
+
+
+def _teacher_forced(
+    model: TaskModel, data: Encoded, context: ClientContext, size: int, bytes_V: Tensor, tap: Tap | None
+) -> dict[str, float]:
+    """Score every predicted token after the true ones before it: how many rank first, and their loss.
+
+    Args:
+        size: rows per batch. bytes_V: bytes that each token stands for, int64 [V].
+    """
+    model.eval()
+    order = sorted(range(len(data)), key=lambda i: len(data.sources[i]) + len(data.targets[i]))
+    hits = tokens = written = 0
+    loss = 0.0
+    with torch.inference_mode():
+        for batch in read_batches(data, size, context, order):
+            with nullcontext() if tap is None else tap.batch(batch, count=True):
+                logits, labels = model(batch)
+            hits += int((logits.argmax(-1) == labels).sum())
+            tokens += labels.numel()
+            written += int(bytes_V[labels].sum())
+            loss += F.cross_entropy(logits.float(), labels, reduction="sum").item()
+            del logits
+    if not tokens:
+        raise DataError("nothing to score: no token of these rows is predicted; raise fit.target_length")
+    scores = {"score": hits / tokens, "perplexity": math.exp(min(loss / tokens, 700.0))}
+    return scores | ({"bits_per_byte": loss / math.log(2) / written} if written else {})
+
+
+def profile(setup: Setup, model: TaskModel, data: Encoded, context: ClientContext, rows: int) -> tuple[Params, Params]:
+    """Measure how the experts of a model are used on the first rows of a split.
+
+    Returns:
+        Per block: the slots that ask for each expert, int64 [E]; and the mean over tokens of (gate x norm of the
+        expert's output), float32 [E].
+    """
+    model.eval()
+    experts = Experts(model, measure=True)
+    tokens = 0
+    with torch.inference_mode(), Tap(model) as tap, experts:
+        for batch in read_batches(data, setup.evaluation_rows, context, range(min(rows, len(data)))):
+            experts.masks = model.masks(batch)
+            tokens += sum(int(mask.sum()) for mask in experts.masks.values())
+            with tap.batch(batch, count=True):
+                model(batch)
+    contributions = {block: (total / max(tokens, 1)).float() for block, total in experts.contributions.items()}
+    return tap.usage.demand, contributions
+
+
+def mean_loss(setup: Setup, model: TaskModel, data: Encoded, context: ClientContext, rows: int) -> float:
+    """Return the mean cross-entropy of the first rows of a split, in nats per label or predicted token."""
+    model.eval()
+    total, count = 0.0, 0
+    with torch.inference_mode():
+        for batch in read_batches(data, setup.evaluation_rows, context, range(min(rows, len(data)))):
+            logits, labels = model(batch)
+            total += F.cross_entropy(logits.float(), labels, reduction="sum").item()
+            count += labels.numel()
+    return total / max(count, 1)
