@@ -8,9 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers.initialization import no_init_weights
 
 from consilium.core import (
     ClientContext,
@@ -409,6 +407,9 @@ class Setup(Planner):
         """
         model, task = used, context.data.task
         if model is None:
+            from accelerate import init_empty_weights
+            from transformers.initialization import no_init_weights
+
             self.admit_small(make, context, kind)
             with init_empty_weights(include_buffers=False), no_init_weights():
                 model = kind(make(), task.name, task.labels)

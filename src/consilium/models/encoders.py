@@ -30,21 +30,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
-from transformers import (
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
-from transformers.image_processing_base import ImageProcessingMixin
-from transformers.initialization import no_init_weights
+from transformers import PreTrainedTokenizerBase
 
 from consilium.errors import ConfigError, ModelError, first_line
 from consilium.machine import quietly
@@ -160,7 +152,10 @@ def _encoder(name: str, shape: tuple[int, ...]) -> nn.Module:
     config = _config(name)
     images, texts = (
         type(config) in mapping
-        for mapping in (MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING)
+        for mapping in (
+            transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+            transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        )
     )
     if not images and (not texts or getattr(config, "is_encoder_decoder", False)):
         raise ModelError(f"model {name!r} is {config.model_type}, which is no encoder of images or texts")
@@ -174,7 +169,7 @@ def _encoder(name: str, shape: tuple[int, ...]) -> nn.Module:
 
 @lru_cache(maxsize=64)
 def _config(name: str) -> Any:
-    return _read(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=False))
+    return _read(name, lambda: transformers.AutoConfig.from_pretrained(name, trust_remote_code=False))
 
 
 def _read(name: str, read: Callable[[], Any]) -> Any:
@@ -190,15 +185,17 @@ def _read(name: str, read: Callable[[], Any]) -> Any:
 def _model(name: str, config: Any) -> nn.Module:
     """In float32, without a dense pooling layer; where parameters become meta tensors, by its configuration alone."""
     if nn.Linear(1, 1).weight.is_meta:
+        from transformers.initialization import no_init_weights
+
         with no_init_weights():
-            model = AutoModel.from_config(config, dtype=torch.float32)
+            model = transformers.AutoModel.from_config(config, dtype=torch.float32)
         model.tie_weights()
         return _without_pooling(model)
     safe = {"use_safetensors": True, "trust_remote_code": False}
     with quietly():
         model, info = _read(
             name,
-            lambda: AutoModel.from_pretrained(
+            lambda: transformers.AutoModel.from_pretrained(
                 name, config=config, dtype=torch.float32, output_loading_info=True, **safe
             ),
         )
@@ -223,7 +220,7 @@ def _width(config: Any) -> int:
 @lru_cache(maxsize=64)
 def _preprocessing_of(name: str) -> dict[str, Any]:
     try:
-        return ImageProcessingMixin.get_image_processor_dict(name)[0]
+        return transformers.image_processing_base.ImageProcessingMixin.get_image_processor_dict(name)[0]
     except (OSError, ValueError):  # there is none: images go in as they are
         return {}
 
@@ -315,7 +312,9 @@ def one_tokenizer(names: tuple[str, ...]) -> PreTrainedTokenizerBase:
     models = [name for name in dict.fromkeys(names) if is_model(name)]
     if not models:
         raise ConfigError(f"no architecture of {', '.join(names)} has a tokenizer; texts need a transformers encoder")
-    found = {n: _read(n, lambda n=n: AutoTokenizer.from_pretrained(n, trust_remote_code=False)) for n in models}
+    found = {
+        n: _read(n, lambda n=n: transformers.AutoTokenizer.from_pretrained(n, trust_remote_code=False)) for n in models
+    }
     first, tokenizer = next(iter(found.items()))
     for name, other in found.items():
         if other.get_vocab() != tokenizer.get_vocab() or other.pad_token_id != tokenizer.pad_token_id:

@@ -15,11 +15,9 @@ from typing import Any, Literal, get_args
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedTokenizerBase
-from transformers.initialization import no_init_weights
+from transformers import PreTrainedTokenizerBase
 
 from consilium.core import ExpertSet, counts_of
 from consilium.errors import ConfigError, ModelError, first_line
@@ -154,7 +152,7 @@ class ModelSource:
     def _found(self) -> Any:
         """The configuration as it lies with the weights."""
         try:
-            config = AutoConfig.from_pretrained(self.location, trust_remote_code=False, **self._where)
+            config = transformers.AutoConfig.from_pretrained(self.location, trust_remote_code=False, **self._where)
         except (OSError, ValueError) as error:
             raise ModelError(f"model {self.path!r} cannot be read: {first_line(error)}") from error
         fitting = fitting_config(config)
@@ -278,6 +276,9 @@ class ModelSource:
 
     def skeleton(self, task: str, labels: tuple[str, ...]) -> TaskModel:
         """The full model on the meta device: shapes and names, no memory."""
+        from accelerate import init_empty_weights
+        from transformers.initialization import no_init_weights
+
         cls = getattr(transformers, self.family.classes[self.form])
         with init_empty_weights(include_buffers=False), no_init_weights():
             backbone = cls._from_config(self.config, dtype=self.torch_dtype)
@@ -371,7 +372,7 @@ _VERIFIED: set[tuple[str, str, str]] = set()
 
 
 @torch.no_grad()
-def _add_rows(backbone: transformers.PreTrainedModel, rows: int) -> None:
+def _add_rows(backbone: "transformers.PreTrainedModel", rows: int) -> None:
     """Add embedding rows, of the input and the output, that are the mean of the others."""
     old = backbone.get_input_embeddings().weight.shape[0]
     backbone.resize_token_embeddings(rows, mean_resizing=False)

@@ -18,9 +18,7 @@ from functools import lru_cache
 
 import torch
 import transformers
-from transformers import AutoConfig, PretrainedConfig
-from transformers.models.auto import modeling_auto as auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers import PretrainedConfig
 
 from consilium.errors import ModelError, first_line
 from consilium.machine import quietly
@@ -33,6 +31,8 @@ __all__ = ["Key", "classes_of", "family_of", "fitting_config", "has_experts"]
 
 def classes_of(config: PretrainedConfig) -> dict[str, str]:
     """Return the transformers class per form of task; {} if there is none for text."""
+    from transformers.models.auto import modeling_auto as auto  # slow to import
+
     found = {}
     for form, names in (
         ("text-to-text", (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -57,9 +57,11 @@ def fitting_config(config: PretrainedConfig) -> PretrainedConfig:
 def has_experts(config: PretrainedConfig) -> bool:
     """Return whether a configuration names routed experts: more than one, or one where its type has more by default,
     as in a slice."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
     most = _most_experts(config)
     if most == 1 and config.model_type in CONFIG_MAPPING_NAMES:
-        return _most_experts(AutoConfig.for_model(config.model_type)) > 1
+        return _most_experts(transformers.AutoConfig.for_model(config.model_type)) > 1
     return most > 1
 
 
@@ -81,7 +83,7 @@ def family_of(config: PretrainedConfig | str) -> Family:
     """
     if isinstance(config, str):
         try:
-            config = AutoConfig.for_model(config)
+            config = transformers.AutoConfig.for_model(config)
         except ValueError as error:
             raise ModelError(
                 f"model type {config!r} is not known to transformers {transformers.__version__}"
@@ -143,6 +145,8 @@ def _dense(key: Key) -> Family:
         f"model type {kind!r} is neither a mixture of experts (its configuration names no routed experts) nor a causal "
         "language model"
     )
+    from transformers.models.auto import modeling_auto as auto
+
     if kind not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "is_encoder_decoder", False):
         raise ModelError(neither)
     classes = classes_of(config)

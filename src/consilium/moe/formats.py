@@ -5,14 +5,14 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from transformers import FineGrainedFP8Config, Mxfp4Config
+import transformers
 
 from consilium.errors import ModelError
 
 __all__ = ["gguf_place", "plain_config", "reading"]
 
-DEQUANTISED = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
-"""`quant_method` of a configuration -> what makes transformers turn the weights back on loading."""
+DEQUANTISED = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
+"""`quant_method` of a configuration -> class of transformers that turns the weights back on loading."""
 
 
 def gguf_place(path: str, gguf: str) -> tuple[str, str]:
@@ -52,7 +52,7 @@ def reading(config: Any, path: str) -> dict[str, Any]:
             f"the weights of {path!r} are quantised ({method}), and training needs them in full: take the checkpoint "
             f"that they were made from, or one in {', '.join(DEQUANTISED)}, which are turned back on loading"
         )
-    return {"quantization_config": DEQUANTISED[method](dequantize=True)}
+    return {"quantization_config": getattr(transformers, DEQUANTISED[method])(dequantize=True)}
 
 
 def plain_config(config: Any) -> Any:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from consilium.moe.families import Family, blocks
 
@@ -52,17 +51,6 @@ def finish_logits(logits: Tensor, config: Any, fields: tuple[str, ...]) -> Tenso
         else:
             logits = logits * value
     return logits
-
-
-class _Counted(StoppingCriteria):
-    """Stops no sequence; tells how many tokens each step has written."""
-
-    def __init__(self, count: Callable[[int], None]):
-        self.count = count
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self.count(len(input_ids))
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class TaskModel(nn.Module):
@@ -148,9 +136,17 @@ class TaskModel(nn.Module):
         Args:
             count: called with B after each token; what it raises ends the generation.
         """
+        from transformers import StoppingCriteriaList  # slow to import
+
         ids, mask = batch["input_ids"], batch["attention_mask"]
+
+        def stop_none(written: Tensor, scores: Any, **_: Any) -> Tensor:
+            """Count the tokens of a step; a criterion that ends no sequence."""
+            count(len(written))
+            return torch.zeros(len(written), dtype=torch.bool, device=written.device)
+
         output = self.backbone.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
-            stopping_criteria=StoppingCriteriaList([_Counted(count)]),
+            stopping_criteria=StoppingCriteriaList([stop_none]),
         )  # fmt: skip
         return output[:, 1:] if self.encoder_decoder else output[:, ids.shape[1] :]

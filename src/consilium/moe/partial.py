@@ -13,10 +13,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.utils import cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
 
 from consilium.core import ExpertSet
 from consilium.errors import ModelError
@@ -51,6 +47,9 @@ def held_weights(location: str, revision: str | None, full: TaskModel, held: Exp
         location: a directory or a hub name. full: the whole model on the meta device.
         held: block -> ids of the experts, ascending.
     """
+    from transformers.conversion_mapping import get_model_conversion_mapping  # slow to import
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
     names, family = table(full), full.family
     transforms = get_model_conversion_mapping(full.backbone)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
@@ -87,6 +86,9 @@ def _rows(part: Any, total: int, ids: tuple[int, ...]) -> Tensor:
 
 def _files(location: str, revision: str | None) -> Iterator[str]:
     """The safetensors of a model, wherever it lies."""
+    from transformers.utils import cached_file
+    from transformers.utils.hub import get_checkpoint_shard_files
+
     for name in _NAMES:
         found = cached_file(location, name, revision=revision, _raise_exceptions_for_missing_entries=False)
         if found:

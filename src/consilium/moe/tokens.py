@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+import transformers
+from transformers import PreTrainedTokenizerBase
 
 from consilium.errors import ModelError, first_line
 
@@ -31,7 +32,7 @@ def read_tokenizer(location: str, revision: str | None = None, gguf: str | None 
         # transformers would make an empty one from the model type, which encodes every text as nothing
         raise ModelError(f"{location!r} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False, **where)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(location, trust_remote_code=False, **where)
     except Exception as error:  # `tokenizers` raises plain ones for a broken file, transformers KeyError and others
         said = first_line(error) if isinstance(error, OSError | ValueError) else repr(error)
         raise ModelError(f"{location!r} has no tokenizer that can be read: {said}") from error
@@ -45,7 +46,7 @@ def read_tokenizer(location: str, revision: str | None = None, gguf: str | None 
 
 def _named(tokenizer: PreTrainedTokenizerBase, location: str, where: Mapping[str, str | None], role: str) -> str | None:
     """The end or padding token that the model's own settings name by its id; of several ids the first."""
-    for kind in (GenerationConfig, AutoConfig):
+    for kind in (transformers.GenerationConfig, transformers.AutoConfig):
         try:
             told = getattr(kind.from_pretrained(location, **where), f"{role}_token_id", None)
         except (OSError, ValueError, TypeError):  # a GGUF file has no generation settings
