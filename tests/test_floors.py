@@ -24,7 +24,7 @@ FLOORS = {
     "completions": 7, "training": 7,
     "algorithms": 8,
     "experiment": 9,
-    "engine": 10,
+    "engine": 10, "settings": 10,
     "certificates": 11, "rundir": 11, "prepare": 11, "summary": 12, "loop": 13,
     "export": 14, "report": 14, "recipes": 14, "tracking": 14, "watch": 14,
     "api": 15, "deployment": 15,

@@ -14,6 +14,7 @@ from consilium.experiment import Experiment, from_json
 from consilium.recipes import Recipe, find
 from consilium.report import methods, read_runs, rows, write_report
 from consilium.rundir import RunDirectory
+from consilium.settings import changed, read_variant, suffix_of, sweeps
 from consilium.watch import Comparison, at_a_time
 
 if TYPE_CHECKING:
@@ -23,21 +24,35 @@ __all__ = ["Run", "by_default", "compare", "load_run", "plan", "split_names"]
 
 
 def plan(
-    recipe: Recipe, experiment: Experiment, names: Sequence[str], seeds: int, root: Path
+    recipe: Recipe,
+    experiment: Experiment,
+    names: Sequence[str],
+    seeds: int,
+    root: Path,
+    swept: Sequence[str] = (),
 ) -> dict[Path, Experiment]:
-    """Run directory -> experiment, for every algorithm and seed.
+    """Return run directory -> experiment, for every method, value of the sweeps, and seed.
+
+    Args:
+        names: of methods or rivals; with options after it, "HFedMoE:beta=0".
+        swept: settings and their values, "fit.lr=1e-4,1e-3"; of several, every combination.
 
     Raises:
-        ConfigError: for a name that is no algorithm's or rival's.
+        ConfigError: for an unknown name, or a setting or value that an experiment does not have.
     """
     planned = {}
-    for name in names:
+    for text in names:
+        name, options = read_variant(text)
         algorithm = recipe.algorithm(name)
         if type(algorithm) is type(experiment.algorithm) and algorithm == recipe.make().algorithm:
             algorithm = experiment.algorithm
-        for seed in range(experiment.seed, experiment.seed + seeds):
-            label = name if seeds == 1 else f"{name}-seed{seed}"
-            planned[root / label] = dataclasses.replace(experiment, name=label, algorithm=algorithm, seed=seed)
+        method = dataclasses.replace(experiment, algorithm=algorithm)
+        for values in sweeps(swept):
+            settings = {**{f"algorithm.{option}": value for option, value in options.items()}, **values}
+            made = changed(method, settings) if settings else method
+            for seed in range(experiment.seed, experiment.seed + seeds):
+                label = name + suffix_of(settings) + ("" if seeds == 1 else f"-seed{seed}")
+                planned[root / label] = dataclasses.replace(made, name=label, seed=seed)
     return planned
 
 
@@ -66,6 +81,7 @@ def compare(
     jobs: int = 0,
     out: Path | str = "runs",
     progress: bool = False,
+    sweep: Sequence[str] = (),
 ) -> "pd.DataFrame":
     """Run several methods on the same data, weights and seeds, each run in a process of its own, and compare them.
 
@@ -79,6 +95,7 @@ def compare(
         seeds: runs per method, with seeds from experiment.seed on, >= 1.
         jobs: runs at a time; 0: as many as cores and free memory allow.
         progress: show bars.
+        sweep: settings and their values, e.g. ["fit.lr=1e-4,1e-3"]; every method runs with each.
 
     Returns:
         One row a method, indexed by its name, with scores in [0, 1] per task and their mean, "_sd" over seeds, bytes,
@@ -95,7 +112,7 @@ def compare(
         recipe = Recipe(given.name, lambda: given)
     names = split_names(algorithms) or split_names(by_default(recipe, experiment))
     root = Path(out) / experiment.name
-    planned = plan(recipe, experiment, names, seeds, root)
+    planned = plan(recipe, experiment, names, seeds, root, sweep)
     console = Console(quiet=not progress)
     Comparison(console, planned, jobs or at_a_time(list(planned.values()))).run()
     return _frame(list(planned), write_report(list(planned), root / "report.html"))

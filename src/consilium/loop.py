@@ -5,7 +5,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,10 +59,13 @@ def run(experiment: Experiment, folder: Path | str, watch: Watch | None = None) 
     return _begin(Prepared.of(experiment), directory, watch)
 
 
-def resume(folder: Path | str, watch: Watch | None = None) -> dict[str, Any]:
+def resume(folder: Path | str, watch: Watch | None = None, rounds: int | None = None) -> dict[str, Any]:
     """Continue an interrupted run from its newest checkpoint, to the same bits as a run never interrupted.
 
-    A finished run is left as it is.
+    A finished run is left as it is, unless more rounds are asked for.
+
+    Args:
+        rounds: of the whole run; None: as many as it was begun with.
 
     Raises:
         CheckpointError: if the folder is not a run, is in use, or its data, its model or its settings have changed; the
@@ -71,7 +74,7 @@ def resume(folder: Path | str, watch: Watch | None = None) -> dict[str, Any]:
     directory = RunDirectory(Path(folder))
     if directory.config().get("data") == SITES:
         raise CheckpointError(f"{folder} is the run of a deployment: start `consilium server` again to continue it")
-    return _continue(directory, watch, Prepared.of)
+    return _continue(directory, watch, Prepared.of, rounds=rounds)
 
 
 def check_same(folder: Path, experiment: Experiment) -> dict[str, Any]:
@@ -135,20 +138,31 @@ def _begin(prepared: Prepared, directory: RunDirectory, watch: Watch | None) -> 
 
 
 def _continue(
-    directory: RunDirectory, watch: Watch | None, prepare: Callable[[Experiment], Prepared], grace: float = 0.0
+    directory: RunDirectory,
+    watch: Watch | None,
+    prepare: Callable[[Experiment], Prepared],
+    grace: float = 0.0,
+    rounds: int | None = None,
 ) -> dict[str, Any]:
     """Continue a run.
 
     Args:
         grace: seconds to wait for another process that has the directory.
+        rounds: of the whole run; None: as many as it was begun with.
     """
     directory.config()
     with directory.locked(grace):
         config = directory.config()
-        if config["status"] == "finished" and (summary := directory.summary()) is not None:
+        experiment, summary = from_json(config["experiment"]), directory.summary()
+        finished = config["status"] == "finished" and summary is not None
+        if rounds is not None and rounds < (done := summary["rounds"] if finished else 1):
+            raise ConfigError(f"--rounds is {rounds}; the run has {done} rounds, and can only go on to more")
+        if finished and rounds in (None, summary["rounds"]):
             return summary
+        if rounds is not None:
+            experiment = replace(experiment, rounds=rounds)
         begun = directory.partition()
-        prepared = prepare(from_json(config["experiment"]))
+        prepared = prepare(experiment)
         check_data_unchanged(begun, prepared)
         remove_unfinished(directory.path)
         _check_room(directory.path, prepared)

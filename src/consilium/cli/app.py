@@ -44,6 +44,8 @@ HELP = """[bold]consilium[/bold]: federated fine-tuning of mixture-of-experts mo
   consilium client RECIPE --name A           take part as a site, with its own data
   consilium server|client --one-shot ...     packages of sites over the network, into a hub, as sites come
 
+  consilium completion bash|zsh              completion of commands, recipes and flags in a shell
+
   consilium COMMAND --help                   the flags of a command; with a recipe, those of its experiment
   consilium COMMAND --import FILE.py         methods or recipes of your own; --algorithm FILE.py:MyMethod
 """
@@ -66,6 +68,8 @@ COMMANDS = {
     "certificates": "sites:certificates_command",
     "server": "sites:server_command",
     "client": "sites:client_command",
+    "completion": "completion:completion_command",
+    "complete": "completion:complete_command",
 }
 """Command -> module and function, which takes the arguments after it."""
 

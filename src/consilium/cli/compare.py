@@ -13,10 +13,18 @@ if TYPE_CHECKING:
 
 
 def compare_command(args: list[str]) -> None:
-    """consilium compare RECIPE|FILE.json [--algorithms A,B] [--seeds N] [--jobs N] [--out DIR] [--track TOOLS]
-    [--quiet] [--json] [flags of the experiment]"""
+    """consilium compare RECIPE|FILE.json [--algorithms A,B] [--seeds N] [--sweep SETTING=A,B] [--jobs N]
+    [--config FILE] [--out DIR] [--track TOOLS] [--quiet] [--json] [flags of the experiment]"""
     compared = read_catalogue()["recipes"].get(args[0] if args else "", {}).get("compared", "")
-    own = {"--out": "runs", "--algorithms": compared, "--seeds": "1", "--jobs": "0", "--track": ""}
+    own = {
+        "--out": "runs",
+        "--algorithms": compared,
+        "--seeds": "1",
+        "--jobs": "0",
+        "--sweep": "",
+        "--config": "",
+        "--track": "",
+    }
     asked = read_command(args, "compare", compare_command.__doc__, own, VOICE)
     from consilium.api import by_default, plan, split_names
     from consilium.recipes import Recipe, find
@@ -30,7 +38,8 @@ def compare_command(args: list[str]) -> None:
         raise ConfigError("--algorithms is empty; name methods, e.g. --algorithms FedMoE,FedAvg")
     names = split_names(options["--algorithms"] or by_default(recipe, experiment))
     root = Path(options["--out"]) / experiment.name
-    planned = plan(recipe, experiment, names, seeds, root)
+    swept = [part for part in options["--sweep"].split(";") if part.strip()]
+    planned = plan(recipe, experiment, names, seeds, root, swept)
     track = tracking_flags(options["--track"])
     with speaking("--quiet" in asked.switches, "--json" in asked.switches) as lines:
         jobs = jobs or at_a_time(list(planned.values()))

@@ -64,8 +64,8 @@ def inspect_command(args: list[str]) -> None:
 
 
 def plan_command(args: list[str]) -> None:
-    """consilium plan RECIPE|FILE.json [--algorithm NAME] [flags of the experiment]"""
-    asked = read_command(args, "plan", plan_command.__doc__, {"--algorithm": ""})
+    """consilium plan RECIPE|FILE.json [--algorithm NAME] [--config FILE] [flags of the experiment]"""
+    asked = read_command(args, "plan", plan_command.__doc__, {"--algorithm": "", "--config": ""})
     from consilium.report.forecast import print_plan
 
     print_plan(asked.experiment, out)

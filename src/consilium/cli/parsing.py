@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 OWN = {
     "--out": "folder of the run directories",
     "--algorithm": "method to run in place of the recipe's own",
-    "--algorithms": "methods to compare, separated by commas",
+    "--algorithms": "methods to compare, separated by commas; with options of its own: HFedMoE:beta=0",
     "--seeds": "runs per method, with seeds from --seed on",
     "--jobs": "runs at a time, each a process; 0: as many as cores and free memory allow",
     "--sites": "names of the sites, separated by commas",
+    "--config": "YAML or JSON file with settings that are laid over the recipe's, e.g. fit: {lr: 0.001}",
+    "--sweep": "a setting and its values, e.g. fit.lr=1e-4,1e-3: every method runs with each; several with ; between",
     "--hosts": "names or addresses under which sites reach the server, separated by commas",
     "--address": "host:port to listen on",
     "--certificates": "folder of `consilium certificates`: its part for the server, or for this site",
@@ -103,10 +105,15 @@ def read_command(
         print_flags(recipe, usage, {flag: _described(flag, own) for flag in own}, "--help-all" in rest, method)
         raise SystemExit(0)
     refuse_unknown(recipe)
-    refuse_mistyped(recipe, rest, own, name, method)
+    if not given.get("--config"):  # which may change the method, and with it the flags
+        refuse_mistyped(recipe, rest, own, name, method)
     default = named_experiment(recipe)
     if method:
         default = dataclasses.replace(default, algorithm=named_algorithm(recipe, default, method))
+    if given.get("--config"):
+        from consilium.settings import merged, read_settings
+
+        default = merged(default, read_settings(Path(given["--config"])))
     default = change(default)
     if hasattr(default.data, "target"):  # texts and tables say target for what images call label: both are taken
         rest = [re.sub(r"^--data\.label(?=$|=)", "--data.target", arg) for arg in rest]

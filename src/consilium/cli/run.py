@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from consilium.cli.parsing import parse, read_command, split_options
+from consilium.cli.parsing import parse, read_command, split_options, whole_number
 from consilium.cli.screen import VOICE, follow, out, speaking, split_voice
 from consilium.escape import print_line
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def run_command(args: list[str]) -> None:
-    """consilium run RECIPE|FILE.json [--algorithm NAME] [--out DIR] [--track TOOLS] [--quiet] [--json]
-    [flags of the experiment]"""
-    own = {"--algorithm": "", "--out": "runs", "--track": ""}
+    """consilium run RECIPE|FILE.json [--algorithm NAME] [--config FILE] [--out DIR] [--track TOOLS]
+    [--quiet] [--json] [flags of the experiment]"""
+    own = {"--algorithm": "", "--config": "", "--out": "runs", "--track": ""}
     asked = read_command(args, "run", run_command.__doc__, own, VOICE)
     from consilium.loop import run
 
@@ -27,23 +27,26 @@ def run_command(args: list[str]) -> None:
 
 
 def resume_command(args: list[str]) -> None:
-    """consilium resume RUN [--track TOOLS] [--quiet] [--json]"""
+    """consilium resume RUN [--rounds N] [--track TOOLS] [--quiet] [--json]"""
     from consilium.loop import resume
     from consilium.report.table import print_table
     from consilium.rundir import RunDirectory
 
     def parameters(run: Annotated[Path, tyro.conf.Positional]) -> Path:
-        """Continue an interrupted run from its last checkpoint, to the same bits, and in the same tracked run.
+        """Continue an interrupted run from its last checkpoint, to the same bits, and in the same tracked run; or a
+        finished one for more rounds, with --rounds.
 
         Args:
             run: the run directory.
         """
         return run
 
-    options, rest = split_options(args, {"--track": ""})
+    options, rest = split_options(args, {"--track": "", "--rounds": ""})
     quiet, as_json, rest = split_voice(rest)
     folder = parse(parameters, rest, "consilium resume")
-    finished = RunDirectory(folder).config()["status"] == "finished"
+    config = RunDirectory(folder).config()
+    rounds = whole_number(options, "--rounds", 1) if options["--rounds"] else None
+    finished = config["status"] == "finished" and rounds in (None, config["experiment"].get("rounds"))
     with speaking(quiet, as_json) as lines:
         if finished:
             print_line(out, f"{folder} is finished")
@@ -52,4 +55,4 @@ def resume_command(args: list[str]) -> None:
                 summary = json.loads((folder / "summary.json").read_text())
                 lines.line({"summary": summary, "report": str(folder / "report.html")})
         else:
-            follow(lambda watch: resume(folder, watch), folder, options["--track"], lines)
+            follow(lambda watch: resume(folder, watch, rounds), folder, options["--track"], lines)

@@ -1,0 +1,56 @@
+"""Completion of commands, recipes and flags in a shell: `consilium completion bash` prints what the shell evaluates."""
+
+from collections.abc import Sequence
+
+from consilium.cli.catalogue import flags_of_recipe, read_catalogue
+from consilium.cli.parsing import OWN
+from consilium.errors import ConfigError
+
+__all__ = ["complete_command", "completion_command", "suggestions"]
+
+SCRIPT = """_consilium() {
+    local IFS=$'\\n'
+    COMPREPLY=($(consilium complete -- "${COMP_WORDS[@]:1:$COMP_CWORD}" 2>/dev/null))
+}
+complete -o bashdefault -o default -F _consilium consilium
+"""
+SHELLS = {"bash": SCRIPT, "zsh": f"autoload -U +X bashcompinit && bashcompinit\n{SCRIPT}"}
+WITH_RECIPE = ("run", "compare", "plan", "server", "client")
+
+
+def completion_command(args: list[str]) -> None:
+    """consilium completion bash|zsh"""
+    if args in (["-h"], ["--help"]):
+        print(f'{completion_command.__doc__}\n\nadd to ~/.bashrc: eval "$(consilium completion bash)"')
+        return
+    if len(args) != 1 or args[0] not in SHELLS:
+        raise ConfigError(f"completion is for {' and '.join(SHELLS)}, not {' '.join(args) or 'nothing'!r}")
+    print(SHELLS[args[0]], end="")
+
+
+def complete_command(args: list[str]) -> None:
+    """consilium complete -- WORD ... [the word that is being written]"""
+    from consilium.cli.app import COMMANDS
+
+    words = args[1:] if args[:1] == ["--"] else args
+    print(*suggestions(words, [name for name in COMMANDS if name != "complete"]), sep="\n")
+
+
+def suggestions(words: Sequence[str], commands: Sequence[str]) -> list[str]:
+    """Return what may stand in place of the last word.
+
+    Args:
+        words: after `consilium`; the last is the one being written, perhaps empty.
+    """
+    begun, before = (words[-1] if words else ""), list(words[:-1])
+    if not before:
+        found: Sequence[str] = commands
+    elif before[0] not in WITH_RECIPE:
+        found = []
+    elif len(before) == 1:
+        found = list(read_catalogue()["recipes"])
+    elif before[-1] in ("--algorithm", "--algorithms"):
+        found = list(read_catalogue()["algorithms"])
+    else:
+        found = [*OWN, *(flag.name for flag in flags_of_recipe(before[1]) or [])] if begun.startswith("-") else []
+    return sorted(word for word in found if word.startswith(begun))
