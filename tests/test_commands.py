@@ -23,11 +23,11 @@ import runs
 import tiny
 from test_transcripts import PAGES
 
-from consilium import __main__ as command_line
 from consilium import watch
 from consilium.__main__ import main
 from consilium.core import Algorithm
 from consilium.experiment import to_json
+from consilium.plugins import VARIABLE
 from consilium.recipes import RECIPES, find
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +42,7 @@ PARSED = {
     r"consilium compare .*": "runs of minutes each; tests of comparisons have smaller ones",
     r"consilium (server|client|certificates) .*": "processes over a network: test_deployment.py runs them",
     r"consilium export north .*": "a site's state comes of a deployment: test_deployment.py exports one",
+    r"consilium resume .* --rounds .*": "test_settings.py goes on with a finished run",
     r"consilium run .* --device cuda": "needs a GPU: test_gpu.py runs there",
     r"consilium (expert|hub) .*": "tests/oneshot runs all of them",
     r"consilium upcycle .*": "moe/test_upcycle.py runs every family",
@@ -198,17 +199,27 @@ def test_a_command_runs(command, desk, capsys, monkeypatch):
     desk(command)
     words = shlex.split(command)[1:]
     recipe = words[1] if words[0] == "run" else ""
-    if words[0] == "run" and recipe.endswith("MyMethod/config.json"):
-        my_method(Path(recipe), monkeypatch)
-    assert main([*words, *SMALL.get(recipe, "").split()]) == 0, capsys.readouterr().err
+    if "MyMethod" in command:
+        my_method(monkeypatch)
+    if recipe.endswith("MyMethod/config.json"):
+        saved(Path(recipe))
+    small = SMALL.get(recipe, "")
+    if "--algorithm" in words:  # another method than the recipe's
+        small = small.replace("--algorithm.stage1 forward", "")
+    assert main([*words, *small.split()]) == 0, capsys.readouterr().err
 
 
-def my_method(config, monkeypatch):
-    """A saved experiment of the method that docs/adding-a-method.md writes."""
+def my_method(monkeypatch):
+    """The method that docs/adding-a-method.md writes, in my_file.py; what a test registers is forgotten after it."""
     monkeypatch.setattr(Algorithm, "registry", dict(Algorithm.registry))
+    monkeypatch.setenv(VARIABLE, "")
     (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/adding-a-method.md").read_text(), re.M | re.S)
-    Path("mymethod.py").write_text(code)
-    method = runpy.run_path("mymethod.py", run_name="mymethod")["MyMethod"]
+    Path("my_file.py").write_text(code)
+
+
+def saved(config):
+    """A saved experiment of that method."""
+    method = runpy.run_path("my_file.py", run_name="my_file")["MyMethod"]
     config.parent.mkdir(parents=True)
     config.write_text(json.dumps(to_json(runs.experiment(runs.table(Path.cwd()), method(), rounds=1))))
 
@@ -229,8 +240,10 @@ def test_a_command_is_taken(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Algorithm, "registry", dict(Algorithm.registry) | {"MyMethod": Algorithm.registry["FedProx"]})
     monkeypatch.setattr(watch, "Comparison", stop)
-    monkeypatch.setattr(command_line, "_deployment", Deployment)
-    for name in ("consilium.loop.run", "consilium.moe.upcycle.upcycle"):
+    monkeypatch.setattr("consilium.cli.sites.load_deployment", Deployment)
+    monkeypatch.setenv(VARIABLE, "")
+    Path("my_file.py").write_text("")  # its method is registered above
+    for name in ("consilium.loop.run", "consilium.rundir.RunDirectory.config", "consilium.moe.upcycle.upcycle"):
         monkeypatch.setattr(name, stop)
     if re.search("--one-shot|^consilium (expert|hub)", command):
         pytest.importorskip("flwr")
