@@ -196,6 +196,18 @@ def test_memory_bounds_the_experts_of_a_client():
     assert "animal-01" not in server.held
 
 
+def test_equally_many_experts_within_the_memory_of_each_client():
+    """Six experts with two clients each over six clients are two for everybody; a client whose memory takes one more than
+    top_k keeps within it, and the others keep theirs."""
+    made = tiny.setup(tiny.source("olmoe"))
+    algorithm = FedAMoLE(E=12, choices=2, top_k=2, even=True)
+    server = algorithm.server(made)
+    server.most["animal-00"] = 3
+    server._assign(1)
+    counts = {c: {len(names) for names in held.values()} for c, held in server.held.items()}
+    assert counts["animal-00"] == {3} and all(n == {4} for c, n in counts.items() if c != "animal-00")
+
+
 def test_adapters_of_the_run_are_refused():
     with pytest.raises(ConfigError, match="has adapters of its own"):
         FedAMoLE().server(tiny.setup(tiny.source("olmoe"), lora=Lora(rank=2)))

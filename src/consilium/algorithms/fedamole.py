@@ -31,6 +31,7 @@ float32 it is twice as much. The published scores are the best round's, before a
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -248,9 +249,10 @@ class FedAMoLEServer(Server):
         for path in self.models.paths:
             s_EK = self._scores(path, clients, round)
             if algorithm.even:
-                each = algorithm.E * min(algorithm.choices, len(clients)) / len(clients)
-                least = [int(each)] * len(clients)
-                most = [-int(-each // 1)] * len(clients)
+                each = len(self.names) * min(algorithm.choices, len(clients)) / len(clients)
+                room = [self.most[c] for c in clients]
+                least = [max(algorithm.top_k, min(math.floor(each), most_k)) for most_k in room]
+                most = [max(algorithm.top_k, min(math.ceil(each), most_k)) for most_k in room]
             x_EK, per_expert = reverse_selection(s_EK, algorithm.choices, least, most)
             fewer += sum(n < min(algorithm.choices, len(clients)) for n in per_expert)
             for k, client in enumerate(clients):
