@@ -7,7 +7,7 @@
     table = consilium.compare("fedmoe-docstrings", ["FedMoE", "FedAvg"], seeds=3)
     run = consilium.load_run("runs/first")
 
-Names are imported when they are first used: `import consilium` itself takes no time. Their types are in __init__.pyi.
+Names are imported lazily, on first use, so `import consilium` itself is fast. Their types are in __init__.pyi.
 """
 
 from importlib import import_module

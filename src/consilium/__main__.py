@@ -1,4 +1,4 @@
-"""`python -m consilium` is the command line, see `consilium.cli`."""
+"""The entry point of `python -m consilium`; the command line itself is `consilium.cli`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Hosts and ports as people write them: IPv4, IPv6 in brackets, names (also international ones)."""
+"""Parsing of hosts and ports as users write them: IPv4, IPv6 in brackets, and host names (international ones too)."""
 
 import ipaddress
 import re
@@ -16,7 +16,7 @@ _UNSPECIFIED = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 @dataclass(frozen=True)
 class Address:
-    """A host and a port in 1..65535; an IPv6 host has no brackets here."""
+    """A host and a port in 1..65535; an IPv6 host is stored without brackets."""
 
     host: str
     port: int
@@ -26,12 +26,12 @@ class Address:
 
     @property
     def from_here(self) -> "Address":
-        """Where a process on the same machine reaches a server that listens on this address."""
+        """Return the address at which a process on the same machine reaches a server that listens on this address."""
         return Address(_UNSPECIFIED.get(self.host, self.host), self.port)
 
     @property
     def is_loopback(self) -> bool:
-        """Return whether the address can be reached from this machine only."""
+        """Return True if the address can be reached from this machine only."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
@@ -42,10 +42,10 @@ def parse_address(text: str, name: str = "address") -> Address:
     """Parse HOST:PORT.
 
     Args:
-        name: of the setting, for errors.
+        name: the setting's name, for error messages.
 
     Raises:
-        ConfigError: if it is not of that form, with what to write.
+        ConfigError: if the text does not have that form; the message says what to write.
     """
     text = text.strip()
     example = "it must be HOST:PORT, e.g. 0.0.0.0:8000, [::1]:8000 or fed.example.org:8000"
@@ -62,13 +62,14 @@ def parse_address(text: str, name: str = "address") -> Address:
 
 
 def parse_host(text: str, name: str = "host", wildcard: bool = False) -> str:
-    """Return a host as programs write it: an IP address without brackets, or a name in ASCII and lower case.
+    """Return a host in canonical form: an IP address without brackets, or a name in lower-case ASCII.
 
     Args:
-        name: of the setting, for errors. wildcard: whether "*." may stand before a name.
+        name: the setting's name, for error messages.
+        wildcard: whether the name may start with "*.".
 
     Raises:
-        ConfigError: for a URL, a host with a port, and what is neither an address nor a name.
+        ConfigError: for a URL, for a host with a port, and for text that is neither an address nor a name.
     """
     host = text.strip()
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host

@@ -1,4 +1,4 @@
-"""From Python what the command line does: compare methods, and read a run. `import consilium` gives both."""
+"""The Python counterpart of the command line: compare methods and read runs. `import consilium` exports both."""
 
 import dataclasses
 import json
@@ -31,11 +31,11 @@ def plan(
     root: Path,
     swept: Sequence[str] = (),
 ) -> dict[Path, Experiment]:
-    """Return run directory -> experiment, for every method, value of the sweeps, and seed.
+    """Return a mapping run directory -> experiment, with one entry per method, sweep value and seed.
 
     Args:
-        names: of methods or rivals; with options after it, "HFedMoE:beta=0".
-        swept: settings and their values, "fit.lr=1e-4,1e-3"; of several, every combination.
+        names: methods or rivals, optionally followed by options: "HFedMoE:beta=0".
+        swept: settings and their values, "fit.lr=1e-4,1e-3"; several sweeps give every combination.
 
     Raises:
         ConfigError: for an unknown name, or a setting or value that an experiment does not have.
@@ -57,7 +57,7 @@ def plan(
 
 
 def split_names(given: Sequence[str] | str) -> list[str]:
-    """Return names given as a sequence, or as a text with commas between them, without blanks around them.
+    """Split names given as a sequence or as comma-separated text, and strip the blanks around them.
 
     Raises:
         ConfigError: for a name that is given twice.
@@ -70,7 +70,7 @@ def split_names(given: Sequence[str] | str) -> list[str]:
 
 
 def by_default(recipe: Recipe, experiment: Experiment) -> str:
-    """What is compared where nobody says what: names, separated by commas."""
+    """Return the methods that are compared by default: names, separated by commas."""
     return recipe.compared or f"{type(experiment.algorithm).__name__},FedAvg,RandomMoE"
 
 
@@ -83,26 +83,27 @@ def compare(
     progress: bool = False,
     sweep: Sequence[str] = (),
 ) -> "pd.DataFrame":
-    """Run several methods on the same data, weights and seeds, each run in a process of its own, and compare them.
+    """Run several methods on the same data, weights and seeds, each run in its own process, and compare them.
 
-    Finished runs in `out` are kept and interrupted ones resumed. The report lies in `<out>/<name>/report.html`, with
-    report.csv and report.tex beside it; its path is in the frame's `attrs["report"]`.
+    Finished runs in `out` are kept and interrupted runs are resumed. The report is written to
+    `<out>/<name>/report.html`, with report.csv and report.tex next to it; the returned frame holds its path in
+    `attrs["report"]`.
 
     Args:
-        experiment: one, or the name of a recipe, whose settings of its rivals are then used.
-        algorithms: names, or one text with commas between them; the first is the one that the others are tested
-            against. (): those of the recipe.
+        experiment: an experiment, or the name of a recipe; a recipe also provides the settings of its rivals.
+        algorithms: names, or one text with commas between them; the others are tested against the first. (): those of
+            the recipe.
         seeds: runs per method, with seeds from experiment.seed on, >= 1.
         jobs: runs at a time; 0: as many as cores and free memory allow.
         progress: show bars.
         sweep: settings and their values, e.g. ["fit.lr=1e-4,1e-3"]; every method runs with each.
 
     Returns:
-        One row a method, indexed by its name, with scores in [0, 1] per task and their mean, "_sd" over seeds, bytes,
+        One row per method, indexed by its name, with scores in [0, 1] per task and their mean, "_sd" over seeds, bytes,
         memory, seconds, and the paired test against the first; see `consilium.report.methods`.
 
     Raises:
-        ConsiliumError: for what cannot run, before anything is run, and for a run that failed.
+        ConsiliumError: before any run starts if something cannot run, and later if a run fails.
     """
     if isinstance(experiment, str):
         recipe = find(experiment)
@@ -128,13 +129,13 @@ def _frame(folders: Sequence[Path], report: Path) -> "pd.DataFrame":
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory, read.
+    """The contents of a run directory.
 
     Args:
-        config: the experiment as JSON; `experiment` makes it one again.
+        config: the experiment as JSON; `experiment` turns it back into an Experiment.
         summary: the result, as docs/run-directory.md describes it; None before the run has finished.
         experts: client -> block -> ids of the experts that it held last; {} for methods that do not choose.
-        report: where the report is, once `consilium report` or the command line has written it.
+        report: path of the report; the file exists once `consilium report` or the command line has written it.
     """
 
     folder: Path
@@ -146,16 +147,20 @@ class Run:
 
     @property
     def experiment(self) -> Experiment:
-        """Raises ConfigError where the run's algorithm is not registered (import its module first)."""
+        """Return the run's experiment.
+
+        Raises:
+            ConfigError: if the run's algorithm is not registered (import its module first).
+        """
         return from_json(self.config)
 
     @property
     def scores(self) -> dict[str, float]:
-        """Test score in [0, 1] per task and their "mean", of the last round that was scored; {} before the first."""
+        """Return the test score in [0, 1] per task and their "mean", of the last scored round; {} before the first."""
         return next((dict(r["scores"]) for r in reversed(list(RunDirectory(self.folder).rounds())) if r["scores"]), {})
 
     def rounds(self) -> "pd.DataFrame":
-        """One row a round, indexed by its number: scores (NaN where not tested), bytes, seconds, replies by fate."""
+        """Return one row per round, indexed by round: scores (NaN if not tested), bytes, seconds, replies by fate."""
         import pandas as pd
 
         lines = [
@@ -174,7 +179,7 @@ class Run:
         return pd.DataFrame(lines, columns=None if lines else ["round"]).set_index("round")
 
     def clients(self) -> "pd.DataFrame":
-        """One row for each round and client that took part or was tested, indexed by both."""
+        """Return one row per round and client that took part or was tested, indexed by both."""
         import pandas as pd
 
         lines = []

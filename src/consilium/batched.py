@@ -1,14 +1,15 @@
-"""Small models of one architecture as one computation: their weights are stacked, and every step is done for all.
+"""Batched training of small models: clients of one architecture are stacked and take every step together.
 
-A GPU needs as long to start the kernels of a small model as a CPU to compute them: a hundred clients one after the
-other leave it idle. Stacked, the step of a hundred is the same few kernels on more numbers. What every client computes
-is what it computes alone, up to the order in which sums are taken. On a CPU it is slower than a client per core.
+For a small model, a GPU takes as long to start the kernels as a CPU takes to compute them. Training a hundred clients
+one after the other leaves the GPU idle; stacked, a step of all hundred is the same few kernels on larger tensors. Every
+client computes the same as it would alone, up to the order of summation. On a CPU, stacking is slower than running one
+client per core.
 
-Clients have batches of their own and unequal numbers of them: a short batch is filled up with rows that count for
-nothing (`models.cohort.real_rows`), and who has no more batches leaves the stack. Models are stacked if all their
-modules are known to treat every row for itself, or by the real ones alone (`ROWWISE`, or a class that says
-`rowwise = True` of itself; it then also uses the weights of its layers by calling these alone, see `masters`). Other
-models, and methods with a loss of their own, are trained one after the other.
+Clients have their own batches, and unequal numbers of them. A short batch is padded with rows that are ignored
+(`models.cohort.real_rows`), and a client that runs out of batches leaves the stack. Models can be stacked if all their
+modules treat every row independently, or depend on the real rows alone: the classes in `ROWWISE`, or a class that sets
+`rowwise = True` in its own body. Such a class must also use the weights of its layers only by calling these layers, see
+`masters`. Other models, and methods with a loss of their own, are trained one after the other.
 
 Shapes: K clients of one architecture, B rows of a batch, *S the shape of an example, C labels.
 """
@@ -40,7 +41,7 @@ ROWWISE = (
 
 @dataclass(frozen=True, eq=False)
 class FitJob:
-    """What `training.fit` would do for one client: see there."""
+    """The arguments of one client's `training.fit`, to be run as part of a stack."""
 
     model: SplitModel
     data: TensorSplit
@@ -52,7 +53,7 @@ class FitJob:
 
 @dataclass(frozen=True, eq=False)
 class PredictJob:
-    """The label that a model ranks first, for every row of a split, in batches of `size`."""
+    """A request to predict the top-ranked label of every row of a split, in batches of `size`."""
 
     model: SplitModel
     data: TensorSplit
@@ -62,17 +63,17 @@ class PredictJob:
 
 
 def stackable(model: nn.Module) -> bool:
-    """Whether rows that are filled in cannot change what the model makes of the others."""
+    """Return True if padding rows cannot change what the model computes for the other rows."""
     return all(type(module) in ROWWISE or vars(type(module)).get("rowwise", False) for module in model.modules())
 
 
 def fit_jobs(jobs: Sequence[FitJob]) -> list[tuple[float, int, float] | None]:
-    """Train the models in place: the mean loss, steps and seconds of each; None for those that no other can join."""
+    """Train the models in place; return each job's (mean loss, steps, seconds), or None if it could not be stacked."""
     return _answered(jobs, _fit)
 
 
 def predict_jobs(jobs: Sequence[PredictJob]) -> list[Tensor | None]:
-    """Places of the labels ranked first, int64 [n] on the CPU, of each job; None for those that no other can join."""
+    """Return the top-ranked label indices of each job, int64 [n] on the CPU, or None if it could not be stacked."""
     return _answered(jobs, _predict)
 
 
@@ -85,7 +86,7 @@ def _answered(jobs: Sequence[Any], work: Callable[[Sequence[Any]], Sequence[Any]
 
 
 def _alike(jobs: Sequence[FitJob | PredictJob]) -> list[list[int]]:
-    """Places of jobs whose models differ in nothing but their weights, two or more together."""
+    """Return groups of two or more job indices whose models differ only in their weights."""
     groups: dict[object, list[int]] = defaultdict(list)
     for place, job in enumerate(jobs):
         if stackable(job.model):
@@ -101,7 +102,7 @@ def _fit(jobs: Sequence[FitJob]) -> list[tuple[float, int, float]]:
         list(own.epochs(job.epochs, config.batch_size, _generator(job))) for job, own in zip(jobs, data, strict=True)
     ]
     steps = [len(plan) for plan in plans]
-    order = sorted(range(len(jobs)), key=lambda k: -steps[k])  # who has most batches first: who ends, ends the stack
+    order = sorted(range(len(jobs)), key=lambda k: -steps[k])  # most batches first: clients leave at the end
     model = jobs[0].model.train()
     weights = _stacked([dict(jobs[k].model.named_parameters()) for k in order])
     buffers = _stacked([dict(jobs[k].model.named_buffers()) for k in order])
@@ -147,7 +148,7 @@ def _generator(job: FitJob) -> torch.Generator:
 
 
 def _trainable(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """By the paths that `Fit.descent` and `moe.addressing` know."""
+    """Return the trainable weights, keyed by the paths that `Fit.descent` and `moe.addressing` use."""
     return {path.removeprefix("backbone."): w for path, w in weights.items() if w.requires_grad}
 
 
@@ -163,7 +164,7 @@ def _leave(
     weights: Mapping[str, Tensor],
     buffers: Mapping[str, Tensor],
 ) -> None:
-    """Give those who have had their last batch, whose weights lie from place `first` on, what they have become."""
+    """Copy the final weights of leaving clients, stacked from index `first` on, back into their models."""
     with torch.no_grad():
         for key, stack in {**weights, **buffers}.items():
             for place, k in enumerate(leaving, first):
@@ -174,7 +175,7 @@ def _leave(
 def _shrunk(
     weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, left: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The stacks of the first `left` clients, and the optimizer's state with them."""
+    """Return the stacks cut to the first `left` clients, and cut the optimizer's state in place."""
     fewer = {path: w.detach()[:left].clone().requires_grad_(w.requires_grad) for path, w in weights.items()}
     known = {id(old): fewer[path] for path, old in weights.items()}
     for group in optimizer.param_groups:
@@ -192,11 +193,13 @@ def _shrunk(
 def _batches(
     splits: Sequence[TensorSplit], plans: Sequence[Sequence[Tensor]], device: torch.device
 ) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
-    """Per step `x` [K, B, *S] and `labels` [K, B] of those who have one, who come first, and which rows are real
-    [K, B] bool; None: all.
+    """Yield each step's batch of the clients that still have one, and the mask of its real rows.
+
+    The clients that have a batch come first in the stack. A batch holds `x` [K, B, *S] and `labels` [K, B]; the mask is
+    bool [K, B], or None if all rows are real.
 
     Args:
-        plans: the rows of every batch of each split, of none more batches than of the split before.
+        plans: row indices of every batch of each split; no split has more batches than the one before it.
     """
     first, steps = splits[0], range(len(plans[0]))
     sizes = [[len(plan[step]) for plan in plans if len(plan) > step] for step in steps]
@@ -210,7 +213,7 @@ def _batches(
             parts = [split.batch(rows, device) for split, rows in asked]
             yield {key: pad_sequence([part[key] for part in parts], batch_first=True) for key in parts[0]}, real
         return
-    # Rows of one data set: their places in it, of all steps, are sent to the device once.
+    # All rows come from one data set, so their indices for all steps are sent to the device at once.
     places = []
     for split, plan in zip(splits, plans, strict=True):
         rows = split.index[torch.cat(plan)]
@@ -222,7 +225,7 @@ def _batches(
 
 
 def _clip(trainable: Mapping[str, Tensor], largest: float) -> None:
-    """Of every client, the norm of all gradients together is brought down to `largest`."""
+    """Clip the norm of each client's gradients, taken together, to `largest`, in place."""
     squares = [w.grad.flatten(1).square().sum(1) for w in trainable.values()]
     norm_K = torch.stack(squares).sum(0).sqrt()
     scale_K = (largest / (norm_K + 1e-6)).clamp(max=1.0)

@@ -1,8 +1,8 @@
-"""Filters of small models on a CPU, in the layout that is fastest there.
+"""Convolutions of small models on a CPU, in oneDNN's blocked layout.
 
-torch leaves convolutions on a CPU to oneDNN, but pools by a kernel of its own, which writes eight bytes of place beside
-every number that it keeps. Here the convolutions, max-pools and ReLUs that follow each other all are oneDNN's, and stay
-in its own layout, blocks of channels. What comes out is the same up to the order of sums.
+torch runs convolutions on a CPU through oneDNN, but pools with its own kernel, which writes eight bytes of index next
+to every number that it keeps. Here, consecutive convolutions, max-pools and ReLUs all run in oneDNN and stay in its own
+layout, blocks of channels. The result is the same up to the order of sums.
 
 Shapes: B examples, C channels, H and W sides.
 """
@@ -17,11 +17,11 @@ from torch.nn import functional as F
 __all__ = ["through"]
 
 BLOCKED = nn.MaxPool2d, nn.ReLU
-"""Layers, beside convolutions, that take and give the layout."""
+"""Layers, other than convolutions, that accept and return the blocked layout."""
 
 
 def through(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
-    """x through the layers in turn, [B, C, H, W] before the first convolution."""
+    """Apply the layers to x in turn; x is [B, C, H, W] before the first convolution."""
     dtype = _dtype(x)
     for layer in layers:
         if dtype and type(layer) is nn.Conv2d and _simple(layer, dtype):
@@ -32,7 +32,7 @@ def through(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
 
 
 def _dtype(x: Tensor) -> torch.dtype | None:
-    """In which to compute convolutions by oneDNN; None: it is torch's to decide how."""
+    """Return the dtype in which oneDNN should compute convolutions, or None to leave them to torch."""
     if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x):
         return None
     if x.device.type != "cpu" or x.dim() != 4 or len(x) == 0:
@@ -42,7 +42,10 @@ def _dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _simple(layer: nn.Conv2d, dtype: torch.dtype) -> bool:
-    """Whether oneDNN computes this one: its padding is of zeros, and told in numbers."""
+    """Return True if oneDNN can compute this layer.
+
+    Its padding must be of zeros and given as numbers, and its weight must have this dtype unless autocast is on.
+    """
     own = layer.weight.dtype == dtype or torch.is_autocast_enabled("cpu")
     return own and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
@@ -55,7 +58,7 @@ def _convolved(layer: nn.Conv2d, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 @cache
 def _works(dtype: torch.dtype) -> bool:
-    """Whether this processor and this torch compute so, and as they do otherwise, gradients too."""
+    """Return True if this processor and torch support the layout and match torch's own results, gradients included."""
     if not torch.backends.mkldnn.is_available() or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return False
     if dtype not in (torch.float32, torch.bfloat16):

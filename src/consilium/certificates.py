@@ -1,6 +1,6 @@
-"""Keys and certificates of a deployment, made with the package `cryptography`, which Flower brings along.
+"""Keys and certificates of a deployment, made with the package `cryptography`, a dependency of Flower.
 
-A server shows a certificate that its sites trust; each site has a key, of which the server knows the public half.
+A server presents a certificate that its sites trust. Each site has a key pair, and the server knows the public half.
 """
 
 import datetime
@@ -23,31 +23,33 @@ from consilium.errors import ConfigError
 __all__ = ["certificates", "certified", "check_key", "is_signed", "owners", "public_text", "sign", "site_key"]
 
 _MARK = "@consilium"
-"""Behind a site's name, in the comment of its public key."""
+"""Suffix of a site's name in the comment of its public key."""
 LOCAL = ("localhost", "127.0.0.1", "::1")
 YEARS = 2
-"""How long a server's certificate is good for."""
+"""Validity of a server's certificate, in years."""
 
 
 def certificates(folder: Path, hosts: Sequence[str], sites: Sequence[str]) -> list[Path]:
-    """Make what is missing in a folder: the server's certificate for `hosts`, and a key for each new site.
+    """Create what is missing in a folder: the server's certificate for `hosts`, and a key for each new site.
 
         server/     server.crt, server.key, ca.crt, and <site>.pub of every site: for the server alone
         <site>/     ca.crt, key and key.pub: to be handed to that site
 
-    The authority that signs the server's certificate forgets its key at once, so nobody can sign another one. A site's
-    secret key could also be made at the site (`ssh-keygen -t ecdsa -b 384`); only its .pub must reach the server.
+    The authority that signs the server's certificate discards its key at once, so no other certificate can be signed
+    with it. A site can also make its secret key itself (`ssh-keygen -t ecdsa -b 384`); only its .pub must reach the
+    server.
 
     Args:
-        hosts: names and addresses under which sites reach the server; localhost, 127.0.0.1 and ::1 are always among
-            them. Another list than that of the certificate makes a new authority and certificate, and puts its ca.crt
-            into the sites' folders that are here; (): the certificate stays as it is.
+        hosts: names and addresses under which sites reach the server; localhost, 127.0.0.1 and ::1 are always added. If
+            the list differs from the certificate's, a new authority and certificate are made, and the new ca.crt is
+            copied into the sites' folders that are here. (): the certificate stays as it is.
+        sites: names of the sites; a site that already has a folder is skipped.
 
     Returns:
         The site folders that were made.
 
     Raises:
-        ConfigError: for a name of a site or a host that cannot be used.
+        ConfigError: for a site name or a host that cannot be used.
     """
     hosts = [_parsed(host) for host in hosts]
     for site in sites:
@@ -73,7 +75,11 @@ def certificates(folder: Path, hosts: Sequence[str], sites: Sequence[str]) -> li
 
 
 def certified(folder: Path) -> list[str]:
-    """Return the hosts that the certificate in the server's folder is for; raises ConfigError if it cannot be read."""
+    """Return the hosts that the certificate in the server's folder is for.
+
+    Raises:
+        ConfigError: if the certificate cannot be read.
+    """
     path = folder / "server.crt"
     try:
         crt = x509.load_pem_x509_certificate(path.read_bytes())
@@ -84,10 +90,10 @@ def certified(folder: Path) -> list[str]:
 
 
 def check_key(folder: Path, site: str) -> None:
-    """Check that the key in a site's folder is that site's, as far as the folder says whose it is.
+    """Check that the key in a site's folder belongs to that site, as far as the folder names its owner.
 
     Raises:
-        ConfigError: for a file that is missing or no key, and for the key of another site.
+        ConfigError: for a file that is missing or not a key, and for the key of another site.
     """
     for file in (folder / "ca.crt", folder / "key"):
         if not file.is_file():
@@ -109,10 +115,13 @@ def check_key(folder: Path, site: str) -> None:
 
 
 def owners(folder: Path, sites: Sequence[str]) -> dict[bytes, str]:
-    """Whose a public key is, of the keys `<site>.pub` in the server's folder: PEM, as Flower has it of a node -> site.
+    """Return the owner of each public key `<site>.pub` in the server's folder.
+
+    Returns:
+        Key -> site; a key is PEM, as Flower stores that of a node.
 
     Raises:
-        ConfigError: for a file that is missing or no key, or two sites with one key.
+        ConfigError: for a file that is missing or not a key, or two sites with one key.
     """
     found: dict[bytes, str] = {}
     for site in sites:
@@ -210,10 +219,12 @@ def _write_secret(path: Path, blob: bytes) -> None:
 
 
 def site_key(folder: Path) -> Any:
-    """Load the secret key in a site's folder (`key`, as `certificates` or ssh-keygen writes it); make it if missing.
+    """Load the secret key in a site's folder, or create it if it is missing.
+
+    The file is `key`, as `certificates` or ssh-keygen writes it.
 
     Raises:
-        ConfigError: for a file that is no such key.
+        ConfigError: for a file that is not such a key.
     """
     path = folder / "key"
     if not path.exists():
@@ -231,19 +242,19 @@ def site_key(folder: Path) -> Any:
 
 
 def public_text(key: Any) -> str:
-    """Return the public half of a secret key as one line of OpenSSH."""
+    """Return the public half of a secret key as one line in OpenSSH format."""
     return _public(key).decode()
 
 
 def sign(key: Any, message: bytes) -> str:
-    """Return a signature (hex) of a message by a secret key: ECDSA with SHA-384, or Ed25519."""
+    """Sign a message with a secret key, by ECDSA with SHA-384 or Ed25519, and return the signature in hex."""
     if isinstance(key, ed25519.Ed25519PrivateKey):
         return key.sign(message).hex()
     return key.sign(message, ec.ECDSA(hashes.SHA384())).hex()
 
 
 def is_signed(public: str, signature: str, message: bytes) -> bool:
-    """Return whether a signature (hex) of a message is by the owner of a public key (a line of OpenSSH)."""
+    """Return True if a signature (hex) of a message was made with the key of `public` (a line in OpenSSH format)."""
     try:
         key = serialization.load_ssh_public_key(public.encode())
         given = bytes.fromhex(signature)

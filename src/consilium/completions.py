@@ -1,7 +1,7 @@
-"""Completions of the beginning of clients' test texts, by the models before a federation and after it.
+"""Completions of clients' test texts by the models before and after a federation.
 
-For looking at, not for measuring. A simulation writes completions.json for as many clients as `Experiment.completions`
-says; a deployment never does, because prompts are text of the sites.
+They are for inspection, not for measurement. A simulation writes completions.json for the number of clients in
+`Experiment.completions`. A deployment never does, because prompts are text of the sites.
 """
 
 from collections.abc import Sequence
@@ -19,19 +19,19 @@ from consilium.setup import Setup
 __all__ = ["complete", "completions", "spaced"]
 
 PENALTY = 1.2
-"""On the logits of tokens that have been there already: small models repeat themselves without it."""
+"""Repetition penalty on the logits of tokens that occurred before; without it small models repeat themselves."""
 PROMPT = 240
-"""Characters of a test text that are given, cut behind a line if there is one in the second half."""
+"""Length of a prompt in characters; it is cut after a line break if there is one in its second half."""
 TOKENS = 48
-"""Tokens of a completion."""
+"""Length of a completion in tokens."""
 
 
 def complete(model: TaskModel, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int = TOKENS) -> str:
-    """Return the greedy continuation of a prompt, with a penalty on repetition, whether the text would end or not.
+    """Return the greedy continuation of a prompt, with a repetition penalty, ignoring the end of text.
 
     Args:
         model: a causal language model.
-        tokens: of the continuation; the end of a text counts as no token.
+        tokens: length of the continuation; an end-of-text token is not counted.
     """
     encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     device = next(model.parameters()).device
@@ -53,16 +53,16 @@ def complete(model: TaskModel, tokenizer: PreTrainedTokenizerBase, prompt: str, 
 def completions(
     setup: Setup, server: Server, clients: Sequence[ClientInfo], federation: Federation, number: int
 ) -> list[dict[str, Any]]:
-    """Complete the beginning of a test text of some clients with the model that they began with and the one they got.
+    """Complete the beginning of a test text of some clients, with the initial model and with the delivered one.
 
     Args:
-        clients: from which `number` are taken, evenly spaced in the order of their ids.
+        clients: `number` of them are taken, evenly spaced in the order of their ids.
         number: >= 1.
 
     Returns:
-        For each client "client", "prompt", "text" (how it really goes on), "before" (by the public model, whole) and
-        "after" (by the model that the client is delivered). Clients that are delivered no whole model, or whose task
-        is not to predict text, are left out.
+        For each client "client", "prompt", "text" (the true continuation), "before" (by the whole public model) and
+        "after" (by the model that is delivered to the client). Clients are left out if they are not delivered a whole
+        model, or if their task is not text prediction.
     """
     found = []
     for info in spaced(sorted(clients, key=lambda client: client.id), number):
@@ -75,7 +75,7 @@ def completions(
         row: dict[str, Any] = {"client": info.id, "prompt": prompt, "text": rest}
         try:
             after = setup.build_sent(sent, context)
-        except ModelError:  # the client is sent a part, such as adapters of its own, and has the rest itself
+        except ModelError:  # The client is sent only a part, such as its own adapters, and holds the rest itself.
             continue
         row["after"] = complete(after, setup.model.tokenizer(), prompt)
         del after
@@ -86,13 +86,13 @@ def completions(
 
 
 def spaced(clients: Sequence[ClientInfo], number: int) -> list[ClientInfo]:
-    """Return `number` of the clients, evenly spaced, the first among them; all if there are fewer."""
+    """Return `number` of the clients, evenly spaced and starting with the first; all if there are fewer."""
     number = min(number, len(clients))
     return [clients[place * len(clients) // number] for place in range(number)]
 
 
 def _cut(text: str) -> tuple[str, str]:
-    """Cut a text into a prompt of at most `PROMPT` characters, and as much again of what follows."""
+    """Cut a text into a prompt of at most `PROMPT` characters and up to `PROMPT` characters of what follows."""
     line = text.rfind("\n", PROMPT // 2, PROMPT) + 1
     place = line or min(PROMPT, len(text) // 2)
     return text[:place], text[place : place + PROMPT]

@@ -1,4 +1,4 @@
-"""What every method is made of: a Server half and a Client half that meet only through a Payload.
+"""The interface of every method: a Server half and a Client half that communicate only through a Payload.
 
     Algorithm      frozen dataclass with the paper's hyper-parameters; builds the two halves; registered by class name
     Server         configure(round, clients) -> {client: Payload};  aggregate(round, replies) -> metrics
@@ -7,7 +7,7 @@
     ClientInfo     what the server may know about a client;  ClientContext: what the client owns
     Sampling       who takes part in a round
 
-Nothing here knows an engine, a model family or a checkpoint format.
+This module does not depend on any engine, model family or checkpoint format.
 """
 
 import hashlib
@@ -62,18 +62,20 @@ _DTYPES = {
 
 
 def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from the parts' texts: the same on every machine, engine and order of clients."""
+    """Derive a 63-bit seed from the parts' texts; it does not depend on machine, engine or order of clients."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
 @dataclass(frozen=True)
 class Payload:
-    """What travels: groups of named tensors, and scalars (numbers, texts, flags and lists of one of these).
+    """A message between server and client: groups of named tensors, and scalars.
 
-    Groups are for instance "params", "control", "usage"; names inside a group are flat names.
+    Scalars are numbers, texts, flags, or lists of one of these.
+
+    Groups are for instance "params", "control", "usage"; names inside a group are flat.
 
     Raises:
-        PayloadError: for what no wire could carry: a tensor that is not dense and on the CPU, a dtype outside the
+        PayloadError: for values that cannot be sent: a tensor that is not dense or not on the CPU, a dtype outside the
             closed set, a scalar that is None, a dict, a nested or mixed list, or a numpy number.
     """
 
@@ -100,25 +102,25 @@ class Payload:
                 )
 
     def group(self, name: str) -> Params:
-        """The tensors of a group; an absent group is empty."""
+        """Return the tensors of a group; an absent group is empty."""
         return dict(self.groups.get(name, {}))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensor elements, as the meter counts them."""
+        """Return the bytes of all tensor elements, as the meter counts them."""
         return sum(nbytes(params.values()) for params in self.groups.values())
 
 
 @dataclass(frozen=True)
 class ClientInfo:
-    """What the server knows about a client.
+    """The server's description of a client.
 
     Args:
         id: the partition's or site's name, never an engine's node id; `[A-Za-z0-9._-]`, at most 64 characters.
         num_examples: training examples, >= 1.
         task: name of the client's task.
-        memory_bytes: what the client's device can hold during training; None: no limit.
-        architecture: name of the small model that the client runs, in a cohort; "": the model that all have.
+        memory_bytes: memory available on the client's device during training; None: no limit.
+        architecture: name of the client's small model, in a cohort; "": all clients have the same model.
     """
 
     id: ClientId
@@ -136,33 +138,34 @@ class ClientInfo:
 
 @dataclass
 class ClientState:
-    """What survives a round on the client; the engine keeps it on disk."""
+    """A client's state that persists between rounds; the engine keeps it on disk."""
 
     params: Params = field(default_factory=dict)
     scalars: dict[str, Scalar] = field(default_factory=dict)
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to keep."""
+        """Return True if there is nothing to keep."""
         return not (self.params or self.scalars)
 
 
 @dataclass
 class ClientContext:
-    """What a client owns while it works.
+    """The local resources of a client while it works.
 
     Args:
-        info: as the server knows it.
+        info: the server's description of the client.
         data: the client's data, `consilium.data.task.ClientData` for the methods of this package.
         device: where to train.
         seed: derived from the run's seed, the round and the client's id; the only source of randomness.
-        state: what survives; mutate it in place.
+        state: persists between rounds; mutate it in place.
         best: with `fit.personal`, the client's best model so far by its validation data; empty: none yet.
         private: parts of the model that are trained here and never sent, whatever the method (`fit.lora.rule`).
         progress: called with (done, total) steps during training.
-        work: what the client may spend, counted by whoever spends it; without limits in a simulation.
+        work: the client's limits and how much of them is spent; the code that spends also counts. No limits in a
+            simulation.
         round: the number of the round, from 1; 0: not known.
-        meet: with other clients at work on the same device: see `Meet`; None: it is alone.
+        meet: joins the work of other clients on the same device, see `Meet`; None: the client works alone.
     """
 
     info: ClientInfo
@@ -179,35 +182,35 @@ class ClientContext:
 
 
 Meet = Callable[[Callable[[Sequence[Any]], Sequence[Any]], Any], Any]
-"""(work, job) -> this job's answer of `work(jobs)`, which is done once for all clients that come to the same point."""
+"""A function (work, job) -> this job's answer of `work(jobs)`; `work` is called once for all clients at that point."""
 
 
 def counts_of(held: ExpertSet) -> dict[str, int]:
-    """Experts per block."""
+    """Return the number of experts per block."""
     return {block: len(ids) for block, ids in held.items()}
 
 
 def experts_to_scalars(held: ExpertSet) -> dict[str, Scalar]:
-    """An expert set as scalars of a payload: one list of ids per block."""
+    """Encode an expert set as scalars of a payload: one list of ids per block."""
     return {f"experts/{block}": list(ids) for block, ids in held.items()}
 
 
 def experts_from_scalars(scalars: Mapping[str, Scalar]) -> dict[str, tuple[int, ...]] | None:
-    """The expert set in a payload's scalars; None where it names none: the whole model."""
+    """Decode the expert set in a payload's scalars; return None if it names no experts, which means the whole model."""
     prefix = "experts/"
     held = {k[len(prefix) :]: tuple(v) for k, v in scalars.items() if k.startswith(prefix) and isinstance(v, list)}
     return held or None
 
 
 class Server(ABC):
-    """The server half. Owns `params`, the deployable state, and whatever else `state` returns."""
+    """The server half; it owns `params`, the deployable state, and everything else that `state` returns."""
 
     params: Params
     stage: str = ""
-    """Which phase of the method the next round belongs to, for the record."""
+    """The phase of the method to which the next round belongs, for the record."""
 
     def unable(self, client: ClientInfo) -> str | None:
-        """Why this client cannot hold what the method would send it; None if it can."""
+        """Return the reason why this client cannot hold what the method would send it, or None if it can."""
         return None
 
     @abstractmethod
@@ -216,17 +219,18 @@ class Server(ABC):
 
     @abstractmethod
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
-        """Merge the replies, consumed one by one in client-id order; works with whoever answered."""
+        """Merge the replies, consumed one by one in client-id order; any subset of the clients may have replied."""
 
     @abstractmethod
     def deliver(self, client: ClientInfo) -> Payload:
-        """The model this client would deploy now: what `Client.evaluate` is given."""
+        """Return the model that this client would deploy now; `Client.evaluate` receives it."""
 
     def expects(self, client: ClientInfo, sent: Payload) -> dict[str, dict[str, Like]]:
-        """What the tensors of a reply to `sent` must look like, group -> name; a reply with any other is rejected.
+        """Return the expected tensors of a reply to `sent`, group -> name -> Like; other tensors cause a rejection.
 
-        By default the params that were sent; of head rows, a client has those of its own labels, and where the scalar
-        "halves" was sent, of adapters the half that it has trained.
+        By default these are the params that were sent. Two kinds of them are optional. A client returns only the head
+        rows of its own labels. If the scalar "halves" was sent, it returns only the half of the adapters that it
+        trained.
         """
         params = sent.group("params").items()
         halves = (".lora_A", ".lora_B") if sent.scalars.get("halves") else ()
@@ -237,46 +241,52 @@ class Server(ABC):
         }
 
     def objection(self, client: ClientInfo, sent: Payload, reply: Payload) -> str | None:
-        """What else keeps a reply, whose tensors are as expected, from being merged; None: nothing."""
+        """Return a further reason to reject a reply after its tensors have been checked, or None to accept it."""
         return None
 
     def state(self) -> Payload:
-        """Everything a checkpoint needs; `restore` continues from it to the same bits. Later merging writes into none
-        of its tensors: a round that too few answered is undone by it."""
+        """Return everything that a checkpoint needs; `restore` continues from it bit for bit.
+
+        Later merging must not write into these tensors, because they also undo an abandoned round.
+        """
         return Payload({"params": self.params})
 
     def restore(self, state: Payload) -> None:
-        """Take up what `state` returned."""
+        """Restore the state that `state` returned."""
         self.params = state.group("params")
 
     def structure(self) -> ExpertMap | None:
-        """Who holds which experts, for the record; None where the method has no such map."""
+        """Return which client holds which experts, for the record; None if the method has no such map."""
         return None
 
     def usage(self) -> dict[ClientId, dict[str, list[float]]]:
-        """Latest demand probabilities, client -> block -> expert, for the record."""
+        """Return the latest demand probabilities, client -> block -> expert, for the record."""
         return {}
 
     def trained(self) -> dict[ClientId, dict[str, list[float]]]:
-        """Share of a client's batches that trained each expert when it last took part, client -> block -> expert, for
-        the record; {} where a batch trains every expert that its tokens reach."""
+        """Return the share of batches that trained each expert, client -> block -> expert, for the record.
+
+        The shares are of the round in which the client last took part. {} if a batch trains every expert that its
+        tokens reach.
+        """
         return {}
 
     def events(self) -> list[dict[str, Any]]:
-        """What happened since the last call (growing, shrinking, ...), for the record."""
+        """Return what happened since the last call (growing, shrinking, ...), for the record."""
         return []
 
 
 @dataclass(frozen=True)
 class Reveal:
-    """What a group or scalar of a reply says about a client's data, and what the server half needs of it.
+    """What a group or scalar of a reply reveals about a client's data, and how exactly the server needs it.
 
     Args:
         kind: "update", models and what is computed for them; "size", numbers of examples and tokens; "cost", seconds,
-            steps and bytes; "score", losses and scores of the client's data; "labels", values by label; "label
-            scores", scores by label; "usage", which experts the client's data asks for.
-        need: "exact", as it was computed; "less", also lowered as the site's `privacy` says; "nothing", for the record
-            alone. A site that does not tell what is needed refuses the method.
+            steps and bytes; "score", losses and scores of the client's data; "labels", values by label; "label scores",
+            scores by label; "usage", which experts the client's data asks for.
+        need: "exact", the value as computed; "less", the value may also be reduced as the site's `privacy` says;
+            "nothing", the value is for the record alone. A site that does not disclose what is needed refuses the
+            method.
     """
 
     kind: Literal["update", "size", "cost", "score", "labels", "label scores", "usage"]
@@ -310,45 +320,51 @@ COMMON_REVEALS: Mapping[str, Reveal] = {
     "recall *": Reveal("label scores"),
     "report/test before aggregation": Reveal("score"),
 }
-"""What the replies of `training.local_round`, `trained`, `local_test` and `tested` say."""
+"""The declarations for the replies of `training.local_round`, `trained`, `local_test` and `tested`."""
 
 
 class Client(ABC):
     """The client half; it keeps nothing between calls except `context.state`.
 
     Attributes:
-        reveals: group or scalar -> what it says about the client's data, for all that a reply holds beside
-            `COMMON_REVEALS`, which it may change. A name that ends in "*" stands for all that begin so. What is not
-            declared does not leave the client: see `disclosure`.
+        reveals: group or scalar -> what it says about the client's data, for everything in a reply that is not in
+            `COMMON_REVEALS`; it may also override entries of these. A name that ends in "*" matches every name with
+            that prefix. Undeclared values do not leave the client: see `disclosure`.
     """
 
     reveals: Mapping[str, Reveal] = {}
 
     @abstractmethod
     def train(self, payload: Payload, context: ClientContext) -> Payload:
-        """One round's work. The reply's scalars hold `num_examples` and whatever metrics the client reports."""
+        """Do one round's work; the reply's scalars hold `num_examples` and whatever metrics the client reports."""
 
     @abstractmethod
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
-        """Score the delivered model on the client's test data, without training: scalars `score`, `examples`."""
+        """Score the delivered model on the client's test data, without training.
+
+        The reply's scalars are `score` and `examples`.
+        """
 
 
 class Algorithm(ABC):
     """A method: hyper-parameters under the paper's symbols, and the two halves built from a `setup.Setup`.
 
-    Subclasses are frozen dataclasses and are registered under their class name as soon as they are defined. A field is
-    a `setting`, which says what it costs a client and its range: a server sends it, and a site refuses what it does not
-    allow. A subclass that checks more calls `super().__post_init__()` first.
+    Subclasses are frozen dataclasses and are registered under their class name as soon as they are defined. Each field
+    is a `setting`, which declares what it costs a client and its range. A server sends the settings, and a site refuses
+    values that it does not allow. A subclass that checks more calls `super().__post_init__()` first.
     """
 
     registry: ClassVar[dict[str, type["Algorithm"]]] = {}
     worlds: ClassVar[tuple[str, ...]] = ("moe", "cohort")
-    """What it can train. "moe" is one mixture-of-experts model for all, "cohort" one small model for all, "mixed" small
-    models of which every client has its own architecture."""
+    """The worlds that the method can train.
+
+    "moe" is one mixture-of-experts model for all, "cohort" one small model for all, and "mixed" small models with a
+    separate architecture per client.
+    """
     dense: ClassVar[bool] = False
     """True if the model of world "moe" may have no experts."""
     merges: ClassVar[bool] = True
-    """Whether replies change the server's model through `Setup.mean` alone, so that its rules can take their place."""
+    """True if replies change the server's model through `Setup.mean` alone, so that merging rules can replace it."""
     exchanges: ClassVar[bool] = True
     """True if parameters travel at all."""
 
@@ -360,12 +376,14 @@ class Algorithm(ABC):
         check_settings(self)
 
     def reads(self) -> frozenset[str]:
-        """What the server goes by of single clients' replies beside what it merges, in words: no noise covers that,
-        unless it is "usage", which has a mode of its own."""
+        """Return, in words, which values of single clients' replies the server uses besides those that it merges.
+
+        Noise does not cover these values, except for "usage", which has its own mode.
+        """
         return frozenset()
 
     def chooses_by_memory(self) -> bool:
-        """Return whether it gives a client the experts that fit its memory, so that without a limit it gives all."""
+        """Return True if the method gives a client the experts that fit its memory; without a limit it gives all."""
         return False
 
     @abstractmethod
@@ -377,14 +395,14 @@ class Algorithm(ABC):
 
 @dataclass(frozen=True)
 class Sampling:
-    """Who takes part in a round, and how many replies it takes for the round to count.
+    """The rule that chooses a round's clients, and the quorum of replies that the round needs.
 
     Args:
-        clients_per_round: how many clients, >= 1; all of them if there are fewer.
+        clients_per_round: clients chosen per round, >= 1; all of them if there are fewer.
         distinct_tasks: choose that many different tasks first, then one client of each (FedMoE's "Enforced").
-        min_clients: replies that must have been accepted, 1..clients_per_round; with fewer the round is abandoned,
-            the model stays as it was, and the round is tried again.
-        min_fraction: share of the chosen clients whose replies must have been accepted, in [0, 1], likewise.
+        min_clients: accepted replies that a round needs, 1..clients_per_round; with fewer the round is abandoned, the
+            model stays as it was, and the round is retried.
+        min_fraction: share of the chosen clients that must have accepted replies, in [0, 1], likewise.
     """
 
     clients_per_round: int = 5
@@ -404,11 +422,11 @@ class Sampling:
             raise ConfigError(f"sampling.min_fraction is {self.min_fraction}; it must be within 0..1")
 
     def quorum(self, selected: int) -> int:
-        """Replies without which a round of so many chosen clients does not count."""
+        """Return the number of accepted replies that a round with `selected` chosen clients needs to count."""
         return max(self.min_clients, math.ceil(self.min_fraction * selected - 1e-9))
 
     def choose(self, clients: Sequence[ClientInfo], round: int, seed: int) -> list[ClientInfo]:
-        """The chosen clients in id order; depends on ids, tasks, round and seed alone, not on the order given."""
+        """Return the chosen clients in id order; they depend on ids, tasks, round and seed, not on the given order."""
         rng = torch.Generator().manual_seed(derive_seed(seed, "sampling", round))
         ordered = sorted(clients, key=lambda c: c.id)
         if not self.distinct_tasks:

@@ -1,11 +1,11 @@
-"""Sites on machines of their own: the server's command, a site's command. Their keys: `consilium.certificates`.
+"""Commands of a deployment: the server's command and a site's command. Their keys are in `consilium.certificates`.
 
     server         Flower's SuperLink, which only knows the sites' keys, with one run in it: ours
     client         Flower's SuperNode at a site, pointing at the site's settings
-    server_app     what the SuperLink starts: the rounds, in a run directory that a later start goes on with
+    server_app     the ServerApp that the SuperLink starts: the rounds, in a run directory that a restart resumes
 
-What Flower does well it does: transport, TLS, authentication, heartbeats. Its programs run with its own settings in a
-folder beside the run (FLWR_HOME), install nothing, and end with the command that started them.
+Flower provides transport, TLS, authentication and heartbeats. Its programs keep their own settings in a folder next to
+the run (FLWR_HOME), install nothing, and end with the command that started them.
 """
 
 import contextlib
@@ -62,15 +62,15 @@ __all__ = [
 ]
 
 RESTARTS = 5
-"""Times in a row, without a round in between, that a server starts Flower's processes again when one has ended."""
+"""Maximum number of restarts of Flower's processes in a row without a completed round in between."""
 PAUSE = 5.0
-"""Seconds before the second time in a row, twice as many before the third, and so on."""
+"""Seconds of pause before a restart, times the number of attempts in a row that made no progress."""
 CLOCKS = 290.0
-"""Seconds that the clocks of a site and its server may be apart; Flower's authentication allows 300."""
+"""Largest allowed clock difference between a site and its server, in seconds; Flower's authentication allows 300."""
 SETTINGS = "site.json"
-"""In a site's state folder."""
+"""File name of the site's settings, in its state folder."""
 STOPPED = "stopped"
-"""In Flower's folder: why the run ended by itself, so that nobody starts it again."""
+"""File in Flower's folder with the reason why the run ended by itself; it prevents a restart."""
 
 WITH_PARENT = functools.partial(end_with_parent, signal.SIGTERM)
 
@@ -86,19 +86,20 @@ def server(
     wait: float,
     out: Console,
 ) -> None:
-    """Run an experiment over sites, or go on with it: a SuperLink, the sites' keys, one run; all gone afterwards.
+    """Run an experiment over sites, or resume it, with a SuperLink that ends with this call.
 
-    If one of Flower's processes ends on the way, all are started again and the run goes on (`RESTARTS`).
+    If one of Flower's processes ends before the run does, all of them are restarted and the run goes on (`RESTARTS`).
 
     Args:
-        folder: the run directory; Flower's own files lie beside it, in `<name>.flower`.
-        sites: who takes part. address: host:port to listen on.
+        folder: the run directory; Flower's own files are in `<name>.flower` next to it.
+        sites: names of the sites that take part.
+        address: host:port to listen on.
         keys: the folder "server" of `certificates`; None: without TLS and without authentication.
         wait: seconds until all sites must be connected.
 
     Raises:
         ConfigError: for a site without a key, or a port in use.
-        RoundError: if the run did not come to its end.
+        RoundError: if the run did not finish.
     """
     listen = parse_address(address, "--address")
     keys = keys and keys.absolute()
@@ -117,12 +118,14 @@ def server(
 
 @dataclass(frozen=True)
 class App:
-    """A ServerApp that Flower's SuperLink starts again until its work is done.
+    """A ServerApp that Flower's SuperLink restarts until its work is done.
 
     Args:
-        name: "module:object". config: what it is told; sites and keys come on top.
+        name: "module:object".
+        config: the app's configuration; sites and keys are added to it.
         home: folder for Flower's own files.
-        finished: whether the work is done. reached: a text that changes when it has come further.
+        finished: returns whether the work is done.
+        reached: returns a text that changes whenever the work has made progress.
     """
 
     name: str
@@ -133,18 +136,22 @@ class App:
 
 
 def check_keys(keys: Path | None, sites: Sequence[str], listen: Address) -> None:
-    """Raise ConfigError unless every site has a key and the certificate is for this address; None: nothing to check."""
+    """Raise ConfigError unless every site has a key and the certificate covers this address.
+
+    Nothing is checked if `keys` is None.
+    """
     if keys:
         owners(keys, sites)
         _check_certificate(keys, listen)
 
 
 def keep_serving(app: App, sites: Sequence[str], listen: Address, keys: Path | None, out: Console) -> None:
-    """Run a ServerApp in a SuperLink until its work is done; if one of Flower's processes ends on the way, all are
-    started again (`RESTARTS`).
+    """Run a ServerApp in a SuperLink until its work is done.
+
+    If one of Flower's processes ends before that, all of them are restarted (`RESTARTS`).
 
     Raises:
-        RoundError: if the work is not done in the end.
+        RoundError: if the work is not done after the last restart.
     """
     home = app.home
     _write_app(home / "app", app, {**app.config, "sites": ",".join(sites), "keys": str(keys or "")})
@@ -177,7 +184,7 @@ def keep_serving(app: App, sites: Sequence[str], listen: Address, keys: Path | N
 
 
 def _check_certificate(keys: Path, listen: Address) -> None:
-    """Raise ConfigError if the certificate is not for the address under which Flower's own processes come."""
+    """Raise ConfigError if the certificate does not cover the address that Flower's own processes connect to."""
     host, hosts = listen.from_here.host, certified(keys)
     if host not in hosts and f"*.{host.partition('.')[2]}" not in hosts:
         raise ConfigError(
@@ -187,12 +194,12 @@ def _check_certificate(keys: Path, listen: Address) -> None:
 
 
 def _reached(folder: Path) -> str:
-    """The newest checkpoint of a run."""
+    """Return the name of the newest checkpoint of a run, or "" if there is none."""
     return max((path.name for path in folder.glob("checkpoints/round-*")), default="")
 
 
 def _write_app(folder: Path, app: App, config: Mapping[str, str | float]) -> None:
-    """Write a Flower app without any code: it names two objects of the installed package."""
+    """Write a Flower app without any code of its own: it names two objects of the installed package."""
     lines = [
         "[project]",
         'name = "consilium-run"',
@@ -212,7 +219,7 @@ def _write_app(folder: Path, app: App, config: Mapping[str, str | float]) -> Non
 
 
 def _serve(grid: Any, config: Mapping[str, Any]) -> None:
-    """In the process that the SuperLink starts: the rounds."""
+    """Run the rounds, in the process that the SuperLink starts."""
     from consilium.watch import Terminal
 
     out, folder = Console(), Path(config["folder"])
@@ -233,14 +240,14 @@ def _serve(grid: Any, config: Mapping[str, Any]) -> None:
 
 
 def stop_serving(home: Path, error: Exception, out: Console) -> None:
-    """Note in the process of a ServerApp that its work has ended by itself, so that it is not started again."""
+    """Record, from a ServerApp's process, that its work has ended by itself, so that it is not restarted."""
     write_atomic(home / STOPPED, repr(error).encode())
     if isinstance(error, ConsiliumError):
         print_line(out, f"consilium: {error}")
 
 
 def _home(folder: Path) -> Path:
-    """Of Flower's own files, beside a run directory."""
+    """Return the folder of Flower's own files, next to a run directory."""
     return (folder.parent / f"{folder.name}.flower").absolute()
 
 
@@ -251,7 +258,7 @@ server_app = flower_app(_serve)
 def _superlink(
     listen: Address, keys: Path | None, home: Path, environment: Mapping[str, str]
 ) -> Iterator[subprocess.Popen]:
-    """Flower's SuperLink, listening, and Flower's commands pointed at it."""
+    """Run Flower's SuperLink, listening, with a configuration that points Flower's commands at it."""
     reach = {"root-certificates": str(keys / "ca.crt")} if keys else {"insecure": True}
     lines = ["[superlink]", 'default = "run"', "[superlink.run]"]
     lines += [f"{key} = {json.dumps(value)}" for key, value in {"address": str(listen.from_here), **reach}.items()]
@@ -278,8 +285,10 @@ def _superlink(
 
 
 def _register(keys: Path, sites: Sequence[str], home: Path, environment: Mapping[str, str]) -> None:
-    """Enter the sites' keys into the SuperLink's database, before any site can reach it: an unknown one is turned away
-    for good. What is in it stays there from one start to the next."""
+    """Register the sites' keys in the SuperLink's database, before any site can reach it.
+
+    A site whose key is unknown would be turned away for good. The database persists across restarts.
+    """
     path = home / "registered.json"
     done = json.loads(path.read_text()) if path.exists() else {}
     new = {site: key for site in sites if done.get(site) != (key := (keys / f"{site}.pub").read_text())}
@@ -299,10 +308,11 @@ def _register(keys: Path, sites: Sequence[str], home: Path, environment: Mapping
 
 
 def listening(link: subprocess.Popen, listen: Address, log: Path) -> None:
-    """Wait until a SuperLink takes connections on the address that it was given.
+    """Wait until a SuperLink accepts connections on its address.
 
     Raises:
         ConfigError: if it ends before that.
+        RoundError: if it does not listen in time.
     """
     reach = listen.from_here
     for _ in range(3600):
@@ -323,19 +333,20 @@ def listening(link: subprocess.Popen, listen: Address, log: Path) -> None:
 def client(
     experiment: Experiment, name: str, address: str, keys: Path | None, state: Path, port: int, limits: Limits
 ) -> NoReturn:
-    """Become a SuperNode for this site: this process is replaced by one that keeps Flower's going, until it is ended.
+    """Replace this process by one that keeps Flower's SuperNode for this site running until it is ended.
 
     Args:
-        experiment: of which the data, the model, the first memory, the device and the threads are the site's own.
-        name: as the server knows it. address: the server's host:port.
+        experiment: the data, the model, the first memory, the device and the threads in it are the site's own.
+        name: the site's name at the server.
+        address: the server's host:port.
         keys: the site's folder of `certificates`; None: without TLS and without authentication.
-        state: folder for what the methods keep at the site, and for Flower's own files.
-        port: on which Flower's processes on this machine talk to each other, on 127.0.0.1 alone.
+        state: folder for the methods' state at the site, and for Flower's own files.
+        port: port on which Flower's processes on this machine talk to each other, on 127.0.0.1 alone.
         limits: the most that the server may ask of the site.
 
     Raises:
-        ConsiliumError: if the data cannot be used, or the server is there and this machine's clock is not its, before
-            anything is started.
+        ConsiliumError: before anything is started, if the data cannot be used, or if the server can be reached and this
+            machine's clock does not match its clock.
     """
     if not CLIENT_ID.fullmatch(name):
         raise ConfigError(f"--name is {name!r}; use 1 to 64 of A-Z a-z 0-9 . _ - and no leading dot")
@@ -346,7 +357,7 @@ def client(
 
 
 def become_node(name: str, address: str, keys: Path | None, state: Path, port: int) -> NoReturn:
-    """Become a SuperNode for the site whose settings are in its state folder, see `client`."""
+    """Replace this process by a SuperNode for the site whose settings are in its state folder, see `client`."""
     address, settings = str(parse_address(address, "--server")), state.absolute() / SETTINGS
     command = [program("flower-supernode"), "--superlink", address, "--node-config", f'site="{settings}"']
     command += ["--host", "127.0.0.1", "--port", str(port)]
@@ -362,7 +373,9 @@ def become_node(name: str, address: str, keys: Path | None, state: Path, port: i
 
 
 def in_time(address: str, ca: Path) -> None:
-    """Ask the server for the time, which Flower's authentication compares; silent where it is not there yet.
+    """Compare this machine's clock with the server's, because Flower's authentication does so too.
+
+    Nothing is checked if the server cannot be reached yet.
 
     Raises:
         ConfigError: if the clocks are too far apart, or the server's certificate is not valid here and now.
@@ -399,7 +412,11 @@ def in_time(address: str, ca: Path) -> None:
 
 
 def program(name: str) -> str:
-    """One of Flower's programs, beside this Python."""
+    """Return the path of one of Flower's programs, which are installed next to this Python.
+
+    Raises:
+        ConfigError: if it is missing.
+    """
     path = Path(sys.executable).parent / name
     if not path.exists():
         raise ConfigError(f"{path} is missing: pip install 'consilium[flower]'")
@@ -407,7 +424,10 @@ def program(name: str) -> str:
 
 
 def flower_environment(home: Path) -> dict[str, str]:
-    """For one of Flower's programs: its files in `home`, nothing installed, nothing reported, this Python first."""
+    """Return the environment for one of Flower's programs.
+
+    Its files are in `home`, it installs nothing, it sends no telemetry, and this Python comes first in PATH.
+    """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     off = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "TOKENIZERS_PARALLELISM": "false"}
     off["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
@@ -416,14 +436,14 @@ def flower_environment(home: Path) -> dict[str, str]:
 
 
 def _in_turn(home: Path, name: str, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment in which one of Flower's programs starts by `engine.starting`."""
+    """Return an environment in which one of Flower's programs is started through `engine.starting`."""
     write_program(home / "bin", name, program(name))
     return {**environment, "PATH": f"{home / 'bin'}{os.pathsep}{environment['PATH']}"}
 
 
 @contextlib.contextmanager
 def child(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen]:
-    """One of Flower's programs with its output in a file; on leaving, it is asked to end, then killed."""
+    """Run one of Flower's programs with its output in a file; on exit, terminate it, and kill it after 20 seconds."""
     with open_here(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, "ab") as file:
         process = subprocess.Popen(
             [program(command[0]), *command[1:]],

@@ -1,10 +1,11 @@
-"""What leaves a client, whatever the server asks for: replies, reasons of errors, and names.
+"""The privacy filter for everything that leaves a client, whatever the server asks for: replies, errors and names.
 
-A client half declares what its replies say about the client's data (`core.Client.reveals`). `disclosed` is the one way
-out for a reply, in every engine: it passes on what is declared, lowered to the `privacy` that holds at the site, and
-refuses what is not declared. `check` refuses a method before the first round if it needs what the site does not tell.
+A client half declares what its replies reveal about the client's data (`core.Client.reveals`). In every engine,
+`disclosed` is the only way out for a reply. It passes on what is declared, reduced to the `privacy` that holds at the
+site, and refuses what is not declared. `check` refuses a method before the first round if it needs values that the site
+does not disclose.
 
-    kind       setting             passed on, where the site tells less
+    kind       setting             passed on, if the site discloses less
     usage      privacy.usage       "coarse" and "noised": see `privacy.usage_told`; nothing of what is only recorded
     labels     privacy.labels      "names": a count of examples becomes 1; nothing of what is only recorded
     label      privacy.labels and  nothing
@@ -30,18 +31,19 @@ __all__ = ["check", "disclosed", "reason", "without_paths"]
 _SETTINGS = {"usage": "usage", "labels": "labels", "score": "scores"}
 """Kind of a Reveal -> the field of `Privacy` that governs it."""
 _WHOLE = {"usage": "exact", "labels": "counts", "scores": "exact"}
-"""Field of `Privacy` -> its value with which values are told as they are."""
+"""Field of `Privacy` -> the setting at which values are passed on unchanged."""
 
 
 def disclosed(reply: Payload, client: Client, privacy: Privacy) -> Payload:
-    """Return what may leave a client of a reply.
+    """Return the part of a reply that may leave the client.
 
     Args:
-        client: the client half that made the reply. privacy: the settings that hold at the client's site.
+        client: the client half that made the reply.
+        privacy: the settings that hold at the client's site.
 
     Raises:
         PayloadError: for a group or scalar that the client half does not declare.
-        ConfigError: for one that the server half needs and the site does not tell.
+        ConfigError: for one that the server half needs and the site does not disclose.
     """
     groups, scalars = {}, {}
     for name, tensors in reply.groups.items():
@@ -56,7 +58,7 @@ def disclosed(reply: Payload, client: Client, privacy: Privacy) -> Payload:
 
 
 def check(client: Client, privacy: Privacy) -> None:
-    """Raise ConfigError if a client half needs to tell what these settings do not let it tell."""
+    """Raise ConfigError if a client half must send values that these settings do not disclose."""
     for name, reveal in {**COMMON_REVEALS, **client.reveals}.items():
         _passes(name, reveal, client, privacy)
 
@@ -73,7 +75,7 @@ def _declared(name: str, what: str, client: Client) -> Reveal:
 
 
 def _passes(name: str, reveal: Reveal, client: Client, privacy: Privacy) -> bool:
-    """Return whether a value leaves at all, perhaps lowered."""
+    """Return True if a value leaves the client at all, perhaps reduced."""
     if reveal.kind == "label scores":
         return privacy.labels == "counts" and privacy.scores == "exact"
     if reveal.kind not in _SETTINGS:
@@ -135,21 +137,21 @@ _PATH = re.compile(
 
 
 def reason(error: BaseException, private: Iterable[object] = ()) -> str:
-    """Return what a site may say of an error: its type and text, without local paths.
+    """Return what a site may report about an error: its type and text, without local paths.
 
     Args:
-        private: paths of the site, which are removed wherever they stand.
+        private: paths of the site; they are removed from the text wherever they occur.
     """
     named = [getattr(error, field, None) for field in ("filename", "filename2")]
     return f"{type(error).__name__}: {without_paths(str(error), [*named, *private])}"
 
 
 def without_paths(text: str, private: Iterable[object] = ()) -> str:
-    """Return a text in which `[path]` stands for every local path.
+    """Return a text in which every local path is replaced by `[path]`.
 
     Args:
-        private: paths that are removed as they are, also where a general rule could not tell their end (blanks) or that
-            they are paths (names without a separator).
+        private: paths that are removed literally. The general rule may not find the end of a path with blanks, and does
+            not recognize a name without a separator as a path.
     """
     known = {str(path) for path in private if path is not None} - {"", ".", "/"}
     for path in sorted(known | {str(Path.home()), str(Path.cwd())} - {"/"}, key=len, reverse=True):

@@ -1,4 +1,4 @@
-"""Every error that Consilium raises on purpose.
+"""The exceptions that Consilium raises on purpose.
 
     ConsiliumError
     ├── ConfigError        a setting, flag, recipe or combination that cannot be run
@@ -10,7 +10,8 @@
     ├── CheckpointError    a run directory or checkpoint that cannot be continued
     └── PackageError       a site's package that cannot be taken, or a hub that cannot be used
 
-A message is one line: what was given, what is allowed, what to do. The command line prints it and exits with 2.
+A message is one line that says what was given, what is allowed and what to do. The command line prints it and exits
+with 2.
 """
 
 import reprlib
@@ -35,7 +36,7 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 class ConsiliumError(Exception):
-    """Base of all errors raised on purpose; catch this one to catch them all."""
+    """Base class of all errors raised on purpose; catch it to catch them all."""
 
 
 class ConfigError(ConsiliumError):
@@ -71,10 +72,10 @@ class PackageError(ConsiliumError):
 
 
 def first_line(error: Exception) -> str:
-    """What another library's error says, for a message of one line; its name if it says nothing."""
+    """Return the first line of another library's error, or its type name if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def shown(value: Any) -> str:
-    """Return the repr of a value that came from outside, shortened: a message never holds a whole foreign value."""
+    """Return the shortened repr of a value from outside; error messages must never contain a whole foreign value."""
     return _SHORT.repr(value)

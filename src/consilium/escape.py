@@ -1,7 +1,7 @@
-"""Text from outside as data, with one function for each kind of output.
+"""Escaping of text from outside, with one function for each kind of output.
 
-A task, a label, a client's name, a column, a cell, a generated text, another library's message: each may hold anything.
-Every such text passes one of these functions on its way to a screen or into a file that somebody opens:
+A task, a label, a client's name, a column, a cell, a generated text or another library's message may contain anything.
+Every such text passes through one of these functions before it reaches a screen or a file that people open:
 
     terminal         a terminal or a log (of rich: in a `Text`, never in markup)
     one_line         the same in one line, of bounded length        print_line    prints it on a console of rich
@@ -30,20 +30,20 @@ __all__ = [
 ]
 
 _JOINERS = "\u200c\u200d"
-"""Zero-width joiners: Persian, Hindi and emoji need them, and no terminal obeys them."""
+"""Zero-width joiners: Persian, Hindi and emoji need them, and terminals ignore them."""
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "−": "$-$",
           "±": r"$\pm$", "<": "$<$", ">": "$>$"} | {c: f"\\{c}" for c in "&%$#_{}"}  # fmt: skip
 _MARKDOWN = {"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {c: f"\\{c}" for c in "\\`*_[]|~$@"}
 _LINKS = re.compile(r"(?<=[A-Za-z])(?=://)|(?<=[Ww]{3})(?=\.)")
-"""Where a bare address is broken up, which GitHub would make a link of."""
+"""Positions at which a bare address is broken up, because GitHub would turn it into a link."""
 _FORMULA = tuple("=+-@\t\r\n＝＋－＠")
 
 
 def terminal(text: object, keep: str = "") -> str:
-    """Return a text of which a terminal obeys nothing.
+    """Return a text without anything that a terminal would interpret.
 
-    Control characters (those of 7-bit and 8-bit escape sequences among them), marks that override the direction of
-    writing, and lone surrogates become "?"; each blank becomes a space.
+    Control characters (including those of 7-bit and 8-bit escape sequences), marks that override the writing direction,
+    and lone surrogates become "?"; each blank becomes a space.
 
     Args:
         keep: further characters that stay, e.g. newlines and tabs.
@@ -70,26 +70,27 @@ def html(text: object) -> str:
 
 
 def markdown(text: object) -> str:
-    """Return a text as one line of Markdown that shows the text itself: no link, no HTML, no emphasis, no new cell.
+    """Return a text as one line of Markdown that renders as the text itself.
 
-    It must not stand at the beginning of a line, where numbers and dashes have a meaning.
+    The result contains no link, HTML, emphasis or new cell. It must not start a line, where numbers and dashes have a
+    meaning.
     """
     line = "".join(_MARKDOWN.get(c, c) for c in one_line(text))
     return _LINKS.sub(r"\\", line)
 
 
 def markdown_code(text: object) -> str:
-    """Return a text as a code span of Markdown, outside tables."""
+    """Return a text as a Markdown code span, for use outside tables."""
     return f"`{one_line(text).replace('`', chr(39))}`"
 
 
 def python_literal(text: object) -> str:
-    """Return Python source for a string, in one line, without backquotes that could end a block of Markdown."""
+    """Return Python source for a string, on one line, without backquotes that could end a Markdown block."""
     return repr(str(text)).replace("`", r"\x60")
 
 
 def csv_cell(value: Any) -> Any:
-    """Return a value for a CSV cell; a text that a spreadsheet would take for a formula gets an apostrophe in front."""
+    """Return a value for a CSV cell; put an apostrophe before a text that a spreadsheet would take for a formula."""
     if not isinstance(value, str):
         return value
     text = terminal(value)
@@ -98,5 +99,5 @@ def csv_cell(value: Any) -> Any:
 
 
 def latex(text: object) -> str:
-    """Return a text as one line of LaTeX that shows the text itself."""
+    """Return a text as one line of LaTeX that renders as the text itself."""
     return "".join(_LATEX.get(c, c) for c in one_line(text))

@@ -1,4 +1,4 @@
-"""An experiment is one frozen dataclass, saved as JSON and given back."""
+"""The description of an experiment: one frozen dataclass, with conversion to and from JSON."""
 
 import dataclasses
 import difflib
@@ -36,7 +36,7 @@ from consilium.work import MISSING, check_settings, setting
 __all__ = ["Experiment", "Wire", "differences", "from_json", "to_json"]
 
 IN_STEP = 64
-"""Small models that a GPU is given at a time, unless `workers` says otherwise."""
+"""Small models that a GPU trains at a time, unless `workers` says otherwise."""
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 algorithms.register_all()
 DATA = {cls.__name__: cls for cls in (CodeData, DocstringData, TextFileData, LanguageData, ImageData, TableData)}
@@ -49,18 +49,20 @@ WORLDS = {
 
 @dataclass(frozen=True)
 class Wire:
-    """How payloads travel between processes and machines: what the engine "flower" goes by.
+    """How payloads travel between processes and machines, with the engine "flower".
 
     Args:
-        deadline: seconds a round's training, and its scoring, may take; who has not answered by then is left out, > 0.
-        enough: answers to a round's training, 1 or more, after which no more are waited for; 0: for all, until the
-            deadline. Ask more clients than that (sampling.clients_per_round), and the slow ones delay nobody; they are
-            missing, and the bits depend on who was fast. Not with privacy.noise.
+        deadline: seconds that a round's training, and its scoring, may take, > 0; clients that have not answered by
+            then are left out.
+        enough: replies to a round's training, 1 or more, after which the round stops waiting; 0: wait for all, until
+            the deadline. Ask more clients than that (sampling.clients_per_round), and stragglers delay no one; they
+            count as missing, and the bits of the result depend on which clients were fast. Not with privacy.noise.
         cap: largest payload that is sent or returned, before compression, e.g. "512MB".
-        send: how weights go out to train: "exact", or the change since the client was last sent some, as "bf16" or
-            "int8"; what rounding loses is in the next change. The client then trains from the rounded weights.
-        reply: how trained weights return: "exact", or the change since they were sent, as "bf16" or "int8", with what
-            rounding lost added to the client's next reply.
+        send: how weights are sent for training: "exact", or the change since the client last received weights, as
+            "bf16" or "int8"; the rounding error is added to the next change. The client then trains from the rounded
+            weights.
+        reply: how trained weights return: "exact", or the change since they were sent, as "bf16" or "int8", with the
+            rounding error added to the client's next reply.
         zstd: compress payloads; pays for "int8", hardly for weights.
     """
 
@@ -81,7 +83,7 @@ class Experiment:
     """Everything that determines a run.
 
     Args:
-        name: of the run directory, `[A-Za-z0-9._-]{1,64}` without a leading dot.
+        name: name of the run directory, `[A-Za-z0-9._-]{1,64}` without a leading dot.
         algorithm: the method and its hyper-parameters.
         data: where clients' data comes from.
         model: the mixture-of-experts model; for images and tables (and texts to classify), a cohort of small models.
@@ -89,22 +91,23 @@ class Experiment:
         sampling: who takes part in a round.
         rounds: communication rounds, >= 1; a first stage counts.
         memory: device memory of the clients in id order, cycled ("60MB", "12GiB"); (): no limit.
-        evaluate_every: rounds between scoring all clients on their test data; the last round always is.
-        completions: number of clients for which a simulation keeps completions of a test text, by the models before
-            and after the run, for the report. For language models.
-        seed: of everything random.
-        strict: turn every payload into bytes and back, as between machines.
+        evaluate_every: rounds between evaluations of all clients on their test data; the last round is always
+            evaluated.
+        completions: number of clients for which a simulation keeps completions of a test text, by the models before and
+            after the run, for the report. For language models.
+        seed: seed of everything random.
+        strict: serialize and deserialize every payload, as between machines.
         threads: torch threads.
-        workers: with the engine "local": clients at work at a time, whose models must fit into memory together. On the
-            CPU each in a process with one torch thread; the weights are the same to the bit. On a GPU a cohort's work
-            in step, those of one architecture as one computation (see `batched`). 0: for a cohort on the CPU as many
-            as there are cores, or as OMP_NUM_THREADS says, on a GPU 64; else 1.
+        workers: clients that train at a time, with the engine "local"; their models must fit into memory together. On
+            the CPU each trains in a process with one torch thread; the weights are the same to the bit. On a GPU the
+            clients of a cohort train in step, those of one architecture as one computation (see `batched`). 0: for a
+            cohort on the CPU the number of cores, or OMP_NUM_THREADS if set, on a GPU 64; otherwise 1.
         device: "cpu", "cuda", "cuda:0".
         engine: "local" runs the clients on this machine, "flower" in processes of Flower's simulation (needs the extra
             "simulation"), which may be spread over machines; the weights are the same to the bit.
         wire: how the engine "flower" sends payloads.
-        merging: how the server merges updates: the method's own mean, or rules that some clients may lie to.
-        privacy: differential privacy of the weights, and how clients tell their usage of experts.
+        merging: how the server merges updates: the method's own mean, or rules that tolerate some lying clients.
+        privacy: differential privacy of the weights, and how clients disclose their usage of experts.
     """
 
     name: str = setting(MISSING, "free")
@@ -173,7 +176,7 @@ class Experiment:
         self._check_merging()
 
     def _check_merging(self) -> None:
-        """Refuse rules and noise that would not hold with the method."""
+        """Raise ConfigError for merging rules and noise that do not work with the method."""
         merging, privacy, method = self.merging, self.privacy, type(self.algorithm).__name__
         rule, lora = self.fit.lora.rule, bool(self.fit.lora.rank)
         if merging.needs > self.sampling.clients_per_round:
@@ -189,7 +192,7 @@ class Experiment:
             raise ConfigError(
                 f"fit.lora.rule {rule!r} is a mean of its own; with merging and privacy take mean, ffa or share_a"
             )
-        if lora and rule == "alternate" and privacy.noise:  # which would move the half that nobody trained
+        if lora and rule == "alternate" and privacy.noise:  # alternate would move the half that no client trained
             raise ConfigError("fit.lora.rule 'alternate' is not for privacy.noise; take mean, ffa or share_a")
         if lora and self.fit.lora.ranks == "memory" and not merging.plain:
             raise ConfigError("fit.lora.ranks 'memory' is not for merging, which compares updates of one shape")
@@ -198,7 +201,7 @@ class Experiment:
                 f"{method}'s server merges by itself; fit.lora.rule {rule!r} is not for it: take mean, ffa, alternate "
                 "or share_a"
             )
-        if privacy.noise and self.wire.enough:  # who takes part may cost another its place: moves the sum twice
+        if privacy.noise and self.wire.enough:  # a client's reply may displace another's, which moves the sum twice
             raise ConfigError("wire.enough lets one client take another's place, which privacy.noise does not cover")
         if privacy.noise and not merging.plain:
             raise ConfigError("privacy.noise has its own clipping and mean; leave merging as it is")
@@ -213,7 +216,7 @@ class Experiment:
 
     @property
     def at_once(self) -> int:
-        """Clients at work at a time, see `workers`; no more than take part in a round."""
+        """Return the number of clients that train at a time, see `workers`; at most those of a round."""
         small = isinstance(self.model, Cohort)
         if self.device != "cpu":
             suited = IN_STEP if small else 1
@@ -229,11 +232,12 @@ class Experiment:
         clients: tuple[ClientInfo, ...] = (),
         shape: tuple[int, ...] = (),
     ) -> Setup:
-        """What the halves of the method are built from.
+        """Return the Setup from which both halves of the method are built.
 
         Args:
-            labels: (task, labels), as often as clients have them; tasks without labels have no head.
-            clients: all of them, on the server's side. shape: of an image or a row of a table.
+            labels: (task, labels), repeated for every client that has them; tasks without labels have no head.
+            clients: all of them, on the server's side.
+            shape: shape of an image or of a row of a table.
         """
         heads: dict[str, set[str]] = {}
         for task, names in labels:
@@ -256,7 +260,7 @@ class Experiment:
 
 
 def to_json(value: Any) -> Any:
-    """A dataclass as JSON, with its class under "type"."""
+    """Convert a dataclass to JSON, with its class name under "type"."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"type": type(value).__name__, **fields}
@@ -266,7 +270,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(saved: Mapping[str, Any]) -> Experiment:
-    """The experiment that `to_json` saved.
+    """Load the experiment that `to_json` saved.
 
     Raises:
         ConfigError: for an unknown type or field, or a value of the wrong type.
@@ -296,7 +300,7 @@ def from_json(saved: Mapping[str, Any]) -> Experiment:
                 near = _near(key, names) or f"known are {', '.join(names)}"
                 raise ConfigError(f"saved {kind} does not fit this version: it has no field {key!r}; {near}")
         fields = {key: load(item, hints.get(key)) for key, item in value.items() if key != "type"}
-        if kind == "Wire" and fields.get("quorum") == 1:  # is sampling.min_clients now, with the same default
+        if kind == "Wire" and fields.get("quorum") == 1:  # now sampling.min_clients, with the same default
             del fields["quorum"]
         for key, item in fields.items():
             if key in hints and not _is(item, hints[key]):
@@ -318,7 +322,9 @@ def _near(name: str, known: Iterable[str]) -> str:
 
 
 def differences(before: Experiment, now: Experiment, ignored: Collection[str] = ()) -> str:
-    """What differs between two experiments, field by field, in one line, e.g. "fit.lr was 0.001, is 0.01"; "": nothing.
+    """Return the differences between two experiments in one line, "" if there are none.
+
+    Example: "fit.lr was 0.001, is 0.01".
 
     Args:
         ignored: fields that may differ, e.g. "wire.deadline".
@@ -333,8 +339,10 @@ def differences(before: Experiment, now: Experiment, ignored: Collection[str] = 
 
 
 def flat_fields(saved: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A saved experiment as dotted names, like the command's flags ("fit.lr") -> values; a dataclass's own name
-    ("algorithm") stands for its type."""
+    """Flatten a saved experiment into dotted names -> values.
+
+    The names are those of the command's flags ("fit.lr"); a dataclass's own name ("algorithm") stands for its type.
+    """
     found: dict[str, Any] = {}
     for key, value in saved.items():
         name = prefix[:-1] if key == "type" else f"{prefix}{key}"
@@ -343,7 +351,7 @@ def flat_fields(saved: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _is(value: Any, hint: Any) -> bool:
-    """Whether a value is what a field's annotation says; a whole number is a float, a bool is no number."""
+    """Return True if a value matches a field's annotation; an int counts as a float, a bool is no number."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return any(value == arg and type(value) is type(arg) for arg in args)
@@ -361,4 +369,4 @@ def _said(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
-import_plugins()  # last, since methods of one's own use what is defined above
+import_plugins()  # This comes last, because the user's own methods use what is defined above.

@@ -1,4 +1,4 @@
-"""How a client trains in one round: `Fit`."""
+"""The settings of local training, `Fit`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,38 +19,38 @@ __all__ = ["Fit"]
 
 @dataclass(frozen=True)
 class Fit:
-    """How a client trains in one round.
+    """The settings of a client's training in one round.
 
     Args:
         lr: learning rate of the backbone, > 0.
         head_lr: learning rate of classification heads, which start from zero, > 0.
         epochs: passes over the client's training data per round, >= 1.
         batch_size: examples per step, >= 1.
-        max_length: source tokens kept per example, >= 1; what is longer is cut, and counted in the record.
-        target_length: target tokens kept (text-to-text, answers), the end of the text included, >= 2.
+        max_length: source tokens kept per example, >= 1; longer sources are truncated, and counted in the record.
+        target_length: target tokens kept (text-to-text, answers), including the end-of-text token, >= 2.
         rows: how causal language models read instruction data (examples, packed) and plain text (documents, blocks,
             packed): rows of max_length + target_length tokens, see `data.causal`. Classification and text-to-text have
-            one example a row: examples.
+            one example per row: examples.
         optimizer: "adamw" or "sgd"; fresh in every round.
-        momentum: of sgd, 0 <= momentum < 1; like all of the optimiser, begun anew in every round.
+        momentum: momentum of sgd, 0 <= momentum < 1; like all optimizer state, it is reset in every round.
         weight_decay: decoupled weight decay with adamw, added to the gradient with sgd.
         clip: largest norm of the gradient, 0: no clipping.
-        label_smoothing: of the cross-entropy with labels, in all methods, 0..1 (FedMoE, Eq 1).
+        label_smoothing: label smoothing of the cross-entropy with labels, in all methods, 0..1 (FedMoE, Eq 1).
         balance: weight of the per-layer load-balance loss (alpha in FedMoE's Eq 1).
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
-        precision: in which small models compute, in training and in scoring: "float32", or "bfloat16" by torch's
-            autocast; weights and their updates stay float32. A mixture of experts has `model.dtype` for it.
+        precision: precision in which small models compute, in training and in scoring: "float32", or "bfloat16" by
+            torch's autocast; weights and their updates stay float32. A mixture of experts uses `model.dtype` instead.
         gates: how a client that lacks experts weighs those that it holds, in families whose gates are shares of a
-            softmax over all experts; the others are not touched, see `moe.gates`. "constant": the softmax over the held
-            experts times one number per layer, which keeps the mean total gate; the only one that plain transformers
-            can hold exactly. "full": the softmax over all experts. "mass": the softmax over the held experts times the
-            total gate that the full router gives this token. "slice": the softmax over the held experts as it is, up to
-            E times too large.
-        personal: score, next to the model that a client is delivered, one of its own: "best" is the best by its
-            validation data among what it is sent and what it makes of it in each round, and what it is delivered in the
-            end. So a client stops early on its own. For mixtures of experts only.
+            softmax over all experts; other families are not affected, see `moe.gates`. "constant": the softmax over the
+            held experts times one number per layer, which keeps the mean total gate; the only kind that plain
+            transformers can represent exactly. "full": the softmax over all experts. "mass": the softmax over the held
+            experts times the total gate that the full router gives this token. "slice": the softmax over the held
+            experts as it is, up to E times too large.
+        personal: also score a model of the client's own, next to the delivered one: "best" is the best by its
+            validation data among the models that it is sent, the models that it trains from them in each round, and the
+            model that it is delivered in the end. This is early stopping per client. For mixtures of experts only.
         lora: train adapters on the experts instead of all parameters. Then only adapters, router rows and head rows
-            travel, and every client has the rest from the model's own place.
+            travel, and every client loads the rest from the model's own place.
     """
 
     lr: float = setting(1e-3, "lr", "(0, 1e38]")
@@ -78,11 +78,16 @@ class Fit:
             raise ConfigError(f"fit.momentum is {self.momentum}; with adamw it must be 0")
 
     def lowered(self, device: torch.device) -> torch.autocast:
-        """A context in which models compute in `precision`."""
+        """Return a context in which models compute in `precision`."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def descent(self, trainable: Mapping[str, Tensor], rates: Mapping[str, float]) -> torch.optim.Optimizer:
-        """A new optimizer of these parameters; rates: beginning of a path -> learning rate, the first that fits."""
+        """Return a new optimizer of these parameters.
+
+        Args:
+            trainable: path -> parameter.
+            rates: prefix of a path -> learning rate; the first matching prefix counts.
+        """
         members: dict[str, list[Tensor]] = {prefix: [] for prefix in rates}
         for path, p in trainable.items():
             members[next(prefix for prefix in rates if path.startswith(prefix))].append(p)
@@ -97,12 +102,12 @@ class Fit:
 
     @property
     def plain(self) -> bool:
-        """Whether training only ever moves a weight by its rate times its gradient."""
+        """Return True if training only ever changes a weight by its learning rate times its gradient."""
         return self.optimizer == "sgd" and not (self.momentum or self.weight_decay or self.clip)
 
     @property
     def lengths(self) -> dict[str, int]:
-        """S and T of the memory model: tokens of a row that are only read, and that are predicted at most."""
+        """Return S and T of the memory model: tokens of a row that are only read, and predicted at most."""
         if self.rows == "examples":
             return {"max_length": self.max_length, "target_length": self.target_length}
         return {"max_length": 0, "target_length": self.max_length + self.target_length}

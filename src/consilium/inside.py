@@ -1,7 +1,7 @@
-"""Folders that must not lead elsewhere: run directories, the state of a site, models, data sets.
+"""Safety checks for folders that must not lead elsewhere: run directories, the state of a site, models, data sets.
 
-Whoever hands over a folder chooses what links and names of files are in it. What is written through a link overwrites a
-file elsewhere, and what is read through one is not what the folder's fingerprint covers.
+The person who hands over a folder chooses the links and file names in it. Writing through a link overwrites a file
+elsewhere, and a file that is read through a link is not covered by the folder's fingerprint.
 """
 
 import json
@@ -28,10 +28,12 @@ def open_here(path: Path, flags: int, mode: str) -> IO[bytes]:
 
 
 def refuse_links(folder: Path, leave_out: Sequence[str] = ()) -> None:
-    """Raise an error if a run directory, or the state of a site, holds a symbolic link; it may itself be one.
+    """Raise an error if a run directory, or the state of a site, contains a symbolic link.
+
+    The folder itself may be a link.
 
     Args:
-        leave_out: folders in it that are another program's.
+        leave_out: subfolders that belong to another program.
 
     Raises:
         CheckpointError: with the link.
@@ -43,7 +45,7 @@ def refuse_links(folder: Path, leave_out: Sequence[str] = ()) -> None:
 
 
 def refuse_outside(folder: Path, kind: type[ConsiliumError]) -> None:
-    """Raise an error if a link in a folder leads out of it; those of the hub's cache lead from snapshots to blobs."""
+    """Raise an error if a link in a folder leads out of it; the hub's cache may link snapshots to blobs."""
     cached = folder.resolve().parent.name == "snapshots"
     for link in _links(folder):
         if not _leads_into(link, folder) and not (cached and _leads_into(link, folder.resolve().parents[1] / "blobs")):
@@ -51,10 +53,11 @@ def refuse_outside(folder: Path, kind: type[ConsiliumError]) -> None:
 
 
 def shards_of(index: Path, kind: type[ConsiliumError]) -> list[str]:
-    """Return the names in an index of shards (`*.safetensors.index.json`), sorted.
+    """Return the file names in an index of shards (`*.safetensors.index.json`), sorted.
 
     Raises:
-        ConsiliumError: of that kind, if it cannot be read, or names a file that is not beside or below it.
+        ConsiliumError: of the given type, if the index cannot be read, or names a file that is not next to it or below
+            it.
     """
     try:
         names = set(json.loads(index.read_text())["weight_map"].values())
@@ -66,7 +69,7 @@ def shards_of(index: Path, kind: type[ConsiliumError]) -> list[str]:
 
 
 def refuse_name_outside(name: Any, named_in: Path, kind: type[ConsiliumError]) -> None:
-    """Raise an error unless a name is that of a file or folder beside or below the file that names it."""
+    """Raise an error unless a name refers to a file or folder next to, or below, the file that names it."""
     if not isinstance(name, str) or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise kind(f"{named_in} names {name!r}, which is outside of {named_in.parent}")
 
@@ -81,5 +84,5 @@ def _links(folder: Path, leave_out: Sequence[str] = ()) -> Iterator[Path]:
 def _leads_into(link: Path, folder: Path) -> bool:
     try:
         return link.resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError):  # a circle
+    except (OSError, RuntimeError):  # a circle of links
         return False

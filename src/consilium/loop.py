@@ -1,5 +1,8 @@
-"""The loop over the rounds: `run` turns an experiment into a run directory, `resume` continues one, `serve` runs over
-sites on machines of their own."""
+"""The loop over the rounds.
+
+`run` turns an experiment into a run directory, `resume` continues one, and `serve` runs over sites on machines of their
+own.
+"""
 
 import shutil
 import time
@@ -31,13 +34,13 @@ from consilium.versions import git_revision, versions
 __all__ = ["Watch", "check_same", "resume", "run", "serve"]
 
 FAILED = 3
-"""A run stops after so many abandoned rounds in a row."""
+"""Number of abandoned rounds in a row after which a run stops."""
 GRACE = 60.0
-"""Seconds that the server of a deployment waits for a server before it to end, after its SuperLink was killed."""
+"""Seconds that a deployment's server waits for the previous server to end after its SuperLink was killed."""
 
 
 class Watch(Protocol):
-    """An object that follows a run; `watch.Bars` shows progress bars."""
+    """An object that follows a run; `watch.Terminal` shows progress bars."""
 
     def started(self, experiment: Experiment, setup: Setup, federation: Federation | None, first: int) -> None: ...
 
@@ -49,7 +52,7 @@ class Watch(Protocol):
 def run(experiment: Experiment, folder: Path | str, watch: Watch | None = None) -> dict[str, Any]:
     """Run an experiment in a new directory and return its summary.
 
-    Everything that can be wrong with the experiment is found before anything is written.
+    The experiment is validated completely before anything is written.
 
     Raises:
         ConfigError: if the folder already holds a run, or the experiment cannot be run.
@@ -60,16 +63,16 @@ def run(experiment: Experiment, folder: Path | str, watch: Watch | None = None) 
 
 
 def resume(folder: Path | str, watch: Watch | None = None, rounds: int | None = None) -> dict[str, Any]:
-    """Continue an interrupted run from its newest checkpoint, to the same bits as a run never interrupted.
+    """Continue an interrupted run from its newest checkpoint; the result is bit-identical to an uninterrupted run.
 
     A finished run is left as it is, unless more rounds are asked for.
 
     Args:
-        rounds: of the whole run; None: as many as it was begun with.
+        rounds: number of rounds of the whole run; None: as many as it began with.
 
     Raises:
         CheckpointError: if the folder is not a run, is in use, or its data, its model or its settings have changed; the
-            message says how. Of settings, `MAY_CHANGE` may.
+            message says how. Only the settings in `MAY_CHANGE` may change.
     """
     directory = RunDirectory(Path(folder))
     if directory.config().get("data") == SITES:
@@ -78,7 +81,7 @@ def resume(folder: Path | str, watch: Watch | None = None, rounds: int | None = 
 
 
 def check_same(folder: Path, experiment: Experiment) -> dict[str, Any]:
-    """Return config.json of a run that is of this experiment, apart from what may change.
+    """Return config.json of a run after checking that it is a run of this experiment, apart from what may change.
 
     Raises:
         ConfigError: if the folder holds another experiment, or a finished run of another number of rounds.
@@ -105,11 +108,13 @@ def serve(
     keys: Mapping[bytes, str] | None = None,
     came: Callable[[ClientId], None] | None = None,
 ) -> dict[str, Any]:
-    """Run an experiment over a deployment's Grid, or go on with it where `folder` holds its run.
+    """Run an experiment over a deployment's Grid, or resume it if `folder` holds its run.
 
     Args:
-        grid: Flower's. sites: the clients' names; all must be connected within `wait` seconds to begin or go on.
-        keys: whose a public key is (`certificates.owners`); a site whose key is another's is refused. None: no keys.
+        grid: Flower's grid.
+        sites: the clients' names; all must be connected within `wait` seconds to begin or resume.
+        keys: public key -> its owner (`certificates.owners`); a site with another owner's key is refused. None: no
+            keys.
         came: called with the name of each site when it has connected.
 
     Raises:
@@ -147,8 +152,8 @@ def _continue(
     """Continue a run.
 
     Args:
-        grace: seconds to wait for another process that has the directory.
-        rounds: of the whole run; None: as many as it was begun with.
+        grace: seconds to wait for another process that has locked the directory.
+        rounds: number of rounds of the whole run; None: as many as it began with.
     """
     directory.config()
     with directory.locked(grace):
@@ -171,10 +176,11 @@ def _continue(
 
 
 def _check_room(folder: Path, prepared: Prepared) -> None:
-    """Raise ConfigError unless the memory has room for the model twice, and the disk for three checkpoints.
+    """Raise ConfigError unless memory has room for the model twice, and the disk for three checkpoints.
 
-    Twice: the mean, taken in float64, then a checkpoint's bytes without and with their checksum. Three: two that are
-    kept, and one being written; those that are there already need no more.
+    Memory must hold the model twice because the mean is taken in float64, and because a checkpoint's bytes exist
+    without and with their checksum. The disk must hold three checkpoints: two are kept while one is written.
+    Checkpoints that exist already are subtracted.
     """
     size = prepared.server.state().nbytes
     if (free := free_memory()) < 2 * size:
@@ -192,7 +198,7 @@ def _check_room(folder: Path, prepared: Prepared) -> None:
 
 
 def _run_rounds(prepared: Prepared, directory: RunDirectory, watch: Watch | None) -> dict[str, Any]:
-    """Run the rounds that are left and write the summary; the status in config.json says how it ended."""
+    """Run the remaining rounds and write the summary; the status in config.json records how the run ended."""
     try:
         with interruptible() as check:
             summary = _Rounds(prepared, directory, watch, check).run()
@@ -215,7 +221,7 @@ class _Rounds:
     def __init__(
         self, prepared: Prepared, directory: RunDirectory, watch: Watch | None, check: Callable[[], None]
     ) -> None:
-        """Restore the server and drop what no checkpoint committed.
+        """Restore the server and drop everything that no checkpoint committed.
 
         Args:
             check: raises KeyboardInterrupt after Ctrl-C; called at every training step.
@@ -237,13 +243,13 @@ class _Rounds:
         self.strikes: dict[ClientId, int] = {}
         self.best: dict[str, Any] | None = None
         self.writing = 0.0
-        """Seconds that the files of the last round took."""
+        """Seconds spent on writing the files of the last round."""
         for record in directory.attempts():
             tally(self.strikes, record)
             self.best = best_round(self.best, record, prepared.infos)
 
     def run(self) -> dict[str, Any]:
-        """Run the rounds that are left; returns the summary."""
+        """Run the remaining rounds and return the summary."""
         experiment, account = self.prepared.experiment, self.account
         if self.watch:
             self.watch.started(experiment, self.prepared.setup, self.prepared.federation, self.first)
@@ -268,14 +274,14 @@ class _Rounds:
             self.watch.step(client, phase, done, total)
 
     def _one(self, engine: Engine, number: int) -> dict[str, Any]:
-        """Run one round and commit it; returns its record."""
+        """Run one round, commit it and return its record."""
         experiment, server = self.prepared.experiment, self.prepared.server
         last = number == experiment.rounds or not self.account.affords(2)
         test = number % experiment.evaluate_every == 0 or last
         self.account.charge(number)
         record = engine.round(number, test, [client for client, n in self.strikes.items() if n >= BENCH])
         record |= self.account.told()
-        for key in ("engine", "round"):  # a record cannot hold the time it takes to write it: the next one does
+        for key in ("engine", "round"):  # a record cannot hold its own writing time: the next one does
             record["seconds"][key] += self.writing
         start = time.perf_counter()
         events = _events(record, server, self.strikes)
@@ -304,7 +310,7 @@ def _write_config(directory: RunDirectory, status: str, prepared: Prepared) -> N
 
 
 def _hopeless(record: Mapping[str, Any], experiment: Experiment) -> str | None:
-    """Return why a round would fail again if it were repeated: training diverged at every client; else None."""
+    """Return why a retry of a round would fail again (training diverged at every client), or None."""
     clients = record["clients"].values()
     if not clients or len(clients) < len(record["selected"]) or not all(told.get("diverged") for told in clients):
         return None
@@ -317,23 +323,23 @@ def _hopeless(record: Mapping[str, Any], experiment: Experiment) -> str | None:
 
 
 def _suspected_rate(experiment: Experiment) -> tuple[str, float]:
-    """Return the name and value of the clients' learning rate that is the most above its default."""
+    """Return the name and value of the clients' learning rate that exceeds its default the most."""
     found = []
     for prefix, settings in (("fit", experiment.fit), ("algorithm", experiment.algorithm)):
         for setting in fields(settings):
             name, value = setting.name, getattr(settings, setting.name)
             client = name in ("lr", "head_lr") or name.startswith("eta")
-            if client and name not in ("eta_s", "eta_g") and value:  # those are the server's
+            if client and name not in ("eta_s", "eta_g") and value:  # these two are the server's
                 found.append((value / (setting.default or Fit.lr), f"{prefix}.{name}", value))
     _, name, value = max(found, key=lambda item: item[0])
     return name, value
 
 
 def _events(record: Mapping[str, Any], server: Server, strikes: dict[ClientId, int]) -> list[dict[str, Any]]:
-    """Return the events of a round: the method's own, clients that are benched by it, clients that were refused.
+    """Return the events of a round: the method's own, clients that it benched, and clients that were refused.
 
     Args:
-        strikes: rejected replies of each client so far, see `tally`.
+        strikes: number of rejected replies of each client so far, see `tally`.
     """
     abandoned = {"abandoned": True} if record["abandoned"] else {}
     benched = [

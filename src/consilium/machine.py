@@ -1,4 +1,4 @@
-"""What this process may have of its machine, and what the libraries in it may say."""
+"""Resources of this machine that the process may use, and silencing of its libraries."""
 
 import os
 from collections.abc import Iterator
@@ -11,15 +11,15 @@ __all__ = ["cores", "free_memory", "memory_bytes", "quietly"]
 
 
 def cores() -> int:
-    """Cores that this process may run on, at least 1: a container or `taskset` may leave it fewer than there are."""
+    """Return the number of cores that this process may run on, >= 1; a container or `taskset` can limit it."""
     return len(os.sched_getaffinity(0))
 
 
 def free_memory() -> int:
-    """Bytes that this process and new ones can have without swapping: of the machine, and of its control group (v2).
+    """Return the bytes that processes can allocate without swapping, on the machine and in its control group (v2).
 
     Raises:
-        ConfigError: if the machine does not tell.
+        ConfigError: if the machine does not report it.
     """
     told = [line.split() for line in Path("/proc/meminfo").read_text().splitlines()]
     free = [1024 * int(words[1]) for words in told if words[0] == "MemAvailable:"]
@@ -34,7 +34,7 @@ def free_memory() -> int:
 def memory_bytes(device: str) -> int:
     """Return the bytes of memory of a device: a GPU ("cuda:0"), or this machine within its control group (v2)."""
     if device.startswith("cuda"):
-        import torch  # which a command that only asks for the cores does not wait for
+        import torch  # imported here because a command that only asks for the cores should not wait for it
 
         return torch.cuda.get_device_properties(device).total_memory
     most = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
@@ -45,7 +45,7 @@ def memory_bytes(device: str) -> int:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without transformers' progress bars and warnings: what matters of a model that is loaded is checked."""
+    """Silence transformers' progress bars and warnings; the loading code checks what matters about a model itself."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

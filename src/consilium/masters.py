@@ -1,14 +1,14 @@
-"""Optimisers that move float32 masters of weights in bfloat16.
+"""Optimizers that update float32 masters of bfloat16 weights.
 
-bfloat16 has 8 bits of precision. A weight of 0.02 has a spacing of 1e-4, so updates of 1e-5 are lost if they are added
-to it. `MasterOptimizer` runs any optimiser of torch on float32 masters and rounds them to the weights that a model
-computes with; mixtures of experts in bfloat16 train by it.
+bfloat16 has 8 bits of precision. A weight of 0.02 has a spacing of 1e-4, so an update of 1e-5 is lost if it is added to
+the weight. `MasterOptimizer` runs any torch optimizer on float32 masters and rounds them to the weights that a model
+computes with; mixtures of experts in bfloat16 are trained with it.
 
-`Masters` is a special case of the same: plain SGD on a CPU for small models under autocast. Under autocast alone a
-forward pass makes bfloat16 copies of all weights, a backward pass float32 copies of all gradients, and the optimiser
-then reads both weights and gradients again: small models wait for memory longer than they compute. Here a layer holds
-its weights in bfloat16 and its gradients come so; gradient, master and the next bfloat16 weight meet in one pass, in
-pieces that a core's own cache holds. What is computed is the same to the bit.
+`Masters` is a special case: plain SGD on a CPU for small models under autocast. Under autocast alone, a forward pass
+makes bfloat16 copies of all weights, a backward pass makes float32 copies of all gradients, and the optimizer then
+reads both weights and gradients again. Small models therefore wait for memory longer than they compute. Here, a layer
+holds its weights in bfloat16 and its gradients arrive in bfloat16. Gradient, master and the next bfloat16 weight are
+processed in one pass, in pieces that fit into a core's own cache. The result is the same to the bit.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,21 +20,21 @@ from torch import Tensor, nn
 __all__ = ["CHUNK", "MasterOptimizer", "Masters"]
 
 CHUNK = 2**24
-"""Elements of masters that `MasterOptimizer` updates at once: it holds their gradients in float32."""
+"""Elements of masters that `MasterOptimizer` updates at once; their gradients are held in float32."""
 
 LAYERS = nn.Linear, nn.Conv1d, nn.Conv2d
-"""Layers whose weights autocast makes copies of, and uses for nothing else."""
+"""Layers whose weights autocast copies, and which use them for nothing else."""
 PIECE = 2**17
-"""Numbers of a weight that are updated at once."""
+"""Elements of a weight that are updated at once."""
 
 
 class MasterOptimizer:
-    """An optimiser that updates float32 masters and rounds them to the parameters, which have fewer bits.
+    """An optimizer that updates float32 masters and rounds them to the parameters, which have fewer bits.
 
     Args:
-        parameters: path -> parameter; gradients arrive there.
-        make: returns torch's optimiser of a mapping path -> float32 tensor; the paths have suffixes.
-        start: path -> the masters to begin with; the parameters' own values where it has none. It is emptied.
+        parameters: path -> parameter; the gradients are read from there.
+        make: returns a torch optimizer of a mapping path -> float32 tensor; the paths have suffixes.
+        start: path -> initial masters; missing paths start from the parameters' own values. It is emptied.
 
     Attributes:
         masters: path -> float32 master, of the parameter's shape.
@@ -87,7 +87,7 @@ class MasterOptimizer:
                     self.parameters[path].copy_(self.masters[path])
 
     def forget(self, parameter: Tensor) -> None:
-        """Drop the optimiser's state of a parameter."""
+        """Drop the optimizer's state of a parameter."""
         for chunk in self._chunks:
             for path, _, piece in chunk:
                 if self.parameters[path] is parameter:
@@ -95,12 +95,13 @@ class MasterOptimizer:
 
 
 class Masters:
-    """A context in which the layers of a model hold bfloat16, and SGD without momentum and weight decay, which moves
-    their float32 masters; those are the layers' weights again afterwards.
+    """Plain SGD on float32 masters, as a context in which the layers of a model hold bfloat16 weights.
+
+    SGD runs without momentum and weight decay. On exit, the masters become the layers' weights again.
 
     Args:
-        model: float32; it must be computed under autocast to bfloat16.
-        groups: parameters that learn, with their rates, as an optimiser of torch has them (`param_groups`).
+        model: float32; it must be run under autocast to bfloat16.
+        groups: the trainable parameters with their rates, in the form of a torch optimizer's `param_groups`.
     """
 
     def __init__(self, model: nn.Module, groups: Iterable[Mapping[str, Any]]):
@@ -125,7 +126,7 @@ class Masters:
             some.restore()
 
     def zero_grad(self) -> None:
-        """Forget all gradients, as torch's optimisers do."""
+        """Drop all gradients, as torch's optimizers do."""
         for some in self.together:
             for p in some.parameters:
                 p.grad = None
@@ -134,7 +135,7 @@ class Masters:
 
     @torch.no_grad()
     def step(self) -> None:
-        """w <- w - rate * gradient, of all parameters that have one."""
+        """Update all parameters that have a gradient: w <- w - rate * gradient."""
         for some in self.together:
             some.step()
         for p, rate in self.others:
@@ -143,7 +144,7 @@ class Masters:
 
 
 class _Together:
-    """Parameters that are updated as if they were one; room [PIECE] float32 is for what is forgotten at once."""
+    """Parameters that are updated as if they were one; room [PIECE] float32 is a scratch buffer."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], rate: float, room: Tensor):
         self.parameters, self.rate = parameters, rate
@@ -157,7 +158,7 @@ class _Together:
             p.data = low
 
     def _parts(self, flat: Tensor) -> list[Tensor]:
-        """What `flat` holds of each parameter, laid out as its weight is."""
+        """Split `flat` into one tensor per parameter, each with the strides of its weight."""
         parts, start = [], flat.storage_offset()
         for weight in self.weights:
             parts.append(flat.as_strided(weight.shape, weight.stride(), start))
@@ -178,18 +179,18 @@ class _Together:
 
 
 def _dense(p: nn.Parameter) -> bool:
-    """Whether it can lie in memory as a part of something longer: float32, no gaps."""
+    """Return True if a parameter can be stored as part of a longer tensor: float32, no gaps."""
     dense = p.is_contiguous() or (p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last))
     return p.dtype == torch.float32 and dense and p.numel() > 0
 
 
 def _flat(t: Tensor) -> Tensor:
-    """A dense tensor as it lies in memory."""
+    """Return a dense tensor as a flat view, in memory order."""
     return t.as_strided((t.numel(),), (1,))
 
 
 def _gradient(p: nn.Parameter) -> Tensor:
-    """Laid out as p is; zeros if the batch has not reached it."""
+    """Return the gradient of p with the strides of p; zeros if p has no gradient in this batch."""
     if p.grad is None:
         return torch.zeros_like(p)
     return p.grad if p.grad.stride() == p.stride() else torch.empty_like(p).copy_(p.grad)

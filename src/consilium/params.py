@@ -1,8 +1,8 @@
-"""Arithmetic on `Params`: flat names to tensors, what they must look like, and the one mean that every server uses.
+"""Arithmetic on `Params`, flat names to tensors: checks of their form, and the mean that every server uses.
 
-A client that does not hold an expert has no key for it: no zeros, no masks. `WeightedMean` therefore averages key by
-key over whoever holds the key. Sums are taken in float64 in the order of `add`, which the engines make the order of
-client ids, so a result does not depend on who answered first.
+A client that does not hold an expert has no key for it: no zeros, no masks. `WeightedMean` therefore averages each key
+over the clients that hold it. Sums are taken in float64 in the order of the `add` calls. The engines add clients in the
+order of their ids, so a result does not depend on which client answered first.
 """
 
 import hashlib
@@ -23,12 +23,14 @@ Params = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Like:
-    """What a tensor must look like; nothing is broadcast and nothing is cast.
+    """The required form of a tensor; nothing is broadcast and nothing is cast.
 
     Args:
-        shape: of the tensor; None in it stands for any length.
-        dtype: of the tensor. least, most: of its numbers, which are finite in any case.
-        needed: whether it may not be left out.
+        shape: shape of the tensor; None in it stands for any length.
+        dtype: dtype of the tensor.
+        least: smallest value allowed; values must be finite in any case.
+        most: largest value allowed.
+        needed: whether the tensor must be present.
     """
 
     shape: tuple[int | None, ...]
@@ -39,11 +41,11 @@ class Like:
 
     @classmethod
     def of(cls, tensor: Tensor, needed: bool = True) -> "Like":
-        """Of the shape and dtype of this one."""
+        """Return the form of a given tensor: its shape and dtype."""
         return cls(tuple(tensor.shape), tensor.dtype, needed=needed)
 
     def objection(self, tensor: Tensor) -> str | None:
-        """What is wrong with a tensor; None: nothing."""
+        """Return why a tensor does not have this form, or None if it does."""
         fits = len(tensor.shape) == len(self.shape)
         if not fits or any(n not in (m, None) for m, n in zip(tensor.shape, self.shape, strict=True)):
             return f"has shape {tuple(tensor.shape)}, it must be {self.shape}"
@@ -58,9 +60,9 @@ class Like:
 
 
 class WeightedMean:
-    """Streaming weighted mean, key by key, over whoever holds the key.
+    """Streaming weighted mean of each key over the clients that hold it.
 
-    With `weight=n_k` it is FedAvg and FedMoE's modular aggregation (an absent key is not counted); a weight that
+    With `weight=n_k` it is FedAvg and FedMoE's modular aggregation (an absent key is not counted). A weight that
     depends on the key gives rules such as usage thresholds (weight 0) and per-row router weights.
     """
 
@@ -69,7 +71,7 @@ class WeightedMean:
         self._weights: dict[str, float] = {}
 
     def add(self, params: Mapping[str, Tensor], weight: float | Callable[[str], float]) -> None:
-        """Count one client's tensors.
+        """Add one client's tensors.
 
         Args:
             params: flat name -> floating tensor; shapes must agree between clients (nothing is broadcast).
@@ -92,14 +94,14 @@ class WeightedMean:
                 raise PayloadError(
                     f"{key!r} arrived with shape {tuple(tensor.shape)}, others sent {tuple(self._sums[key].shape)}"
                 )
-            self._sums[key].add_(tensor, alpha=w)  # in float64, without a copy in it
+            self._sums[key].add_(tensor, alpha=w)  # in float64, without a float64 copy of the tensor
             self._weights[key] += w
 
     def mean(self, previous: Mapping[str, Tensor]) -> Params:
-        """The new parameters: the mean where somebody contributed, else the previous tensor itself (not a copy).
+        """Return the new parameters: the mean where a client contributed, else the previous tensor itself (not a copy).
 
-        The sums go as their means come, so a model is never in memory beside all of them; nothing is left for another
-        call.
+        Each sum is freed as its mean is computed, so that not all sums and means are in memory at once. The method can
+        therefore be called only once.
 
         Raises:
             PayloadError: for a contributed key that `previous` lacks or holds in another shape.
@@ -118,24 +120,27 @@ class WeightedMean:
         }
 
     def told(self) -> dict[str, float]:
-        """For the record: nothing that the replies do not say."""
+        """Return values for the record; the plain mean has none beyond the replies."""
         return {}
 
 
 def finite(tensor: Tensor) -> bool:
-    """Return whether all numbers are finite: whether the smallest and the largest are, which a NaN makes NaN."""
+    """Return True if all values are finite.
+
+    The smallest and the largest value suffice for this test, because a NaN makes both of them NaN.
+    """
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     return all(bound.isfinite() for bound in torch.aminmax(tensor))
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the tensors' elements, without any header."""
+    """Return the size of the tensors' elements in bytes, without any header."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def checksum(params: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bits, in the order of the names."""
+    """Return the SHA-256 over names, dtypes, shapes and bits, in the order of the names."""
     digest = hashlib.sha256()
     for key in sorted(params):
         tensor = params[key].detach().contiguous().cpu()

@@ -1,4 +1,4 @@
-"""What the memory of devices allows: experts held and trained, ranks of adapters, and whether a model fits at all."""
+"""Planning with device memory: experts held and trained, ranks of adapters, and whether a model fits at all."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -21,22 +21,26 @@ from consilium.params import nbytes
 __all__ = ["EVALUATION", "Planner"]
 
 EVALUATION = 4
-"""Labels are predicted for so many times `Fit.batch_size` examples at once: nothing is saved for a backward pass."""
+"""Factor of `Fit.batch_size` when labels are predicted, since nothing is saved for a backward pass."""
 
 
 class Planner:
     """The part of `Setup` that plans with memory.
 
     Attributes:
-        model: a mixture of experts, or a cohort of small models. fit: how clients train.
+        model: a mixture of experts, or a cohort of small models.
+        fit: how clients train.
     """
 
     model: ModelSource | Cohort
     fit: Fit
 
     def rank_of(self, client: ClientInfo) -> int:
-        """Return the rank of a client's adapters: with `fit.lora.ranks` "memory" the largest with which the whole model
-        fits its memory, at least 1."""
+        """Return the rank of a client's adapters.
+
+        With `fit.lora.ranks` "memory" it is the largest rank at which the whole model fits the client's memory, at
+        least 1.
+        """
         lora = self.fit.lora
         if lora.ranks == "equal" or client.memory_bytes is None:
             return lora.rank
@@ -51,15 +55,18 @@ class Planner:
         return replace(self, fit=replace(self.fit, lora=self.fit.lora.at(rank)))
 
     def _for(self, client: ClientInfo) -> Self:
-        """Return the set-up at the rank of a client."""
+        """Return the set-up with a client's own adapter rank."""
         if not self.fit.lora.rank or self.fit.lora.ranks == "equal":
             return self
         return self.with_rank(self.rank_of(client))
 
     @property
     def evaluation_rows(self) -> int:
-        """Rows of a batch in evaluation. A causal language model takes no more than in training: what it needs is the
-        logits of every token over the vocabulary."""
+        """Return the number of rows of an evaluation batch.
+
+        A causal language model takes no more rows than in training, because its logits need memory for every token and
+        every entry of the vocabulary.
+        """
         language = isinstance(self.model, ModelSource) and self.model.form == "text-to-text"
         causal = language and not self.model.config.is_encoder_decoder
         return self.fit.batch_size * (1 if causal else EVALUATION)
@@ -72,14 +79,15 @@ class Planner:
         rank: int = 8,
         trained: int | None = None,
     ) -> Footprint:
-        """Bytes a client needs for `counts` experts per block, by the memory model: for training or for the evaluation
-        that follows it, whichever needs more.
+        """Return the bytes that a client needs for `counts` experts per block, by the memory model.
+
+        They are the larger of what training needs and what the evaluation after it needs.
 
         Args:
             mode: "forward" is evaluation alone; "full" is "lora" with `fit.lora`, at its rank; "peft" is stage one of
                 FedMoE.
             references: extra copies of the weights the method keeps while training (FedProx 1, SCAFFOLD 3).
-            rank: of the adapters ("lora").
+            rank: rank of the adapters ("lora").
             trained: experts of all blocks together that `fit(choose=...)` trains in any one batch; None: all, without
                 `choose`.
         """
@@ -101,7 +109,7 @@ class Planner:
             trained=trained,
             **shape,
         )
-        evaluation = replace(evaluation, masters=training.masters)  # validation follows while they are there
+        evaluation = replace(evaluation, masters=training.masters)  # validation runs while the masters are in memory
         return evaluation if forward else max(training, evaluation, key=lambda footprint: footprint.total)
 
     def reported(
@@ -112,7 +120,7 @@ class Planner:
         rank: int = 8,
         trained: int | None = None,
     ) -> dict[str, int]:
-        """The footprint in bytes as a scalar of a reply; {} for small models, which have no memory model."""
+        """Return the footprint in bytes as a scalar of a reply; {} for small models, which have no memory model."""
         if isinstance(self.model, Cohort):
             return {}
         return {"footprint": self.footprint(counts, mode, references, rank, trained).total}
@@ -126,16 +134,17 @@ class Planner:
         rank: int = 8,
         trained: int | None = None,
     ) -> dict[str, int]:
-        """Refuse a mixture that would not fit what the client allows, before it is built.
+        """Raise BudgetError if a mixture would not fit what the client allows, before it is built.
 
         Args:
-            held: its experts; None: all. The others are those of `footprint`.
+            held: its experts; None: all. The other arguments are those of `footprint`.
 
         Returns:
-            What is `reported`; {} for small models, which `split_model` refuses itself.
+            The value of `reported`; {} for small models, which `split_model` checks itself.
 
         Raises:
-            BudgetError: with the bytes needed and allowed. ModelError: for experts that the model does not have.
+            BudgetError: with the bytes needed and allowed.
+            ModelError: for experts that the model does not have.
         """
         if isinstance(self.model, Cohort):
             return {}
@@ -149,12 +158,14 @@ class Planner:
     def admit_small(
         self, make: Callable[[], nn.Module], context: ClientContext, kind: type[SplitModel] = SplitModel
     ) -> None:
-        """Refuse a small model whose training would not fit what the client allows, before it is made.
+        """Raise BudgetError if training a small model would not fit what the client allows, before it is made.
 
-        Counted are its numbers: as it is sent, as it is built, and their gradients and moments.
+        The count covers the model's tensors as they are sent and as they are built, their gradients, and the
+        optimizer's moments.
 
         Args:
-            make, kind: see `split_model`.
+            make: see `split_model`.
+            kind: see `split_model`.
 
         Raises:
             BudgetError: with the bytes needed and allowed.
@@ -175,7 +186,7 @@ class Planner:
         rank: int = 8,
         trained: int | None = None,
     ) -> str | None:
-        """Why the client's device cannot train `counts` experts per block; None if it can."""
+        """Return why the client's device cannot train `counts` experts per block, or None if it can."""
         if client.memory_bytes is None:
             return None
         need = self._for(client).footprint(counts, mode, references, rank, trained).total
@@ -191,7 +202,8 @@ class Planner:
         """Return experts per block, `experts` of them in all, in proportion to the shape; see `layers.spread`.
 
         Raises:
-            BudgetError: for fewer than every block needs, see `least`. ConfigError: for a shape of another length.
+            BudgetError: for fewer than every block needs, see `least`.
+            ConfigError: for a shape of another length.
         """
         if experts < sum(self.least.values()):
             raise BudgetError(f"{experts} experts are too few: the layers need {sum(self.least.values())} between them")
@@ -204,7 +216,7 @@ class Planner:
         """Return the most experts per block, spread by the shape, that a client's device can train.
 
         Args:
-            share: of the client's memory that may be used, in (0, 1]; the fewest experts that the model needs are
+            share: share of the client's memory that may be used, in (0, 1]; the fewest experts that the model needs are
                 given in any case.
             references: extra copies of the weights the method keeps while training.
         """
@@ -220,16 +232,17 @@ class Planner:
 
     @property
     def least(self) -> dict[str, int]:
-        """The fewest experts per block that the family's routers work with."""
+        """Return the fewest experts per block that the family's routers work with."""
         return {block: min(self.model.family.least, total) for block, total in self.model.counts.items()}
 
     def budgets(
         self, client: ClientInfo, references: int = 0, mode: Literal["full", "lora"] = "full", rank: int = 8
     ) -> tuple[int, int]:
-        """How many experts, of all blocks together, a client's device can hold, and how many of them train in a batch.
+        """Return how many experts a client's device can hold and train, of all blocks together.
 
-        The most that it can hold while one per block is trained, spread over the blocks by `spread`; of these then the
-        most that it can train. A device without a limit holds and trains all.
+        The first number is the most that the device can hold while one expert per block is trained, spread over the
+        blocks by `spread`. The second is the most of these that it can train. A device without a limit holds and trains
+        all.
 
         Returns:
             (forward, backward): resident experts, and experts trained in any one batch (`fit(choose=...)`), <= forward.
@@ -251,8 +264,10 @@ class Planner:
         return forward, _most(blocks, forward, lambda n: fits(forward, n))
 
     def largest_uniform(self, memory_bytes: int | None, share: float = 1.0, references: int = 0) -> int:
-        """The most experts per block, the same in every block, that fit into `share` of the memory; 0 if none does, or
-        only fewer than the family's routers work with."""
+        """Return the most experts per block, the same in every block, that fit into `share` of the memory.
+
+        The result is 0 if none fits, or if only fewer fit than the family's routers work with.
+        """
         most, least = max(self.model.counts.values()), max(self.least.values())
         if memory_bytes is None:
             return most
@@ -264,7 +279,7 @@ class Planner:
 
 
 def _most(low: int, high: int, holds: Callable[[int], bool]) -> int:
-    """The largest number in low .. high for which `holds`, which does for `low` and for none above the first not."""
+    """Return the largest n in [low, high] for which holds(n); holds must be monotone and true at low."""
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if holds(middle) else (low, middle - 1)

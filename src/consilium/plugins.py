@@ -1,8 +1,8 @@
-"""Code of the user's own: methods and recipes in a file, or in an installed package.
+"""User code: methods and recipes in a file, or in an installed package.
 
-A package names its modules under the entry point "consilium"; a file is named by --import, or with its class by
-`--algorithm my_file.py:MyMethod`. Both are imported by every process that works on a run: what is defined there
-registers itself. A run directory never names code to import.
+A package lists its modules under the entry point "consilium". A file is given with --import, or with its class as
+`--algorithm my_file.py:MyMethod`. Every process that works on a run imports both, and the code registers what it
+defines. A run directory never names code to import.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ GROUP = "consilium"
 
 
 def add_file(path: Path) -> None:
-    """Have this process, and those that it starts, import a file.
+    """Import a file in this process, and in those that it starts.
 
     Raises:
         ConfigError: if the file does not exist.
@@ -34,7 +34,7 @@ def add_file(path: Path) -> None:
 
 
 def has_plugins() -> bool:
-    """Return whether there is any code of the user's own to import."""
+    """Return True if there is any user code to import."""
     return bool(_files()) or bool(entry_points(group=GROUP))
 
 
@@ -42,7 +42,7 @@ def import_plugins() -> None:
     """Import the entry points and the files, each once.
 
     Raises:
-        ConfigError: if one cannot be imported, naming it.
+        ConfigError: if one of them cannot be imported; the message names it.
     """
     for entry in entry_points(group=GROUP):
         try:

@@ -1,4 +1,4 @@
-"""Files that only stand for others: what `git clone` leaves where Git LFS or git-annex keeps the content."""
+"""Detection of pointer files, which `git clone` leaves if Git LFS or git-annex keeps the content."""
 
 from pathlib import Path
 from typing import IO
@@ -13,15 +13,16 @@ _KINDS = {
     b"/annex/objects/": ("git-annex", "git annex get"),
 }
 _LONGEST = 1024
-"""Bytes of a pointer of Git LFS at most, by its specification."""
+"""Maximum size of a Git LFS pointer in bytes, by its specification."""
 
 
 def refuse_pointer(file: Path | IO[bytes], kind: type[ConsiliumError], name: str = "") -> None:
-    """Raise an error if a file holds no content but a pointer to it.
+    """Raise an error if a file does not contain data but a pointer to it.
 
     Args:
-        file: a path, of which nothing is said if it cannot be read, or an open file, whose position stays.
-        kind: of the error. name: what to call the file; "": its path.
+        file: a path, which is ignored if it cannot be read, or an open file, whose position is restored.
+        kind: class of the error.
+        name: what to call the file; "": its path.
     """
     try:
         if isinstance(file, Path):
@@ -39,7 +40,7 @@ def refuse_pointer(file: Path | IO[bytes], kind: type[ConsiliumError], name: str
 
 
 def refuse_pointers(path: Path, kind: type[ConsiliumError]) -> None:
-    """Raise an error if a path is a pointer, or a folder that holds one; folders in it are not looked into."""
+    """Raise an error if a path is a pointer, or a folder that directly contains one; subfolders are not searched."""
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if file.is_file():
             refuse_pointer(file, kind)

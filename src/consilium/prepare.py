@@ -1,4 +1,4 @@
-"""An experiment, prepared: its clients known, its budgets worked out, its server half built."""
+"""Preparation of an experiment: find its clients, work out its budgets and build its server half."""
 
 import hashlib
 import importlib.util
@@ -32,28 +32,30 @@ from consilium.versions import versions
 __all__ = ["MAY_CHANGE", "Prepared", "check_data_unchanged", "check_unchanged", "prepare"]
 
 MAY_CHANGE = ("rounds", "workers", "wire.deadline", "data.path", "model.path")
-"""Settings that may differ when a run is resumed; what lies at the paths must be the same."""
+"""Settings that may differ when a run is resumed; the contents of the paths must be the same."""
 
 
 def prepare(experiment: Experiment) -> "Prepared":
-    """Return an experiment with its clients known, its budgets worked out and its server half built.
+    """Find an experiment's clients, work out its budgets and build its server half.
 
     Nothing is run or written.
 
     Raises:
-        ConsiliumError: if it cannot be run, saying why.
+        ConsiliumError: if it cannot be run; the message says why.
     """
     return Prepared.of(experiment)
 
 
 @dataclass
 class Prepared:
-    """An experiment with its clients known, its budgets worked out and its server half built: ready to run.
+    """An experiment that is ready to run: its clients are known, its budgets worked out, and its server half built.
 
     Args:
-        partition: who holds what, as partition.json says it. metrics: task -> metric.
-        federation: the clients' data, where it is here. roster: who is behind Flower's nodes, where it is not.
-        former: versions of packages with which earlier parts of the run were made, where they differ.
+        partition: the data of each client, in the form of partition.json.
+        metrics: task -> metric.
+        federation: the clients' data, if it is on this machine.
+        roster: the sites behind Flower's nodes, otherwise.
+        former: differing package versions of earlier parts of the run.
     """
 
     experiment: Experiment
@@ -68,7 +70,7 @@ class Prepared:
 
     @property
     def begun(self) -> dict[str, Any]:
-        """Return what every checkpoint says of its run, see `check_unchanged`."""
+        """Return the description of the run that every checkpoint contains, see `check_unchanged`."""
         return {
             "experiment": to_json(self.experiment),
             "model": self.experiment.model.fingerprint,
@@ -78,13 +80,13 @@ class Prepared:
 
     @classmethod
     def of(cls, experiment: Experiment) -> "Prepared":
-        """Prepare a simulation: the data is read here."""
+        """Prepare a simulation, whose data is read here."""
         torch.set_num_threads(experiment.threads)
         check_device(experiment.device)
         if experiment.engine == "flower" and importlib.util.find_spec("flwr") is None:
             raise ConfigError("engine flower needs the package flwr: pip install 'consilium[simulation]'")
         if isinstance(experiment.model, ModelSource):
-            _ = experiment.model.location  # refuses a model that is not there before data is read
+            _ = experiment.model.location  # raises an error for a missing model before data is read
         federation = experiment.data.load(experiment.seed)
         if not federation.clients:
             raise DataError("no client has any data")
@@ -172,7 +174,7 @@ class Prepared:
         roster: Any = None,
     ) -> "Prepared":
         setup = experiment.setup(labels, infos, federation.shape if federation else shape)
-        if roster is not None and isinstance(experiment.model, Cohort):  # whose architectures the sites have chosen
+        if roster is not None and isinstance(experiment.model, Cohort):  # the sites have chosen their architectures
             chosen = tuple(info.architecture for info in infos)
             setup = replace(setup, model=replace(experiment.model, architectures=chosen))
         for data in federation.clients.values() if federation else ():
@@ -194,7 +196,7 @@ class Prepared:
         disclosure.check(experiment.algorithm.client(setup), experiment.privacy)
         server = experiment.algorithm.server(setup)
         unable = {c.id: lack for c in infos if (lack := server.unable(c))}
-        # A method that fits its models to the clients may find work even where nobody can hold the full one.
+        # A method that fits its models to the clients may find work even if no client can hold the full model.
         if len(unable) == len(infos) and not server.configure(1, infos):
             raise BudgetError(nobody(unable))
         return cls(experiment, infos, setup, server, partition, metrics, federation, roster)
@@ -241,7 +243,7 @@ class Prepared:
 
 
 def check_data_unchanged(begun: Mapping[str, Any], prepared: Prepared) -> None:
-    """Compare partition.json of a run with the data of today.
+    """Compare partition.json of a run with the current data.
 
     Raises:
         CheckpointError: if the data differs. Another number of threads at a site is a warning.
@@ -263,12 +265,12 @@ def check_data_unchanged(begun: Mapping[str, Any], prepared: Prepared) -> None:
 
 
 def check_unchanged(begun: Mapping[str, Any], prepared: Prepared) -> None:
-    """Compare what the rounds so far were made with, as their checkpoint says, with what is about to continue.
+    """Compare the description of the run in its checkpoint with what is about to continue it.
 
     Raises:
         CheckpointError: for another setting or model. Other versions of packages are a warning.
     """
-    if not begun:  # by a version that did not say
+    if not begun:  # written by a version without this description
         return
     if changed := differences(from_json(begun["experiment"]), prepared.experiment, MAY_CHANGE):
         raise CheckpointError(

@@ -1,36 +1,39 @@
-"""Client-level differential privacy of the weights, and modes of telling the usage of experts.
+"""Client-level differential privacy of the weights, and modes of disclosing the usage of experts.
 
 DP-FedAvg (McMahan, Ramage, Talwar, Zhang 2018, https://arxiv.org/abs/1710.06963), with the server trusted to add noise:
 
     w <- w + (sum_k clip_C(w_k - w) + N(0, (z C)^2)) / m
 
-over the clients k of a round, all of them counted alike; clip_C scales a client's whole change to the norm C at most.
-m is the cohort that is expected, not the number that replied. What a client does not return is a zero in its change,
-and the noise is on every parameter that the server holds: which experts or labels a client has shows in neither.
-Integer and boolean tensors, such as a batch norm's counter, are not merged: they stay as the server has them.
+The sum runs over the clients k of a round, and all of them count alike; clip_C scales a client's whole change to the
+norm C at most. m is the expected cohort, not the number of replies. A parameter that a client does not return has a
+change of zero, and the noise is added to every parameter that the server holds. The result therefore does not show
+which experts or labels a client has. Integer and boolean tensors, such as a batch norm's counter, are not merged: they
+stay as the server has them.
 
-Running statistics of batch norms are merged like weights, with two rules of their own. Their change is clipped apart,
-to sqrt(0.1) C, and that of the weights to sqrt(0.9) C, so that large statistics leave room for the weights and the
-whole change still has the norm C at most. A running variance (`running_var`) never falls below half its value before
-the round: noise could make it negative, and the model's output NaN. This is computed from what is noised already, and
-so costs no privacy.
+Running statistics of batch norms are merged like weights, with two rules of their own. Their change is clipped
+separately, to sqrt(0.1) C, and that of the weights to sqrt(0.9) C. Large statistics then leave room for the weights,
+and the whole change still has the norm C at most. A running variance (`running_var`) never falls below half its value
+before the round, because noise could make it negative and the model's output NaN. This step uses only values that are
+noised already, so it costs no privacy.
 
     z   Privacy.noise     C   Privacy.clip     m   `cohort`     (epsilon, delta)   Privacy.epsilon, Privacy.delta
 
-- sampling "poisson": each client takes part by itself with the rate q = clients_per_round / N, which amplifies privacy;
-  neighbours differ by one client added or removed. A round may have nobody, and then is noise alone.
-- sampling "fixed": clients_per_round of them, as the run's seed has it, which anybody may know; no amplification is
+- sampling "poisson": each client takes part independently with the rate q = clients_per_round / N, which amplifies
+  privacy; neighbours differ by one client added or removed. A round may have no clients; it then consists of noise
+  alone.
+- sampling "fixed": clients_per_round of them, determined by the run's seed, which may be public. No amplification is
   claimed, and neighbours differ by one client's changes replaced with zeros.
 
-Noise and Poisson sampling are drawn from the operating system's randomness, never from the run's seed: two runs of one
-seed differ, and a round that is done again after a crash gets other noise and is charged again. The budget is counted
-with dp-accounting's privacy loss distributions, to 0.3 %. Limit: noise is added in float64, not in exact arithmetic.
+Noise and Poisson sampling are drawn from the operating system's randomness, never from the run's seed. Two runs of one
+seed therefore differ, and a round that is repeated after a crash gets other noise and is charged again. The budget is
+counted with dp-accounting's privacy loss distributions, to 0.3 %. Limit: noise is added in float64, not in exact
+arithmetic.
 
-A client's usage of experts gives away its mix of labels. Modes of telling it, for methods that ask for it:
+A client's usage of experts reveals its mix of labels. Modes of disclosing it, for methods that ask for it:
 
     exact     the counts, as the papers have it
-    coarse    per layer, which experts are in the upper half; a promise of less, not of a number
-    noised    shares + N(0, (z_u sqrt(2 L))^2), of L layers, sqrt(2 L) being the most that a client's shares can change
+    coarse    per layer, which experts are in the upper half; this discloses less, but has no quantified guarantee
+    noised    shares + N(0, (z_u sqrt(2 L))^2) for L layers; sqrt(2 L) is the most that a client's shares can change
               (L2): client-level differential privacy even against the server, charged to the same budget
 """
 
@@ -62,24 +65,24 @@ __all__ = [
 ]
 
 TOKENS = 1_000_000
-"""Noised shares are told as counts of so many tokens."""
+"""Noised shares are reported as counts out of this many tokens."""
 
 
 @dataclass(frozen=True)
 class Privacy:
-    """What is kept from whom, see `consilium.privacy`.
+    """The settings of what the server may learn about a client, see `consilium.privacy`.
 
     Args:
         noise: z, standard deviation of the noise on the sum of changes in units of `clip`; 0: no differential privacy.
         clip: C, largest L2 norm of a client's whole change, > 0.
         epsilon: the budget; a run ends before the round that would exceed it.
         delta: in (0, 1); 0: 1 / N^1.1 for N clients.
-        sampling: "poisson", each client with a rate; "fixed", so many, without a claim to amplification.
-        usage: how clients tell their usage of experts: "exact", "coarse", "noised".
+        sampling: "poisson", each client with a rate; "fixed", a fixed number, without a claim to amplification.
+        usage: how clients disclose their usage of experts: "exact", "coarse", "noised".
         usage_noise: z_u, for "noised": standard deviation in units of the most that a client can change; > 0.
-        labels: what clients tell by label: "counts", the number of examples of each label and other values by label;
-            "names", which labels they have, and no more.
-        scores: how clients tell losses and scores: "exact"; "coarse", rounded to 0.05, or to two digits from 1 on;
+        labels: what clients disclose per label: "counts", the number of examples of each label and other values by
+            label; "names", only which labels they have.
+        scores: how clients disclose losses and scores: "exact"; "coarse", rounded to 0.05, or to two digits from 1 on;
             "none".
     """
 
@@ -114,11 +117,11 @@ class Privacy:
 
     @property
     def charged(self) -> bool:
-        """Whether anything is counted against the budget."""
+        """Return True if anything is charged to the budget."""
         return self.noise > 0 or self.usage == "noised"
 
     def delta_for(self, clients: int) -> float:
-        """delta, or its default for so many clients."""
+        """Return delta, or its default for this number of clients."""
         return self.delta or clients**-1.1
 
     def delta_warning(self, clients: int) -> str | None:
@@ -133,18 +136,18 @@ class Privacy:
         )
 
     def at_site(self, own: "Privacy") -> "Privacy":
-        """Return what holds at a site: the server's settings (self), with whatever the site tells less of.
+        """Return the settings that hold at a site: the server's (self), except where the site discloses less.
 
-        - usage: a site that says "exact" tells what the server asks for. Any other setting of the site holds against
-          "exact" and against each other; of two noises the larger one.
-        - labels, scores: the setting that tells less.
+        - usage: a site that says "exact" discloses what the server asks for. Any other setting of the site overrides
+          "exact" and the server's other mode; of two noises the larger one holds.
+        - labels, scores: the setting that discloses less.
 
         Args:
-            own: the site's settings, of which `usage`, `usage_noise`, `labels` and `scores` count.
+            own: the site's settings; only `usage`, `usage_noise`, `labels` and `scores` count.
 
         Raises:
             ConfigError: if the site says "coarse" and the server "noised". The server charges noised usage to the run's
-                account of privacy, and coarse usage has no such promise.
+                account of privacy, and coarse usage has no such guarantee.
         """
         if own.usage == "coarse" and self.usage == "noised":
             raise ConfigError(
@@ -159,10 +162,10 @@ class Privacy:
         return replace(self, usage=usage, usage_noise=noise, **less)
 
     def sampled(self, sampling: Sampling, clients: int) -> Sampling:
-        """How clients are chosen where weights are private.
+        """Return the client sampling to use when weights are private.
 
         Raises:
-            ConfigError: for tasks chosen first, which no rate describes.
+            ConfigError: if tasks are chosen first, because no rate describes that.
         """
         if not self.noise or self.sampling == "fixed":
             return sampling
@@ -175,11 +178,11 @@ class Privacy:
 
 
 _ORDERS = {"labels": ("counts", "names"), "scores": ("exact", "coarse", "none")}
-"""Settings in which each value tells less than the one before it."""
+"""Settings in which each value discloses less than the one before it."""
 
 
 def sampling_rate(at_once: int, clients: int) -> float:
-    """q: with which a client takes part where so many of so many are expected in a round."""
+    """Return q, the rate at which each client takes part if `at_once` of `clients` are expected in a round."""
     return min(1.0, at_once / max(clients, 1))
 
 
@@ -187,13 +190,13 @@ def sampling_rate(at_once: int, clients: int) -> float:
 
 
 def fresh_generator() -> torch.Generator:
-    """A generator from the operating system's randomness: another one at every call. Tests alone replace it."""
+    """Return a new generator, seeded by the operating system's randomness at every call; only tests replace it."""
     return torch.Generator().manual_seed(secrets.randbits(63))
 
 
 @dataclass(frozen=True)
 class PoissonSampling(Sampling):
-    """Every client by itself with a probability, drawn from the operating system's randomness.
+    """Sampling of every client independently with a probability, drawn from the operating system's randomness.
 
     Args:
         rate: the probability, of the clients that can take part.
@@ -202,12 +205,12 @@ class PoissonSampling(Sampling):
     rate: float = 1.0
 
     def choose(self, clients: Sequence[ClientInfo], round: int, seed: int) -> list[ClientInfo]:
-        """Whoever was drawn, nobody included; `round` and `seed` do not matter."""
+        """Draw the clients, possibly none; `round` and `seed` do not matter."""
         draw = random.SystemRandom()
         return [client for client in sorted(clients, key=lambda c: c.id) if draw.random() < self.rate]
 
     def quorum(self, selected: int) -> int:
-        """As in `Sampling`, but a round of few that were drawn is not short of clients."""
+        """Return the quorum of `Sampling`, but never more than the clients drawn, so that a small draw can succeed."""
         return min(selected, super().quorum(selected))
 
 
@@ -215,10 +218,12 @@ class PoissonSampling(Sampling):
 
 
 class PrivateMean:
-    """What `Setup.mean` gives under differential privacy: filled and read like `params.WeightedMean`.
+    """The mean of `Setup.mean` under differential privacy; it has the interface of `params.WeightedMean`.
 
     Args:
-        privacy: clip and noise. previous: the server's parameters. cohort: m, clients that are expected in a round.
+        privacy: clip and noise.
+        previous: the server's parameters.
+        cohort: m, clients that are expected in a round.
     """
 
     def __init__(self, privacy: Privacy, previous: Mapping[str, Tensor], cohort: float):
@@ -231,7 +236,7 @@ class PrivateMean:
         self._clipped = 0
 
     def add(self, params: Mapping[str, Tensor], weight: float | Callable[[str], float]) -> None:
-        """Count one client's whole reply, once; every client weighs 1, whatever `weight` says.
+        """Add one client's whole reply, once; every client weighs 1, whatever `weight` says.
 
         Raises:
             PayloadError: for a name or shape that the server's model does not have.
@@ -265,17 +270,17 @@ class PrivateMean:
         return merged
 
     def told(self) -> dict[str, float]:
-        """For the record, which is not private: clients whose change was clipped."""
+        """Return the number of clients whose change was clipped, for the record, which is not private."""
         return {"clipped": float(self._clipped)}
 
 
 VARIANCE = "running_var"
 STATISTICS = 0.1
-"""Share of C^2 that a client's running statistics may take, where the model has some."""
+"""Share of C^2 that a client's running statistics may use, if the model has any."""
 
 
 def is_statistic(key: str) -> bool:
-    """Return whether a flat name is of a running statistic of a batch norm."""
+    """Return True if a flat name is of a running statistic of a batch norm."""
     return key.endswith(("running_mean", VARIANCE))
 
 
@@ -289,10 +294,10 @@ def epsilon_spent(privacy: Privacy, clients: int, cohort: int, rounds: int, usag
 
     Args:
         cohort: clients expected in a round; the sampling rate is `cohort / clients`.
-        rounds: rounds that began, whether they came to an end or not.
-        usage: whether the method asks for usage. A client tells it once a round at most. It is not amplified, because
-            the server sees whose usage it is.
-        weights: whether the weights count; without them this is what usage alone has spent.
+        rounds: rounds that began, whether or not they were completed.
+        usage: whether the method asks for usage. A client discloses it once a round at most. It is not amplified,
+            because the server sees which client it belongs to.
+        weights: whether the weights count; without them, the result is the epsilon spent by usage alone.
 
     Raises:
         ConfigError: if dp-accounting is not installed.
@@ -308,12 +313,12 @@ def epsilon_spent(privacy: Privacy, clients: int, cohort: int, rounds: int, usag
     sampled = weights and privacy.noise > 0 and privacy.sampling == "poisson" and rate < 1
     if weights and privacy.noise > 0 and not sampled:
         noises.append(privacy.noise)
-    inverse = math.fsum(noise**-2 for noise in noises) * rounds  # 1 / sigma^2 of the one Gaussian that they are
+    inverse = math.fsum(noise**-2 for noise in noises) * rounds  # 1 / sigma^2 of one Gaussian equivalent to all of them
     if not sampled:
         return float(get_epsilon_gaussian(inverse**-0.5, delta)) if inverse else 0.0
     if (inverse + privacy.noise**-2 * rounds) > HOPELESS:
         return math.inf
-    # The loss of one round lies within about 1 / (2 z^2) + 9 / z: begin with 200 steps of it.
+    # The loss of one round lies within about 1 / (2 z^2) + 9 / z, so start with 200 steps over that range.
     step, before = (0.5 / privacy.noise + 9) / privacy.noise / 200, math.inf
     for _ in range(REFINEMENTS):
         epsilon = _sampled_epsilon(rate, privacy.noise, rounds, inverse, step, delta)
@@ -324,9 +329,9 @@ def epsilon_spent(privacy: Privacy, clients: int, cohort: int, rounds: int, usag
 
 
 HOPELESS = 1e6
-"""rounds / z^2 above which epsilon is reported as infinite: it would be thousands, which promises nothing."""
+"""rounds / z^2 above which epsilon is reported as infinite: it would be in the thousands, which guarantees nothing."""
 AGREED = 0.02
-"""Relative change of epsilon from a step to its quarter at which refinement stops; 1/15 of it is left as an error."""
+"""Relative change of epsilon from one step to its quarter at which refinement stops; 1/15 of it remains as error."""
 REFINEMENTS = 6
 
 
@@ -337,18 +342,18 @@ def _sampled_epsilon(rate: float, noise: float, rounds: int, inverse: float, ste
     composed = _round_loss(rate, noise, step).self_compose(rounds)
     if inverse:
         composed = composed.compose(from_gaussian_mechanism(inverse**-0.5, value_discretization_interval=step))
-    with np.errstate(over="ignore"):  # a ratio of masses that is beyond all numbers is larger than any loss
+    with np.errstate(over="ignore"):  # a ratio of masses that overflows is larger than any loss
         return float(composed.get_epsilon_for_delta(delta))
 
 
 def epsilon_of_sgd(rate: float, noise: float, steps: int, delta: float) -> float:
-    """Return epsilon of so many steps of DP-SGD, every row drawn with `rate` and noise of `noise` times the clip.
+    """Return epsilon of `steps` steps of DP-SGD that draws every row with `rate`, with noise of `noise` times the clip.
 
     Raises:
         ConfigError: if dp-accounting is not installed.
     """
     privacy = Privacy(noise=noise, delta=delta, epsilon=1.0)
-    clients = 1_000_000  # any number: the rate is the cohort's share of it, and delta is given
+    clients = 1_000_000  # any number works: the rate is the cohort's share of it, and delta is given
     return epsilon_spent(privacy, clients, round(rate * clients), steps, usage=False)
 
 
@@ -364,14 +369,14 @@ def _round_loss(rate: float, noise: float, step: float) -> Any:
 
 
 def usage_told(demand: Mapping[str, Tensor], privacy: Privacy) -> dict[str, Tensor]:
-    """What a client tells of its usage.
+    """Return what a client discloses about its usage.
 
     Args:
         demand: block -> tokens that asked for each expert, int64 [E], or another measure >= 0 of each, float [E].
 
     Returns:
-        Of the same form and dtypes: what is given; 1 for the upper half of a layer's experts (ties: lower id) and 0 for
-        the others; or noised shares of `TOKENS`, none below 0.
+        A mapping of the same form and dtypes. "exact": the input; "coarse": 1 for the upper half of a layer's experts
+        (ties: lower id) and 0 for the others; "noised": noised shares of `TOKENS`, none below 0.
     """
     if privacy.usage == "exact":
         return dict(demand)

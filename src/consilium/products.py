@@ -1,13 +1,13 @@
-"""float32 matrix products at the speed of the processor, where torch's usual library does not reach it.
+"""Faster float32 matrix products on CPUs for which torch's usual library is slow.
 
-torch leaves the float32 products of a CPU to MKL, which uses no AVX-512 on processors that are not Intel's; oneDNN,
-which torch has for convolutions and for bfloat16, does, and is twice as fast there. torch hands it float32 products
-where it is allowed to compute them in bfloat16. A processor with units for that (AMX) would then do so; others have
-nothing to gain by it and compute in float32, which `faster` makes sure of.
+torch uses MKL for the float32 products of a CPU, and MKL uses no AVX-512 on processors of other makers than Intel.
+oneDNN, which torch uses for convolutions and for bfloat16, does use it, and is twice as fast there. torch passes
+float32 products to oneDNN only if it may compute them in bfloat16. A processor with units for bfloat16 (AMX) would then
+do so. Others gain nothing from it and compute in float32, and `faster` verifies that.
 
-oneDNN compiles a kernel for every new shape, which takes longer than a small product and 0.7 MB that it keeps. So only
-products with large matrices go there, in pieces of a few numbers of rows (`SIZES`): of a model there are some dozens of
-kernels, whatever its batches. What is computed follows from shapes alone, never from the clock.
+oneDNN compiles a kernel for every new shape. This takes longer than a small product, and keeps 0.7 MB per kernel.
+Therefore only products with large matrices use it, in pieces of a few fixed numbers of rows (`SIZES`). A model then
+needs some dozens of kernels, whatever its batches. The way of computation depends on shapes alone, never on timings.
 
 Shapes: N rows, X and Y columns.
 """
@@ -26,16 +26,16 @@ __all__ = ["QuickLinear", "faster", "inner", "quicken", "rows"]
 Model = TypeVar("Model", bound=nn.Module)
 
 LARGE = 2**16
-"""Numbers in a matrix from which on products with it are worth it."""
+"""Elements of a matrix from which on oneDNN pays off."""
 NARROW = 32
-"""Its rows and columns, likewise."""
+"""Smallest number of rows and of columns of such a matrix."""
 SIZES = (256, 64, 16)
-"""Rows of x that are taken together."""
+"""Rows of x that are multiplied together."""
 
 
 @cache
 def faster() -> bool:
-    """Whether this processor computes float32 products faster by oneDNN, and no less exactly."""
+    """Return True if this processor computes float32 products faster by oneDNN, and no less exactly."""
     libraries = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
     if not libraries or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
@@ -44,7 +44,7 @@ def faster() -> bool:
             return False
     except OSError:
         return False
-    a = torch.full((256, 256), 1 + 2**-12)  # bfloat16 would make it 1
+    a = torch.full((256, 256), 1 + 2**-12)  # bfloat16 would round it to 1
     return bool((_by_onednn(torch.mm, a, torch.ones(256, 256)) == 256 + 2**-4).all())
 
 
@@ -58,19 +58,21 @@ def _by_onednn(product: Callable[..., Tensor], *tensors: Tensor, **how: Any) -> 
 
 
 def _quick(n: int, x: int, y: int, like: Tensor) -> bool:
-    """Whether a product of n rows with a matrix [X, Y], or of their sum over rows, goes to oneDNN."""
+    """Return True if oneDNN should compute a product of n rows with a matrix [X, Y], or the sum over n rows of such."""
     few = n < 8 or x * y < LARGE or min(x, y) < NARROW
     return not few and like.dtype == torch.float32 and like.device.type == "cpu" and faster()
 
 
 def _pieces(n: int, room: int) -> Iterator[tuple[int, int]]:
-    """Rows 0 .. n in pieces (from, to) of `SIZES`; the last may reach beyond n, but not beyond `room`, or it is shorter
-    than any."""
+    """Yield rows 0 .. n in pieces (from, to) of the lengths in `SIZES`.
+
+    The last piece may extend beyond n, but not beyond `room`; otherwise it is shorter than any of `SIZES`.
+    """
     start, least = 0, SIZES[-1]
     for size in SIZES:
         while n - start >= size:
             if size == least and n - start > least and start + SIZES[-2] <= room:
-                break  # one that is a little too long, in place of several
+                break  # one piece that is a little too long replaces several
             yield start, start + size
             start += size
     if start < n:
@@ -84,7 +86,7 @@ def rows(
     """Write alpha x b, or add + alpha x b, into `out` [N, Y], and return it.
 
     Args:
-        n: rows that are wanted of x and `out`; a few behind them may be written, too. None: all.
+        n: rows of x and `out` to compute; a few rows after them may be written, too. None: all.
         add: [Y], or `out` itself.
     """
     n = len(x_NX) if n is None else n
@@ -99,7 +101,7 @@ def rows(
 
 
 def inner(left_NX: Tensor, right_NY: Tensor, alpha: float = 1.0) -> Tensor:
-    """alpha left^T right, [X, Y]: a sum over rows."""
+    """Return alpha left^T right, [X, Y]: a sum over rows."""
     n, left_XN = len(left_NX), left_NX.t()
     out = left_NX.new_empty(len(left_XN), right_NY.shape[1])
     if not _quick(n, *out.shape, left_NX):
@@ -123,7 +125,7 @@ def _rows(x_NX: Tensor, b_XY: Tensor, out: Tensor, add: Tensor | None, alpha: fl
 
 
 class _Linear(torch.autograd.Function):
-    """`torch.nn.functional.linear` by `rows` and `inner`."""
+    """`torch.nn.functional.linear`, computed by `rows` and `inner`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_YX: Tensor, bias: Tensor | None) -> Tensor:
@@ -148,7 +150,7 @@ class _Linear(torch.autograd.Function):
 
 
 class QuickLinear(nn.Linear):
-    """A linear layer whose large float32 products on a CPU are computed by what is faster there.
+    """A linear layer that uses the fastest library for large float32 products on a CPU.
 
     Gradients through it cannot be differentiated again.
     """
@@ -169,7 +171,7 @@ class QuickLinear(nn.Linear):
 
 
 def quicken(model: Model) -> Model:
-    """The same model, its linear layers turned into `QuickLinear` where that is faster."""
+    """Turn the linear layers of a model into `QuickLinear` in place if that is faster, and return the model."""
     if faster():
         for module in model.modules():
             if type(module) is nn.Linear:

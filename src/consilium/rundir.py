@@ -5,7 +5,7 @@ runs/<name>/
   partition.json    which client holds which data
   metrics.jsonl     one record per round, with its ledger       events.jsonl   what happened to which client
   structure.jsonl   which client holds which experts            summary.json   the result
-  completions.json  what the models write, if asked for
+  completions.json  completions by the models, if asked for
   checkpoints/  clients/  report.html
 """
 
@@ -32,26 +32,26 @@ from consilium.inside import open_here, refuse_links
 __all__ = ["SITES", "RunDirectory"]
 
 SITES = {"type": "sites"}
-"""What the run of a deployment says of its data."""
+"""The entry "data" in the config.json of a deployment's run."""
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """One run on disk."""
+    """The files of one run on disk."""
 
     path: Path
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
     def exists(self) -> bool:
-        """Return whether a run has begun here."""
+        """Return True if a run has begun here."""
         return (self.path / "config.json").exists()
 
     def config(self) -> dict[str, Any]:
         """Read config.json.
 
         Raises:
-            CheckpointError: if the folder is not a run, or holds a link.
+            CheckpointError: if the folder is not a run, or contains a symbolic link.
         """
         refuse_links(self.path)
         inside = sorted(str(path.parent) for path in self.path.glob("*/config.json"))
@@ -81,7 +81,7 @@ class RunDirectory:
         return self._read("partition.json")
 
     def summary(self) -> dict[str, Any] | None:
-        """Read summary.json; None before the run has finished."""
+        """Read summary.json; return None before the run has finished."""
         return self._read("summary.json") if (self.path / "summary.json").exists() else None
 
     def _read(self, name: str) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class RunDirectory:
             raise CheckpointError(f"{path} cannot be read ({type(error).__name__}); start a new run") from error
 
     def rounds(self) -> Iterator[dict[str, Any]]:
-        """Yield the rounds in metrics.jsonl, without those that were abandoned and tried again."""
+        """Yield the rounds in metrics.jsonl, without those that were abandoned and retried."""
         return (record for record in self.attempts() if not record.get("abandoned"))
 
     def attempts(self) -> Iterator[dict[str, Any]]:
@@ -110,14 +110,14 @@ class RunDirectory:
 
     @contextmanager
     def locked(self, grace: float = 0.0) -> Iterator[None]:
-        """Keep other processes out. The lock goes with the process, however it ends.
+        """Lock the directory against other processes; the lock ends with the process, however it ends.
 
         Args:
             grace: seconds to wait for another process that has the lock.
 
         Raises:
-            CheckpointError: if another process still has it after that time, or if a part of the directory is a link:
-                writing through it would change files elsewhere.
+            CheckpointError: if another process still has it after that time, or if a part of the directory is a link,
+                because writing through it would change files elsewhere.
         """
         refuse_links(self.path)
         with open_here(self.path / ".lock", os.O_WRONLY | os.O_CREAT, "wb") as file:
@@ -133,7 +133,7 @@ class RunDirectory:
             yield
 
     def refuse_a_second_run(self) -> None:
-        """Raise ConfigError if there is a run here, or a comparison of runs."""
+        """Raise ConfigError if the folder contains a run, or a comparison of runs."""
         if self.exists() or any(self.path.glob("checkpoints/*.safetensors")):
             raise ConfigError(f"{self.path} already holds a run: resume it, or choose another --name or --out")
         if any(self.path.glob("*/config.json")):
@@ -141,10 +141,10 @@ class RunDirectory:
 
     @contextmanager
     def created(self) -> Iterator[None]:
-        """Make the folder; if what follows fails before a round was recorded, leave the disk as it was.
+        """Create the folder, and restore the disk's former state if the block fails before a round was recorded.
 
         Raises:
-            ConfigError: if the folder cannot be made.
+            ConfigError: if the folder cannot be created.
         """
         missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
         before = set(self.path.iterdir()) if not missing else set()
@@ -164,19 +164,19 @@ class RunDirectory:
                 raise
 
     def _remove(self, before: set[Path], made: Sequence[Path]) -> None:
-        """Remove all but what was there before, and the folders that were made."""
+        """Remove everything that was not there before, and the folders that were created."""
         for path in set(self.path.iterdir()) - before:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         for path in made:
-            with suppress(OSError):  # something else is in it
+            with suppress(OSError):  # the folder is not empty
                 path.rmdir()
 
     def write(self, name: str, value: Any) -> None:
-        """Write a JSON file at once: a reader sees the old one or the new one."""
+        """Write a JSON file atomically: a reader sees the old file or the new one."""
         write_atomic(self.path / name, json.dumps(value, indent=1, allow_nan=False).encode())
 
     def structure_log(self) -> StructureLog:
-        """Return the writer of structure.jsonl, at the end of what is there."""
+        """Return a writer that appends to structure.jsonl."""
         return StructureLog(self.path / STRUCTURE, _lines(self.path / STRUCTURE))
 
     def append(
@@ -186,7 +186,7 @@ class RunDirectory:
         server: Server,
         structure: StructureLog,
     ) -> None:
-        """Write what a round left, before its checkpoint commits it; a redone round writes it anew."""
+        """Append the records of a round, before its checkpoint commits it; a repeated round writes them again."""
         append_json(self.path / "metrics.jsonl", record)
         for event in events:
             append_json(self.path / "events.jsonl", event)
@@ -216,7 +216,7 @@ class RunDirectory:
 
 
 def _is_committed(path: Path, number: int, line: bytes, last: int, first: int) -> bool:
-    """Return whether a line is of a round before `first`, or of an abandoned try of that round.
+    """Return True if a line is of a round before `first`, or of an abandoned try of that round.
 
     Raises:
         CheckpointError: for a line that cannot be read, unless it is the last: the torn line of a killed run.

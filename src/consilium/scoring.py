@@ -1,4 +1,4 @@
-"""How models are scored: by the metric of their task, by the loss of every token, by the usage of their experts."""
+"""Scoring of models: by the metric of their task, by the loss of every token, by the usage of their experts."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,11 +33,11 @@ __all__ = [
 ]  # fmt: skip
 
 EVEN = 16
-"""Rows of a small model's batch come in multiples of so many."""
+"""The batch size of a small model is padded to a multiple of this number of rows."""
 
 
 def evaluate(model: TaskModel, data: Encoded, context: ClientContext, setup: Setup, tap: Tap | None = None) -> float:
-    """The task's metric on a split, in [0, 1]; see `assess`."""
+    """Return the task's metric on a split, in [0, 1]; see `assess`."""
     return assess(model, data, context, setup, tap)["score"]
 
 
@@ -49,14 +49,14 @@ def assess(
     tap: Tap | None = None,
     by_label: bool = False,
 ) -> dict[str, float]:
-    """Return the task's metric on a split, "score" in [0, 1], and what stands next to it.
+    """Return the task's metric on a split, "score" in [0, 1], and further scores with it.
 
-    Where the metric is the accuracy of tokens these are "perplexity" and "bits_per_byte" (the loss of all predicted
+    If the metric is the accuracy of tokens, these are "perplexity" and "bits_per_byte" (the loss of all predicted
     tokens in bits, divided by the bytes of text they stand for).
 
     Args:
         tap: counts the usage of experts over the split (teacher-forced for text-to-text).
-        by_label: of a classification, return "balanced" (the mean recall of the labels) and "recall <label>" as well.
+        by_label: for a classification, also return "balanced" (the mean recall of the labels) and "recall <label>".
     """
     if context.data.task.metric == "token_accuracy":
         sizes = token_bytes(setup.model.tokenizer()).to(context.device)
@@ -80,7 +80,7 @@ def assess(
                     logits, _ = model(batch)
                 if classify:
                     predictions += [model.labels[i] for i in logits.argmax(-1).tolist()]
-                del logits  # generation has its own
+                del logits  # generation computes its own
             if not classify:
                 prompt = data.batch(rows, context.device, prompt=True)
                 context.work.read(prompt["input_ids"].numel())
@@ -101,9 +101,9 @@ def _by_label(predictions: Sequence[str], targets: Sequence[str]) -> dict[str, f
 def first_ranked(
     model: SplitModel, splits: Sequence[TensorSplit], config: Fit, context: ClientContext, size: int
 ) -> list[list[int]]:
-    """Of each split the place of the label that the model ranks first, per row; computed in batches of `size`."""
+    """Predict the label index of every row in each split, in batches of `size`."""
     counts = [len(split) for split in splits]
-    if all(split.x is splits[0].x for split in splits):  # at once
+    if all(split.x is splits[0].x for split in splits):  # Splits of one data set are predicted in one pass.
         splits = [replace(splits[0], index=torch.cat([split.index for split in splits]))]
     ranked = torch.cat([_ranked(model, split, config, context, size) for split in splits])
     return [places.tolist() for places in ranked.split(counts)]
@@ -122,7 +122,7 @@ def _ranked(model: SplitModel, data: TensorSplit, config: Fit, context: ClientCo
 
 
 def score_places(model: SplitModel, data: TensorSplit, places: Sequence[int], context: ClientContext) -> float:
-    """The task's metric of the labels at these places, in [0, 1]."""
+    """Return the task's metric of the labels at these indices, in [0, 1]."""
     return score(context.data.task.metric, [model.labels[i] for i in places], data.texts)
 
 
@@ -132,7 +132,7 @@ def read_batches(
     """Yield rows of a split in batches of `size`, each counted against `context.work`.
 
     Args:
-        rows: which rows, in this order; None: all, in theirs.
+        rows: which rows, in this order; None: all, in their own order.
     """
     rows = torch.arange(len(data)) if rows is None else rows
     for start in range(0, len(rows), size):
@@ -142,19 +142,21 @@ def read_batches(
 
 
 def evened(model: nn.Module, context: ClientContext) -> bool:
-    """Whether rows may be filled in, see `even`, and that is of use."""
+    """Return True if padding rows, see `even`, is allowed and useful."""
     return context.device.type == "cpu" and isinstance(model, SplitModel) and stackable(model)
 
 
 def even(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The batch with its last row again up to a multiple of `EVEN` rows: a CPU's libraries compile kernels for every
-    number of rows, and clients differ in their last batch."""
+    """Pad a batch to a multiple of `EVEN` rows by repeating its last row.
+
+    A CPU's libraries compile kernels for every number of rows, and clients differ in the size of their last batch.
+    """
     more = -len(next(iter(batch.values()))) % EVEN
     return {key: torch.cat([t, t[-1:].expand(more, *t.shape[1:])]) if more else t for key, t in batch.items()}
 
 
 def even_logits(model: SplitModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """What the model says of a batch, computed with an even one."""
+    """Return a model's logits and labels of a batch, computed on the padded batch."""
     labels, filled = batch["labels"], even(batch)
     if (rows := len(filled["labels"])) == len(labels):
         return model(batch)
@@ -166,10 +168,11 @@ def even_logits(model: SplitModel, batch: Mapping[str, Tensor]) -> tuple[Tensor,
 def _teacher_forced(
     model: TaskModel, data: Encoded, context: ClientContext, size: int, bytes_V: Tensor, tap: Tap | None
 ) -> dict[str, float]:
-    """Score every predicted token after the true ones before it: how many rank first, and their loss.
+    """Score every predicted token given the true ones before it: the share that ranks first, and their loss.
 
     Args:
-        size: rows per batch. bytes_V: bytes that each token stands for, int64 [V].
+        size: rows per batch.
+        bytes_V: bytes that each token stands for, int64 [V].
     """
     model.eval()
     order = sorted(range(len(data)), key=lambda i: len(data.sources[i]) + len(data.targets[i]))

@@ -16,7 +16,7 @@ def changed(experiment: Experiment, settings: Mapping[str, str]) -> Experiment:
     """Return the experiment with some settings changed.
 
     Args:
-        settings: dotted name, as the command's flags have it ("fit.lr", "algorithm.beta") -> value as text.
+        settings: dotted name, as in the command's flags ("fit.lr", "algorithm.beta") -> value as text.
 
     Raises:
         ConfigError: for a name that does not exist, or a value that is not allowed there.
@@ -32,11 +32,11 @@ def changed(experiment: Experiment, settings: Mapping[str, str]) -> Experiment:
 
 
 def merged(experiment: Experiment, part: Mapping[str, Any]) -> Experiment:
-    """Return the experiment with a partial description laid over it.
+    """Return the experiment with a partial description merged into it.
 
     Args:
-        part: nested like a saved experiment; what it leaves out stays. A group with another "type" (another method,
-            another data source) replaces the whole group.
+        part: nested like a saved experiment; everything that it leaves out stays. A group with another "type" (another
+            method, another data source) replaces the whole group.
 
     Raises:
         ConfigError: for a name that does not exist, or a value that is not allowed there.
@@ -110,14 +110,14 @@ def read_sweep(text: str) -> tuple[str, list[str]]:
 
 
 def suffix_of(settings: Mapping[str, str]) -> str:
-    """Return what a run's name says of its settings, e.g. "-lr0.001"; "" without any."""
+    """Return the suffix of a run's name for its settings, e.g. "-lr0.001"; "" without any."""
     return "".join(
         "-" + re.sub(r"[^A-Za-z0-9._-]+", "_", f"{name.rpartition('.')[2]}{value}") for name, value in settings.items()
     )
 
 
 def _value(text: str) -> Any:
-    """Return the number, truth value, list or null that a text stands for; else the text itself."""
+    """Parse a text as a number, truth value, list or null; return the text itself if it is none of these."""
     if text in ("True", "False", "None"):
         return {"True": True, "False": False, "None": None}[text]
     try:

@@ -1,6 +1,6 @@
-"""What both halves of every method are built from: how clients train, and where models and data come from.
+"""The common set-up of both halves of every method: how clients train, and where models and data come from.
 
-`Setup` holds no weights. It gives a server its initial parameters and what devices can hold, and a client its live
+`Setup` holds no weights. It gives a server its initial parameters and the capacities of devices, and a client its live
 model and its data as tokens or tensors.
 """
 
@@ -45,18 +45,19 @@ __all__ = ["Setup"]
 
 @dataclass(frozen=True)
 class Setup(Planner):
-    """What both halves of every method are built from; holds no weights.
+    """The set-up from which both halves of every method are built; it holds no weights.
 
     Args:
         model: where the model comes from: one mixture of experts, or a cohort of small models.
         fit: how clients train.
         sampling: who takes part in a round.
-        seed: of the run.
+        seed: seed of the run.
         heads: task -> every label any client has, for the server's table of heads; {} for text-to-text.
         clients: all clients of the federation, as the server knows them.
-        shape: of one example, for a cohort; () for texts.
-        merging: how the server merges updates. privacy: what it may learn and tell of a client.
-        rounds: of the whole run, for what follows a schedule; 0: not known.
+        shape: shape of one example, for a cohort; () for texts.
+        merging: how the server merges updates.
+        privacy: what the server may learn about a client and disclose.
+        rounds: rounds of the whole run, for schedules; 0: not known.
     """
 
     model: ModelSource | Cohort
@@ -71,14 +72,17 @@ class Setup(Planner):
     rounds: int = 0
 
     def initial_params(self, client: ClientInfo | None = None) -> Params:
-        """Where all methods start. The pretrained backbone, and a zero head row for every label of every task; in a
-        cohort: an extractor and head rows by their own initialisation, the same for all of one architecture.
+        """Return the parameters from which all methods start.
 
-        They are float32 whatever `model.dtype` is, so that a server loses nothing by rounding from round to round.
-        With `fit.lora`, of the backbone only the router rows, and new adapters, the same for all clients.
+        For a mixture of experts they are the pretrained backbone, and a zero head row for every label of every task. In
+        a cohort they are an extractor and head rows with their own initialisation, the same for all clients of one
+        architecture.
+
+        They are float32 whatever `model.dtype` is, so that the server loses nothing by rounding from round to round.
+        With `fit.lora`, they contain only the router rows of the backbone, and new adapters, the same for all clients.
 
         Args:
-            client: whose model; None: the one that all clients have.
+            client: the client that gets the model; None: the model that all clients have.
 
         Raises:
             ConfigError: for None in a cohort of several architectures.
@@ -88,12 +92,12 @@ class Setup(Planner):
         params = self.model.load()
         if self.fit.lora.rank:
             params = {key: tensor for key, tensor in params.items() if travels(key)} | self.initial_adapters()
-        for key in list(params):  # one by one, so that the model is never in memory twice
+        for key in list(params):  # one by one, so that memory never holds the model twice
             params[key] = params[key].to(torch.float32)
         return params | self.zero_heads()
 
     def zero_heads(self) -> Params:
-        """Return the head rows with which mixtures of experts begin: zeros for every label of every task."""
+        """Return the initial head rows of mixtures of experts: zeros for every label of every task."""
         heads: Params = {}
         for task, labels in self.heads.items():
             for label in labels:
@@ -102,10 +106,10 @@ class Setup(Planner):
         return heads
 
     def initial_adapters(self, *seed: object) -> Params:
-        """Return the adapters with which all begin, float32, and for rules that fold zeros to add to.
+        """Return the initial adapters, float32, and, for rules that fold, zeros to add to.
 
         Args:
-            seed: further parts of the seed, for a later beginning.
+            seed: further parts of the seed, for a later restart of the adapters.
         """
         adapters = initial_adapters(self.model.skeleton("", ()), self.fit.lora, derive_seed(self.seed, "lora", *seed))
         adapters = {key: tensor.to(torch.float32) for key, tensor in adapters.items()}
@@ -125,7 +129,7 @@ class Setup(Planner):
         return {**self.extractor_params(name), **self.head_params(self.model.width_of(name, self.shape))}
 
     def head_params(self, width: int) -> Params:
-        """The head rows with which models of a cohort begin, whose representations have that width."""
+        """Return the initial head rows of a cohort's models with representations of this width."""
         params: Params = {}
         for task, labels in self.heads.items():
             head = initial(lambda labels=labels: nn.Linear(width, len(labels)), self.seed, "head", task, width)
@@ -135,7 +139,7 @@ class Setup(Planner):
 
     @property
     def common_width(self) -> int:
-        """d, the width of the representation of every model of a cohort.
+        """Return d, the width of the representation of every model of a cohort.
 
         Raises:
             ConfigError: if it differs between architectures.
@@ -147,7 +151,7 @@ class Setup(Planner):
 
     @property
     def classes(self) -> int:
-        """C, the number of labels, for methods whose messages have a place for each.
+        """Return C, the number of labels, for methods with one place per label in their messages.
 
         Raises:
             ConfigError: if clients have different tasks.
@@ -157,23 +161,26 @@ class Setup(Planner):
         return len(next(iter(self.heads.values())))
 
     def own_params(self, context: ClientContext) -> Params:
-        """A client's own model: as it left it in its state, or as it begins."""
+        """Return a client's own model: from its state if it has one there, else with initial weights."""
         if context.state.params:
             return context.state.params
         self.admit_small(lambda: self.model.extractor(context.info.architecture, self.shape), context)
         return select(self.initial_params(context.info), context.data.task.name)
 
     def extractor_params(self, name: str) -> Params:
-        """The weights with which a client's own extractor begins: of the run's seed and its architecture's name."""
+        """Return the initial weights of a client's own extractor, by the run's seed and its architecture's name."""
         return initial(lambda: self.model.extractor(name, self.shape), self.seed, "extractor", name)
 
     def small_params(self) -> Params:
-        """The weights with which the extractor that all share beside their own begins: never those of a client's own,
-        also where the architecture is the same (two equal extractors would learn the same, and a gate nothing)."""
+        """Return the initial weights of the shared extractor that clients use next to their own.
+
+        They always differ from those of a client's own extractor, even if the architecture is the same: two equal
+        extractors would learn the same, and a gate between them would learn nothing.
+        """
         return initial(lambda: self.model.extractor(self.model.small, self.shape), self.seed, "small extractor")
 
     def public_usage(self, *seed: str) -> dict[str, Tensor]:
-        """Block -> share of public tokens per expert [E], from the model's card; random where it says nothing."""
+        """Return block -> share of public tokens per expert [E], from the model's card; random if the card has none."""
         known, rng = self.model.public_usage(), torch.Generator().manual_seed(derive_seed(self.seed, *seed))
         return {
             block: torch.tensor(known[block]) if block in known else torch.rand(total, generator=rng)
@@ -181,7 +188,7 @@ class Setup(Planner):
         }
 
     def encode(self, context: ClientContext, split: Split | TensorSplit) -> Encoded | TensorSplit:
-        """A split of the client's data as token ids for this model, in a cohort as a tensor; tensors are what they are.
+        """Encode a split of the client's data: token ids for a mixture of experts, a tensor for a cohort; keep tensors.
 
         Raises:
             BudgetError: if the rows do not fit what the client allows.
@@ -189,12 +196,12 @@ class Setup(Planner):
         """
         if isinstance(split, TensorSplit):
             return split
-        if isinstance(self.model, Cohort):  # a row of so many numbers for each, whatever its length
+        if isinstance(self.model, Cohort):  # every row takes the same room, whatever its length
             context.work.hold(8 * len(split) * self.fit.max_length, "the data as rows of fit.max_length tokens")
         return self._tokens(context.data.task, split)
 
     def _tokens(self, task: Task, split: Split) -> Encoded | TensorSplit:
-        """Return texts as token ids, see `encode`."""
+        """Encode texts as token ids, see `encode`."""
         self.check(task)
         fit, tokenizer = self.fit, self.model.tokenizer()
         if isinstance(self.model, Cohort):
@@ -211,8 +218,9 @@ class Setup(Planner):
         """Check that this model and `fit` can do a client's task, and can read its first example.
 
         Raises:
-            ConfigError: see `check`. ModelError: for a tokenizer that is missing or no pair with the model.
-            DataError: for texts that cannot be written as tokens, e.g. by a chat template that is broken.
+            ConfigError: see `check`.
+            ModelError: for a tokenizer that is missing or does not match the model.
+            DataError: for texts that cannot be tokenized, e.g. because of a broken chat template.
         """
         self.check(data.task)
         if isinstance(data.train, Split):
@@ -239,12 +247,13 @@ class Setup(Planner):
     def sub_moe(self, params: Params, task: str, held: ExpertSet | None, client: ClientInfo | None = None) -> Payload:
         """Return what a client of `task` needs to build the sub-MoE with the experts `held` (None: all).
 
-        Group "params", scalars that name the experts and the scale of their gates, and, where `fit.gates` needs them,
-        group "router": the router rows of the absent experts. Of adapters, the part that a rule keeps away from the
-        server is left out, and group "base" has what a rule has added to the frozen weights.
+        The payload has the group "params", scalars that name the experts and the scale of their gates, and, if
+        `fit.gates` needs it, the group "router" with the router rows of the absent experts. The part of the adapters
+        that a rule keeps away from the server is left out. The group "base" contains what a rule has added to the
+        frozen weights.
 
         Args:
-            client: whose rank adapters are cut to; None: the full rank.
+            client: adapters are cut to this client's rank; None: the full rank.
         """
         groups, scalars = {"params": select(params, task, held)}, {}
         if self.fit.lora.rank:
@@ -256,7 +265,7 @@ class Setup(Planner):
         return Payload(groups, {**self.slice_scalars(held), **scalars})
 
     def _adapted(self, chosen: Params, client: ClientInfo | None) -> tuple[dict[str, Params], dict[str, Scalar]]:
-        """Groups and scalars of a payload with adapters, see `sub_moe`."""
+        """Return groups and scalars of a payload with adapters, see `sub_moe`."""
         lora = self.fit.lora
         rank = lora.rank if client is None else self.rank_of(client)
         base = {key: tensor for key, tensor in chosen.items() if is_folded(key)}
@@ -272,12 +281,12 @@ class Setup(Planner):
         return groups, {"halves": True} if lora.rule == "alternate" else {}
 
     def leaving(self, params: Params, model: TaskModel | SplitModel, context: ClientContext) -> Params:
-        """Return what leaves a client of the parameters that it has trained: of adapters the halves that a rule merges.
+        """Return the part of the trained parameters that leaves a client: of adapters, the halves that a rule merges.
 
-        What stays is kept in `context.private`.
+        The rest is kept in `context.private`.
 
         Args:
-            model: the live model that they are of.
+            model: the live model of the parameters.
         """
         lora = self.fit.lora
         if not lora.rank or lora.rule in PAIRWISE or lora.rule == "mean":
@@ -290,10 +299,10 @@ class Setup(Planner):
         return {key: t for key, t in params.items() if not is_adapter(key) or key.endswith(trains)}
 
     def both_halves(self, params: Params, own: Params) -> Params:
-        """Return parameters with the halves of adapters that are not sent.
+        """Return parameters completed by the halves of adapters that are not sent.
 
         Args:
-            own: the client's halves (`ClientContext.private`); those it has none of are as they begin.
+            own: the client's halves (`ClientContext.private`); missing halves take their initial values.
         """
         missing = self.fit.lora.private
         if not missing:
@@ -304,7 +313,7 @@ class Setup(Planner):
         return {name: own.get(name, begin.get(name)) for name in names} | params
 
     def slice_scalars(self, held: ExpertSet) -> dict[str, Scalar]:
-        """Return the scalars of a payload that say which experts a sub-MoE holds and how its gates are scaled."""
+        """Return the scalars of a payload that name the experts of a sub-MoE and the scale of its gates."""
         scale = self.model.gate_scales(held) if self.fit.gates == "constant" else {}
         return {**experts_to_scalars(held), **gates_to_scalars(scale)}
 
@@ -315,12 +324,12 @@ class Setup(Planner):
         held: ExpertSet | None = None,
         gates: Gates | None = None,
     ) -> TaskModel | SplitModel:
-        """The client's live model on its device, holding only `held` experts.
+        """Build the client's live model on its device, with only the `held` experts.
 
-        With `fit.lora` the base is read from the model's own place, and `params` are what travels.
+        With `fit.lora` the base is read from the model's own place, and `params` holds only what travels.
 
         Args:
-            gates: of a payload, see `gates.gates_from_scalars`; None: gates are not scaled.
+            gates: gates of a payload, see `gates.gates_from_scalars`; None: gates are not scaled.
 
         Raises:
             BudgetError: if the model does not fit what the client allows.
@@ -349,14 +358,15 @@ class Setup(Planner):
         load_flat(add_lora(model, lora.at(rank)), params, held)
         trains = lora.trains(context.round)
         if lora.rule == "alternate" and not any(t.any() for key, t in params.items() if key.endswith(".lora_B")):
-            trains = ("lora_B",)  # no gradient reaches A before
+            trains = ("lora_B",)  # A has no gradient before B changes from zero
         for name, half in model.adapters.named().items():
             half.requires_grad_(name.endswith(trains))
         return model
 
     def build_sent(self, payload: Payload, context: ClientContext) -> TaskModel | SplitModel:
-        """Build the client's live model from what it was sent (see `sub_moe`): its experts, and how their gates are
-        scaled.
+        """Build the client's live model from the payload that it was sent, with its experts and gate scales.
+
+        The payload is that of `sub_moe`.
 
         Raises:
             ModelError, PayloadError: see `build`.
@@ -366,12 +376,13 @@ class Setup(Planner):
         return self.build(params, context, experts_from_scalars(payload.scalars), gates)
 
     def mean(self, previous: Params, round: int = 0) -> WeightedMean | RobustMean | PrivateMean:
-        """Return what a server merges a round's replies with: the weighted mean (of adapters by `fit.lora.rule`), or
-        what `merging` and `privacy` put in its place.
+        """Return the mean with which a server merges a round's replies.
+
+        This is the weighted mean (for adapters by `fit.lora.rule`), unless `merging` or `privacy` replaces it.
 
         Args:
-            previous: the server's parameters, of which the replies are changed versions.
-            round: of the run; adapters that a rule begins anew are drawn by it.
+            previous: the server's parameters; the replies are changed versions of them.
+            round: number of the round; adapters that a rule restarts are drawn by it.
         """
         lora = self.fit.lora
         if self.privacy.noise:
@@ -386,7 +397,7 @@ class Setup(Planner):
 
     @property
     def cohort(self) -> int:
-        """Clients that are expected in a round."""
+        """Return the number of clients that are expected in a round."""
         return min(self.sampling.clients_per_round, len(self.clients))
 
     def split_model(
@@ -397,13 +408,13 @@ class Setup(Planner):
         kind: type[SplitModel] = SplitModel,
         used: SplitModel | None = None,
     ) -> SplitModel:
-        """A live model on the client's device with weights `params`: `make`'s extractor and the client's head.
+        """Return a live model on the client's device with weights `params`: `make`'s extractor and the client's head.
 
-        Filters of convolutions lie channels last, which torch takes as a wish for the whole computation: on a CPU,
-        where `blocked` does not compute them, a step then takes 0.82 of the time.
+        Convolution filters are stored channels last, and torch then uses that layout for the whole computation. On a
+        CPU, where `blocked` does not compute them, a step then takes 0.82 of the time.
 
         Args:
-            used: a model that was made so before, for a client with the same labels, and is done with: it is filled.
+            used: a finished model that was made in the same way, for a client with the same labels; it is refilled.
         """
         model, task = used, context.data.task
         if model is None:
@@ -420,7 +431,7 @@ class Setup(Planner):
         model.to(context.device)
         for parameter in model.parameters():
             if parameter.dim() == 4:
-                # Not `contiguous`, which leaves filters of one channel as they are, and with them all that follows.
+                # `contiguous` leaves filters of one channel as they are, and with them the layout of all that follows.
                 parameter.data = parameter.data.to(memory_format=torch.channels_last)
         return quicken(model)
 

@@ -21,10 +21,11 @@ def best_round(
     """Return the number, stage and score of the round with the best validation so far; None if no client gave a score.
 
     The score is the mean over tasks of the validation scores in the accepted replies, of the models as trained. Test
-    data is not used. A new stage of the method starts anew, because its models are others.
+    data is not used. A new stage of the method starts over, because its models are different.
 
     Args:
-        best: of the rounds before. record: of this round.
+        best: the best of the rounds before.
+        record: the record of this round.
     """
     tasks: dict[str, list[float]] = {}
     for info in infos:
@@ -43,7 +44,7 @@ def summarise(prepared: Prepared, folder: RunDirectory, store: ClientStore, writ
     """Return the result of all rounds, as docs/run-directory.md describes it.
 
     Args:
-        writing: seconds that the last round's files took.
+        writing: seconds spent on writing the last round's files.
     """
     rounds = list(folder.rounds())
     tested = [record for record in rounds if record["test"] is not None]
@@ -105,15 +106,21 @@ def summarise(prepared: Prepared, folder: RunDirectory, store: ClientStore, writ
 
 
 def _simple(prepared: Prepared) -> dict[str, Any] | None:
-    """Return the scores of a simple model; None in a deployment, whose data is elsewhere, and where none are told."""
+    """Return the scores of a simple model, or None.
+
+    There are none in a deployment, whose data is elsewhere, or if clients do not disclose exact scores.
+    """
     if prepared.federation is None or prepared.experiment.privacy.scores != "exact":
         return None
     return simple_scores(prepared.federation)
 
 
 def _papers_metric(rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What the pFedMoE family reports, for runs of a cohort: in each round the mean over the clients that took part of
-    their test accuracy before aggregation; of all rounds the best. It is optimistic: chosen by the test data."""
+    """Return the metric that the pFedMoE family reports, for runs of a cohort.
+
+    It is the mean test accuracy before aggregation of the clients that took part in a round, maximised over all rounds.
+    It is optimistic, because the test data selects the round.
+    """
     key = "test before aggregation"
     means = [
         sum(told) / len(told)
@@ -126,6 +133,6 @@ def _papers_metric(rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def _plausible(value: float) -> float:
     """Return the value, or 0 if it is so large that only a lying client can have reported it.
 
-    Replies are bounded now, but a run that was begun before they were may hold such numbers.
+    Replies are bounded now, but a run that began with an earlier version may contain such numbers.
     """
     return value if is_number(value, 0, 1e100) else 0.0

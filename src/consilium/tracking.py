@@ -1,12 +1,12 @@
-"""Runs in TensorBoard, MLflow and Weights & Biases, through their own clients; each is an extra of the package.
+"""Logging of runs to TensorBoard, MLflow and Weights & Biases; each is an extra of the package.
 
-A `Tracking` is a `run.Watch`. `tracking.json` in the run directory says under which name each tool knows the run and
-which round it was last told, so a resumed run goes on in the same tracked run: rounds that it lacks are told from
-metrics.jsonl, none is told twice. Nothing is sent over a network unless the tool's own variables say so
+A `Tracking` is a `loop.Watch`. `tracking.json` in the run directory stores each tool's name of the run and the last
+round that was logged to it. A resumed run therefore continues the same tracked run: missing rounds are logged from
+metrics.jsonl, and none is logged twice. Nothing is sent over a network unless the tool's own variables say so
 (MLFLOW_TRACKING_URI, WANDB_MODE=online).
 
     tensorboard  <run>/tensorboard                 tensorboard --logdir runs
-    mlflow       mlflow.db beside the runs         mlflow ui --backend-store-uri sqlite:///runs/mlflow.db
+    mlflow       mlflow.db next to the runs        mlflow ui --backend-store-uri sqlite:///runs/mlflow.db
     wandb        <run>/wandb, offline              wandb sync runs/NAME/wandb/offline-run-*
 
 Measures of a round: scores/<task>, test/<client>, validation/<client>, loss/<client>, loss/mean, experts/<client>,
@@ -41,13 +41,17 @@ PROJECT = "consilium"
 
 
 def parameters(experiment: Experiment) -> dict[str, bool | int | float | str]:
-    """The experiment as flat hyper-parameters, named like the command's flags: "algorithm.K", "fit.lr"."""
+    """Return the experiment as flat hyper-parameters, named like the command's flags: "algorithm.K", "fit.lr"."""
     found = flat_fields(to_json(experiment))
     return {name: v if isinstance(v, bool | int | float | str) else json.dumps(v) for name, v in found.items()}
 
 
 def measures(record: Mapping[str, Any], spent: int) -> dict[str, float]:
-    """A round's numbers by name. `spent`: bytes of all rounds until this one, itself included."""
+    """Return a round's measures by name.
+
+    Args:
+        spent: bytes of all rounds up to and including this one.
+    """
     found: dict[str, float | None] = {f"scores/{task}": score for task, score in (record["scores"] or {}).items()}
     found |= {f"test/{client}": score for client, score in (record["test"] or {}).items()}
     losses = []
@@ -63,7 +67,11 @@ def measures(record: Mapping[str, Any], spent: int) -> dict[str, float]:
 
 
 class Tracker(Protocol):
-    """A tool. `token`: what it needs to find the run again, as JSON; {} for a run it does not know yet."""
+    """A tracking tool.
+
+    Attributes:
+        token: JSON with which the tool finds the run again; {} for a run that it does not know yet.
+    """
 
     token: dict[str, Any]
 
@@ -77,7 +85,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files below the run directory; the configuration under HPARAMS, the report's path under TEXT."""
+    """Event files below the run directory; the configuration is under HPARAMS, the report's path under TEXT."""
 
     def __init__(self, folder: Path, experiment: Experiment, token: dict[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -102,7 +110,7 @@ class TensorBoard:
 
 
 class MLflow:
-    """A run of the experiment "consilium" in MLFLOW_TRACKING_URI, or in a database beside the run directories."""
+    """A run of the experiment "consilium" in MLFLOW_TRACKING_URI, or in a database next to the run directories."""
 
     def __init__(self, folder: Path, experiment: Experiment, token: dict[str, Any]) -> None:
         from mlflow import MlflowClient
@@ -117,7 +125,7 @@ class MLflow:
             run = self.client.create_run(kind, run_name=experiment.name)
             token = {"uri": where, "run": run.info.run_id}
             told = [Param(key, str(value)) for key, value in parameters(experiment).items()]
-            for start in range(0, len(told), 100):  # as many as the server takes at a time
+            for start in range(0, len(told), 100):  # the server limits the number per request
                 self.client.log_batch(token["run"], params=told[start : start + 100])
         else:
             self.client.update_run(token["run"], status="RUNNING")
@@ -171,11 +179,11 @@ TRACKERS: dict[str, tuple[type[Tracker], str]] = {
     "mlflow": (MLflow, "mlflow"),
     "wandb": (WandB, "wandb"),
 }
-"""Name, which is that of the extra too, to the tracker and the package it needs."""
+"""Name of a tool, and of its extra -> the tracker and the package that it needs."""
 
 
 def named(text: str) -> list[str]:
-    """The trackers of `--track`, e.g. "tensorboard,mlflow".
+    """Parse the names of trackers in `--track`, e.g. "tensorboard,mlflow".
 
     Raises:
         ConfigError: for an unknown one, or one whose package is not installed.
@@ -190,10 +198,10 @@ def named(text: str) -> list[str]:
 
 
 class Tracking:
-    """A `run.Watch` that tells the named tools of a run; a context that ends their runs with it.
+    """A `loop.Watch` that logs a run to the named tools; as a context, it closes their runs on exit.
 
     Args:
-        names: of `TRACKERS`; those that tracking.json names are told too.
+        names: keys of `TRACKERS`; the tools in tracking.json are added.
     """
 
     def __init__(self, folder: Path, names: Sequence[str] = ()) -> None:
@@ -221,7 +229,7 @@ class Tracking:
     def step(self, client: str, phase: str, done: int, total: int) -> None: ...
 
     def rounded(self, record: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> None:
-        if record.get("abandoned"):  # it does not count, and comes again
+        if record.get("abandoned"):  # an abandoned round does not count and is retried
             return
         self.spent += record["bytes_down"] + record["bytes_up"]
         values = measures(record, self.spent)
@@ -232,7 +240,7 @@ class Tracking:
         self._save()
 
     def report(self, path: Path) -> None:
-        """The run is finished, and this is its report."""
+        """Mark the run as finished, and log its report."""
         self.finished = True
         for tracker in self.trackers.values():
             tracker.artefact(path)
@@ -241,7 +249,7 @@ class Tracking:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        with contextlib.ExitStack() as stack:  # whatever one of them says, the others are closed
+        with contextlib.ExitStack() as stack:  # an error in one of them must not keep the others open
             for tracker in self.trackers.values():
                 stack.callback(tracker.close, self.finished)
 

@@ -1,9 +1,9 @@
-"""The local loop: `fit` trains a model on one client's data. Every method comes through here.
+"""The local training loop of every method: `fit` trains a model on one client's data.
 
-A method bends the loop in three places: `objective`, the loss of a batch, where that is more than the cross-entropy of
-one model (prototypes, distillation); `choose`, called between the forward and the backward pass of each step, says
-which experts learn from this batch (HFedMoE's selection); `correct`, called on the gradients before clipping, changes
-them: FedProx's penalty and SCAFFOLD's control variates are such corrections.
+A method changes the loop in three places. `objective` is the loss of a batch, if it is more than the cross-entropy of
+one model (prototypes, distillation). `choose` is called between the forward and the backward pass of each step and
+returns the experts that learn from this batch (HFedMoE's selection). `correct` is called on the gradients before
+clipping and changes them; FedProx's penalty and SCAFFOLD's control variates are such corrections.
 """
 
 import math
@@ -69,20 +69,22 @@ Correct = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], None]
 """(path -> parameter with its gradient, path -> its weight in float32): changes the gradients."""
 Choose = Callable[[Tap], Active | None]
 Objective = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
-"""(model, batch) -> the loss to descend, a scalar."""
+"""(model, batch) -> the loss to minimise, a scalar."""
 Supervised = Callable[[Tensor, Tensor], Tensor]
 """(logits [B, C], labels [B]) -> their loss, a scalar; `Fit.cross_entropy` in a run."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What `fit` did.
+    """The result of `fit`.
 
     Args:
-        loss: mean over the steps. steps: of the optimiser. seconds: of the wall clock.
-        trained: with `choose`: block -> by local place, the batches in which the expert was among the chosen and
-            computed a real token, int64 [E]. An expert with 0 has not moved by one bit.
-        masters: of a model below 32 bits: path -> float32 value of each trained parameter.
+        loss: mean over the steps.
+        steps: steps of the optimizer.
+        seconds: wall-clock time.
+        trained: with `choose`: block -> by local index, the number of batches in which the expert was chosen and
+            computed a real token, int64 [E]. An expert with 0 has not changed by one bit.
+        masters: for a model below 32 bits: path -> float32 value of each trained parameter.
     """
 
     loss: float
@@ -94,11 +96,11 @@ class Fitted:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Everything random inside (dropout, router noise) follows from the seed; the outside is left as it was."""
+    """Seed all generators inside the block (dropout, router noise) and restore them afterwards."""
     with torch.random.fork_rng():
         if torch.accelerator.is_available():
             torch.manual_seed(seed)
-        else:  # by itself it is a hundred times as fast
+        else:  # seeding this generator alone is a hundred times as fast
             torch.default_generator.manual_seed(seed)
         yield
 
@@ -116,28 +118,30 @@ def fit(
     start: dict[str, Tensor] | None = None,
     anchored: float = 0.0,
 ) -> Fitted:
-    """Train in place on every parameter that requires a gradient; steps and tokens count against `context.work`.
+    """Train all parameters that require a gradient, in place; steps and tokens count against `context.work`.
 
-    Loss: cross-entropy with label smoothing + balance * load-balance loss (FedMoE, Eq 1). No gradients are left behind.
+    Loss: cross-entropy with label smoothing + balance * load-balance loss (FedMoE, Eq 1). All gradients are dropped
+    afterwards.
 
     Args:
-        correct: called after each backward pass with path -> parameter of all trainable parameters, to change
-            their gradients, and with path -> weight, which of a model below 32 bits is the master; a parameter the
-            batch did not reach has `grad` None. With `choose`, experts are in it one by one, as `Experts.leaves` calls
-            them.
-        epochs: instead of `config.epochs`.
-        choose: called after each forward pass with the tap of this batch; returns block -> local places of the
-            experts that may learn from it (None: all). The others are computed, and count as constants: no gradient
-            reaches them nor, through them, their router or the layers below. No more experts have moments in the
-            optimiser than the last choice has; who was trained least recently loses them.
-        objective: the loss of a batch instead of the above.
-        rates: beginning of a parameter's path -> learning rate, the first that fits; None: `config`'s.
-        anchored: mu: after each step of the optimiser every weight w that it moved becomes
-            (w + lr mu w_0) / (1 + lr mu), with w_0 its value before training.
-        start: of a model below 32 bits: path -> float32 value from which a parameter starts; it is emptied.
+        correct: called after each backward pass to change the gradients, with path -> parameter of all trainable
+            parameters, and with path -> weight, which is the float32 master for a model below 32 bits; a parameter that
+            the batch did not reach has `grad` None. With `choose`, experts are listed one by one, named as in
+            `Experts.leaves`.
+        epochs: replaces `config.epochs`.
+        choose: called after each forward pass with the tap of this batch; returns block -> local indices of the experts
+            that may learn from it (None: all). The others are computed, but count as constants: no gradient reaches
+            them nor, through them, their router or the layers below. The optimizer keeps moments for at most as many
+            experts as the last choice has; the least recently trained experts lose theirs.
+        objective: the loss of a batch; replaces the one above.
+        rates: prefix of a parameter's path -> learning rate, the first match counts; None: `config`'s.
+        anchored: mu: after each step of the optimizer every weight w that it changed becomes (w + lr mu w_0) / (1 + lr
+            mu), with w_0 its value before training.
+        start: for a model below 32 bits: path -> float32 value from which a parameter starts; it is emptied.
 
     Raises:
-        BudgetError: if the steps are more than the client allows, before the first; for tokens and time, when they are.
+        BudgetError: before the first step if the steps are more than the client allows, and during training if tokens
+            or time run out.
     """
     epochs = config.epochs if epochs is None else epochs
     rates = rates or {"head.": config.head_lr, "": config.lr}
@@ -159,7 +163,7 @@ def fit(
     low = any(p.dtype.itemsize < 4 for p in trainable.values())
     if low:
         start = {} if start is None else start
-        start |= unpack(table(model), start)  # experts one by one, too
+        start |= unpack(table(model), start)  # also add single experts
         descent = MasterOptimizer(trainable, descend, start)
         start.clear()
     else:
@@ -183,11 +187,11 @@ def fit(
     else:
         optimizing = nullcontext(descent)
     losses: list[Tensor] = []
-    trained: dict[tuple[str, int], int] = {}  # (block, place) -> in how many batches; the most recent are the last
+    trained: dict[tuple[str, int], int] = {}  # (block, index) -> number of batches; the most recently trained are last
     drawn = seeded(derive_seed(context.seed, "fit"))
     with drawn, Tap(model) as tap, experts or nullcontext(), optimizing as optimizer:
         for rows in data.epochs(epochs, config.batch_size, generator):
-            optimizer.zero_grad()  # before the forward pass: gradients never lie beside activations
+            optimizer.zero_grad()  # so memory never holds gradients and activations at once
             batch = data.batch(rows, context.device)
             context.work.read(tokens_in(batch))
             context.work.step()
@@ -198,7 +202,7 @@ def fit(
                 with tap.batch(batch), lowered:
                     logits, labels = even_logits(model, batch) if fill else model(batch)
                 loss = config.cross_entropy(logits, labels)
-                del logits  # the graph keeps what it needs of them
+                del logits  # the graph keeps what it needs of the logits
                 if config.balance:
                     loss = loss + config.balance * tap.balance_loss()
                 if choose is not None:
@@ -210,9 +214,9 @@ def fit(
                 nn.utils.clip_grad_norm_(trainable.values(), config.clip)
             optimizer.step()
             losses.append(loss.detach())
-            del loss  # and with it the graph
+            del loss  # this also frees the graph
             context.progress(len(losses), total)
-        optimizer.zero_grad()  # what comes next needs none
+        optimizer.zero_grad()  # the code that follows needs no gradients
     mean = torch.stack(losses).mean().item() if losses else float("nan")
     shares = {} if experts is None else {block: torch.zeros(len(ids)).long() for block, ids in experts.places.items()}
     for (block, place), batches in trained.items():
@@ -222,7 +226,7 @@ def fit(
 
 
 def _by_path(model: TaskModel, masters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The masters by the paths of the model's parameters, those of single experts put together; it is emptied."""
+    """Return the masters by the paths of the model's parameters, with single experts stacked; `masters` is emptied."""
     found = {}
     for path, name in table(model).items():
         if path in masters:
@@ -235,7 +239,7 @@ def _by_path(model: TaskModel, masters: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _anchored(optimizer: torch.optim.Optimizer, mu: float) -> torch.optim.Optimizer:
-    """The optimiser; with mu > 0 each of its steps is followed by a proximal one, see `fit`."""
+    """Return the optimizer; with mu > 0 each of its steps is followed by a proximal step, see `fit`."""
     if mu:
         begun = {p: p.detach().clone() for group in optimizer.param_groups for p in group["params"]}
 
@@ -251,7 +255,7 @@ def _anchored(optimizer: torch.optim.Optimizer, mu: float) -> torch.optim.Optimi
 
 
 def _forget(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
-    """Drop the optimiser's state of a parameter."""
+    """Drop the optimizer's state of a parameter."""
     optimizer.state.pop(parameter, None)
 
 
@@ -262,9 +266,9 @@ def _admit(
     trained: dict[tuple[str, int], int],
     forget: Callable[[Tensor], None],
 ) -> None:
-    """Let the chosen experts learn from this batch, those that have a real token in it; forget the moments of others.
+    """Let the chosen experts that have a real token learn from this batch, and drop the moments of others.
 
-    An expert that has only padding would get a gradient of zeros, and by its momentum move.
+    An expert that has only padding would get a gradient of zeros, and would still move because of its momentum.
     """
     experts.active = experts.places if chosen is None else chosen
     limit = sum(len(places) for places in experts.active.values())
@@ -290,12 +294,12 @@ def local_round(
     anchored: float = 0.0,
     prepare: Callable[[TaskModel], None] | None = None,
 ) -> tuple[TaskModel, Payload]:
-    """One client's round on what it was sent: build, fit, validate, flatten.
+    """Run one client's round on the payload that it was sent: build, fit, validate, flatten.
 
     Args:
-        payload: group "params" (trunk, held experts, their router rows, the task's head rows), scalars naming the
-            held experts (none: all) and the scale of their gates; optionally group "router", the rows of the experts
-            that are not held.
+        payload: group "params" (trunk, held experts, their router rows, the task's head rows), scalars naming the held
+            experts (none: all) and the scale of their gates; optionally group "router", the rows of the experts that
+            are not held.
         correct: given the live model, returns the correction for `fit`.
         references: copies of the weights that `correct` keeps, for the footprint reported.
         usage: also report the usage of experts over the validation data, groups "demand" and "served", int64 [E].
@@ -314,7 +318,7 @@ def local_round(
     footprint = setup.admit(context, held, references=references, trained=learning)
     params = setup.both_halves(payload.group("params"), context.private.params)
     model = setup.build_sent(payload, context)
-    del payload  # a full copy of the weights, unless the caller still holds it
+    del payload  # the payload is a full copy of the weights, unless the caller still holds it
     start = local(model, params, held) if model.dtype.itemsize < 4 else None
     if prepare is not None:
         prepare(model)
@@ -341,7 +345,7 @@ def local_round(
             validation = validation or setup.encode(context, context.data.validation)
             scores, told = assess(model, validation, context, setup, tap if usage else None), {}
     seconds_evaluate = time.perf_counter() - began
-    groups: dict[str, Params] = {"params": flatten(model, held, fitted.masters)}  # after evaluation needed its room
+    groups: dict[str, Params] = {"params": flatten(model, held, fitted.masters)}  # after evaluation needed its memory
     if setup.fit.personal == "best":
         keep_better(context, scores, {**outside, **base, **groups["params"]}, held)
     groups["params"] = setup.leaving(groups["params"], model, context)
@@ -365,8 +369,10 @@ def reply_scalars(
     """Return the scalars that the reply of every method has after training.
 
     Args:
-        fitted: what `fit` did. scores: of the trained model on the validation data, as `assess` returns them.
-        cut: training examples that were cut. seconds: that the scoring took.
+        fitted: the result of `fit`.
+        scores: scores of the trained model on the validation data, as `assess` returns them.
+        cut: training examples that were truncated.
+        seconds: duration of the scoring.
     """
     return {
         "num_examples": context.info.num_examples,
@@ -387,7 +393,7 @@ def trained(
     rates: Mapping[str, float] | None = None,
     correct: Correct | None = None,
 ) -> dict[str, Scalar]:
-    """`fit` and validate the model of a method that builds it itself; returns the scalars of `local_round`'s reply."""
+    """Train and validate the model of a method that builds it itself; return the scalars of `local_round`'s reply."""
     train = setup.encode(context, context.data.train)
     fitted = fit(model, train, setup.fit, context, correct, objective=objective, rates=rates)
     start = time.perf_counter()
@@ -398,9 +404,13 @@ def trained(
 def _after_training(
     model: SplitModel, context: ClientContext, setup: Setup
 ) -> tuple[dict[str, float], dict[str, Scalar]]:
-    """Of a small model, in one pass: what `assess` says on the validation data; and, to be told, the metric of the
-    pFedMoE family's own code: after local training and before aggregation, the mean over the test batches of the
-    accuracy of each (so the short last one weighs as much as the others), in [0, 1]."""
+    """Score a small model on validation and test data in one pass.
+
+    Returns:
+        The scores of `assess` on the validation data; and, for the reply, the metric of the pFedMoE family's own code:
+        after local training and before aggregation, the mean over the test batches of the accuracy of each (so the
+        short last one weighs as much as the others), in [0, 1].
+    """
     validation, test = (setup.encode(context, split) for split in (context.data.validation, context.data.test))
     size = setup.evaluation_rows
     places, others = first_ranked(model, [validation, test], setup.fit, context, size)
@@ -413,8 +423,9 @@ def _after_training(
 def local_test(
     setup: Setup, payload: Payload, context: ClientContext, prepare: Callable[[TaskModel], None] | None = None
 ) -> Payload:
-    """Score a delivered model on the client's test split: scalars score, (perplexity, bits_per_byte,) examples,
-    seconds_evaluate.
+    """Score a delivered model on the client's test split.
+
+    The reply's scalars are score, (perplexity, bits_per_byte,) examples and seconds_evaluate.
 
     Args:
         prepare: changes the live model before it is scored.
@@ -441,7 +452,8 @@ def tested_beside_best(
     """Score a delivered model, and with `fit.personal` also the client's best one by its validation data.
 
     Args:
-        delivered, best: make the live models; there is only one at a time.
+        delivered: makes the delivered live model; only one live model exists at a time.
+        best: makes the client's best live model.
     """
     start, model = time.perf_counter(), delivered()
     reply = tested(setup, model, context, start)
@@ -461,8 +473,10 @@ def tested_beside_best(
 
 
 def is_better(scores: Mapping[str, float], context: ClientContext) -> bool:
-    """Return whether validation scores beat those of the client's best model, by bits per byte if there are any, else
-    by the metric of the task."""
+    """Return True if validation scores beat those of the client's best model.
+
+    They are compared by bits per byte if there are any, else by the metric of the task.
+    """
     best = context.best.scalars
     if "bits_per_byte" in scores:
         return scores["bits_per_byte"] < float(best.get("bits_per_byte", math.inf))
@@ -470,14 +484,18 @@ def is_better(scores: Mapping[str, float], context: ClientContext) -> bool:
 
 
 def keep_better(context: ClientContext, scores: Mapping[str, float], params: Params, held: ExpertSet | None) -> None:
-    """Keep a trained model, with the router rows that it was sent, as the client's best if it is."""
+    """Keep a trained model, with the router rows that it was sent, if it beats the client's best so far."""
     if is_better(scores, context):
         context.best.params = params
         context.best.scalars = {**scores, **(experts_to_scalars(held) if held else {})}
 
 
 def tested(setup: Setup, model: nn.Module, context: ClientContext, start: float | None = None) -> Payload:
-    """Score a live model on the client's test split; start: `perf_counter` when the work for it began."""
+    """Score a live model on the client's test split.
+
+    Args:
+        start: `perf_counter` when the work for it began; None: now.
+    """
     start = time.perf_counter() if start is None else start
     scores = assess(model, setup.encode(context, context.data.test), context, setup, by_label=True)
     return Payload(

@@ -1,4 +1,4 @@
-"""The versions that the bits of a run may depend on."""
+"""Versions of the packages that can influence the bits of a run."""
 
 import platform
 import subprocess
@@ -33,8 +33,10 @@ def _version(name: str) -> str:
 
 
 def git_revision() -> str | None:
-    """Return the revision of the source tree the package runs from; None where it is installed, even inside another
-    tree."""
+    """Return the revision of the source tree from which the package runs.
+
+    The result is None if the package is installed, even if that is inside another source tree.
+    """
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD", f"HEAD:./{Path(__file__).name}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)

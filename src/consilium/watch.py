@@ -1,4 +1,4 @@
-"""Following runs on a terminal: progress bars, a line per client and per round; several runs at once."""
+"""Display of runs on a terminal: progress bars, a line per client and per round; also for several runs at once."""
 
 import contextlib
 import json
@@ -40,7 +40,7 @@ LIBRARIES = 900_000_000
 
 
 def at_a_time(experiments: Sequence[Experiment]) -> int:
-    """How many of the runs this machine has cores and free memory for, each in a process of its own; at least 1.
+    """Return how many runs fit this machine's cores and free memory, each in its own process; at least 1.
 
     A process holds the libraries, four times the model (the server's, the mean that it forms, a checkpoint being
     written, the client's being built) and what the largest client needs to train by the memory model.
@@ -63,10 +63,10 @@ def _process_bytes(experiment: Experiment) -> int:
 
 @dataclass
 class Terminal:
-    """Prints one run: what it is, a line per client and per round, and bars while something is going on.
+    """A watch that prints one run: a header, a line per client and per round, and progress bars.
 
-    Where the console is no terminal (a pipe, a log file, a notebook), a round is one line. Bars are for terminals, and
-    for notebooks that have ipywidgets; NO_COLOR is honoured by rich.
+    If the console is no terminal (a pipe, a log file, a notebook), it prints one line per round. Bars are for
+    terminals, and for notebooks that have ipywidgets; rich honours NO_COLOR.
     """
 
     console: Console
@@ -123,7 +123,7 @@ class Terminal:
         self._tasks["client"] = self._bars.add_task("", total=None)
 
     def _say(self, *parts: str | tuple[str, str], style: str = "") -> None:
-        """Print one line of texts, or (text, style), as they stand: no markup is read."""
+        """Print one line of texts, or (text, style) pairs, literally: markup is not interpreted."""
         pairs = [(part, "") if isinstance(part, str) else part for part in parts]
         line = Text.assemble(*((terminal(text), of_part) for text, of_part in pairs), style=style)
         self.console.print(line, highlight=False, soft_wrap=True)
@@ -160,13 +160,13 @@ class Terminal:
             self._bars.update(self._tasks["rounds"], completed=record["round"] - bool(abandoned))
 
     def _kept(self, record: Mapping[str, Any]) -> str:
-        """Return how many parts of the model a robust rule left as they were; "" if it changed all."""
+        """Return how many parts of the model a robust rule left unchanged; "" if it changed all of them."""
         told = record.get("server") or {}
         kept = int(told.get("experts_kept") or 0) + int(told.get("others_kept") or 0)
         return f"{kept} of {int(told['parts'])} parts kept: too few contributors" if kept and told.get("parts") else ""
 
     def _summed(self, record: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> str:
-        """What a log must not hide, for the end of a round's line; who and why is in metrics.jsonl."""
+        """Return the problems of a round for the end of its line in a log; metrics.jsonl has the details."""
         clients = record["clients"]
         lost = {"rejected": [c for c in clients.values() if c["rejected"]], "missing": record.get("missing")}
         lost |= {"failed": record.get("errors")}
@@ -180,7 +180,7 @@ class Terminal:
         return "".join(f"  {words}" for words in [*said, *benched])
 
     def _details(self, record: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> None:
-        """A line per client, and what happened to whom."""
+        """Print a line per client, and the events of each client."""
         say = self._say
         for client, c in record["clients"].items():
             loss = "-" if c["train_loss"] is None else f"{c['train_loss']:.3f}"
@@ -220,7 +220,7 @@ class Terminal:
 
 @dataclass
 class JsonLines:
-    """Writes each round as one line of JSON: its record, as in metrics.jsonl, with its "events"."""
+    """A watch that writes each round as one line of JSON: its record, as in metrics.jsonl, with its "events"."""
 
     file: TextIO
 
@@ -237,7 +237,7 @@ class JsonLines:
 
 @dataclass
 class Several:
-    """Watches side by side, told in order."""
+    """Several watches as one; they are called in order."""
 
     watches: Sequence[Watch]
 
@@ -256,14 +256,14 @@ class Several:
 
 @dataclass
 class Comparison:
-    """Runs several experiments as processes of their own, `jobs` at a time, and shows how far they are.
+    """A comparison: runs several experiments in their own processes, `jobs` at a time, and shows their progress.
 
-    Each in its own process: its peak memory is its own, and a crash takes no other run along. Finished runs are
-    kept and interrupted ones resumed, so a comparison can be started again at any time.
+    Each run has its own process, so its peak memory is its own, and a crash affects no other run. Finished runs are
+    kept and interrupted runs are resumed, so a comparison can be restarted at any time.
 
     Args:
-        flags: further ones for the commands `consilium run` and `consilium resume`. rounded: gets the name of a run and
-            the record of each round that it makes.
+        flags: further ones for the commands `consilium run` and `consilium resume`.
+        rounded: called with the name of a run and the record of each round that it completes.
     """
 
     console: Console
@@ -274,9 +274,9 @@ class Comparison:
     _followed: dict[Path, "_Followed"] = field(default_factory=dict)
 
     def run(self) -> None:
-        """Run what is not finished. What cannot run is found before the first run starts.
+        """Run everything that is not finished; experiments that cannot run are found before the first run starts.
 
-        A run that fails keeps none of the others from going on.
+        A failed run does not stop the others.
 
         Raises:
             ConfigError: if a directory holds another experiment, or one of the experiments cannot run.
@@ -301,7 +301,7 @@ class Comparison:
             }
             for folder, task in tasks.items():
                 self._followed[folder] = _Followed(folder / "metrics.jsonl")
-                self._show(bars, task, folder, None)  # what was made before
+                self._show(bars, task, folder, None)  # rounds from before this comparison was started
             try:
                 while waiting or running:
                     while waiting and len(running) < self.jobs:
@@ -333,7 +333,7 @@ class Comparison:
         return saved["status"] == "finished"
 
     def _check_new(self, waiting: Sequence[Path]) -> None:
-        first: dict[Algorithm, Path] = {}  # seeds change the data, hardly whether a method can run on it
+        first: dict[Algorithm, Path] = {}  # seeds change the data, but hardly whether a method can run on it
         for folder in waiting:
             if not (folder / "config.json").exists():
                 first.setdefault(self.planned[folder].algorithm, folder)
@@ -351,7 +351,7 @@ class Comparison:
             saved = json.dumps(to_json(self.planned[folder]))
             write_atomic(folder / "experiment.json", saved.encode())
             command = ["run", str(folder / "experiment.json"), "--out", str(folder.parent)]
-        each = cores() // self.jobs  # a run of small models takes as many workers
+        each = cores() // self.jobs  # a run of small models uses as many workers
         threads = {"OMP_NUM_THREADS": str(max(self.planned[folder].threads, each))}
         with open_here(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, "ab") as log:
             return subprocess.Popen(
@@ -360,7 +360,7 @@ class Comparison:
                 stdout=log,
                 stderr=log,
                 env={**os.environ, **threads},
-                start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
+                start_new_session=True,  # Ctrl-C reaches only this process, which passes it on once
             )
 
     def _say(self, text: str) -> None:
@@ -390,8 +390,9 @@ class _Followed:
     """A run's metrics.jsonl while it grows: every line is read once.
 
     Args:
-        told: the highest round so far. inode, read: the file that was read, and its bytes; a run that is resumed puts
-            another in its place.
+        told: the highest round so far.
+        inode: inode of the file that was read; a resumed run replaces the file.
+        read: bytes of the file that were read.
     """
 
     path: Path
@@ -400,7 +401,7 @@ class _Followed:
     read: int = 0
 
     def new(self) -> list[dict[str, Any]]:
-        """The rounds since the last look, without those that were abandoned; a line that is being written waits."""
+        """Return the rounds since the last call, without abandoned ones; an unfinished line is left for later."""
         with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
             if (inode := os.fstat(file.fileno()).st_ino) != self.inode:
                 self.inode, self.read = inode, 0

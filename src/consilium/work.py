@@ -1,8 +1,8 @@
-"""The cost of work for a client: settings declare it, and a budget counts it where it is done.
+"""The cost of work for a client: settings declare it, and a budget counts it where the work is done.
 
-A server names the method and its settings in every message, so each setting says what it costs the client that follows
-it (`setting`). A site bounds that twice: it compares what is declared with its limits before it begins, and it counts
-steps, tokens, seconds and bytes in the loops that spend them (`Work`, at `ClientContext.work`).
+A server names the method and its settings in every message, so each setting declares what it costs the client that
+follows it (`setting`). A site limits the cost twice. It compares the declared values with its limits before it begins,
+and it counts steps, tokens, seconds and bytes in the loops that spend them (`Work`, at `ClientContext.work`).
 
     lr, epochs, steps, batch_size, rounds   compared with the site's limit of that name; steps are counted, too
     tokens     a length: tokens are counted as a model reads or writes them, and bound its memory
@@ -11,7 +11,7 @@ steps, tokens, seconds and bytes in the loops that spend them (`Work`, at `Clien
     bytes      likewise, of a payload
     factor     multiplies a loss or a gradient; the range of the setting bounds it
     server     costs the server alone
-    free       costs nothing by itself: a choice between ways of working, of which all are counted
+    free       costs nothing by itself: a choice between ways of working whose costs are all counted
 """
 
 import math
@@ -31,7 +31,7 @@ __all__ = ["COMPARED", "COSTS", "MISSING", "Work", "check_settings", "setting", 
 COMPARED = ("lr", "epochs", "steps", "batch_size", "rounds")
 """Costs that a site compares with its limit of the same name."""
 COSTS = frozenset({*COMPARED, "tokens", "memory", "seconds", "bytes", "factor", "server", "free"})
-"""What a setting may cost, see above."""
+"""The allowed values of a setting's cost, see above."""
 _RANGE = re.compile(r"([\[(])([^,]+), ([^\])]+)([\])])")
 
 
@@ -44,12 +44,12 @@ def setting(default: Any, cost: str, within: str = "") -> Any:
         mu: float = setting(0.01, "factor", "[0, 1e4]")
 
     Args:
-        default: of the field; `MISSING`: it has none.
+        default: default of the field; `MISSING`: it has none.
         cost: one of `COSTS`.
         within: the range of a number (of every number in a tuple), "[" and "]" include the end; "": any.
 
     Raises:
-        ValueError: for an unknown cost, or a range that is none.
+        ValueError: for an unknown cost, or a malformed range.
     """
     if cost not in COSTS:
         raise ValueError(f"cost is {cost!r}; it must be one of {', '.join(sorted(COSTS))}")
@@ -62,7 +62,7 @@ def check_settings(owner: Any, prefix: str = "") -> None:
     """Check the values of a dataclass against the ranges and the literals that its fields declare.
 
     Args:
-        prefix: of the fields' names in messages, e.g. "fit.".
+        prefix: prefix of the fields' names in messages, e.g. "fit.".
 
     Raises:
         ConfigError: for a number outside its range, or a value that is none of its field's literals.
@@ -79,13 +79,13 @@ def check_settings(owner: Any, prefix: str = "") -> None:
 
 @lru_cache
 def _literals(kind: type) -> dict[str, tuple[Any, ...]]:
-    """Field -> what it may be, of the fields that are literals alone."""
+    """Return field -> allowed values, of the fields that are plain literals."""
     return {name: get_args(hint) for name, hint in get_type_hints(kind).items() if get_origin(hint) is Literal}
 
 
 @lru_cache
 def _ends(within: str) -> tuple[bool, float, float, bool]:
-    """(Whether the lower end is included, lower end, upper end, whether that is)."""
+    """Parse a range into (lower end is included, lower end, upper end, upper end is included)."""
     found = _RANGE.fullmatch(within)
     if not found or not -math.inf < float(found[2]) < float(found[3]) < math.inf:
         raise ValueError(f"within is {within!r}; it must be a finite range, e.g. '(0, 1]'")
@@ -98,7 +98,7 @@ def _inside(value: float, within: str) -> bool:
 
 
 def _allowed_values(value: float, within: str) -> str:
-    """The range for a message; its lower end alone where that is missed and the upper one is far away."""
+    """Describe the range for a message: only the lower end if the value violates it and the upper end is far away."""
     closed, low, high, _ = _ends(within)
     if value <= low and high >= 1e4:
         return f"at least {low:g}" if closed else f"greater than {low:g}"
@@ -110,15 +110,17 @@ def _allowed_values(value: float, within: str) -> str:
 
 @dataclass
 class Work:
-    """A budget for the work that a client does for one message of a server; without limits in a simulation.
+    """A budget for the work that a client does for one message of a server; it has no limits in a simulation.
 
-    The loops of `training` count by themselves. A method that loops on its own calls `step` before each update of its
+    The loops of `training` count by themselves. A method with its own loop calls `step` before each update of its
     weights and `read` before each forward pass.
 
     Args:
-        steps: updates by an optimiser. tokens: read or written by a model; of images and tables, rows.
-        seconds: of the wall clock, from now. memory: bytes of a model at work, as predicted.
-        deadline: seconds from now after which the server does not wait any more.
+        steps: updates by an optimizer.
+        tokens: tokens that a model reads or writes; for images and tables, rows.
+        seconds: wall-clock time from now.
+        memory: predicted bytes of a model at work.
+        deadline: seconds from now after which the server stops waiting.
     """
 
     steps: float = math.inf
@@ -127,18 +129,18 @@ class Work:
     memory: float = math.inf
     deadline: float = math.inf
     done: int = field(default=0, init=False)
-    """Steps."""
+    """Steps done so far."""
     planned: int = field(default=0, init=False)
-    """Steps with which the loops that have begun will end."""
+    """Steps that will have been done when the loops that have begun are finished."""
     seen: int = field(default=0, init=False)
-    """Tokens."""
+    """Tokens counted so far."""
     start: float = field(init=False)
 
     def __post_init__(self) -> None:
         self.start = time.monotonic()
 
     def plan(self, steps: int) -> None:
-        """Refuse a loop of `steps` steps at once if it could not be finished.
+        """Raise BudgetError at once if a loop of `steps` steps could not be finished.
 
         Raises:
             BudgetError: if they are more than are left.
@@ -178,10 +180,11 @@ class Work:
             raise BudgetError(f"the work takes more than {self.seconds:g} s, {_allowed(self.seconds, 'seconds')}")
 
     def hold(self, need: int, what: str) -> None:
-        """Refuse what would not fit, before it is made.
+        """Raise BudgetError if an object would not fit into the allowed memory, before it is made.
 
         Args:
-            need: bytes. what: what they are for, e.g. "the model".
+            need: bytes of the object.
+            what: what they are for, e.g. "the model".
 
         Raises:
             BudgetError: if they are more than is allowed.
@@ -195,7 +198,7 @@ def _allowed(most: float, name: str) -> str:
 
 
 def tokens_in(batch: Mapping[str, Tensor]) -> int:
-    """Tokens of a batch, padding included, of an encoder-decoder also those of the targets; of other data, rows."""
+    """Return the tokens of a batch, including padding and an encoder-decoder's targets; of other data, the rows."""
     ids, labels = batch.get("input_ids"), batch["labels"]
     if ids is None:
         return batch["x"].numel() if not batch["x"].is_floating_point() and batch["x"].dim() == 2 else len(labels)

@@ -1,6 +1,6 @@
-"""One file, one paper: the server half and the client half of a method.
+"""The federated methods, one module per paper, each with the server half and the client half of its method.
 
-A file put into this folder is a method: nothing else names it.
+A new module in this folder becomes available by itself. No other file has to list it.
 """
 
 import importlib

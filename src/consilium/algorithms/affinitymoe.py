@@ -1,31 +1,34 @@
-"""AffinityMoE: sub-MoEs by contribution, one budget over the layers for all, averages weighted by likeness.
+"""AffinityMoE: sub-MoEs chosen by contribution, one layer budget for all clients, averages weighted by likeness.
 
-A method of this project, not of a paper. It starts from FedMoE (https://arxiv.org/abs/2408.11304) and makes three
-changes. Each can be switched off:
+This is a method of this project and not of a paper. It starts from FedMoE (https://arxiv.org/abs/2408.11304) and makes
+three changes. Each can be switched off:
 
 1. Choice (`choice`). In the first round each client runs the full model on a few rows of its training data and measures
    what each expert contributes, c_ie = mean over tokens of (gate x norm of the expert's output). It keeps the experts
-   that contribute most. FedMoE ranks by how often an expert is asked for; a rare expert may matter more.
-2. Budget (`budget`). How many experts a layer keeps decides more than which. A few shapes (`moe.layers.shapes`) are
-   compared by the loss of the sub-models that they give, on validation rows, averaged over the clients; the best holds
-   for all. A client's number of experts is what its memory allows. FedMoE's Eq 3 has one threshold of usage instead.
-3. Likeness (`likeness`). The server keeps a state per client, and moves it by what it and clients like it learn:
+   that contribute most. FedMoE ranks by how often an expert is requested, but a rare expert may matter more.
+2. Budget (`budget`). The number of experts that a layer keeps matters more than the choice of experts. A few shapes
+   (`moe.layers.shapes`) are compared by the loss of the sub-models that they give, measured on validation rows and
+   averaged over the clients. The best shape is used for all clients. A client's number of experts is what its memory
+   allows. FedMoE's Eq 3 has one threshold of usage instead.
+3. Likeness (`likeness`). The server keeps one state per client. It moves each state by the changes of that client and
+   of similar clients:
 
        s_ij   = floor + (1 - floor) max(0, cos(g_i, g_j))^2,   s_ii = 1
        w_i[k] += sum_j n_j s_ij (w_j'[k] - w_j[k]) / sum_j n_j s_ij      over the j that trained the tensor k
 
-   g_i is the client's usage of experts in the first round less the mean usage of all clients, w_j what client j was
-   sent and w_j' what it returned. Of a tensor of an expert, the j are those who hold it.
+   g_i is the usage of experts that client i measured in the first round minus the mean usage of all clients. w_j is
+   what client j was sent, and w_j' is what it returned. For a tensor of an expert, j runs over the clients that hold
+   the expert.
 
     c_ie   reply group "contribution"              n_j    scalars["num_examples"]
     g_i    `shares[client]`, joined over layers    w_i    `states[client]`
 
-A site that tells less than exact usage (`privacy.usage`) tells one of the two alone, lowered: "contribution" where
-experts are chosen by it, else "demand". The server then uses it for both. Experts that it makes equal are ordered by
-the usage of the public data.
+If `privacy.usage` is not "exact", a site sends only one of the two measures, in reduced form: "contribution" if the
+experts are chosen by it, else "demand". The server then uses this one for both. Experts that are equal in the reduced
+form are ordered by their usage on the public data.
 
 A client keeps its structure for the whole run. `params`, the global model, moves by the mean of all changes, with
-weights n_j. The server's work grows with the square of the clients of a round.
+weights n_j. The server's work in a round grows with the number of replies times the number of all clients.
 """
 
 import json
@@ -64,24 +67,24 @@ Scores = Mapping[str, Tensor]
 """Block -> a number per expert [E], float64."""
 MOST = 2**40
 MEASURES = ("demand", "contribution")
-"""Groups of a reply that tell which experts the client's data asks for."""
+"""Groups of a reply that measure how much the client's data uses each expert."""
 NEXT = 1e-9
-"""Weight of the public usage where it only orders experts that are equal."""
+"""Weight of the public usage, small enough that it only breaks ties between experts."""
 
 
 @dataclass(frozen=True)
 class AffinityMoE(Algorithm):
-    """Sub-MoEs by contribution under a searched layer budget, averaged with clients that are alike.
+    """Sub-MoEs chosen by contribution under a searched layer budget, averaged over similar clients.
 
     Args:
-        choice: what ranks the experts of a layer: "contribution"; "usage", how often the client's router asks for them,
-            as in FedMoE; "public", how often it asked for them on the public data, so that all clients of a size have
+        choice: ranking of the experts of a layer: "contribution"; "usage", how often the client's router requests them,
+            as in FedMoE; "public", how often it requested them on the public data, so that all clients of a size have
             the same experts (nested); or "random".
-        budget: "searched" (see the module) or "even", as many experts in every layer.
-        likeness: "usage" weighs clients by how alike their usage of experts is; "none" weighs all alike, as FedMoE
-            does; "self" uses the client's own changes only, so that it trains alone.
-        floor: weight of a client that is not alike at all, in [0, 1]. At 0, clients with text of one and the same kind
-            hardly learn from each other, since nothing tells them apart from the rest: use likeness "none" for them.
+        budget: "searched" (see the module) or "even", the same number of experts in every layer.
+        likeness: "usage" weighs clients by how similar their usage of experts is; "none" weighs all clients the same,
+            as FedMoE does; "self" uses the client's own changes only, so that it trains alone.
+        floor: weight of a client that is not similar at all, in [0, 1]. At 0, clients that all have the same kind of
+            text hardly learn from each other, because nothing tells them apart: use likeness "none" for them.
         rows: rows of training data on which a client measures, and of validation data on which it scores shapes.
     """
 
@@ -111,7 +114,7 @@ def affinities(usage: Mapping[ClientId, Scores], floor: float) -> dict[ClientId,
 
     Args:
         usage: client -> block -> share of the tokens that ask for each expert.
-        floor: of clients that are not alike, in [0, 1].
+        floor: weight of clients that are not similar at all, in [0, 1].
     """
     names = sorted(usage)
     rows = torch.stack([torch.cat([usage[name][block].double() for block in sorted(usage[name])]) for name in names])
@@ -127,7 +130,7 @@ def affinities(usage: Mapping[ClientId, Scores], floor: float) -> dict[ClientId,
 
 @dataclass
 class AffinityMoEServer(Server):
-    """Holds the full MoE, and per client its experts and a state of its own."""
+    """A server that holds the full MoE and, for each client, its experts and its own state."""
 
     setup: Setup
     algorithm: AffinityMoE
@@ -149,7 +152,10 @@ class AffinityMoEServer(Server):
         return "training" if self.map else "profile"
 
     def unable(self, client: ClientInfo) -> str | None:
-        """In the first round: why the client cannot run the full MoE. Later everybody has a sub-MoE that fits."""
+        """Return why the client cannot run the full MoE, or None if it can.
+
+        After the first round every client has a sub-MoE that fits, so the result is None.
+        """
         return None if self.map else self.setup.lacks(client, self.setup.model.counts, "forward")
 
     def configure(self, round: int, clients: Sequence[ClientInfo]) -> dict[ClientId, Payload]:
@@ -176,7 +182,10 @@ class AffinityMoEServer(Server):
         }
 
     def objection(self, client: ClientInfo, sent: Payload, reply: Payload) -> str | None:
-        """A site may tell one measure of usage or both, but each of them for every layer."""
+        """Return the fault of a profile, or None if it has none.
+
+        A site may send one measure of usage or both, but each of them must cover every layer.
+        """
         if sent.scalars["stage"] != "profile":
             return None
         sizes = {len(reply.groups[group]) for group in MEASURES if reply.groups.get(group)}
@@ -202,7 +211,10 @@ class AffinityMoEServer(Server):
         contribution: dict[ClientId, dict[str, Tensor]],
         losses: Mapping[ClientId, Tensor],
     ) -> None:
-        """Choose the shape, every client's experts, and who is alike; who was not measured counts as the mean."""
+        """Choose the shape, the experts of every client and the likeness of all pairs.
+
+        A client without a measurement is given the mean of the measured clients, or the public usage if there are none.
+        """
         setup, method, public = self.setup, self.algorithm, self._public()
         means = [_mean(list(found.values())) or public for found in (usage, contribution)]
         if losses and method.budget == "searched":
@@ -235,7 +247,7 @@ class AffinityMoEServer(Server):
         return affinities(self.shares, self.algorithm.floor if self.algorithm.likeness == "usage" else 1.0)
 
     def _merged(self, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
-        """Move the states, and the model of all, by what the replies changed."""
+        """Move the clients' states and the global model by the changes in the replies."""
         sums: dict[ClientId, Params] = {client: {} for client in (*self.states, "")}
         weights: dict[ClientId, dict[str, float]] = {client: {} for client in sums}
         for client, reply in replies:
@@ -309,12 +321,13 @@ def _by_client(tensors: Params) -> dict[ClientId, dict[str, Tensor]]:
 
 
 class AffinityMoEClient(Client):
-    """Measures the full MoE in the first round, trains its sub-MoE in all others."""
+    """A client that measures the full MoE in the first round and trains its sub-MoE in all others."""
 
     def __init__(self, setup: Setup, algorithm: AffinityMoE):
         self.setup = setup
         self.algorithm = algorithm
-        # Two measures of usage would tell more than one upper half, and cost the epsilon of two noised tellings.
+        # Only one measure is sent in reduced form: a second would reveal more than one upper half and would spend the
+        # epsilon of the noise twice.
         main = "contribution" if algorithm.choice == "contribution" else "demand"
         self.reveals = {group: Reveal("usage", "less" if group == main else "nothing") for group in MEASURES}
         self.reveals["losses"] = Reveal("score", "less")

@@ -2,22 +2,23 @@
 
 Fan, Messmer, Doikov, Jaggi. ICML 2025. https://arxiv.org/abs/2409.13931; code github.com/epfml/CoMiGS
 
-The model is frozen. Beside each target layer are adapters: "general", averaged over the clients, and specialists that
-never leave a client. A private router weighs them per token, and is trained on rows that the adapters are not:
+The model is frozen. Next to each target layer are adapters: "general", which is averaged over the clients, and
+specialists, which never leave a client. A private router weighs the adapters per token. It is trained on rows that the
+adapters are not trained on:
 
     g = softmax(V x), top k;   y = W0 x + s sum_e g_e B_e A_e x            loss + balance J sum_e P_e f_e
     adapters   on training rows, V fixed        V   on held-out rows, adapters fixed       (bi-level, alternating)
     general <- sum_k n_k / n general_k
 
-    general   <layer>.pairs.general.*, all that travels beside head rows
+    general   <layer>.pairs.general.*, the only tensors that are sent, apart from head rows
     specialists, V   context.state: <layer>.pairs.s<i>.*, <layer>.route
 
-What is ours: adapters on query and value projections (the authors adapt the feed-forward layers of GPT-2); the
-held-out rows are the last `held_out` of the training rows, so that the validation score stays a fair one (theirs are
-the validation split); V is trained for `router_epochs` after the epochs of the adapters, where they alternate every 30
-steps. Their scale in the forward pass differs from that of their FlexLoRA baseline; here it is alpha / r everywhere.
-Their published perplexities are of GPT-2 with 4 clients and need that model to be compared with; the claim that can be
-checked here is half the traffic of averaging all adapters.
+Departures: the adapters are on query and value projections; the authors adapt the feed-forward layers of GPT-2. The
+held-out rows are the last `held_out` of the training rows, so that the validation score stays fair; the authors use the
+validation split. V is trained for `router_epochs` after the epochs of the adapters; the authors alternate every 30
+steps. The authors' scale in the forward pass differs from that of their FlexLoRA baseline; here it is alpha / r
+everywhere. Their published perplexities are for GPT-2 with 4 clients and can only be compared on that model. The claim
+that can be checked here is half the traffic of averaging all adapters.
 """
 
 from dataclasses import dataclass, replace
@@ -44,10 +45,10 @@ class CoMiGS(Algorithm):
     Args:
         r: rank of the adapters, >= 1.
         alpha: the scale of an adapter is alpha / r.
-        specialists: adapters that a client has for itself, >= 1.
+        specialists: number of private adapters of a client, >= 1.
         top_k: adapters that a token uses, >= 1.
         balance: weight of the load-balance loss.
-        held_out: share of the training rows that the router alone is trained on, in [0.01, 0.9].
+        held_out: share of the training rows on which only the router is trained, in [0.01, 0.9].
         router_epochs: epochs of the router over these rows, >= 1.
         targets: names of the adapted layers; (): query and value projections.
     """
@@ -64,7 +65,7 @@ class CoMiGS(Algorithm):
 
     @property
     def specialist_names(self) -> tuple[str, ...]:
-        """The names of the specialists."""
+        """Return the names of the specialists."""
         return tuple(f"s{i}" for i in range(self.specialists))
 
     def models(self, setup: Setup) -> MixedModels:
@@ -81,7 +82,7 @@ class CoMiGS(Algorithm):
 
 
 class CoMiGSServer(FedAvgServer):
-    """Averages the generalist."""
+    """A server that averages the generalist."""
 
     def __init__(self, setup: Setup, algorithm: CoMiGS):
         self.models, self.pairs = algorithm.models(setup), 1 + algorithm.specialists
@@ -96,7 +97,7 @@ class CoMiGSServer(FedAvgServer):
 
 
 class CoMiGSClient(Client):
-    """Keeps specialists and router; sends the generalist."""
+    """A client that sends the generalist and keeps its specialists and router."""
 
     def __init__(self, setup: Setup, algorithm: CoMiGS):
         self.setup, self.algorithm, self.models = setup, algorithm, algorithm.models(setup)
@@ -127,7 +128,7 @@ class CoMiGSClient(Client):
         return self.models.score(params, context, (GENERAL, *self.algorithm.specialist_names))
 
     def _private(self, context: ClientContext) -> Params:
-        """Return specialists and router, as the client left them or as all begin."""
+        """Return the client's specialists and router, or the common initial ones before its first training."""
         if context.state.params:
             return context.state.params
         own: Params = {}

@@ -2,12 +2,13 @@
 
 Li, Hu, Beirami, Smith. ICML 2021. https://arxiv.org/abs/2012.04221
 
-Algorithm 1: the clients train a common model w as in FedAvg; each also keeps a model v_k of its own, drawn to it:
+Algorithm 1: the clients train a common model w as in FedAvg. Each client also keeps a personal model v_k that is pulled
+towards w:
 
     w   <- sum_k n_k / n w_k                                 w      params
     v_k <- argmin F_k(v) + lambda / 2 * ||v - w^t||^2        v_k    context.state.params      lambda   lam
 
-Departures: v_k is trained for the local epochs of `fit`, in the rounds in which the client takes part, and begins as
+Departures: v_k is trained for the local epochs of `fit` in each round in which the client takes part. It starts from
 the first w that the client receives. The penalty's gradient passes through clipping and the optimiser; see FedProx.
 """
 
@@ -33,12 +34,12 @@ from consilium.work import setting
 
 __all__ = ["Ditto"]
 
-REFERENCES = 1  # w^t, while v trains
+REFERENCES = 1  # a copy of w^t stays in memory while v trains
 
 
 @dataclass(frozen=True)
 class Ditto(Algorithm):
-    """FedAvg, and a personal model of every client that stays near the common one.
+    """FedAvg with a personal model per client that stays near the common one.
 
     Args:
         lam: weight of the distance to the common model (lambda), >= 0; 0 is local training.
@@ -58,7 +59,7 @@ class Ditto(Algorithm):
 
 
 class DittoClient(Client):
-    """Trains the common model for the server and its own for itself."""
+    """A client that trains the common model for the server and a personal model for itself."""
 
     def __init__(self, setup: Setup, lam: float):
         self.setup = setup

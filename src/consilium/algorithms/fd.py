@@ -10,10 +10,11 @@ Clients exchange, for each class, the mean of their logits over the class's exam
 
     F        group "prototypes", label -> [C]        gamma    FD.gamma        own    FD.own
 
-Departures: D is the mean squared difference of logits, as in the comparisons of the pFedMoE family and HtFLlib; in the
-paper the vectors are softmax outputs and D their cross-entropy, which is `distance="ce"`. Means are taken once after
-training and not along the way. Not all clients take part in every round: F_c is of the last round in which class c was
-sent, and a class that client k alone has sent teaches it nothing. HtFLlib leaves the client's own in: `own`.
+Departures: D is the mean squared difference of logits, as in the comparisons of the pFedMoE family and HtFLlib. In the
+paper the vectors are softmax outputs and D is their cross-entropy; `distance="ce"` selects this. Means are taken once
+after training and not along the way. Not all clients take part in every round, so F_c comes from the last round in
+which class c was sent. A class that only client k has sent teaches client k nothing. HtFLlib includes the client's own
+vectors in the mean; `own` selects this.
 """
 
 from collections import defaultdict
@@ -42,9 +43,9 @@ class FD(Algorithm):
     """Federated distillation by the mean logits of each class.
 
     Args:
-        gamma: weight of the distance to them, >= 0.
+        gamma: weight of the distance to the mean logits, >= 0.
         distance: "mse" of logits; "kl" of the probabilities that mean logits give; "ce", the cross-entropy to mean
-            probabilities, which then travel instead of logits.
+            probabilities, which are then exchanged instead of logits.
         own: whether a client's own vectors are part of its teacher.
     """
 
@@ -62,7 +63,10 @@ class FD(Algorithm):
 
 
 class FDServer(PrototypeServer):
-    """Keeps what each client sent of a class when the class was last sent, and means it without the client's own."""
+    """A server that averages, per class, the vectors of the other clients.
+
+    It keeps the vectors of each class from the last round in which the class was sent.
+    """
 
     def __init__(self, setup: Setup, algorithm: FD):
         super().__init__(setup, setup.classes, counts=False)
@@ -101,7 +105,7 @@ def _mean(vectors: Params) -> Tensor:
 
 
 class FDClient(Client):
-    """Learns from the data and from the others' logits."""
+    """A client that learns from its data and from the logits of other clients."""
 
     reveals: ClassVar[Mapping[str, Reveal]] = {"prototypes": Reveal("update", "exact")}
 
@@ -125,12 +129,15 @@ class FDClient(Client):
         return tested(self.setup, self.setup.build(self.setup.own_params(context), context), context)
 
     def _output(self, z: Tensor) -> Tensor:
-        """What of the logits [B, C] is exchanged."""
+        """Return the vectors to exchange for logits [B, C]: probabilities for "ce", else the logits themselves."""
         return z.softmax(1) if self.algorithm.distance == "ce" else z
 
 
 def taught(logits: Params, model: SplitModel, algorithm: FD, supervised: Supervised = F.cross_entropy) -> Objective:
-    """CE + gamma * D, D averaged over the batch, 0 for an example whose class has no logits."""
+    """Return the objective CE + gamma * D, with D averaged over the batch.
+
+    D is 0 for an example if no logits are known for its class.
+    """
     device, labels = next(model.parameters()).device, model.labels
     known_C = torch.tensor([label in logits for label in labels], device=device)
     teacher_CC = torch.stack([logits.get(label, torch.zeros(len(labels))) for label in labels]).to(device)

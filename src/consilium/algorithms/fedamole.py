@@ -3,31 +3,33 @@
 Zhang, Wang, Zhou, Li, Cao, Hu, Qi, Jin. The Web Conference 2026. https://arxiv.org/abs/2411.19128; code
 github.com/zyc140345/FedAMoLE
 
-The model is frozen. Beside each target layer are one shared adapter and some of E domain adapters, chosen per client
-and layer; a router without an expert-shaped tensor weighs them, so that any number works:
+The model is frozen. Next to each target layer are one shared adapter and some of E domain adapters, which are chosen
+per client and layer. A router weighs the domain adapters. None of its tensors depends on the number of experts, so any
+number works:
 
     z_e = <P x, A_e x> / sqrt(r),   g = softmax over the held experts, the top 2 kept and scaled to 1
     y   = W0 x + s B_s A_s x + sum_e g_e s B_e A_e x            loss + 0.001 sum over layers of |H| sum_e P_e f_e
 
-    up      held adapters, shared adapter, P; per layer the means over tokens t_k of P x and m_ke of A_e x
-    server  every adapter: the mean over its holders. E_e: the mean of m_ke over them
+    up      held adapters, shared adapter, P; per layer the means over tokens, t_k of P x and m_ke of A_e x
+    server  every adapter becomes the mean over its holders; E_e is the mean of m_ke over the same clients
     reverse selection, per layer: S[e, k] = softmax over k of <E_e, t_k> / sqrt(r); choose X in {0, 1} that maximises
             sum S X, with `choices` clients per expert and between top_k and max_k experts per client
 
     P   <layer>.route      A_e, B_e   <layer>.pairs.e<id>.a, .b      A_s, B_s   <layer>.pairs.shared.a, .b
 
-The matrix of the constraints is that of a bipartite b-matching, which is totally unimodular: a vertex of the linear
-programme is an exact assignment. HiGHS's dual simplex (scipy) finds it; the authors use SCIP.
+The constraint matrix is that of a bipartite b-matching and is totally unimodular, so every vertex of the linear
+programme is an exact assignment. HiGHS's dual simplex (scipy) finds the optimal vertex; the authors use SCIP.
 
-What is ours: weights n_k (`weight` "uniform" is theirs). max_k from a client's memory, at most `max_experts`; where
-experts have more places to give than clients have room, the lowest scored experts are given fewer. Clients that are
-absent keep their last t_k; a client that has never trained is scored at the mean of the others; an expert that no
-client returned keeps its value. Trainables are float32, where the authors' bfloat16 steps are lost. `keep` adds a bonus
-for experts that a client holds already. The embeddings are of training rows, where the authors hold 5 % out. Left out:
-their noise on updates, which is not differential privacy as they draw it.
+Departures: means are weighted by n_k (`weight` "uniform" is the authors' rule). max_k follows from a client's memory
+and is at most `max_experts`. If the experts have more places to give than the clients have room, the lowest scored
+experts get fewer clients. An absent client keeps its last t_k. A client that has never trained is scored at the mean of
+the others. An expert that no client returned keeps its value. Trainable parameters are float32, because small steps are
+lost in the authors' bfloat16. `keep` adds a bonus for experts that a client already holds. The embeddings are computed
+on training rows; the authors hold 5 % out. The authors' noise on updates is left out: as they draw it, it is not
+differential privacy.
 
-The published 25.66 MB per client and round are bfloat16, up and down, for Llama-3.2-1B: 7 adapters per layer and P. In
-float32 it is twice as much. The published scores are the best round's, before aggregation.
+The published 25.66 MB per client and round count upload and download in bfloat16 for Llama-3.2-1B, with 7 adapters per
+layer and P. In float32 it is twice as much. The published scores are those of the best round, before aggregation.
 """
 
 import json
@@ -65,24 +67,24 @@ SHARED = "shared"
 
 @dataclass(frozen=True)
 class FedAMoLE(Algorithm):
-    """Adapters as experts, which choose their clients.
+    """A mixture of adapters in which the experts choose their clients.
 
     Args:
         E: domain experts per layer, >= 2.
         r: rank of the adapters, >= 1.
         alpha: the scale of an adapter is alpha / r.
         top_k: domain experts that a token uses, and the fewest that a client holds, >= 1.
-        choices: c, clients that hold an expert, >= 1; at most the clients there are.
-        max_experts: domain experts that a client holds per layer at most, >= 1; fewer where its memory has no room.
+        choices: c, number of clients that hold each expert, >= 1; capped at the number of clients.
+        max_experts: most domain experts that a client holds per layer, >= 1; fewer if its memory has no room.
         balance: weight of the load-balance loss.
         decay: the learning rates are those of `fit` times decay^(round - 1), in (0, 1].
-        dropout: of what the adapters read.
+        dropout: dropout rate of the adapters' input, in [0, 0.9].
         rows: training rows over which the mean embeddings are computed.
-        assign: "reverse" (selection by the embeddings), "random" scores in every round, or "static": those of the
-            beginning.
-        even: whether all clients hold equally many experts.
-        keep: bonus on the score of an expert that a client holds already, >= 0.
-        weight: of a client in the means: "examples" or "uniform".
+        assign: "reverse" (selection by the embeddings), "random" (random scores in every round), or "static" (the
+            random assignment of the start is kept).
+        even: whether all clients hold the same number of experts per layer, to within one.
+        keep: bonus on the score of an expert that a client already holds, >= 0.
+        weight: weight of a client in the means: "examples" (n_k) or "uniform".
         targets: names of the adapted layers; (): query and value projections.
     """
 
@@ -124,26 +126,29 @@ class FedAMoLE(Algorithm):
 
 
 def scores(expert_ER: Tensor, token_KR: Tensor) -> Tensor:
-    """S [E, K]: softmax over clients of <E_e, t_k> / sqrt(r)."""
+    """Return S [E, K], the softmax over clients of <E_e, t_k> / sqrt(r)."""
     return (expert_ER @ token_KR.t() / expert_ER.shape[1] ** 0.5).softmax(-1)
 
 
 def reverse_selection(
     scores_EK: Tensor, choices: int, least: Sequence[int], most: Sequence[int]
 ) -> tuple[Tensor, list[int]]:
-    """Assign experts to clients: maximise sum S X under the constraints of both sides, exactly.
+    """Assign experts to clients by maximising sum S X exactly, under the constraints of both sides.
 
     Args:
-        scores_EK: S. choices: clients per expert. least, most: experts per client.
+        scores_EK: S, float [E, K].
+        choices: clients per expert.
+        least: fewest experts per client, [K].
+        most: most experts per client, [K].
 
     Returns:
-        X [E, K] bool, and the clients per expert; fewer than `choices` for the lowest scored (by the sum of their best)
-        where clients have too little room.
+        X [E, K] bool, and the number of clients per expert. If the clients have too little room, the experts with the
+        lowest scores (by the sum of their best `choices` scores) get fewer than `choices` clients.
 
     Raises:
-        ConfigError: if the experts are too few to give every client its least.
+        ConfigError: if there are too few experts to give every client its least.
     """
-    from scipy.optimize import linprog  # takes a second to import, and only this method needs it
+    from scipy.optimize import linprog  # imported here: it takes a second, and only this method needs it
 
     experts, clients = scores_EK.shape
     choices = min(choices, clients)
@@ -180,11 +185,12 @@ def reverse_selection(
 
 
 class FedAMoLEServer(Server):
-    """Holds all experts, the clients' embeddings, and who holds what.
+    """A server that holds all experts, the clients' embeddings and the assignment of experts to clients.
 
     Attributes:
         held: client -> layer -> names of its domain experts.
-        tokens: client -> layer -> t_k. experts: layer -> name -> E_e.
+        tokens: client -> layer -> t_k.
+        experts: layer -> name -> E_e.
     """
 
     def __init__(self, setup: Setup, algorithm: FedAMoLE):
@@ -211,7 +217,7 @@ class FedAMoLEServer(Server):
         return self.models.lacks(client, self.algorithm.top_k + 1)
 
     def _most(self, client: ClientInfo) -> int:
-        """max_k: domain experts per layer that the client's memory has room for."""
+        """Return max_k, the number of domain experts per layer that fit the client's memory."""
         counts = range(self.algorithm.max_experts, self.algorithm.top_k, -1)
         return next((n for n in counts if self.models.lacks(client, n + 1) is None), self.algorithm.top_k)
 
@@ -241,7 +247,7 @@ class FedAMoLEServer(Server):
         return {"held": sum(held) / max(len(held), 1), **mean.told()}
 
     def _assign(self, round: int) -> None:
-        """Reverse selection, layer by layer."""
+        """Assign the experts of every layer to clients by reverse selection."""
         algorithm, clients = self.algorithm, [c.id for c in self.able]
         least, most = [algorithm.top_k] * len(clients), [self.most[c] for c in clients]
         held: dict[ClientId, dict[str, list[str]]] = {client: {} for client in clients}
@@ -262,7 +268,7 @@ class FedAMoLEServer(Server):
             self.log.append({"event": "fewer places", "client": "", "experts": fewer})
 
     def _scores(self, path: str, clients: Sequence[ClientId], round: int) -> Tensor:
-        """S [E, K] of a layer, float64; at random as long as nothing is known."""
+        """Return S [E, K] of a layer, float64; the scores are random until the first embeddings are known."""
         known = [client for client in clients if client in self.tokens]
         if not known or self.algorithm.assign == "random":
             rng = torch.Generator().manual_seed(derive_seed(self.setup.seed, "FedAMoLE", path, "scores", round))
@@ -319,7 +325,7 @@ class FedAMoLEServer(Server):
 
 
 class FedAMoLEClient(Client):
-    """Trains what it was sent, and tells the mean embeddings of its tokens."""
+    """A client that trains the adapters that it was sent and returns the mean embeddings of its tokens."""
 
     reveals: ClassVar[Mapping[str, Reveal]] = {
         "token": Reveal("usage", "exact"),

@@ -2,21 +2,23 @@
 
 Qin, Deng, Zhao, Yan. KDD 2023. https://doi.org/10.1145/3580305.3599344
 
-Mutual learning as in FML between a private model and a small shared one; a client predicts by both, weighted by what
-it learns on a slice of its data that nobody trains on:
+A private model and a small shared one learn from each other as in FML. A client predicts with both. It learns their
+weight on a slice of its data that is never trained on:
 
     lambda_k = argmin over [0, 1] of CE(lambda z_own + (1 - lambda) z_small) on the slice       models as they are
     L_own    = CE_own + KL(p_small || p_own) + CE(lambda_k z_own + (1 - lambda_k) z_small)      z_small as it is
     L_small  = CE_small + KL(p_own || p_small) + CE(lambda_k z_own + (1 - lambda_k) z_small)    z_own as it is
     small <- sum_{k in S} n_k / n small_k;    prediction: lambda_k z_own + (1 - lambda_k) z_small
 
-    small    params["small.*"]: all that travels      own, lambda_k   context.state: private.*, head.*, share
+    small    params["small.*"]: only this is sent     own, lambda_k   context.state: private.*, head.*, share
 
-As in the authors' code, lambda is learned whenever a client has received a new small model, from where it last was
-(1/2 before the first round), by clipped gradient steps; it then weighs the ensemble in training and in prediction. A
-client that takes part learns it for the round; the prediction of the delivered model learns it anew and keeps nothing.
+As in the authors' code, a client learns lambda whenever it has received a new small model. It takes gradient steps from
+the last lambda (1/2 before the first round) and clips after each step. This lambda weighs the ensemble in training and
+in prediction. A client that takes part learns lambda for the round. A prediction with the delivered model learns lambda
+again and does not keep it.
 
-Departures: the small models are averaged by n_k, the authors' code averages them evenly. A step takes the whole slice.
+Departures: the small models are averaged by n_k, whereas the authors' code averages them evenly. A gradient step uses
+the whole slice.
 """
 
 from collections.abc import Mapping
@@ -48,8 +50,8 @@ class FedAPEN(Algorithm):
     Args:
         slice: share of a client's training data that is kept for learning the weight, in (0, 0.5].
         steps: gradient steps on the weight, >= 1.
-        eta: learning rate of the weight, > 0; None: fit.lr. The authors' code has 10 steps of 0.001, made for a hundred
-            rounds; in few rounds the weight stays near 1/2 with them.
+        eta: learning rate of the weight, > 0; None: fit.lr. The authors' code takes 10 steps of 0.001, which suits a
+            hundred rounds; in few rounds they leave the weight near 1/2.
         ensemble: whether the models also learn from the loss of the ensemble.
     """
 
@@ -67,7 +69,7 @@ class FedAPEN(Algorithm):
 
 
 class FedAPENClient(Client):
-    """Learns the weight on the slice, then trains both models on the rest."""
+    """A client that learns the weight on the slice and then trains both models on the other rows."""
 
     reveals: ClassVar[Mapping[str, Reveal]] = {"report/ensemble weight": Reveal("update")}
 
@@ -93,7 +95,10 @@ class FedAPENClient(Client):
         return tested(self.setup, model, context)
 
     def objective(self, model: SplitModel, batch: dict[str, Tensor]) -> Tensor:
-        """L_own + L_small; the ensemble's loss, which is a part of both, counts once for the weights it reaches."""
+        """Return L_own + L_small.
+
+        The ensemble's loss is a part of both. It is added once, since its gradient reaches the weights of both models.
+        """
         own, small, y = model(batch)[0], model.backbone.small(batch["x"]), batch["labels"]
         supervised = self.setup.fit.cross_entropy
         loss = supervised(own, y) + kl(small.detach(), own) + supervised(small, y) + kl(own.detach(), small)
@@ -103,7 +108,10 @@ class FedAPENClient(Client):
         return loss + supervised(share * own + (1 - share) * small, y)
 
     def _slices(self, context: ClientContext) -> tuple[TensorSplit, ClientContext]:
-        """What the weight is learned on, the same in every round as nobody may have trained on it; and the rest."""
+        """Return the rows on which the weight is learned, and a context with the other training rows.
+
+        The slice is the same in every round, because neither model may ever have trained on it.
+        """
         train = self.setup.encode(context, context.data.train)
         n = min(max(1, round(self.algorithm.slice * len(train))), len(train) - 1)
         seed = derive_seed(self.setup.seed, "slice", context.info.id)
@@ -126,7 +134,7 @@ class FedAPENClient(Client):
 
 
 class Weighted(Pair):
-    """A pair, and lambda in a buffer."""
+    """A pair of models with lambda in a buffer."""
 
     def __init__(self, private: nn.Module, small: nn.Module, classes: int):
         super().__init__(private, small, classes)
@@ -134,7 +142,7 @@ class Weighted(Pair):
 
 
 class Ensemble(SplitModel):
-    """In training the own model; in evaluation lambda z_own + (1 - lambda) z_small."""
+    """A model that returns z_own in training and lambda z_own + (1 - lambda) z_small in evaluation."""
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         own, labels = super().forward(batch)
@@ -147,8 +155,10 @@ class Ensemble(SplitModel):
 def learned_share(
     own: Tensor, small: Tensor, labels: Tensor, start: float, algorithm: FedAPEN, work: Work | None = None
 ) -> float:
-    """lambda in [0, 1] after gradient steps on the cross-entropy of the mixed logits [n, C], each step clipped; they
-    count against `work`."""
+    """Return lambda after gradient steps on the cross-entropy of the mixed logits [n, C].
+
+    Lambda is clipped to [0, 1] after each step. The steps count against `work`.
+    """
     work = work or Work()
     work.plan(algorithm.steps)
     share = torch.tensor(start, device=own.device)

@@ -7,9 +7,9 @@ Algorithm 1: clients train the server's model w on their own data; w <- sum_k n_
     w      params                       n_k    scalars["num_examples"]
 
 Departures: none in the rule. Heads belong to tasks: a client receives and returns the head rows of its own task, and
-a row is averaged over the clients that hold it. `experts` cuts one and the same sub-MoE for everybody, so that FedAvg
-can be compared at the memory of the smallest device; with "all" (the default, the plain method) clients that cannot
-hold the model cannot take part. The gates of a sub-MoE are scaled as `fit.gates` says.
+a row is averaged over the clients that hold it. `experts` selects one sub-MoE for all clients, so that FedAvg can be
+compared at the memory of the smallest device. With "all" (the default, the plain method), clients that cannot hold the
+model cannot take part. `fit.gates` sets how the gates of a sub-MoE are scaled.
 """
 
 from collections.abc import Iterable, Sequence
@@ -43,7 +43,7 @@ class FedAvg(Algorithm):
 
     Args:
         experts: experts per layer of the common model: "all", a number, or "fit", the most that the smallest
-            device can train, devices apart that cannot train one; the experts with the largest share of public
+            device can train, leaving out devices that cannot train one; the experts with the largest share of public
             tokens are kept.
     """
 
@@ -58,12 +58,12 @@ class FedAvg(Algorithm):
 
 
 class FedAvgServer(Server):
-    """Sends one model to the sampled clients and averages what returns.
+    """A server that sends one model to the sampled clients and averages the replies.
 
     Args:
         held: the experts of the common model; None: all.
-        references: copies of the weights a client keeps beside the one it trains, for the memory test.
-        params: what is averaged, where that is not the whole model; sent are, of head rows, those of the client's task.
+        references: copies of the weights that a client keeps in addition to the one it trains, for the memory test.
+        params: the parameters to average; None: the whole model. A client is sent the head rows of its own task only.
     """
 
     def __init__(self, setup: Setup, held: ExpertSet | None = None, references: int = 0, params: Params | None = None):
@@ -73,7 +73,7 @@ class FedAvgServer(Server):
         self.params = setup.initial_params() if params is None else params
 
     def held_by(self, client: ClientInfo) -> ExpertSet | None:
-        """The experts this client trains; None: all."""
+        """Return the experts that this client trains, or None for all."""
         return self.held
 
     def unable(self, client: ClientInfo) -> str | None:
@@ -96,7 +96,7 @@ class FedAvgServer(Server):
 
 
 class FedAvgClient(Client):
-    """Trains whatever experts the payload names, all if it names none."""
+    """A client that trains the experts named in the payload, or all experts if it names none."""
 
     def __init__(self, setup: Setup):
         self.setup = setup
@@ -109,7 +109,10 @@ class FedAvgClient(Client):
 
 
 def averaged(params: Params, replies: Iterable[tuple[ClientId, Payload]], mean: WeightedMean | None = None) -> Params:
-    """sum_k n_k w_k / sum_k n_k, key by key over whoever returned the key; other keys keep their value."""
+    """Return sum_k n_k w_k / sum_k n_k for each key, over the clients that returned the key.
+
+    A key that no client returned keeps its value.
+    """
     mean = mean or WeightedMean()
     for _, reply in replies:
         mean.add(reply.group("params"), reply.scalars["num_examples"])
@@ -119,13 +122,15 @@ def averaged(params: Params, replies: Iterable[tuple[ClientId, Payload]], mean: 
 def common_experts(
     setup: Setup, experts: int | Literal["all", "fit"], references: int = 0
 ) -> dict[str, tuple[int, ...]] | None:
-    """The same sub-MoE for everybody; None: the whole model.
+    """Return the experts of the sub-MoE that all clients share, or None for the whole model.
 
-    Ranked by the public usage in the model's card; without one, a random choice from the run's seed.
+    The experts are ranked by the public usage in the model's card. Without a card they are chosen at random from the
+    run's seed.
 
     Raises:
-        ConfigError: for a number below 1 or above what the model has.
-        BudgetError: for "fit" when no device can hold one expert per layer; a client whose device cannot is unable.
+        ConfigError: if the number is below the least or above the number of experts of the model.
+        BudgetError: if `experts` is "fit" and no device can hold one expert per layer. If only some devices cannot,
+            their clients are unable to take part.
     """
     if experts == "all":
         return None

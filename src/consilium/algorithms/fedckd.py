@@ -1,17 +1,17 @@
-"""FedCKD and pFedSD: distillation from the common model and from one's own of last time.
+"""FedCKD and pFedSD: distillation from the common model and from the client's own previous model.
 
 FedCKD: Comprehensive Knowledge Distillation for Federated Learning. Wang, Liu, Guo, Li, Ge. IEEE SMC 2024.
 https://arxiv.org/abs/2411.03569 pFedSD: Personalized Edge Intelligence via Federated Self-Knowledge Distillation. Jin,
 Bai, Chen, Liu, Li. IEEE TPDS 2023.
 
-    w <- w_g as received;   T1 = w_g;   T2 = v_k, own weights after the last participation (they stay on the client)
+    w <- w_g as received;   T1 = w_g;   T2 = v_k, the weights after the last participation (they stay on the client)
     L = CE(w) + lam_g tau^2 KL(p_T1 || p_w) + lam_h tau^2 KL(p_T2 || p_w)          T2 where there is one
     v_k <- w;   w_g <- sum_k n_k / n w_k
 
-pFedSD has the second teacher alone. Of FedCKD only abstract-level text could be had: two teachers, a student, FedAvg
-at the server. The loss, its weights and `anneal` are ours; the defaults are those of a public port of pFedSD (lam 0.5,
-tau 3), its weight split evenly. Published: up to +1.98 points on CIFAR-100 over the best baseline, tested before
-aggregation; without equations this is no target.
+pFedSD has only the second teacher. Only abstract-level text was available for FedCKD: two teachers, a student, FedAvg
+at the server. The loss, its weights and `anneal` are ours. The defaults are those of a public port of pFedSD (lam 0.5,
+tau 3), with the weight split evenly between the teachers. The paper reports up to +1.98 points on CIFAR-100 over the
+best baseline, tested before aggregation. This is no target here, because the equations are missing.
 
     lam_g, lam_h    weights of the teachers        tau   temperature        v_k    context.state.params
 """
@@ -42,10 +42,10 @@ class FedCKD(Algorithm):
 
     Args:
         lam_g: weight of the common model as a teacher, >= 0.
-        lam_h: weight of the client's own last model as a teacher, >= 0.
+        lam_h: weight of the client's own previous model as a teacher, >= 0.
         tau: temperature, > 0.
         anneal: whether lam_h falls to 0 over the rounds of the run, by a cosine.
-        deploy: with which model a client predicts: its own as "trained" last, or the "aggregated" one.
+        deploy: model with which a client predicts: its own as last "trained", or the "aggregated" one.
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort",)
@@ -64,7 +64,7 @@ class FedCKD(Algorithm):
 
 @dataclass(frozen=True)
 class pFedSD(FedCKD):
-    """FedAvg with one's own last model as a teacher.
+    """FedAvg with the client's own previous model as a teacher.
 
     Args:
         lam_g: weight of the common model as a teacher, 0 in the paper.
@@ -79,7 +79,7 @@ class pFedSD(FedCKD):
 
 
 class FedCKDClient(Client):
-    """Learns from the data, the common model and its own former one."""
+    """A client that learns from its data, the common model and its own previous model."""
 
     def __init__(self, setup: Setup, algorithm: FedCKD):
         self.setup, self.algorithm = setup, algorithm
@@ -113,5 +113,14 @@ class FedCKDClient(Client):
 
 
 def distilled(logits: Tensor, teachers: list[tuple[float, Tensor]], tau: float) -> Tensor:
-    """sum of weight tau^2 KL(softmax(teacher / tau) || softmax(logits / tau)), mean over the batch."""
+    """Return the sum over teachers of weight tau^2 KL(softmax(teacher / tau) || softmax(logits / tau)).
+
+    Args:
+        logits: the student's logits, [B, C].
+        teachers: pairs of a weight and the teacher's logits, [B, C].
+        tau: temperature, > 0.
+
+    Returns:
+        A scalar, the mean over the batch.
+    """
     return sum((weight * tau**2 * kl(t / tau, logits / tau) for weight, t in teachers), logits.new_zeros(()))

@@ -2,17 +2,17 @@
 
 Yi, Wang, Liu, Shi, Yu. ACM MM 2023. https://arxiv.org/abs/2303.13137
 
-Clients send the mean representation of each class, the server trains one header on them, and the clients take it:
+Clients send the mean representation of each class. The server trains one header on them, and the clients adopt it:
 
     R_k^s  = mean of F_k(x) over client k's examples of class s, after local training
     theta  <- theta - eta_s * gradient of CE(H(R_k^s; theta), s), over all (k, s) of the round
-    client: its header becomes theta
+    client: the header becomes theta
 
     theta    head rows, group "params" down        R_k^s    group "prototypes" up, label -> [d]       eta_s   eta_s
 
-Departures: none in the rule; batches of prototypes have the clients' batch size. The authors' released code steps the
-client's optimiser and never the header's, so that the header stays at its random initial value: that is the option
-`eta_s=0`, a frozen common header.
+Departures: none in the rule. Batches of prototypes have the clients' batch size. The authors' released code steps the
+client's optimiser and never the header's, so the header stays at its random initial value. `eta_s=0` reproduces this: a
+frozen common header.
 """
 
 from collections.abc import Iterable, Mapping
@@ -51,7 +51,7 @@ class FedGH(Algorithm):
     """One header for all, trained at the server on class prototypes.
 
     Args:
-        eta_s: learning rate of the header, >= 0; 0 leaves it as it begins, None: fit.head_lr.
+        eta_s: learning rate of the header, >= 0; 0 leaves it at its initial value; None: fit.head_lr.
         epochs: passes over the round's prototypes, >= 1.
     """
 
@@ -68,14 +68,14 @@ class FedGH(Algorithm):
 
 
 class FedGHServer(Server):
-    """Trains the header rows of the one task."""
+    """A server that trains the header rows of the single task."""
 
     def __init__(self, setup: Setup, algorithm: FedGH):
         self.averaging = FedAvgServer(setup, params=setup.head_params(setup.common_width))
         self.setup = setup
         self.algorithm = algorithm
         self.eta_s = setup.fit.head_lr if algorithm.eta_s is None else algorithm.eta_s
-        setup.classes  # noqa: B018 - refuses clients of several tasks
+        setup.classes  # noqa: B018 - raises if the clients have more than one task
         ((self.task, self.labels),) = setup.heads.items()
 
     @property
@@ -118,7 +118,7 @@ class FedGHServer(Server):
 
 
 class FedGHClient(Client):
-    """Takes the common header, trains, and sends class prototypes."""
+    """A client that adopts the common header, trains, and sends class prototypes."""
 
     reveals: ClassVar[Mapping[str, Reveal]] = {"prototypes": Reveal("update", "exact")}
 

@@ -2,25 +2,25 @@
 
 Wu, Wu, Lyu, Huang, Xie. Nature Communications 2022. https://arxiv.org/abs/2108.13323
 
-Each client trains its own model (the mentor) and a copy of a small shared one (the mentee) together; how much they
-learn from each other adapts to how well both do, and what travels of the shared one is its change, compressed:
+Each client trains its own model (the mentor) and a copy of a small shared one (the mentee) together. The better both
+models do, the more they learn from each other. Only the compressed change of the shared model is sent:
 
     L_d     = KL(p_other || p_self) / (CE_own + CE_small)                   adaptive mutual distillation
     L_h     = MSE(H_own, W H_small) / (CE_own + CE_small)                   adaptive hidden loss, of the representations
     L_own   = CE_own + L_d,own + L_h          L_small = CE_small + L_d,small + L_h
     up      G_k = small_k - small as received                               the sum of the client's gradient steps
     server  small <- small + sum_{k in S} n_k / n G_k
-    down    small - small_0                                                 small_0: by the run's seed, known to all
-    a matrix P [m, n] goes as U [m, K], S [K], V [K, n], with the smallest K that keeps the energy
+    down    small - small_0                                                 small_0: from the run's seed, known to all
+    a matrix P [m, n] is sent as U [m, K], S [K], V [K, n], with the smallest K that keeps the energy
     T = T_s + (T_e - T_s) t:  sum_{k <= K} S_k^2 >= T sum_k S_k^2           t: share of the rounds that is over
 
-    G, small - small_0   "params" what goes whole, "factors" what goes as U, S, V; small.*     own, W   context.state
+    G, small - small_0   "params" for whole tensors, "factors" for U, S, V; small.*            own, W   context.state
 
-Departures: down goes the sum of all changes since the start and not the last one, as not every client has had the
-earlier ones; `exchange="weights"` sends the weights themselves in both directions, as HtFLlib does, which takes more
-values for the same energy. Means are by n_k. A matrix whose factors would be larger goes whole. The denominators are
-weights: no gradient goes through them, nor through the other's probabilities. Attentions, which these models lack, are
-left out of the hidden loss.
+Departures: the server sends the sum of all changes since the start and not the last change, because not every client
+has received the earlier ones. `exchange="weights"` sends the weights themselves in both directions, as HtFLlib does;
+this takes more values for the same energy. Means are by n_k. A matrix is sent whole if its factors would be larger. The
+denominators act as weights: no gradient flows through them or through the other model's probabilities. The hidden loss
+has no attention term, because these models have no attentions.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -58,12 +58,12 @@ __all__ = ["FedKD", "compressed", "restored"]
 
 @dataclass(frozen=True)
 class FedKD(Algorithm):
-    """Adaptive mutual distillation, with a shared model that travels as truncated singular values.
+    """Adaptive mutual distillation with a shared model that is sent as truncated singular values.
 
     Args:
         T_s: share of the energy that is kept at the start, in (0, 1].
-        T_e: share that is kept at the end, in (0, 1].
-        rounds: over which the one becomes the other, >= 1; None: the rounds of the run.
+        T_e: share of the energy that is kept at the end, in (0, 1].
+        rounds: rounds over which T_s becomes T_e, >= 1; None: the rounds of the run.
         exchange: "changes" of the small model, as in the paper, or its "weights".
     """
 
@@ -74,11 +74,19 @@ class FedKD(Algorithm):
     exchange: Literal["changes", "weights"] = setting("changes", "free")
 
     def energy(self, round: int, rounds: int) -> float:
-        """Return T in that round, from 1, of a run of `rounds` rounds."""
+        """Return T, the share of the energy that is kept in a round.
+
+        Args:
+            round: number of the round, from 1.
+            rounds: number of rounds of the run.
+        """
         return self.T_s + (self.T_e - self.T_s) * min((round - 1) / (self.rounds or max(rounds, 1)), 1.0)
 
     def begun(self, setup: Setup) -> tuple[Params, str]:
-        """What the small model is a change of, small_0 or zeros, and its checksum."""
+        """Return the parameters from which changes of the small model are counted, and their checksum.
+
+        These are small_0 if `exchange` is "changes", else zeros.
+        """
         begun = small_params(setup)
         if self.exchange != "changes":
             begun = {key: torch.zeros_like(t) for key, t in begun.items()}
@@ -92,7 +100,7 @@ class FedKD(Algorithm):
 
 
 class FedKDServer(Server):
-    """Adds the mean of the changes to the small model, or takes the mean of the weights."""
+    """A server that adds the mean change to the small model, or averages its weights."""
 
     def __init__(self, setup: Setup, algorithm: FedKD):
         self.averaging = FedAvgServer(setup, params=small_params(setup))
@@ -100,7 +108,7 @@ class FedKDServer(Server):
         self.algorithm = algorithm
         self.begun, self.mark = algorithm.begun(setup)
         self.round = 1
-        self.told: tuple[Params, float, Payload] | None = None  # what was compressed last, how far, and the result
+        self.told: tuple[Params, float, Payload] | None = None  # the last compressed params, their T, and the payload
 
     @property
     def params(self) -> Params:
@@ -123,13 +131,16 @@ class FedKDServer(Server):
 
     def deliver(self, client: ClientInfo) -> Payload:
         energy = self.algorithm.energy(self.round, self.setup.rounds)
-        if self.told is None or self.told[0] is not self.params or self.told[1] != energy:  # once for all clients
+        if self.told is None or self.told[0] is not self.params or self.told[1] != energy:  # one SVD for all clients
             groups, shapes = compressed(plus(self.params, self.begun, -1), energy)
             self.told = self.params, energy, Payload(groups, {"energy": energy, "begun": self.mark, **shapes})
         return self.told[2]
 
     def expects(self, client: ClientInfo, sent: Payload) -> dict[str, dict[str, Like]]:
-        """A tensor whole or as three factors, of whatever rank; `objection` sees that it is one of the two."""
+        """Allow each tensor either whole or as three factors of any rank.
+
+        `objection` checks that each tensor came in exactly one of these forms.
+        """
         factors = {}
         for key, t in self.params.items():
             if t.ndim >= 2:
@@ -151,7 +162,7 @@ class FedKDServer(Server):
 
 
 class FedKDClient(Client):
-    """Trains both models; keeps its own, sends what has changed of the shared one, compressed."""
+    """A client that trains both models, keeps its own and sends the compressed change of the shared one."""
 
     reveals: ClassVar[Mapping[str, Reveal]] = {
         "factors": Reveal("update", "exact"), "shape *": Reveal("update", "exact"),
@@ -178,14 +189,15 @@ class FedKDClient(Client):
 
     @cached_property
     def begun(self) -> tuple[Params, str]:
-        """See `FedKD.begun`."""
+        """Return the result of `FedKD.begun`, computed once."""
         return self.algorithm.begun(self.setup)
 
     def _small(self, payload: Payload) -> Params:
-        """The shared model that a payload stands for.
+        """Return the shared model that a payload describes.
 
         Raises:
-            PayloadError: if it is another one; nothing is multiplied that would not have its shape.
+            PayloadError: if the server's shared model starts from other weights, or if names or shapes differ from
+                those of the shared model. Shapes are checked before any factors are multiplied.
         """
         begun, mark = self.begun
         if payload.scalars["begun"] != mark:
@@ -198,7 +210,7 @@ class FedKDClient(Client):
         return plus(begun, restored(payload))
 
     def _model(self, small: Params, context: ClientContext) -> SplitModel:
-        if not context.state.params:  # W begins on the client, by the run's seed
+        if not context.state.params:  # the client initialises W itself, from the run's seed
             cohort, shape = self.setup.model, self.setup.shape
             widths = (cohort.width_of(name, shape) for name in (cohort.small, context.info.architecture))
             w = initial(lambda: nn.Linear(*widths, bias=False), self.setup.seed, "FedKD", context.info.architecture)
@@ -207,7 +219,7 @@ class FedKDClient(Client):
 
 
 class Mentored(Pair):
-    """A pair, and W from the small representation to the own one."""
+    """A pair of models with W, a linear map from the small representation to the client's own."""
 
     def __init__(self, private: nn.Module, small: nn.Module, classes: int):
         super().__init__(private, small, classes)
@@ -215,7 +227,10 @@ class Mentored(Pair):
 
 
 def adaptive(model: SplitModel, batch: dict[str, Tensor], supervised: Supervised = F.cross_entropy) -> Tensor:
-    """L_own + L_small; the hidden loss, which is a part of both, counts once for the weights it reaches."""
+    """Return L_own + L_small.
+
+    The hidden loss is a part of both. It is added once, because its gradient reaches the weights of both models.
+    """
     pair, y = model.backbone, batch["labels"]
     h_own, h_small = pair.private(batch["x"]), pair.small.extractor(batch["x"])
     own, small = model.head(h_own), pair.small.head(h_small)
@@ -225,9 +240,18 @@ def adaptive(model: SplitModel, batch: dict[str, Tensor], supervised: Supervised
 
 
 def compressed(params: Params, energy: float) -> tuple[dict[str, Params], dict[str, Scalar]]:
-    """Groups "params" (whole) and "factors" (`<key>/u` [m, K], `/s` [K], `/v` [K, n]), and the shapes of the latter.
+    """Compress tensors by truncated SVD where this makes them smaller.
 
-    A tensor [m, ...] of two or more dimensions is a matrix [m, n]; K is the smallest rank that keeps the energy.
+    A tensor [m, ...] of two or more dimensions is treated as a matrix [m, n]. K is the smallest rank that keeps the
+    energy.
+
+    Args:
+        params: flat name -> tensor.
+        energy: T, share of the sum of squared singular values to keep, in (0, 1].
+
+    Returns:
+        The groups "params" (whole tensors) and "factors" (`<key>/u` [m, K], `/s` [K], `/v` [K, n]), and the scalars
+        "shape <key>" with the shapes of the factored tensors.
     """
     whole, factors, shapes = {}, {}, {}
     for key, tensor in params.items():
@@ -244,7 +268,10 @@ def compressed(params: Params, energy: float) -> tuple[dict[str, Params], dict[s
 
 
 def misfit(payload: Payload, params: Params) -> str | None:
-    """Why a payload is not tensors of these names and shapes, as `compressed` writes them; None: it is."""
+    """Return why a payload is not a compressed form of `params`, or None if it is.
+
+    The payload must hold the names and shapes of `params` in the format of `compressed`.
+    """
     whole, factors = payload.group("params"), payload.group("factors")
     said = {name.removeprefix("shape "): s for name, s in payload.scalars.items() if name.startswith("shape ")}
     if unknown := sorted((said.keys() | whole.keys()) - params.keys()):
@@ -262,12 +289,12 @@ def misfit(payload: Payload, params: Params) -> str | None:
 
 
 def plus(params: Params, change: Params, sign: int = 1) -> Params:
-    """params + change, or with sign -1 params - change, key by key."""
+    """Return params + sign * change, key by key."""
     return {key: t + sign * change[key] for key, t in params.items()}
 
 
 def restored(payload: Payload) -> Params:
-    """The parameters of a payload that `compressed` made."""
+    """Return the parameters of a payload that `compressed` made."""
     params, factors = payload.group("params"), payload.group("factors")
     for name, shape in payload.scalars.items():
         if name.startswith("shape "):

@@ -4,24 +4,24 @@ Wang, Fan, Zhao, Deng, Ye, Li, Jin. NeurIPS 2025. https://arxiv.org/abs/2509.150
 github.com/lei-wang-link/FedLEASE
 
 The model is frozen. In `warmup` rounds every client trains an adapter alone. Then the clients are clustered, and every
-client holds one expert per cluster:
+client holds one expert for each cluster:
 
     d(i, j) = mean over layers of 1 - cos(B_i, B_j);   average linkage; M in 2 .. M_max by the silhouette
     expert_m <- sum_{k in m} n_k / n adapter_k
-    slots of the router of a client of cluster j: expert 1 .. M, and expert j again M - 1 times: V [2M - 1, X]
+    router of a client in cluster j: slots for expert 1 .. M, and M - 1 more slots for expert j: V [2M - 1, X]
     g = softmax(V x), the M largest kept and scaled to 1;   y = W0 x + s sum g B_e A_e x
 
-So a token may use its own cluster's expert alone, or several. A client trains its own cluster's expert and V; the
-expert is averaged within the cluster.
+A token may therefore use only its own cluster's expert, or several experts. A client trains its own cluster's expert
+and V. The expert is averaged within the cluster.
 
     adapter_k   <layer>.pairs.own.*      experts  <layer>.pairs.e<m>.*     V   context.state: <layer>.route
 
-What is ours: V stays with the client; the head goes on learning after the warm-up (in the released code it does not);
-at the hand-over a client gets all experts at once (there: its own first), and layers 0, 10, 20 get theirs, too (there,
-their names are rewritten). A client that was absent in the warm-up has a round of it when it is first chosen, and
-joins the cluster whose members are nearest on average. With fewer than three known clients there is one cluster less
-than clients. The published GLUE scores are of RoBERTa-large with the validation set as test set; they cannot be
-compared with here.
+Departures: V stays with the client. The head keeps learning after the warm-up; in the released code it does not. At the
+hand-over a client gets all experts at once; in the released code it gets its own first. Layers 0, 10 and 20 get their
+experts as well; the released code rewrites the names of these layers. A client that was absent in the warm-up has a
+warm-up round when it is first chosen. It then joins the cluster with the nearest members on average. With only two
+known clients there is one cluster. The published GLUE scores are for RoBERTa-large with the validation set as test set,
+so scores here cannot be compared with them.
 """
 
 import json
@@ -58,13 +58,13 @@ OWN = "own"
 
 @dataclass(frozen=True)
 class FedLEASE(Algorithm):
-    """Clusters of clients, an expert of each, and routers that may fall back on their own.
+    """Clusters of clients with one expert each, and routers that may use their own cluster's expert alone.
 
     Args:
         r: rank of the adapters, >= 1.
         alpha: the scale of an adapter is alpha / r.
         warmup: rounds in which clients train alone, >= 1.
-        M_max: clusters at most, >= 2.
+        M_max: largest number of clusters, >= 2.
         targets: names of the adapted layers; (): query and value projections.
     """
 
@@ -77,7 +77,12 @@ class FedLEASE(Algorithm):
     targets: tuple[str, ...] = setting((), "free")
 
     def models(self, setup: Setup, experts: int) -> MixedModels:
-        """Return the object that builds and trains the models of clients; experts: M, 0 in the warm-up."""
+        """Return the object that builds and trains the models of clients.
+
+        Args:
+            setup: the setup of the run.
+            experts: M; 0 in the warm-up.
+        """
         own_adapters(setup, "FedLEASE")
         mixing = Mixing(self.r, self.alpha / self.r, max(experts, 1), "rows" if experts else "", self.targets)
         return MixedModels(setup, mixing, () if experts else (OWN,))
@@ -90,7 +95,11 @@ class FedLEASE(Algorithm):
 
 
 def distances(b_K: Sequence[Sequence[Tensor]]) -> np.ndarray:
-    """d [K, K]: the mean over layers of 1 - cos(B_i, B_j), of clients' B by layer; 1 where a B is zero."""
+    """Return d [K, K], the mean over layers of 1 - cos(B_i, B_j); a layer counts 1 if one of its B is zero.
+
+    Args:
+        b_K: client -> layer -> B.
+    """
     layers = []
     for of_layer in zip(*b_K, strict=True):
         flat_KX = torch.stack([b.double().flatten() for b in of_layer])
@@ -101,9 +110,15 @@ def distances(b_K: Sequence[Sequence[Tensor]]) -> np.ndarray:
 
 
 def clusters(d_KK: np.ndarray, most: int) -> list[int]:
-    """Return the cluster of each client, numbered in the order of the clients: average linkage, as many as the
-    silhouette prefers of 2 .. most."""
-    from sklearn.cluster import AgglomerativeClustering  # takes a second to import
+    """Return the cluster of each client, numbered in the order of the clients.
+
+    Clients are clustered by average linkage. The number of clusters in 2 .. `most` is the one with the best silhouette.
+
+    Args:
+        d_KK: distances between clients, [K, K].
+        most: largest number of clusters.
+    """
+    from sklearn.cluster import AgglomerativeClustering  # imported here because it takes a second
     from sklearn.metrics import silhouette_score
 
     clients = len(d_KK)
@@ -120,10 +135,12 @@ def clusters(d_KK: np.ndarray, most: int) -> list[int]:
 
 
 class FedLEASEServer(Server):
-    """Collects adapters in the warm-up, then averages experts within clusters.
+    """A server that collects adapters in the warm-up and then averages experts within clusters.
 
     Attributes:
-        cluster: client -> its cluster. adapters: client -> what it sent last in the warm-up. rounds: with replies.
+        cluster: client -> its cluster.
+        adapters: client -> the adapter that it sent last in the warm-up.
+        rounds: number of rounds with replies.
     """
 
     def __init__(self, setup: Setup, algorithm: FedLEASE):
@@ -132,7 +149,7 @@ class FedLEASEServer(Server):
         self.params = setup.zero_heads()
         for path, (x, y) in self.models.paths.items():
             for name in (OWN, *(f"e{m}" for m in range(algorithm.M_max))):
-                rng = torch.Generator().manual_seed(derive_seed(setup.seed, "FedLEASE", path))  # all begin alike
+                rng = torch.Generator().manual_seed(derive_seed(setup.seed, "FedLEASE", path))  # same start for all
                 a, b = initial_pair(x, y, algorithm.r, rng)
                 self.params |= {f"{path}.pairs.{name}.a": a, f"{path}.pairs.{name}.b": b}
         self.cluster: dict[ClientId, int] = {}
@@ -147,7 +164,7 @@ class FedLEASEServer(Server):
 
     @property
     def M(self) -> int:
-        """Clusters."""
+        """Return the number of clusters."""
         return max(self.cluster.values(), default=-1) + 1
 
     def unable(self, client: ClientInfo) -> str | None:
@@ -190,7 +207,7 @@ class FedLEASEServer(Server):
         return {"clusters": float(self.M)}
 
     def _cluster(self) -> None:
-        """End the warm-up."""
+        """End the warm-up: cluster the clients and make one expert per cluster."""
         clients = sorted(self.adapters)
         d_KK = distances([self._b(client) for client in clients])
         self.cluster = dict(zip(clients, clusters(d_KK, self.algorithm.M_max), strict=True))
@@ -203,7 +220,7 @@ class FedLEASEServer(Server):
             self.log.append({"event": "cluster", "client": client, "experts": m})
 
     def _join(self) -> None:
-        """Give clients that had their warm-up late the cluster of the nearest members."""
+        """Add each client with a late warm-up to the cluster with the nearest members on average."""
         for client in sorted(self.adapters.keys() - self.cluster.keys()):
             known = sorted(self.cluster)
             d = distances([self._b(client), *(self._b(other) for other in known)])[0, 1:]
@@ -237,7 +254,7 @@ class FedLEASEServer(Server):
 
 
 class FedLEASEClient(Client):
-    """Trains its own adapter, later its cluster's expert and its router."""
+    """A client that trains its own adapter in the warm-up, and later its cluster's expert and its router."""
 
     def __init__(self, setup: Setup, algorithm: FedLEASE):
         self.setup, self.algorithm = setup, algorithm
@@ -268,7 +285,7 @@ class FedLEASEClient(Client):
         models, state = self.algorithm.models(self.setup, experts), context.state
         if experts and (experts > self.algorithm.M_max or own not in [f"e{m}" for m in range(experts)]):
             raise PayloadError(f"the server sent {experts} clusters and the own expert {shown(own)}")
-        if not experts:  # alone: as the client left it
+        if not experts:  # in the warm-up a client continues from the adapter that it kept
             return models, {**params, **(state.params if state.scalars.get("M") == 0 else {})}, []
         slots = [f"e{m}" for m in range(experts)] + [own] * (experts - 1)
         if (state.scalars.get("M"), state.scalars.get("own")) == (experts, own):

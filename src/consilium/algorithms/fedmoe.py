@@ -2,15 +2,15 @@
 
 Mei, Cai, Zhou, Wang, Xu. 2024. https://arxiv.org/abs/2408.11304
 
-Stage one (one exchange). Clients that can hold the full MoE attach LoRA to its experts, train a few epochs and
-measure on validation data how often each expert is asked for; for the others the server takes the volume-weighted
-mean of the clients with the same task. Each client's first sub-MoE keeps, in every layer, the most used experts up to
-the largest common threshold theta that fits alpha * M_k (Eq 3, by bisection).
+Stage one (one exchange). Clients that can hold the full MoE attach LoRA to its experts, train a few epochs and measure
+on validation data how often each expert is requested. For the others the server takes the volume-weighted mean of the
+clients with the same task. Each client's first sub-MoE keeps, in every layer, the most used experts up to the largest
+common threshold theta that fits alpha * M_k (Eq 3, by bisection).
 
-Stage two (Algorithm 1). Sampled clients train their sub-MoE; the server merges trunk, experts and router rows over
-whoever holds them; a client whose validation score has stopped improving is compared with the others (Eq 4), and its
-number of experts moves to the mean of its top-K neighbours (Eq 5), by adding or removing the experts that these
-neighbours use most or least (Eq 6). A change that does not help is rolled back and the structure frozen.
+Stage two (Algorithm 1). Sampled clients train their sub-MoE. The server merges trunk, experts and router rows over the
+clients that hold them. If the validation score of a client has stopped improving, the client is compared with the
+others (Eq 4). Its number of experts moves to the mean of its top-K neighbours (Eq 5): it adds or removes the experts
+that these neighbours use most or least (Eq 6). A change that does not help is rolled back, and the structure is frozen.
 
     p_ij     FedMoEServer.p[client], rows joined     n_ij / N over validation tokens (per block: sums to one)
     M_k      ClientInfo.memory_bytes                 alpha    FedMoE.alpha, head-room for stage two
@@ -18,23 +18,23 @@ neighbours use most or least (Eq 6). A change that does not help is rolled back 
     S(u_k)   similar(...)                            p-hat    p_hat(...)
 
 Departures, each where the paper is silent or contradicts itself:
-- The paper does not say over which experts a sub-MoE's gates are normalised. `fit.gates` says it here; by default the
+- The paper does not say over which experts a sub-MoE's gates are normalised. `fit.gates` sets this here; by default the
   mean total gate stays that of the full model (`moe.gates`).
-- p is the demand of the router over all its rows: clients also receive the rows of experts they do not hold (group
-  "router", for measuring only). `usage="served"` uses what the held experts served.
-- n in "top n" of the shrinking branch is <= 0 in the paper: |n| experts are removed, and n = 0 changes nothing.
-  n is rounded half away from zero. No layer loses its last expert (its last two where the family's router ranks
-  two), nor in one change more than 1 - `floor` of the demand it serves.
-- Growth stops at the first expert for which M_k (not alpha * M_k) is too small; both limits are the memory model's
+- p is the demand of the router over all its rows: clients also receive the rows of experts that they do not hold (group
+  "router", for measuring only). `usage="served"` uses the tokens that the held experts served.
+- In the shrinking branch of the paper, the n of "top n" is <= 0. Here |n| experts are removed, and n = 0 changes
+  nothing. n is rounded half away from zero. No layer loses its last expert (its last two where the family's router
+  ranks two). In one change, no layer loses more than 1 - `floor` of the demand it serves.
+- Growth stops at the first expert for which M_k (not alpha * M_k) is too small. Both limits are in the memory model's
   bytes: weights, gradients, optimiser and activations.
-- "Has not improved" means no better than ever before for `patience` participations. A change is accepted with the
-  first better score and rolled back after `patience` participations without one.
-- The clients of a round are judged in the order of their ids, each seeing the changes before it, as the loop of
-  Algorithm 1 has it; absent clients keep the p they sent last. Neighbours without any similarity change nothing.
-- Where nobody of a client's task was profiled, its p is estimated from all; where nobody was at all, it is the public
-  usage in the model's card, and without a card the structure is random.
-- Structure is chosen on validation data; test data is for the report alone.
-- `Experiment.privacy.usage` makes clients tell less than p: the upper half of the experts, or noised shares.
+- "Has not improved" means that the score has not exceeded the client's best for `patience` participations. A change is
+  accepted with the first better score and rolled back after `patience` participations without one.
+- The clients of a round are judged in the order of their ids. Each sees the changes before it, as in the loop of
+  Algorithm 1. Absent clients keep the p that they sent last. Neighbours without any similarity change nothing.
+- If no client of a task was profiled, p is estimated from all profiled clients. If no client was profiled at all, p is
+  the public usage in the model's card; without a card the structure is random.
+- Structure is chosen on validation data; test data is used for the report only.
+- With `Experiment.privacy.usage`, clients can send less than p: the upper half of the experts, or noised shares.
 - `stage1="none"` starts from random experts, `stage1="forward"` profiles without training, `stage2=False` keeps the
   first structure: the paper's ablations and a cheaper stage one. `rank="layer"` ranks z-scores of p-hat within each
   layer; `weight="tokens"` weighs an expert by the validation tokens it served instead of by n_k.
@@ -81,27 +81,27 @@ Usage = Mapping[str, Tensor]
 """Block -> p_i, float64 [E]."""
 Held = dict[str, tuple[int, ...]]
 MOST = 2**40
-"""Tokens that a client may have counted for an expert."""
+"""Largest number of tokens that a client may report for an expert."""
 
 
 @dataclass(frozen=True)
 class FedMoE(Algorithm):
-    """Heterogeneous sub-MoEs by expert usage.
+    """Heterogeneous sub-MoEs chosen by expert usage.
 
     Args:
         alpha: share of a client's memory that the first structure may use, in (0, 1].
-        K: neighbours compared with, >= 1 (Eq 5).
+        K: number of neighbours that a client is compared with, >= 1 (Eq 5).
         patience: participations without improvement before a change, and to judge one, >= 1.
-        stage1: how p is first measured: "lora" (the paper), "forward" (no training), "none" (random structure).
+        stage1: first measurement of p: "lora" (the paper), "forward" (no training), "none" (random structure).
         stage1_epochs: local epochs of LoRA training in stage one.
-        lora_rank: rank of the adapters in stage one; with `fit.lora` its adapters are trained there too.
+        lora_rank: rank of the adapters in stage one; with `fit.lora`, its adapters are trained in stage one instead.
         stage2: whether structures change after stage one.
-        freeze: whether a client whose change was rolled back keeps its structure for good.
+        freeze: whether a client keeps its structure for good after a change was rolled back.
         usage: "demand" (all router rows) or "served" (held experts only) for Eq 4 to 6.
-        rank: "joint" ranks p-hat over all layers as it is, "layer" its z-scores within each layer.
+        rank: "joint" ranks p-hat itself over all layers, "layer" ranks its z-scores within each layer.
         weight: "examples" (n_k) or "tokens" (validation tokens served) for merging experts; an expert that served
-            nobody's keeps the server's weights.
-        floor: share of the demand it serves that a layer keeps in one shrinking, in [0, 1).
+            no tokens keeps the server's weights.
+        floor: share of the demand served by a layer that it keeps in one shrinking, in [0, 1).
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("moe",)
@@ -119,7 +119,7 @@ class FedMoE(Algorithm):
     floor: float = setting(0.5, "server", "[0, 1)")
 
     def rank_for(self, setup: Setup) -> int:
-        """Of the adapters in stage one."""
+        """Return the rank of the adapters in stage one."""
         return setup.fit.lora.rank or self.lora_rank
 
     def asks(self) -> tuple[str, ...]:
@@ -128,7 +128,7 @@ class FedMoE(Algorithm):
         return tuple(dict.fromkeys((self.usage, *tokens)))
 
     def mode_for(self, setup: Setup) -> Mode:
-        """What stage one does, for the memory model."""
+        """Return the mode of stage one for the memory model."""
         if self.stage1 != "lora":
             return "forward"
         return "lora" if setup.fit.lora.rank else "peft"
@@ -151,9 +151,14 @@ class FedMoE(Algorithm):
 
 
 def structure_at(p: Usage, theta: float, least: int = 1) -> Held:
-    """The smallest structure whose experts cover theta of the usage in every layer, at least `least` experts each.
+    """Return the smallest structure that covers a share theta of the usage in every layer.
 
-    Per layer the experts by descending p (ties: lower id first) until their sum reaches theta (Eq 3).
+    A layer takes its experts by descending p (ties: lower id first) until their sum reaches theta (Eq 3).
+
+    Args:
+        p: block -> p_i, [E].
+        theta: share of the usage to cover, in [0, 1].
+        least: fewest experts of a layer.
     """
     held = {}
     for block, p_E in p.items():
@@ -164,11 +169,12 @@ def structure_at(p: Usage, theta: float, least: int = 1) -> Held:
 
 
 def largest_structure(p: Usage, fits: Callable[[Mapping[str, int]], bool], least: int = 1) -> Held:
-    """The structure at the largest theta in [0, 1] that fits, by bisection (the heuristic for Eq 3).
+    """Return the structure at the largest theta in [0, 1] that fits, found by bisection (the heuristic for Eq 3).
 
     Args:
-        fits: whether so many experts per block fit the memory; must be monotone.
-        least: experts that every layer has.
+        p: block -> p_i, [E].
+        fits: function that returns whether given numbers of experts per block fit the memory; must be monotone.
+        least: fewest experts of a layer.
 
     Raises:
         BudgetError: if not even `least` experts per layer fit.
@@ -189,7 +195,7 @@ def largest_structure(p: Usage, fits: Callable[[Mapping[str, int]], bool], least
 
 
 def similarity(p_k: Usage, p_a: Usage) -> float:
-    """Eq 4: cosine of the flattened L x E usage matrices; 0 if one of them is zero."""
+    """Return the cosine of the flattened L x E usage matrices (Eq 4); 0 if one of them is zero."""
     a = torch.cat([p_k[block] for block in sorted(p_k)])
     b = torch.cat([p_a[block] for block in sorted(p_k)])
     norm = float(a.norm() * b.norm())
@@ -197,20 +203,20 @@ def similarity(p_k: Usage, p_a: Usage) -> float:
 
 
 def similar(k: ClientId, p: Mapping[ClientId, Usage], K: int) -> dict[ClientId, float]:
-    """Eq 5: the K clients most similar to k with their similarities (ties: lower id first)."""
+    """Return the K clients most similar to k with their similarities (Eq 5; ties: lower id first)."""
     sims = {a: similarity(p[k], p[a]) for a in sorted(p) if a != k}
     return dict(sorted(sims.items(), key=lambda item: -item[1])[:K])
 
 
 def p_hat(sims: Mapping[ClientId, float], p: Mapping[ClientId, Usage]) -> dict[str, Tensor]:
-    """Eq 6: p-hat_ij = sum_a sim_a p_ij(a) / sum_a sim_a over the similar clients; float64 [E] per block."""
+    """Return p-hat_ij = sum_a sim_a p_ij(a) / sum_a sim_a over the similar clients (Eq 6); float64 [E] per block."""
     total = sum(sims.values()) or 1.0
     blocks = p[next(iter(sims))]
     return {block: sum(s * p[a][block] for a, s in sims.items()) / total for block in blocks}
 
 
 def z_scores(p: Usage) -> dict[str, Tensor]:
-    """p in standard deviations from its layer's mean; zeros in a layer where all experts are alike."""
+    """Return p in standard deviations from its layer's mean; zeros in a layer where all experts are equal."""
     return {block: (p_E - p_E.mean()) / max(float(p_E.std(correction=0)), 1e-12) for block, p_E in p.items()}
 
 
@@ -227,7 +233,14 @@ def _round_half_away(x: float) -> int:
 
 @dataclass
 class _Progress:
-    """Where a client stands in stage two. `before`: the structure to roll back to while a change is on trial."""
+    """The progress of a client in stage two.
+
+    Attributes:
+        best: best validation score so far.
+        stale: participations without a better score, counted from the last decision on the structure.
+        before: structure to roll back to while a change is on trial; None: no change is on trial.
+        frozen: whether the structure no longer changes.
+    """
 
     best: float = -1.0
     stale: int = 0
@@ -237,7 +250,7 @@ class _Progress:
 
 @dataclass
 class FedMoEServer(Server):
-    """Holds the full MoE, the client-expert map, usage p and each client's progress."""
+    """A server that holds the full MoE, the client-expert map, the usage p and each client's progress."""
 
     setup: Setup
     algorithm: FedMoE
@@ -261,7 +274,7 @@ class FedMoEServer(Server):
 
     @property
     def _least(self) -> int:
-        """Experts that every layer of a sub-MoE has."""
+        """Return the fewest experts that a layer of a sub-MoE may have."""
         return self.setup.model.family.least
 
     @property
@@ -278,7 +291,7 @@ class FedMoEServer(Server):
         return {client.id: self._sub_moe(client) for client in chosen}
 
     def _profiled(self, client: ClientInfo) -> Payload:
-        """Return what a client measures in stage one: all."""
+        """Return the full MoE, which a client measures in stage one."""
         sent = self.setup.sub_moe(self.params, client.task, None, client)
         return Payload(sent.groups, {**sent.scalars, "stage": "one"})
 
@@ -305,7 +318,10 @@ class FedMoEServer(Server):
         return self.setup.sub_moe(self.params, client.task, self.map.get(client.id), client)
 
     def unable(self, client: ClientInfo) -> str | None:
-        """In stage one: why the client cannot profile the full MoE. Later everybody has a sub-MoE that fits."""
+        """Return why the client cannot profile the full MoE in stage one, or None if it can.
+
+        In stage two every client has a sub-MoE that fits, so the result is None.
+        """
         if client.id in self.map:
             return None
         mode = self.algorithm.mode_for(self.setup)
@@ -347,7 +363,7 @@ class FedMoEServer(Server):
     # stage one
 
     def _set_structures(self) -> None:
-        """Estimate p where it was not measured, then cut every client's first sub-MoE under alpha * M_k."""
+        """Estimate p where it was not measured, then choose each client's first sub-MoE within alpha * M_k."""
         for client in self.setup.clients:
             if client.id not in self.p:
                 self.p[client.id] = self._estimate(client)
@@ -360,14 +376,17 @@ class FedMoEServer(Server):
 
             try:
                 held = largest_structure(self.p[client.id], fits, self._least)
-            except BudgetError:  # the fewest experts fit M_k (checked at the start) but not alpha * M_k
+            except BudgetError:  # the smallest sub-MoE fits M_k, as checked at the start, but not alpha * M_k
                 held = structure_at(self.p[client.id], 0.0, self._least)
             self.map[client.id] = held
             self._note("structure", client.id, experts=sum(counts_of(held).values()),
                        source="measured" if client.id in self.measured else "estimated")  # fmt: skip
 
     def _estimate(self, client: ClientInfo) -> dict[str, Tensor]:
-        """Volume-weighted mean p of the measured clients of the same task, else of all, else the public usage."""
+        """Return the volume-weighted mean p of the measured clients with the same task.
+
+        Without such clients the mean is over all measured clients; without any of these it is the public usage.
+        """
         infos = [self._info(a) for a in self.measured]
         peers = [a for a in infos if a.task == client.task] or infos
         if not peers:
@@ -379,7 +398,7 @@ class FedMoEServer(Server):
         }
 
     def _random_structures(self) -> None:
-        """Without stage one: as many random experts per layer as alpha * M_k holds."""
+        """Give each client as many random experts per layer as fit alpha * M_k, if there is no stage one."""
         for client in self.setup.clients:
             n = self.setup.largest_uniform(client.memory_bytes, share=self.algorithm.alpha)
             self.map[client.id] = random_experts(self.setup, client.id, n)
@@ -388,7 +407,7 @@ class FedMoEServer(Server):
     # stage two
 
     def _follow(self, client: ClientId, accuracy: float) -> None:
-        """Lines 9 to 27 of Algorithm 1 for one client, with patience, roll-back and freeze."""
+        """Apply lines 9 to 27 of Algorithm 1 to one client, with patience, roll-back and freeze."""
         progress = self.progress[client]
         if accuracy > progress.best:
             progress.best, progress.stale = accuracy, 0
@@ -412,7 +431,7 @@ class FedMoEServer(Server):
             progress.before, self.map[client] = self.map[client], held
 
     def _adjusted(self, client: ClientId) -> Held:
-        """The structure after growing or shrinking towards the client's neighbours (Eq 4 to 6)."""
+        """Return the structure after growing or shrinking towards the client's neighbours (Eq 4 to 6)."""
         known = {a: p for a, p in self.p.items() if a in self.map}
         sims = similar(client, known, self.algorithm.K)
         if not any(sims.values()):
@@ -483,7 +502,7 @@ class FedMoEServer(Server):
     def restore(self, state: Payload) -> None:
         self.params = state.group("params")
         p = state.group("p")
-        blocks = self.setup.model.counts  # in the order of the layers, which decides between equal p-hat
+        blocks = self.setup.model.counts  # in the order of the layers, which breaks ties between equal p-hat
         self.p = {
             client: {b: p[f"{client}/{b}"] for b in blocks} for client in sorted({key.split("/")[0] for key in p})
         }
@@ -505,12 +524,12 @@ def _held(held: Mapping[str, Sequence[int]] | None) -> Held | None:
 
 
 class FedMoEClient(Client):
-    """Profiles the full MoE in stage one, trains its sub-MoE in stage two."""
+    """A client that profiles the full MoE in stage one and trains its sub-MoE in stage two."""
 
     def __init__(self, setup: Setup, algorithm: FedMoE):
         self.setup = setup
         self.algorithm = algorithm
-        # What was served depends on the experts held, so that its upper half or noised shares would mean little.
+        # The served counts depend on the experts held, so their upper half or noised shares would mean little.
         needs = {"demand": "less", "served": "exact"}
         self.reveals = {group: Reveal("usage", needs[group]) for group in algorithm.asks()}
         if algorithm.stage2:
@@ -527,11 +546,11 @@ class FedMoEClient(Client):
         return local_test(self.setup, payload, context)
 
     def _profile(self, payload: Payload, context: ClientContext) -> Payload:
-        """Stage one: LoRA on the experts for a few epochs, then the usage over the validation data."""
+        """Train LoRA on the experts if the method does, then measure the usage on validation data (stage one)."""
         setup, lora = self.setup, self.algorithm.stage1 == "lora"
         footprint = setup.admit(context, None, self.algorithm.mode_for(setup), rank=self.algorithm.rank_for(setup))
         model = setup.build_sent(payload, context)
-        del payload  # see local_round
+        del payload  # frees a copy of the weights, see local_round
         scalars: dict[str, Any] = {"num_examples": context.info.num_examples}
         if lora:
             if not setup.fit.lora.rank:

@@ -2,17 +2,18 @@
 
 Yi, Yu, Ren, Wang, Liu, Li. NeurIPS 2024. https://arxiv.org/abs/2406.00488
 
-A small shared model G (its representation has d1 < d2 numbers, the client's own F_k has d2) and a private projector:
+Each client has a small shared model G, its own model F_k and a private projector P_k. The representation of G has d1
+numbers and that of F_k has d2 > d1:
 
     R   = P_k [G_ex(x), F_ex(x)]  in R^d2                     R_c = the first d1 numbers of R
     loss = CE(G_head(R_c), y) + CE(F_head(R), y)              one backward pass for all
-    G <- sum_{k in S} n_k / n G_k, extractor and header       all that travels; F_head(R) predicts
+    G <- sum_{k in S} n_k / n G_k, extractor and header       only G is sent; F_head(R) predicts
 
     G        params["small.*"]          F_k, P_k    context.state: private.*, projector.*, head.*        d1   d1
 
-Departures: none in the rule; momentum, weight decay and clipping are `fit`'s. `aggregation` "last" is a fault of the
-released code, as an ablation: there the uploads of a round are references to one object that the next client
-overwrites, so that the "average" is the last client's G, and published numbers may come from that.
+Departures: none in the rule. Momentum, weight decay and clipping are those of `fit`. `aggregation` "last" reproduces a
+fault of the released code as an ablation. There, the uploads of a round are references to one object, which the next
+client overwrites. The "average" is therefore the last client's G, and published numbers may come from it.
 """
 
 from dataclasses import dataclass, replace
@@ -39,11 +40,11 @@ __all__ = ["FedMRL", "Nested"]
 
 @dataclass(frozen=True)
 class FedMRL(Algorithm):
-    """Nested representations of a small shared model and an own one.
+    """Nested representations of a small shared model and the client's own model.
 
     Args:
-        d1: width of the small model's representation, >= 1, at most the own model's; None: a fifth of it. Where the
-            small model is a function of your own or an encoder, it has its own width.
+        d1: width of the small model's representation, >= 1 and at most the width of the clients' own models; None: a
+            fifth of the cohort's width. A small model that is a custom function or an encoder keeps its own width.
         aggregation: "mean" by n_k, or "last": the last selected client wins, as in the released code.
     """
 
@@ -59,7 +60,11 @@ class FedMRL(Algorithm):
         return FedMRLClient(setup, self.narrow(setup))
 
     def narrow(self, setup: Setup) -> Setup:
-        """The set-up in which extractors end in d1, as the small one does."""
+        """Return the setup in which extractors have the width d1, as the small model needs it.
+
+        Raises:
+            ConfigError: if the small model's representation is wider than that of a client's own model.
+        """
         d1 = self.d1 or max(1, setup.model.width // 5)
         narrow = replace(setup, model=replace(setup.model, width=d1))
         model, shape = narrow.model, setup.shape
@@ -72,7 +77,7 @@ class FedMRL(Algorithm):
 
 
 class FedMRLClient(Client):
-    """Trains its own model, the projector and the small model together."""
+    """A client that trains its own model, the projector and the small model together."""
 
     def __init__(self, setup: Setup, narrow: Setup):
         self.setup = setup
@@ -104,7 +109,10 @@ class FedMRLClient(Client):
 
 
 class Nested(nn.Module):
-    """R [B, d2] of the concatenated representations; beside it the small header, which reads its first d1 numbers."""
+    """A module that projects the concatenated representations to R [B, d2].
+
+    It also holds the small header, which reads the first d1 numbers of R.
+    """
 
     def __init__(self, private: nn.Module, small: nn.Module, classes: int):
         super().__init__()
@@ -118,7 +126,7 @@ class Nested(nn.Module):
 
 
 def coarse_and_fine(model: SplitModel, batch: dict[str, Tensor], supervised: Supervised = F.cross_entropy) -> Tensor:
-    """CE of the small header on R_c + CE of the own one on R."""
+    """Return the CE of the small header on R_c plus the CE of the client's own header on R."""
     r, y, small = model.backbone(batch["x"]), batch["labels"], model.backbone.small
     coarse = small["head"](r[:, : small["extractor"].width])
     return supervised(coarse, y) + supervised(model.head(r), y)

@@ -2,19 +2,19 @@
 
 Reddi, Charles, Zaheer, Garrett, Rush, Konečný, Kumar, McMahan. ICLR 2021. https://arxiv.org/abs/2003.00295
 
-Algorithm 2: clients train as in FedAvg; the server takes the mean change as a gradient.
+Algorithm 2: clients train as in FedAvg; the server uses the mean change as a gradient.
 
     d <- mean_k x_k - x                  m <- beta1 m + (1 - beta1) d
     FedAdam   v <- beta2 v + (1 - beta2) d^2
     FedYogi   v <- v - (1 - beta2) d^2 sign(v - d^2)
     x <- x + eta m / (sqrt(v) + tau)
 
-FedAvgM (Hsu, Qi, Brown, 2019, https://arxiv.org/abs/1909.06335) has m <- beta1 m + d and x <- x + eta m.
+FedAvgM (Hsu, Qi, Brown, 2019, https://arxiv.org/abs/1909.06335) uses m <- beta1 m + d and x <- x + eta m.
 
     m, v     groups "m" and "v" of the server's state, float64        v_0      tau^2, as in the paper
 
-Departures: the mean is by n_k. A tensor that no client of a round has returned (an expert, the head of another task)
-stays as it is, with its m and v: the paper has no such tensors. Buffers, such as running statistics, are averaged.
+Departures: the mean is by n_k. If no client of a round has returned a tensor (an expert, the head of another task), the
+tensor keeps its value, m and v; the paper has no such tensors. Buffers, such as running statistics, are averaged.
 """
 
 from collections.abc import Iterable
@@ -57,7 +57,13 @@ class FedAvgM(Algorithm):
         return FedAvgClient(setup)
 
     def step(self, d: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the change of a tensor, and its new m and v; all float64."""
+        """Return the change of a tensor and its new m and v, all float64.
+
+        Args:
+            d: mean change of the tensor over the clients.
+            m: first moment.
+            v: second moment.
+        """
         m = self.beta1 * m + d
         return self.eta * m, m, v
 
@@ -84,13 +90,13 @@ class FedAdam(FedAvgM):
         return self.eta * m / (v.sqrt() + self.tau), m, v
 
     def second(self, square: Tensor, v: Tensor) -> Tensor:
-        """Return the new second moment."""
+        """Return the new second moment, given the squared mean change and the old second moment."""
         return self.beta2 * v + (1 - self.beta2) * square
 
 
 @dataclass(frozen=True)
 class FedYogi(FedAdam):
-    """FedAvg with Yogi at the server, whose second moment falls more slowly than Adam's.
+    """FedAvg with Yogi at the server; its second moment falls more slowly than Adam's.
 
     Args:
         eta: learning rate of the server, > 0.
@@ -105,7 +111,7 @@ class FedYogi(FedAdam):
 
 
 class FedOptServer(FedAvgServer):
-    """FedAvg's server, which steps along the mean change."""
+    """A FedAvg server that takes an optimiser step along the mean change."""
 
     def __init__(self, setup: Setup, algorithm: FedAvgM):
         if setup.fit.lora.rank and setup.fit.lora.rule in PAIRWISE:
@@ -125,7 +131,7 @@ class FedOptServer(FedAvgServer):
         params, m, v = dict(self.params), dict(self.m), dict(self.v)
         for key, new in merged.items():
             old = self.params[key]
-            if new is old:  # no client has returned it
+            if new is old:  # no client has returned this tensor
                 continue
             if key.endswith(("running_mean", "running_var")):
                 params[key] = new
@@ -134,7 +140,7 @@ class FedOptServer(FedAvgServer):
             second = v[key] if key in v else torch.full_like(old, start, dtype=torch.float64)
             change, first, second = self.algorithm.step(new.double() - old.double(), first, second)
             params[key] = (old.double() + change).to(old.dtype)
-            m[key], v[key] = first, second  # float64: the square of a huge change is finite
+            m[key], v[key] = first, second  # kept in float64, in which the square of a huge change is finite
         self.params, self.m, self.v = params, m, v
         return mean.told()
 

@@ -1,23 +1,23 @@
 """FedPE-style pruning and expanding of small models.
 
-After the title of: Adaptive Model Pruning-Expanding for Federated Learning on Mobile Devices. IEEE Transactions on
-Mobile Computing 23(11), 2024. No text, code, equation or number of this paper could be obtained; all that follows is
-ours, and no published result can be compared with it. Its cousins with sources are HeteroFL and FedRolex.
+This follows the title of: Adaptive Model Pruning-Expanding for Federated Learning on Mobile Devices. IEEE Transactions
+on Mobile Computing 23(11), 2024. No text, code, equation or number of this paper could be obtained. The method below is
+therefore ours, and no published result can be compared with it. Related methods with sources are HeteroFL and FedRolex.
 
-Client k has a sub-network: some units of every hidden layer. In each of its rounds
+Client k has a sub-network: some units of every hidden layer. In each round in which it takes part:
 
-    importance   s <- 0.9 s + 0.1 * mean over batches of |w . dL/dw|, summed over the parameters of a unit
-    prune        the lowest units of every layer, a fraction rho_t = rho (1 + cos(pi t / T)) / 2; at least one stays
-    expand       of the units it does not have, those with the highest importance to others, as long as the sub-network
-                 has no more parameters than its budget
-    gate         if the validation score has fallen by more than eps since the change, it is taken back, and rho of the
-                 client is halved
-    server       every parameter: the mean over the clients that have it, by n_k; without any, its value
+    importance   s <- 0.9 s + 0.1 * mean over batches of |w . dL/dw|, summed over the weight and bias of a unit
+    prune        drop the lowest units of every layer, a fraction rho_t = rho (1 + cos(pi t / T)) / 2; keep at least one
+    expand       add the absent units with the highest importance to other clients, as long as the sub-network has no
+                 more parameters than its budget
+    gate         if the validation score has fallen by more than eps since the change, undo the change and halve the
+                 client's rho
+    server       every parameter becomes the mean over the clients that have it, by n_k; without any it keeps its value
 
     units   scalars "units/<layer>"    s   group "saliency": layer -> [units held]    budget   `shares`, as HeteroFL
 
-The server chooses the units, by importances and validation scores that the clients tell. Prune and expand alone are
-`expand` False and `rho` 0; with `shares` 1 it is FedAvg.
+The server chooses the units from the importances and validation scores that the clients send. `expand` False prunes
+only, and `rho` 0 expands only. With `rho` 0 and `shares` 1 the method is FedAvg.
 """
 
 import json
@@ -40,7 +40,7 @@ from consilium.training import trained
 __all__ = ["FedPE", "expanded", "pruned"]
 
 FORGET = 0.9
-"""Weight of what was known of a unit's importance."""
+"""Weight of a unit's previous importance in the moving average."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class FedPE(HeteroFL):
     """Sub-networks that lose unimportant units and gain important ones.
 
     Args:
-        shares: see HeteroFL; the budget of a client is the parameters of its sub-network there.
+        shares: see HeteroFL; the budget of a client is the number of parameters of its sub-network there.
         rho: largest fraction of a layer's units that is pruned in a round, in [0, 1).
-        eps: fall of the validation score by which a change is taken back, >= 0.
+        eps: largest fall of the validation score for which a change is kept, in [0, 1].
         expand: whether pruned room is filled again.
     """
 
@@ -69,7 +69,14 @@ class FedPE(HeteroFL):
 
 
 def pruned(importance: Mapping[str, Mapping[int, float]], fraction: float) -> Units:
-    """Return the units of every layer without the lowest `fraction` (rounded down; ties: the higher unit goes)."""
+    """Return the units of every layer without the least important `fraction`; at least one unit stays.
+
+    The number of pruned units is rounded down. Of two equal units, the one with the higher number is pruned first.
+
+    Args:
+        importance: layer -> unit -> importance.
+        fraction: share of the units of each layer to prune, in [0, 1).
+    """
     kept = {}
     for layer, own in importance.items():
         order = sorted(own, key=lambda unit: (-own[unit], unit))
@@ -78,9 +85,18 @@ def pruned(importance: Mapping[str, Mapping[int, float]], fraction: float) -> Un
 
 
 def expanded(units: Units, others: Mapping[str, Mapping[int, float]], size: Any, budget: int) -> Units:
-    """Return the units with those added that matter most to others, as long as `size(units)` <= budget.
+    """Add the units that matter most to other clients, as long as `size(units)` <= budget.
 
-    The importance of a unit is taken relative to the mean of its layer, so that layers compare.
+    The importance of a unit is divided by the mean of its layer, so that layers can be compared.
+
+    Args:
+        units: layer -> units of the client.
+        others: layer -> unit -> importance to the other clients.
+        size: function that returns the number of parameters of a sub-network with given units.
+        budget: largest number of parameters.
+
+    Returns:
+        Layer -> units, ascending.
     """
     grown = {layer: list(ids) for layer, ids in units.items()}
     ranked = []
@@ -95,11 +111,12 @@ def expanded(units: Units, others: Mapping[str, Mapping[int, float]], size: Any,
 
 
 class FedPEServer(SubNetServer):
-    """Chooses units by importance.
+    """A server that chooses the units of clients by importance.
 
     Attributes:
-        held: client -> layer -> its units. known: client -> layer -> unit -> s.
-        judged: client -> the validation score before its last change, the units then, and its factor on rho.
+        held: client -> layer -> its units.
+        known: client -> layer -> unit -> s.
+        judged: client -> the validation score and the units before its last change, and its factor on rho.
     """
 
     def __init__(self, setup: Setup, algorithm: FedPE):
@@ -140,7 +157,7 @@ class FedPEServer(SubNetServer):
         return {"parameters": sum(held) / max(len(held), 1)}
 
     def _note(self, client: ClientId, importance: Mapping[str, Tensor]) -> None:
-        """Follow a client's importances; a unit that is new to it begins with what it tells."""
+        """Update the moving averages of a client's importances; a unit that is new starts at the reported value."""
         before, now = self.known.get(client, {}), {}
         for layer, ids in self.held[client].items():
             old = before.get(layer, {})
@@ -151,7 +168,7 @@ class FedPEServer(SubNetServer):
         self.known = self.known | {client: now}
 
     def _change(self, client: ClientId, validation: float, round: int) -> None:
-        """Take a change back, or prune and expand."""
+        """Undo the client's last change if its validation score fell too far; otherwise prune and expand."""
         algorithm, judged = self.algorithm, self.judged.get(client, {"factor": 1.0})
         event = None
         if "units" in judged and validation < judged["score"] - algorithm.eps:
@@ -171,7 +188,7 @@ class FedPEServer(SubNetServer):
         self.held, self.judged = self.held | {client: units}, self.judged | {client: judged}
 
     def _others(self, client: ClientId) -> dict[str, dict[int, float]]:
-        """Layer -> unit -> mean importance to the other clients that have it."""
+        """Return layer -> unit -> mean importance to the other clients that have the unit."""
         found: dict[str, dict[int, list[float]]] = {link.name: {} for link in self.links[:-1]}
         for other in sorted(self.known.keys() - {client}):
             for layer, own in self.known[other].items():
@@ -197,7 +214,7 @@ class FedPEServer(SubNetServer):
 
 
 class FedPEClient(SubNetClient):
-    """Trains its sub-network, and measures how much each unit matters."""
+    """A client that trains its sub-network and measures the importance of each unit."""
 
     reveals: ClassVar[Mapping[str, Reveal]] = {
         "saliency": Reveal("usage", "exact"),

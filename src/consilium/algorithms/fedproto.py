@@ -2,7 +2,7 @@
 
 Tan, Long, Liu, Zhou, Lu, Jiang, Zhang. AAAI 2022. https://arxiv.org/abs/2105.00243
 
-Clients exchange the mean representation of each class, never weights:
+Clients exchange the mean representation of each class and never weights:
 
     C_k^(j) = 1 / |D_k,j| * sum_{x in D_k,j} f_k(x)                            Eq 3, after local training
     C^(j)   = sum_k |D_k,j| / N_j * C_k^(j), over the clients with class j     Eq 6 (without its extra 1 / |N_j|)
@@ -11,10 +11,10 @@ Clients exchange the mean representation of each class, never weights:
     C^(j)    group "prototypes", label -> [d]      |D_k,j|   group "counts", label -> []     lambda   lam
 
 Departures: the distance is the mean over d of squared differences, as in the authors' code, so that lambda does not
-depend on the width. The paper predicts by the nearest prototype, which is the option `infer`; by default the head does,
-as with every method it is compared with here. A prototype that no client of the round sent keeps its value.
-With `privacy.labels` "names" a client sends 1 for each |D_k,j|, so that Eq 6 is the plain mean over the clients that
-have the class, as in the authors' code.
+depend on the width. The paper predicts by the nearest prototype; `infer` selects this. By default the head predicts, as
+in all methods compared here. A prototype that no client of the round sent keeps its value. With `privacy.labels`
+"names" a client sends 1 for each |D_k,j|, so that Eq 6 is the plain mean over the clients that have the class, as in
+the authors' code.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -38,11 +38,11 @@ __all__ = ["FedProto", "FedProtoClient", "PrototypeServer", "class_means"]
 
 @dataclass(frozen=True)
 class FedProto(Algorithm):
-    """Class prototypes instead of weights.
+    """An exchange of class prototypes instead of weights.
 
     Args:
-        lam: weight of the distance to the prototypes (lambda), >= 0; HtFLlib takes 10.
-        infer: "head", or "prototype": the class of the nearest one.
+        lam: weight of the distance to the prototypes (lambda), >= 0; HtFLlib uses 10.
+        infer: prediction by the "head", or by the nearest "prototype".
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
@@ -58,11 +58,11 @@ class FedProto(Algorithm):
 
 
 class PrototypeServer(Server):
-    """Averages a vector of each class over the clients that sent one, by their numbers of examples.
+    """A server that averages one vector per class over the clients that sent it, weighted by their examples.
 
     Args:
-        width: of the vectors; None: of representations.
-        counts: whether replies hold the numbers of examples of each class.
+        width: width of the vectors; None: the width of the representations.
+        counts: whether replies hold the number of examples of each class.
     """
 
     def __init__(self, setup: Setup, width: int | None = None, counts: bool = True):
@@ -111,10 +111,10 @@ class PrototypeServer(Server):
 
 
 class FedProtoClient(Client):
-    """Draws its representations to the prototypes, and sends the means of its own.
+    """A client that pulls its representations towards the prototypes and sends the class means of its own.
 
     Args:
-        counts: whether the numbers of examples of each class are sent as well.
+        counts: whether the number of examples of each class is sent as well.
     """
 
     def __init__(self, setup: Setup, lam: float, infer: str = "head", counts: bool = True):
@@ -146,7 +146,10 @@ class FedProtoClient(Client):
 
 
 def drawn(prototypes: Params, model: SplitModel, lam: float, supervised: Supervised = F.cross_entropy) -> Objective:
-    """CE + lam * mean squared distance of each representation to its class's prototype; 0 where there is none."""
+    """Return the objective CE + lam * mean squared distance of each representation to its class's prototype.
+
+    The distance is 0 for a class without a prototype.
+    """
     device = next(model.parameters()).device
     known_C = torch.tensor([label in prototypes for label in model.labels], device=device)
     zero = torch.zeros(model.backbone.width)
@@ -164,10 +167,10 @@ def drawn(prototypes: Params, model: SplitModel, lam: float, supervised: Supervi
 def class_means(
     model: SplitModel, setup: Setup, context: ClientContext, of: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Params, Params]:
-    """Return label -> mean vector over the training examples, and label -> their number, int64 [].
+    """Return label -> mean vector of its training examples [D], and label -> number of examples, int64 [].
 
     Args:
-        of: the vectors of examples, [B, *S] -> [B, D]; None: their representations.
+        of: function that maps examples to vectors, [B, *S] -> [B, D]; None: their representations.
     """
     of = of or model.backbone
     data = setup.encode(context, context.data.train)
@@ -186,7 +189,10 @@ def class_means(
 
 
 class Nearest(nn.Module):
-    """Minus the distance to each label's prototype as logits [B, C]; a label without one is never chosen."""
+    """A head that returns minus the squared distance to each label's prototype as logits [B, C].
+
+    A label without a prototype is never predicted.
+    """
 
     def __init__(self, prototypes: Params, labels: tuple[str, ...]):
         super().__init__()

@@ -6,13 +6,13 @@ Algorithm 2: client k minimises h_k(w; w^t) = F_k(w) + mu/2 * ||w - w^t||^2 (Eq 
 
     w^t    the weights as received      mu     FedProx.mu
 
-Departures: the penalty's gradient mu * (w - w^t) is added to the gradient instead of the penalty to the loss, which
-is the same and costs no graph. With plain SGD (`fit.optimizer sgd`, `fit.clip 0`) this is the paper's method. AdamW
-divides the whole gradient by its size, and clipping scales it, so with them mu is not the paper's mu: a pull far below
-the gradient is normalised away. `pull="step"` leaves the gradient as it is and takes the proximal step of the penalty
-after each step of the optimiser: w <- (w + lr mu w^t) / (1 + lr mu). Every client does all its local steps (no
-stragglers, gamma = 0 is not simulated). The server averages by n_k as FedAvg does; the paper samples by n_k and
-averages uniformly.
+Departures: the penalty's gradient mu * (w - w^t) is added to the gradient, instead of adding the penalty to the loss.
+The result is the same and needs no graph. With plain SGD (`fit.optimizer sgd`, `fit.clip 0`) this is the paper's
+method. AdamW divides the whole gradient by its size, and clipping scales it, so with them mu is not the paper's mu: a
+pull far below the gradient is normalised away. `pull="step"` leaves the gradient as it is and takes the proximal step
+of the penalty after each step of the optimiser: w <- (w + lr mu w^t) / (1 + lr mu). Every client does all its local
+steps (no stragglers, gamma = 0 is not simulated). The server averages by n_k as FedAvg does; the paper samples by n_k
+and averages uniformly.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ from consilium.training import Correct, local_round, local_test
 
 __all__ = ["FedProx"]
 
-REFERENCES = 1  # w^t, beside the weights that train
+REFERENCES = 1  # a copy of w^t stays in memory next to the weights that train
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class FedProx(Algorithm):
     Args:
         mu: weight of the proximal term, >= 0; 0 is FedAvg.
         experts: see FedAvg.
-        pull: where the penalty acts: on the "gradient", as in the paper, or in a "step" of its own after the optimiser.
+        pull: where the penalty acts: on the "gradient", as in the paper, or in a separate "step" after the optimiser.
     """
 
     mu: float = setting(0.01, "factor", "[0, 1e4]")
@@ -56,14 +56,14 @@ class FedProx(Algorithm):
 
 
 class FedProxClient(Client):
-    """FedAvg's client, pulled back towards the received weights."""
+    """A FedAvg client with a pull back towards the received weights."""
 
     def __init__(self, setup: Setup, algorithm: FedProx):
         self.setup = setup
         self.algorithm = algorithm
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
-        # At mu = 0 there is no pull: a zero gradient would move, by Adam's momentum, experts that no token reached.
+        # At mu = 0 no pull is added: with a zero gradient, Adam's momentum would move experts that no token reached.
         mu, step = self.algorithm.mu, self.algorithm.pull == "step"
         pull = (lambda model: proximal(model, mu)) if mu and not step else None
         anchored = mu if step else 0.0
@@ -77,7 +77,9 @@ def proximal(model: TaskModel, mu: float, anchor: Mapping[str, torch.Tensor] | N
     """Return a correction that adds mu * (w - w^t) to every gradient.
 
     Args:
-        anchor: path -> w^t; None: the model's weights now.
+        model: the model that is trained.
+        mu: weight of the proximal term, >= 0.
+        anchor: path -> w^t; None: the current weights of the model.
     """
     received = {path: p.detach().clone() for path, p in parameters(model).items() if p.requires_grad}
     if anchor is not None:
@@ -85,7 +87,7 @@ def proximal(model: TaskModel, mu: float, anchor: Mapping[str, torch.Tensor] | N
 
     def correct(trainable: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
         for path, p in trainable.items():
-            if received[path].dtype != weights[path].dtype:  # the masters, which nothing has moved yet
+            if received[path].dtype != weights[path].dtype:  # take the float32 masters, which have not moved yet
                 received[path] = weights[path].detach().clone()
             pull = weights[path].detach() - received[path]
             p.grad = pull.mul_(mu).to(p.dtype) if p.grad is None else p.grad.add_(pull, alpha=mu)

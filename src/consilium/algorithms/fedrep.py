@@ -1,4 +1,4 @@
-"""FedPer and FedRep: a shared representation and personal heads (and routers).
+"""FedPer and FedRep: a shared representation with personal heads (and routers).
 
 FedPer: Federated Learning with Personalization Layers. Arivazhagan, Aggarwal, Singh, Choudhary. 2019.
 https://arxiv.org/abs/1912.00818
@@ -7,11 +7,11 @@ ICML 2021. https://arxiv.org/abs/2102.07078
 
     phi <- sum_k n_k / n phi_k       phi   all but the personal parts, group "params"     h_k    context.state.params
 
-FedPer trains phi and h_k together. FedRep first trains h_k alone for `head_epochs`, with phi as received, and then phi
-for the epochs of `fit`, with h_k as it is.
+FedPer trains phi and h_k together. FedRep first trains h_k alone for `head_epochs`, with phi as received. It then
+trains phi for the epochs of `fit`, with h_k frozen.
 
-Departures: of a mixture of experts, the personal part may be the routers, the head, or both. The server sends the
-initial personal part along, which it never changes, so that a new client need not read the pretrained model.
+Departures: in a mixture of experts, the personal part may be the routers, the head, or both. The server also sends the
+initial personal part and never changes it, so that a new client need not read the pretrained model.
 """
 
 from collections.abc import Callable, Mapping
@@ -44,7 +44,7 @@ __all__ = ["FedPer", "FedRep"]
 
 @dataclass(frozen=True)
 class FedPer(Algorithm):
-    """Shared representation and personal parts, trained together.
+    """A shared representation and personal parts, trained together.
 
     Args:
         private: the personal part: "head", "router" (of mixtures of experts), or "both".
@@ -64,14 +64,14 @@ class FedPer(Algorithm):
         return PersonalClient(setup, self)
 
     def is_private(self, key: str) -> bool:
-        """Return whether a flat name is of the personal part."""
+        """Return whether a flat name belongs to the personal part."""
         head, row = key.startswith("head."), router_row_of(key) is not None
         return (head and self.private != "router") or (row and self.private != "head")
 
 
 @dataclass(frozen=True)
 class FedRep(FedPer):
-    """Shared representation and personal parts, trained one after the other.
+    """A shared representation and personal parts, trained one after the other.
 
     Args:
         private: see FedPer.
@@ -83,7 +83,7 @@ class FedRep(FedPer):
 
 
 class PersonalServer(FedAvgServer):
-    """FedAvg's server, to which the personal parts do not return."""
+    """A FedAvg server that does not receive the personal parts."""
 
     def __init__(self, setup: Setup, algorithm: FedPer):
         super().__init__(setup, common_experts(setup, algorithm.experts))
@@ -95,7 +95,7 @@ class PersonalServer(FedAvgServer):
 
 
 class PersonalClient(Client):
-    """Keeps the personal parts in its state."""
+    """A client that keeps the personal parts in its state."""
 
     def __init__(self, setup: Setup, algorithm: FedPer):
         self.setup = setup
@@ -126,8 +126,12 @@ class PersonalClient(Client):
 
 
 def frozen(held: ExpertSet | None, still: Callable[[str], bool]) -> Callable[[TaskModel], Correct]:
-    """Return a factory of corrections that drop the gradients of every parameter with a flat name for which still(name)
-    is true."""
+    """Return a factory of corrections that freeze some parameters by dropping their gradients.
+
+    Args:
+        held: the experts of the model; None: all.
+        still: function that returns whether the parameter with a flat name is frozen.
+    """
 
     def make(model: TaskModel) -> Correct:
         names = table(model, held)

@@ -2,7 +2,8 @@
 
 Yi, Yu, Shi, Wang, Liu, Cui, Li. IJCAI 2024. https://arxiv.org/abs/2312.09006
 
-Clients share, of their headers, the rows of the classes they have; a share of their own rows fades:
+Clients share the header rows of the classes in their training data. A client mixes each row that it receives with its
+own row, and the weight of its own row decays over the rounds:
 
     theta_s <- mean of theta_k,s over the clients of the round that have class s
     client: row s <- mu_t * own row + (1 - mu_t) * theta_s   for its classes; other rows stay its own
@@ -10,8 +11,9 @@ Clients share, of their headers, the rows of the classes they have; a share of t
 
     theta_s  head rows, group "params"      mu0, T_stable   fields       t   scalars "t"
 
-Departures: none from the paper. The authors' code uses mu * own + theta (weights that do not sum to 1), mu for two
-rounds only, and averages the last headers of all clients; that is not done here.
+Departures: none from the paper. The authors' code differs from it, and this module does not follow the code: it uses
+mu * own + theta (weights that do not sum to 1), applies mu for two rounds only, and averages the last headers of all
+clients.
 """
 
 import math
@@ -32,11 +34,11 @@ __all__ = ["FedSSA"]
 
 @dataclass(frozen=True)
 class FedSSA(Algorithm):
-    """Class rows of the headers, averaged over who has the class.
+    """Header rows, averaged per class over the clients that have the class.
 
     Args:
-        mu0: share of the own row at the start, in [0, 1].
-        T_stable: rounds until it has faded to 0, >= 1.
+        mu0: weight of the client's own row in the first round, in [0, 1].
+        T_stable: rounds until that weight has decayed to 0, >= 1.
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
@@ -44,7 +46,7 @@ class FedSSA(Algorithm):
     T_stable: int = setting(10, "free", "[1, 1e12]")
 
     def mu(self, t: int) -> float:
-        """mu_t of round t, from 0."""
+        """Return mu_t, the weight of the client's own row in round t (counted from 0)."""
         return self.mu0 * math.cos(math.pi * t / (2 * self.T_stable)) if t < self.T_stable else 0.0
 
     def server(self, setup: Setup) -> Server:
@@ -55,7 +57,7 @@ class FedSSA(Algorithm):
 
 
 class FedSSAServer(Server):
-    """FedAvg's choice of clients, class rows by the plain mean over whoever sent them."""
+    """A server that samples clients as FedAvg does and takes the unweighted mean of each class row over its senders."""
 
     def __init__(self, setup: Setup):
         self.averaging = FedAvgServer(setup, params=setup.head_params(setup.common_width))
@@ -90,7 +92,7 @@ class FedSSAServer(Server):
 
 
 class FedSSAClient(Client):
-    """Mixes the received rows of its own classes into its header."""
+    """A client that mixes the received rows of its own classes into its header."""
 
     def __init__(self, setup: Setup, algorithm: FedSSA):
         self.setup = setup
@@ -114,6 +116,6 @@ class FedSSAClient(Client):
 
 
 def own_rows(context: ClientContext) -> list[str]:
-    """Names of the head rows of the classes in the client's training data."""
+    """Return the names of the head rows of the classes in the client's training data."""
     task, classes = context.data.task.name, sorted(set(context.data.train.targets))
     return [f"head.{task}.{label}.{leaf}" for label in classes for leaf in ("weight", "bias")]

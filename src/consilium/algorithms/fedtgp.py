@@ -2,8 +2,8 @@
 
 Zhang, Liu, Hua, Cao. AAAI 2024. https://arxiv.org/abs/2401.03230
 
-Clients as in FedProto; the server does not average the prototypes P_k^c but trains one of each class to lie near the
-clients' and far from other classes:
+Clients work as in FedProto. The server does not average their prototypes P_k^c. Instead it trains one prototype per
+class, which lies near the clients' prototypes of that class and far from those of other classes:
 
     P^c    = phi(v^c; theta)                                   v^c a trained vector, phi two linear layers and a ReLU
     delta  = min(max over c != c' of ||Q^c - Q^c'||, tau)      Q^c: the plain mean of the round's P_k^c
@@ -13,9 +13,9 @@ clients' and far from other classes:
     v, phi   server.params       P^c    group "prototypes" down        P_k^c   group "prototypes" up      lambda  lam
     S        server_epochs       tau    tau                            eta     eta_s
 
-Departures: classes that no client has sent yet are neither trained nor sent. The authors' library (HtFLlib) takes for
-delta the largest of the classes' distances to their nearest other class, which is `gap="nearest"`, and lambda 10; the
-clients' distance is the mean over d, as in FedProto.
+Departures: classes that no client has sent yet are neither trained nor sent. The authors' library (HtFLlib) computes
+delta from the distance of each class to its nearest other class and takes the largest, which is `gap="nearest"`; it
+uses lambda 10. The clients' distance is the mean over d, as in FedProto.
 """
 
 from collections.abc import Iterable
@@ -42,7 +42,8 @@ class FedTGP(Algorithm):
     Args:
         lam: weight of the clients' distance to the prototypes (lambda), >= 0.
         tau: largest margin, >= 0.
-        gap: which distance between classes the margin is: the "largest" of all pairs, or the largest to the "nearest".
+        gap: distance between classes that gives the margin: the "largest" of all pairs, or the largest distance of a
+            class to its "nearest" other class.
         server_epochs: passes over the round's prototypes (S), >= 1.
         eta_s: learning rate of the server, > 0; None: fit.lr.
     """
@@ -63,7 +64,7 @@ class FedTGP(Algorithm):
 
 
 class FedTGPServer(Server):
-    """Keeps a vector per class and the network phi."""
+    """A server that trains one vector per class and the network phi."""
 
     def __init__(self, setup: Setup, algorithm: FedTGP):
         self.setup = setup
@@ -118,7 +119,7 @@ class FedTGPServer(Server):
         return module
 
     def _prototypes(self, module: nn.Module) -> Tensor:
-        """P^c of the known classes in sorted order, [C, d]."""
+        """Return P^c of the known classes in sorted order, [C, d]."""
         rows = torch.tensor([self.labels.index(label) for label in sorted(self.known)])
         return module["phi"](module["vectors"](rows))
 
@@ -129,7 +130,14 @@ def _trainable(classes: int, d: int) -> nn.ModuleDict:
 
 
 def margin(sent_ND: Tensor, y_N: Tensor, tau: float, gap: str = "largest") -> float:
-    """A distance between the mean prototypes of two classes, see `FedTGP`, at most tau; 0 with one class."""
+    """Return the margin delta, a distance between the mean prototypes of classes, at most tau; 0 with one class.
+
+    Args:
+        sent_ND: prototypes that clients sent.
+        y_N: class index of each prototype.
+        tau: see `FedTGP`.
+        gap: see `FedTGP`.
+    """
     means = torch.stack([sent_ND[y_N == c].mean(0) for c in y_N.unique().tolist()])
     if len(means) == 1:
         return 0.0
@@ -140,6 +148,9 @@ def margin(sent_ND: Tensor, y_N: Tensor, tau: float, gap: str = "largest") -> fl
 
 
 def contrast(sent_BD: Tensor, y_B: Tensor, prototypes_CD: Tensor, delta: float) -> Tensor:
-    """The loss above, mean over the batch: cross-entropy of minus the distances, plus delta that of the own class."""
+    """Return the server's loss (see the module), mean over the batch.
+
+    It is the cross-entropy of the negative distances, after delta is added to the distance to a prototype's own class.
+    """
     apart_BC = torch.cdist(sent_BD, prototypes_CD)
     return F.cross_entropy(-(apart_BC + delta * F.one_hot(y_B, len(prototypes_CD))), y_B)

@@ -1,10 +1,10 @@
-"""FedAvgFT and FedProxFT: a federation, and then fine-tuning by each client alone.
+"""FedAvgFT and FedProxFT: federated training, then local fine-tuning by each client.
 
 Cheng, Chadha, Duchi. 2021. https://arxiv.org/abs/2108.07313: FedAvg followed by local fine-tuning is a strong baseline
-of personalised federated learning. The federation is FedAvg or FedProx; a client trains the delivered model on its own
-data for `personal` more epochs before it is scored, and throws the result away: nothing of it is sent or kept.
+of personalised federated learning. The federated method is FedAvg or FedProx. Before it is scored, a client trains the
+delivered model on its own data for `personal` more epochs. The result is discarded: nothing of it is sent or kept.
 
-Departures: none. The optimiser and the rates are those of `fit`.
+Departures: none. The optimiser and the learning rates are those of `fit`.
 """
 
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ class FedProxFT(FedProx):
 
 
 class FineTunedClient(Client):
-    """Trains as another client does, and fine-tunes what is delivered before it is scored."""
+    """A client that trains like the client it wraps, and fine-tunes the delivered model before it scores it."""
 
     def __init__(self, setup: Setup, federated: Client, personal: int):
         self.setup = setup

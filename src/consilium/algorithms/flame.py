@@ -5,26 +5,26 @@ Hwang. 2025. https://arxiv.org/abs/2506.16600
 UB-SMoE: 2026. https://arxiv.org/abs/2605.16690 (no code)
 
     client k of FLAME     every token uses k_k of the K experts that the full model uses;  out = s_k MoE(x), s_k private
-    server                expert e <- sum_k w_ke x_ke / sum_k w_ke,   w_ke = n_k (a_ke / S_k)^t;  the rest by n_k
-    UB-SMoE               the router prefers experts that are used less: logit + reach tanh(u* / u - 1) among the N
-                          largest, in training; experts that no token reached get a gradient, k_k / E times the mean of
-                          the others
+    server                expert e <- sum_k w_ke x_ke / sum_k w_ke,   w_ke = n_k (a_ke / S_k)^t;  other keys by n_k
+    UB-SMoE               in training, the router favours experts that are used less: logit + reach tanh(u* / u - 1)
+                          among the N largest logits; an expert that no token reached gets as its gradient k_k / E times
+                          the mean gradient of the others
 
     a_ke   group "served", validation tokens that expert e computed     S_k   tokens: sum_e a_ke / k_k
     s_k    context.private "scale/<block>", one per layer               u     usage, with momentum `zeta`
 
 This saves computation, not memory: all experts stay resident. `experts` "memory" saves both: each device holds as many
-of the publicly most used experts as fit, the larger sets containing the smaller (as NestedMoE).
+of the publicly most used experts as fit, and larger sets contain the smaller ones (as in NestedMoE).
 
-What is ours: s_k per layer; a_ke of validation rows, which a site's privacy settings may keep back (then t must be 0);
-k_k in proportion to a device's memory if `k` does not say it, as there is no budget of computation. Of UB-SMoE, whose
-equations were not at hand, the form of the gradient, and that usage begins even in every round; it merges by n_k.
-Where routers choose by more than the largest of a softmax (Switch, DeepSeek) they are left as they are, and in Switch
-K is 1.
+What is ours: s_k is per layer. a_ke is counted on validation rows; a site's privacy settings may withhold it, and then
+t must be 0. Unless `k` sets it, k_k is in proportion to a device's memory, as there is no budget of computation. The
+equations of UB-SMoE were not at hand, so the form of its gradient is ours, and so is the uniform usage at the start of
+every round; it merges by n_k. Routers that choose by more than the largest values of a softmax (Switch, DeepSeek) are
+left unchanged, and in Switch K is 1.
 
-Every client is scored at its own k_k, and once more with the server's model as it is at the full K ("full_k"):
-published low-end scores collapse where only one of the two is given. UB-SMoE's published accuracies on OLMoE-1B-7B and
-Commonsense-15K (low-end 0.3936, high-end 0.5240) are the ones to compare with, on such a model.
+Every client is scored at its own k_k, and a second time with the server's unchanged model at the full K ("full_k"):
+published low-end scores collapse where only one of the two is given. Compare with UB-SMoE's published accuracies on
+OLMoE-1B-7B and Commonsense-15K (low-end 0.3936, high-end 0.5240) on such a model.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -61,17 +61,17 @@ from consilium.training import Correct, local_round, local_test
 __all__ = ["FLAME", "UBSMoE"]
 
 MOST = 2**40
-"""Tokens that a client may have counted for an expert."""
+"""Largest token count of one expert that the server accepts from a client."""
 KEPT = "scale/"
 
 
 @dataclass(frozen=True)
 class FLAME(Algorithm):
-    """Fewer active experts, a learned scale, and means weighted by activation.
+    """Fewer active experts, a learned scale, and averages weighted by activation.
 
     Args:
-        k: active experts per token, of the clients in the order of their ids and again from the first; (): in
-            proportion to a device's memory, of the full number where it could train all experts.
+        k: active experts per token, cycled over the clients in the order of their ids; (): in proportion to a device's
+            memory, with the full number where the device could train all experts.
         t: temperature of the weights by activation, >= 0; 0: weights n_k.
         scale: whether the output of the experts has a learned scale.
         experts: experts per layer: "all", a number or "fit", see FedAvg; "memory": as many as each device has room for.
@@ -93,10 +93,10 @@ class FLAME(Algorithm):
         return FlameClient(setup, self)
 
     def prepare(self, model: TaskModel) -> None:
-        """Change a live model before it is trained."""
+        """Change a live model in place before it is trained."""
 
     def correct(self, model: TaskModel, held: ExpertSet | None, k: int) -> Correct | None:
-        """Return what changes gradients."""
+        """Return a function that changes the gradients after each backward pass, or None."""
         return None
 
 
@@ -109,10 +109,10 @@ class UBSMoE(FLAME):
         t: see FLAME.
         scale: see FLAME.
         experts: see FLAME.
-        candidates: N, a token's experts that may be preferred; 0: twice as many as are active.
+        candidates: number of a token's experts that routing may favour (N); 0: twice the number of active experts.
         reach: the largest change of a logit, >= 0.
         zeta: momentum of the usage, in [0, 1).
-        pseudo: factor on the gradients of experts that no token reached, on top of k / E, >= 0.
+        pseudo: factor on the gradients of experts that no token reached, in addition to k / E, >= 0.
     """
 
     t: float = setting(0.0, "server", "[0, 10]")
@@ -131,7 +131,7 @@ class UBSMoE(FLAME):
 
 
 class FlameServer(FedAvgServer):
-    """FedAvg's server, which tells each client its k and weighs experts by activation."""
+    """A FedAvg server that sends each client its k and weights experts by activation."""
 
     def __init__(self, setup: Setup, algorithm: FLAME):
         nested = algorithm.experts == "memory"
@@ -143,7 +143,7 @@ class FlameServer(FedAvgServer):
         self.served: dict[ClientId, dict[str, Tensor]] = {}
 
     def _active(self, client: ClientInfo, place: int) -> int:
-        """k_k."""
+        """Return k_k, the active experts per token of a client."""
         setup, given = self.setup, self.algorithm.k
         full = int(getattr(setup.model.config, "num_experts_per_tok", 1))
         if given:
@@ -192,7 +192,10 @@ class FlameServer(FedAvgServer):
 
 
 def activation_weight(reply: Payload, k: int, t: float) -> float | Callable[[str], float]:
-    """w_ke = n_k (a_ke / S_k)^t for tensors and router rows of expert e, n_k for others; see the module."""
+    """Return the weights of a reply by flat name: w_ke for the tensors and router rows of expert e, n_k for others.
+
+    w_ke = n_k (a_ke / S_k)^t, see the module. With t = 0 the result is the number n_k.
+    """
     n_k, served = float(reply.scalars["num_examples"]), reply.group("served")
     if not t:
         return n_k
@@ -209,13 +212,13 @@ def activation_weight(reply: Payload, k: int, t: float) -> float | Callable[[str
 
 
 def _nested(setup: Setup, client: ClientInfo) -> ExpertSet:
-    """The publicly most used experts, as many per layer as the device has room for."""
+    """Return the publicly most used experts, as many per layer as the device has room for."""
     n = max(setup.largest_uniform(client.memory_bytes), setup.model.family.least)
     return common_experts(setup, n)
 
 
 class FlameClient(Client):
-    """Trains with its own number of active experts."""
+    """A client that trains with its own number of active experts."""
 
     def __init__(self, setup: Setup, algorithm: FLAME):
         self.setup, self.algorithm = setup, algorithm
@@ -254,7 +257,7 @@ class FlameClient(Client):
         return Payload(scalars={**own.scalars, **told, "seconds_evaluate": seconds})
 
     def _own(self, k: int, context: ClientContext, model: TaskModel) -> None:
-        """The client's k and scales."""
+        """Apply the client's k and scales to a model in place."""
         activate(model, k)
         if self.algorithm.scale:
             kept = context.private.params.items()

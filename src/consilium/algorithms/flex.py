@@ -2,20 +2,21 @@
 
 Liu, Wang, Sun, Wang, Li, Tian, Shen, Zhang. 2025. https://arxiv.org/abs/2506.00965
 
-The pretrained experts and their router rows stay as they are. Everything else is trained and averaged, and every client
-has, in each layer, one expert of its own beside the E of the model, with a router row of its own:
+The pretrained experts and their router rows are frozen. Everything else is trained and averaged. In each layer, every
+client also has one private expert with its own router row, in addition to the E experts of the model:
 
-    trunk <- sum_k n_k / n trunk_k                    all that travels, and head rows
+    trunk <- sum_k n_k / n trunk_k                    the trunk and head rows are all that travels
     grafted expert E of block b, its row    context.state: <b>.experts.<E>.*, <b>.router.<E>.*
 
-The grafted expert begins as a copy of one of the model's. The paper takes the expert that alone reconstructs the
-layer's output best on the client's data, greedily; here it is the one that contributes most there (gate times norm of
-the output), which one forward pass measures. That is ours, as is that its router row begins as that expert's row.
-Where routers choose among groups (DeepSeek), grafting lifts the groups, as a slice does.
+The grafted expert starts as a copy of one of the model's experts. The paper chooses greedily the expert that alone
+reconstructs the layer's output best on the client's data. Here it is the expert that contributes most there (gate times
+norm of the output), which one forward pass measures. This choice is ours, and so is the start of its router row, which
+is a copy of that expert's row. Where routers choose among groups (DeepSeek), grafting removes the groups, as a slice
+does.
 
-Published (Qwen1.5-MoE-A2.7B, Dolly-15k): ROUGE-L 37.54 against 37.51 of FedAvg at Dirichlet 1.0, of one run; bytes are
-not given. A client needs the memory of the whole model with E + 1 experts per layer, trained in full by the memory
-model.
+Published (Qwen1.5-MoE-A2.7B, Dolly-15k): ROUGE-L 37.54 against 37.51 of FedAvg at Dirichlet 1.0, from one run; bytes
+are not given. A client needs the memory of the whole model with E + 1 experts per layer, which the memory model counts
+as trained in full.
 """
 
 import time
@@ -47,7 +48,7 @@ class FLEx(Algorithm):
     """Frozen experts, an averaged trunk, and one grafted expert per client and layer.
 
     Args:
-        rows: training rows on which the contribution of experts is measured when a client begins.
+        rows: training rows on which the contribution of experts is measured when a client first takes part, >= 1.
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("moe",)
@@ -63,17 +64,17 @@ class FLEx(Algorithm):
 
 
 def is_trunk(key: str) -> bool:
-    """Return whether a flat name is neither of an expert nor of a router."""
+    """Return True if a flat name belongs neither to an expert nor to a router."""
     return expert_of(key) is None and router_row_of(key) is None
 
 
 def need(setup: Setup) -> int:
-    """Bytes for one more expert in every layer."""
+    """Return the bytes of memory for a model with one more expert in every layer."""
     return setup.footprint({block: n + 1 for block, n in setup.model.counts.items()}).total
 
 
 class FLExServer(FedAvgServer):
-    """Averages the trunk."""
+    """A FedAvg server that averages the trunk only."""
 
     def __init__(self, setup: Setup):
         super().__init__(setup, params={key: t for key, t in setup.initial_params().items() if is_trunk(key)})
@@ -89,14 +90,14 @@ class FLExServer(FedAvgServer):
 
 
 class FLExClient(Client):
-    """Trains the trunk and its own experts; keeps these."""
+    """A client that trains the trunk and its own experts, and keeps its experts private."""
 
     def __init__(self, setup: Setup, algorithm: FLEx):
         self.setup, self.algorithm = setup, algorithm
 
     @property
     def held(self) -> ExpertSet:
-        """The experts of the model, and one more."""
+        """Return the ids of the model's experts and of one more, by block."""
         return {block: tuple(range(n + 1)) for block, n in self.setup.model.counts.items()}
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
@@ -142,12 +143,12 @@ class FLExClient(Client):
         return tested_beside_best(setup, context, delivered, best)
 
     def _grafted(self, key: str) -> bool:
-        """Return whether a flat name belongs to the client's own expert or to its router row."""
+        """Return True if a flat name belongs to the client's own expert or to its router row."""
         place = expert_of(key) or router_row_of(key)
         return place is not None and place[1] == self.setup.model.counts[place[0]]
 
     def _begin(self, base: Params, payload: Payload, context: ClientContext) -> Params:
-        """Copies, under the name of the new expert, of the expert that contributes most in each layer."""
+        """Return copies of the expert that contributes most in each layer, under the name of the new expert."""
         setup = self.setup
         model = setup.build(base | payload.group("params"), context)
         rows = setup.encode(context, context.data.train)
@@ -167,7 +168,7 @@ class FLExClient(Client):
         return quicken(load_flat(model, params, self.held)).to(context.device)
 
     def _only_the_grafted(self, model: TaskModel) -> Correct:
-        """Clear the gradients of all experts and router rows but the last one of each layer."""
+        """Return a correction that clears the gradients of all experts and router rows but the last of each layer."""
         names = table(model, self.held)
         modules: set[str] = set()
         fused: set[str] = set()

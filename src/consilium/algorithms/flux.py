@@ -1,24 +1,25 @@
-"""Flux: experts that a device does not train are merged, and which it trains is explored.
+"""Flux: merged experts where a device does not train, and exploration of the experts that it trains.
 
 After: Flux, federated fine-tuning of mixtures of experts on devices. EuroSys 2026. https://arxiv.org/abs/2508.19078 (no
 code; equations were not at hand, so the forms below are ours)
 
-Device k has room for c_k experts per layer (spread by `spread` over the layers). It trains c_k - 1 of them; all others
-are merged into one, which is frozen and serves their tokens:
+Device k has room for c_k experts per layer (`spread` distributes them over the layers). It trains c_k - 1 experts. All
+others are merged into one expert, which is frozen and serves their tokens:
 
-    merged expert = sum_e u_e x_e / sum_e u_e over the experts that are not trained, u the client's usage (first public)
-    its router row = the same mean of their rows; both take the place of the one with the largest usage
-    utility       of an expert: the mean over batches of the norm of its gradient, followed with momentum 1/2
-    choice        a share `explore` of the places by how seldom the client has trained the expert (ties at random), the
-                  rest by utility; an expert that was never trained has the usage as its utility, scaled alike
-    server        trunk, trained experts and their rows: means by n_k over who trained them
+    merged expert = sum_e u_e x_e / sum_e u_e over the experts that are not trained, u the client's usage (at first the
+                  public usage)
+    its router row = the same mean of their rows; both take the id of the merged expert with the largest usage
+    utility       of an expert: the mean over batches of the norm of its gradient, smoothed with momentum 1/2
+    choice        a share `explore` of the places goes to the experts that the client has trained least often (ties at
+                  random), the rest by utility; the utility of a never trained expert is its usage on the same scale
+    server        trunk, trained experts and their rows: means by n_k over the clients that trained them
 
-    u         group "demand", of the last time ("stale profiling")          utility    group "utility": block -> [E]
+    u         group "demand", from the last participation ("stale profiling")   utility    group "utility": block -> [E]
 
-What is ours: all forms; profiling is not quantised; the server merges, as it has the weights, so that a device
-downloads what it holds. It saves memory in the forward pass too, which is what distinguishes it from choosing experts
-per batch. The published 4.75 times shorter time to accuracy is against offloading and quantisation on real devices,
-which is not measured here.
+What is ours: all forms. Profiling is not quantised. The server has the weights and does the merging, so that a device
+downloads only what it holds. Unlike a choice of experts per batch, this also saves memory in the forward pass.
+The published 4.75 times shorter time to accuracy is against offloading and quantisation on real devices, which is not
+measured here.
 """
 
 import json
@@ -56,15 +57,15 @@ __all__ = ["Flux", "chosen_experts", "merged_expert"]
 
 MOST = 2**40
 MERGED = "merged/"
-"""Begins scalars: block -> the id under which the merged expert travels; -1: there is none."""
+"""Prefix of scalars: block -> the id under which the merged expert travels; -1: there is none."""
 
 
 @dataclass(frozen=True)
 class Flux(Algorithm):
-    """Trained experts by explored utility, and one merged expert for all others.
+    """Trained experts chosen by explored utility, and one merged expert for all others.
 
     Args:
-        explore: share of the trained experts that are chosen by how seldom they were, in [0, 1].
+        explore: share of the trained experts that are chosen because the client trained them least often, in [0, 1].
         share: share of a client's memory that its sub-model may use, in (0, 1].
     """
 
@@ -83,8 +84,16 @@ class Flux(Algorithm):
 
 
 def merged_expert(params: Mapping[str, Tensor], block: str, ids: Sequence[int], usage_E: Tensor) -> Params:
-    """Return the mean of experts and their router rows, weighted by usage (evenly where nobody is used), under the name
-    of the one with the largest usage."""
+    """Return the mean of experts and of their router rows, weighted by usage, under the name of the most used one.
+
+    The mean is unweighted where none of the experts is used.
+
+    Args:
+        params: flat parameters of the whole model.
+        block: block of the experts.
+        ids: the experts to merge.
+        usage_E: usage of all experts of the block.
+    """
     weight_N = usage_E[list(ids)].double()
     weight_N = weight_N / weight_N.sum() if float(weight_N.sum()) > 0 else torch.full_like(weight_N, 1 / len(ids))
     place = ids[int(weight_N.argmax())]
@@ -98,7 +107,15 @@ def merged_expert(params: Mapping[str, Tensor], block: str, ids: Sequence[int], 
 
 
 def chosen_experts(utility_E: Tensor, tried_E: Tensor, n: int, explore: float, rng: torch.Generator) -> tuple[int, ...]:
-    """Return n experts, ascending: round(explore n) that were tried least, the others by utility (ties: the lower)."""
+    """Return n expert ids, ascending: the round(explore n) least trained ones, then the best of the rest by utility.
+
+    Args:
+        utility_E: utility of each expert; the lower id wins a tie.
+        tried_E: rounds in which each expert was trained; ties are broken at random.
+        n: number of experts.
+        explore: see `Flux`.
+        rng: generator for the ties.
+    """
     order = torch.randperm(len(tried_E), generator=rng)
     seldom = order[tried_E[order].argsort(stable=True)][: round(explore * n)].tolist()
     rest = [e for e in utility_E.argsort(descending=True, stable=True).tolist() if e not in seldom]
@@ -106,10 +123,10 @@ def chosen_experts(utility_E: Tensor, tried_E: Tensor, n: int, explore: float, r
 
 
 class FluxServer(FedAvgServer):
-    """Holds all experts, and of every client usage, utilities and how often it has trained what.
+    """A server that holds all experts and, per client, usage, utilities and training counts of the experts.
 
     Attributes:
-        map: client -> block -> the experts it trains.
+        map: client -> block -> the experts that it trains.
     """
 
     def __init__(self, setup: Setup, algorithm: Flux):
@@ -181,7 +198,7 @@ class FluxServer(FedAvgServer):
         return mean.told()
 
     def _follow(self, client: ClientId, told: Params) -> None:
-        """Take up the utilities of the experts that a client has trained."""
+        """Update the utilities and training counts of the experts that a client has trained."""
         utility, tried = {}, {}
         for block, trains in self.map[client].items():
             total = self.setup.model.counts[block]
@@ -222,13 +239,13 @@ class FluxServer(FedAvgServer):
 
 
 def _is_merged(key: str, sent: Payload) -> bool:
-    """Return whether a flat name is of a merged expert or its row."""
+    """Return True if a flat name belongs to a merged expert or to its router row."""
     place = expert_of(key) or router_row_of(key)
     return place is not None and sent.scalars.get(f"{MERGED}{place[0]}") == place[1]
 
 
 class FluxClient(Client):
-    """Trains its experts but for the merged ones, and tells usage and utilities."""
+    """A client that trains its experts except the merged ones, and sends usage and utilities."""
 
     reveals: ClassVar[Mapping[str, Reveal]] = {
         "demand": Reveal("usage", "exact"),

@@ -2,17 +2,17 @@
 
 Shen, Zhang, Jia, Zhang, Huang, Zhou, Kuang, Wu, Wu. https://arxiv.org/abs/2006.16765
 
-Each client trains its own model and a copy of a small shared one (the meme model) together; each learns from the data
-and from what the other says:
+Each client trains its own model together with a copy of a small shared one (the meme model). Each of the two learns
+from the data and from the other's predictions:
 
-    L_own  = alpha * CE(p_own)  + (1 - alpha) * KL(p_meme || p_own)      p of the other as it is: no gradient through it
+    L_own  = alpha * CE(p_own)  + (1 - alpha) * KL(p_meme || p_own)      no gradient flows through the other's p
     L_meme = beta  * CE(p_meme) + (1 - beta)  * KL(p_own  || p_meme)
     meme <- sum_{k in S} n_k / n meme_k
 
     meme     params["small.*"], extractor and head: all that travels       own      context.state: private.*, head.*
 
-Departures: none in the rule. That this baseline "fails to converge" in the tables of the pFedMoE family is not a
-property of the method.
+Departures: none in the rule. The tables of the pFedMoE family say that this baseline "fails to converge", which is not
+a property of the method.
 """
 
 from collections.abc import Callable
@@ -56,7 +56,7 @@ class FML(Algorithm):
 
 
 class FMLClient(Client):
-    """Trains both models; keeps its own, sends the shared one."""
+    """A client that trains both models, keeps its own and sends the shared one."""
 
     def __init__(self, setup: Setup, algorithm: FML):
         self.setup = setup
@@ -73,7 +73,7 @@ class FMLClient(Client):
         return tested(self.setup, pair_model(self.setup, payload.group("params"), context), context)
 
     def objective(self, model: SplitModel, batch: dict[str, Tensor]) -> Tensor:
-        """L_own + L_meme: neither reaches the other's weights."""
+        """Return L_own + L_meme; neither loss has a gradient in the other's weights."""
         own, meme, y = model(batch)[0], model.backbone.small(batch["x"]), batch["labels"]
         loss_own = self.alpha * self.setup.fit.cross_entropy(own, y) + (1 - self.alpha) * kl(meme.detach(), own)
         loss_meme = self.beta * self.setup.fit.cross_entropy(meme, y) + (1 - self.beta) * kl(own.detach(), meme)
@@ -81,7 +81,10 @@ class FMLClient(Client):
 
 
 class Pair(nn.Module):
-    """A private extractor, which is what the model's own head reads, beside a small classifier [B, *S] -> [B, C]."""
+    """A private extractor together with a small classifier [B, *S] -> [B, C].
+
+    `forward` returns the private representation, which the model's own head reads.
+    """
 
     def __init__(self, private: nn.Module, small: nn.Module, classes: int):
         super().__init__()
@@ -96,12 +99,12 @@ class Pair(nn.Module):
 
 
 def kl(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(softmax(teacher) || softmax(student)) of logits [B, C], mean over the batch."""
+    """Return KL(softmax(teacher) || softmax(student)) of logits [B, C], mean over the batch."""
     return F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
 
 
 def small_params(setup: Setup) -> Params:
-    """The shared small classifier as it begins: `small.extractor.*`, `small.head.weight` [C, d] and `.bias` [C]."""
+    """Return the initial shared classifier: `small.extractor.*`, `small.head.weight` [C, d] and `.bias` [C]."""
     width = setup.model.width_of(setup.model.small, setup.shape)
     head = initial(lambda: nn.Linear(width, setup.classes), setup.seed, "small head")
     return {f"{SMALL}extractor.{key}": t for key, t in setup.small_params().items()} | {
@@ -116,7 +119,13 @@ def pair_model(
     make: Callable[..., nn.Module] = Pair,
     kind: type[SplitModel] = SplitModel,
 ) -> SplitModel:
-    """The client's own extractor and head with the shared model beside them: `make(private, small, C)`."""
+    """Return a model of the client's own extractor and head with the shared model next to them.
+
+    Args:
+        small: parameters of the shared model.
+        make: called as `make(private, small, C)`; returns the backbone.
+        kind: class of the model.
+    """
     cohort, name = setup.model, context.info.architecture
 
     def backbone() -> nn.Module:

@@ -4,20 +4,20 @@ HeteroFL: Diao, Ding, Tarokh. ICLR 2021. https://arxiv.org/abs/2010.01264
 FedRolex: Alam, Liu, Yan, Zhang. NeurIPS 2022. https://arxiv.org/abs/2212.01548
 FedDropout: Caldas, Konecny, McMahan, Talwalkar. 2018. https://arxiv.org/abs/1812.07210
 
-Client k trains a share beta_k of the units of every hidden layer of size U; the server takes of every parameter the
-mean over who trained it, by n_k. They differ in which units in round t:
+Client k trains a share beta_k of the units of every hidden layer of size U. The server averages every parameter by n_k
+over the clients that trained it. The methods differ in the units that a client trains in round t:
 
-    HeteroFL     0 .. ceil(beta_k U) - 1: the larger contain the smaller
-    FedRolex     t, t + 1, .. (mod U): a window that rolls on by one unit each round
-    FedDropout   random ones
+    HeteroFL     0 .. ceil(beta_k U) - 1: larger sub-networks contain the smaller ones
+    FedRolex     t, t + 1, .. (mod U): a window that moves by one unit each round
+    FedDropout   random units
 
-    beta_k   `shares`, of the clients in the order of their ids, again and again     units   scalars "units/<layer>"
+    beta_k   `shares`, cycled over the clients in the order of their ids     units   scalars "units/<layer>"
 
-Departures: the representation keeps its width, so that heads are the same for all; HeteroFL's scaler and its static
-batch norms are left out (the models have no norms). A client is scored with the sub-network that it would train next;
-FedRolex scores the whole model at the server. Its public finding, rolling before random before static windows, is an
-order that can be checked. Our mixtures of experts have the same baselines for experts: NestedMoE, RollingMoE and
-RandomMoE.
+Departures: the representation keeps its width, so that heads are the same for all clients. HeteroFL's scaler and its
+static batch norms are left out (the models have no norms). A client is scored with the sub-network that it would train
+next; FedRolex scores the whole model at the server. The published finding of FedRolex can be checked: rolling windows
+are better than random ones, and these better than static ones. For mixtures of experts, the same baselines choose
+experts instead of units: NestedMoE, RollingMoE and RandomMoE.
 """
 
 from collections.abc import Iterable, Sequence
@@ -53,11 +53,11 @@ Units = dict[str, list[int]]
 
 @dataclass(frozen=True)
 class HeteroFL(Algorithm):
-    """The first units of every layer.
+    """Sub-networks of the first units of every layer.
 
     Args:
-        shares: of the units of every hidden layer, each in (0, 1], of the clients in the order of their ids and again
-            from the first.
+        shares: shares of the units of every hidden layer, each in (0, 1], cycled over the clients in the order of their
+            ids.
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort",)
@@ -74,7 +74,7 @@ class HeteroFL(Algorithm):
 
 @dataclass(frozen=True)
 class FedRolex(HeteroFL):
-    """A window of units that rolls on.
+    """Sub-networks of a window of units that moves every round.
 
     Args:
         shares: see HeteroFL.
@@ -85,7 +85,7 @@ class FedRolex(HeteroFL):
 
 @dataclass(frozen=True)
 class FedDropout(HeteroFL):
-    """Random units in every round.
+    """Sub-networks of random units, drawn anew every round.
 
     Args:
         shares: see HeteroFL.
@@ -95,7 +95,15 @@ class FedDropout(HeteroFL):
 
 
 def window(units: int, share: float, round: int, which: str, *seed: object) -> list[int]:
-    """Return the units of a layer in a round (from 1), ascending; at least one."""
+    """Return the units of a layer in a round, ascending; at least one.
+
+    Args:
+        units: U, all units of the layer.
+        share: beta_k, in (0, 1].
+        round: the round, from 1.
+        which: "static", "rolling" or "random".
+        seed: parts of the seed of a random choice.
+    """
     count = max(1, -int(-share * units // 1))
     if which == "random":
         rng = torch.Generator().manual_seed(derive_seed(*seed, round))
@@ -105,15 +113,15 @@ def window(units: int, share: float, round: int, which: str, *seed: object) -> l
 
 
 def units_from(payload: Payload) -> Units:
-    """The units in a payload's scalars."""
+    """Return the units in a payload's scalars, by layer."""
     return {k.removeprefix("units/"): list(v) for k, v in payload.scalars.items() if k.startswith("units/")}
 
 
 class SubNetServer(FedAvgServer):
-    """Cuts a sub-network for each client, and merges what returns where it came from.
+    """A server that cuts a sub-network for each client and merges what returns into the same places.
 
     Attributes:
-        round: of which windows are; after a round those of the next.
+        round: round of the current windows; after `aggregate` it is the next round.
     """
 
     def __init__(self, setup: Setup, algorithm: HeteroFL):
@@ -125,7 +133,7 @@ class SubNetServer(FedAvgServer):
         self.share = {c: algorithm.shares[i % len(algorithm.shares)] for i, c in enumerate(ordered)}
 
     def units(self, client: ClientId) -> Units:
-        """Layer -> the units of a client now; none of the last layer, which it has whole."""
+        """Return layer -> current units of a client; layers that it has in full, such as the last, are left out."""
         share, algorithm = self.share[client], self.algorithm
         if share == 1:
             return {}
@@ -149,7 +157,7 @@ class SubNetServer(FedAvgServer):
         return {}
 
     def merged(self, replies: Iterable[tuple[ClientId, Payload]]) -> Params:
-        """The mean of every parameter over who trained it, by n_k; others keep their value."""
+        """Return the mean of every parameter by n_k over the clients that trained it; others keep their value."""
         sums = {key: torch.zeros_like(t, dtype=torch.float64) for key, t in self.params.items()}
         counts = {key: torch.zeros_like(t) for key, t in sums.items()}
         for client, reply in replies:
@@ -174,7 +182,7 @@ class SubNetServer(FedAvgServer):
 
 
 class SubNetClient(Client):
-    """Trains the sub-network that it was sent."""
+    """A client that trains the sub-network that it was sent."""
 
     def __init__(self, setup: Setup):
         self.setup = setup
@@ -188,7 +196,7 @@ class SubNetClient(Client):
         return tested(self.setup, self.build(payload, context), context)
 
     def build(self, payload: Payload, context: ClientContext) -> SplitModel:
-        """The live sub-network."""
+        """Build the live sub-network."""
         cohort, units = self.setup.model, units_from(payload)
         make = partial(cohort.extractor, context.info.architecture, self.setup.shape)
         return self.setup.split_model(lambda: narrowed(make(), units), payload.group("params"), context)

@@ -2,11 +2,12 @@
 
 City University of Hong Kong, University of Hong Kong. 2026. https://arxiv.org/abs/2601.00583
 
-Three modules. Selection: in every batch a client scores the experts that its tokens are routed to (importance, Eq 3-5,
-less beta times an information-bottleneck term, Eq 10-14) and trains the best within its budget (Eq 15); the forward
-pass keeps every token's own top-k, the backward pass reaches the chosen experts alone. Expert aggregation: an expert is
-averaged over the clients whose router gives it at least tau of its mass (Eq 16-17). Router aggregation: a client's
-router counts by how much it uses, and how important to it are, the experts it dominates (Eq 18-21).
+The method has three modules. Selection: in every batch a client scores the experts that its tokens are routed to
+(importance, Eq 3-5, less beta times an information-bottleneck term, Eq 10-14) and trains the best of them within its
+budget (Eq 15). The forward pass keeps every token's own top-k; the backward pass reaches only the chosen experts.
+Expert aggregation: an expert is averaged over the clients with a router that gives it at least tau of its mass
+(Eq 16-17). Router aggregation: a client's router is weighted by the usage and the importance, for this client, of the
+experts that it dominates (Eq 18-21).
 
     G_e(x_i)    Tap.gates()                         s_b(e), KL_e, I_b(e)   importance, divergence, information
     E_union     Tap.served(b) > 0                   E_active(c)            best_experts(...)
@@ -15,38 +16,40 @@ router counts by how much it uses, and how important to it are, the experts it d
     C_budget    payload scalar "budget"             tau                    HFedMoE.tau / E
 
 Our reading, where the paper is silent or contradicts itself:
-- x_i are tokens, padding left out. G is the softmax over all rows of the model's own router, before any top-k, so that
-  its logarithm exists; 0 log 0 = 0. Sigmoid routers (DeepSeek-V3, GLM4): each sigmoid divided by their sum, without the
-  correction bias, so that u_c sums to one in each layer as for all others.
-- Experts are ranked by I_b (Eq 14); `beta=0` ranks by importance alone. Eq 15 is taken at its word: an expert with
+- x_i are tokens without padding. G is the softmax over all rows of the model's own router, before any top-k, so that
+  its logarithm exists; 0 log 0 = 0. For sigmoid routers (DeepSeek-V3, GLM4), each sigmoid is divided by their sum,
+  without the correction bias, so that u_c sums to one in each layer as for all other routers.
+- Experts are ranked by I_b (Eq 14); `beta=0` ranks by importance alone. Eq 15 is taken literally: an expert with
   I_b < 0 is not chosen, except as the only one of its layer. Eq 11 is printed without the (1-G) term of a Bernoulli
-  variable's divergence: `kl="bernoulli"` adds it.
-- C_budget counts experts over all layers jointly, at least one in each; `per_layer` divides it among them.
+  variable's divergence; `kl="bernoulli"` adds it.
+- C_budget counts experts over all layers jointly, at least one in each; `per_layer` divides it among the layers.
 - u_c and s_b^c are measured on the forward passes of the round's training: u_c over all its tokens, s_b^c as the mean
-  of s_b over its batches. tau is given in units of 1/E, E being the layer's experts, because u_c sums to one over them.
-- An expert can reach tau without ever having been chosen: it is merged only from clients that trained it (n_c(e) > 0,
-  counted in batches) and only those send it. `weight="batches"` weighs it by n_c(e) instead of |D_c|. If nobody
-  qualifies, it stays as it was, bit for bit.
-- alpha(c) is computed for the router of each layer and divided by its sum over the clients: as printed, Eq 20-21 do not
-  sum to one and shrink the router from round to round, which `router="literal"` shows. `router="row"` weighs each row
-  by its own p_c(e) over the clients that dominate it. A row of which no holder dominates any expert of its layer is
-  averaged by |D_c|; in "row", one that nobody dominates stays. r(c) (Eq 18) is never used in the paper: `coverage`
-  multiplies alpha(c) by it.
-- The paper's forward pass needs every routed expert in memory, whatever the budget. Here a client is sent only as many
-  experts as it can hold (`resident`), those its validation data asked for most when it last took part, at first the
-  public ones; a token goes to the best of them. It also receives the router rows of the others, to measure demand.
-  The experts' gates then stay on the scale of the full model, as `fit.gates` says; G and what is measured by it are
-  over the held experts.
-- "Others' gradients are masked" is taken of activations as well as of parameters: the output of an expert that is not
+  of s_b over its batches. tau is given in units of 1/E, where E is the number of experts of the layer, because u_c sums
+  to one over them.
+- An expert can reach tau without ever having been chosen. It is therefore merged only from clients that trained it
+  (n_c(e) > 0, counted in batches), and only those clients send it. `weight="batches"` weights it by n_c(e) instead of
+  |D_c|. If no client qualifies, the expert stays unchanged, bit for bit.
+- alpha(c) is computed for the router of each layer and divided by its sum over the clients. As printed, the weights of
+  Eq 20-21 do not sum to one and shrink the router from round to round; `router="literal"` shows this. `router="row"`
+  weights each row by its own p_c(e) over the clients that dominate it. If no holder of a row dominates any expert of
+  its layer, the row is averaged by |D_c|; in "row", a row that no client dominates keeps its value. The paper never
+  uses r(c) (Eq 18); `coverage` multiplies alpha(c) by it.
+- The paper's forward pass needs every routed expert in memory, whatever the budget. Here a client receives only as many
+  experts as it can hold (`resident`): those that its validation data asked for most when it last took part, and at
+  first the publicly most used ones. A token goes to the best of them. The client also receives the router rows of the
+  other experts, to measure demand. The experts' gates then stay on the scale of the full model, as `fit.gates` says. G
+  and everything that is measured with it are over the held experts.
+- "Others' gradients are masked" is applied to activations as well as to parameters: the output of an expert that is not
   chosen is a constant, so neither the router's weight for it nor the layers below learn from those tokens. The router
-  thus learns from the tokens of what it has chosen alone, which can reinforce the choice.
-- No more experts have moments in the optimiser than the last choice has, as their memory is what the budget bounds. An
-  expert that was dropped and is chosen again begins with new moments, so its next step has the size of the rate; a
-  random choice drops more experts from batch to batch than a choice by score does.
+  thus learns only from the tokens of the experts that it has chosen, which can reinforce the choice.
+- Only the experts of the last choice have moments in the optimiser, because the budget bounds the memory of moments. An
+  expert that was dropped and is chosen again starts with new moments, so its next step has the size of the learning
+  rate. A random choice drops more experts from batch to batch than a choice by score does.
 - Both budgets come from the device's memory, or are given as shares of the experts.
 
-`select="random"`, `experts="plain"` and `router="plain"` each switch one module off: a random choice under the same
-budget, and averages by |D_c| over all that hold an expert, trained or not, and over all routers.
+`select="random"`, `experts="plain"` and `router="plain"` each switch one module off: `select` then chooses at random
+under the same budget, `experts` averages by |D_c| over all clients that hold an expert, trained or not, and `router`
+averages by |D_c| over all routers.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -86,23 +89,23 @@ Held = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class HFedMoE(Algorithm):
-    """Experts chosen per batch under a budget, merged by usage.
+    """Experts chosen per batch under a budget, and merged by usage.
 
     Args:
-        lam: lambda, weight of an expert's mean gate against its largest in its importance, in [0, 1] (Eq 5).
+        lam: weight of an expert's mean gate against its largest gate in its importance (lambda), in [0, 1] (Eq 5).
         beta: weight of the information-bottleneck term, >= 0 (Eq 14).
-        tau: least usage of an expert to be merged, in units of 1/E, >= 0 (Eq 17).
+        tau: least usage at which an expert is merged, in units of 1/E, >= 0 (Eq 17).
         budget: shares of all experts that a batch trains, in (0, 1], cycled over the clients in the order of their
             ids; (): what a client's memory allows.
-        resident: shares of all experts that a client holds, likewise, never less than it trains; (): with `budget`
-            all (the paper), else what its memory allows.
-        per_layer: divide both budgets among the layers, instead of ranking all layers' experts together.
+        resident: shares of all experts that a client holds, in (0, 1], cycled likewise, never less than it trains; ():
+            with `budget` all experts (the paper), else what its memory allows.
+        per_layer: divide both budgets among the layers, instead of ranking the experts of all layers together.
         kl: "paper" (Eq 11 as printed) or "bernoulli" (the whole divergence of a 0/1 variable).
         select: "information" (Eq 14-15) or "random" choice among the routed experts under the same budget.
         experts: "usage" (Eq 17) or "plain" average.
         router: "importance" (Eq 20-21, normalised), "row" (a weight per row), "literal" (as printed) or "plain".
         coverage: multiply alpha(c) by r(c) (Eq 18).
-        weight: of a client in Eq 17: "examples" (`|D_c|`) or "batches" in which it trained the expert.
+        weight: weight of a client in Eq 17: "examples" (`|D_c|`) or "batches" in which it trained the expert.
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("moe",)
@@ -144,26 +147,27 @@ class HFedMoE(Algorithm):
 
 
 def importance(gates_TE: Tensor, lam: float) -> Tensor:
-    """s_b(e) [E] = lambda * mean_i G_e(x_i) + (1 - lambda) * max_i G_e(x_i) (Eq 3-5)."""
+    """Return s_b(e) [E] = lambda * mean_i G_e(x_i) + (1 - lambda) * max_i G_e(x_i) (Eq 3-5)."""
     return lam * gates_TE.mean(0) + (1 - lam) * gates_TE.amax(0)
 
 
 def divergence(gates_TE: Tensor, kl: Literal["paper", "bernoulli"] = "paper") -> Tensor:
-    """KL_e [E] = mean_i G_e(x_i) log(G_e(x_i) / p_e), p_e = mean_i G_e(x_i) (Eq 10-11), in nats, >= 0.
+    """Return KL_e [E] = mean_i G_e(x_i) log(G_e(x_i) / p_e), p_e = mean_i G_e(x_i) (Eq 10-11), in nats, >= 0.
 
-    "bernoulli" adds mean_i (1 - G_e(x_i)) log((1 - G_e(x_i)) / (1 - p_e)), without which it is no divergence of a 0/1
-    variable.
+    "bernoulli" adds mean_i (1 - G_e(x_i)) log((1 - G_e(x_i)) / (1 - p_e)). Without this term it is not the divergence
+    of a 0/1 variable.
     """
 
     def gain(q_TE: Tensor) -> Tensor:
         mean_E = q_TE.mean(0)
-        return (torch.xlogy(q_TE, q_TE).mean(0) - torch.xlogy(mean_E, mean_E)).clamp(min=0)  # Jensen; but for rounding
+        # By Jensen's inequality this is >= 0, except for rounding.
+        return (torch.xlogy(q_TE, q_TE).mean(0) - torch.xlogy(mean_E, mean_E)).clamp(min=0)
 
     return gain(gates_TE) + (gain(1 - gates_TE) if kl == "bernoulli" else 0)
 
 
 def information(gates_TE: Tensor, lam: float, beta: float, kl: Literal["paper", "bernoulli"] = "paper") -> Tensor:
-    """I_b(e) [E] = s_b(e) - beta * KL_e (Eq 14)."""
+    """Return I_b(e) [E] = s_b(e) - beta * KL_e (Eq 14)."""
     return importance(gates_TE, lam) - beta * divergence(gates_TE, kl)
 
 
@@ -174,14 +178,17 @@ def best_experts(
     least: int = 1,
     per_layer: bool = False,
 ) -> Held:
-    """The experts within the budget whose scores sum to the most (Eq 15), ascending; ties: first layer, lower id.
+    """Return the experts within the budget with the largest sum of scores (Eq 15), ascending ids per block.
+
+    In a tie the first layer wins, then the lower id.
 
     Args:
-        scores: block -> [E], finite.
-        among: block -> those that may be chosen (E_union).
-        budget: how many over all blocks.
-        least: how many of a block there are in any case, if it has so many; beyond them none with a score < 0.
-        per_layer: each block gets `least` and a share of the rest in proportion to its E, rounded down.
+        scores: block -> scores [E], finite.
+        among: block -> ids of the experts that may be chosen (E_union).
+        budget: number of experts over all blocks.
+        least: number of experts that every block gets in any case (fewer if `among` has fewer); further experts need
+            a score >= 0.
+        per_layer: whether each block gets `least` and a share of the rest in proportion to its E, rounded down.
 
     Raises:
         ConfigError: if the budget is too small for `least` in every block.
@@ -208,11 +215,12 @@ def best_experts(
 
 
 class Selection:
-    """The choice of each batch (`choose` of `training.fit`), and what it measures on the way.
+    """The choice of experts for each batch (`choose` of `training.fit`), and the usage and importance it measures.
 
     Args:
-        budget: C_budget, experts over all layers.
-        generator: for the random choice.
+        algorithm: the settings.
+        budget: C_budget, number of experts over all layers.
+        generator: generator of the random choice.
     """
 
     def __init__(self, algorithm: HFedMoE, budget: int, generator: torch.Generator):
@@ -241,11 +249,11 @@ class Selection:
         return best_experts(scores, among, self.budget, per_layer=algorithm.per_layer)
 
     def usage(self) -> dict[str, Tensor]:
-        """u_c(e) (Eq 16): block -> float64 [E], the mean gate over all tokens; sums to one."""
+        """Return u_c(e) (Eq 16): block -> float64 [E], the mean gate over all tokens; it sums to one."""
         return {block: mass_E / self.tokens[block] for block, mass_E in self.mass.items()}
 
     def importance(self) -> dict[str, Tensor]:
-        """s_b^c(e): block -> float64 [E], the mean of s_b over the batches."""
+        """Return s_b^c(e): block -> float64 [E], the mean of s_b over the batches."""
         return {block: total_E / self.batches for block, total_E in self.important.items()}
 
 
@@ -253,7 +261,7 @@ class Selection:
 
 
 def dominant(usage_E: Tensor, tau: float) -> Tensor:
-    """S_c: whether u_c(e) >= tau / E, bool like `usage_E` [.., E]."""
+    """Return S_c as a mask: True where u_c(e) >= tau / E, shaped like `usage_E` [.., E]."""
     return usage_E >= tau / usage_E.shape[-1]
 
 
@@ -266,14 +274,20 @@ def router_weights(
     how: Literal["importance", "row", "literal"] = "importance",
     coverage: bool = False,
 ) -> Tensor:
-    """The weight [C, E] of each client's router rows in one layer (Eq 18-21).
+    """Return the weight [C, E] of each client's router rows in one layer (Eq 18-21).
 
     p_c(e) = u_c(e) s_c(e);  alpha(c) = sum_{e in S_c} p_c(e) / |S_global|, S_global the union of the S_c of the round.
-    Over the clients that hold a row, weights sum to one ("importance": always; "row": where somebody dominates the
-    row, else zero), or to whatever they sum to ("literal").
+    Over the clients that hold a row, the weights sum to one ("importance": always; "row": where a client dominates the
+    row, else zero). In "literal" they are not normalised.
 
     Args:
-        usage_CE, importance_CE: zero where a client does not hold the expert; held_CE: bool; examples_C: |D_c|.
+        usage_CE: usage, zero where a client does not hold the expert.
+        importance_CE: importance, zero where a client does not hold the expert.
+        held_CE: bool, True where a client holds the expert.
+        examples_C: |D_c|.
+        tau: see `HFedMoE`.
+        how: see `HFedMoE.router`.
+        coverage: see `HFedMoE`.
     """
     dominant_CE = dominant(usage_CE, tau) & held_CE
     most = dominant_CE.any(0).sum().clamp(min=1)  # |S_global|
@@ -286,12 +300,12 @@ def router_weights(
     if how == "importance":
         nobody_E = alpha_CE.sum(0) == 0
         alpha_CE = torch.where(nobody_E, examples_C.unsqueeze(1) * held_CE, alpha_CE)
-    return torch.nan_to_num(alpha_CE / alpha_CE.sum(0))  # a row that nobody holds or dominates: 0 / 0
+    return torch.nan_to_num(alpha_CE / alpha_CE.sum(0))  # 0 / 0: no client holds or dominates the row
 
 
 @dataclass
 class _Told:
-    """What a reply says about routers: rows by flat name, and per block u, s [E] and |D_c|."""
+    """Router information from a reply: rows by flat name, u and s [E] per block, and |D_c|."""
 
     rows: Params
     usage: Params
@@ -300,7 +314,7 @@ class _Told:
 
 
 def merged_rows(params: Params, told: Sequence[_Told], algorithm: HFedMoE) -> Params:
-    """The new router rows (Eq 21); a row without any weight keeps its value, except in "literal"."""
+    """Return the merged router rows (Eq 21); except in "literal", rows without any weight are left out."""
     weights, places = {}, [{router_row_of(key) for key in t.rows} for t in told]
     for block in told[0].usage if told and places[0] else ():
         usage_CE = torch.stack([t.usage[block] for t in told])
@@ -327,7 +341,13 @@ def merged_rows(params: Params, told: Sequence[_Told], algorithm: HFedMoE) -> Pa
 
 @dataclass
 class HFedMoEServer(Server):
-    """Holds the full MoE, each client's two budgets, and what its data asked for and its batches trained last time."""
+    """A server that holds the full MoE and, for each client, its two budgets and its last demand and trained experts.
+
+    Attributes:
+        budgets: client -> (experts it holds, experts a batch trains), over all layers.
+        demand: client -> block -> demand probabilities [E] of its last round.
+        chosen: client -> block -> share of the batches of its last round that trained each expert [E].
+    """
 
     setup: Setup
     algorithm: HFedMoE
@@ -357,7 +377,7 @@ class HFedMoEServer(Server):
 
             mean.add({key: t for key, t in params.items() if key not in rows}, weight)
             told.append(_Told(rows, reply.group("usage"), reply.group("importance"), examples))
-            demand = reply.group("demand")  # in the order of the layers, which decides between equals
+            demand = reply.group("demand")  # in the order of the layers, which breaks ties
             self.demand[client] = _shares({block: demand[block] for block in self.setup.model.counts})
             batches, steps = reply.group("trained"), max(int(reply.scalars["steps"]), 1)
             self.chosen[client] = {block: batches[block].double() / steps for block in self.setup.model.counts}
@@ -372,10 +392,10 @@ class HFedMoEServer(Server):
         return self.setup.sub_moe(self.params, client.task, held, client)
 
     def resident(self, client: ClientInfo) -> Held:
-        """The experts this client holds now: those its data asks for most, as many as its forward budget.
+        """Return the experts that this client holds now: those with the highest demand, within its forward budget.
 
-        The budget is of experts spread evenly over the layers; where they crowd in one of them, a step takes more, and
-        the device holds fewer.
+        The budget assumes experts that are spread evenly over the layers. A step needs more memory if they concentrate
+        in one layer, and the device then holds fewer experts.
         """
         demand = self.demand.get(client.id) or _shares(self.setup.public_usage("no usage", client.id))
         everything = {block: range(total) for block, total in self.setup.model.counts.items()}
@@ -388,7 +408,11 @@ class HFedMoEServer(Server):
             forward -= 1
 
     def expects(self, client: ClientInfo, sent: Payload) -> dict[str, dict[str, Like]]:
-        """With `experts="usage"` only experts that were trained return; `objection` sees that they do."""
+        """Return the tensors that a reply must have.
+
+        With `experts="usage"` only trained experts return, so no expert is required here; `objection` checks that
+        exactly the trained ones are there.
+        """
 
         def each(dtype: torch.dtype, most: float) -> dict[str, Like]:
             return {block: Like((n,), dtype, 0, most) for block, n in self.setup.model.counts.items()}
@@ -411,7 +435,7 @@ class HFedMoEServer(Server):
             return "an expert was trained in more batches than there were"
         wanted = {k for k in sent.group("params") if expert_of(k) in trained}
         returned = {k for k in reply.group("params") if expert_of(k)}
-        if sent.scalars.get("halves"):  # one of the two adapters of a pair
+        if sent.scalars.get("halves"):  # one adapter of a pair returns, so compare places, not names
             wanted, returned = ({expert_of(k) for k in keys} for keys in (wanted, returned))
         if self.algorithm.experts == "usage" and returned != wanted:
             return "the experts that return are not those that were trained"
@@ -423,7 +447,7 @@ class HFedMoEServer(Server):
         return Payload({**sent.groups, "router": absent}, {**sent.scalars, "budget": self.budgets[client.id][1]})
 
     def _expert_weights(self, reply: Payload) -> Params:
-        """Block -> weight of this client in the mean of each expert, float64 [E] (Eq 17)."""
+        """Return block -> weight of this client in the mean of each expert, float64 [E] (Eq 17)."""
         examples, weights = float(reply.scalars["num_examples"]), {}
         for block, n_E in reply.group("trained").items():
             full_E = torch.full(n_E.shape, examples, dtype=torch.float64)
@@ -435,10 +459,10 @@ class HFedMoEServer(Server):
         return weights
 
     def _learnt_row(self, key: str) -> bool:
-        """Whether a name is of a router row that is trained: a correction bias is averaged like the trunk."""
+        """Return True if a name belongs to a trained router row; a correction bias is averaged like the trunk."""
         return router_row_of(key) is not None and not key.endswith(".e_score_correction_bias")
 
-    # the record
+    # --- reports and checkpoints
 
     def structure(self) -> ExpertMap | None:
         return {client.id: self.resident(client) for client in self.setup.clients}
@@ -469,13 +493,16 @@ def _lists(told: Mapping[ClientId, Mapping[str, Tensor]]) -> dict[ClientId, dict
 
 
 def budgets(setup: Setup, algorithm: HFedMoE, client: ClientInfo, place: int) -> tuple[int, int]:
-    """(experts that a client holds, experts that a batch trains), over all layers.
+    """Return (experts that a client holds, experts that a batch trains), over all layers.
 
     Args:
-        place: of the client among all, for the shares.
+        setup: the set-up of the run.
+        algorithm: the settings.
+        client: the client.
+        place: index of the client among all clients in the order of their ids, which selects its shares.
 
     Raises:
-        ConfigError: for shares beside device memory, or so small that a layer would have no expert.
+        ConfigError: if both shares and device memory are given, or if a share leaves a layer without an expert.
         BudgetError: if the device cannot hold one expert per layer.
     """
     totals = setup.model.counts
@@ -497,7 +524,7 @@ def budgets(setup: Setup, algorithm: HFedMoE, client: ClientInfo, place: int) ->
 
 
 def _shares(counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Block -> float64 [E] summing to one (zeros if nothing was counted)."""
+    """Return block -> float64 [E] that sums to one, or zeros if nothing was counted."""
     return {block: n_E.double() / max(float(n_E.sum()), 1e-12) for block, n_E in counts.items()}
 
 
@@ -505,9 +532,9 @@ def _shares(counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class HFedMoEClient(Client):
-    """Trains, in every batch, the best of its experts within its budget.
+    """A client that trains, in every batch, the best of its experts within its budget.
 
-    Its server merges by exact usage and importance, and expects the experts that were trained.
+    Its server merges by exact usage and importance, and expects only the trained experts in a reply.
     """
 
     reveals: ClassVar[Mapping[str, Reveal]] = {
@@ -527,7 +554,7 @@ class HFedMoEClient(Client):
         measured = {"usage": selection.usage(), "importance": selection.importance(), "trained": groups["trained"]}
         for name, blocks in measured.items():
             groups[name] = {block: self._spread(x_E, held[block], block) for block, x_E in blocks.items()}
-        if self.algorithm.experts == "usage":  # what was not trained is what the server has
+        if self.algorithm.experts == "usage":  # the server still has the experts that were not trained
             groups["params"] = {k: t for k, t in groups["params"].items() if _moved(k, groups["trained"])}
         return Payload(groups, reply.scalars)
 
@@ -535,7 +562,7 @@ class HFedMoEClient(Client):
         return local_test(self.setup, payload, context)
 
     def _spread(self, values: Tensor, ids: Sequence[int], block: str) -> Tensor:
-        """Values of the held experts in their places among all, the others zero."""
+        """Return the values of the held experts at their ids among all experts of a block, zero elsewhere."""
         full = torch.zeros(self.setup.model.counts[block], dtype=values.dtype)
         full[list(ids)] = values
         return full

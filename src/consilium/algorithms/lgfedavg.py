@@ -2,12 +2,12 @@
 
 Liang, Liu, Ziyin, Allen, Auerbach, Brent, Salakhutdinov, Morency. https://arxiv.org/abs/2001.01523
 
-Every client keeps its own extractor and the clients share the top layers:
+Every client keeps its own extractor, and the clients share the top layers:
 
     theta_g <- sum_{k in S} n_k / n theta_g,k        theta_g   head rows, group "params"; the rest: context.state
 
-Departures: what is shared is the linear head, as in all comparisons of the pFedMoE family; the extractors must end in
-the same width. A row is averaged over whoever has its label.
+Departures: the shared part is the linear head, as in all comparisons of the pFedMoE family, so the extractors must end
+in the same width. A row is averaged over the clients that have its label.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ __all__ = ["LGFedAvg"]
 
 @dataclass(frozen=True)
 class LGFedAvg(Algorithm):
-    """Private extractors, one averaged head."""
+    """Private extractors and one averaged head."""
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
 
@@ -37,7 +37,7 @@ class LGFedAvg(Algorithm):
 
 
 class LGFedAvgClient(Client):
-    """Keeps its extractor and takes the head as it comes."""
+    """A client that keeps its own extractor and replaces its head by the received one."""
 
     def __init__(self, setup: Setup):
         self.setup = setup

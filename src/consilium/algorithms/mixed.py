@@ -1,7 +1,7 @@
-"""The parts shared by methods that train mixtures of adapters on a frozen model (FedAMoLE, CoMiGS, FedLEASE, ...).
+"""Parts that are shared by methods with mixtures of adapters on a frozen model (FedAMoLE, CoMiGS, FedLEASE, ...).
 
-Their flat names are `<layer>.pairs.<name>.a`, `.b` and `<layer>.route` (see `moe.mixtures`), and the head rows of a
-task.
+The flat names of such a model are `<layer>.pairs.<name>.a`, `.b` and `<layer>.route` (see `moe.mixtures`), and those of
+the head rows of a task.
 """
 
 import time
@@ -25,11 +25,11 @@ from consilium.training import Fitted, fit, keep_better, reply_scalars, tested_b
 __all__ = ["MixedModels", "heads_of", "own_adapters", "part"]
 
 COPIES = 5
-"""Float32 numbers for one that is trained: as it was sent, as it is, its gradient, and Adam's moments."""
+"""Float32 values in memory per trained parameter: the received value, the current one, its gradient, Adam's moments."""
 
 
 def own_adapters(setup: Setup, method: str) -> None:
-    """Refuse `fit.lora` with a method that has adapters of its own.
+    """Raise if `fit.lora` is set for a method that has its own adapters.
 
     Raises:
         ConfigError: if fit.lora.rank is not 0.
@@ -39,17 +39,19 @@ def own_adapters(setup: Setup, method: str) -> None:
 
 
 def heads_of(params: Mapping[str, Tensor], task: str = "") -> Params:
-    """Return the head rows, of a task or of all."""
+    """Return the head rows of a task, or of all tasks if `task` is empty."""
     return {key: tensor for key, tensor in params.items() if key.startswith(f"head.{task}." if task else "head.")}
 
 
 @dataclass(frozen=True)
 class MixedModels:
-    """Builds, trains and scores a client's model with mixtures.
+    """A builder, trainer and scorer of a client's model with mixtures of adapters.
 
     Args:
-        setup: of the run. mixing: how adapters are mixed. always: the adapters that every token has.
-        balance: weight of the mean load-balance loss of the mixtures, each scaled by its number of slots.
+        setup: set-up of the run.
+        mixing: how adapters are mixed.
+        always: names of the adapters that every token uses.
+        balance: weight of the sum of the mixtures' load-balance losses, each scaled by its number of slots.
     """
 
     setup: Setup
@@ -58,21 +60,25 @@ class MixedModels:
     balance: float = 0.0
 
     def pairs_in(self, params: Mapping[str, Tensor]) -> int:
-        """Return the most adapters of a layer among flat parameters."""
+        """Return the largest number of adapters of a layer among flat parameters."""
         return max(len(names_of(params, path)) for path in self.paths)
 
     @property
     def paths(self) -> Mapping[str, tuple[int, int]]:
-        """Layers that are adapted: path -> (X, Y)."""
+        """Return the adapted layers: path -> (X, Y)."""
         return layers(self.setup.model, self.mixing.targets)
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
     def need(self, pairs: int, trained: int | None = None) -> int:
-        """Bytes of a client with `pairs` adapters per layer, of which `trained` learn (None: all).
+        """Return the bytes that a client needs for `pairs` adapters per layer.
 
-        By the memory model for a frozen model whose activations are saved, and on top the numbers of adapters and
-        routers, what is saved of their products, and what an optimiser keeps.
+        This is the memory model's footprint of a frozen model with saved activations, plus the parameters of adapters
+        and routers, the saved intermediate products of these, and the optimiser state.
+
+        Args:
+            pairs: adapters per layer.
+            trained: how many of them are trained; None: all.
         """
         fit, rank = self.setup.fit, self.mixing.rank
         trained = pairs if trained is None else trained
@@ -98,10 +104,18 @@ class MixedModels:
         slots: Mapping[str, Sequence[str]] | Sequence[str] | None = None,
         frozen: Callable[[str], bool] = lambda key: False,
     ) -> TaskModel:
-        """Return the client's live model; of its mixtures and its head, all is trained but what is `frozen` by name.
+        """Build the client's live model.
+
+        The head and all parameters of the mixtures are trainable, except for mixture parameters that are `frozen`.
+
+        Args:
+            params: adapters, routers and head rows under flat names.
+            context: the client's context.
+            slots: see `moe.mixtures.attach`.
+            frozen: returns True for the flat name of a parameter that must not be trained.
 
         Raises:
-            BudgetError: if it does not fit what the client allows.
+            BudgetError: if the model needs more memory than the client allows.
         """
         pairs = self.pairs_in(params)
         context.work.hold(self.need(pairs), f"a model with {pairs} adapters per layer")
@@ -115,7 +129,7 @@ class MixedModels:
         return model
 
     def objective(self, model: TaskModel, batch: Mapping[str, Tensor]) -> Tensor:
-        """The cross-entropy, and the load balance of the mixtures."""
+        """Return the cross-entropy plus `balance` times the sum of the mixtures' load-balance losses."""
         mark(model, batch)
         logits, labels = model(batch)
         loss = self.setup.fit.cross_entropy(logits, labels)
@@ -136,12 +150,19 @@ class MixedModels:
         heads: bool = True,
         assessed: bool = True,
     ) -> tuple[Fitted, dict[str, Scalar]]:
-        """`fit` and validate a model; returns what was done, and the scalars of `training.local_round`'s reply.
+        """Fit and validate a model.
 
         Args:
+            model: the model, which is changed in place.
+            context: the client's context.
             decay: the learning rates are those of `fit` times decay^(round - 1).
-            rows: which training rows; None: all. heads: whether the head is trained.
-            assessed: whether the model is validated; without, there are no scalars.
+            epochs: passes over the training rows; None: `fit.epochs`.
+            rows: training rows to use; None: all.
+            heads: whether the head is trained.
+            assessed: whether the model is validated; if not, no scalars are returned.
+
+        Returns:
+            The result of `fit`, and the scalars of a reply as `training.local_round` returns them.
         """
         setup, config = self.setup, self.setup.fit
         train = self.rows(context)
@@ -170,7 +191,12 @@ class MixedModels:
         }
 
     def flatten(self, model: TaskModel, masters: Mapping[str, Tensor] | None = None) -> Params:
-        """Return adapters, routers and head rows under flat names, float32 copies on the CPU."""
+        """Return float32 copies of adapters, routers and head rows on the CPU, under flat names.
+
+        Args:
+            model: the model.
+            masters: path -> float32 tensor to copy in place of the model's own.
+        """
         masters = masters or {}
 
         def copied(path: str, tensor: Tensor) -> Tensor:
@@ -195,10 +221,13 @@ class MixedModels:
         slots: Mapping[str, Sequence[str]] | Sequence[str] | None = None,
         prepare: Callable[[TaskModel], None] = lambda model: None,
     ) -> Payload:
-        """Score a delivered model on the test split; with `fit.personal`, the client's best one next to it.
+        """Score a delivered model on the test split and, with `fit.personal`, the client's best model next to it.
 
         Args:
-            prepare: changes a live model before it is scored.
+            params: the delivered parameters under flat names.
+            context: the client's context.
+            slots: see `build`.
+            prepare: changes a live model in place before it is scored.
         """
 
         def delivered() -> TaskModel:
@@ -215,7 +244,7 @@ class MixedModels:
         return tested_beside_best(self.setup, context, delivered, best)
 
     def _keep(self, context: ClientContext, scores: dict[str, float], model: TaskModel, params: Params) -> None:
-        """Keep a trained model as the client's best if it is, with what its mixtures were made of."""
+        """Keep a model as the client's best if it scores best, together with the settings of its mixtures."""
         keep_better(context, scores, params, None)
         if context.best.params is params:
             found = [mixture for _, mixture in mixtures(model)]
@@ -225,7 +254,7 @@ class MixedModels:
             context.best.scalars |= mixing
 
     def _best(self, context: ClientContext) -> tuple["MixedModels", list[str] | None]:
-        """Return the builder and the parameters of the client's best model."""
+        """Return the builder and the slots of the client's best model."""
         kept = context.best.scalars
         mixing = replace(self.mixing, top_k=kept["top_k"], router=kept["router"])
         return replace(self, mixing=mixing, always=tuple(kept["always"])), kept.get("slots")
@@ -243,7 +272,7 @@ class MixedModels:
 
 
 def part(data: Encoded, rows: range) -> Encoded:
-    """Return some rows of a split."""
+    """Return a split with the given rows only."""
     chosen = {name: [getattr(data, name)[i] for i in rows] for name in ("sources", "targets", "texts")}
     return replace(data, **chosen)
 

@@ -1,13 +1,13 @@
-"""NestedMoE: sub-MoEs of the publicly most used experts, the larger ones containing the smaller.
+"""NestedMoE: sub-MoEs of the publicly most used experts, where larger ones contain the smaller ones.
 
-The rule of HeteroFL (Diao, Ding, Tarokh. ICLR 2021. https://arxiv.org/abs/2010.01264) for experts instead of channels:
-a client with more memory holds what a client with less holds, and more. All clients rank experts alike, by the share of
-public tokens in the model's card, so most clients train the same few experts. A method that chooses experts for each
-client has to beat this one.
+This is the rule of HeteroFL (Diao, Ding, Tarokh. ICLR 2021. https://arxiv.org/abs/2010.01264) with experts instead of
+channels: a client with more memory holds all experts of a client with less memory, and more. All clients rank experts
+alike, by the share of public tokens in the model's card, so most clients train the same few experts. A method that
+chooses experts for each client has to beat this one.
 
     x_e <- sum_{k holds e} n_k x_k,e / sum_{k holds e} n_k
 
-Departures: none; the sizes follow from the memory of the devices, as in RandomMoE.
+Departures: none. The sizes follow from the memory of the devices, as in RandomMoE.
 """
 
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ class NestedMoE(RandomMoE):
 
     Args:
         experts: experts per layer for every client; None: as many as the client's memory allows.
-        share: share of a client's memory that its sub-MoE may use, in (0, 1]; the fewest experts that
-            its router works with it always has.
+        share: share of a client's memory that its sub-MoE may use, in (0, 1]; a client always has the fewest
+            experts that its router works with.
     """
 
     def choose(self, setup: Setup, client: ClientId, n: int) -> dict[str, tuple[int, ...]]:

@@ -2,20 +2,20 @@
 
 Yi, Yu, Ren, Zhang, Wang, Liu, Li. 2024. https://arxiv.org/abs/2404.17847; code github.com/LipingYi/pFedAFM
 
-Client k has its own extractor F_k and header h_k, a small extractor G of one architecture is shared, and a vector a_k
-in [0, 1]^d of its own mixes their features, one number per feature:
+Client k has its own extractor F_k and header h_k. A small extractor G of one architecture is shared. A private vector
+a_k in [0, 1]^d mixes the features of the two extractors, with one number per feature:
 
-    step 1   R = a F(x) + (1 - a) G(x);  CE(h(R)) trains F, h and a, with G as it is; a is clamped after each step
-    step 2   CE(h(G(x))) trains G, with F and h as they are
+    step 1   R = a F(x) + (1 - a) G(x);  CE(h(R)) trains F, h and a, with G frozen; a is clamped after each step
+    step 2   CE(h(G(x))) trains G, with F and h frozen
     G <- sum_{k in S} n_k / n G_k        all that travels;  h(R) predicts, with the G just received
 
-    G    params["shared.*"]         F_k, h_k, a_k    context.state: private.*, head.*, alpha        a begins at 1
+    G    params["shared.*"]         F_k, h_k, a_k    context.state: private.*, head.*, alpha        a starts at 1
 
-Departures: none in the rule. `aggregation` "last" and `shared_alpha` are faults of the released code, as ablations.
-There the uploads of a round are references to one object that the next client overwrites, so that the "average" is the
-last client's G; and from the second round on, every client begins with the a of the last one that was trained.
-Published numbers may come from that: a headline of +7.93 points on CIFAR-100 over the best of seven baselines, at N =
-100 about 61.6 (our reading). G and F end in features of one width, taken after a ReLU.
+Departures: none in the rule. `aggregation` "last" and `shared_alpha` reproduce faults of the released code as
+ablations. In that code, the uploads of a round are references to one object that the next client overwrites, so the
+"average" is the last client's G. From the second round on, every client also starts with the a of the client that was
+trained last. Published numbers may come from these faults: a headline of +7.93 points on CIFAR-100 over the best of
+seven baselines, at N = 100 about 61.6 (our reading). G and F end in features of one width, taken after a ReLU.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -55,8 +55,8 @@ class pFedAFM(Algorithm):
 
     Args:
         lr_a: learning rate of a, > 0; None: fit.lr.
-        aggregation: "mean" by n_k, or "last": the last selected client wins, as in the released code.
-        shared_alpha: whether a client begins with the a of the last one that was trained, as in the released code.
+        aggregation: "mean" by n_k, or "last": the parameters of the round's last client, as in the released code.
+        shared_alpha: whether a client starts with the a of the client trained last, as in the released code.
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
@@ -80,7 +80,10 @@ class pFedAFM(Algorithm):
 
 
 class LastServer(FedAvgServer):
-    """Takes the last client's parameters: no average. An ablation that explains published numbers."""
+    """A server that takes the last client's parameters instead of an average.
+
+    This is an ablation that may explain published numbers.
+    """
 
     def __init__(self, setup: Setup, **kwargs: Params):
         super().__init__(setup, **kwargs)
@@ -96,7 +99,7 @@ class LastServer(FedAvgServer):
 
 
 class PFedAFMClient(Client):
-    """Trains its own model and a, then the shared extractor."""
+    """A client that trains its own model and a, and then the shared extractor."""
 
     def __init__(self, setup: Setup, algorithm: pFedAFM):
         self.setup, self.algorithm = setup, algorithm
@@ -125,7 +128,7 @@ class PFedAFMClient(Client):
         return {"head.": config.head_lr, ALPHA: self.algorithm.lr_a or config.lr, "": config.lr}
 
     def _model(self, payload: Payload, context: ClientContext) -> SplitModel:
-        """Return the client's own parameters, as it left them or as they begin, and G as received."""
+        """Build the model from the received G and the client's own parameters, either kept or initial."""
         cohort, shape, own = self.setup.model, self.setup.shape, context.state.params
         if not own:
             begun = self.setup.own_params(context).items()
@@ -141,7 +144,7 @@ class PFedAFMClient(Client):
 
 
 class FeatureMixture(nn.Module):
-    """R [B, d] = a F(x) + (1 - a) G(x), with a number of a per feature."""
+    """A mixture R [B, d] = a F(x) + (1 - a) G(x) of two extractors, with one element of a per feature."""
 
     def __init__(self, private: nn.Module, shared: nn.Module):
         super().__init__()
@@ -152,24 +155,24 @@ class FeatureMixture(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
-            self.clamp()  # after the step before
+            self.clamp()  # The step before may have moved a out of [0, 1].
         return self.alpha * self.private(x) + (1 - self.alpha) * self.shared(x)
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """Bring a back into [0, 1]."""
+        """Clamp a to [0, 1] in place."""
         self.alpha.clamp_(0, 1)
 
 
 def learn(model: SplitModel, wanted: Callable[[str], bool]) -> None:
-    """Let the parameters of these paths be trained, and no others."""
+    """Make the parameters with wanted paths trainable, and freeze all others."""
     for path, parameter in model.backbone.named_parameters():
         parameter.requires_grad_(wanted(path))
     model.head.requires_grad_(wanted("head."))
 
 
 def mixed_loss(supervised: Supervised) -> Objective:
-    """CE(h(R))."""
+    """Return the objective of step 1, CE(h(R))."""
 
     def loss(model: SplitModel, batch: Mapping[str, Tensor]) -> Tensor:
         logits, labels = model(batch)
@@ -179,7 +182,7 @@ def mixed_loss(supervised: Supervised) -> Objective:
 
 
 def shared_loss(supervised: Supervised) -> Objective:
-    """CE(h(G(x)))."""
+    """Return the objective of step 2, CE(h(G(x)))."""
 
     def loss(model: SplitModel, batch: Mapping[str, Tensor]) -> Tensor:
         return supervised(model.head(model.backbone.shared(batch["x"])), batch["labels"])

@@ -2,23 +2,23 @@
 
 Luo, Chen, Wu. ICLR 2025. https://arxiv.org/abs/2410.10114; code github.com/ljaiverson/pFedMoAP
 
-The paper shares prompts of a frozen CLIP. Here the same is done with adapters on a frozen model:
+The paper shares prompts of a frozen CLIP. This module does the same with adapters on a frozen model:
 
-    down      the average of all adapters, and the K - 1 nearest other clients' last adapters, which stay frozen
-    client    its adapter begins as the average; a private gate weighs all K:
+    down      the average of all adapters, and the last adapters of the K - 1 nearest other clients, which stay frozen
+    client    its adapter starts as the average; a private gate weights all K:
               g = softmax(V x),   y = W0 x + s lam B_0 A_0 x + s sum_j g_j B_j A_j x         B_0, A_0 the client's own
     up        its own adapter        server: average by n_k
 
     own     <layer>.pairs.own.*      nearest  <layer>.pairs.near<j>.*      V   context.state: <layer>.route
 
-When it first takes part, a client trains its adapter alone, as in the paper. The adapter restarts from the average in
+When a client first takes part, it trains its adapter alone, as in the paper. The adapter restarts from the average in
 every round; the gate persists.
 
-What is ours: adapters in place of prompts; a linear gate in place of attention over text features; the distance is the
-cosine of B (`distance` "l2": of all numbers, as in the paper); K from a client's memory, at most `K`. The paper's
-prompts for CLIP are not here. The paper's tables could not be obtained. In the released code stale gates and features
-of one client reach the next, and the learning rate decays once per client. Every client sees the adapters of others as
-they are: a privacy cost of the method.
+What is ours: adapters in place of prompts; a linear gate in place of attention over text features; the cosine distance
+of B (`distance` "l2": the distance of all numbers, as in the paper); K from a client's memory, at most `K`. The paper's
+prompts for CLIP are not implemented. The paper's tables could not be obtained. In the released code, stale gates and
+features of one client reach the next, and the learning rate decays once per client. Every client sees the unchanged
+adapters of other clients, which is a privacy cost of the method.
 """
 
 from collections.abc import Iterable, Sequence
@@ -54,14 +54,14 @@ OWN = "own"
 
 @dataclass(frozen=True)
 class pFedMoAP(Algorithm):
-    """One's own adapter, and the nearest clients' as frozen experts behind a private gate.
+    """A client's own adapter, and the nearest clients' adapters as frozen experts behind a private gate.
 
     Args:
         K: adapters of a client's mixture, its own included, >= 1; fewer where its memory has no room. 1 is FedAvg.
         r: rank of the adapters, >= 1.
         alpha: the scale of an adapter is alpha / r.
-        lam: weight of the client's own adapter beside the mixture, >= 0.
-        distance: by which clients are near: "cosine" of B, or "l2" of all numbers.
+        lam: weight of the client's own adapter, which is added to the mixture, >= 0.
+        distance: distance between clients: "cosine" of B, or "l2" of all numbers.
         targets: names of the adapted layers; (): query and value projections.
     """
 
@@ -77,7 +77,7 @@ class pFedMoAP(Algorithm):
         return frozenset({"single adapters"} if self.K > 1 else ())
 
     def models(self, setup: Setup, near: int) -> MixedModels:
-        """Return the object that builds and trains models with a number of adapters of other clients."""
+        """Return the builder and trainer of models with the adapters of `near` other clients."""
         own_adapters(setup, "pFedMoAP")
         mixing = Mixing(self.r, self.alpha / self.r, near + 1, "rows" if near else "", self.targets)
         return MixedModels(setup, mixing, (OWN,))
@@ -90,10 +90,10 @@ class pFedMoAP(Algorithm):
 
 
 class PFedMoAPServer(Server):
-    """Holds the average, and what each client sent last.
+    """A server that holds the average adapter and the last adapter of each client.
 
     Attributes:
-        last: client -> its adapter.
+        last: client -> its last adapter.
     """
 
     def __init__(self, setup: Setup, algorithm: pFedMoAP):
@@ -122,7 +122,7 @@ class PFedMoAPServer(Server):
         return Payload({"params": {**params, **heads_of(self.params, client.task)}, "near": near})
 
     def _nearest(self, client: ClientInfo) -> list[ClientId]:
-        """The nearest other clients, as many as this one has room for; none before it has taken part."""
+        """Return the nearest other clients, as many as this client has room for; none before it has taken part."""
         if client.id not in self.last:
             return []
         others = sorted(self.last.keys() - {client.id})
@@ -163,7 +163,7 @@ class PFedMoAPServer(Server):
 
 
 class PFedMoAPClient(Client):
-    """Trains its own adapter and its gate; keeps the gate."""
+    """A client that trains its own adapter and its gate, and keeps the gate private."""
 
     def __init__(self, setup: Setup, algorithm: pFedMoAP):
         self.setup, self.algorithm = setup, algorithm
@@ -186,7 +186,7 @@ class PFedMoAPClient(Client):
         return models.score(params, context, slots, prepare=self._weigh)
 
     def _weigh(self, model: TaskModel) -> None:
-        """Give the client's own adapter the weight lam where there are others."""
+        """Give the client's own adapter the weight lam if there are adapters of other clients, else 1."""
         for _, mixture in mixtures(model):
             mixture.always_weight = self.algorithm.lam if mixture.route is not None else 1.0
 
@@ -214,5 +214,5 @@ class PFedMoAPClient(Client):
 
 
 def is_frozen(key: str) -> bool:
-    """Return whether a parameter is of another client's adapter."""
+    """Return True if a parameter belongs to another client's adapter."""
     return ".pairs.near" in key

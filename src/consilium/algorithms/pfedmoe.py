@@ -2,32 +2,34 @@
 
 Yi, Yu, Ren, Zhang, Wang, Liu, Li. https://arxiv.org/abs/2402.01350
 
-Client k has its own model, extractor F_k and header; a small extractor G of one architecture for all is shared. A gate
-of its own mixes the two representations, sample by sample; header, both extractors and gate learn in one backward pass.
+Client k has its own model, which consists of an extractor F_k and a header. All clients share a small extractor G of
+one architecture. A private gate mixes the two representations, sample by sample. Header, both extractors and gate learn
+in one backward pass.
 
     [a_G, a_F] = H(x; phi_k)              a_G + a_F = 1, H reads the flattened raw input
     R = a_G G(x; theta) + a_F F_k(x; omega_k),   y = head_k(R)
-    theta <- sum_{k in S} n_k / n theta_k        all that ever travels
+    theta <- sum_{k in S} n_k / n theta_k        theta is all that ever travels
 
     theta    params["shared.*"]       omega_k  context.state: private.*, head.*     phi_k  context.state: gate.*
     eta_theta, eta_omega, eta_phi     learning rates of the three                   m      hidden units of the gate
 
 The gate: switchable norm of the input -> Linear(S, m) -> batch norm -> sigmoid -> Linear(m, 2) -> batch norm ->
-softmax. The paper describes the order of norm and activation in two ways; a norm after the softmax would break the sum
-of 1, so here every norm comes before its activation. m is not stated: 64 keeps the gate smaller than the extractors.
+softmax. The paper describes the order of norm and activation in two ways. A norm after the softmax would break the sum
+of 1, so here every norm comes before its activation. The paper does not state m: 64 keeps the gate smaller than the
+extractors.
 
-Texts are rows of token ids, which no gate could read as numbers: there it reads the two representations, which is
-`gate_input="features"`, and "raw" is refused.
+Texts are rows of token ids, which a gate cannot read as numbers. For texts, the gate must read the two representations
+(`gate_input="features"`), and "raw" is refused.
 
-The last batch norm brings the gate's logits to unit variance whatever the layer before it says, so an untrained gate
-would mix at random, anywhere from 0.02 to 0.98. Its weight therefore begins at 0: the gate begins at a_G = a_F = 1/2
-and learns how far to go from there. The paper does not say how the gate begins.
+The last batch norm gives the gate's logits unit variance, whatever the output of the layer before it. An untrained gate
+would therefore mix at random, anywhere from 0.02 to 0.98. To avoid this, the weight of that norm starts at 0: the gate
+starts at a_G = a_F = 1/2 and learns how far to move from there. The paper does not say how the gate starts.
 
-Departures: a batch of one example, of which there are no batch statistics, is normalised by the running ones.
-Extractors of unequal width are joined by a private linear projection of G(x) (`join.*`); the paper has equal widths.
-With "layer" or "group" norms the gate's last norm is left out: over two numbers it would leave their sign alone.
-Options switch off what the paper adds (static mixing; the shared extractor alone; all parts private, which is a local
-model with as many parameters), or let the gate read the two representations instead of the input.
+Departures: a batch of one example has no batch statistics and is normalised by the running ones. Extractors of unequal
+width are joined by a private linear projection of G(x) (`join.*`); the paper has equal widths. With "layer" or "group"
+norms the gate's last norm is left out, because over two numbers it would keep only their sign. Options switch off the
+parts that the paper adds (static mixing; the shared extractor alone; all parts private, which is a local model with as
+many parameters), or let the gate read the two representations instead of the input.
 """
 
 import math
@@ -52,7 +54,7 @@ __all__ = ["Gate", "Mixture", "pFedMoE"]
 
 SHARED = "shared."
 SMALL = 2**25
-"""Bytes of a model up to which how it begins is drawn once and kept, and the model for the next client."""
+"""Largest size, in bytes, at which a model's initial weights, and the model itself, are kept for the next client."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,11 @@ class pFedMoE(Algorithm):
         m: hidden units of the gate, >= 1.
         mixing: "gate"; "static", 0.5 and 0.5; "shared", the shared extractor alone; "local", the gate with all parts
             private and nothing sent: a local model with as many parameters.
-        norm: of the gate: "batch", as in the paper; "layer" or "group" (4 groups), which know no other example.
-        gate_input: what the gate reads: "raw", the flattened input; "features", both representations (texts: always).
-        deploy: with which theta a client predicts: "aggregated", the server's newest; "trained", its own as it last
-            left it, which the paper's code scores and which costs no delivery.
+        norm: norm of the gate: "batch", as in the paper; "layer" or "group" (4 groups), which do not depend on other
+            examples.
+        gate_input: input of the gate: "raw", the flattened example; "features", both representations (texts need it).
+        deploy: theta that a client predicts with: "aggregated", the server's newest; "trained", its own after its last
+            training, which the paper's code scores and which needs no delivery.
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
@@ -99,21 +102,21 @@ class pFedMoE(Algorithm):
         return PFedMoEClient(setup, self)
 
     def rates(self, lr: float) -> dict[str, float]:
-        """Beginning of a parameter's path -> learning rate."""
+        """Return the learning rates by prefix of a parameter's path."""
         eta_theta, eta_omega, eta_phi = (rate or lr for rate in (self.eta_theta, self.eta_omega, self.eta_phi))
         return {SHARED: eta_theta, "gate.": eta_phi, "": eta_omega}
 
 
 class PFedMoEClient(Client):
-    """Keeps its own model and gate in its state, and sends back the shared extractor alone."""
+    """A client that keeps its own model and gate in its state, and sends back only the shared extractor."""
 
     reveals: ClassVar[Mapping[str, Reveal]] = {"report/gate *": Reveal("labels")}
 
     def __init__(self, setup: Setup, algorithm: pFedMoE):
         self.setup = setup
         self.algorithm = algorithm
-        self.begun: dict[Hashable, Params] = {}  # kind -> a client's own as it begins
-        self.used: dict[Hashable, SplitModel] = {}  # kind -> a model whose client is done with it
+        self.begun: dict[Hashable, Params] = {}  # kind -> a client's initial parameters
+        self.used: dict[Hashable, SplitModel] = {}  # kind -> a model to reuse, which its client no longer needs
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         model = self._model(payload, context)
@@ -136,15 +139,16 @@ class PFedMoEClient(Client):
         return told
 
     def _model(self, payload: Payload, context: ClientContext) -> SplitModel:
-        """G as received, and what is the client's own: as it left it, or as it begins."""
+        """Build the model from the received G and the client's own parameters, either kept or initial."""
         own = context.state.params or self._initial(context)
         params, used = {**own, **payload.group("params")}, self.used.pop(_kind(context), None)
         return self.setup.split_model(lambda: self._mixture(context), params, context, used=used)
 
     def _done(self, model: SplitModel, context: ClientContext) -> None:
-        """Keep a small model for the next client of its kind: to make another takes as long as half a step.
+        """Keep a small model for the next client of its kind, as making another takes as long as half a step.
 
-        Only of architectures known to remember nothing but their parameters, and not beside others (`context.meet`).
+        Do so only for architectures that are known to have no state but their parameters, and not while other clients
+        work on the same device (`context.meet`).
         """
         known = {context.info.architecture, self.setup.model.small} <= ARCHITECTURES.keys()
         if known and context.meet is None and nbytes(model.parameters()) <= SMALL:
@@ -157,7 +161,7 @@ class PFedMoEClient(Client):
         return Mixture(shared, private, math.prod(shape), self.algorithm)
 
     def _initial(self, context: ClientContext) -> Params:
-        """F_k and header as every method begins with them, G as the server does; gate and projection of their own."""
+        """Return the initial F_k and header of every method, the server's initial G, and an initial gate and `join`."""
         setup, kind = self.setup, _kind(context)
         if kind in self.begun:
             return self.begun[kind]
@@ -174,10 +178,13 @@ class PFedMoEClient(Client):
 
 
 class Mixture(nn.Module):
-    """R = a_G G(x) + a_F F(x), an extractor made of two: [B, *S] -> [B, d], d the width of F.
+    """An extractor made of two, R = a_G G(x) + a_F F(x): [B, *S] -> [B, d], where d is the width of F.
 
     Args:
-        shared: G. private: F. inputs: numbers in one example, S.
+        shared: G.
+        private: F.
+        inputs: numbers in one example, S.
+        algorithm: the settings.
     """
 
     rowwise = True
@@ -198,7 +205,7 @@ class Mixture(nn.Module):
         return self.mix(x)[0]
 
     def mix(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """R [B, d], and the gate's weights [a_G, a_F] [B, 2]; None without a gate."""
+        """Return R [B, d] and the gate's weights [a_G, a_F] [B, 2]; the weights are None without a gate."""
         g = self.shared(x)
         if self.shared.width != self.width:
             g = self.join(g)
@@ -211,15 +218,17 @@ class Mixture(nn.Module):
         return a[:, :1] * g + a[:, 1:] * f, a
 
     def weights(self, x: Tensor) -> Tensor:
-        """The gate's weights [a_G, a_F] [B, 2], by no more of the model than it reads."""
+        """Return the gate's weights [a_G, a_F] [B, 2], and compute only the parts of the model that the gate reads."""
         return self.mix(x)[1] if self.features else self.gate(x.flatten(1))
 
 
 class Gate(nn.Module):
-    """H: [B, S] -> weights [B, 2] that sum to 1 in every row; a norm before each activation.
+    """The gate H: [B, S] -> weights [B, 2] that sum to 1 in every row, with a norm before each activation.
 
     Args:
-        inputs: S. m: hidden units. norm: see `pFedMoE`.
+        inputs: S, numbers that the gate reads per example.
+        m: hidden units.
+        norm: see `pFedMoE`.
     """
 
     rowwise = True
@@ -235,7 +244,7 @@ class Gate(nn.Module):
         }[norm]()
         self.linear2 = nn.Linear(m, 2)
         self.norm2 = BatchNorm(2) if norm == "batch" else nn.Identity()
-        if norm == "batch":  # begin at 1/2 and 1/2, and learn the scale of the logits
+        if norm == "batch":  # Start at weights 1/2 and 1/2, and learn the scale of the logits.
             nn.init.zeros_(self.norm2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -247,15 +256,18 @@ GROUPS = 4
 
 
 def moments(norm: nn.Module, x: Tensor, unbiased: bool = False) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [S] over the real rows of x [B, S], towards which the running ones of `norm` move; where
-    only one row is real, which has none, the running ones.
+    """Return mean and biased variance [S] of the real rows of x [B, S]; move the running ones of `norm` towards them.
+
+    If a padded batch has only one real row, which has no batch statistics, return the running ones.
 
     Args:
-        unbiased: the running variance moves towards the unbiased one.
+        norm: module with `running_mean`, `running_var` and `momentum`.
+        x: the batch.
+        unbiased: whether the running variance moves towards the unbiased variance.
     """
     if (real := real_rows()) is None:
         mean, n, others = x.mean(0), len(x), max(len(x) - 1, 1)
-        var = (x - mean).square().mean(0)  # several times as fast as torch's var
+        var = (x - mean).square().mean(0)  # This is several times as fast as torch's var.
     else:
         real_B1, n = real[:, None], real.sum()
         others = (n - 1).clamp(min=1)
@@ -270,7 +282,7 @@ def moments(norm: nn.Module, x: Tensor, unbiased: bool = False) -> tuple[Tensor,
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation that takes a single example by its running statistics; in evaluation, everything."""
+    """Batch normalisation that uses the running statistics for a single example, and for everything in evaluation."""
 
     rowwise = True
 
@@ -285,8 +297,11 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class SwitchableNorm(nn.Module):
-    """Luo et al., https://arxiv.org/abs/1806.10779, for vectors [B, S]: mean and variance are learned convex mixtures
-    of those over the example and those over the batch (of a single example, and in evaluation: the running ones)."""
+    """Switchable normalisation (Luo et al., https://arxiv.org/abs/1806.10779) for vectors [B, S].
+
+    Mean and variance are learned convex mixtures of those over the example and those over the batch. For a single
+    example, and in evaluation, the running statistics replace those over the batch.
+    """
 
     rowwise = True
 
@@ -312,7 +327,7 @@ class SwitchableNorm(nn.Module):
 
 
 def gate_by_class(model: SplitModel, setup: Setup, context: ClientContext) -> Mapping[str, Scalar]:
-    """For the record: class -> mean weight a_G of the shared extractor over the client's validation examples of it."""
+    """Return the mean weight a_G of the shared extractor over the validation examples of each class, for the record."""
     data = setup.encode(context, context.data.validation)
     filled = even if evened(model, context) else dict
     model.eval()
@@ -324,7 +339,10 @@ def gate_by_class(model: SplitModel, setup: Setup, context: ClientContext) -> Ma
 
 
 def _kind(context: ClientContext) -> Hashable:
-    """Clients of one kind begin with the same weights, and one's model can become another's."""
+    """Return the kind of a client.
+
+    Clients of one kind start with the same weights and can reuse each other's models.
+    """
     return context.info.architecture, context.data.task.name, context.data.task.labels
 
 

@@ -2,12 +2,13 @@
 
 Mei, Cai, Zhou, Wang, Xu: FedMoE, section on baselines. https://arxiv.org/abs/2408.11304
 
-Each client is given a random subset of the experts once and keeps it (the paper: 8 of 32 in each layer); training and
-modular aggregation are FedMoE's: trunk by n_k, an expert and its router row by n_k over the clients that hold it.
+Each client gets a random subset of the experts once and keeps it (in the paper: 8 of 32 in each layer). Training and
+modular aggregation are FedMoE's: the trunk is averaged by n_k, and an expert and its router row by n_k over the clients
+that hold it.
 
 Departures: the paper's 8 of 32 for all is the option `experts`; by default every client holds as many experts per
-layer as its own memory allows. FedMoE may grow into the same memory but starts below it, at alpha * M_k: `share` gives
-randomMoE that budget instead. The gates of a sub-MoE are scaled as `fit.gates` says.
+layer as its own memory allows. FedMoE may grow into the same memory but starts below it, at alpha * M_k; `share` gives
+randomMoE that smaller budget. The gates of a sub-MoE are scaled as `fit.gates` says.
 """
 
 from collections.abc import Mapping
@@ -26,12 +27,12 @@ __all__ = ["RandomMoE", "random_choice", "random_experts"]
 
 @dataclass(frozen=True)
 class RandomMoE(Algorithm):
-    """Random fixed sub-MoEs.
+    """Fixed random sub-MoEs.
 
     Args:
         experts: experts per layer for every client; None: as many as the client's memory allows.
-        share: share of a client's memory that its sub-MoE may use, in (0, 1]; the fewest experts that
-            its router works with it always has.
+        share: share of a client's memory that its sub-MoE may use, in (0, 1]; a client always has the fewest
+            experts that its router works with.
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("moe",)
@@ -56,7 +57,7 @@ class RandomMoE(Algorithm):
 
 
 class RandomMoEServer(FedAvgServer):
-    """FedAvg's server, with a fixed client-expert map."""
+    """A FedAvg server with a fixed client-expert map."""
 
     def __init__(self, setup: Setup, algorithm: RandomMoE):
         super().__init__(setup, held=None)
@@ -73,14 +74,16 @@ class RandomMoEServer(FedAvgServer):
 
 
 def random_experts(setup: Setup, client: ClientId, n: int) -> dict[str, tuple[int, ...]]:
-    """n random experts of every block (all where there are fewer), from the run's seed and the client's id; never
-    fewer than the family's router works with."""
+    """Return n random experts of every block, from the run's seed and the client's id.
+
+    A block with fewer experts gives all of them. No block gives fewer experts than the family's router works with.
+    """
     counts = {block: min(max(n, setup.model.family.least), total) for block, total in setup.model.counts.items()}
     return random_choice(setup, client, counts)
 
 
 def random_choice(setup: Setup, client: ClientId, counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """Return random experts of every block, as many as `counts` says, from the run's seed and the client's id."""
+    """Return `counts[block]` random experts of every block, from the run's seed and the client's id."""
     rng = torch.Generator().manual_seed(derive_seed(setup.seed, "random experts", client))
     return {
         block: tuple(sorted(torch.randperm(total, generator=rng)[: counts[block]].tolist()))

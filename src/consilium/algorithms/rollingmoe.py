@@ -1,13 +1,14 @@
-"""RollingMoE: sub-MoEs by a window of experts that rolls on in every round.
+"""RollingMoE: sub-MoEs of a window of experts that moves in every round.
 
-The rule of FedRolex (Alam, Liu, Yan, Zhang. NeurIPS 2022. https://arxiv.org/abs/2212.01548) for experts instead of
-units: in round t a client holds the experts t, t + 1, .. (mod E) of every layer, as many as its memory allows, so that
-all experts are trained by all clients in turn, and those of a round overlap. Next to NestedMoE and RandomMoE it is
-what a method that chooses experts for each client has to beat.
+This is the rule of FedRolex (Alam, Liu, Yan, Zhang. NeurIPS 2022. https://arxiv.org/abs/2212.01548) with experts
+instead of units: in round t a client holds the experts t, t + 1, .. (mod E) of every layer, as many as its memory
+allows. All clients thus train all experts in turn, and the experts of the clients of a round overlap. A method that
+chooses experts for each client has to beat this one, next to NestedMoE and RandomMoE.
 
     x_e <- sum_{k holds e} n_k x_k,e / sum_{k holds e} n_k
 
-Departures: `step` rolls by more than one expert a round; a client is scored with the experts that it would train next.
+Departures: `step` can move the window by more than one expert a round. A client is scored with the experts that it
+would train next.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,19 +23,19 @@ __all__ = ["RollingMoE", "rolled"]
 
 @dataclass(frozen=True)
 class RollingMoE(RandomMoE):
-    """Sub-MoEs of a window of experts that rolls.
+    """Sub-MoEs of a window of experts that moves every round.
 
     Args:
         experts: experts per layer for every client; None: as many as the client's memory allows.
-        share: share of a client's memory that its sub-MoE may use, in (0, 1]; the fewest experts that
-            its router works with it always has.
+        share: share of a client's memory that its sub-MoE may use, in (0, 1]; a client always has the fewest
+            experts that its router works with.
         step: experts by which the window moves in a round, >= 1.
     """
 
     step: int = setting(1, "server", "[1, 1e4]")
 
     def server(self, setup: Setup) -> Server:
-        super().server(setup)  # which checks the number of experts
+        super().server(setup)  # the base class checks the number of experts
         return RollingServer(setup, self)
 
     def choose(self, setup: Setup, client: ClientId, n: int) -> dict[str, tuple[int, ...]]:
@@ -43,7 +44,7 @@ class RollingMoE(RandomMoE):
 
 
 def rolled(setup: Setup, n: int, start: int) -> dict[str, tuple[int, ...]]:
-    """Return the n experts from `start` on, around the end, of every block."""
+    """Return n consecutive experts of every block from `start` on, modulo the number of experts."""
     return {
         block: tuple(sorted((start + i) % total for i in range(min(n, total))))
         for block, total in setup.model.counts.items()
@@ -51,10 +52,10 @@ def rolled(setup: Setup, n: int, start: int) -> dict[str, tuple[int, ...]]:
 
 
 class RollingServer(RandomMoEServer):
-    """RandomMoE's server, with a map that rolls.
+    """A RandomMoE server with a map that moves every round.
 
     Attributes:
-        round: of which the windows are; after a round those of the next.
+        round: round of the current windows; after `aggregate` it is the next round.
     """
 
     def __init__(self, setup: Setup, algorithm: RollingMoE):

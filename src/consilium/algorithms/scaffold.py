@@ -8,13 +8,13 @@ x <- x + eta_g / |S| * sum (y_i - x); c <- c + 1/N * sum (c_i+ - c_i).
     x, y_i   params                      c      group "control" down      c_i    context.state.params
     eta_l    SCAFFOLD.eta_l              eta_g  SCAFFOLD.eta_g            N      able clients; a head row's: see below
 
-Departures: c_i+ is computed as the mean of the K raw gradients g_i(y_i). Under plain SGD that is option II exactly
+Departures: c_i+ is computed as the mean of the K raw gradients g_i(y_i). Under plain SGD this equals option II exactly
 (unroll the sum), and it stays defined with gradient clipping. Momentum and weight decay would break the identity, so
-`fit.momentum` and `fit.weight_decay` must be 0. `fit.clip` applies to g_i - c_i + c, which is not in the paper:
-`fit.clip 0` is. The clients' optimiser is SGD whatever `fit.optimizer` says, so compare with FedAvg at
-`fit.optimizer sgd`, too. Keys a client does not hold (heads of other tasks) are
-left out of every sum. The server does not know who has which label, so N of a head row counts the clients that have
-sent it so far: over more, c would not be the mean of the c_i, and would cancel most of that row's gradient.
+`fit.momentum` and `fit.weight_decay` must be 0. `fit.clip` applies to g_i - c_i + c, which is not in the paper; use
+`fit.clip 0` for the paper's method. The clients' optimiser is SGD whatever `fit.optimizer` says, so compare also with
+FedAvg at `fit.optimizer sgd`. Keys that a client does not hold (heads of other tasks) are left out of every sum. The
+server does not know which client has which label, so N of a head row counts the clients that have sent the row so far.
+With a larger N, c would not be the mean of the c_i, and it would cancel most of that row's gradient.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,16 +45,16 @@ from consilium.training import Correct, local_round, local_test
 
 __all__ = ["SCAFFOLD"]
 
-REFERENCES = 3  # c, c_i and the running sum of gradients, beside the weights that train
+REFERENCES = 3  # c, c_i and the running sum of gradients, in addition to the trained weights
 
 
 @dataclass(frozen=True)
 class SCAFFOLD(Algorithm):
-    """Controlled averaging.
+    """Federated averaging with control variates.
 
     Args:
-        eta_l: learning rate of the clients' SGD, > 0 (the heads' is scaled as fit.head_lr to fit.lr).
-        eta_g: the server's learning rate, > 0.
+        eta_l: learning rate of the clients' SGD, > 0; the heads' rate is eta_l * fit.head_lr / fit.lr.
+        eta_g: learning rate of the server, > 0.
         experts: see FedAvg.
     """
 
@@ -71,10 +71,10 @@ class SCAFFOLD(Algorithm):
         return ScaffoldClient(self._sgd(setup))
 
     def _sgd(self, setup: Setup) -> Setup:
-        """The set-up with the method's own optimiser, which also is what the memory model must count.
+        """Return the set-up with the method's own optimiser, so that the memory model counts this optimiser.
 
         Raises:
-            ConfigError: for momentum or weight decay.
+            ConfigError: if momentum or weight decay is not 0.
         """
         for name in ("momentum", "weight_decay"):
             if given := getattr(setup.fit, name):
@@ -84,7 +84,7 @@ class SCAFFOLD(Algorithm):
 
 
 class ScaffoldServer(Server):
-    """FedAvg's choice of clients and payload, with control variates beside the weights."""
+    """A server that samples clients and sends weights as FedAvg does, and control variates in addition."""
 
     def __init__(self, setup: Setup, algorithm: SCAFFOLD):
         held = common_experts(setup, algorithm.experts, references=REFERENCES)
@@ -125,7 +125,7 @@ class ScaffoldServer(Server):
             self.params[key] = (self.params[key].double() + self.eta_g * step).to(average.dtype)
         for key, step in sums.items():
             n = len(self.senders[key]) if key in self.senders else self.able
-            known = before.get(key, 0) if key in self.senders else n  # c is the mean over so many up to now
+            known = before.get(key, 0) if key in self.senders else n  # c is the mean over `known` clients so far
             self.control[key] = ((self.control[key].double() * known + step) / n).to(self.control[key].dtype)
         return {}
 
@@ -133,7 +133,7 @@ class ScaffoldServer(Server):
         return self.averaging.deliver(client)
 
     def expects(self, client: ClientInfo, sent: Payload) -> dict[str, dict[str, Like]]:
-        """There is no control variate of what is not trained, which the client knows."""
+        """Return the tensors that a reply must have; control variates exist only for keys that the client trains."""
         control = {key: Like.of(t, needed=False) for key, t in sent.group("control").items()}
         return {**super().expects(client, sent), "control": control}
 
@@ -148,7 +148,7 @@ class ScaffoldServer(Server):
 
 
 class ScaffoldClient(Client):
-    """Steps along g - c_i + c; keeps c_i on the client."""
+    """A client that steps along g - c_i + c and keeps c_i in its state."""
 
     reveals: ClassVar[Mapping[str, Reveal]] = {"control": Reveal("update", "exact")}
 
@@ -165,7 +165,7 @@ class ScaffoldClient(Client):
 
         model, reply = local_round(self.setup, payload, context, correct, references=REFERENCES)
         fresh = {k: t.clone() for k, t in unpack(table(model, held), variates.mean_gradient()).items()}
-        # in the dtype it came in: Switch's routers, for one, are float32 once they have run
+        # Send the dtype that was received: some modules change theirs, e.g. Switch's routers are float32 after a run.
         control = {key: (fresh[key] - c_i[key]).to(payload.groups["control"][key].dtype) for key in fresh}
         context.state.params = fresh
         return Payload({**reply.groups, "control": control}, reply.scalars)
@@ -175,7 +175,7 @@ class ScaffoldClient(Client):
 
 
 class Controlled:
-    """Adds c - c_i to each gradient and keeps the running sum of the raw ones."""
+    """A gradient correction that adds c - c_i to each gradient and keeps the running sum of the raw gradients."""
 
     def __init__(self, c: Params, c_i: Params):
         self.c, self.c_i = c, c_i
@@ -192,7 +192,7 @@ class Controlled:
         def correct(trainable: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
             self.steps += 1
             for path, p in trainable.items():
-                if path not in shift:  # private, see `fit.lora.rule`
+                if path not in shift:  # A private parameter has no control variate, see `fit.lora.rule`.
                     continue
                 if p.grad is None:
                     p.grad = torch.zeros_like(p)
@@ -203,5 +203,5 @@ class Controlled:
         return correct
 
     def mean_gradient(self) -> dict[str, torch.Tensor]:
-        """Path -> mean raw gradient over the K steps."""
+        """Return path -> mean raw gradient over the K steps."""
         return {path: (total / self.steps).cpu() for path, total in self.sums.items()}

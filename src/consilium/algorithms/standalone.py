@@ -1,8 +1,8 @@
-"""Standalone: every client trains on its own data and nothing travels.
+"""Standalone: every client trains on its own data, and no weights travel.
 
-The floor that any federation has to beat. A client starts from the pretrained model, which is public (in a cohort:
-from its architecture's initial weights), and continues in each round it is chosen for from where it was; the model
-lives in the client's state.
+This is the lower bound that any federation has to beat. A client starts from the public pretrained model (in a cohort:
+from its architecture's initial weights). In each round that it is chosen for, it continues from its last weights, which
+are kept in the client's state.
 """
 
 from collections.abc import Iterable
@@ -50,7 +50,7 @@ class Standalone(Algorithm):
 
 
 class StandaloneServer(FedAvgServer):
-    """Chooses who trains; sends no tensor, only which experts the common model has."""
+    """A server that chooses the clients of a round and sends no tensors, only the expert ids of the common model."""
 
     def __init__(self, setup: Setup, held: ExpertSet | None):
         super().__init__(setup, held, params={})
@@ -66,7 +66,7 @@ class StandaloneServer(FedAvgServer):
 
 
 class StandaloneClient(Client):
-    """Keeps its model in its state."""
+    """A client that keeps its model in its state."""
 
     def __init__(self, setup: Setup):
         self.setup = setup

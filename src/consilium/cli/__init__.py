@@ -1,1 +1,1 @@
-"""The command line: one file per command, `app` chooses it."""
+"""The command line: one module per command, and `app` dispatches to them."""

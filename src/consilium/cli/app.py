@@ -1,7 +1,8 @@
-"""The command line: `main` chooses the command.
+"""The entry point of the command line: `main` dispatches to the commands.
 
-Flags and their help come from the dataclasses themselves, through tyro. Errors are one line, and exit with 2. A command
-is imported when it is called: torch and transformers take seconds, which help and mistyped commands should not.
+Flags and their help come from the dataclasses, through tyro. An error is one line, and the exit code is then 2. A
+command is imported only when it is called: torch and transformers take seconds, which help and mistyped commands should
+not.
 """
 
 import difflib
@@ -71,13 +72,17 @@ COMMANDS = {
     "completion": "completion:completion_command",
     "complete": "completion:complete_command",
 }
-"""Command -> module and function, which takes the arguments after it."""
+"""Command -> module and function; the function takes the arguments after the command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 2 an error of the user's, 130 interrupted."""
+    """Run a command and return the exit code.
+
+    The exit code is 0 if the command is done, 2 for a user error, 130 if interrupted, and 141 if the reader of stdout
+    closed the pipe.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
-    if argv is None:  # a process of its own: what `kill` or a job queue sends is taken as Ctrl-C
+    if argv is None:  # in a process of its own, SIGTERM from `kill` or a job queue acts like Ctrl-C
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not args or args[0] in ("-h", "--help", "help"):
@@ -98,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = lambda message, *_: say(f"warning: {message}")
             module, _, function = COMMANDS[args[0]].partition(":")
             getattr(importlib.import_module(f"consilium.cli.{module}"), function)(args[1:])
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # the reader, e.g. `| head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ConsiliumError, OSError) as error:
@@ -111,7 +116,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def take_imports(args: Sequence[str]) -> list[str]:
-    """Take --import FILE.py out of the arguments, and the file out of --algorithm FILE.py:CLASS; import both later."""
+    """Take --import FILE.py out of the arguments, and the file out of --algorithm FILE.py:CLASS.
+
+    Both are imported later, or at once if `consilium.experiment` is already imported.
+    """
     rest, given = [], list(args)
     while given:
         name, _, value = given.pop(0).partition("=")
@@ -126,6 +134,6 @@ def take_imports(args: Sequence[str]) -> list[str]:
             add_file(Path(file if colon and file.endswith(".py") else value))
         if name == "--algorithm":
             rest += [name, method if file.endswith(".py") else value]
-    if "consilium.experiment" in sys.modules:  # which imports them when it is imported itself
+    if "consilium.experiment" in sys.modules:  # it imports plugins as it is loaded, which is over by now
         import_plugins()
     return rest

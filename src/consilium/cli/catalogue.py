@@ -1,6 +1,6 @@
 """Recipes, algorithms and flags as plain data, so that `list`, `--help` and mistyped flags need no torch.
 
-catalogue.json is generated from the code: `python -m consilium.cli.catalogue` writes it again, and a test compares.
+The file catalogue.json is generated from the code by `python -m consilium.cli.catalogue`. A test compares the two.
 
   recipes      name -> {"summary", "compared", "experiment": the recipe's experiment as JSON}
   algorithms   name -> {"summary", "experiment": the method at its defaults as JSON}
@@ -34,7 +34,7 @@ FREQUENT = (
     "name", "algorithm", "data", "model.path", "fit.lr", "fit.epochs", "fit.batch-size", "fit.max-length",
     "fit.lora.rank", "sampling.clients-per-round", "rounds", "memory", "evaluate-every", "seed", "workers", "device",
 )  # fmt: skip
-"""Flags, and groups of flags, that --help shows; --help-all shows every one."""
+"""The flags, and groups of flags, that --help shows; --help-all shows all flags."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,10 @@ class Flag:
     """One flag of an experiment.
 
     Args:
-        name: e.g. "--fit.lr". kind: e.g. "FLOAT". default: as text. help: one sentence or more.
+        name: name of the flag, e.g. "--fit.lr".
+        kind: type of the value, e.g. "FLOAT".
+        default: default value as text.
+        help: one sentence or more.
     """
 
     name: str
@@ -52,7 +55,7 @@ class Flag:
 
     @property
     def frequent(self) -> bool:
-        """Whether --help shows it."""
+        """Return whether --help shows the flag."""
         name = self.name.removeprefix("--")
         return any(name == one or name.startswith(f"{one}.") for one in FREQUENT)
 
@@ -64,10 +67,10 @@ def read_catalogue() -> dict[str, Any]:
 
 
 def flags_of_recipe(recipe: str, algorithm: str = "") -> list[Flag] | None:
-    """Return the flags of a recipe's experiment; None for a recipe or an algorithm that the catalogue does not know.
+    """Return the flags of a recipe's experiment; None if the catalogue does not have the recipe or the algorithm.
 
     Args:
-        algorithm: the method that takes the place of the recipe's own; "": its own.
+        algorithm: method that replaces the recipe's own; "": the recipe's own.
     """
     found = read_catalogue()
     if recipe not in found["recipes"] or (algorithm and algorithm not in found["algorithms"]):
@@ -92,10 +95,13 @@ def _flags(saved: Mapping[str, Any], fields: Mapping[str, Any], prefix: str) -> 
 
 
 def refuse_mistyped(recipe: str, args: list[str], own: Mapping[str, Any], command: str, algorithm: str = "") -> None:
-    """Raise ConfigError for a flag that the experiment does not have, with the nearest; without importing it.
+    """Raise ConfigError for a flag that the experiment does not have, and name the nearest one.
+
+    The experiment is not imported for this.
 
     Args:
-        args: after the recipe. own: the command's own flags.
+        args: arguments after the recipe.
+        own: flags of the command itself.
     """
     flags = flags_of_recipe(recipe, algorithm)
     if flags is None:
@@ -109,7 +115,7 @@ def refuse_mistyped(recipe: str, args: list[str], own: Mapping[str, Any], comman
 
 
 def refuse_unknown(recipe: str) -> None:
-    """Raise ConfigError for a recipe that does not exist, with the nearest; without importing any."""
+    """Raise ConfigError for a recipe that does not exist, and name the nearest one; no recipe is imported for this."""
     loaded = getattr(sys.modules.get("consilium.recipes"), "RECIPES", {})
     known = {*read_catalogue()["recipes"], *loaded}
     if recipe not in known and not recipe.endswith(".json") and not has_plugins():
@@ -119,7 +125,7 @@ def refuse_unknown(recipe: str) -> None:
 
 
 def hint_for(name: str, known: typing.Iterable[str], prog: str) -> str:
-    """Return what to do about a flag that nobody knows."""
+    """Return advice on an unknown flag."""
     known = set(known)
     if difflib.get_close_matches(name, {"--algorithms", "--seeds", "--jobs", "--sweep"} - known, n=1, cutoff=0.9):
         return "that is for `consilium compare`"
@@ -128,10 +134,10 @@ def hint_for(name: str, known: typing.Iterable[str], prog: str) -> str:
 
 
 def print_flags(recipe: str, usage: str, own: Mapping[str, str], everything: bool, algorithm: str = "") -> None:
-    """Print a command's own flags, then those of the experiment, the frequent ones or all.
+    """Print a command's own flags, then those of the experiment, either the frequent ones or all.
 
     Args:
-        own: the command's own flags -> their help.
+        own: flags of the command itself -> their help.
     """
     flags = flags_of_recipe(recipe, algorithm) or []
     shown = [flag for flag in flags if everything or flag.frequent]
@@ -162,10 +168,10 @@ def print_flags(recipe: str, usage: str, own: Mapping[str, str], everything: boo
 
 
 def make_catalogue(theirs: bool = False) -> dict[str, Any]:
-    """Return the catalogue of the code as it is.
+    """Return the catalogue of the current code.
 
     Args:
-        theirs: with the user's own methods and recipes.
+        theirs: include the user's own methods and recipes.
     """
     from consilium.core import Algorithm
     from consilium.experiment import to_json
@@ -185,11 +191,11 @@ def make_catalogue(theirs: bool = False) -> dict[str, Any]:
             summary = (kind.__doc__ or "without a docstring").splitlines()[0]
             algorithms[name] = {"summary": summary, "experiment": to_json(kind())}
     made = {"recipes": recipes, "algorithms": algorithms, "fields": dict(sorted(fields.items()))}
-    return json.loads(json.dumps(made).replace(f"{Path.cwd()}/", ""))  # paths in recipes are relative to where one is
+    return json.loads(json.dumps(made).replace(f"{Path.cwd()}/", ""))  # recipes have paths relative to the cwd
 
 
 def _describe(value: Any, fields: dict[str, Any]) -> None:
-    """Add the fields of a dataclass and of all that it holds."""
+    """Add the fields of a dataclass, and of all dataclasses in its fields."""
     kind = type(value)
     hints, texts = typing.get_type_hints(kind), _helps(kind)
     described = fields.setdefault(kind.__name__, {})
@@ -202,7 +208,7 @@ def _describe(value: Any, fields: dict[str, Any]) -> None:
 
 
 def _helps(kind: type) -> dict[str, str]:
-    """Return field -> help, from the section Args of the docstrings of a class and its bases."""
+    """Return field -> help, from the Args sections of the docstrings of a class and its bases."""
     from docstring_parser import DocstringStyle, parse
 
     found: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""`consilium compare`."""
+"""The command `consilium compare`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Completion of commands, recipes and flags in a shell: `consilium completion bash` prints what the shell evaluates."""
+"""Completion of commands, recipes and flags in a shell: `consilium completion bash` prints a script for the shell."""
 
 from collections.abc import Sequence
 
@@ -37,10 +37,10 @@ def complete_command(args: list[str]) -> None:
 
 
 def suggestions(words: Sequence[str], commands: Sequence[str]) -> list[str]:
-    """Return what may stand in place of the last word.
+    """Return the words that can replace the last word.
 
     Args:
-        words: after `consilium`; the last is the one being written, perhaps empty.
+        words: words after `consilium`; the last one is being written, and may be empty.
     """
     begun, before = (words[-1] if words else ""), list(words[:-1])
     if not before:

@@ -1,4 +1,4 @@
-"""`consilium data`."""
+"""The command `consilium data`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -54,28 +54,28 @@ def data_command(args: list[str]) -> None:
             file: a .csv, .tsv, .json, .jsonl, .parquet or .xlsx file, a folder of them, a directory of `datasets`, or
                 owner/name on the hub; of images: a folder per class, Parquet, .npz, CIFAR's *.bin, MNIST's files.
             text: column of the text.
-            label: column of its label.
-            prompt: column of what is asked.
+            label: column of the label.
+            prompt: column of the prompt or question.
             response: column of the answer.
-            context: column of a text the prompt is about.
-            input: column of what the prompt is to be applied to.
+            context: column of a text that the prompt is about.
+            input: column of the input that the prompt is applied to.
             choices: column of the answers to choose from.
             messages: column of conversations.
             image: column of encoded images.
-            client: column that says whose a row is; "none": the rows are dealt.
-            separator: between the fields of a text file, where it is not recognised: one character, or "tab".
-            quote: around fields there: one character, or "none".
-            encoding: of a text file, e.g. cp1252.
-            model: whose tokenizer counts the tokens.
-            clients: how many, without a client column.
+            client: column with the client of each row; "none": the rows are partitioned anew.
+            separator: separator of the fields of a text file, if it is not recognised: one character, or "tab".
+            quote: quote around these fields: one character, or "none".
+            encoding: encoding of a text file, e.g. cp1252.
+            model: model with the tokenizer that counts the tokens.
+            clients: number of clients, without a client column.
             partition: iid, dirichlet or pathological, without a client column.
-            alpha: of dirichlet.
-            classes: per client, of images, pathological.
-            size: of a side, to which images are scaled and cut; 0: as they are.
-            pages: of image files with several pages or frames: first or all.
-            axes: of one image in an .npz file: CHW or HWC.
-            seed: of the split.
-            out: where the picture of the split goes; default: NAME-split.png here.
+            alpha: parameter of the dirichlet partition.
+            classes: classes per client, for images and the pathological partition.
+            size: side in pixels to which images are scaled and cropped; 0: as they are.
+            pages: pages or frames to read from image files with several: first or all.
+            axes: axes of one image in an .npz file: CHW or HWC.
+            seed: seed of the split.
+            out: file for the picture of the split; default: NAME-split.png here.
         """
         return dict(locals())
 

@@ -1,4 +1,4 @@
-"""`consilium export`, `consilium predict` and `consilium chat`."""
+"""The commands `consilium export`, `consilium predict` and `consilium chat`."""
 
 from typing import TYPE_CHECKING
 
@@ -10,11 +10,15 @@ if TYPE_CHECKING:
 
 
 def run_exported(command: str, args: list[str]) -> None:
-    """consilium export | predict | chat"""
+    """Parse the arguments of a command, run it, and print its lines.
+
+    Args:
+        command: "Export", "Predict" or "Chat".
+    """
     from consilium.export import commands
 
     for line in parse(getattr(commands, command), args, f"consilium {command.lower()}").lines():
-        print(terminal(line, keep="\t\n"), flush=True)  # no line of rich's: tabs stay, and nothing is wrapped
+        print(terminal(line, keep="\t\n"), flush=True)  # unlike rich, print keeps tabs and wraps nothing
 
 
 def export_command(args: list[str]) -> None:

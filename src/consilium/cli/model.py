@@ -1,4 +1,4 @@
-"""`consilium inspect`, `consilium plan` and `consilium upcycle`."""
+"""The commands `consilium inspect`, `consilium plan` and `consilium upcycle`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -33,17 +33,17 @@ def inspect_command(args: list[str]) -> None:
         rank: int = 8,
         gradient_checkpointing: bool = False,
     ) -> tuple[Setup, int | None, int]:
-        """Layers, experts, router and bytes of a model, and which budgets of experts fit a device.
+        """Print the layers, experts, router and bytes of a model, and the budgets of experts that fit a device.
 
         Args:
             model: a directory, a shipped model's name, or a hub name.
             gguf: a GGUF file in that directory.
-            memory: a device's memory, e.g. 12GiB: says what fits.
-            form: classification or text-to-text; default: what the checkpoint was made for.
+            memory: memory of a device, e.g. 12GiB; the output then shows what fits.
+            form: classification or text-to-text; default: the form that the checkpoint was made for.
             batch_size: examples per step.
             max_length: tokens per example.
             target_length: target tokens per example (text-to-text).
-            rank: of LoRA adapters.
+            rank: rank of LoRA adapters.
             gradient_checkpointing: recompute activations in the backward pass.
         """
         source = ModelSource(model, gguf=gguf)
@@ -82,12 +82,12 @@ def upcycle_command(args: list[str]) -> None:
         how: Annotated[Upcycling, tyro.conf.arg(name="")],
         gguf: str = "",
     ) -> tuple[str, Path, Upcycling, str]:
-        """Make a mixture of experts of a dense model (Komatsuzaki et al. 2023), with its tokenizer and chat template.
+        """Turn a dense model into a mixture of experts (Komatsuzaki et al. 2023), with its tokenizer and chat template.
 
         Args:
             model: a directory or a hub name: llama, mistral, granite, qwen2, qwen3, olmo2 or t5.
             out: directory to write; it must be new or empty.
-            how: the experts.
+            how: settings of the experts.
             gguf: a GGUF file in the directory.
         """
         return model, out, how, gguf

@@ -1,4 +1,4 @@
-"""`consilium expert` and `consilium hub`: a federation of one exchange."""
+"""The commands `consilium expert` and `consilium hub`: a federation with a single exchange."""
 
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,10 @@ _SINGLE = ("--memory", "--device", "--seed", "--threads", "--rounds")
 
 
 def run_one_shot(room: str, args: list[str]) -> None:
-    """consilium expert | hub COMMAND [its flags] [RECIPE flags of an experiment]"""
+    """Run a command of a site or of a hub.
+
+    The synopsis is: consilium expert | hub COMMAND [its flags] [RECIPE flags of an experiment].
+    """
     try:
         import consilium.certificates  # noqa: F401  signatures
     except ModuleNotFoundError as error:
@@ -45,13 +48,13 @@ def run_one_shot(room: str, args: list[str]) -> None:
 
 
 def _is_of_experiment(flag: str) -> bool:
-    """Return whether a flag of a one-shot command belongs to the experiment, which says how rows are read."""
+    """Return whether a flag of a one-shot command belongs to the experiment that defines how rows are read."""
     name = flag.partition("=")[0]
     return name in _SINGLE or (name.removeprefix("--").removeprefix("no-").partition(".")[0] in _GROUPS and "." in name)
 
 
 def _divided(args: list[str]) -> tuple[list[str], list[str]]:
-    """The command's own arguments, and those of an experiment: each flag with the values after it."""
+    """Split the arguments into the command's own and those of an experiment; each flag keeps the values after it."""
     parts: dict[bool, list[str]] = {True: [], False: []}
     foreign = False
     for arg in args:
@@ -62,17 +65,20 @@ def _divided(args: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _recipe_first(args: list[str]) -> tuple[str, list[str]]:
-    """The recipe that stands first at a site, and the other arguments."""
+    """Return the recipe, if it is the first argument at a site, and the other arguments."""
     return (args[0], args[1:]) if args and not args[0].startswith("-") else ("", args)
 
 
 def _rows(recipe: str, flags: list[str], prog: str) -> "Experiment":
-    """The experiment that says how a site's rows, or a hub's, are read: those of one client unless flags say more."""
+    """Return the experiment that defines how the rows of a site or a hub are read.
+
+    They are the rows of one client unless the flags say otherwise.
+    """
     from dataclasses import replace
 
     from consilium.algorithms.fedavg import FedAvg
 
-    # FedAvg takes any model; no method is used
+    # FedAvg accepts any model, and the method itself is never used.
     asked = read_command(
         [recipe, *flags], prog.removeprefix("consilium "), None, {}, change=lambda e: replace(e, algorithm=FedAvg())
     )

@@ -53,16 +53,18 @@ OWN = {
     "--max-state": "most room on disk for the states of former runs; the oldest go first",
     "--max-days": "days after which the state of a former run is removed",
 }
-"""What the commands' own flags mean; all others are fields of the experiment."""
+"""The help of the commands' own flags; all other flags are fields of the experiment."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What was asked of a command that takes an experiment.
+    """The arguments of a command that takes an experiment.
 
     Args:
-        experiment: with all flags. options: the command's own, by flag. switches: those of its own that were given.
-        flags: the flags of the experiment that were given, without their values.
+        experiment: experiment with all flags applied.
+        options: options of the command itself, by flag.
+        switches: flags without a value of the command itself that were given.
+        flags: flags of the experiment that were given, without their values.
     """
 
     experiment: "Experiment"
@@ -81,10 +83,12 @@ def read_command(
 ) -> Command:
     """Read RECIPE|FILE.json, a command's own options, and the flags of the experiment.
 
-    Help, unknown recipes and mistyped flags are answered from the catalogue, before anything slow is imported.
+    Help, unknown recipes and mistyped flags are answered from the catalogue, before any slow import.
 
     Args:
-        usage: the command's synopsis. options: its own options -> default. switches: its own flags without a value.
+        usage: synopsis of the command.
+        options: options of the command itself -> default.
+        switches: flags without a value of the command itself.
         change: applied to the experiment before its flags are read.
     """
     usage = usage or ""
@@ -105,7 +109,7 @@ def read_command(
         print_flags(recipe, usage, {flag: _described(flag, own) for flag in own}, "--help-all" in rest, method)
         raise SystemExit(0)
     refuse_unknown(recipe)
-    if not given.get("--config"):  # which may change the method, and with it the flags
+    if not given.get("--config"):  # the file may change the method, and with it the flags
         refuse_mistyped(recipe, rest, own, name, method)
     default = named_experiment(recipe)
     if method:
@@ -115,7 +119,7 @@ def read_command(
 
         default = merged(default, read_settings(Path(given["--config"])))
     default = change(default)
-    if hasattr(default.data, "target"):  # texts and tables say target for what images call label: both are taken
+    if hasattr(default.data, "target"):  # images call it label, texts and tables target: accept both
         rest = [re.sub(r"^--data\.label(?=$|=)", "--data.target", arg) for arg in rest]
     experiment = parse(type(default), rest, f"consilium {name} {args[0]}", default, own)
     flags = frozenset(flags_in(rest))
@@ -148,7 +152,7 @@ def named_experiment(recipe: str) -> "Experiment":
 
 
 def named_algorithm(recipe: str, experiment: "Experiment", name: str) -> "Algorithm":
-    """Return a method by name: as the recipe sets it up as a rival, or at its defaults."""
+    """Return a method by name, as the recipe sets it up as a rival or else at its defaults."""
     from consilium.recipes import Recipe, find
 
     found = Recipe(recipe, lambda: experiment) if recipe.endswith(".json") else find(recipe)
@@ -156,7 +160,7 @@ def named_algorithm(recipe: str, experiment: "Experiment", name: str) -> "Algori
 
 
 def split_options(args: list[str], defaults: dict[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Take a command's own options out of the arguments; the rest belongs to the experiment."""
+    """Split a command's own options from the other arguments, which belong to the experiment."""
     options, rest, i = dict(defaults), [], 0
     while i < len(args):
         name, has_value, value = args[i].partition("=")
@@ -195,10 +199,11 @@ def number(options: dict[str, str], name: str) -> float:
 def parse(
     kind: Any, args: list[str], prog: str, default: Any = None, own: Mapping[str, str | None] | None = None
 ) -> Any:
-    """tyro, with its complaints as one line, and misspelt flags answered with the nearest.
+    """Parse arguments with tyro, report its errors as one line, and name the nearest flag for a misspelt one.
 
     Args:
-        default: the experiment that the flags change. own: the command's own flags, with their values.
+        default: experiment that the flags change.
+        own: flags of the command itself, with their values.
     """
     extra = {"default": default} if default is not None else {}
     if own:
@@ -222,9 +227,9 @@ def parse(
 
 
 def complaint(box: str) -> str:
-    """What tyro says in the first part of its box, as one line: the flag, the value, what is allowed."""
+    """Return the first part of tyro's error box as one line: the flag, the value, and the allowed values."""
     lines = [line.strip("│ ") for line in box.splitlines()[1:]]
-    parts = itertools.groupby(lines, key=lambda line: bool(line.strip("─-╰╯")))  # between the rules, drawn or typed
+    parts = itertools.groupby(lines, key=lambda line: bool(line.strip("─-╰╯")))  # parts end at rules, drawn or typed
     text = " ".join(next((part for full, part in parts if full), ())).rstrip(".")
     if match := re.search(r"invalid choice '(.*?)' for argument '(.+?)'.*?\((.*)\)", text):
         allowed = re.findall(r"'(.*?)'", match[3])
@@ -237,7 +242,7 @@ def complaint(box: str) -> str:
 
 
 def flags_of(value: Any, prefix: str = "--") -> list[str]:
-    """Every flag of an experiment, e.g. --algorithm.alpha."""
+    """Return every flag of an experiment, e.g. --algorithm.alpha."""
     flags = []
     for field in dataclasses.fields(value):
         inner = getattr(value, field.name)

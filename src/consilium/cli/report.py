@@ -1,4 +1,4 @@
-"""`consilium report` and `consilium list`."""
+"""The commands `consilium report` and `consilium list`."""
 
 from pathlib import Path
 from typing import Annotated

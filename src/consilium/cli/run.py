@@ -1,4 +1,4 @@
-"""`consilium run` and `consilium resume`."""
+"""The commands `consilium run` and `consilium resume`."""
 
 import json
 from pathlib import Path
@@ -33,8 +33,9 @@ def resume_command(args: list[str]) -> None:
     from consilium.rundir import RunDirectory
 
     def parameters(run: Annotated[Path, tyro.conf.Positional]) -> Path:
-        """Continue an interrupted run from its last checkpoint, to the same bits, and in the same tracked run; or a
-        finished one for more rounds, with --rounds.
+        """Continue an interrupted run from its last checkpoint, or a finished one for more rounds with --rounds.
+
+        An interrupted run continues to the same bits, and in the same tracked run.
 
         Args:
             run: the run directory.

@@ -1,4 +1,4 @@
-"""What a command prints: its lines, its progress, the table and the report at the end."""
+"""The output of a command: its lines, its progress, and the table and the report at the end."""
 
 import contextlib
 import json
@@ -21,23 +21,26 @@ err = Console(stderr=True, soft_wrap=True)
 
 
 def say(text: str) -> None:
-    """One line on stderr."""
+    """Print one line on stderr."""
     err.print(f"consilium: {one_line(text, 4000)}", markup=False, highlight=False)
 
 
 VOICE = ("--quiet", "--json")
-"""Flags of commands that run something: how much they print."""
+"""The flags that set how much a command with a run prints."""
 
 
 def split_voice(args: list[str]) -> tuple[bool, bool, list[str]]:
-    """Whether --quiet and --json were said, and the other arguments."""
+    """Return whether --quiet and --json were given, and the other arguments."""
     return "--quiet" in args, "--json" in args, [arg for arg in args if arg not in ("--quiet", "--json")]
 
 
 @contextlib.contextmanager
 def speaking(quiet: bool, as_json: bool) -> "Iterator[JsonLines | None]":
-    """Within it, --quiet silences `out`, and --json hands stdout over to the lines of JSON that are yielded: whatever
-    prints, ours or a library's, prints to stderr."""
+    """Apply --quiet and --json inside the block.
+
+    The flag --quiet silences `out`. The flag --json reserves stdout for the lines of JSON that are yielded. All other
+    output, of this package or a library, then goes to stderr.
+    """
     from consilium.watch import JsonLines
 
     lines = JsonLines(sys.stdout) if as_json else None
@@ -50,7 +53,7 @@ def speaking(quiet: bool, as_json: bool) -> "Iterator[JsonLines | None]":
 
 
 def tracking_flags(text: str) -> list[str]:
-    """--track as flags for a run's own process; mistakes are found before anything is begun."""
+    """Return --track as flags for the process of a run; raise ConfigError for a mistake before anything starts."""
     if not text:
         return []
     from consilium.tracking import named
@@ -59,7 +62,7 @@ def tracking_flags(text: str) -> list[str]:
 
 
 def follow(work: "Callable[[Watch], Any]", folder: Path, track: str, lines: "JsonLines | None") -> None:
-    """Run with progress, tracked where that was asked for, and finish; on Ctrl-C say how to go on."""
+    """Run with progress, track the run if requested, and finish; on Ctrl-C, say how to continue."""
     from consilium.tracking import Tracking, named
     from consilium.watch import Several, Terminal
 
@@ -74,10 +77,10 @@ def follow(work: "Callable[[Watch], Any]", folder: Path, track: str, lines: "Jso
 
 
 def finish(folders: list[Path], target: Path | None = None, lines: "JsonLines | None" = None) -> Path:
-    """Print the table, write the report, say where it is; returns the report's path.
+    """Print the table, write the report, print the path of the report, and return it.
 
     Args:
-        lines: of --json; gets the summary of the run, or of each by its name with the rows of the table.
+        lines: lines of --json; they get the summary of the run, or of each by its name with the rows of the table.
     """
     from consilium.report import methods, print_clients, print_table, read_runs, rows, table_files, write_report
 

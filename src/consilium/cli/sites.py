@@ -1,4 +1,4 @@
-"""`consilium certificates`, `consilium server` and `consilium client`: sites on machines of their own."""
+"""The commands `consilium certificates`, `consilium server` and `consilium client`: sites on machines of their own."""
 
 import dataclasses
 import re
@@ -75,7 +75,7 @@ def collect_packages(args: list[str]) -> None:
     sites = site_names(options["--sites"])
     if not sites:
         raise ConfigError("--sites is empty; name the sites, e.g. --sites north,south")
-    load_deployment()  # or say what is missing
+    load_deployment()  # raises if a package is missing
     from consilium.oneshot.network import collect
 
     keys = keys_folder(options, insecure, parse_address(options["--address"], "--address"), "server")
@@ -134,7 +134,7 @@ def client_command(args: list[str]) -> None:
 
 
 def of_one_client(experiment: "Experiment", given: Collection[str]) -> "Experiment":
-    """Take a site's data as that of one client, unless its flags say how it is dealt."""
+    """Treat a site's data as that of one client, unless its flags say how to partition it."""
     data = experiment.data
     if "--data.clients" in given or not hasattr(data, "clients") or len(getattr(data, "tasks", ())) > 1:
         return experiment
@@ -144,7 +144,11 @@ def of_one_client(experiment: "Experiment", given: Collection[str]) -> "Experime
 
 
 def site_names(text: str) -> list[str]:
-    """The sites of --sites."""
+    """Return the sites named by --sites.
+
+    Raises:
+        ConfigError: if a name is not valid or occurs twice.
+    """
     from consilium.core import CLIENT_ID
 
     names = [name.strip() for name in text.split(",")] if text else []
@@ -165,12 +169,15 @@ def load_deployment() -> Any:
 
 
 def split_insecure(args: list[str]) -> tuple[int, list[str]]:
-    """How often --insecure was said, and the other arguments."""
+    """Return how often --insecure was given, and the other arguments."""
     return args.count("--insecure"), [arg for arg in args if arg != "--insecure"]
 
 
 def keys_folder(options: dict[str, str], insecure: int, address: Address, part: str | None) -> Path | None:
-    """The folder of keys; None where plain text was asked for, on loopback once, elsewhere twice."""
+    """Return the folder of keys, or None if plain text was requested.
+
+    Plain text needs --insecure once on loopback, and twice elsewhere.
+    """
     if not insecure:
         if not options["--certificates"]:
             raise ConfigError("--certificates is missing: name the folder that `consilium certificates` made")

@@ -1,4 +1,4 @@
-"""Images and tables as clients: `images` reads the one, `textfile` the other; here their rows are dealt."""
+"""Clients with images or with tables of numbers: `images` and `table` read the rows, this module deals them."""
 
 import math
 import re
@@ -33,23 +33,26 @@ class ImageData:
         path: "digits"; an .npz file; a folder of images per class, or of such folders per client; Parquet; a directory
             of `datasets` or owner/name on the hub; CIFAR's binary version; MNIST's files. See `consilium.data.images`.
         partition: "pathological" (`classes` per client, unequal shares of each), "dirichlet" (label skew by `alpha`),
-            "iid"; used where neither `client` nor folders say whose an image is.
-        clients: number of clients, >= 1, where the images are dealt.
-        classes: per client, pathological, >= 1.
-        alpha: of the Dirichlet distribution, > 0.
+            "iid"; used if neither `client` nor folders assign the images to clients.
+        clients: number of clients if `partition` deals the images, >= 1.
+        classes: number of classes per client under "pathological", >= 1.
+        alpha: concentration of the Dirichlet distribution, > 0.
         validation: share of a client's training rows, class by class, that is kept for validation, in (0, 1).
-        test: share of a client's rows that is kept for test where there is no official test set (digits), in (0, 1);
-            an official one is dealt in the same proportions as the training set.
-        examples: so many rows of each of the training and the test set are dealt, the first after shuffling; 0: all.
-        size: every image is scaled to fill a square of so many pixels a side, and cut; 0: as they are, all equal.
-        image, label: columns of a table (Parquet, `datasets`); "": guessed. Of CIFAR-100, label is "fine_label" (or "")
-            or "coarse_label".
-        client: column of a table that says which client a row belongs to; "": dealt by `partition`.
-        pages: of a file with several pages or frames (TIFF, GIF, WebP, APNG): "refuse" it, or take the "first" or "all"
-            as images. The pages of one file may then lie in different splits.
-        axes: of one image in an .npz file: "CHW" or "HWC" (channels, height, width); "": by its shape, if that says it.
-        augment: of training batches alone: "crop" (a random window after padding by 4), "flip" (left to right, every
-            other image), "crop-flip", "none". Drawn from the seed of client and round.
+        test: share of a client's rows that is kept for test if there is no official test set (digits), in (0, 1);
+            an official test set is dealt in the same proportions as the training set.
+        examples: maximum number of rows to deal from the training set and from the test set, drawn at random, >= 0;
+            0: all.
+        size: side in pixels of the square to which every image is scaled and cropped, >= 0; 0: keep the images as they
+            are, which must then be of equal size.
+        image: column of the images in a table (Parquet, `datasets`); "": guessed.
+        label: column of the classes in a table; "": guessed. for CIFAR-100, "fine_label" (or "") or "coarse_label".
+        client: column of a table with the client of each row; "": dealt by `partition`.
+        pages: what to do with a file of several pages or frames (TIFF, GIF, WebP, APNG): "refuse" it, or take the
+            "first" or "all" as images. the pages of one file may then lie in different splits.
+        axes: order of the axes of one image in an .npz file: "CHW" or "HWC" (channels, height, width); "": recognised
+            from the shape if possible.
+        augment: augmentation of training batches only: "crop" (a random window after padding by 4), "flip" (left to
+            right, with probability 1/2), "crop-flip", "none". drawn from the seed of client and round.
     """
 
     path: Path = Path("digits")
@@ -85,18 +88,27 @@ class ImageData:
         _check_shares(self.validation, self.test)
 
     def load(self, seed: int) -> Federation:
-        """Read and deal the images; equal for equal files and seeds.
+        """Read and deal the images. Equal files and seeds give equal results.
 
-        Raises DataError when the file, an image or a label cannot be used, or no client has enough rows.
+        Raises:
+            DataError: if the file, an image or a label cannot be used, or no client has enough rows.
         """
         return self.deal(self.read(), seed)
 
     def read(self) -> Images:
-        """Read all images; raises DataError when the file, an image or a label cannot be used."""
+        """Read all images.
+
+        Raises:
+            DataError: if the file, an image or a label cannot be used.
+        """
         return read_images(self.path, self.size, self.image, self.label, self.client, self.pages, self.axes)
 
     def deal(self, found: Images, seed: int) -> Federation:
-        """Deal the images that `read` returned; raises DataError if no client has enough rows."""
+        """Deal the images that `read` returned.
+
+        Raises:
+            DataError: if no client has enough rows, or if the data to augment are not images.
+        """
         if self.augment != "none" and found.x.ndim != 4:
             raise DataError(f"data.augment is for images (channels, height, width); these are {found.x.shape[1:]}")
         task = Task(_task_name(self.path), "classification", found.labels, "accuracy")
@@ -125,7 +137,11 @@ class ImageData:
     def _deal(
         self, found: Images, pool: np.ndarray, task: str, ids: Mapping[str, str], seed: int
     ) -> dict[str, list[int]]:
-        """Client -> those rows of the pool that are its own. `ids`: of the owners by their names."""
+        """Return client id -> its rows of the pool.
+
+        Args:
+            ids: client name -> client id.
+        """
         from consilium.data.partition import class_shares, deal
 
         if found.owners:
@@ -143,21 +159,23 @@ class ImageData:
 class TableData:
     """Clients that hold rows of numbers, dealt by a client column.
 
-    A client standardises its columns by the mean and deviation of its own training rows, and of no others; what is
-    missing becomes the mean (0), a column that no training row of the client has recorded is 0 throughout.
+    A client standardises its columns by the mean and standard deviation of its own training rows only. A missing value
+    becomes the mean (0). A column without any value in the client's training rows gets mean 0 and deviation 1.
 
     Args:
         path: a .csv, .tsv, .json, .jsonl, .parquet or .xlsx file (text also as .gz or .zst), a folder of such files, a
-            directory of `datasets`, or owner/name on the hub. Decimal commas are understood.
-        target: column of the class; `--data.label` is taken too.
-        client: column that says which client a row belongs to.
-        columns: of numbers; () takes all others.
-        positive: the class is whether the target is above 0 ("no", "yes"), as with the grades of a disease.
-        validation: share of a client's rows, class by class; what neither validates nor tests is for training.
-        test: share of a client's rows, likewise.
-        separator: between the fields of a text file: one character, or "tab"; "": recognised.
-        quote: around fields there: one character, or "none" where quotes are ordinary characters; "": recognised.
-        encoding: of a text file, e.g. cp1252; "": recognised.
+            directory of `datasets`, or owner/name on the hub. decimal commas are understood.
+        target: column of the class; `--data.label` is accepted too.
+        client: column with the client of each row.
+        columns: columns of numbers; () takes all others.
+        positive: make two classes, "yes" if the target is above 0 and "no" otherwise, as for the grades of a disease.
+        validation: share of a client's rows for validation, class by class, in (0, 1); the rows for neither validation
+            nor test are for training.
+        test: share of a client's rows for test, class by class, in (0, 1).
+        separator: separator between the fields of a text file: one character, or "tab"; "": recognised.
+        quote: quote around the fields of a text file: one character, or "none" if quotes are ordinary characters; "":
+            recognised.
+        encoding: encoding of a text file, e.g. cp1252; "": recognised.
     """
 
     path: Path = Path("heart_disease.parquet")
@@ -177,9 +195,10 @@ class TableData:
         _check_shares(self.validation, self.test)
 
     def load(self, seed: int) -> Federation:
-        """Read and cut the rows; equal for equal files and seeds.
+        """Read, deal and standardise the rows. Equal files and seeds give equal results.
 
-        Raises DataError when the file, a column or a value cannot be used, or no client has enough rows.
+        Raises:
+            DataError: if the file, a column or a value cannot be used, or no client has enough rows.
         """
         federation, found = self._split(seed)
         for client, data in federation.clients.items():
@@ -189,12 +208,16 @@ class TableData:
         return federation
 
     def scale(self, client: str, seed: int) -> "Scale":
-        """Return what `load` standardises the rows of this client by; raises as `load`."""
+        """Return the means and deviations with which `load` standardises the rows of this client.
+
+        Raises:
+            DataError: as `load`.
+        """
         federation, found = self._split(seed)
         return Scale.of(found.columns, found.x[federation.clients[client].train.index.numpy()])
 
     def _split(self, seed: int) -> "tuple[Federation, _Rows]":
-        """Return the clients over a tensor of zeros, and what the table holds."""
+        """Return the clients over a tensor of zeros, and the contents of the table."""
         found = self._read()
         x = found.x
         kinds, places = np.unique([found.targets[row] for row in found.used], return_inverse=True)
@@ -241,8 +264,17 @@ class TableData:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What a table holds: the columns of numbers [N, S] float64, the class of every row, the rows that can be used, and
-    those of every client; the clients' ids by their names; notes on the rows that cannot."""
+    """The contents of a table.
+
+    Args:
+        columns: names of the columns of numbers.
+        x: the columns of numbers, [N, S] float64.
+        targets: class of every row.
+        used: rows that can be used.
+        held: client id -> its rows.
+        names: client name -> client id.
+        notes: notes on the rows that cannot be used.
+    """
 
     columns: tuple[str, ...]
     x: np.ndarray
@@ -255,11 +287,12 @@ class _Rows:
 
 @dataclass(frozen=True)
 class Scale:
-    """How a client's columns become numbers around 0.
+    """The means and deviations that standardise a client's columns.
 
     Args:
-        columns: their names. mean, deviation: of each, over the client's training rows; 0 and 1 of a column that
-            they never recorded, and a deviation of 1 where all rows are alike.
+        columns: names of the columns.
+        mean: mean of each column over the client's training rows; 0 if no row has a value.
+        deviation: standard deviation of each column over these rows; 1 if no row has a value or all are alike.
     """
 
     columns: tuple[str, ...]
@@ -268,7 +301,7 @@ class Scale:
 
     @classmethod
     def of(cls, columns: Sequence[str], x: np.ndarray) -> "Scale":
-        """Of rows x [n, S], with nan for what is missing."""
+        """Return the scale of rows x [n, S], in which nan stands for a missing value."""
         known = ~np.isnan(x)
         n = np.maximum(known.sum(0), 1)
         mean = np.where(known, x, 0).sum(0) / n
@@ -277,19 +310,19 @@ class Scale:
 
     @classmethod
     def of_json(cls, told: Mapping[str, Sequence[Any]]) -> "Scale":
-        """What `dataclasses.asdict` made of one, from JSON."""
+        """Return the scale that `dataclasses.asdict` turned into a dict, after a round trip through JSON."""
         return cls(*(tuple(told[name]) for name in ("columns", "mean", "deviation")))
 
     def standardised(self, x: np.ndarray) -> np.ndarray:
-        """(x - mean) / deviation, and 0 where x is nan, [n, S] float64."""
+        """Return (x - mean) / deviation, and 0 where x is nan, [n, S] float64."""
         return np.where(np.isnan(x), 0, (x - np.array(self.mean)) / np.array(self.deviation))
 
 
 def matrix(table: Table, columns: Sequence[str]) -> np.ndarray:
-    """Return these columns of a table, [N, S] float64, with nan for what is missing.
+    """Return these columns of a table, [N, S] float64, with nan for missing values.
 
     Raises:
-        DataError: for what is no number.
+        DataError: if a value is not a number, or there are no columns.
     """
     if not columns:
         raise DataError(f"{table.name} has no columns of numbers beside the target and the client; add some")

@@ -1,4 +1,7 @@
-"""CIFAR's binary version and MNIST's IDX files: headers, sizes and labels are checked before a pixel is used."""
+"""Readers for CIFAR's binary version and MNIST's IDX files.
+
+They check headers, sizes and labels before they use a pixel.
+"""
 
 import gzip
 import re
@@ -15,19 +18,22 @@ from consilium.errors import ConfigError, DataError
 __all__ = ["IDX", "read_cifar", "read_idx"]
 
 IDX = re.compile(r"(?P<before>.*)(?P<part>train|t10k|test)-images[-.]idx3-ubyte(?P<gz>\.gz)?")
-_UNPACKED = 1100  # deflate packs 1032 bytes into one at best
+_UNPACKED = 1100  # Deflate packs at most 1032 bytes into one.
 _LABELS = {"fine_label": (1, "fine_label_names.txt", 100), "coarse_label": (0, "coarse_label_names.txt", 20)}
 
 
 def read_cifar(folder: Path, files: Sequence[str], label: str, size: int) -> Images:
-    """CIFAR-10 (data_batch_1.bin .. test_batch.bin, one byte of label) or CIFAR-100 (train.bin, test.bin, two).
+    """Read CIFAR-10 or CIFAR-100.
+
+    CIFAR-10 is data_batch_1.bin .. test_batch.bin with one label byte per record, CIFAR-100 is train.bin and test.bin
+    with two.
 
     Args:
-        label: of CIFAR-100 "fine_label" ("" too) or "coarse_label".
+        label: for CIFAR-100, "fine_label" (or "") or "coarse_label"; for CIFAR-10, "".
 
     Raises:
-        DataError: for a file that is no whole number of records, or a label that there is not.
-        ConfigError: for another `label`.
+        DataError: if a file is not a whole number of records, or a label is out of range.
+        ConfigError: if `label` has another value.
     """
     hundred = "train.bin" in files
     if label not in ("", *_LABELS) if hundred else label:
@@ -56,17 +62,19 @@ def _records(path: Path, width: int, place: int, classes: int) -> np.ndarray:
 
 
 def _listed(path: Path, classes: int) -> list[str] | None:
-    """Names of the classes, one a line; None where they are not all there."""
+    """Return the names of the classes, one per line of the file; None unless there are `classes` distinct names."""
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
     names = [line.strip() for line in lines if line.strip()]
     return names if len(names) == classes and len(set(names)) == classes else None
 
 
 def read_idx(folder: Path, files: Sequence[str], size: int) -> Images:
-    """MNIST and its relatives: <name>train-images-idx3-ubyte and -labels-idx1-ubyte, t10k- or test- likewise, or .gz.
+    """Read MNIST or a data set in the same format.
+
+    The files are <name>train-images-idx3-ubyte and -labels-idx1-ubyte, and t10k- or test- likewise; all may end in .gz.
 
     Raises:
-        DataError: for a file that is broken, of another kind, or missing, and for two sets of names.
+        DataError: if a file is broken, of another kind or missing, or if there are two sets of names.
     """
     found = {}
     for file in files:
@@ -93,7 +101,7 @@ def read_idx(folder: Path, files: Sequence[str], size: int) -> Images:
 
 
 def _beside(folder: Path, images: str, files: Sequence[str]) -> Path:
-    """The labels of a file of images, packed or not."""
+    """Return the path of the labels that belong to a file of images, compressed or not."""
     plain = images.removesuffix(".gz").replace("-images-idx3", "-labels-idx1").replace("-images.idx3", "-labels.idx1")
     for name in (plain, f"{plain}.gz"):
         if name in files:
@@ -102,7 +110,10 @@ def _beside(folder: Path, images: str, files: Sequence[str]) -> Path:
 
 
 def _idx(path: Path, dimensions: int) -> np.ndarray:
-    """The array of uint8 that the header announces; not a byte more is unpacked."""
+    """Read the uint8 array that the header announces.
+
+    At most one byte more than announced is unpacked, and only if the file could hold that much.
+    """
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             head = file.read(4 + 4 * dimensions)

@@ -1,6 +1,6 @@
-"""Conversations and documents to token ids, for causal language models; and how these become rows of a batch.
+"""Tokenisation of conversations and documents for causal language models, and packing of the tokens into rows.
 
-A row holds at most S + T tokens (`max_length`, `target_length` of `fit.Fit`), one way for a whole run:
+A row holds at most S + T tokens (`max_length`, `target_length` of `fit.Fit`). A run uses one of these layouts:
 
     examples   one example a row: at most S tokens of the conversation, at most T of the answer, the loss on the answer
     documents  one document a row: its first S + T tokens, the loss on all of them
@@ -8,14 +8,15 @@ A row holds at most S + T tokens (`max_length`, `target_length` of `fit.Fit`), o
                attention reaches over the borders of documents, as is usual in pretraining
     packed     several examples, or documents, in a row; neither attention nor the loss reaches from one into the next
 
-A conversation is written by the tokenizer's chat template if it has one, else as
+The tokenizer's chat template renders a conversation. Without a template, it is rendered as
 
     ### System:          ### User:            ### Assistant:
     <content>            <content>            <answer><end>
 
-with an empty line between the parts. The loss is on what the template writes for the answer, and on the end mark.
-What is too long: of a conversation the end is kept (the question, and the mark after which the answer begins), of an
-answer and of a document the beginning. An answer that was cut has no end mark: it does not end there.
+with an empty line between the parts. The loss is on the text that the template writes for the answer, and on the end
+mark. A conversation that is too long keeps its end (the question, and the mark after which the answer begins). An
+answer or a document that is too long keeps its beginning. A truncated answer has no end mark, because it does not end
+there.
 """
 
 import json
@@ -36,16 +37,19 @@ from consilium.errors import ConfigError, DataError
 __all__ = ["Packed", "Rows", "check_rows", "encode_language", "rendered", "renderings"]
 
 Rows = Literal["examples", "documents", "blocks", "packed"]
-"""See above."""
+"""The layout of the rows of a run, see the module docstring."""
 
 
 def encode_language(
     split: Split, tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int, target_length: int
 ) -> Encoded:
-    """Tokenise a split of a "language" task; "packed" gives one example a row, which `Packed` then packs.
+    """Tokenise a split of a "language" task.
+
+    For "packed", the result has one example per row; `Packed` then packs these rows.
 
     Raises:
-        ConfigError: for rows that do not fit the data. DataError: for a conversation that cannot be written.
+        ConfigError: if `rows` does not fit the data.
+        DataError: if a conversation cannot be rendered.
     """
     plain = not any(split.texts)
     check_rows(rows, plain)
@@ -59,7 +63,7 @@ def encode_language(
     else:
         asked = [json.loads(text) for text in split.texts]
         pairs = renderings(list(zip(asked, split.targets, strict=True)), tokenizer)
-        begun = [] if tokenizer.chat_template else first  # a template writes the mark itself
+        begun = [] if tokenizer.chat_template else first  # A template writes the mark itself.
         prompts = [begun + ids for ids in _ids(tokenizer, [prompt for prompt, _ in pairs])]
         answers = [_ended(ids, end) for ids in _ids(tokenizer, [answer for _, answer in pairs])]
         sources = [_end_of(ids, max_length, first) for ids in prompts]
@@ -69,7 +73,7 @@ def encode_language(
 
 
 def check_rows(rows: Rows, plain: bool) -> None:
-    """Raise ConfigError if such rows cannot be made of plain text, or of instruction data."""
+    """Raise ConfigError if plain text (`plain`), or else instruction data, cannot be laid out in such rows."""
     allowed = ("documents", "blocks", "packed") if plain else ("examples", "packed")
     if rows not in allowed:
         kind = "plain text" if plain else "instruction data"
@@ -86,14 +90,14 @@ def rendered(
 def renderings(
     pairs: Sequence[tuple[Sequence[Mapping[str, Any]], str]], tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[str, str]]:
-    """Return what the model reads and what it shall write, for conversations with their answers.
+    """Render conversations with their answers, each as a prompt and the text that the model shall generate.
 
-    The second text has no end mark where the template writes none. Where a template writes a conversation otherwise
-    once it is answered, the answer as it stands follows the mark after which it begins.
+    The second text has no end mark if the template writes none. If the template renders the conversation differently
+    once it has an answer, the second text is the unchanged answer.
 
     Raises:
-        DataError: if the template refuses a conversation or does not come to an end, or there is none and tools are
-            used.
+        DataError: if the template refuses a conversation or does not terminate, or if a conversation uses tools and
+            there is no template.
     """
     if not tokenizer.chat_template:
         return [_plainly(conversation, answer) for conversation, answer in pairs]
@@ -118,11 +122,11 @@ def _plainly(conversation: Sequence[Mapping[str, Any]], answer: str) -> tuple[st
 
 
 def _split(prompt: str, whole: str, answer: str) -> tuple[str, str]:
-    """Return the prompt, and what the template writes behind it for the answer."""
+    """Return the prompt, and the text that the template writes after it for the answer."""
     if not whole.startswith(prompt):
         return prompt, answer
     written = whole.removeprefix(prompt)
-    if answer not in written:  # many templates trim what is said, which would take the indent from code
+    if answer not in written:  # Many templates strip messages, which would remove the indentation of code.
         written = written.replace(answer.strip(), answer, 1)
     return prompt, written
 
@@ -135,18 +139,21 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[
 
 
 def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The mark with which this tokenizer begins every text, if it has one."""
+    """Return the mark with which this tokenizer begins every text, as a list of one id; [] if it has none."""
     ids = tokenizer("")["input_ids"]
     return ids[:1] if ids and ids[0] == tokenizer.bos_token_id != tokenizer.eos_token_id else []
 
 
 def _ended(ids: list[int], end: int) -> list[int]:
-    """Up to the last end mark that the template wrote, which may write more behind it; else with one."""
+    """Return the ids up to the last end mark, or with an end mark appended if there is none.
+
+    A template may write more after its end mark; this is dropped.
+    """
     return ids[: len(ids) - ids[::-1].index(end)] if end in ids else [*ids, end]
 
 
 def _end_of(ids: list[int], length: int, first: list[int]) -> list[int]:
-    """The last `length` ids, the mark at the beginning kept."""
+    """Return the last `length` ids; the mark at the beginning is kept."""
     if len(ids) <= length:
         return ids
     mark = first if ids[: len(first)] == first and length > len(first) else []
@@ -154,7 +161,11 @@ def _end_of(ids: list[int], length: int, first: list[int]) -> list[int]:
 
 
 def _blocks(documents: Sequence[list[int]], width: int) -> list[list[int]]:
-    """All ids in rows of `width`; the last may be shorter, but not a single token, which has nothing to predict."""
+    """Concatenate all ids and cut them into rows of `width`.
+
+    The last row may be shorter. A last row of a single token has nothing to predict and is dropped, unless it is the
+    only row.
+    """
     stream = [token for ids in documents for token in ids]
     rows = [stream[start : start + width] for start in range(0, len(stream), width)]
     return rows[:-1] if len(rows) > 1 and len(rows[-1]) == 1 else rows
@@ -162,10 +173,11 @@ def _blocks(documents: Sequence[list[int]], width: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows of several examples each; an `Encoded` for `training.fit`, not for evaluation.
+    """Rows of several examples each. It replaces `Encoded` in `training.fit`, but not in evaluation.
 
     Args:
-        data: the examples. groups: the examples of each row.
+        data: the examples.
+        groups: indices of the examples in each row.
     """
 
     data: Encoded
@@ -173,7 +185,7 @@ class Packed:
 
     @classmethod
     def of(cls, data: Encoded, width: int) -> "Packed":
-        """Best fit, longest first: rows of at most `width` tokens, every example in one of them."""
+        """Pack the examples into rows of at most `width` tokens by best fit, longest example first."""
         sizes = [len(s) + len(t) for s, t in zip(data.sources, data.targets, strict=True)]
         groups: list[list[int]] = []
         room: list[tuple[int, int]] = []  # (tokens left, group), ascending
@@ -190,12 +202,12 @@ class Packed:
         return len(self.groups)
 
     def batch(self, rows: Sequence[int], device: torch.device) -> dict[str, Tensor]:
-        """A batch of these rows, with position ids that start again at every example."""
+        """Return a batch of these rows, with position ids that restart at every example."""
         ids, labels, positions = [], [], []
         for group in (self.groups[row] for row in rows):
             parts = [(self.data.sources[i], self.data.targets[i]) for i in group]
             ids.append([token for s, t in parts for token in s + t])
-            # The first token of an example follows the last of another: nothing may predict it.
+            # The first token of an example follows the last token of another, so it must not be predicted.
             labels.append([label for s, t in parts for label in [-100, *([-100] * len(s) + t)[1:]]])
             positions.append([place for s, t in parts for place in range(len(s) + len(t))])
         batch = {
@@ -207,5 +219,5 @@ class Packed:
         return {key: value.to(device) for key, value in batch.items()}
 
     def epochs(self, epochs: int, batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
-        """Rows of each batch, as `Encoded.epochs`."""
+        """Yield the rows of each batch, as `Encoded.epochs`."""
         return shuffled(len(self), epochs, batch_size, generator)

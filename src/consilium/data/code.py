@@ -1,8 +1,8 @@
-"""The embedded testbed: clients with code and technical text of one domain, or of several.
+"""The embedded testbed: clients with code and technical text from one domain or several.
 
-The task is the next token. It is scored in bits per byte of text, and by the share of tokens that rank first. `domains`
-says which texts there are and which are public. No document of a client is in the public shard or in another client's
-training data; the validation and test documents of a domain are the same for all its clients.
+The task is to predict the next token. It is scored in bits per byte of text, and by the share of tokens that rank
+first. `domains` lists the texts and marks the public ones. No document of a client is in the public shard or in another
+client's training data. The validation and test documents of a domain are the same for all its clients.
 """
 
 import math
@@ -18,14 +18,14 @@ from consilium.errors import ConfigError, DataError
 __all__ = ["CodeData"]
 
 CHUNK = 2_000
-"""Characters of a piece of a training document at most: what clients are dealt."""
+"""Approximate number of characters of a piece of a document; documents are dealt in such pieces."""
 SHORTEST = {"train": 3_000, "validation": 3_000, "test": 3_000}
-"""Characters without which a client has no such split."""
+"""Minimum number of characters per split; a client with less text in a split is skipped."""
 
 
 @dataclass(frozen=True)
 class CodeData:
-    """Clients with code and technical text that every installation has.
+    """Clients with code and technical text from packages that every installation has.
 
     Args:
         domains: names of domains; "public" and "private" stand for all of a kind (see `domains.DOMAINS`).
@@ -33,11 +33,12 @@ class CodeData:
         partition: "domain": a client has one domain, and the domains are dealt in turn; "dirichlet": every client has a
             mixture of all domains, drawn from a Dirichlet distribution.
         alpha: concentration of that distribution, > 0; smaller is more skewed.
-        train: kilobytes of training text of a client on average, >= 4; a client has 0.5 to 1.5 times as much.
-        validation, test: kilobytes of validation and test text, >= 4.
+        train: kilobytes of training text per client on average, >= 4; a client gets 0.5 to 1.5 times this amount.
+        validation: kilobytes of validation text per client, >= 4.
+        test: kilobytes of test text per client, >= 4.
     """
 
-    form: ClassVar[Form] = "text-to-text"  # of the model
+    form: ClassVar[Form] = "text-to-text"  # This is the form of the model.
     plain: ClassVar[bool] = True
 
     domains: tuple[str, ...] = ("private",)
@@ -67,12 +68,12 @@ class CodeData:
 
     @property
     def chosen(self) -> tuple[str, ...]:
-        """The names of the domains, each once."""
+        """Return the names of the domains, each once."""
         groups = {"public": [d.name for d in PUBLIC], "private": [d.name for d in PRIVATE]}
         return tuple(dict.fromkeys(name for given in self.domains for name in groups.get(given, [given])))
 
     def load(self, seed: int) -> Federation:
-        """Deal the documents to the clients; equal for equal seeds and installed versions.
+        """Deal the documents to the clients. Equal seeds and installed versions give equal results.
 
         Raises:
             DataError: if no client gets text for all of its splits.
@@ -101,11 +102,11 @@ class CodeData:
         return Federation(clients, skipped, self.source())
 
     def source(self) -> dict[str, Any]:
-        """Return what a run was read from: these settings and the installed versions."""
+        """Return the origin of the data for a run's records: these settings and the installed versions."""
         return {"type": "CodeData", **asdict(self), "versions": versions()}
 
     def _shares(self, seed: int) -> dict[str, dict[str, float]]:
-        """Client -> domain -> share of its text."""
+        """Return client -> domain -> share of the client's text."""
         names = self.chosen
         if self.partition == "domain":
             owners = [names[i % len(names)] for i in range(self.clients)]
@@ -125,12 +126,13 @@ class CodeData:
 class _Pool:
     """The clients' documents of one domain, shuffled by the seed.
 
-    Training text is dealt once, a document after the other, so a client owns few documents. Validation and test text is
-    shared, and is taken a piece here and a piece there, so that a few kilobytes speak for the domain.
+    Training text is dealt once, one document after the other, so that a client owns few documents. Validation and test
+    text is shared by all clients. Its pieces are shuffled, so that a few kilobytes represent the domain.
     """
 
     def __init__(self, domain: str, seed: int):
-        self._pieces: dict[str, list[tuple[str, str]]] = {}  # of a split: (place, text), those of a file together
+        # The keys are splits, the values pieces (place, text). Training pieces of one file stay together.
+        self._pieces: dict[str, list[tuple[str, str]]] = {}
         for split in ("train", "validation", "test"):
             found = documents(domain, split)
             random.Random(f"{seed}:{domain}:{split}").shuffle(found)
@@ -140,7 +142,7 @@ class _Pool:
         self._next = 0
 
     def take(self, split: str, size: float) -> list[tuple[str, str]]:
-        """Return pieces (place, text) of `size` characters or a little more; fewer if there are no more."""
+        """Return pieces (place, text) of `size` characters or slightly more in total; less if the pool is exhausted."""
         pieces, start = self._pieces[split], self._next if split == "train" else 0
         total, end = 0, start
         while end < len(pieces) and total < size:
@@ -152,7 +154,7 @@ class _Pool:
 
 
 def _chunks(place: str, text: str) -> Iterator[tuple[str, str]]:
-    """A document in pieces of about `CHUNK` characters, cut between lines; (place and line, text) of each."""
+    """Split a document between lines into pieces of about `CHUNK` characters; yield ("place:line", text) of each."""
     lines, first, size = [], 0, 0
     for number, line in enumerate(text.splitlines(keepends=True)):
         lines.append(line)

@@ -1,7 +1,8 @@
 """Images in tables: Parquet files as `datasets` writes them, its directories, and its data sets on the hub.
 
-A column holds encoded images (PNG, JPEG, ...), another the class, perhaps a third the client. A split called test is
-the official test set; one for validation joins the training rows, of which each client keeps its own share.
+One column holds encoded images (PNG, JPEG, ...), another the class, and an optional third the client. A split called
+test is the official test set. A validation split is added to the training rows, because each client keeps a share of
+its own training rows for validation.
 """
 
 import difflib
@@ -33,18 +34,20 @@ _PARTS = {
 
 
 def part_of(name: str) -> str | None:
-    """Of "train" and "test" where the rows of a split of that name go; None for a name that is neither's."""
+    """Return the part, "train" or "test", to which a split of this name belongs; None if the name is unknown."""
     return _PARTS.get(name.lower())
 
 
 def read_parquet(path: Path, size: int, image: str, label: str, client: str, pages: Pages = "refuse") -> Images:
-    """One Parquet file, or a directory of them: train-*.parquet, test-*.parquet, or shards of one table.
+    """Read one Parquet file, or a directory of them: train-*.parquet, test-*.parquet, or shards of one table.
 
     Args:
-        image, label, client: columns; "": guessed by type and name, and no client.
+        image: column of the images; "": guessed by type and name.
+        label: column of the classes; "": guessed by name.
+        client: column of the clients; "": no clients.
 
     Raises:
-        DataError: for a file, a column or a value that cannot be used.
+        DataError: if a file, a column or a value cannot be used.
     """
     from datasets import concatenate_datasets
 
@@ -74,7 +77,7 @@ def read_parquet(path: Path, size: int, image: str, label: str, client: str, pag
 
 
 def _opened(path: Path, wanted: Sequence[str]) -> Any:
-    """A Parquet file as a `datasets.Dataset`, without a copy in the shared cache."""
+    """Open a Parquet file as a `datasets.Dataset`, without a copy in the shared cache."""
     from datasets import Dataset, disable_progress_bars, enable_progress_bars
     from datasets.exceptions import DatasetGenerationError
     from datasets.utils.tqdm import are_progress_bars_disabled
@@ -100,7 +103,7 @@ def _opened(path: Path, wanted: Sequence[str]) -> Any:
 
 
 def _check_columns(name: str, there: Sequence[str], wanted: Sequence[str]) -> None:
-    """Raise DataError for a column that is not there."""
+    """Raise DataError if a wanted column is missing."""
     for column in wanted:
         if column and column not in there:
             close = difflib.get_close_matches(column, there, 1)
@@ -109,7 +112,11 @@ def _check_columns(name: str, there: Sequence[str], wanted: Sequence[str]) -> No
 
 
 def _names(name: str, column: str, values: Sequence[Any]) -> list[str]:
-    """The names of labels or clients; raises DataError for a value that is missing, or is no text or number."""
+    """Return the names of labels or clients.
+
+    Raises:
+        DataError: if a value is missing, or is neither a text nor a number.
+    """
     odd = next((i for i, v in enumerate(values) if v is not None and not isinstance(v, str | int | float)), None)
     if odd is not None:
         raise DataError(
@@ -125,14 +132,18 @@ def _names(name: str, column: str, values: Sequence[Any]) -> list[str]:
 
 
 def read_set(path: Path, size: int, image: str, label: str, client: str, pages: Pages = "refuse") -> Images:
-    """A directory of `datasets`, or a data set on the hub; raises as `read_parquet`."""
+    """Read a directory of `datasets`, or a data set on the hub.
+
+    Raises:
+        DataError: as `read_parquet`.
+    """
     source = {"format": "datasets directory" if is_directory(path) else "hub"}
     name = path.name if is_directory(path) else str(path)
     return _read(name, _parts(str(path), open_set(path)), size, image, label, client, source, pages)
 
 
 def _parts(name: str, found: Any) -> dict[str, Any]:
-    """The training and perhaps the test part of a data set with any number of splits."""
+    """Return the training part, and the test part if there is one, of a data set with any number of splits."""
     from datasets import Dataset, concatenate_datasets
 
     splits: Mapping[str, Any] = {"train": found} if isinstance(found, Dataset) else found
@@ -169,10 +180,10 @@ def _read(
 
 
 def table_of(name: str, rows: Any, image: str = "", label: str = "", client: str = "") -> tuple[str, str]:
-    """The columns of the image and of its class, those given or those that look like it.
+    """Return the columns of the image and of its class, as given or else guessed.
 
     Raises:
-        DataError: for a column that is missing, or if none looks like it.
+        DataError: if a given column is missing, or no column can be guessed.
     """
     from datasets import Image
 
@@ -193,7 +204,7 @@ def _named(columns: Sequence[str], names: Sequence[str]) -> str:
 
 
 def _files(name: str, rows: Any, column: str) -> Iterator[tuple[str, BytesIO]]:
-    """The encoded images as open files, with what to call them in an error."""
+    """Yield the encoded images as open files, each with its name for error messages."""
     from datasets import Image
 
     try:
@@ -212,7 +223,7 @@ def _files(name: str, rows: Any, column: str) -> Iterator[tuple[str, BytesIO]]:
 
 
 def _labels(name: str, rows: Any, column: str) -> np.ndarray:
-    """Numbers [N] int64, or names [N]."""
+    """Return the labels as numbers [N] int64, or as names [N]."""
     values = rows[column][:]
     if all(isinstance(value, int) and not isinstance(value, bool) for value in values):
         y, known = np.array(values, np.int64), getattr(rows.features[column], "names", None)

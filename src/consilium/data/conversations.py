@@ -1,4 +1,4 @@
-"""Conversations as their publishers write them, and as Consilium keeps them: lists of {"role", "content"}.
+"""Converters from the published formats of conversations to Consilium's own: lists of {"role", "content"}.
 
 OpenAI      {"role", "content"}; roles system, developer, user, assistant, tool; content a text or a list of parts
 ShareGPT    {"from", "value"}; from human, gpt, system, ...
@@ -27,10 +27,11 @@ def conversation(value: Any, where: str) -> tuple[list[dict[str, Any]], int]:
     """Return the turns of one row, and the number of empty messages that were left out.
 
     Args:
-        value: a list of turns, or one written in JSON. where: what an error calls the row.
+        value: a list of turns, or such a list written in JSON.
+        where: name of the row for error messages.
 
     Raises:
-        DataError: for what is no list of turns, an unknown role, or a part that is no text.
+        DataError: if the value is not a list of turns, a role is unknown, or a part is not a text.
     """
     if isinstance(value, str):
         try:
@@ -59,7 +60,7 @@ def conversation(value: Any, where: str) -> tuple[list[dict[str, Any]], int]:
 
 
 def _content(value: Any, where: str) -> str:
-    """The text of a message: of a list of parts, their texts one after the other."""
+    """Return the text of a message; the texts of a list of parts are concatenated."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -79,7 +80,7 @@ def chosen(value: Any, where: str) -> list[tuple[str, str]]:
     """Return the choices of a question as (letter, text).
 
     Raises:
-        DataError: for what is no list of texts.
+        DataError: if the value is not a list of texts.
     """
     if isinstance(value, str):
         try:
@@ -95,10 +96,12 @@ def chosen(value: Any, where: str) -> list[tuple[str, str]]:
 
 
 def answer_of(value: Any, choices: Sequence[tuple[str, str]], where: str) -> str | None:
-    """Return the text of an answer: of a choice its letter and text, of SQuAD's answers the first; None: there is none.
+    """Return the text of an answer, or None if there is none.
+
+    For a choice, the text is its letter and its text. For SQuAD's list of answers, it is the first.
 
     Raises:
-        DataError: for an answer that is none of the choices, or nested otherwise.
+        DataError: if the answer is none of the choices, or is nested in another way.
     """
     if isinstance(value, Mapping):
         value = value.get("text")

@@ -1,8 +1,8 @@
-"""Characters and fields of delimited text: which encoding, separator and quotes a file has, and its rows.
+"""A reader of delimited text that recognises the encoding, the separator and the quotes of a file.
 
-Nothing is guessed that cannot be checked. A separator is accepted only if every line of the file has as many fields as
-the header; an encoding other than UTF-8 and UTF-16 only if the letters are those of one Western language. What remains
-open is refused, with the setting that decides it.
+It makes only guesses that it can check. A separator is accepted only if every line of the file has as many fields as
+the header. An encoding other than UTF-8, UTF-16 and UTF-32 is accepted only if nearly all letters are those of one
+Western language. An ambiguous file is refused, and the error names the setting that decides.
 """
 
 import csv
@@ -23,20 +23,20 @@ __all__ = ["Delimited", "Dialect", "decode", "parse"]
 _SEPARATORS = (",", ";", "\t", "|")
 _WORDS = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "space": " "}
 _ESCAPED, _SPACED = '"\\', '" after blanks'
-"""Quotes that are recognised next to the plain ones: with a backslash before a quote inside, as MySQL writes them; and
-behind a separator and a blank."""
-_CHUNK = 4_000_000  # cells that are Python objects at a time
+"""Two styles of quotes that are recognised in addition to the plain one: quotes inside a field escaped by a backslash,
+as MySQL writes them; and opening quotes that follow a separator and a blank."""
+_CHUNK = 4_000_000  # This bounds how many cells are Python objects at a time.
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a text file of rows is written; "" is recognised from the file.
+    """The format of a text file of rows. A setting of "" is recognised from the file.
 
     Args:
-        separator: between fields: one character, "tab", or "none" for a file of one column.
-        quote: around fields that hold separators or line breaks: one character, or "none" where quotes are ordinary
+        separator: separator between fields: one character, "tab", or "none" for a file of one column.
+        quote: quote around fields with separators or line breaks: one character, or "none" if quotes are ordinary
             characters.
-        encoding: as Python names it, such as "cp1252".
+        encoding: Python's name of the encoding, such as "cp1252".
     """
 
     separator: str = ""
@@ -69,7 +69,9 @@ class Delimited:
     """A file of delimited text.
 
     Args:
-        columns: name -> values. lines: of each row, the line of the file where it begins. dialect: as recognised.
+        columns: name -> values.
+        lines: for each row, the line of the file where it begins.
+        dialect: the dialect that was recognised.
     """
 
     columns: dict[str, pa.ChunkedArray]
@@ -78,10 +80,10 @@ class Delimited:
 
 
 def decode(data: bytes, name: str, encoding: str = "") -> tuple[str, str]:
-    """Return the characters of a file and the encoding that they were in; a byte order mark is left out.
+    """Decode the bytes of a file; return the text without a byte order mark, and the encoding.
 
     Raises:
-        DataError: if the bytes are not of this encoding or, without one, of none that can be told.
+        DataError: if the bytes are not valid in `encoding`, or if no encoding is given and none is recognised.
     """
     if encoding:
         try:
@@ -94,7 +96,8 @@ def decode(data: bytes, name: str, encoding: str = "") -> tuple[str, str]:
     ):  # fmt: skip
         if data.startswith(mark):
             return decode(data, name, codec)
-    for place, codec in ((1, "utf-16-le"), (0, "utf-16-be")):  # without a mark: every other byte of Latin text is 0
+    # Without a mark, UTF-16 is recognised because every other byte of Latin text is 0.
+    for place, codec in ((1, "utf-16-le"), (0, "utf-16-be")):
         if len(data) % 2 == 0 and data[place::2].count(0) * 5 > len(data):
             return decode(data, name, codec)
     try:
@@ -120,34 +123,35 @@ _ALPHABETS = (
     "äöüß", "àâæçéèêëîïôœùûüÿ", "áéíóúüñ", "áâãàçéêíóôõúü", "àèéìíîòóùú", "æøåéèóòâ", "åäöé", "áðéíóúýþæö",
     "áéëïíóöüúèê", "àçéèíïóòúü",
 )  # fmt: skip
-"""Letters other than a to z: German, French, Spanish, Portuguese, Italian, Danish and Norwegian, Swedish and Finnish,
-Icelandic, Dutch, Catalan."""
+"""Letters other than a to z, per line of languages: German, French, Spanish, Portuguese, Italian, Danish and Norwegian,
+Swedish and Finnish, Icelandic, Dutch, Catalan."""
 
 
 def _is_western(text: str) -> bool:
-    """Return whether text that was decoded as Windows-1252 reads like it: Czech, Cyrillic or Chinese would not."""
+    """Return whether text that was decoded as Windows-1252 is plausible, which Czech, Cyrillic or Chinese is not."""
     letters = Counter(c for c in text.lower() if c > "\x7f" and c.isalpha())
     if any(
         c > "\x7f"
         for c in re.findall(r"[a-zA-Z]([^a-zA-Z\s’´·\xad\u2013\u2014…])(?=[a-zA-Z])", text)
         if not c.isalpha()
     ):
-        return False  # a sign in the middle of a word
+        return False  # A sign in the middle of a word shows that the encoding is another one.
     known = max(sum(letters[c] for c in alphabet) for alphabet in _ALPHABETS)
     return bool(text) and known >= 0.98 * letters.total() and letters.keys() <= set("".join(_ALPHABETS))
 
 
 def parse(text: str, name: str, dialect: Dialect) -> Delimited:
-    """Return the columns of delimited text, every field character by character.
+    """Parse delimited text into columns; the characters of every field are unchanged.
 
-    The header names the columns; one without a name is called "column 3" by its place. Empty lines are skipped.
+    The header names the columns. A column without a name is named after its place, e.g. "column 3". Empty lines are
+    skipped.
 
     Raises:
-        DataError: for a line with more or fewer fields than the header, a quote that is not closed, a column named
-            twice, and a file without a header.
+        DataError: if a line has more or fewer fields than the header, a quote is not closed, a column is named twice,
+            or the file has no header.
     """
     first = 1
-    if hint := re.match(r'"?sep=(.)"?\r?\n', text):  # Excel's own hint
+    if hint := re.match(r'"?sep=(.)"?\r?\n', text):  # Excel writes this line as a hint.
         text, first, dialect = text[hint.end() :], 2, replace(dialect, separator=dialect.separator or hint[1])
     with _long_fields():
         dialect = _recognised(text, name, dialect, first)
@@ -173,7 +177,7 @@ def _arrays(rows: list[list[str]]) -> list[pa.Array]:
 
 
 def _named(name: str, header: list[str]) -> list[str]:
-    """Return the names of the columns, without blanks around them."""
+    """Return the names of the columns, stripped of surrounding blanks."""
     names = [field.strip() or f"column {place}" for place, field in enumerate(header, 1)]
     if len(set(names)) < len(names):
         twice, _ = Counter(names).most_common(1)[0]
@@ -185,7 +189,7 @@ def _named(name: str, header: list[str]) -> list[str]:
 
 
 def _rows(text: str, dialect: Dialect) -> Iterator[tuple[int, list[str]]]:
-    """Yield every row that is not an empty line, with the line (from 1) where it begins."""
+    """Yield every row that is not an empty line, preceded by the line (from 1) where it begins."""
     unused = next(chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in text)
     reader = csv.reader(
         io.StringIO(text, newline=""),
@@ -210,12 +214,19 @@ def _rows(text: str, dialect: Dialect) -> Iterator[tuple[int, list[str]]]:
 
 
 class _BrokenQuote(Exception):
-    """A line, and what is wrong with it."""
+    """A broken quote; the arguments are the line and the reason."""
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """What came of reading the file in one way: rows, and the first line that does not fit (line, fields, header)."""
+    """The result of reading the file in one dialect.
+
+    Args:
+        dialect: the dialect.
+        fields: number of fields of the header.
+        rows: number of rows before the first wrong line.
+        wrong: the first line that does not fit and the reason; None if all lines fit.
+    """
 
     dialect: Dialect
     fields: int
@@ -242,7 +253,7 @@ def _recognised(text: str, name: str, dialect: Dialect, first: int) -> Dialect:
     """Return the dialect in which the whole file can be read.
 
     Raises:
-        DataError: if there is none, with the line at which the likeliest one fails.
+        DataError: if there is none; the message names the line at which the likeliest dialect fails.
     """
     head = re.match(r"[\r\n]*([^\r\n]*)", text)[1]  # type: ignore[index]
     if not head.strip():
@@ -275,11 +286,11 @@ def _recognised(text: str, name: str, dialect: Dialect, first: int) -> Dialect:
 
 
 def _quoting(text: str, trials: list[_Trial]) -> _Trial:
-    """Choose between quotes that enclose fields and quotes that are ordinary characters, where the file can be read
-    whole both ways.
+    """Choose between quotes that enclose fields and quotes that are ordinary characters.
 
-    A file that has the right number of fields in every line was written without quoting if quoting would join lines.
-    Databases, which write tabs, do not quote: there a single field with a quote elsewhere than around it decides.
+    The choice matters if the whole file can be read both ways. If quoting would join lines, although every line has the
+    right number of fields, the file was written without quoting. Databases write tabs and do not quote. In a file with
+    tabs, a single field with a quote that does not enclose it therefore decides for ordinary characters.
     """
     if len(trials) == 1:
         return trials[0]
@@ -295,7 +306,7 @@ def _quoting(text: str, trials: list[_Trial]) -> _Trial:
 
 @contextmanager
 def _long_fields() -> Iterator[None]:
-    """Lift the limit of 131,072 characters a field, which the module `csv` keeps for the whole process."""
+    """Lift the limit of 131,072 characters per field inside the block; the module `csv` keeps it per process."""
     limit = csv.field_size_limit(sys.maxsize)
     try:
         yield

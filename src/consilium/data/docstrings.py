@@ -1,4 +1,4 @@
-"""The embedded default: real tasks made of the documentation that is installed anyway.
+"""The embedded default: real tasks made from the documentation of installed packages.
 
     topic    which package does this documentation describe?                    accuracy
     kind     is it a class, function, method, module or property?               accuracy
@@ -6,10 +6,10 @@
     name     the name of the function, split into words                         token F1 (text-to-text)
     summary  from the body of a function, the first line of its documentation   ROUGE-2  (text-to-text)
 
-Documentation is either public (`public()`, on which the shipped model was pretrained) or may be held by a client,
-never both: torch, transformers and sympy are public whole, and of every other package a fixed half of the modules,
-chosen by a hash of the module's name. A client's text that also occurs in the public shard is dropped. Which split
-a text belongs to is a hash of the text as well, so no text is trained on by one client and tested on by another.
+Documentation is either public (`public()`, on which the shipped model was pretrained) or may be held by a client, but
+never both. All of torch, transformers and sympy is public. Of every other package, about half of the modules are
+public, chosen by a hash of the module's name. A client's text that also occurs in the public shard is dropped. A hash
+of the text decides the split, so no text is trained on by one client and tested on by another.
 """
 
 import hashlib
@@ -46,12 +46,12 @@ _CALLABLES = ("function", "method", "classmethod", "staticmethod")
 
 
 def is_public(package: str, module: str) -> bool:
-    """Whether this module's documentation belongs to the public shard; depends on the two names only."""
+    """Return whether a module's documentation belongs to the public shard; this depends only on the two names."""
     return package in PUBLIC or hashlib.sha256(module.encode()).digest()[0] % 2 == 0
 
 
 def answer(task: str, doc: Doc) -> str | None:
-    """The target of one document under a task, or None when the document does not pose it."""
+    """Return the target of one document under a task, or None if the task does not apply to the document."""
     if task == "topic":
         return doc.package
     if task == "kind":
@@ -71,19 +71,19 @@ class DocstringData:
     """Clients whose data is documentation.
 
     Args:
-        tasks: the tasks, dealt to the clients in turn; all classification or all text-to-text.
+        tasks: tasks, dealt to the clients in turn; all classification or all text-to-text.
         clients: number of clients, at least one per task.
-        train: training examples per client at most; a client whose packages hold less has less.
-        validation: validation examples per client, likewise.
-        test: test examples per client, likewise.
+        train: maximum number of training examples per client, >= 1; a client has fewer if its packages hold fewer.
+        validation: maximum number of validation examples per client, >= 1.
+        test: maximum number of test examples per client, >= 1.
         partition: "packages": a client is a team that owns a few packages (its labels in `topic`); "iid"; "dirichlet":
-            label skew by `alpha`; "pathological": `labels` labels per client. The last three deal one label space
+            label skew by `alpha`; "pathological": `labels` labels per client. the last three deal one label space
             per task (`topic`: the `topics` largest packages); for text-to-text their label is the package.
         alpha: concentration of the Dirichlet partition, > 0; smaller is more skewed.
-        labels: packages a `topic` client owns under "packages", labels of a client under "pathological"; >= 2.
+        labels: packages of a `topic` client under "packages", labels of a client under "pathological"; >= 2.
         topics: size of the shared label space of `topic` under the other partitions; >= 2.
-        packages: where clients' documentation comes from; packages that are not installed are absent.
-        smallest: a label with fewer training examples at a client is dropped there.
+        packages: sources of the clients' documentation; packages that are not installed are absent.
+        smallest: minimum number of training examples per label at a client, >= 1; a label with fewer is dropped there.
     """
 
     tasks: tuple[str, ...] = ("topic", "kind", "verb")
@@ -119,7 +119,7 @@ class DocstringData:
             raise ConfigError(f"packages {strangers} are unknown; use some of: {', '.join(PACKAGES)}")
 
     def public(self) -> list[Doc]:
-        """The public shard: documentation that no client holds, each text once, in a fixed order."""
+        """Return the public shard: documentation that no client holds, each text once, in a fixed order."""
         docs, seen = [], set()
         source.warm((*PUBLIC, *PACKAGES))
         for package in (*PUBLIC, *PACKAGES):
@@ -130,7 +130,7 @@ class DocstringData:
         return docs
 
     def private(self) -> list[Doc]:
-        """What clients may hold, each text once and none that is public, in a fixed order."""
+        """Return the documentation that clients may hold, each text once and none public, in a fixed order."""
         source.warm((*PUBLIC, *PACKAGES))
         docs = {package: source.read(package) for package in PACKAGES}
         seen = {key for package in PUBLIC for key in source.digests(package)}
@@ -145,9 +145,10 @@ class DocstringData:
         return found
 
     def load(self, seed: int) -> Federation:
-        """Deal the documentation to the clients; equal for equal seeds and installed versions.
+        """Deal the documentation to the clients. Equal seeds and installed versions give equal results.
 
-        Raises DataError when no client gets usable data.
+        Raises:
+            DataError: if no client gets usable data.
         """
         pool = self.private()
         clients: dict[str, ClientData] = {}
@@ -168,7 +169,7 @@ class DocstringData:
         return Federation(clients, skipped, self.source())
 
     def source(self) -> dict:
-        """What a run was read from: these settings and the installed versions."""
+        """Return the origin of the data for a run's records: these settings and the installed versions."""
         versions = {p: v for p in (*PUBLIC, *PACKAGES) if (v := source.version(p)) is not None}
         return {"type": "DocstringData", **asdict(self), "versions": versions}
 
@@ -181,7 +182,7 @@ class DocstringData:
         held = defaultdict(list)
         for row in rows:
             held[row[0].package].append(row)
-        if task == "topic":  # a label must fill its share of every split of one client
+        if task == "topic":  # A label must be able to fill its share of every split of one client.
             need = (self.train + self.validation + self.test) / self.labels * 0.75
             held = {package: found for package, found in held.items() if len(found) >= need}
             owners = _deal(sorted(held), self.labels, ids, rng)
@@ -212,7 +213,7 @@ class DocstringData:
         return {name: [pool[i] for i in part] for name, part in zip(ids, parts, strict=True)}
 
     def _client(self, task: str, held: "Rows", rng: random.Random) -> ClientData | str:
-        """One client's splits; a string says why it has none."""
+        """Return one client's data, or a string with the reason why it has none."""
         form, metric = TASKS[task]
         quota = dict(zip(_SPLITS, (self.train, self.validation, self.test), strict=True))
         parts: dict[str, Rows] = {key: [] for key in _SPLITS}
@@ -247,7 +248,10 @@ def _split(task: str, rows: Rows) -> Split:
 
 
 def _deal(packages: list[str], each: int, ids: list[str], rng: random.Random) -> dict[str, list[str]]:
-    """Give every client `each` packages; a package gets a second owner only when every package has one."""
+    """Give every client `each` packages; return package -> owners.
+
+    A package gets a second owner only when every package has one.
+    """
     owners: dict[str, list[str]] = {package: [] for package in packages}
     order = rng.sample(packages, len(packages))
     for _ in range(min(each, len(packages))):
@@ -258,9 +262,9 @@ def _deal(packages: list[str], each: int, ids: list[str], rng: random.Random) ->
 
 
 def _spread(sizes: Mapping[str, int], ids: list[str], rng: random.Random) -> dict[str, list[str]]:
-    """Give every package to one client so that clients hold about equally many rows.
+    """Give every package to one client such that clients hold about equally many rows; return package -> owners.
 
-    Packages too large for one share are held by several clients.
+    A package that is too large for one share is held by several clients.
     """
     share = sum(sizes.values()) / len(ids)
     load = dict.fromkeys(rng.sample(ids, len(ids)), 0.0)
@@ -274,7 +278,11 @@ def _spread(sizes: Mapping[str, int], ids: list[str], rng: random.Random) -> dic
 
 
 def _tempered(held: Mapping[str, Rows], size: int, rng: random.Random) -> Iterable[tuple[str, Rows]]:
-    """At most `size` rows, a label's share growing as the square root of what there is: balanced, but not flat."""
+    """Sample at most `size` rows; yield each label with its rows.
+
+    A label's share is proportional to the square root of its number of rows, which balances the labels without making
+    them equal.
+    """
     counts = dict.fromkeys(sorted(held), 0)
     left = min(size, sum(map(len, held.values())))
     while left > 0:

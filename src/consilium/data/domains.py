@@ -1,12 +1,12 @@
-"""Code and technical text that every installation of Consilium carries, read file by file; nothing is imported or run.
+"""Code and technical text from the packages of every Consilium installation, read as files; nothing is imported or run.
 
 A *domain* is one kind of text: the C++ headers of PyTorch, the CUDA kernels, the type stubs, the font metrics. Public
-domains are split into a public shard, on which the shipped model was pretrained, and a shard for clients. Of private
-domains no text is public. Which shard, and which split of a client, a document belongs to is a hash of its file's name.
+domains are split into a public shard, on which the shipped model was pretrained, and a shard for clients. Private
+domains have no public text. A hash of the file's name decides the shard of a document, and its split at a client.
 
-A document is a file, or a piece of at most 16 kB of one, cut between lines. Near-duplicates are removed: a document is
-dropped if more than half of its characters stand in lines that an earlier document has, the public shard being first.
-The documents are cached under `~/.cache/consilium` (or `$CONSILIUM_CACHE`), keyed by the installed versions.
+A document is a file, or a piece of one with at most 16 kB, cut between lines. Near-duplicates are removed: a document
+is dropped if more than half of its characters are in lines of an earlier document; the public shard comes first. The
+documents are cached under `~/.cache/consilium` (or `$CONSILIUM_CACHE`), keyed by the installed versions.
 """
 
 import ast
@@ -27,25 +27,25 @@ __all__ = ["DOMAINS", "PRIVATE", "PUBLIC", "Document", "Domain", "documents", "v
 Shard = Literal["public", "train", "validation", "test"]
 
 PIECE = 16_000
-"""Characters of a document at most."""
+"""Maximum number of characters of a document; a longer line is a document of its own."""
 _SHORT = 12
-"""Lines with fewer characters do not tell whether two documents are alike."""
+"""Lines with fewer characters are ignored when documents are compared."""
 _CAPS = {"public": 5_000_000, "clients": 1_600_000}
-"""Characters that are read of a domain at most, before duplicates are removed."""
+"""Number of characters after which no further document of a domain is read, before duplicates are removed."""
 _SKIPPED = {"tests", "test", "testing", "__pycache__", "_vendor", "externals", "extern", "site-packages"}
 _FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Domain:
-    """One kind of text, and where it lies.
+    """One kind of text, and its location.
 
     Args:
-        name: of the domain.
-        roots: folders below the installed packages ("stdlib/" begins those of the standard library).
-        endings: of the files' names.
-        public: share of the files that belong to the public shard; 0 for a private domain.
-        tests: read folders of tests alone; by default they are left out.
+        name: name of the domain.
+        roots: folders below the installed packages; folders of the standard library begin with "stdlib/".
+        endings: endings of the files' names.
+        public: share of the files that belong to the public shard, in [0, 1); 0 for a private domain.
+        tests: read only folders of tests; by default they are left out.
         skipped: further folders that are left out.
         docstrings: take the docstrings of Python files instead of the files.
     """
@@ -75,7 +75,7 @@ PUBLIC = (
     Domain("stubs", ("numpy", "torch", "pandas", "matplotlib"), (".pyi",), _SHARE),
     Domain("prose", ("numpy", "matplotlib", "networkx"), public=_SHARE, docstrings=True),
 )
-"""Domains with a public shard, from which the shipped model was pretrained."""
+"""Domains with a public shard, on which the shipped model was pretrained."""
 
 PRIVATE = (
     Domain("cuda", ("torch/include",), (".cuh",)),
@@ -102,7 +102,7 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class Document:
-    """A piece of a file. `place` says where it came from, e.g. "torch/include/ATen/Tensor.h:0"; `text` is unchanged."""
+    """A piece of a file. `place` is its origin, e.g. "torch/include/ATen/Tensor.h:0"; `text` is unchanged."""
 
     domain: str
     shard: Shard
@@ -112,7 +112,7 @@ class Document:
 
 @lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
-    """The installed packages that texts are read from, with their versions, and Python's own."""
+    """Return the versions of Python and of the installed packages from which texts are read."""
     return {name: found for name in ("python", *_PACKAGES) if (found := version(name)) is not None}
 
 
@@ -133,13 +133,13 @@ def documents(domain: str, *shards: Shard) -> list[Document]:
     """Return the documents of a domain that belong to the given shards, in a fixed order; [] if nothing is installed.
 
     Raises:
-        KeyError: for an unknown domain.
+        KeyError: if the domain is unknown.
     """
     return [document for document in _everything()[domain] if document.shard in shards]
 
 
 def _deduplicated() -> Iterator[Document]:
-    """Every document once: the public shards first, then the clients' in the order of the domains."""
+    """Yield every document once: first the public shards, then the clients' shards, in the order of the domains."""
     read = {name: list(_read(domain)) for name, domain in DOMAINS.items()}
     seen: set[int] = set()
     for public in (True, False):
@@ -156,17 +156,17 @@ def _deduplicated() -> Iterator[Document]:
 
 
 def _hash(text: str) -> int:
-    """A hash that is the same in every process."""
+    """Return a hash that is the same in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 def _read(domain: Domain) -> Iterator[Document]:
-    """The documents of a domain, ordered by a hash of their names, up to `_CAPS`."""
+    """Yield the documents of a domain, ordered by a hash of their names, up to `_CAPS`."""
     taken = {"public": 0, "clients": 0}
     files = sorted(_files(domain), key=lambda item: _hash(item[0]))
     for name, path in files:
         pieces = list(_pieces(_text(path, domain)))
-        few = len(files) < 40  # then pieces, not files, are what a split is made of
+        few = len(files) < 40  # With few files, pieces instead of files are assigned to splits.
         for number, text in enumerate(pieces):
             shard = _shard(domain, f"{name}:{number}" if few else name)
             side = "public" if shard == "public" else "clients"
@@ -176,7 +176,10 @@ def _read(domain: Domain) -> Iterator[Document]:
 
 
 def _shard(domain: Domain, unit: str) -> Shard:
-    """Where a file, or a piece of one, belongs: of what is not public, 40 % test, 15 % validate, the rest trains."""
+    """Return the shard of a file or a piece.
+
+    The rest that is not public is split into 40 % test, 15 % validation and 45 % train.
+    """
     place = _hash(f"{domain.name}/{unit}") / 2**64
     if place < domain.public:
         return "public"
@@ -185,7 +188,7 @@ def _shard(domain: Domain, unit: str) -> Shard:
 
 
 def _files(domain: Domain) -> Iterator[tuple[str, Path]]:
-    """Name below the packages, and path, of every file of a domain."""
+    """Yield the name relative to the packages, and the path, of every file of a domain."""
     for root in domain.roots:
         folder = _folder(root)
         if folder is None:
@@ -202,7 +205,10 @@ def _files(domain: Domain) -> Iterator[tuple[str, Path]]:
 
 
 def _folder(root: str) -> Path | None:
-    """The folder of a root; None if it is not installed. The version is not part of a root's name."""
+    """Return the folder of a root; None if it is not installed.
+
+    The name of a root such as "tokenizers.dist-info" does not contain the version.
+    """
     if root.startswith("stdlib/"):
         return Path(sysconfig.get_path("stdlib")) / root.removeprefix("stdlib/")
     package, _, rest = root.partition("/")
@@ -218,7 +224,7 @@ def _folder(root: str) -> Path | None:
 
 
 def _text(path: Path, domain: Domain) -> str:
-    """The text of a file, or its docstrings; "" where it cannot be read as UTF-8."""
+    """Return the text of a file, or its docstrings; "" if it cannot be read as UTF-8 or parsed."""
     try:
         text = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError):
@@ -227,7 +233,7 @@ def _text(path: Path, domain: Domain) -> str:
         return text
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # other people's invalid escapes
+            warnings.simplefilter("ignore")  # Other projects' code may contain invalid escapes.
             tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError):
         return ""
@@ -237,7 +243,7 @@ def _text(path: Path, domain: Domain) -> str:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """A text in pieces of at most `PIECE` characters, cut between lines; a longer line stands alone."""
+    """Split a text between lines into pieces of at most `PIECE` characters; a longer line is a piece of its own."""
     piece: list[str] = []
     size = 0
     for line in text.splitlines(keepends=True):

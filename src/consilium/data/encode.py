@@ -1,4 +1,4 @@
-"""Texts to token ids to batches, for the three ways a model does a task.
+"""Tokenisation of texts, and batches of token ids, for the three ways in which a model does a task.
 
 Shapes: B examples, S source tokens, T target tokens; padded to the longest in the batch.
 """
@@ -23,11 +23,11 @@ class Encoded:
 
     Args:
         sources: token ids per example, at most `max_length`.
-        targets: label index per example, or target token ids; what is predicted in plain text is its target.
+        targets: label index per example, or target token ids; for plain text, the target is the text itself.
         texts: the target texts (label names), for scoring.
         way: "classification", "seq2seq" or "causal" (source and target in one sequence).
         pad: id of the padding token.
-        cut: examples of which tokens were cut off, because source or target is too long.
+        cut: number of examples with a truncated source or target.
     """
 
     sources: list[list[int]]
@@ -41,11 +41,15 @@ class Encoded:
         return len(self.sources)
 
     def order(self) -> list[int]:
-        """All rows, short sources first: what is padded together is of like length."""
+        """Return all rows, short sources first, so that rows of similar length are padded together."""
         return sorted(range(len(self)), key=lambda i: len(self.sources[i]))
 
     def batch(self, rows: Sequence[int], device: torch.device, prompt: bool = False) -> dict[str, Tensor]:
-        """A batch of these rows; `prompt`: for generation, sources alone (left-padded for causal models)."""
+        """Return a batch of these rows.
+
+        Args:
+            prompt: for generation: the inputs are the sources only (left-padded for causal models).
+        """
         sources = [self.sources[i] for i in rows]
         targets = [self.targets[i] for i in rows]
         if self.way == "classification":
@@ -62,12 +66,12 @@ class Encoded:
         return {key: value.to(device) for key, value in batch.items()}
 
     def epochs(self, epochs: int, batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
-        """Rows of each batch: `epochs` shuffled passes, the last batch of a pass may be short."""
+        """Yield the rows of each batch in `epochs` shuffled passes; the last batch of a pass may be short."""
         return shuffled(len(self), epochs, batch_size, generator)
 
 
 def shuffled(rows: int, epochs: int, batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Row numbers of each batch."""
+    """Yield the row numbers of each batch in `epochs` shuffled passes over `rows` rows."""
     for _ in range(epochs):
         order = torch.randperm(rows, generator=generator).tolist()
         for start in range(0, len(order), batch_size):
@@ -86,10 +90,11 @@ def encode(
 
     Args:
         way: "classification", "seq2seq" or "causal".
-        max_length: tokens kept of a source; target_length: tokens kept of a target, the end mark included.
+        max_length: maximum number of tokens of a source.
+        target_length: maximum number of tokens of a target, including the end mark.
 
     Raises:
-        DataError: for a label outside the task's label set.
+        DataError: if a label is not in the task's label set.
     """
     sources, cut = _truncated(tokenizer, split.texts, max_length)
     sources = [ids or [tokenizer.pad_token_id] for ids in sources]
@@ -109,18 +114,19 @@ def encode(
 def _truncated(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int, **options: bool
 ) -> tuple[list[list[int]], set[int]]:
-    """Token ids of each text, at most `length`, and which texts are longer."""
+    """Return the token ids of each text, at most `length`, and the indices of the texts that are longer."""
     encoded = tokenizer(list(texts), truncation=True, max_length=length, **options)
     if encoded.encodings is not None:
         return encoded["input_ids"], {i for i, text in enumerate(encoded.encodings) if text.overflowing}
-    whole = tokenizer(list(texts), verbose=False, **options)["input_ids"]  # a tokenizer written in Python
+    # A tokenizer written in Python does not report overflow, so tokenise again without truncation.
+    whole = tokenizer(list(texts), verbose=False, **options)["input_ids"]
     return encoded["input_ids"], {i for i, ids in enumerate(whole) if len(ids) > length}
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Return how many bytes of UTF-8 each token of the vocabulary stands for, int64 [V]; special tokens have none.
+    """Return the number of UTF-8 bytes that each token of the vocabulary stands for, int64 [V]; 0 for special tokens.
 
-    Byte-level tokenizers write one character per byte; others write a blank as "▁", a byte as "<0x0A>", and the
+    Byte-level tokenizers write one character per byte. Others write a blank as "▁", a byte as "<0x0A>", and the
     continuation of a word as "##".
     """
     names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
@@ -139,7 +145,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor:
-    """The rows as int64 [rows, longest], filled up with `value` at the end, or at the left."""
+    """Return the rows as int64 [rows, longest], padded with `value` on the right, or on the left if `left`."""
     width = max(len(row) for row in rows)
     padded = torch.full((len(rows), width), value, dtype=torch.int64)
     for i, row in enumerate(rows):

@@ -1,18 +1,18 @@
-"""Images from wherever they lie: what a path is, is recognised by what is in it.
+"""A reader of images from many kinds of sources; the kind is detected from the contents of the path.
 
     digits                       scikit-learn's, 1,797 of 8 x 8; no file, no network
-    FILE.npz                     x_train, y_train, x_test, y_test, perhaps label_names; arrays of objects are refused;
-                                 where a shape does not say which axis is that of the channels, `axes` must
+    FILE.npz                     x_train, y_train, x_test, y_test, optional label_names; arrays of objects are refused;
+                                 `axes` must give the order of the axes if the shape is ambiguous
     DIR/<class>/*.png            a folder of images per class; or DIR/train/<class> and DIR/test/<class>
-    DIR/<client>/<class>/*.png   the same for every client, whose images they are; also below DIR/train and DIR/test
+    DIR/<client>/<class>/*.png   a folder per client with a folder of images per class; also below DIR/train, DIR/test
     FILE.parquet, DIR/*.parquet  a column of encoded images and one of classes; train-*.parquet and test-*.parquet
     DIR                          of `datasets` (save_to_disk), or owner/name on the hub
     DIR/*.bin                    CIFAR-10's and CIFAR-100's binary version
     DIR/*-idx3-ubyte[.gz]        MNIST's files
 
-What operating systems leave in folders (Thumbs.db, __MACOSX, ...) and hidden files are skipped and counted. Folders are
-splits only if all of them are called so: a class may be called train. Python pickles are refused: reading one runs
-whatever it says.
+Hidden files and files that operating systems leave in folders (Thumbs.db, __MACOSX, ...) are skipped and counted.
+Folders are splits only if all of them have names of splits, because a class may be called train. Python pickles are
+refused, because reading one can run arbitrary code.
 """
 
 import math
@@ -49,10 +49,10 @@ _PICKLES = re.compile(r".*\.(pkl|pickle|p|pt|pth)|data_batch_\d+|test_batch|batc
 
 
 def kind_of(path: Path) -> str:
-    """Which of "digits", "npz", "parquet", "datasets", "hub", "cifar", "idx" and "folder" a path is.
+    """Return the kind of a path: "digits", "npz", "parquet", "datasets", "hub", "cifar", "idx" or "folder".
 
     Raises:
-        DataError: for what is none of these, with what was found and what is allowed.
+        DataError: if it is none of these; the message says what was found and what is allowed.
     """
     if str(path) == "digits":
         return "digits"
@@ -100,14 +100,17 @@ def read_images(
     """Read all images of a source as one array, see `Images`.
 
     Args:
-        size: of a side, after scaling and cutting (`pixels.resized`); 0: as they are, all equal.
-        image, label, client: columns, of a table; "": guessed, and no client. label of CIFAR-100: "coarse_label".
+        size: side in pixels after scaling and cropping (`pixels.resized`); 0: keep the images, which must be of equal
+            size.
+        image: column of the images in a table; "": guessed.
+        label: column of the classes in a table; "": guessed. For CIFAR-100: "fine_label" or "coarse_label".
+        client: column of the clients in a table; "": no clients.
         pages: what to do with a file of several pages or frames, see `pixels.stack`.
-        axes: of one image of an .npz file; "": told by its shape, where that is possible.
+        axes: order of the axes of one image in an .npz file; "": recognised from the shape if possible.
 
     Raises:
-        DataError: for what cannot be read, naming file, row or column.
-        ConfigError: for a column where there is no table.
+        DataError: if something cannot be read; the message names the file, row or column.
+        ConfigError: if a column is given but the source is not a table, or `axes` but the source is not an .npz file.
     """
     kind = kind_of(path)
     given = [f"data.{name}" for name, column in (("image", image), ("label", label), ("client", client)) if column]
@@ -132,12 +135,12 @@ def read_images(
 
 
 def _names(path: Path) -> list[str]:
-    """Return the names in a directory, without what is hidden and the litter of operating systems."""
+    """Return the names in a directory, without hidden files and files that operating systems leave there."""
     return sorted(entry.name for entry in path.iterdir() if not is_litter(entry.name))
 
 
 def _litter(path: Path) -> dict[str, int]:
-    """Count the files and folders below a directory that `_names` leaves out: name -> number, the largest first."""
+    """Count the files and folders below a directory that `_names` leaves out; return name -> count, largest first."""
     found: Counter[str] = Counter()
     for _, folders, files in os.walk(path):
         found.update("._*" if name.startswith("._") else name for name in (*folders, *files) if is_litter(name))
@@ -154,8 +157,11 @@ def _pickled(path: Path, found: Sequence[str]) -> str:
 
 
 def _folder(path: Path, size: int, pages: Pages) -> Images:
-    """Read folders of images: a class each; or clients with the classes in them; or train (and validation) and test,
-    with classes or clients in them."""
+    """Read folders of images.
+
+    The folders are classes; or clients with folders of classes; or train, test and optionally validation, with folders
+    of classes or of clients.
+    """
     roots = _roots(path)
     sites = {part: [site for root in roots[part] for site in _clients(root)] for part in roots}
     owned = {bool(client) for found in sites.values() for client, _ in found}
@@ -176,10 +182,12 @@ def _folder(path: Path, size: int, pages: Pages) -> Images:
 
 
 def _roots(path: Path) -> dict[str, list[Path]]:
-    """Return the folders of the training and of the test part. Folders are splits only if all are called so.
+    """Return the folders of the training part and of the test part.
+
+    Folders are splits only if all of them have names of splits.
 
     Raises:
-        DataError: for folders of clients or classes beside folders of splits.
+        DataError: if there are folders of clients or classes next to folders of splits.
     """
     names = _folders(path)
     split = {name: part_of(name) for name in names}
@@ -202,7 +210,7 @@ def _folders(path: Path) -> list[str]:
 
 
 def _clients(root: Path) -> list[tuple[str, Path]]:
-    """(client, its folder of classes); ("", root) unless every folder has folders in it."""
+    """Return (client, its folder of classes) of every client; only ("", root) unless every folder contains folders."""
     names = _folders(root)
     if names and all(_folders(root / name) for name in names):
         return [(name, root / name) for name in names]
@@ -210,7 +218,7 @@ def _clients(root: Path) -> list[tuple[str, Path]]:
 
 
 def _classes(root: Path) -> list[tuple[Path, str]]:
-    """(file, class) of every image; stray files beside the folders of classes are left alone."""
+    """Return (file, class) of every image; files next to the folders of classes are ignored."""
     found = []
     for name in _folders(root):
         files = [root / name / file for file in _names(root / name)]
@@ -229,7 +237,7 @@ def _classes(root: Path) -> list[tuple[Path, str]]:
 
 
 def _digits(size: int) -> Images:
-    """Pixels 0..16 become float32 in [-1, 1]; there is no official test set."""
+    """Load scikit-learn's digits: pixels 0..16 become float32 in [-1, 1]; there is no official test set."""
     from sklearn import __version__
     from sklearn.datasets import load_digits
 
@@ -243,7 +251,7 @@ def _digits(size: int) -> Images:
 
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 UNFOLDED = 200
-"""Times its size to which an .npz file may unpack."""
+"""Maximum ratio of an .npz file's unpacked size to its own size."""
 
 
 def _npz(path: Path, size: int, axes: Axes) -> Images:
@@ -259,7 +267,7 @@ def _npz(path: Path, size: int, axes: Axes) -> Images:
     x = np.concatenate([found["x_train"], found["x_test"]])
     x = _channels_first(path.name, scaled(x), axes)
     if x.dtype == np.float32:
-        finite(f"{path.name}, as float32: x", x)  # float64 may be too large for it
+        finite(f"{path.name}, as float32: x", x)  # A finite float64 may be too large for float32.
     y = np.concatenate([_class_of(path.name, name, found[name]) for name in ("y_train", "y_test")])
     places, labels = labelled(y, found.get("label_names"))
     source = {"sha256": digest(path)}
@@ -267,7 +275,7 @@ def _npz(path: Path, size: int, axes: Axes) -> Images:
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of an .npz file that are used; no other is unpacked."""
+    """Return the arrays of an .npz file that are used; no other array is unpacked."""
     refuse_pointer(path, DataError)
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -281,9 +289,9 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def _check_size(path: Path, file: Any, names: Sequence[str]) -> None:
-    """Raise DataError if the arrays of an .npz file are not as large as they announce, or unpack to too much.
+    """Raise DataError if the arrays of an .npz file differ from their announced size, or are too large.
 
-    They may unpack to `UNFOLDED` times the file's size, or to 64 MB, and to half of the memory that is free.
+    The limit is the larger of 64 MB and `UNFOLDED` times the file's size, and at most half of the free memory.
     """
     total = 0
     for name in names:
@@ -293,7 +301,7 @@ def _check_size(path: Path, file: Any, names: Sequence[str]) -> None:
             header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = header(opened)
             announced = opened.tell() + math.prod(shape) * dtype.itemsize
-        if announced != entry.file_size and not dtype.hasobject:  # which numpy refuses
+        if announced != entry.file_size and not dtype.hasobject:  # numpy itself refuses arrays of objects.
             raise DataError(
                 f"{path.name}: {name} announces {announced:,} bytes, {shape} of {dtype}, and has {entry.file_size:,}"
             )
@@ -308,7 +316,11 @@ def _check_size(path: Path, file: Any, names: Sequence[str]) -> None:
 
 
 def _class_of(name: str, array: str, y: np.ndarray) -> np.ndarray:
-    """Return labels as whole numbers or texts, which they must be."""
+    """Return labels as whole numbers or texts.
+
+    Raises:
+        DataError: if a label is a number that is not whole.
+    """
     if y.dtype.kind == "S":
         return np.char.decode(y, "utf-8", "replace")
     if y.dtype.kind == "f" and len(wrong := np.flatnonzero(~np.isfinite(y) | (y != np.round(y)))):
@@ -317,13 +329,13 @@ def _class_of(name: str, array: str, y: np.ndarray) -> np.ndarray:
 
 
 def _channels_first(name: str, x: np.ndarray, axes: Axes) -> np.ndarray:
-    """Return [N, C, H, W] of images [N, H, W], [N, H, W, C] or [N, C, H, W]; rows [N, S] of numbers stay.
+    """Return images [N, H, W], [N, H, W, C] or [N, C, H, W] as [N, C, H, W]; rows [N, S] of numbers are unchanged.
 
     Args:
-        axes: of one image; "": the axis of 1 or 3 at one end is that of the channels.
+        axes: order of the axes of one image; "": the first or last axis is that of the channels if its size is 1 or 3.
 
     Raises:
-        DataError: if the shape does not say which axis is which, or is not of `axes`.
+        DataError: if the shape is ambiguous, or `axes` is given and an image does not have three axes.
     """
     shape = x.shape[1:]
     if axes and len(shape) != 3:

@@ -1,9 +1,9 @@
-"""Data for causal language models that lies in a file: prompts and responses, conversations, or plain text.
+"""Data for causal language models from a file: prompts and responses, conversations, or plain text.
 
-The formats and the rules are those of `textfile`: columns are named by the user, rows are dealt by a client column or
-by a partition, rows without a value are left out and counted, and what cannot be used is refused with column and line.
-How conversations are written in files is in `conversations`; how they become tokens, and what the loss is on, is in
-`causal`.
+The formats and the rules are those of `textfile`. The user names the columns, and a client column or a partition deals
+the rows. Rows without a value are left out and counted. A value that cannot be used is refused with its column and
+line. `conversations` describes the formats of conversations in files. `causal` describes how they become tokens, and
+the tokens to which the loss applies.
 """
 
 import json
@@ -29,12 +29,12 @@ COMPANIONS = {
     "instruction": {"input": ("input",), "context": ("context",), "system": ("system",)},
     "question": {"context": ("context", "passage"), "choices": ("choices", "options")},
 }
-"""Columns without which a prompt is not whole, by the name of its column, as Alpaca, Dolly, SQuAD, MMLU and ARC have
-them: role -> names."""
+"""Columns that complete a prompt, as in Alpaca, Dolly, SQuAD, MMLU and ARC: name of the prompt's column -> role ->
+names."""
 _OPTIONAL = ("context", "input", "choices", "system")
 
 Example = tuple[str, str, str]
-"""What is given, what is to be predicted, and what keeps equal rows in one split."""
+"""The given text, the text to predict, and a key; rows with equal keys go to the same split."""
 
 
 @dataclass(frozen=True)
@@ -43,36 +43,39 @@ class LanguageData:
 
     Args:
         path: a .csv, .tsv, .json, .jsonl, .parquet or .xlsx file (text also as .gz or .zst); a folder of such files; or
-            a directory of `datasets`, or owner/name on the hub, whose splits are joined, and dealt anew.
-        prompt: column of what is asked.
-        response: column of what is to be answered.
-        context: column of a text that the prompt is about, put before it; may be empty in a row. "": the column of
-            that name where the prompt is an "instruction" or a "question"; "none": no such column is used.
-        input: column of what the prompt is to be applied to, put after it; otherwise as context.
+            a directory of `datasets`, or owner/name on the hub; their splits are joined and dealt anew.
+        prompt: column of the prompt.
+        response: column of the response to train on.
+        context: column of a text that the prompt is about, put before the prompt; may be empty in a row. "": the column
+            of that name if the prompt's column is "instruction" or "question"; "none": no such column is used.
+        input: column of the input to which the prompt applies, put after the prompt; otherwise as context.
         choices: column of the answers to choose from, put after the prompt as "A. ..."; otherwise as context.
         system: column of the system message; may be empty in a row; otherwise as context.
-        messages: instead of prompt and response, a column of conversations: lists of {role, content} (OpenAI) or of
+        messages: column of conversations, instead of prompt and response: lists of {role, content} (OpenAI) or of
             {from, value} (ShareGPT), or such lists written in JSON.
-        text: instead of both, a column of plain text; needs fit.rows blocks, documents or packed.
-        turns: of a conversation, "all" answers of the assistant, each an example with all that was said before, or
-            the "last".
-        task: name of the task; also the beginning of the clients' ids when there is no client column.
-        client: column that says which client a row belongs to; "" deals the rows by `partition`.
-        metric: "token_accuracy" (how many tokens of the answer rank first after the true ones before them; perplexity
-            is recorded beside it), or the score of generated answers, "token_f1" or "rouge2".
+        text: column of plain text, instead of both; needs fit.rows blocks, documents or packed.
+        turns: answers of the assistant to use from a conversation: "all", each as an example with all messages before
+            it, or only the "last".
+        task: name of the task; also the prefix of the clients' ids if there is no client column.
+        client: column with the client of each row; "" deals the rows by `partition`.
+        metric: "token_accuracy" (share of tokens of the answer that rank first after the true tokens before them;
+            perplexity is recorded too), or the score of generated answers, "token_f1" or "rouge2".
         partition: "iid"; "dirichlet" (skewed by `alpha`) or "pathological" (`kinds_per_client` kinds each) over the
-            values of the column `kind`; used when `client` is "".
-        kind: column of what the rows are about, for those two partitions.
-        clients: number of clients when `client` is "".
-        validation: share of a client's rows; what neither validates nor tests is for training. Each split gets at least
-            one row.
-        test: share of a client's rows, likewise.
-        separator: between the fields of a text file: one character, "tab" or "none"; "": recognised.
-        quote: around fields there: one character, or "none" where quotes are ordinary characters; "": recognised.
-        encoding: of a text file, e.g. cp1252; "": recognised.
+            values of the column `kind`; used if `client` is "".
+        kind: column with the subject of each row, for "dirichlet" and "pathological".
+        clients: number of clients if `client` is "", >= 1.
+        alpha: concentration of the Dirichlet partition, > 0; smaller is more skewed.
+        kinds_per_client: number of kinds per client under "pathological", >= 1.
+        validation: share of a client's rows for validation, in (0, 1); the rows for neither validation nor test are for
+            training. each split gets at least one row.
+        test: share of a client's rows for test, in (0, 1).
+        separator: separator between the fields of a text file: one character, "tab" or "none"; "": recognised.
+        quote: quote around the fields of a text file: one character, or "none" if quotes are ordinary characters; "":
+            recognised.
+        encoding: encoding of a text file, e.g. cp1252; "": recognised.
     """
 
-    form: ClassVar[Form] = "text-to-text"  # of the model
+    form: ClassVar[Form] = "text-to-text"  # This is the form of the model.
 
     path: Path
     prompt: str = ""
@@ -141,10 +144,11 @@ class LanguageData:
             raise ConfigError(f"data.{missing} is empty; name the columns of both, the prompt and the response")
 
     def load(self, seed: int) -> Federation:
-        """Read, check and deal the rows; equal for equal files and seeds.
+        """Read, check and deal the rows. Equal files and seeds give equal results.
 
-        Raises DataError when the file, a column or a value cannot be used, or no client has enough rows, and
-        ConfigError when no column was named.
+        Raises:
+            DataError: if the file, a column or a value cannot be used, or no client has enough rows.
+            ConfigError: if no column was named.
         """
         named = [c for c in (self.prompt, self.response, self.messages, self.text, self.client, self.kind) if c]
         named += [column for role in _OPTIONAL if (column := getattr(self, role)) not in ("", "none")]
@@ -185,7 +189,7 @@ class LanguageData:
         return Federation(clients, skipped, self.source(len(table)), names, tuple(notes))
 
     def columns(self, table: Table) -> dict[str, str]:
-        """The column of every role that is used, with those that make a prompt whole."""
+        """Return role -> column for every role that is used, including the columns that complete a prompt."""
         told = {role: getattr(self, role) for role in ("prompt", "response", *_OPTIONAL, "messages", "text")}
         companions = COMPANIONS.get(self.prompt.lower(), {})
         lower = {column.lower(): column for column in table.columns}
@@ -196,7 +200,7 @@ class LanguageData:
         return {role: column for role, column in told.items() if column not in ("", "none")}
 
     def source(self, rows: int) -> dict[str, Any]:
-        """What a run was read from: the file with its sha256, the columns, and the number of rows."""
+        """Return the origin of the data for a run's records: the file, its sha256, the columns and the row count."""
         names = ("prompt", "response", *_OPTIONAL, "messages", "text", "client", "kind", "partition")
         chosen = {name: getattr(self, name) for name in names}
         return {"type": "LanguageData", "path": str(self.path), "sha256": digest(self.path), "rows": rows, **chosen}
@@ -209,7 +213,7 @@ class LanguageData:
         return {f"{self.task}-{i:0{digits}d}": part for i, part in enumerate(parts)}
 
     def _examples(self, table: Table, columns: dict[str, str]) -> tuple[list[list[Example]], list[str]]:
-        """The examples of each row, none where something is missing, and sentences that count those rows."""
+        """Return the examples of each row, none if a value is missing, and notes that count those rows."""
         notes = []
         for role in _OPTIONAL:
             if role in columns and not getattr(self, role):
@@ -229,7 +233,7 @@ class LanguageData:
         return self._pairs(table, columns, notes), notes
 
     def _pairs(self, table: Table, columns: dict[str, str], notes: list[str]) -> list[list[Example]]:
-        """Of prompts and responses; adds to the notes."""
+        """Return the examples of prompts and responses, per row, and append to `notes`."""
         asks, responses = table.cells(self.prompt), table.cells(self.response)
         more = {role: table.filled(columns[role]) for role in ("context", "input", "system") if role in columns}
         options = table.cells(columns["choices"]) if "choices" in columns else []
@@ -257,7 +261,7 @@ class LanguageData:
 
     @staticmethod
     def _asked(value: Any, where: str) -> tuple[list[dict[str, Any]], str | None]:
-        """What was said before, and the prompt: of a list of messages, the last."""
+        """Return the earlier turns and the prompt; the prompt of a list of messages is the last message."""
         if isinstance(value, list):
             turns, _ = conversation(value, where)
             if not turns or turns[-1]["role"] != "user":
@@ -269,7 +273,7 @@ class LanguageData:
 
     @staticmethod
     def _answer(value: Any, choices: Sequence[tuple[str, str]], where: str) -> str | None:
-        """The answer: of a list of messages, its only one."""
+        """Return the answer; the answer of a list of messages is its only message."""
         if isinstance(value, list) and value and isinstance(value[0], dict):
             turns, _ = conversation(value, where)
             if [turn["role"] for turn in turns] != ["assistant"]:
@@ -278,7 +282,7 @@ class LanguageData:
         return answer_of(value, choices, where)
 
     def _conversations(self, table: Table) -> tuple[list[list[Example]], list[str]]:
-        """Of conversations."""
+        """Return the examples of conversations, per row, and notes on messages and rows that were left out."""
         examples: list[list[Example]] = []
         empty, silent = 0, []
         for row, value in enumerate(table.cells(self.messages)):
@@ -297,8 +301,11 @@ class LanguageData:
         return examples, notes
 
     def _answers(self, turns: list[dict[str, Any]]) -> list[Example]:
-        """An example for each answer of the assistant to something, or for the last; calls of tools are no answers, nor
-        are those to which OpenAI's format gives the weight 0."""
+        """Return an example for each answer of the assistant, or only for the last one.
+
+        A message at the beginning of a conversation is not an answer. Neither is a tool call, or a message with the
+        weight 0 in OpenAI's format.
+        """
         places = [i for i, t in enumerate(turns) if i and t["role"] == "assistant" and t["content"].strip()]
         places = [i for i in places if not turns[i].get("tool_calls") and turns[i].get("weight", 1) != 0]
         if not places:

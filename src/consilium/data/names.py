@@ -1,8 +1,8 @@
-"""Names of labels and clients, made from the values of every source in one way.
+"""Names of labels and clients, derived in the same way from the values of every source.
 
-A name is the characters of its value in Unicode's composed form (NFC), without blanks around them. A value that is
-missing, in any spelling that file formats and programs write, has no name. A client's name may be any text; beside it
-the client has an id, which is allowed in paths and in messages.
+A name is its value in Unicode's composed form (NFC), stripped of surrounding blanks. A missing value, in any spelling
+that file formats and programs write, has no name. A client's name may be any text. The client also has an id, which
+is allowed in paths and in messages.
 """
 
 import hashlib
@@ -20,17 +20,17 @@ __all__ = ["MISSING", "alike", "by_client", "client_ids", "name_of", "names_of",
 MISSING = frozenset(
     ("NA", "N/A", "n/a", "#N/A", "#NA", "<NA>", "NaN", "nan", "NAN", "NaT", "NULL", "Null", "null", "None", r"\N")
 )
-"""How CSV, SQL, R, pandas, Excel and Python write a value that is missing; an empty field is, too. Words that people
-write for a class of their own, such as "none" or "na", are not among them."""
+"""Spellings of a missing value in CSV, SQL, R, pandas, Excel and Python. An empty field is also missing. Words that
+people may use as the name of a class, such as "none" or "na", are not included."""
 
 _AROUND = "\u200b\u200c\u200d\u2060\ufeff"
 
 
 def name_of(value: str | None, declared: Collection[str] = ()) -> str | None:
-    """Return the name that a value of a label or client column stands for; None if it is missing.
+    """Return the name that a value of a label or client column stands for; None if the value is missing.
 
     Args:
-        declared: names that are names even if they read like a missing value.
+        declared: names that are valid even if they look like a missing value.
     """
     if value is None:
         return None
@@ -41,7 +41,7 @@ def name_of(value: str | None, declared: Collection[str] = ()) -> str | None:
 
 
 def names_of(values: Iterable[str | None], declared: Collection[str] = ()) -> list[str | None]:
-    """Return `name_of` every value."""
+    """Return `name_of` for every value."""
     known: dict[str | None, str | None] = {}
     names = []
     for value in values:
@@ -52,7 +52,7 @@ def names_of(values: Iterable[str | None], declared: Collection[str] = ()) -> li
 
 
 def without(values: Sequence[Any], rows: Iterable[int]) -> str:
-    """Return how often the values of these rows are missing, by their spellings: "empty 3, NA 2"."""
+    """Return the counts of the missing values in these rows by spelling, e.g. "empty 3, NA 2"."""
     counts = Counter(str(values[row] or "").strip() or "empty" for row in rows)
     return ", ".join(f"{spelling} {n}" for spelling, n in counts.most_common())
 
@@ -66,7 +66,7 @@ _FIGURES = str.maketrans("0O1lI", "OOlll")
 
 
 def alike(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Return the groups of names that differ only by case, blanks, accents, punctuation marks, or look-alikes."""
+    """Return the groups of names that differ only by case, blanks, hyphens, underscores, accents or look-alikes."""
     groups: dict[str, set[str]] = defaultdict(set)
     for name in names:
         latin = unicodedata.normalize("NFKD", name).translate(_TWINS)
@@ -77,10 +77,13 @@ def alike(names: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 def client_ids(names: Iterable[str]) -> dict[str, str]:
-    """Return an id for every name, unique among them: the name itself where that may be an id, else its Latin letters.
+    """Return name -> unique id: the name itself if it is a valid id, else its Latin letters and digits.
 
-    An id begins with what can be read of the name, and ends with eight digits of the name's SHA-256 where that would
-    be equal, but for case, to another id, where nothing can be read, and where the name is long.
+    The id ends with eight digits of the name's SHA-256 if it would otherwise equal another id (ignoring case), if the
+    name has no Latin letters or digits, or if the name is long.
+
+    Raises:
+        DataError: if two ids are equal nevertheless.
     """
     names = sorted(set(names))
     readable = {name: name if CLIENT_ID.fullmatch(name) else _readable(name) for name in names}
@@ -102,7 +105,7 @@ def _readable(name: str) -> str:
 
 
 def by_client(owners: Sequence[str]) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """Return the places of every client's rows by its id, and the names of the clients whose id is another text."""
+    """Return client id -> indices of its rows, and client id -> name for the clients with an id unlike their name."""
     ids = client_ids(owners)
     held: dict[str, list[int]] = defaultdict(list)
     for place, owner in enumerate(owners):
@@ -111,7 +114,7 @@ def by_client(owners: Sequence[str]) -> tuple[dict[str, list[int]], dict[str, st
 
 
 def renamed(value: Any, names: Mapping[str, str]) -> Any:
-    """Return a record (JSON) with the names of clients in place of their ids: as keys, and as the value of "client"."""
+    """Replace client ids by names in a JSON record, both as keys and as values of "client"."""
     if not names:
         return value
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
-"""Rows dealt to clients by flwr_datasets' partitioners: the only module that imports it.
+"""Partitions of rows over clients by flwr_datasets' partitioners; this is the only module that imports flwr_datasets.
 
-Where an official test set must be dealt in the same proportions as the training set (`deal`), the proportions are
-drawn first, as a table of shares; flwr_datasets has no partitioner for that.
+An official test set must be dealt in the same proportions as the training set (`deal`). For that, the proportions are
+drawn first, as a table of shares, because flwr_datasets has no such partitioner.
 """
 
 import warnings
@@ -29,12 +29,13 @@ def divide(
     each: int = 2,
     seed: int = 0,
 ) -> list[list[int]]:
-    """Indices into `labels` for each of `clients` clients; every row goes to at most one.
+    """Return the indices into `labels` of each of `clients` clients; every row goes to at most one client.
 
     iid: equal shares, shuffled. dirichlet: for each label the clients' shares are drawn from Dirichlet(alpha).
     pathological: every client holds rows of `each` labels only.
 
-    Raises DataError when there are fewer rows than clients, fewer labels than `each`, or an unknown `how`.
+    Raises:
+        DataError: if there are fewer rows than clients or fewer labels than `each`, or `how` is unknown.
     """
     if len(labels) < clients:
         raise DataError(f"{len(labels)} rows cannot be dealt to {clients} clients; ask for fewer clients")
@@ -60,7 +61,7 @@ def divide(
         raise DataError(f"partition {how!r} is unknown; use iid, dirichlet or pathological")
     partitioner.dataset = rows
     with warnings.catch_warnings():
-        # Few pathological clients leave labels out, as asked for; the partition written with a run says which.
+        # With few pathological clients some labels are left out by design; a run records its partition.
         warnings.filterwarnings("ignore", message="Classes: ", category=UserWarning)
         return [_rows(partitioner, i) for i in range(clients)]
 
@@ -73,14 +74,15 @@ def class_shares(
     each: int = 2,
     seed: int = 0,
 ) -> np.ndarray:
-    """Which share of each class's rows each client gets: float64 [clients, classes], columns sum to 1 (or to 0).
+    """Return each client's share of each class's rows: float64 [clients, classes], columns sum to 1 (or to 0).
 
-    pathological: `each` classes per client, chosen so that all classes have about as many clients; the clients of a
-    class share it in proportion to draws from U(0.4, 0.6) (Shamsian et al., pFedHN, as the pFedMoE family uses it; a
-    class is never given to a client twice, which their code may do). With few clients some classes belong to nobody.
-    dirichlet: each class's shares are drawn from Dirichlet(alpha). iid: equal shares.
+    pathological: `each` classes per client, chosen so that all classes have about the same number of clients. The
+    clients of a class share it in proportion to draws from U(0.4, 0.6) (Shamsian et al., pFedHN, as the pFedMoE family
+    uses it; a class is never given to a client twice, which their code may do). With few clients some classes have no
+    client. dirichlet: each class's shares are drawn from Dirichlet(alpha). iid: equal shares.
 
-    Raises DataError when a client shall have more classes than there are, or for an unknown `how`.
+    Raises:
+        DataError: if `each` is larger than the number of classes (pathological), or `how` is unknown.
     """
     rng = np.random.default_rng(seed)
     if how == "iid":
@@ -102,10 +104,11 @@ def class_shares(
 
 
 def deal(labels: Sequence[int], shares: np.ndarray, seed: int = 0) -> list[list[int]]:
-    """Rows of each client: those of a class, shuffled, are cut at the rounded cumulative shares.
+    """Return the rows of each client; the shuffled rows of a class are cut at the rounded cumulative shares.
 
     Args:
-        labels: class of each row, 0..classes-1. shares: [clients, classes], see `class_shares`.
+        labels: class of each row, 0..classes-1.
+        shares: [clients, classes], see `class_shares`.
     """
     rng, held = np.random.default_rng(seed), [[] for _ in shares]
     for kind in range(shares.shape[1]):

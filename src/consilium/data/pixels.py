@@ -1,6 +1,6 @@
-"""Decode image files into one array of pixels; this is the only module that imports PIL.
+"""A decoder of image files into one array of pixels; this is the only module that imports PIL.
 
-An image is what a viewer shows:
+Images are decoded as a viewer shows them:
 
     alpha, transparent colours   over white
     1, 16 and 32 bits            scaled by their type: 0 is black, the largest number of the type is white
@@ -9,8 +9,8 @@ An image is what a viewer shows:
     orientation tags             applied
     several pages or frames      refused unless `pages` says "first" or "all"; thumbnails and masks are no pages
 
-A broken file, one that would unpack to more than PIL's limit of pixels, and images of unequal size are refused by name.
-Formats are those below and no others: PIL knows some that start programs.
+A broken file, a file that would unpack to more than PIL's limit of pixels, and images of unequal size are refused; the
+error names the file. Only the formats below are read, because PIL knows some that start programs.
 """
 
 import os
@@ -36,22 +36,22 @@ ENDINGS = (
     ".png", ".apng", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".pbm", ".pgm", ".ppm", ".pnm", ".tif", ".tiff",
 )  # fmt: skip
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF")
-_NO_PAGE = 0b101  # of TIFF's NewSubfileType: a reduced copy, a transparency mask
-_SUBFILE, _BITS, _INVERTED, _SAMPLES = 254, 258, 262, 339  # tags of TIFF
+_NO_PAGE = 0b101  # These bits of TIFF's NewSubfileType mark a reduced copy and a transparency mask.
+_SUBFILE, _BITS, _INVERTED, _SAMPLES = 254, 258, 262, 339  # These are tags of TIFF.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Images of a source, those for training before those of an official test set.
+    """Images of a source, the training images first, then those of an official test set.
 
     Args:
-        x: [N, C, H, W] uint8; float32 where a source has numbers that are no pixels.
-        y: [N] int64, places in `labels`.
-        labels: names of the classes, of those alone that occur.
-        train: so many rows are for training; the others, perhaps none, are the official test set.
-        owners: client of each row; () where the source tells none.
-        source: what a run records about where it read them.
+        x: [N, C, H, W] uint8; float32 if the source has numbers that are not pixels.
+        y: [N] int64, indices into `labels`.
+        labels: names of the classes that occur.
+        train: number of rows for training; the other rows, perhaps none, are the official test set.
+        owners: client of each row; () if the source names no clients.
+        source: origin of the images, for a run's records.
     """
 
     x: np.ndarray
@@ -66,10 +66,11 @@ class Images:
 
 
 def labelled(y: np.ndarray, names: Sequence[str] | None) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Return the place of each label [N] int64 and the names of the classes that occur.
+    """Return the class index of each label, [N] int64, and the names of the classes that occur.
 
     Args:
-        y: [N] labels. names: what the numbers stand for; used if there is a name for every number.
+        y: [N] labels.
+        names: names of the classes by number; used only if every number has a name.
     """
     kinds, places = np.unique(y, return_inverse=True)
     named = (
@@ -79,12 +80,13 @@ def labelled(y: np.ndarray, names: Sequence[str] | None) -> tuple[np.ndarray, tu
 
 
 def scaled(x: np.ndarray) -> np.ndarray:
-    """Return numbers of an array of images as pixels (uint8) where they are some, else as float32.
+    """Convert an array of images to pixels (uint8) if its numbers are pixels, else to float32.
 
-    Whole numbers in 0..255 are pixels, of uint16 with larger ones those that 65535 is white of, of bool 0 and 255.
+    Integers in 0..255 are pixels. A uint16 array with larger numbers is scaled such that 65535 is white. A bool array
+    becomes 0 and 255.
 
     Raises:
-        DataError: for what are no numbers.
+        DataError: if the array does not hold numbers.
     """
     if x.dtype.kind not in "biuf":
         raise DataError(f"pixels are {x.dtype}; they must be numbers")
@@ -95,7 +97,7 @@ def scaled(x: np.ndarray) -> np.ndarray:
     if x.dtype.kind in "iu" and x.size and x.min() >= 0 and x.max() <= 255:
         return x.astype(np.uint8)
     if x.dtype == np.uint16:
-        return ((x.astype(np.uint32) * 2 + 257) // 514).astype(np.uint8)  # rounded, of x / 257
+        return ((x.astype(np.uint32) * 2 + 257) // 514).astype(np.uint8)  # This is x / 257, rounded.
     with np.errstate(over="ignore"):
         return x.astype(np.float32)
 
@@ -106,15 +108,16 @@ def stack(
     """Decode n image files one by one into one array.
 
     Args:
-        files: (what to call it in an error, a path or an open file) of each.
-        size: of a side, see `resized`; 0: as they are.
+        n: number of files.
+        files: (name for error messages, path or open file) of each.
+        size: side in pixels, see `resized`; 0: keep the size.
         pages: what to do with a file of several pages or frames: "refuse" it, take the "first" or "all".
 
     Returns:
-        The pixels [N, C, H, W] uint8, where C is 1 if all images are grey, else 3, and the images in each file.
+        The pixels [N, C, H, W] uint8, where C is 1 if all images are grey, else 3; and the number of images per file.
 
     Raises:
-        DataError: for a file that cannot be used, naming it; for two images of unequal size, naming both.
+        DataError: if a file cannot be used, or two images differ in size; the message names the files.
     """
     x, first, counts, end = np.empty((n, 0, 0, 0), np.uint8), "", [], 0
     with warnings.catch_warnings():
@@ -132,8 +135,8 @@ def stack(
                         "(width x height); give --data.size, e.g. --data.size 32"
                     )
                 if len(pixels) > x.shape[1]:
-                    x = x.repeat(3, axis=1)  # those before were grey
-                if end == len(x):  # files of several pages
+                    x = x.repeat(3, axis=1)  # All images before this one were grey.
+                if end == len(x):  # Files of several pages hold more images than there are files.
                     x = np.concatenate([x, _room(max(16, len(x) // 2), x.shape[1:])])
                 x[end] = pixels
                 end += 1
@@ -145,7 +148,7 @@ def _decode(name: str, file: Path | IO[bytes], size: int, pages: Pages) -> Itera
     refuse_pointer(file, DataError, name)
     try:
         with Image.open(file, formats=_FORMATS) as image:
-            # The further pictures in a JPEG (MPO) are previews and gain maps, which no viewer shows.
+            # The other pictures in a JPEG (MPO) are previews and gain maps, which no viewer shows.
             places = [0] if image.format == "MPO" else _pages(image)
             if len(places) > 1 and pages == "refuse":
                 raise DataError(
@@ -166,7 +169,7 @@ def _decode(name: str, file: Path | IO[bytes], size: int, pages: Pages) -> Itera
 
 
 def _pages(image: Image.Image) -> list[int]:
-    """Return the places of a file's pages or frames; of a TIFF without reduced copies and masks."""
+    """Return the indices of a file's pages or frames; a TIFF's reduced copies and masks are left out."""
     n = getattr(image, "n_frames", 1)
     if image.format != "TIFF" or n == 1:
         return list(range(n))
@@ -180,14 +183,15 @@ def _pages(image: Image.Image) -> list[int]:
 
 
 def _as_shown(name: str, image: Image.Image) -> Image.Image:
-    """Return the page that a file stands at as a viewer shows it, upright, in mode L or RGB."""
+    """Return the current page of a file as a viewer shows it: upright, in mode L or RGB."""
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith(("I", "F")):
         return Image.fromarray(_to_bytes(name, image, np.asarray(upright)))
     grey = upright.mode in ("1", "L", "LA", "La")
     if upright.has_transparency_data:
         key = upright.info.get("transparency")
-        if isinstance(key, tuple) and max(key) > 255:  # PIL keeps 8 of 16 bits of a colour, but not of this one
+        # PIL reduces 16-bit colours to 8 bits, but not the transparent colour.
+        if isinstance(key, tuple) and max(key) > 255:
             upright.info["transparency"] = tuple(value >> 8 for value in key)
         clear = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
@@ -195,7 +199,7 @@ def _as_shown(name: str, image: Image.Image) -> Image.Image:
 
 
 def _to_bytes(name: str, image: Image.Image, x: np.ndarray) -> np.ndarray:
-    """Return numbers of more than 8 bits [H, W], which were read from an image, as uint8, scaled by their type."""
+    """Scale numbers of more than 8 bits [H, W], read from an image, by the range of their type to uint8."""
     tags = getattr(image, "tag_v2", {})
     key = image.info.get("transparency")
     if image.mode == "F":
@@ -215,7 +219,7 @@ def _to_bytes(name: str, image: Image.Image, x: np.ndarray) -> np.ndarray:
                 "bits"
             )
         top = 2 ** (bits - signed) - 1
-    else:  # I;16 of any byte order, and PPM, which PIL scales to 65535
+    else:  # This is I;16 in any byte order, or PPM, which PIL scales to 65535.
         top = 65535
     grey = np.round(x.astype(np.float64) * (255 / top)).astype(np.uint8)
     if tags.get(_INVERTED) == 0:
@@ -224,9 +228,10 @@ def _to_bytes(name: str, image: Image.Image, x: np.ndarray) -> np.ndarray:
 
 
 def finite(name: str, x: np.ndarray) -> None:
-    """Raise DataError if a number of x is not finite, with its place."""
+    """Raise DataError if a number of x is not finite; the message gives its index."""
     with np.errstate(all="ignore"):
-        if np.isfinite(x.sum(dtype=np.float64)):  # cheaper than a look at each; an overflow is looked into
+        # The sum is cheaper than an elementwise check. A non-finite sum may be an overflow, so check then.
+        if np.isfinite(x.sum(dtype=np.float64)):
             return
     if len(places := np.argwhere(~np.isfinite(x))):
         place = places[0].tolist()
@@ -244,7 +249,7 @@ def _channels_first(image: Image.Image) -> np.ndarray:
 
 
 def _room(n: int, shape: tuple[int, ...]) -> np.ndarray:
-    """An array for n images, refused where the machine could not hold it."""
+    """Allocate a uint8 array for n images of this shape; raise DataError if it exceeds the machine's memory."""
     need, have = n * int(np.prod(shape)), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need > have:
         raise DataError(
@@ -255,11 +260,13 @@ def _room(n: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def resized(x: np.ndarray, size: int) -> np.ndarray:
-    """[N, C, size, size] of pixels [N, C, H, W] uint8: scaled until the shorter side fits (bilinear, smoothed), and the
-    longer one cut at both ends. size 0: as it is.
+    """Resize pixels [N, C, H, W] uint8 to [N, C, size, size].
+
+    The images are scaled until the shorter side fits (bilinear, smoothed), and the longer side is cropped at both ends.
+    size 0 returns x unchanged.
 
     Raises:
-        DataError: for numbers that are no pixels.
+        DataError: if the numbers are not pixels.
     """
     if not size or x.shape[2:] == (size, size):
         return x

@@ -1,6 +1,6 @@
-"""Room for what a file unfolds to: a small file of data may hold far more than the memory.
+"""Limits for the unpacked size of a file, because a small file may unpack to far more than the memory holds.
 
-What a file unfolds to is found before it is read, or while it is unpacked, and may take half of the free memory.
+The unpacked size is determined before a file is read, or while it is unpacked. It may take half of the free memory.
 """
 
 import bz2
@@ -26,17 +26,17 @@ PACKED: dict[str, Callable[[Path], IO[bytes]]] = {
     ".xz": lzma.open,
     ".zst": lambda path: pa.input_stream(pa.OSFile(str(path)), compression="zstd"),
 }
-"""Ending of a packed file -> how it is opened."""
+"""Ending of a compressed file -> function that opens it."""
 PART = 2**22
-"""Bytes that are unpacked at a time."""
+"""Number of bytes that are unpacked at a time."""
 WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT96": 12}
-"""Bytes of a value of a Parquet type; all others take 8, texts and bytes their own length as well."""
+"""Bytes per value of a Parquet type; all other types take 8. Texts and bytes take `OBJECT` plus their length."""
 OBJECT = 64
-"""Bytes of a text beside its characters, as Python has it."""
+"""Bytes that a Python text takes in addition to its characters."""
 
 
 def check_room(path: Path, size: int, what: str = "") -> None:
-    """Raise DataError if `size` bytes, to which a file unfolds, are more than half of the free memory."""
+    """Raise DataError if the unpacked `size` of a file, in bytes, is more than half of the free memory."""
     if size > (free := free_memory()) // 2:
         raise DataError(
             f"{path.name} has {path.stat().st_size:,} bytes and unfolds to {size:,} or more{what}; {free:,} are free, "
@@ -45,11 +45,11 @@ def check_room(path: Path, size: int, what: str = "") -> None:
 
 
 def unpack(path: Path) -> bytes:
-    """Return the content of a file, unpacked if its ending says that it is packed.
+    """Return the content of a file, unpacked if its ending is that of a compressed file.
 
     Raises:
-        DataError: as `check_room`, as soon as too much is unpacked. OSError, EOFError, ValueError, lzma.LZMAError,
-            pa.ArrowException: for a file that is no such thing.
+        DataError: as `check_room`, as soon as too much is unpacked.
+        OSError, EOFError, ValueError, lzma.LZMAError, pa.ArrowException: if the file is not valid.
     """
     opened = PACKED.get(path.suffix.lower())
     if opened is None:
@@ -64,17 +64,21 @@ def unpack(path: Path) -> bytes:
 
 
 def check_archive(path: Path) -> None:
-    """Raise DataError if a zip archive, such as an Excel workbook, unpacks to too much; zipfile reads no more of an
-    entry than it announces."""
+    """Raise DataError if a zip archive, such as an Excel workbook, unpacks to too much.
+
+    The announced sizes suffice for this check, because zipfile reads at most the announced size of an entry.
+    """
     with zipfile.ZipFile(path) as archive:
         check_room(path, sum(entry.file_size for entry in archive.infolist()))
 
 
 def check_parquet(path: Path) -> None:
-    """Raise DataError if a Parquet file unfolds to too much. Repeated values take next to no room in the file.
+    """Raise DataError if a Parquet file unpacks to too much.
+
+    A small Parquet file may do so, because repeated values take almost no space in it.
 
     Raises:
-        OSError, pa.ArrowException: for a file that is no Parquet.
+        OSError, pa.ArrowException: if the file is not a Parquet file.
     """
     with pq.ParquetFile(path) as file:
         about = file.metadata
@@ -88,12 +92,13 @@ def check_parquet(path: Path) -> None:
         most += column.num_values * longest
     rows = f" in {about.num_rows:,} rows"
     check_room(path, least, rows)
-    if least + most > free_memory() // 2:  # only if the longest value were the one that is repeated
+    # The upper bound assumes that the longest text is the one that is repeated, so count before refusing the file.
+    if least + most > free_memory() // 2:
         check_room(path, least + _repeated(path, columns), rows)
 
 
 def _repeated(path: Path, columns: list[Any]) -> int:
-    """Return the bytes of all texts of a Parquet file: it is read with each distinct value once."""
+    """Return the total bytes of the texts in a Parquet file, which is read with each distinct value only once."""
     texts = sorted({column.path_in_schema for column in columns if column.has_dictionary_page})
     total = 0
     with pq.ParquetFile(path, read_dictionary=texts) as file:
@@ -104,7 +109,7 @@ def _repeated(path: Path, columns: list[Any]) -> int:
 
 
 def _text_bytes(array: pa.Array) -> int:
-    """Return the bytes of the texts in an array, nested ones included, each as often as it is repeated."""
+    """Return the total bytes of the texts in an array, including nested ones; repeated texts count every time."""
     if pa.types.is_dictionary(array.type):
         if pa.types.is_fixed_size_binary(array.type.value_type) or not len(array.dictionary):
             return len(array) * getattr(array.type.value_type, "byte_width", 0)

@@ -26,28 +26,31 @@ _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def is_litter(name: str) -> bool:
-    """Return whether an operating system or a file server leaves files or folders of this name, or it is hidden."""
+    """Return whether a name is hidden, or that of files that operating systems and file servers leave in folders."""
     return name.startswith(".") or name.lower() in _LITTER or name.lower().startswith("thumbs.db:")
 
 
 def is_hub_name(path: Path) -> bool:
-    """Whether a path that is not there has the form owner/name."""
+    """Return whether a path has the form owner/name and does not exist."""
     return bool(_HUB.fullmatch(str(path))) and path.suffix.lower() not in _FILES and not path.exists()
 
 
 def is_directory(path: Path) -> bool:
-    """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote it."""
+    """Return whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote the directory."""
     return any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
 
 
 def located(path: Path | str) -> Path:
-    """A path as a data source keeps it: absolute, as a run may be resumed elsewhere; a hub name as it is."""
+    """Return a path as a data source stores it.
+
+    A path becomes absolute, because a run may be resumed from another folder. A name on the hub is unchanged.
+    """
     path = Path(path).expanduser()
     return path if is_hub_name(path) else path.absolute()
 
 
 def open_set(path: Path) -> Any:
-    """The `datasets.Dataset`, or the `DatasetDict` of its splits.
+    """Open a data set as a `datasets.Dataset`, or as a `DatasetDict` of its splits.
 
     Raises:
         DataError: if it cannot be read.
@@ -70,7 +73,7 @@ def open_set(path: Path) -> Any:
 
 
 def _check_directory(path: Path) -> None:
-    """Raise DataError if a directory of `datasets` names files, or holds links, that lead out of it."""
+    """Raise DataError if a directory of `datasets` names files outside of it, or has links that lead out of it."""
     refuse_outside(path, DataError)
     for file in [*path.rglob("dataset_dict.json"), *path.rglob("state.json")]:
         try:
@@ -84,7 +87,7 @@ def _check_directory(path: Path) -> None:
 
 
 def rows_of(path: Path) -> Any:
-    """All splits one after the other as one `datasets.Dataset`, with the names of classes in place of their numbers.
+    """Concatenate all splits into one `datasets.Dataset`, with the names of classes in place of their numbers.
 
     Raises:
         DataError: as `open_set`, or if the splits differ in their columns.
@@ -105,7 +108,7 @@ def rows_of(path: Path) -> Any:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, or of the files of a directory in the order of their names; "" of a name on the hub."""
+    """Return the SHA-256 of a file, or of a directory's files in the order of their paths; "" for a name on the hub."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     found = hashlib.sha256()
     for file in files:

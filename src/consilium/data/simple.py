@@ -1,9 +1,9 @@
-"""A simple model next to the federated ones: a bag of words for the texts of each client, trained alone.
+"""A simple baseline for the federated models: a bag of words for the texts of each client, trained alone.
 
-It is the score that a federation must beat to be worth its effort: TF-IDF of words and pairs of words, and logistic
-regression, by scikit-learn. Each client trains it on its own training rows. Where the data of all clients is in one
-place, which is a simulation, it is also trained on the rows of all clients of a task ("pooled"): what could be had if
-the data were brought together.
+A federation must beat its score to be worth the effort. The model is TF-IDF of words and pairs of words, and logistic
+regression, both by scikit-learn. Each client trains it on its own training rows. In a simulation, the data of all
+clients is in one place. There, the model is also trained on the rows of all clients of a task ("pooled"), which shows
+the score that would be possible if the data were brought together.
 """
 
 import warnings
@@ -16,9 +16,9 @@ __all__ = ["NAME", "simple_scores"]
 
 NAME = "bag of words"
 ROWS = 20_000
-"""Training rows of a model at most; rows are dealt in a random order, so the first ones are a sample."""
+"""Maximum number of training rows of a model. Rows are dealt in random order, so the first ones are a sample."""
 CLIENTS = 500
-"""Clients for which it is computed at most: it must stay a matter of seconds."""
+"""Maximum number of clients for which the baseline is computed, so that it takes only seconds."""
 FEATURES = 100_000
 
 
@@ -26,8 +26,8 @@ def simple_scores(federation: Federation) -> dict[str, dict[str, Any]] | None:
     """Return the scores of bags of words on each client's test data.
 
     Returns:
-        "alone" and "pooled", each client -> "score" (accuracy) and "balanced" (mean recall of the labels), in [0, 1];
-        only clients whose task is to classify texts. None if there are none, or too many.
+        "alone" and "pooled", each client -> "score" (accuracy) and "balanced" (mean recall of the labels), in [0, 1].
+        Only clients with a task of text classification are included. None if there are no such clients, or too many.
     """
     able = {
         client: data
@@ -64,7 +64,7 @@ def _fitted(texts: Sequence[str], targets: Sequence[str]) -> Any:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 return model.fit(list(texts), list(targets))
-        except ValueError:  # no words: other scripts, or signs alone
+        except ValueError:  # There are no words: the texts are in another script, or consist of signs only.
             continue
     return max(sorted(set(targets)), key=list(targets).count)
 

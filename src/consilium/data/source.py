@@ -1,13 +1,13 @@
-"""Reading the documentation that every Python installation carries, with `ast`; nothing is imported or run.
+"""A reader of the documentation in every Python installation. It uses `ast`; nothing is imported or run.
 
 A package is found through `importlib` metadata only, parsed once, and cached as JSON under `~/.cache/consilium`
-(or `$CONSILIUM_CACHE`), keyed by its version. Parsing them all is a minute of work, which `warm` shares among the
-machine's cores: `python -m consilium.data.source NAME ...` caches the named packages.
+(or `$CONSILIUM_CACHE`), keyed by its version. Parsing all packages takes a minute, and `warm` distributes this work
+over the machine's cores: `python -m consilium.data.source NAME ...` caches the named packages.
 
-A text is masked here, once and in the same way for every task, so that equal texts are equal for every task:
+Texts are masked here, once and in the same way for every task, so that equal texts are equal for every task:
 
-- every package's own name, import alias and dotted path becomes PKG (for all packages, not only the text's own:
-  otherwise the absence of a name would tell);
+- every package's own name, import alias and dotted path becomes PKG (for all packages, not only the text's own,
+  because otherwise the absence of a name would reveal the package);
 - the documented object's own name becomes NAME, and so does an identifier that contains its verb.
 """
 
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 PUBLIC = ("torch", "transformers", "sympy")
-"""Packages whose documentation no client ever holds."""
+"""Packages with only public documentation, which no client ever holds."""
 
 PACKAGES = (
     "PIL", "absl", "accelerate", "anyio", "charset_normalizer", "click", "contourpy", "datasets", "dateutil",
@@ -82,7 +82,11 @@ _FORMAT = 4
 
 @dataclass(frozen=True)
 class Doc:
-    """One documented object. `text` is masked and cut to 400 characters; `summary` is the first line, unmasked."""
+    """A documented object.
+
+    `text` is masked and cut to 400 characters. `summary` is the first paragraph as one line of at most 200 characters,
+    unmasked.
+    """
 
     package: str
     module: str
@@ -94,18 +98,18 @@ class Doc:
 
     @property
     def row(self) -> str:
-        """Where it came from, e.g. "numpy.linalg:norm"."""
+        """Return the origin of the documentation, e.g. "numpy.linalg:norm"."""
         return f"{self.module}:{self.name}"
 
     @property
     def key(self) -> str:
-        """Digest of the normalised text; documents with equal keys are copies of each other."""
+        """Return a digest of the normalised text; documents with equal keys are copies of each other."""
         normal = re.sub(r"[\W_]+", " ", self.text.lower()).strip()
         return hashlib.sha256(normal.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def words(name: str) -> list[str]:
-    """An identifier split into lower-case words: `_get_HTTPServer2` -> get, http, server2."""
+    """Split an identifier into lower-case words: `_get_HTTPServer2` -> get, http, server2."""
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|_+", " ", name.rsplit(".", 1)[-1])
     return spaced.lower().split()
 
@@ -117,10 +121,14 @@ _RULE = re.compile(r"([-=~*#^_.\"'`])\1{2,}")
 
 
 def mask(text: str, name: str) -> str:
-    """`text` without what would give the answers away (see the module docstring), whitespace collapsed, cut."""
+    """Mask the parts of `text` that would reveal the answers (see the module docstring), collapse whitespace, and cut.
+
+    Args:
+        name: name of the documented object.
+    """
     text = _RULE.sub(" ", " ".join(text.split()))[: 2 * TEXT_CHARACTERS]
     own = name.rsplit(".", 1)[-1]
-    # The plain searches in front spare compiling a pattern per name: most texts do not mention theirs.
+    # The plain searches avoid compiling a pattern per name, because most texts do not mention their own name.
     if len(own) > 2 and own in text:
         text = re.sub(rf"(?<!\w){re.escape(own)}(?!\w)", "NAME", text)
     parts = words(own)
@@ -134,12 +142,13 @@ def mask(text: str, name: str) -> str:
 
 
 def extract(source: str, package: str, module: str) -> Iterator[Doc]:
-    """Every documented function, method, class and the module itself; nested functions and tests are left out.
+    """Yield the module and every documented function, method and class in it, except nested functions and tests.
 
-    Raises SyntaxError where `ast.parse` does.
+    Raises:
+        SyntaxError: if `ast.parse` raises it.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # other people's invalid escapes
+        warnings.simplefilter("ignore")  # Other projects' code may contain invalid escapes.
         tree = ast.parse(source)
     lines = source.splitlines()
     yield from _document(tree, "module", package, module, "", lines)
@@ -190,7 +199,7 @@ def _document(node: ast.AST, kind: str, package: str, module: str, name: str, li
 
 
 def version(package: str) -> str | None:
-    """The installed version, or None when the package is not installed."""
+    """Return the installed version of a package, or None if it is not installed."""
     if package == "python":
         return platform.python_version()
     try:
@@ -202,7 +211,7 @@ def version(package: str) -> str | None:
 def _root(package: str) -> Path | None:
     if package == "python":
         return Path(sysconfig.get_path("stdlib"))
-    spec = importlib.util.find_spec(package)  # a top-level name: finds, never imports
+    spec = importlib.util.find_spec(package)  # A top-level name is found without an import.
     if spec is None or not spec.submodule_search_locations:
         return None
     return Path(next(iter(spec.submodule_search_locations)))
@@ -220,16 +229,16 @@ def _parse(package: str) -> list[Doc]:
         try:
             docs = list(extract(path.read_text(encoding="utf-8", errors="replace"), package, module))
         except (SyntaxError, ValueError, RecursionError, OSError):
-            continue  # a file for another Python, or a template: not documentation we can read
+            continue  # The file is for another version of Python, or a template, so it cannot be read.
         for doc in docs:
-            if doc.key not in seen:  # copies inside a package are kept once
+            if doc.key not in seen:  # Copies inside a package are kept once.
                 seen.add(doc.key)
                 found.append(doc)
     return found
 
 
 def cache_folder() -> Path:
-    """Return where what was read of installed packages is kept."""
+    """Return the folder of the cache for texts of installed packages."""
     return Path(os.environ.get("CONSILIUM_CACHE") or Path.home() / ".cache" / "consilium")
 
 
@@ -239,9 +248,10 @@ def _cache(package: str, ending: str) -> Path:
 
 
 def read(package: str) -> list[Doc]:
-    """All documents of an installed package, in file order, each text once. Missing package: an empty list.
+    """Return all documents of a package, in file order, each text once; an empty list if it is not installed.
 
-    Raises DataError for a package that is not in PUBLIC or PACKAGES.
+    Raises:
+        DataError: if the package is not in PUBLIC or PACKAGES.
     """
     if package not in PUBLIC and package not in PACKAGES:
         raise DataError(f"package {package!r} is not a source; use one of: {', '.join(sorted((*PUBLIC, *PACKAGES)))}")
@@ -258,7 +268,7 @@ def read(package: str) -> list[Doc]:
 
 
 def warm(packages: Sequence[str]) -> None:
-    """Cache the packages that are not cached yet, one process per core; what fails here is left to `read`."""
+    """Cache the packages that are not cached yet, with one process per core; `read` handles packages that fail here."""
     missing = [p for p in packages if version(p) is not None and not _cache(p, "json").exists()]
     workers = min(len(missing), cores())
     if workers < 2:
@@ -272,7 +282,7 @@ def warm(packages: Sequence[str]) -> None:
 
 
 def digests(package: str) -> list[str]:
-    """The keys of `read(package)`, without loading the texts when they are cached."""
+    """Return the keys of `read(package)` without loading the texts if they are cached."""
     if version(package) is None:
         return []
     docs = None if _cache(package, "json").exists() else read(package)
@@ -283,8 +293,10 @@ def digests(package: str) -> list[str]:
 
 
 def store(path: Path, rows: list) -> None:
-    """Write rows next to their place and rename the file, so that a reader never sees half of it; a home that cannot be
-    written is no error."""
+    """Write rows as JSON to a temporary file and rename it, so that a reader never sees a partial file.
+
+    A folder that is not writable is not an error; then nothing is cached.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:

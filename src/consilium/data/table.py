@@ -1,4 +1,4 @@
-"""Tables of every format, read whole or refused, as columns of characters.
+"""A reader of tables in several formats. A table is read whole or refused, and its columns hold the original text.
 
     .csv .tsv .tab          delimited text, see `dialect`
     .jsonl .ndjson .json    an object a line; an array of objects; LEAF's users and user_data
@@ -7,8 +7,9 @@
     a directory             of `datasets` (save_to_disk), or of files of one of the formats above
     owner/name              on the hub
 
-Text files may be packed as .gz, .bz2, .xz or .zst. A value is what the file says: no type is guessed for it. Where the
-format itself has types, a whole number is its digits, another number its shortest decimal form, a date in ISO 8601.
+Text files may be compressed as .gz, .bz2, .xz or .zst. Values are the text in the file; no types are guessed. If the
+format itself has types, a whole number becomes its digits, another number its shortest decimal form, and a date is
+written in ISO 8601.
 """
 
 import difflib
@@ -45,14 +46,14 @@ Cell = str | bytes | list[Any] | dict[str, Any] | None
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of a file.
+    """The rows of a file.
 
     Args:
-        name: what an error calls the file.
-        columns: name -> values, as Arrow has them, or cells as they are returned.
-        rows: how many.
-        form: what the file was recognised as, in words.
-        lines: of each row, where it begins in the file, from 1; (): the format has no lines.
+        name: name of the file for error messages.
+        columns: name -> values, as an Arrow array or as the cells that `cells` returns.
+        rows: number of rows.
+        form: recognised format of the file, in words.
+        lines: for each row, the line of the file where it begins, from 1; () if the format has no lines.
     """
 
     name: str
@@ -66,11 +67,11 @@ class Table:
 
     @property
     def column_names(self) -> list[str]:
-        """In the order of the file."""
+        """Return the names of the columns in the order of the file."""
         return list(self.columns)
 
     def require(self, columns: Iterable[str]) -> None:
-        """Raise DataError for a column that is not there, with those that are, and for a table without rows."""
+        """Raise DataError if a column is missing or the table has no rows; the message lists the columns."""
         for column in columns:
             if column not in self.columns:
                 close = difflib.get_close_matches(column, self.columns, 1)
@@ -81,19 +82,19 @@ class Table:
             raise DataError(f"{self.name} has no rows")
 
     def place(self, row: int) -> str:
-        """Where a row (from 0) is found in the file: "line 10" as an editor counts, else "row 9", from 1."""
+        """Return the place of a row (from 0) in the file: "line 10" as in an editor, or else "row 9", from 1."""
         return f"line {self.lines[row]}" if self.lines else f"row {row + 1}"
 
     def cells(self, column: str) -> list[Cell]:
-        """The values of a column: characters, None for null, lists and dicts for nested ones, bytes."""
+        """Return the values of a column: texts, None for null, lists and dicts for nested values, or bytes."""
         values = self.columns[column]
         return values if isinstance(values, list) else _cells(values)
 
     def texts(self, column: str) -> list[str | None]:
-        """The characters of every value of a column, unchanged; None for null.
+        """Return every value of a column as unchanged text; None for null.
 
         Raises:
-            DataError: for a value that is nested or binary, with its place.
+            DataError: if a value is nested or binary; the message gives its place.
         """
         values = self.cells(column)
         for row, value in enumerate(values):
@@ -105,14 +106,14 @@ class Table:
         return values  # type: ignore[return-value]
 
     def filled(self, column: str) -> list[str | None]:
-        """`texts`, with None for what is empty or blank."""
+        """Return `texts`, with None for values that are empty or blank."""
         return [text if text and not text.isspace() else None for text in self.texts(column)]
 
     def numbers(self, column: str) -> np.ndarray:
-        """The numbers of a column, float64, with nan for what is missing; decimal commas are understood.
+        """Return the numbers of a column, float64, with nan for missing values; decimal commas are understood.
 
         Raises:
-            DataError: for a value that is no finite number, or one such as "1,234" that may be two.
+            DataError: if a value is not a finite number, or is ambiguous, such as "1,234".
         """
         values = self.columns[column]
         if not isinstance(values, list) and (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
@@ -138,8 +139,11 @@ class Table:
         return numbers
 
     def _decimal_comma(self, texts: Iterable[str]) -> bool:
-        """Return whether commas of a column are decimal ones: some can be nothing else, or the file separates by ";",
-        as Excel does where commas are decimal, and no point can be nothing else."""
+        """Return whether the commas of a column are decimal commas.
+
+        They are if at least one comma can only be a decimal comma. They also are if the file is separated by ";", which
+        Excel uses in locales with decimal commas, and no point can only be a decimal point.
+        """
         texts = list(texts)
         if any(re.fullmatch(r"[+-]?\d*,(\d{1,2}|\d{4,})", text) for text in texts):
             return True
@@ -148,15 +152,15 @@ class Table:
 
 
 def number_of(text: str, comma: bool) -> float:
-    """Return the number that a text of a column with commas stands for.
+    """Return the number that a text stands for, in a column with commas.
 
     Args:
-        comma: whether commas are decimal ones there, and not between thousands.
+        comma: whether commas are decimal commas in the column, and not separators of thousands.
 
     Raises:
-        ValueError: if it stands for none, or "may be" two.
+        ValueError: if the text is not a number ("no number"), or could be either of two numbers ("may be two").
     """
-    if "_" in text:  # which Python would take
+    if "_" in text:  # Python's float would accept underscores.
         raise ValueError("no number")
     decimal, between = (",", ".") if comma else (".", ",")
     if between not in text:
@@ -173,12 +177,12 @@ def read_table(path: Path, dialect: Dialect | None = None, wanted: Iterable[str]
     """Read all rows of a file, a directory or a data set on the hub.
 
     Args:
-        dialect: of delimited text and of encodings; None: recognised.
-        wanted: columns that must be there.
+        dialect: dialect of delimited text, and encoding of text files; None: recognised.
+        wanted: columns that must exist.
 
     Raises:
-        DataError: for a missing or unreadable file, an unknown ending, no rows, or a missing column (with what there
-            is).
+        DataError: if the file is missing or unreadable, its ending is unknown, it has no rows, or a column is missing
+            (the message lists the columns).
     """
     dialect = dialect or Dialect()
     if is_directory(path) or is_hub_name(path):
@@ -195,7 +199,7 @@ def read_table(path: Path, dialect: Dialect | None = None, wanted: Iterable[str]
 
 
 def _kind(path: Path) -> str:
-    """Return the ending that tells the format, without that of packing; "" if none is known."""
+    """Return the ending of the format, without that of the compression; "" if it is unknown."""
     endings = [ending.lower() for ending in path.suffixes]
     if endings and endings[-1] in PACKED:
         endings.pop()
@@ -224,19 +228,19 @@ def _file(path: Path, dialect: Dialect) -> Table:
 
 
 def parts_of(path: Path) -> list[Path]:
-    """Return the files of a folder if all are of one format that is read, below folders too; [] otherwise."""
+    """Return the files of a folder and its subfolders if all are of one readable format; [] otherwise."""
     files = sorted(file for file in path.rglob("*") if file.is_file() and not _is_mark(file.relative_to(path)))
     kinds = {_kind(file) for file in files}
     return files if len(kinds) == 1 and "" not in kinds else []
 
 
 def _is_mark(path: Path) -> bool:
-    """Return whether a file was left by an operating system, or by a program that wrote the others."""
+    """Return whether a file holds no rows: the operating system, or the program that wrote the rows, left it there."""
     return any(is_litter(part) for part in path.parts) or bool(_MARKS.fullmatch(path.name))
 
 
 def _folder(path: Path, dialect: Dialect) -> Table:
-    """The rows of all files of a folder, one file after the other; folders called "column=value" are a column."""
+    """Read the rows of all files of a folder, one file after the other; folders named "column=value" add a column."""
     files = parts_of(path)
     if not files:
         raise DataError(f"{path} is a folder without files of rows, or of more than one kind; give {_READABLE}")
@@ -257,7 +261,7 @@ def _folder(path: Path, dialect: Dialect) -> Table:
 
 
 def _of_arrow(name: str, table: pa.Table, form: str) -> Table:
-    """An Arrow table; classes that `datasets` wrote as numbers have their names."""
+    """Convert an Arrow table; classes that `datasets` wrote as numbers are replaced by their names."""
     if len(set(table.column_names)) < len(table.column_names):
         raise DataError(f"{name} names a column twice; rename one of the two")
     columns: dict[str, pa.ChunkedArray | list[Cell]] = dict(zip(table.column_names, table.columns, strict=True))
@@ -273,7 +277,7 @@ def _of_arrow(name: str, table: pa.Table, form: str) -> Table:
 
 
 def _cells(values: pa.ChunkedArray) -> list[Cell]:
-    """Arrow's values as cells."""
+    """Convert Arrow's values to cells."""
     kind = values.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return values.to_pylist()
@@ -286,7 +290,7 @@ def _cells(values: pa.ChunkedArray) -> list[Cell]:
 
 
 def _cell(value: Any) -> Cell:
-    """A Python value as a cell."""
+    """Convert a Python value to a cell."""
     if value is None or isinstance(value, str | bytes | list | dict):
         return value
     if isinstance(value, bool):
@@ -299,7 +303,7 @@ def _cell(value: Any) -> Cell:
 
 
 def _excel(path: Path) -> Table:
-    """The one sheet that has rows."""
+    """Read the only sheet of an Excel workbook that has rows."""
     try:
         from openpyxl import load_workbook
     except ModuleNotFoundError as error:
@@ -344,11 +348,11 @@ def _excel_cell(value: Any) -> str | None:
 
 
 class _Digits(str):
-    """A number of a JSON text, in its own characters."""
+    """A number of a JSON text, with its original characters."""
 
 
 def _json(name: str, text: str) -> Table:
-    """Objects a line, an array of them, or one object that holds all, see `_object`."""
+    """Read one object per line, an array of objects, or one object that holds all rows, see `_object`."""
     if text.lstrip()[:1] == "[":
         return _objects(name, _parsed(name, text), "a JSON array", ())
     rows, lines = [], []
@@ -359,7 +363,7 @@ def _json(name: str, text: str) -> Table:
             except DataError:
                 if rows:
                     raise
-                return _object(name, _parsed(name, text))  # over several lines
+                return _object(name, _parsed(name, text))  # The object may extend over several lines.
             lines.append(number)
     if len(rows) == 1 and (".jsonl" not in name.lower() or "user_data" in rows[0]):
         return _object(name, rows[0])
@@ -391,7 +395,7 @@ def _parsed(name: str, text: str, line: int = 0) -> Any:
 
 
 def _objects(name: str, rows: Any, form: str, lines: Sequence[int]) -> Table:
-    """A table of a list of objects; a key that an object does not have is null there."""
+    """Make a table from a list of objects; a key that an object lacks is null in its row."""
     for place, row in enumerate(rows):
         if not isinstance(row, dict):
             where = f"line {lines[place]}" if lines else f"entry {place + 1}"
@@ -408,7 +412,7 @@ def _json_cell(value: Any) -> Cell:
 
 
 def _restored(value: Any) -> Any:
-    """A nested value with its numbers as numbers."""
+    """Return a nested value with its `_Digits` converted to int or float."""
     if isinstance(value, _Digits):
         return float(value) if re.search(r"[.eEI]", value) else int(value)
     if isinstance(value, dict):
@@ -417,7 +421,7 @@ def _restored(value: Any) -> Any:
 
 
 def _object(name: str, found: Any) -> Table:
-    """LEAF's JSON (users, and for each of them x and y), an object with one array of objects, or a single row."""
+    """Read LEAF's JSON (users, and x and y for each), an object with one array of objects, or an object as one row."""
     if isinstance(found, dict) and isinstance(found.get("user_data"), dict):
         rows = []
         for user, data in found["user_data"].items():

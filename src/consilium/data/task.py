@@ -1,11 +1,11 @@
-"""The types every data source returns, and how predictions are scored.
+"""The types that every data source returns, and the scores of predictions.
 
-    Task         what is asked: its form, its labels, its metric
+    Task         the form, the labels and the metric of a task
     Split        examples: texts, targets, and the row each of them came from (`tensor.TensorSplit`: of tensors)
     ClientData   one client's task and its three splits
-    Federation   all clients, those that had to be skipped, and where the data came from
+    Federation   all clients, those that had to be skipped, and the origin of the data
 
-Labels may differ from client to client though the task's name is equal: a client answers in its own label space.
+Clients with the same task name may have different labels, because a client answers in its own label space.
 """
 
 import hashlib
@@ -38,20 +38,22 @@ __all__ = [
 ]
 
 TASK_NAME = re.compile(r"[A-Za-z0-9_-]{1,58}")
-"""A task's name is a part of names of tensors (head.<task>.<label>) and of file names."""
+"""The allowed names of a task, which become parts of tensor names (head.<task>.<label>) and file names."""
 LABELS, LABEL_LENGTH = 65_536, 256
-"""Labels of a task, and characters of a label, that a federation takes."""
+"""Maximum number of labels of a task, and of characters of a label, in a federation."""
 
 Form = Literal["classification", "text-to-text", "language"]
-"""What a task asks for: a label; a text for a text; or, of a causal language model, the next token ("language"). The
-data of the last is instructions, whose texts are conversations in JSON (lists of {"role", "content"}) and whose targets
-are the answers that follow, or plain text, whose texts are empty and whose targets are the documents."""
+"""The output of a task: a label; a text for a text; or, for a causal language model, the next token ("language").
+
+The data of a "language" task is instructions or plain text. For instructions, the texts are conversations in JSON
+(lists of {"role", "content"}) and the targets are the answers that follow. For plain text, the texts are empty and the
+targets are the documents."""
 Metric = Literal["accuracy", "token_f1", "rouge2", "token_accuracy"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a client is asked. `labels` is empty except for classification; `metric` is in [0, 1], higher is better."""
+    """The task of a client. `labels` is empty except for classification; `metric` is in [0, 1], higher is better."""
 
     name: str
     form: Form
@@ -70,13 +72,13 @@ class Task:
 
     @property
     def model_form(self) -> str:
-        """The form of a model that does this task."""
+        """Return the form of a model that does this task."""
         return "text-to-text" if self.form == "language" else self.form
 
 
 @dataclass(frozen=True)
 class Split:
-    """Examples: `targets[i]` (a label, or a text) answers `texts[i]`, which was row `rows[i]` of the source."""
+    """Examples: `targets[i]` (a label, or a text) is the answer to `texts[i]`, from row `rows[i]` of the source."""
 
     texts: list[str]
     targets: list[str]
@@ -91,17 +93,17 @@ class Split:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one example; a text has none."""
+        """Return the shape of one example, which is () for a text."""
         return ()
 
     def examples(self) -> Iterable[tuple[str, str]]:
-        """Source and target of every example, for the fingerprint."""
+        """Return the source and the target of every example, for the fingerprint."""
         return zip(self.texts, self.targets, strict=True)
 
 
 @dataclass(frozen=True)
 class ClientData:
-    """One client's data: the three splits share no text, and classification targets are all in `task.labels`."""
+    """One client's data. The three splits share no text, and all classification targets are in `task.labels`."""
 
     task: Task
     train: "Split | TensorSplit"
@@ -118,18 +120,20 @@ class ClientData:
                 raise DataError(f"labels {sorted(strangers)} are not among {list(self.task.labels)}")
 
     def splits(self) -> "list[tuple[str, Split | TensorSplit]]":
-        """The three splits with their names, in the order train, validation, test."""
+        """Return the three splits with their names, in the order train, validation, test."""
         return [("train", self.train), ("validation", self.validation), ("test", self.test)]
 
 
 @dataclass(frozen=True)
 class Federation:
-    """All clients.
+    """All clients of a federation.
 
     Args:
-        clients: by id, sorted. skipped: id -> why it takes no part. source: what the data was read from.
-        names: id -> name, of the clients whose name is another text than their id.
-        notes: what a user must know about the reading: rows that were left out and why, names that look alike.
+        clients: id -> data, sorted by id.
+        skipped: id -> reason why the client takes no part.
+        source: origin of the data.
+        names: id -> name, for the clients with a name that differs from their id.
+        notes: facts that a user must know about the data: rows that were left out and why, names that look alike.
     """
 
     clients: dict[str, ClientData]
@@ -147,8 +151,11 @@ class Federation:
         object.__setattr__(self, "clients", dict(sorted(self.clients.items())))
 
     def partition(self) -> dict[str, Any]:
-        """Who holds what, as JSON: per client the task, labels, sizes, counts of labels, and the rows of each split;
-        the names of clients whose id is another text; the notes."""
+        """Return the partition as JSON.
+
+        It holds per client the task, labels, sizes, counts of labels, and the rows of each split; the skipped clients;
+        the names of clients with a different id; the notes; and the fingerprint.
+        """
         clients = {}
         for name, data in self.clients.items():
             targets = [t for _, split in data.splits() for t in split.targets]
@@ -170,12 +177,12 @@ class Federation:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one example, the same for all clients; () for texts."""
+        """Return the shape of one example, which is the same for all clients; () for texts."""
         return next(iter(self.clients.values())).train.shape
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) over every client's task, texts and targets: equal if and only if the data is."""
+        """Return the sha256 (hex) of every client's task, texts and targets; it is equal if and only if the data is."""
         digest = hashlib.sha256()
         for name, data in self.clients.items():
             for part in (name, data.task.name, *data.task.labels):
@@ -189,14 +196,14 @@ class Federation:
 
 
 def _feed(digest: "hashlib._Hash", text: str) -> None:
-    # The length in front keeps ("ab", "c") apart from ("a", "bc").
+    # The length prefix distinguishes ("ab", "c") from ("a", "bc").
     data = text.encode("utf-8", "surrogatepass")
     digest.update(f"{len(data)}:".encode())
     digest.update(data)
 
 
 def check_labels(labels: Sequence[Any]) -> None:
-    """Raise DataError unless labels can be shown and written by others: unique, short, without control characters."""
+    """Raise DataError unless labels are safe to show and to write: unique, short, without control characters."""
     if len(labels) > LABELS:
         raise DataError(f"the task has {len(labels)} labels; at most {LABELS} are allowed")
     for label in labels:
@@ -209,7 +216,7 @@ def check_labels(labels: Sequence[Any]) -> None:
 
 
 def _controls(char: str) -> bool:
-    """Return whether a character controls how text is shown: a line break, an escape, a change of direction."""
+    """Return whether a character controls the display of text: a line break, an escape, a change of direction."""
     return unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or char in _TURNS
 
 
@@ -217,9 +224,12 @@ _TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 def pooled(federation: Federation, task: str) -> ClientData:
-    """All clients of one task as if they were one site: the central comparison that a federation cannot have.
+    """Pool all clients of one task as if they were one site, for a central comparison that no real federation can make.
 
-    Labels are the union in sorted order. Raises DataError when no client has the task.
+    The labels are the union in sorted order.
+
+    Raises:
+        DataError: if no client has the task.
     """
     members = [data for data in federation.clients.values() if data.task.name == task]
     if not members:
@@ -241,12 +251,14 @@ def pooled(federation: Federation, task: str) -> ClientData:
 
 
 def score(metric: Metric, predictions: Sequence[str], targets: Sequence[str]) -> float:
-    """Mean score over examples, in [0, 1].
+    """Return the mean score over examples, in [0, 1].
 
     accuracy: share of exact matches. token_f1: the F1 of SQuAD (words without case, articles and punctuation).
     rouge2: F-measure of bigram overlap, stemmed, by the rouge_score package.
 
-    Raises DataError for unequal lengths or no example, ConfigError for an unknown metric.
+    Raises:
+        DataError: if the lengths are unequal, or there is no example.
+        ConfigError: if the metric is unknown.
     """
     if len(predictions) != len(targets):
         raise DataError(f"{len(predictions)} predictions for {len(targets)} targets: give one prediction per target")
@@ -268,7 +280,7 @@ def score(metric: Metric, predictions: Sequence[str], targets: Sequence[str]) ->
 
 
 def recalls(predictions: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
-    """Return the share of the examples of each label in `targets` that are predicted to have it, in [0, 1]."""
+    """Return the recall of each label in `targets`: the share of its examples with a correct prediction, in [0, 1]."""
     found: dict[str, list[float]] = {}
     for prediction, target in zip(predictions, targets, strict=True):
         found.setdefault(target, []).append(float(prediction == target))
@@ -276,12 +288,12 @@ def recalls(predictions: Sequence[str], targets: Sequence[str]) -> dict[str, flo
 
 
 def balanced(found: Mapping[str, float]) -> float:
-    """Return the balanced accuracy, the mean of `recalls`: every label counts alike, however rare it is."""
+    """Return the balanced accuracy, the mean of `recalls`; every label has the same weight, even a rare one."""
     return sum(found.values()) / len(found)
 
 
 def token_f1(prediction: str, target: str) -> float:
-    """SQuAD's F1 of one answer: harmonic mean of word precision and recall after normalisation, in [0, 1].
+    """Return SQuAD's F1 of one answer: the harmonic mean of word precision and recall after normalisation, in [0, 1].
 
     Two answers that are both empty after normalisation agree (1.0), as in SQuAD v2.
     """

@@ -1,9 +1,10 @@
-"""Chat templates, run in a process of their own with limits of time and memory.
+"""Chat templates, run in a separate process with limits of time and memory.
 
-A chat template is a program (Jinja) that comes with a model. transformers runs it in Jinja's sandbox, which keeps it
-from files and from Python's own objects, but not from loops that never end or from texts that fill the memory. So this
-module starts one process (`python -m consilium.data.template`) that renders, and that the operating system ends when
-one conversation takes more than `SECONDS` of CPU time. It serves all calls of this process, and ends with it.
+A chat template is a program (Jinja) that comes with a model. transformers runs it in Jinja's sandbox, which denies
+access to files and to Python's own objects. The sandbox does not prevent infinite loops, or texts that fill the memory.
+Therefore this module starts one process that renders (`python -m consilium.data.template`). The operating system ends
+that process when one conversation takes more than `SECONDS` of CPU time. It serves all calls of the process that
+started it, and ends with it.
 """
 
 import atexit
@@ -28,22 +29,22 @@ if TYPE_CHECKING:
 __all__ = ["SECONDS", "close", "render"]
 
 SECONDS = 10
-"""CPU time in which a template must have written a conversation."""
+"""Maximum CPU time, in seconds, that a template may take for one conversation."""
 MEMORY = 2**30
-"""Bytes that a template may use beyond what its process has at the start."""
+"""Maximum number of bytes that a template may use, in addition to the memory of its process at the start."""
 LONGEST = 2**24
-"""Characters of a conversation as a template writes it, at most."""
+"""Maximum number of characters of a rendered conversation."""
 AT_ONCE = 64
-"""Conversations in one request to the process."""
+"""Maximum number of conversations in one request to the process."""
 
 Conversation = Sequence[Mapping[str, Any]]
 
 
 def render(jobs: Sequence[tuple[Conversation, bool]], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """Write conversations by a tokenizer's chat template.
+    """Render conversations with a tokenizer's chat template.
 
     Args:
-        jobs: messages, and whether the mark after which an answer begins follows them.
+        jobs: messages, and whether to append the mark after which an answer begins.
 
     Raises:
         DataError: if the template refuses a conversation, takes too long, needs too much memory or writes too much.
@@ -72,7 +73,7 @@ def _plain(value: Any) -> Any:
 
 
 class _Process:
-    """The process that renders; it is started at the first request, and again after it was ended."""
+    """The process that renders. It is started at the first request, and restarted after it has ended."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -80,7 +81,7 @@ class _Process:
         self._owner = 0
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the texts, and in "error" why there are fewer than conversations were given."""
+        """Send a request; return the "texts", and the reason as "error" if a conversation could not be rendered."""
         with self._lock:
             process = self._started()
             assert process.stdin is not None and process.stdout is not None
@@ -106,7 +107,7 @@ class _Process:
     def _started(self) -> "subprocess.Popen[str]":
         if self._running is None or self._running.poll() is not None or self._owner != os.getpid():
             self._forget()
-            self._owner = os.getpid()  # a forked process must not share its parent's pipes
+            self._owner = os.getpid()  # A forked process must not share its parent's pipes.
             self._running = subprocess.Popen(
                 [sys.executable, "-P", "-m", "consilium.data.template"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
@@ -114,7 +115,7 @@ class _Process:
         return self._running
 
     def close(self) -> None:
-        """End the process; it would end with this one anyway."""
+        """End the process that renders; it would also end when the current process ends."""
         if self._running is not None and self._owner == os.getpid():
             self._running.kill()
             self._running.wait()
@@ -123,7 +124,7 @@ class _Process:
     def _forget(self) -> None:
         for pipe in (self._running.stdin, self._running.stdout) if self._running else ():
             if pipe is not None:
-                with contextlib.suppress(OSError):  # what was still to be written to a process that has ended
+                with contextlib.suppress(OSError):  # Closing flushes data to a process that may have ended.
                     pipe.close()
         self._running = None
 
@@ -142,7 +143,7 @@ atexit.register(close)
 
 
 def _serve() -> None:
-    """Answer each line of stdin: a line {"text"} per conversation, then {} or {"error"}."""
+    """Answer each line of stdin with one line {"text"} per conversation, then {} or {"error"}."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     size = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0])
@@ -154,7 +155,7 @@ def _serve() -> None:
 
 
 def _written(request: Mapping[str, Any], render_template: Any) -> str | None:
-    """Write the texts of a request's conversations to stdout; return why one could not be written."""
+    """Write the rendered conversations of a request to stdout; return the reason if one could not be rendered."""
     for messages, prompt in request["jobs"]:
         used = resource.getrusage(resource.RUSAGE_SELF)
         spent = int(used.ru_utime + used.ru_stime) + 1
@@ -170,7 +171,7 @@ def _written(request: Mapping[str, Any], render_template: Any) -> str | None:
             return (
                 f"needs more than {MEMORY / 1e9:.1f} GB for a conversation of ROLES; take a model with another template"
             )
-        except Exception as error:  # a template is a program, and may raise anything
+        except Exception as error:  # A template is a program and may raise any exception.
             return f"refuses a conversation of ROLES: {one_line(first_line(error), 300)}"
         if len(text) > request["longest"]:
             most = f"at most {request['longest']:,} are allowed"

@@ -1,4 +1,4 @@
-"""Images, tables and token ids: one tensor for the data set, and for every client and split the rows it holds of it.
+"""Images, tables and token ids as tensors: one tensor for the data set, and row indices for every client and split.
 
 Shapes: N rows of the data set, n of a split, B of a batch, *S the shape of one example ((C, H, W) or (columns,)).
 """
@@ -33,20 +33,20 @@ __all__ = [
 Augment = Literal["none", "crop", "flip", "crop-flip"]
 AUGMENTATIONS: tuple[Augment, ...] = get_args(Augment)
 PADDING = 4
-"""Pixels that "crop" pads on every side before it cuts a window of the old size, as is usual for CIFAR."""
+"""Number of pixels that "crop" pads on every side before it cuts a window of the old size, as is usual for CIFAR."""
 
 
 @dataclass(frozen=True, eq=False)
 class TensorSplit:
-    """Rows of a data set that all splits share; nothing is copied until a batch is asked for.
+    """Rows of a data set that all splits share. Data is copied only when a batch is made.
 
     Args:
-        x: [N, *S] float32, or uint8 pixels, which a batch turns into float32 in [-1, 1], or token ids [N, L] int64.
-        y: [N] int64, places in `labels`.
+        x: [N, *S] float32, or uint8 pixels, which a batch converts to float32 in [-1, 1], or token ids [N, L] int64.
+        y: [N] int64, indices into `labels`.
         index: [n] int64, the rows of this split.
         labels: names of the classes.
-        cut: rows that were longer as texts (`of_texts`); nothing of an image or a row of a table is ever cut off.
-        augment: what is done to training batches alone, see `augmented`.
+        cut: number of truncated texts (`of_texts`); images and rows of tables are never truncated.
+        augment: augmentation of training batches only, see `augmented`.
     """
 
     x: Tensor
@@ -67,40 +67,40 @@ class TensorSplit:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """*S."""
+        """Return the shape *S of one example."""
         return tuple(self.x.shape[1:])
 
     @cached_property
     def targets(self) -> list[str]:
-        """Label name per example."""
+        """Return the label name of each example."""
         return [self.labels[i] for i in self.y[self.index].tolist()]
 
     @property
     def texts(self) -> list[str]:
-        """What `evaluate` compares predictions with, as in `encode.Encoded`: the label names."""
+        """Return the label names, with which `evaluate` compares predictions, as in `encode.Encoded`."""
         return self.targets
 
     @property
     def rows(self) -> list[str]:
-        """Row of the data set per example."""
+        """Return the row of the data set of each example."""
         return [str(i) for i in self.index.tolist()]
 
     def examples(self) -> Iterable[tuple[str, str]]:
-        """SHA-256 of an example's bits, and its label, for the fingerprint."""
+        """Yield the SHA-256 of each example's bytes, and its label, for the fingerprint."""
         for row, target in zip(self.index.tolist(), self.targets, strict=True):
             yield hashlib.sha256(self.x[row].contiguous().view(torch.uint8).numpy().tobytes()).hexdigest(), target
 
     def order(self) -> list[int]:
-        """All rows; tensors need no sorting by length."""
+        """Return all rows in order, because tensors need no sorting by length."""
         return list(range(len(self)))
 
     def batch(self, rows: Sequence[int] | Tensor, device: torch.device) -> dict[str, Tensor]:
-        """`x` [B, *S] float32 (of texts [B, L] int64) and `labels` [B] int64 of these places in the split."""
+        """Return `x` [B, *S] float32 (for texts [B, L] int64) and `labels` [B] int64 at these indices of the split."""
         return self.at(self.index.index_select(0, torch.as_tensor(rows)), device)
 
     def at(self, rows: Tensor, device: torch.device) -> dict[str, Tensor]:
-        """`x` and `labels` of these rows of the data set, of any shape."""
-        # Not `x[rows]`, which on a CPU goes through the pixels one by one.
+        """Return `x` and `labels` of these rows of the data set; `rows` may have any shape."""
+        # This avoids `x[rows]`, which on a CPU copies the pixels one by one.
         x = self.x.index_select(0, rows.flatten().to(self.x.device)).view(*rows.shape, *self.shape)
         x = self._seen(x.to(device))
         x = x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x
@@ -110,21 +110,24 @@ class TensorSplit:
         return x
 
     def augmented(self, seed: int) -> "TensorSplit":
-        """The split whose batches are augmented by draws from this seed, in the order they are asked for: for one call
-        of `training.fit`. Itself where `augment` is "none"."""
+        """Return this split with augmented batches, for one call of `training.fit`.
+
+        The augmentation is drawn from the seed, in the order in which batches are made. If `augment` is "none", the
+        split itself is returned.
+        """
         if self.augment == "none":
             return self
         given = {f.name: getattr(self, f.name) for f in fields(TensorSplit)}
         return Augmented(**given, generator=torch.Generator().manual_seed(seed))
 
     def epochs(self, epochs: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """Rows of each batch [B] int64: `epochs` shuffled passes, the last batch of a pass may be short."""
+        """Yield the rows [B] int64 of each batch in `epochs` shuffled passes; the last batch of a pass may be short."""
         for _ in range(epochs):
             yield from torch.randperm(len(self), generator=generator).split(batch_size)
 
 
 def of_texts(tokens: Encoded, labels: tuple[str, ...], length: int) -> TensorSplit:
-    """Rows of token ids as one tensor x, int64 [N, length], filled up with the padding id at the end."""
+    """Return a split with the token ids as one tensor x, int64 [N, length], padded with the padding id at the end."""
     x = torch.full((len(tokens), length), tokens.pad, dtype=torch.int64)
     for row, ids in zip(x, tokens.sources, strict=True):
         row[: len(ids)] = torch.tensor(ids)
@@ -133,7 +136,10 @@ def of_texts(tokens: Encoded, labels: tuple[str, ...], length: int) -> TensorSpl
 
 @dataclass(frozen=True, eq=False)
 class Augmented(TensorSplit):
-    """A split for training: every batch is another draw from `generator` (on the CPU: equal bits on every device)."""
+    """A split for training with augmented batches.
+
+    Every batch draws from `generator`, which is on the CPU so that all devices get equal bits.
+    """
 
     generator: torch.Generator = field(default_factory=torch.Generator)
 
@@ -142,10 +148,10 @@ class Augmented(TensorSplit):
 
 
 def crop_flip(x: Tensor, how: Augment, generator: torch.Generator) -> Tensor:
-    """Images [B, C, H, W], uint8 or float32, each cut and turned by draws of its own; on the device of x.
+    """Crop and flip images [B, C, H, W], uint8 or float32, with separate draws for each image, on the device of x.
 
-    "crop": the window of H x W of the image padded by 4 black pixels (0, of float32 in [-1, 1]: -1) whose corner is
-    drawn from {0..8}^2. "flip": then mirrored left to right with probability 1/2.
+    "crop": pad the image by 4 black pixels (0, or -1 for float32 in [-1, 1]) and take a window of H x W with a corner
+    drawn from {0..8}^2. "flip": then mirror the image left to right with probability 1/2.
     """
     B, C, H, W = x.shape
     rows, columns = torch.arange(H).expand(B, H), torch.arange(W).expand(B, W)
@@ -175,12 +181,18 @@ def federation(
     names: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
 ) -> Federation:
-    """Clients over one tensor; who has too few rows for three splits is skipped, with the reason.
+    """Make a federation of clients over one tensor.
+
+    A client with too few rows for three splits is skipped, and the reason is recorded.
 
     Args:
-        train: client -> rows to learn from. test: client -> rows of an official test set; None: cut from `train`.
-        shares: of a client's rows, per class, for validation and (without an official test set) for test.
-        seed: of the cut, with the client's name. augment: of training batches. names, notes: see `Federation`.
+        train: client -> rows to learn from.
+        test: client -> rows of an official test set; None: cut from `train`.
+        shares: shares of a client's rows, per class, for validation and (without an official test set) for test.
+        seed: seed of the splits, together with the client's name.
+        augment: augmentation of training batches.
+        names: see `Federation`.
+        notes: see `Federation`.
     """
     clients, skipped = {}, {}
     for name, rows in train.items():
@@ -197,10 +209,11 @@ def federation(
 
 
 def cut(rows: Sequence[int], y: Tensor, shares: Sequence[float], rng: random.Random) -> list[list[int]]:
-    """Rows for training and for each of `shares`, class by class, so that all parts have the same mixture.
+    """Split rows into one part for training and one for each of `shares`, class by class.
 
-    A class gives a part at least one row as long as one is left to train on; of a single row, it trains. A part that
-    nevertheless gets none is given a row of the largest of the others but training, if that has two.
+    All parts have the same mixture of classes. Every part gets at least one row of a class, as long as one row is left
+    for training; a single row is for training. A part that gets no row at all takes one from the largest of the parts
+    other than training, if that has at least two.
     """
     classes = defaultdict(list)
     for row in sorted(rows):
@@ -221,8 +234,10 @@ def cut(rows: Sequence[int], y: Tensor, shares: Sequence[float], rng: random.Ran
 
 
 def on_device(federation: Federation, device: torch.device) -> Federation:
-    """The same clients over tensors on the device, where all of them fit into a quarter of its free memory; on a CPU,
-    and for texts, the federation as it is."""
+    """Return the same clients with tensors on the device, if all tensors fit into a quarter of its free memory.
+
+    Otherwise, on a CPU, and for texts, the federation is returned unchanged.
+    """
     splits = [split for data in federation.clients.values() for _, split in data.splits()]
     if device.type != "cuda" or not all(isinstance(split, TensorSplit) for split in splits):
         return federation

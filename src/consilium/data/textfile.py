@@ -1,7 +1,7 @@
-"""Any data set of texts that lies in a file, see `table` for the formats, or on the hub.
+"""Data sets of texts from a file (see `table` for the formats) or from the hub.
 
-Columns are named by the user. Rows are dealt to clients by a client column, or by a partition. A row whose text, label
-or client is missing is left out, and counted; what cannot be used otherwise is refused with the column and the line.
+The user names the columns. Rows are dealt to clients by a client column, or by a partition. A row without text, label
+or client is left out and counted. Any other value that cannot be used is refused with its column and line.
 """
 
 import difflib
@@ -26,36 +26,39 @@ __all__ = ["TextFileData", "cut", "look_alikes", "read_columns", "usable"]
 
 @dataclass(frozen=True)
 class TextFileData:
-    """Clients whose data lies in one file.
+    """Clients with data from one file.
 
     Args:
         path: a .csv, .tsv, .json, .jsonl, .parquet or .xlsx file (text also as .gz or .zst); a folder of such files; or
-            a directory of `datasets`, or owner/name on the hub, whose splits are joined, and dealt anew.
+            a directory of `datasets`, or owner/name on the hub; their splits are joined and dealt anew.
         text: column of the input text.
-        target: column of the label (classification; `--data.label` is taken too) or of the answer (text-to-text).
+        target: column of the label (classification; `--data.label` is accepted too) or of the answer (text-to-text).
         form: "classification" or "text-to-text".
-        task: name of the task; also the beginning of the clients' ids when there is no client column.
-        client: column that says which client a row belongs to; "" deals the rows by `partition`.
-        labels: the labels that all clients answer in; others are refused. (): those that the file has. Sites that hold
-            files of their own need them to answer in the labels of all.
-        metric: "" is accuracy for classification and token_f1 for text-to-text; "rouge2" for summaries.
+        task: name of the task; also the prefix of the clients' ids if there is no client column.
+        client: column with the client of each row; "" deals the rows by `partition`.
+        labels: labels in which all clients answer; others are refused. (): the labels in the file. sites with files of
+            their own must set them to answer in the labels of all sites.
+        metric: "": accuracy for classification and token_f1 for text-to-text; "rouge2": for summaries.
         partition: "iid", "dirichlet" (label skew by `alpha`) or "pathological" (`labels_per_client` labels each);
-            used when `client` is "". Text-to-text has no labels, so only "iid".
-        clients: number of clients when `client` is "".
-        validation: share of a client's rows; what neither validates nor tests is for training. Each split gets at least
-            one row.
-        test: share of a client's rows, likewise.
-        where: "COLUMN=VALUE" uses the rows with that value alone; "" all.
-        rows: so many of the rows at most, drawn by the seed; 0: all.
-        own_labels: a client answers in those labels alone that it has training rows of, and is tested on them; by
-            default every client answers in all labels of the federation.
-        common: every client is tested on an equal part of `test` of the rows used, drawn evenly before the rest is
-            dealt: the mean score is then that of one test set for all.
-        smallest: a label with fewer rows is left out, with its rows; with `own_labels` a label with fewer training
-            rows at a client, there.
-        separator: between the fields of a text file: one character, "tab" or "none"; "": recognised.
-        quote: around fields there: one character, or "none" where quotes are ordinary characters; "": recognised.
-        encoding: of a text file, e.g. cp1252; "": recognised.
+            used if `client` is "". text-to-text has no labels, so it takes only "iid".
+        clients: number of clients if `client` is "", >= 1.
+        alpha: concentration of the Dirichlet partition, > 0; smaller is more skewed.
+        labels_per_client: number of labels per client under "pathological", >= 2.
+        validation: share of a client's rows for validation, in (0, 1); the rows for neither validation nor test are for
+            training. each split gets at least one row.
+        test: share of a client's rows for test, in (0, 1).
+        where: "COLUMN=VALUE" uses only the rows with that value; "": all rows.
+        rows: maximum number of rows to use, drawn by the seed, >= 0; 0: all.
+        own_labels: let each client answer only in the labels of its own training rows, and test it on these; by default
+            every client answers in all labels of the federation.
+        common: draw a share `test` of the rows used before the rest is dealt, and test every client on an equal part of
+            it; the mean score is then the score on one test set for all.
+        smallest: minimum number of rows of a label, >= 1; a label with fewer is left out, with its rows. with
+            `own_labels`, also the minimum number of training rows at a client.
+        separator: separator between the fields of a text file: one character, "tab" or "none"; "": recognised.
+        quote: quote around the fields of a text file: one character, or "none" if quotes are ordinary characters; "":
+            recognised.
+        encoding: encoding of a text file, e.g. cp1252; "": recognised.
     """
 
     path: Path
@@ -115,9 +118,10 @@ class TextFileData:
             raise ConfigError(f"task {self.task!r}: use 1 to 58 of letters, digits, '_', '-'")
 
     def load(self, seed: int) -> Federation:
-        """Read, check and deal the rows; equal for equal files and seeds.
+        """Read, check and deal the rows. Equal files and seeds give equal results.
 
-        Raises DataError when the file, a column, a value or a label cannot be used, or no client has enough rows.
+        Raises:
+            DataError: if the file, a column, a value or a label cannot be used, or no client has enough rows.
         """
         column, _, value = self.where.partition("=")
         named = [c for c in (self.text, self.target, self.client, column) if c]
@@ -182,7 +186,7 @@ class TextFileData:
         labels: Sequence[str],
         names: Mapping[str, str],
     ) -> list[str]:
-        """What of the labels and the clients is missing, in sentences."""
+        """Return notes, as sentences, on the labels and the clients that are left out."""
         notes = []
         if rare:
             which = ", ".join(f"{label!r}" for label in sorted(rare)[:5]) + (", ..." if len(rare) > 5 else "")
@@ -203,10 +207,10 @@ class TextFileData:
         return notes
 
     def source(self, rows: int) -> dict[str, Any]:
-        """What a run was read from: the file with its sha256, the columns, and the number of rows.
+        """Return the origin of the data for a run's records: the file, its sha256, the columns and the row count.
 
-        `load` adds "used", the rows that `where` and `rows` leave, and "left_out": client -> rows of labels too rare
-        there to be trained and tested.
+        `load` adds "used", the number of rows that `where` and `rows` select, and "left_out": client -> number of rows
+        with labels that are too rare to be trained and tested at that client.
         """
         chosen = {k: getattr(self, k) for k in ("text", "target", "client", "form", "partition", "where")}
         return {"type": "TextFileData", "path": str(self.path), "sha256": digest(self.path), "rows": rows, **chosen}
@@ -241,7 +245,10 @@ class TextFileData:
         rng: random.Random,
         common: list[int],
     ) -> list[list[int]]:
-        """One client's rows for training, validation and test, or `common` for test; equal texts go to one split."""
+        """Split one client's rows into training, validation and test, or take `common` for test.
+
+        Rows of equal text go to the same split.
+        """
         if self.own_labels and self.form == "classification":
             counts = Counter(targets[row] for row in rows)
             rows = [row for row in rows if counts[targets[row]] >= self.smallest]
@@ -254,7 +261,7 @@ class TextFileData:
     def _client(
         self, parts: list[list[int]], texts: Sequence[str], targets: Sequence[str], labels: tuple[str, ...], rows: int
     ) -> ClientData | str:
-        """One client's data; a string says why it has none."""
+        """Return one client's data, or a string with the reason why it has none."""
         if not rows:
             return "no rows"
         if any(not part for part in parts):
@@ -281,10 +288,10 @@ def _rows(n: int) -> str:
 
 
 def usable(table: Table, needed: Mapping[str, Sequence[str | None]]) -> tuple[list[int], list[str]]:
-    """Return the rows in which none of the columns is missing, and sentences that count the others.
+    """Return the rows that have a value in every needed column, and notes that count the others.
 
     Args:
-        needed: column -> a value a row, None where it is missing.
+        needed: column -> one value per row, None if it is missing.
 
     Raises:
         DataError: if no row is left.
@@ -305,7 +312,7 @@ def usable(table: Table, needed: Mapping[str, Sequence[str | None]]) -> tuple[li
 
 
 def look_alikes(names: Mapping[str, Collection[str]]) -> list[str]:
-    """Return a sentence for each kind of names (labels, clients) of which some differ only in how they are written."""
+    """Return a note for each kind of names (labels, clients) if some of them differ only in spelling."""
     notes = []
     for kind, told in names.items():
         if groups := alike(told):
@@ -318,13 +325,20 @@ def look_alikes(names: Mapping[str, Collection[str]]) -> list[str]:
 
 
 def read_columns(path: Path, wanted: Sequence[str]) -> dict[str, list[str | None]]:
-    """Return the characters of the wanted columns, an entry a row, None for null; raises as `read_table`."""
+    """Return the texts of the wanted columns, one entry per row, None for null.
+
+    Raises:
+        DataError: as `read_table`, or if a value is nested or binary.
+    """
     table = read_table(path, None, wanted)
     return {column: table.texts(column) for column in wanted}
 
 
 def cut(rows: list[int], texts: Sequence[str], validation: float, test: float, rng: random.Random) -> list[list[int]]:
-    """Rows for training, validation and test; rows of equal text stay together. A share of 0 is no row."""
+    """Split rows into training, validation and test; rows of equal text stay together.
+
+    Texts are equal if they differ only by case and whitespace. A share of 0 gives no rows.
+    """
     groups = defaultdict(list)
     for row in rows:
         groups[" ".join(texts[row].lower().split())].append(row)

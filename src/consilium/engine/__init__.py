@@ -1,1 +1,1 @@
-"""What carries payloads between the halves, meters them, and keeps checkpoints."""
+"""The engines that carry payloads between the server half and the client halves, meter them, and keep checkpoints."""

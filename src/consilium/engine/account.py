@@ -1,10 +1,10 @@
-"""The privacy account of a run: what its rounds have spent, written down before they begin.
+"""The privacy account of a run: the budget that its rounds have spent, recorded before each round begins.
 
     privacy.jsonl     one line for every attempt at a round
 
-A round that was begun is charged, whatever became of it: one that a crash or too few replies undid may have sent its
-model to clients for scoring. Lines are never taken back, so a run that was killed and resumed has spent more than one
-that was not, and says so.
+A round is charged as soon as it begins, whatever its outcome. Even a round that was undone by a crash or by too few
+replies may have sent its model to clients for scoring. Lines are never removed, so a run that was killed and resumed
+has spent more than a run that was not, and reports that.
 """
 
 from dataclasses import dataclass, field
@@ -21,10 +21,12 @@ __all__ = ["Account"]
 
 @dataclass
 class Account:
-    """What a run may spend and has spent.
+    """The privacy budget of a run, and how much of it has been spent.
 
     Args:
-        folder: of the run; None: one that has not begun. experiment: whose `privacy` it is. clients: N.
+        folder: folder of the run; None: the run has not begun.
+        experiment: the experiment with the `privacy` settings of the run.
+        clients: number of clients N.
     """
 
     folder: Path | None
@@ -34,7 +36,7 @@ class Account:
 
     def __post_init__(self) -> None:
         if self.folder and self.path.exists():
-            self.attempts = len(self.path.read_bytes().splitlines())  # a torn line is charged, too
+            self.attempts = len(self.path.read_bytes().splitlines())  # a torn line is charged as an attempt, too
 
     @property
     def path(self) -> Path:
@@ -42,11 +44,16 @@ class Account:
 
     @property
     def charged(self) -> bool:
-        """Whether anything is counted at all."""
+        """Return whether anything is charged to the budget at all."""
         return self.experiment.privacy.charged
 
     def spent(self, more: int = 0, weights: bool = True) -> float:
-        """epsilon after so many rounds more; without `weights`, that of the usage alone."""
+        """Return the epsilon spent after `more` further rounds.
+
+        Args:
+            more: rounds to add to the attempts so far.
+            weights: False: return the epsilon of the usage alone.
+        """
         if not self.charged:
             return 0.0
         usage = "usage" in self.experiment.algorithm.reads()
@@ -54,15 +61,15 @@ class Account:
         return epsilon_spent(self.experiment.privacy, self.clients, cohort, self.attempts + more, usage, weights)
 
     def affords(self, rounds: int) -> bool:
-        """Whether so many rounds more stay within the budget."""
+        """Return whether `rounds` more rounds stay within the budget."""
         return self.spent(rounds) <= self.experiment.privacy.epsilon
 
     def check(self, committed: int) -> None:
-        """Raise if the run cannot go on.
+        """Raise an error if the run cannot go on.
 
         Raises:
             ConfigError: if the budget does not allow a single round.
-            CheckpointError: if there are more committed rounds than the file tells of.
+            CheckpointError: if more rounds are committed than the file records.
         """
         if self.attempts < committed and self.charged:
             raise CheckpointError(
@@ -75,14 +82,18 @@ class Account:
             )
 
     def charge(self, round: int) -> None:
-        """Write an attempt at a round down, before it begins."""
+        """Record and charge an attempt at a round, before it begins."""
         if self.charged:
             append_json(self.path, {"round": round, "epsilon": self.spent(1)})
             self.attempts += 1
 
     def told(self) -> dict[str, Any]:
-        """For records, the summary and the card: {} where nothing is counted, else under "privacy" epsilon and delta,
-        what they cover, and what they suppose."""
+        """Return the privacy entry for records, the summary and the card.
+
+        Returns:
+            {} if nothing is charged. Otherwise the entry "privacy" holds epsilon and delta, the parts that they cover,
+            and the assumptions that they rest on.
+        """
         if not self.charged:
             return {}
         privacy, usage = self.experiment.privacy, "usage" in self.experiment.algorithm.reads()

@@ -1,8 +1,8 @@
-"""Keeps Flower's program at a site working: `python -m consilium.engine.again PROGRAM ARGUMENT ...`.
+"""A watchdog for Flower's program at a site: `python -m consilium.engine.again PROGRAM ARGUMENT ...`.
 
-When its server answers with an error of its own (its disk is full, its database locked), Flower's SuperNode logs off
-and works no more, but its process stays, for a thread of it does. Here it ends in that case, and is started again.
-The process that watches imports nothing large.
+When its server answers with an internal error (a full disk, a locked database), Flower's SuperNode logs off and stops
+working, but a thread of it keeps the process alive. The watchdog ends the process in that case and starts it again. The
+watching process imports nothing large.
 """
 
 import contextlib
@@ -23,20 +23,21 @@ __all__ = ["command"]
 LOST = 75
 """Exit code of a program that has come to the end of its main thread."""
 PAUSE = 5.0
-"""Seconds before it is started again."""
+"""Seconds to wait before the program is started again."""
 TRIES = 60
-"""Times that it may then fail in a row, as it does while its server is not yet well."""
+"""Failures in a row that are allowed after an exit with `LOST`; the program fails as long as its server does."""
 FIRST = 12
-"""Times that it may fail at the start: for a minute a server takes a site that was killed for one that is there."""
+"""Failures in a row that are allowed at the start: for about a minute, a server takes a killed site for a connected
+one."""
 
 
 def command(program: Sequence[str]) -> list[str]:
-    """What to start in place of a Python program, for it to be started again."""
+    """Return the command to start in place of a Python program so that it is restarted when it fails."""
     return [sys.executable, "-m", "consilium.engine.again", *program]
 
 
 def _once(program: list[str]) -> None:
-    """Run a program in this process, which ends with its main thread, whatever other threads do."""
+    """Run a program in this process, and exit when its main thread ends, whatever its other threads do."""
     sys.argv, code = program, None
     try:
         runpy.run_path(program[0], run_name="__main__")
@@ -49,8 +50,11 @@ def _once(program: list[str]) -> None:
 
 
 def _again(program: list[str]) -> int:
-    """Start a program until it ends well, or by a signal; a signal to this process ends both. It may fail `FIRST` times
-    before its code counts, and once it was `LOST`, `TRIES` times in a row."""
+    """Start a program until it exits with 0 or by a signal, and return its exit code.
+
+    A signal to this process ends both. The program may fail `FIRST` times before its exit code is returned and, after
+    an exit with `LOST`, `TRIES` times in a row.
+    """
     left = FIRST
 
     def strike(number: int, frame: FrameType | None) -> None:
@@ -58,13 +62,13 @@ def _again(program: list[str]) -> int:
 
     signal.signal(signal.SIGTERM, strike)
     parent = functools.partial(end_with_parent, signal.SIGTERM)
-    with contextlib.suppress(KeyboardInterrupt):  # between two starts
+    with contextlib.suppress(KeyboardInterrupt):  # the signal may come between two starts
         return _started(program, parent, left)
     return 130
 
 
 def _started(program: list[str], parent: Callable[[], None], left: int) -> int:
-    """Start it, as often as it may fail; returns its last exit code."""
+    """Start the program as often as it may fail, and return its last exit code."""
     while True:
         process = subprocess.Popen(command(["--once", *program]), preexec_fn=parent)
         try:

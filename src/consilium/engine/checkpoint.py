@@ -1,14 +1,14 @@
-"""What a run leaves on disk to continue from: server states and client states, atomic, one file each.
+"""Checkpoints of a run: server states and client states, one atomically written file each.
 
     checkpoints/round-00012.safetensors     the server after round 12, and the state version of every client
-    clients/<id>/round-00011.safetensors    a client's state as it left round 11
+    clients/<id>/round-00011.safetensors    a client's state after round 11
 
-A round is committed when its checkpoint is renamed into place. Client states are written under the number of their
-round before that, and the checkpoint says which version counts, so a run killed at any moment finds all parts of the
-last committed round and nothing else. The last two checkpoints are kept, with the client states that they name, so a
-broken newest one costs a round and not the run; and the best one, if the run tells which. Every file carries its own
-checksum, and every checkpoint what the run was begun with. A write that fails (a full disk) is an error that leaves
-what was there as it was.
+A round is committed when its checkpoint is renamed into place. Client states are written before that, under the number
+of their round, and the checkpoint names the version that counts for each client. A run that is killed at any moment
+therefore resumes from all parts of the last committed round and nothing else. The last two checkpoints are kept with
+the client states that they name, so a broken newest checkpoint costs a round and not the run. The best checkpoint is
+kept, too, if the run names it. Every file carries its own checksum, and every checkpoint describes the run that it
+belongs to. A write that fails (on a full disk) raises an error and leaves the existing files unchanged.
 """
 
 import contextlib
@@ -45,15 +45,18 @@ _ZEROS = "0" * 32
 SHA256, XXH3 = "engine/sha256", "engine/xxh3"
 KEEP = 2
 FORMAT = 2
-"""Of checkpoints; whatever was written by a released version is read for ever. Up to 1 the checksum was a SHA-256."""
+"""Format of the checkpoints. Every format of a released version stays readable. Up to format 1, the checksum was a
+SHA-256."""
 
 
 class Checkpoint(NamedTuple):
     """A committed round.
 
     Args:
-        round: its number. server: the server's state. versions: client -> round of its committed state.
-        begun: what the run was begun with, as `save_checkpoint` was told.
+        round: number of the round.
+        server: the server's state.
+        versions: client -> round of its committed state.
+        begun: description of the run, as given to `save_checkpoint`.
     """
 
     round: int
@@ -63,13 +66,13 @@ class Checkpoint(NamedTuple):
 
 
 def write_atomic(path: Path, *parts: Buffer) -> None:
-    """Write a file, of one part or several, so that its name holds either the old or the whole new content, whatever
-    happens.
+    """Write a file atomically, from one part or several: its name holds either the whole old or the whole new content.
 
     Raises:
-        CheckpointError: if it cannot be written; what it held before is untouched.
+        CheckpointError: if the file cannot be written; its old content is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.tmp")  # of a process that was killed, or a link: removed, never followed
+    # A temporary file of a killed process, or a link in its place, is removed and never followed.
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         made = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,9 +85,9 @@ def write_atomic(path: Path, *parts: Buffer) -> None:
                     left = left[file.write(left) :]
             os.fsync(file.fileno())
         temporary.replace(path)
-        for folder in (path.parent, *(folder.parent for folder in made)):  # a new folder's name is in the one above
+        for folder in (path.parent, *(folder.parent for folder in made)):  # a new folder's name lies in its parent
             _sync(folder)
-    except BaseException as error:  # also what a signal has interrupted
+    except BaseException as error:  # a signal may interrupt the write, too
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
@@ -93,10 +96,10 @@ def write_atomic(path: Path, *parts: Buffer) -> None:
 
 
 def append_json(path: Path, record: Mapping[str, object]) -> None:
-    """Append one line to a .jsonl file and make it last.
+    """Append one line to a .jsonl file and fsync it.
 
     Raises:
-        CheckpointError: if it cannot be written; the file holds whole lines as before.
+        CheckpointError: if the line cannot be written; the file keeps the whole lines that it had before.
     """
     line = (json.dumps(record, allow_nan=False) + "\n").encode()
     try:
@@ -109,14 +112,14 @@ def append_json(path: Path, record: Mapping[str, object]) -> None:
             except OSError:
                 file.truncate(size)
                 raise
-        if not size:  # the file may be new: its name must last, too
+        if not size:  # the file may be new, so its name needs an fsync of the folder
             _sync(path.parent)
     except OSError as error:
         raise _unwritten(path, len(line), error) from error
 
 
 def _sync(folder: Path) -> None:
-    """Make the names in a folder last."""
+    """Fsync a directory so that renames survive a crash."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -132,7 +135,7 @@ def _unwritten(path: Path, size: int, error: OSError) -> CheckpointError:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a process that was killed has left half-written in a run directory, or in a site's."""
+    """Remove the half-written files that a killed process has left in a run directory or in a site's folder."""
     for path in folder.rglob(".*.tmp"):
         path.unlink(missing_ok=True)
     for path in folder.glob(".replies-*"):
@@ -141,13 +144,13 @@ def remove_unfinished(folder: Path) -> None:
 
 @dataclass
 class ClientStore:
-    """Client states on disk, loaded when a client works and at no other time.
+    """Client states on disk, loaded only while a client works.
 
     Args:
         folder: `clients/` of the run.
-        versions: client -> round of its committed state; clients without one start empty.
-        former: the versions as the last commit left them.
-        reset: client -> why its state was given up.
+        versions: client -> round of its committed state; clients without one start with an empty state.
+        former: the versions at the last commit.
+        reset: client -> the reason why its state was discarded.
     """
 
     folder: Path
@@ -159,10 +162,10 @@ class ClientStore:
         self.former = dict(self.versions)
 
     def load(self, client: ClientId) -> ClientState:
-        """The committed state, empty for a client that has none.
+        """Return the committed state of a client; it is empty if there is none.
 
         Raises:
-            CheckpointError: if the file is lost or broken.
+            CheckpointError: if the file is missing or broken.
         """
         if client not in self.versions:
             return ClientState()
@@ -174,7 +177,7 @@ class ClientStore:
         return ClientState(payload.group("params"), dict(payload.scalars))
 
     def load_or_reset(self, client: ClientId) -> ClientState:
-        """The committed state; where that is lost or broken, an empty one, and the reason in `reset`."""
+        """Return the committed state, or an empty one if it is missing or broken; `reset` then holds the reason."""
         try:
             return self.load(client)
         except CheckpointError as error:
@@ -182,38 +185,42 @@ class ClientStore:
             return ClientState()
 
     def save(self, client: ClientId, state: ClientState, round: int) -> None:
-        """Keep a state under its round; an empty state leaves no file."""
+        """Write a state under its round and make it count; an empty state leaves no file."""
         self.count(client, round, self.write(client, state, round))
 
     def write(self, client: ClientId, state: ClientState, round: int) -> bool:
-        """Write a state, which does not count yet; an empty one leaves no file. Returns whether there is one."""
+        """Write a state that does not count yet, and return whether there is a file; an empty state leaves none."""
         if state.empty:
             return False
         write_atomic(self._path(client, round), *_seal(Payload({"params": state.params}, state.scalars)))
         return True
 
     def count(self, client: ClientId, round: int, kept: bool) -> None:
-        """From now on the state that the client wrote in that round counts; kept: whether it wrote one."""
+        """Make the state that the client wrote in a round the one that counts.
+
+        Args:
+            kept: whether the client wrote a state in that round.
+        """
         if kept:
             self.versions[client] = round
         else:
             self.versions.pop(client, None)
 
     def rounds(self, client: ClientId) -> list[int]:
-        """Of which rounds there are states of a client, oldest first, whether they count or not."""
+        """Return the rounds that have a state of the client, oldest first, whether the states count or not."""
         return [round for _, round in _numbered(self.folder / client)]
 
     def prune(self, oldest: int) -> None:
-        """Remove the versions that were superseded before round `oldest`, the oldest one that may be resumed from."""
+        """Remove versions superseded before round `oldest`, the oldest round that a run may resume from."""
         for folder in self.folder.glob("*/"):
             for path, _ in [item for item in _numbered(folder) if item[1] <= oldest][:-1]:
                 path.unlink()
 
     def commit(self, best: int = 0) -> None:
-        """Remove what neither the newest checkpoint nor the one before names, also what was saved and never counted.
+        """Remove states that neither of the last two checkpoints names, even those that were saved and never counted.
 
         Args:
-            best: round of a checkpoint that is kept as well, with the states that it names.
+            best: round of a checkpoint to keep as well, with the states that it names.
         """
         for folder in self.folder.glob("*/"):
             files = _numbered(folder)
@@ -225,7 +232,10 @@ class ClientStore:
         self.former = dict(self.versions)
 
     def drop(self, client: ClientId, after: int, before: int) -> None:
-        """Remove a client's versions of rounds between the two, which were saved and never counted."""
+        """Remove a client's versions of rounds between `after` and `before`, exclusive.
+
+        They were saved and never counted.
+        """
         for path, round in _numbered(self.folder / client):
             if after < round < before:
                 path.unlink()
@@ -237,14 +247,14 @@ class ClientStore:
 def save_checkpoint(
     folder: Path, round: int, server: Payload, store: ClientStore, begun: Mapping[str, Any] | None = None, best: int = 0
 ) -> None:
-    """Commit a round: the server's state and the clients' versions in one atomic file; older ones are pruned.
+    """Commit a round: write the server's state and the clients' versions to one atomic file, and prune older ones.
 
     Args:
-        begun: what the run was begun with, JSON, for whoever resumes it.
-        best: round whose checkpoint is kept beside the last `KEEP`; 0: none.
+        begun: description of the run, JSON, for a later resume.
+        best: round of a checkpoint to keep in addition to the last `KEEP`; 0: none.
 
     Raises:
-        CheckpointError: if it cannot be written; those that were there are as they were.
+        CheckpointError: if it cannot be written; the existing checkpoints are unchanged.
     """
     own = {
         "engine/format": FORMAT,
@@ -254,19 +264,19 @@ def save_checkpoint(
     }
     write_atomic(folder / f"round-{round:05d}.safetensors", *_seal(Payload(server.groups, {**server.scalars, **own})))
     kept = {best, *[number for _, number in _numbered(folder) if number <= round][-KEEP:]}
-    for path, number in _numbered(folder):  # later ones were broken, and are done again
+    for path, number in _numbered(folder):  # later ones were broken, and their rounds are run again
         if number not in kept:
             path.unlink()
     store.commit(best)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that can be read; None: no file.
+    """Return the newest readable checkpoint, or None if there is no file.
 
-    A broken newest file is passed over with a warning that names both.
+    A broken newest file is skipped with a warning that names both files.
 
     Raises:
-        CheckpointError: if there are checkpoints and none can be read.
+        CheckpointError: if there are checkpoints and none can be read, or if a newer version of Consilium wrote them.
     """
     broken = []
     for path, round in reversed(_numbered(folder)):
@@ -291,20 +301,23 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def _numbered(folder: Path) -> list[tuple[Path, int]]:
-    """The files of a folder that carry a round's number, oldest first."""
+    """Return the files of a folder that carry a round's number, with that number, oldest first."""
     files = [(path, _NAME.fullmatch(path.name)) for path in folder.glob("round-*.safetensors")]
     return sorted(((path, int(match[1])) for path, match in files if match), key=lambda item: item[1])
 
 
 def _seal(payload: Payload) -> list[Buffer]:
-    """The payload's bytes in parts, with their XXH3-128 in the header, taken while its place held zeros."""
+    """Return the payload's bytes in parts, with their XXH3-128 digest in the header.
+
+    The digest is computed while its place in the header holds zeros.
+    """
     header, *rest = parts(Payload(payload.groups, {XXH3: _ZEROS, **payload.scalars}))
     digest = _digest(xxhash.xxh3_128(), header, *rest)
     return [header.replace(_ZEROS.encode(), digest.encode(), 1), *rest]
 
 
 def _unseal(blob: bytes) -> Payload:
-    """The payload that `_seal` was given; files of earlier versions have a SHA-256 instead.
+    """Return the payload that `_seal` was given, after checking its digest; files of earlier versions have a SHA-256.
 
     Raises:
         PayloadError: if a bit has changed since.
@@ -320,7 +333,7 @@ def _unseal(blob: bytes) -> Payload:
 
 
 def _digest(found: Any, *parts: Buffer) -> str:
-    """In hex, of the parts as if they were one; nothing is copied."""
+    """Return the hex digest of the parts as if they were one buffer; nothing is copied."""
     for part in parts:
         found.update(part)
     return found.hexdigest()

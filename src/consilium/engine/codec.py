@@ -1,4 +1,4 @@
-"""A payload as one blob: safetensors for the tensors, JSON in its header for everything else. No pickle, ever."""
+"""A codec that stores a payload as one blob: tensors as safetensors, the rest as JSON in its header, no pickle."""
 
 import json
 import math
@@ -24,15 +24,18 @@ Buffer = bytes | memoryview
 
 
 def encode(payload: Payload) -> bytes:
-    """The payload's bytes; `decode` gives the same payload back, bit for bit, bfloat16 and 0-d tensors included."""
+    """Return the payload's bytes; `decode` restores the payload bit for bit, including bfloat16 and 0-d tensors."""
     return b"".join(parts(payload))
 
 
 def parts(payload: Payload) -> list[Buffer]:
-    """The payload's bytes in parts: the header, and then every tensor as it lies in memory, of which nothing is copied
-    (safetensors' own writer copies everything, more than once, while no other thread can work)."""
+    """Return the payload's bytes in parts: the header, then every tensor as it lies in memory.
+
+    A contiguous tensor is not copied. The writer of safetensors copies everything more than once and blocks all other
+    threads meanwhile.
+    """
     tensors = {f"{group}/{key}": t for group, params in payload.groups.items() for key, t in params.items()}
-    # One entry, so that it has one order: equal payloads shall be equal bytes.
+    # A single entry has a single order, so equal payloads give equal bytes.
     about = {"payload": json.dumps({"groups": list(payload.groups), "scalars": dict(payload.scalars)})}
     header: dict[str, Any] = {"__metadata__": about}
     end, buffers = 0, []
@@ -48,10 +51,12 @@ def parts(payload: Payload) -> list[Buffer]:
 
 @dataclass(frozen=True)
 class Bounds:
-    """The most that the header of a blob may hold. What is more is refused before anything parses the header.
+    """The most that the header of a blob may hold; a blob with more is refused before its header is parsed.
 
     Args:
-        tensors: number of tensors. header: bytes of the header. about: bytes of the JSON that names groups and scalars.
+        tensors: number of tensors.
+        header: bytes of the header.
+        about: bytes of the JSON that names groups and scalars.
         data: bytes of the tensors.
     """
 
@@ -62,15 +67,15 @@ class Bounds:
 
     @property
     def blob(self) -> int:
-        """The most bytes of the whole blob."""
+        """Return the largest size of the whole blob in bytes."""
         return 8 + self.header + self.data
 
     @classmethod
     def of(cls, group: str, likes: Mapping[str, Like]) -> "Bounds":
         """Return the bounds of a blob that holds some of these tensors of one group.
 
-        They leave room for a few more names and for any dtype, so that the judge can say what is wrong with a blob that
-        is nearly right.
+        They leave room for a few more names and for any dtype, so that the judge can name the error in a blob that is
+        nearly right.
         """
         header, data = _SPARE_BYTES, _SPARE_BYTES
         for key, like in likes.items():
@@ -84,7 +89,13 @@ ANY = Bounds(tensors=2**62, header=2**62, about=2**62, data=2**62)
 
 
 class Header(NamedTuple):
-    """What `check` finds in a header: the JSON that names groups and scalars, the number of tensors, its bytes."""
+    """The result of `check`.
+
+    Args:
+        about: the JSON that names groups and scalars.
+        tensors: number of tensors.
+        size: bytes of the header.
+    """
 
     about: str
     tensors: int
@@ -94,10 +105,10 @@ class Header(NamedTuple):
 def check(blob: Buffer, bounds: Bounds = ANY) -> Header:
     """Check that a blob's header is one that `parts` or safetensors could have written, within bounds.
 
-    The header is read once from left to right: no list or object in it is ever built.
+    The header is read once from left to right, and no list or object in it is ever built.
 
     Raises:
-        PayloadError: if it is not.
+        PayloadError: if it is not such a header, or exceeds the bounds.
     """
     size = int.from_bytes(blob[:8], "little")
     try:
@@ -125,9 +136,10 @@ def decode(blob: bytes, bounds: Bounds = ANY) -> Payload:
 
 
 def mapped(path: Path) -> Payload:
-    """Return the payload of a blob in a file, whose header `check` has seen; the file may be removed afterwards.
+    """Return the payload of a blob in a file; the file may be removed afterwards.
 
-    The tensors are mapped from the file, so they take no memory that the system could not reclaim.
+    The tensors are mapped from the file, so they take no memory that the system could not reclaim. `check` must have
+    seen the header of the blob.
 
     Raises:
         PayloadError: if the blob is not one that `encode` could have made.
@@ -177,17 +189,17 @@ _ENTRY = re.compile(
     r':\{"dtype":"[A-Z0-9_]{2,12}","shape":\[(?:\d{1,19}(?:,\d{1,19}){0,63})?\],"data_offsets":\[\d{1,19},\d{1,19}\]\}'
 )
 _ENTRY_BYTES = 112
-"""Bytes of an entry at most, without its name and its shape."""
+"""Largest size of an entry in bytes, without its name and its shape."""
 _SPARE_BYTES = 4096
 _NAME = 4096
-"""Characters of a tensor's name at most."""
+"""Largest length of a tensor's name in characters."""
 _WIDEST = 8
-"""Bytes of a number of the widest dtype."""
+"""Bytes of a number in the widest dtype."""
 _read_json = json.JSONDecoder().raw_decode
 
 
 def _string(text: str, place: int, most: int) -> tuple[str, int]:
-    """Return the JSON text that begins at a place, of so many characters at most, and where it ends."""
+    """Return the JSON text of at most `most` characters that begins at `place`, and the place where it ends."""
     if not text.startswith('"', place):
         raise ValueError("a text is missing")
     value, end = _read_json(text, place)

@@ -1,5 +1,8 @@
-"""Ctrl-C that is not lost: Python swallows a KeyboardInterrupt in a destructor or in a weak reference's callback,
-and a library that is interrupted half-way may end in an error of its own. And processes that do not outlive theirs."""
+"""Interrupts that are not lost, and child processes that do not outlive their parent.
+
+Python swallows a KeyboardInterrupt in a destructor or in the callback of a weak reference, and a library that is
+interrupted half-way may raise an error of its own.
+"""
 
 import ctypes
 import signal
@@ -13,12 +16,15 @@ __all__ = ["end_with_parent", "interruptible"]
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], None]]:
-    """Work that a signal ends, wherever it strikes; yields what to call now and then, in case it was swallowed.
+    """Run a block that SIGINT or SIGTERM ends, even if the KeyboardInterrupt is swallowed inside it.
 
-    Covers SIGINT and SIGTERM where Python's own `default_int_handler` would answer, in the main thread.
+    The signals are covered in the main thread, and only where Python's own `default_int_handler` would answer them.
+
+    Yields:
+        A function to call now and then; it raises KeyboardInterrupt if a signal came and was swallowed.
 
     Raises:
-        KeyboardInterrupt: if a signal came, whatever became of it.
+        KeyboardInterrupt: if a signal came, even if a library swallowed it or raised another error.
     """
     asked = False
 
@@ -48,7 +54,7 @@ def interruptible() -> Iterator[Callable[[], None]]:
 
 
 def end_with_parent(number: signal.Signals) -> None:
-    """In a new process: this signal comes when the parent ends, however it ends. Linux alone."""
+    """Have this new process receive a signal when its parent ends, however the parent ends; Linux only."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 

@@ -1,10 +1,14 @@
-"""Judging what the other side says, before anything is made of it: a reply on the server, a model on the client.
+"""Checks of what the other side sends, before anything is built from it: a reply on the server, a model on the client.
 
-A reply is accepted whole or not at all. Its tensors must be the ones that the method's server half expects of this
-client (`Server.expects`: names, shapes, dtypes, ranges, all finite, nothing else), the numbers that are merged, or by
-which a model is judged, of the kinds and within the ranges of `NUMBERS`, and the server half must have no objection of
-its own. Experts are names: one that the client was not given is a name that was not asked for. A number that is only
-for the record (`RECORDED`) and is none is left out of the record, and the reply counts.
+A reply is accepted whole or not at all. It must meet three conditions:
+
+- Its tensors are the ones that the method's server half expects of this client (`Server.expects`: names, shapes,
+  dtypes, ranges, all finite), and there are no others.
+- The numbers that are merged, or that a model is judged by, have the kinds and ranges in `NUMBERS`.
+- The server half has no objection of its own.
+
+Experts are addressed by name, so an expert that the client was not given is a name that was not requested. A number
+that is used for the record alone (`RECORDED`) is left out of the record if it is invalid, and the reply still counts.
 """
 
 import math
@@ -30,10 +34,10 @@ __all__ = [
 ]
 
 BENCH = 3
-"""A client whose replies were rejected so many times in a row is not selected any more."""
+"""Number of rejected replies in a row after which a client is not selected any more."""
 
 LARGEST = 3.4028234663852886e38
-"""The largest float32, which bounds every number of a reply: sums over all clients and rounds then stay finite."""
+"""The largest float32. It bounds every number of a reply, so that sums over all clients and rounds stay finite."""
 SECONDS = 1e9
 """The longest duration that a client may report: thirty years."""
 
@@ -55,8 +59,8 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
     "cut": (int, 0, 2**53),
     "seconds_evaluate": (float, 0, SECONDS),
 }
-"""Scalars of a reply that the engines and servers read: kind (a whole number is a float, a bool is no number), least,
-most. `num_examples` must be there, and not be more than the client has registered."""
+"""Scalars of a reply that the engines and servers read: kind, least, most. A whole number passes as a float, and a bool
+is not a number. `num_examples` is required, and must not exceed the number that the client has registered."""
 
 MEASURES = (
     "balanced",
@@ -68,13 +72,13 @@ MEASURES = (
     "full_k",
     "full_k_bits_per_byte",
 )
-"""What models are measured by, next to the score of their task."""
+"""Measures of a model, in addition to the score of its task."""
 RECORDED = {*MEASURES, "experts", "footprint", "cut", "seconds_evaluate"}
-"""Those of them that nothing but the record is made of."""
+"""Names in `NUMBERS` that are used for the record alone."""
 
 
 def objection(server: Server, info: ClientInfo, sent: Payload, reply: Payload) -> str | None:
-    """Why a client's reply to `sent` must not reach the server half, in one line; None: it may."""
+    """Return why a client's reply to `sent` must not reach the server half, in one line; None: it may."""
     found = _tensors(server, info, sent, reply) or _scalars(info, reply.scalars) or server.objection(info, sent, reply)
     return one_line(found) if found else None
 
@@ -116,13 +120,13 @@ def _bounds(least: float, most: float) -> str:
 
 
 def number(value: Any, least: float = -LARGEST, most: float = LARGEST, kind: type = float) -> bool:
-    """Return whether a value is a number of that kind within the bounds."""
+    """Return whether a value is a number of this kind within the bounds."""
     kinds = (int,) if kind is int else (int, float)
     return type(value) in kinds and least <= value <= most
 
 
 def numbers(scalars: Mapping[str, Scalar]) -> dict[str, int | float]:
-    """What a reply's scalars say, as far as it is what they should be: for the record, also of a rejected one."""
+    """Return the valid numbers among a reply's scalars for the record, which covers rejected replies as well."""
     return {
         name: scalars[name]
         for name, (kind, least, most) in NUMBERS.items()
@@ -131,8 +135,10 @@ def numbers(scalars: Mapping[str, Scalar]) -> dict[str, int | float]:
 
 
 def diverged(reply: Payload) -> str | None:
-    """The first value of a reply that is not finite, tensors and training loss; None if all are. For the client's own
-    end, which keeps no state of a round that diverged and sends nothing of it."""
+    """Return a message about the first value of a reply, tensor or training loss, that is not finite; None: all are.
+
+    The client's end keeps no state of a round that diverged, and sends nothing of it.
+    """
     for group, tensors in reply.groups.items():
         for key, tensor in tensors.items():
             if not finite(tensor):
@@ -142,18 +148,23 @@ def diverged(reply: Payload) -> str | None:
 
 
 def check_sent(payload: Payload) -> None:
-    """The client's side: nothing that the server sends is worked on unless all of it is finite. Names, shapes, dtypes
-    and expert ids are checked where a model is made of it, in `Setup.build`.
+    """Raise an error unless everything that the server sends is finite; the client calls this before it works on it.
+
+    Names, shapes, dtypes and expert ids are checked where a model is made of the payload, in `Setup.build`.
 
     Raises:
-        PayloadError: naming the first value that is not.
+        PayloadError: naming the first value that is not finite.
     """
     if wrong := diverged(Payload(payload.groups)):
         raise PayloadError(f"the server sent what no client can start from: {wrong}")
 
 
 def tally(strikes: dict[ClientId, int], record: Mapping[str, Any]) -> dict[ClientId, str]:
-    """Count a round's record into `strikes`, client -> rejections in a row; returns who is benched by it, and why."""
+    """Count a round's record into `strikes`, and return the clients that are benched by it, with the reasons.
+
+    Args:
+        strikes: client -> rejections in a row, updated in place.
+    """
     benched = {}
     for client, told in record["clients"].items():
         strikes[client] = strikes.get(client, 0) + 1 if told["rejected"] else 0

@@ -1,9 +1,10 @@
-"""The engine that runs everybody on this machine: one client after the other in this process, or with `workers` several
-side by side, a process each.
+"""The engine that runs all clients on this machine.
 
-Lazy: a client's model exists while it works, and without workers one reply is in memory at a time: it is emptied as
-soon as the server asks for the next. With `strict`, and always between processes, every payload is turned into bytes
-and back on its way, as between machines. The results are the same to the bit, whoever worked where.
+Clients run one after the other in this process or, with `workers`, several side by side in a process each.
+
+A client's model exists only while the client works. Without workers, one reply is in memory at a time, and it is
+emptied as soon as the server asks for the next. With `strict`, and always between processes, every payload is converted
+to bytes and back on its way, as between machines. The results are bit-identical, whichever process a client runs in.
 """
 
 import time
@@ -45,19 +46,23 @@ __all__ = ["LocalEngine"]
 
 @dataclass
 class LocalEngine(Engine):
-    """Carries payloads between a server and its clients in this process, and meters them.
+    """An engine that carries payloads between a server and its clients in this process, and meters them.
 
     Args:
-        server, client: the two halves of a method.
-        infos: all clients; federation: their data.
-        store: where client states live between rounds.
-        seed: of the run. device: where clients train. strict: through bytes.
-        sampling: how many replies a round needs.
+        server: the server half of a method.
+        client: the client half of the method.
+        infos: all clients.
+        federation: the clients' data.
+        store: storage of the client states between rounds.
+        seed: seed of the run.
+        device: device that clients train on.
+        strict: convert every payload to bytes and back.
+        sampling: settings for the number of replies that a round needs.
         progress: see `Progress`.
-        workers: processes that do `work`, see `forked`; None: this one does.
-        together: clients that work in step in this process, see `meeting`; 1: one after the other.
-        privacy: what clients may tell.
-        pace: architecture -> seconds of training per example, as last told.
+        workers: processes that do `work`, see `forked`; None: this process does it.
+        together: number of clients that work in step in this process, see `meeting`; 1: one after the other.
+        privacy: settings for what clients may disclose.
+        pace: architecture -> seconds of training per example, as last reported.
     """
 
     server: Server
@@ -93,7 +98,7 @@ class LocalEngine(Engine):
             lost = rejected is not None and diverged(reply) is not None
             record["clients"][client] = told_of(reply, info, rejected, told["seconds"], sent.nbytes, reply.nbytes, lost)
             self.pace[info.architecture] = told["seconds"] / max(info.num_examples, 1)
-            reply = Payload(reply.groups, reply.scalars)  # which `release` may empty
+            reply = Payload(reply.groups, reply.scalars)  # `release` may empty this one
             if rejected is None:
                 yield client, reply
             release(reply)
@@ -108,7 +113,7 @@ class LocalEngine(Engine):
         return told
 
     def _deliveries(self) -> Iterator[tuple[ClientId, Payload]]:
-        """(Client, the model it would deploy) of all that can hold one, cut when it is their turn."""
+        """Yield (client, the model that it would deploy) for all clients that can hold one, each cut on request."""
         for done, info in enumerate(self.infos):
             self.progress(info.id, "test", done, len(self.infos))
             if self.server.unable(info) is None:
@@ -117,7 +122,7 @@ class LocalEngine(Engine):
     def _each(
         self, kind: str, number: int, jobs: Iterable[tuple[ClientId, Payload]]
     ) -> Iterator[tuple[ClientId, Payload, Payload, dict[str, Any]]]:
-        """(Client, what it was sent, its answer, what `work` tells), one at a time in the order of `jobs`."""
+        """Yield (client, payload sent, answer, report of `work`), one at a time in the order of `jobs`."""
         tasks = ((client, self.store.versions.get(client, 0), payload) for client, payload in jobs)
         if self.workers is not None:
             yield from self.workers.each(kind, number, tasks, self.progress, self._takes)
@@ -133,14 +138,21 @@ class LocalEngine(Engine):
                 del sent, answer
 
     def _takes(self, client: ClientId) -> float:
-        """About how many seconds a client works; of an architecture that has not worked yet, more than of others."""
+        """Return about how many seconds a client works.
+
+        An architecture that has not worked yet counts one second per example, which is more than the others.
+        """
         info = self.clients[client]
         return info.num_examples * self.pace.get(info.architecture, 1.0)
 
     def _at_once(
         self, kind: str, number: int, some: Collection[tuple[ClientId, int, Payload]]
     ) -> list[tuple[Payload, dict[str, Any]]]:
-        """What `work` says of each of these clients: (client, version of its state, what it is sent)."""
+        """Return the answer and the report of `work` for each of these clients.
+
+        Args:
+            some: (client, version of its state, payload that it is sent) of each client.
+        """
         phase = "test" if kind == "evaluate" else kind
 
         def call(client: ClientId, version: int, payload: Payload, meet: Meet | None) -> tuple[Payload, dict[str, Any]]:
@@ -164,15 +176,17 @@ class LocalEngine(Engine):
         later: Later = at_once,
         meet: Meet | None = None,
     ) -> tuple[Payload, dict[str, Any]]:
-        """What a client does in a round, in this process or a worker's.
+        """Do the work of a client in a round, in this process or in a worker's.
 
         Args:
-            kind: "train" or "evaluate". version: the round of its state that counts, 0: it has none.
-            later: is given the writing of its state, which waits for the disk.
+            kind: "train" or "evaluate".
+            version: round of the client's state that counts; 0: it has none.
+            later: called with the write of the client's state, which waits for the disk.
 
         Returns:
-            The reply, and {"failed"}: an error of the client's own, or {"seconds", "kept"}: of training, and whether it
-            leaves a state under this round, which does not count yet.
+            The reply and a report. The report is {"failed"} with an error of the client's own, {} after an evaluation,
+            or {"seconds", "kept"} after training: its duration, and whether the client leaves a state under this round.
+            That state does not count yet.
         """
         self.store.count(client, version, kept=version > 0)
         context = ClientContext(
@@ -211,7 +225,7 @@ class LocalEngine(Engine):
 
 
 def _shared(reply: Payload, told: dict[str, Any], seconds: float) -> tuple[Payload, dict[str, Any]]:
-    """The answer of a client that has worked in step with others, with its share of the seconds that all took."""
+    """Return the answer of a client that worked in step with others, with its share of the seconds that all took."""
     if "seconds" not in told:
         return reply, told
     part = float(reply.scalars.get("seconds_evaluate", 0.0)) / told["seconds"]

@@ -1,8 +1,8 @@
-"""Clients that work in step on one device, where many small models cost no more time than one.
+"""Clients that work in step on one device, where many small models take no more time than one.
 
-Each client runs as if it were alone, in a thread of its own, and only one thread at a time; where its work is such that
-it can be done for all clients at once (`batched`), it calls `meet` and waits for the others. When all wait or have
-ended, the work is done for all who wait for the same, and each goes on with its own answer.
+Each client runs in a thread of its own as if it were alone, and only one thread runs at a time. Where the work can be
+done for all clients at once (`batched`), a client calls `meet` and waits for the others. When all clients wait or have
+ended, the work is done for all that wait for the same, and each goes on with its own answer.
 """
 
 import threading
@@ -21,11 +21,11 @@ Work = Callable[[Sequence[Any]], Sequence[Any]]
 
 
 class _Over(BaseException):
-    """Raised in clients that wait, when the round ends without them."""
+    """An exception that is raised in waiting clients when the round ends without them."""
 
 
 class _Party:
-    """A call in a thread, that runs from one meeting to the next."""
+    """A call in a thread that runs from one meeting to the next."""
 
     def __init__(self, call: Callable[[Meet], Any]):
         self.call = call
@@ -37,7 +37,7 @@ class _Party:
         self.thread.start()
 
     def go_on(self, answer: Any) -> None:
-        """Run until it meets again or ends; what it raises is raised here."""
+        """Run the call until it meets again or ends; re-raise its exceptions."""
         self.waits = None
         self.answers.put(answer)
         kind, *rest = self.said.get()
@@ -49,7 +49,7 @@ class _Party:
             self.waits = (rest[0], rest[1])
 
     def end(self) -> None:
-        """Have it end, wherever it waits."""
+        """End the call, wherever it waits."""
         self.answers.put(_Over())
         self.thread.join()
 
@@ -73,11 +73,14 @@ class _Party:
 
 
 def in_step(calls: Sequence[Callable[[Meet], T]]) -> list[T]:
-    """What the calls return, each run in a thread of its own and only one at a time; what any of them raises is raised.
+    """Run the calls and return their results; re-raise the exception of any call.
+
+    Each call runs in a thread of its own, and only one runs at a time.
 
     Args:
-        calls: each is given `meet(work, job)`, which returns this job's answer of `work([job, ...])`, called with the
-            jobs of all who are at that point, in the order of the calls. Torch's generators are each call's own.
+        calls: each is given `meet(work, job)`, which returns this job's answer of `work([job, ...])`. `work` is called
+            once with the jobs of all calls at that point, in the order of the calls. Each call has its own state of
+            torch's generators.
     """
     random, parties = _generators(), [_Party(call) for call in calls]
     try:
@@ -97,7 +100,7 @@ def in_step(calls: Sequence[Callable[[Meet], T]]) -> list[T]:
 
 
 def _generators() -> list[torch.Tensor]:
-    """The states of torch's generators: the CPU's, and each GPU's if any is in use."""
+    """Return the states of torch's generators: the CPU's, and each GPU's if any is in use."""
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
 
 

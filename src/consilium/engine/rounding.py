@@ -1,14 +1,14 @@
-"""Replies in fewer bytes: what changed since the client was sent its weights, in bfloat16 or int8, with error feedback.
+"""Compressed replies: the change since the client was sent its weights, in bfloat16 or int8, with error feedback.
 
-Group "params" of a reply becomes the difference d = w_k - w + e_k of the trained weights w_k to the weights w that the
-client was sent, plus e_k, what rounding lost in the client's earlier replies (Seide et al. 2014, Karimireddy et al.
+Group "params" of a reply becomes the difference d = w_k - w + e_k. Here w_k are the trained weights, w the weights that
+the client was sent, and e_k the rounding error of the client's earlier replies (Seide et al. 2014, Karimireddy et al.
 2019, https://arxiv.org/abs/1901.09847):
 
     bf16    q = d as bfloat16                                 half the bytes of float32
     int8    q = round(127 d / s) with s the largest |d| of each row, float32    a quarter of them
 
-and e_k <- d - q stays with the client until it takes part again. The server adds q to what it sent. Other groups, and
-weights that were not sent to the client, travel as they are.
+Then e_k <- d - q stays with the client until it takes part again. The server adds q to what it sent. Other groups, and
+weights that were not sent to the client, travel unchanged.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ CHANGE, SCALE = "params.change", "params.scale"
 
 
 def travelling(expected: Mapping[str, Mapping[str, Like]], form: str) -> Mapping[str, Mapping[str, Like]]:
-    """Return the tensors that may arrive, group -> name, where these are expected after `restored`."""
+    """Return the tensors that may arrive, group -> name, so that `restored` yields the expected ones."""
     if form == "exact" or "params" not in expected:
         return expected
     params, kind = expected["params"], torch.bfloat16 if form == "bf16" else torch.int8
@@ -37,11 +37,13 @@ def travelling(expected: Mapping[str, Mapping[str, Like]], form: str) -> Mapping
 def rounded(
     reply: Payload, sent: Mapping[str, Tensor], form: str, lost: Mapping[str, Tensor]
 ) -> tuple[Payload, Params]:
-    """The reply to send, and what rounding has lost of it.
+    """Round a reply; return the reply to send, and the rounding errors to keep.
 
     Args:
-        sent: the weights that the client was sent. form: "exact", "bf16" or "int8".
-        lost: flat name -> float32, of earlier replies; what this reply does not hold stays in it.
+        sent: the weights that the client was sent.
+        form: "exact", "bf16" or "int8".
+        lost: flat name -> rounding error of earlier replies, float32; errors of weights that this reply does not hold
+            are kept.
     """
     if form == "exact" or not reply.group("params"):
         return reply, dict(lost)
@@ -65,10 +67,11 @@ def rounded(
 
 
 def restored(reply: Payload, sent: Mapping[str, Tensor]) -> Payload:
-    """The reply as the server half is given it: weights again, of the dtypes that were sent.
+    """Return the reply in the form that the server half receives: whole weights in the dtypes that were sent.
 
     Raises:
-        PayloadError: for a change of a weight that was not sent or of another shape, or a scale that does not fit it.
+        PayloadError: for a change of a weight that was not sent or has another shape, or for a scale that does not fit
+            it.
     """
     if CHANGE not in reply.groups:
         return reply
@@ -90,7 +93,7 @@ def restored(reply: Payload, sent: Mapping[str, Tensor]) -> Payload:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """[R, C]: a vector is one row, a matrix its rows, more dimensions the first against all others."""
+    """Return a tensor as a matrix [R, C]; a vector becomes one row, and all dimensions but the first are flattened."""
     return tensor.reshape(len(tensor), -1) if tensor.dim() > 1 and tensor.numel() else tensor.reshape(1, -1)
 
 

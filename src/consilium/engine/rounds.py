@@ -1,13 +1,13 @@
-"""A round, whoever carries the payloads: what the server half is asked, and what is recorded of it.
+"""A round of training in any engine: the calls of the server half, and the record of the round.
 
-`Engine` is the surface that a run needs: `round(number, test)`. An engine says how replies come back (`_replies`) and
-how delivered models are scored (`_test`). What a client does in a round is `trained` and `tested`, in this process or
-at the far end of a wire. Every reply is judged (`judge`) before the server half sees it; one that is rejected leaves
-no trace but its line in the record, and the client's state stays what it was.
+`Engine` is the interface that a run needs: `round(number, test)`. An engine defines how replies come back (`_replies`)
+and how delivered models are scored (`_test`). `trained` and `tested` do a client's work in a round, in this process or
+at the far end of a wire. Every reply is judged (`judge`) before the server half sees it. A rejected reply leaves no
+trace but its line in the record, and the client's state is unchanged.
 
-Every selected client is accounted for once: its reply was accepted, it answered with an error, its reply was rejected,
-or it is missing (`ledger`). With fewer accepted replies than the quorum the round is abandoned: the server half, which
-merges replies as they come, is restored to what `state` said before the round, and no client's state counts.
+Every selected client is accounted for once (`ledger`): its reply was accepted, it answered with an error, its reply was
+rejected, or it is missing. If fewer replies are accepted than the quorum, the round is abandoned. The server half
+merges replies as they come, so it is then restored to its `state` before the round, and no client's new state counts.
 """
 
 import math
@@ -44,27 +44,30 @@ from consilium.training import seeded
 __all__ = ["OWN", "Engine", "Progress", "ledger", "nobody", "release", "tested", "told_of", "trained"]
 
 OWN = (BudgetError, DataError, PayloadError)
-"""Errors of one client, of its data, its device or what it was sent: the round goes on without it. Others end all."""
+"""Errors of a single client: of its data, its device or what it was sent. The round goes on without that client. All
+other errors end the run."""
 
 BEST = "engine/best/"
-"""Begins the names of a client's best model among what survives a round on it."""
+"""Prefix for a client's best model in the state that survives a round."""
 PRIVATE = "engine/private/"
-"""Begins the names of what a client's model has for itself, see `ClientContext.private`."""
+"""Prefix for the private parts of a client's model in its state, see `ClientContext.private`."""
 
 REPORTED = 100
-"""Numbers of a method's own ("report/...") that the record takes of one reply."""
+"""Largest number of a method's own values ("report/...") that the record takes from one reply."""
 
 Progress = Callable[[ClientId, str, int, int], None]
-"""Called with (client, "train" or "test", steps done, steps in all)."""
+"""A callback, called with (client, "train" or "test", steps done, steps in all)."""
 
 
 class Engine(ABC):
-    """Carries payloads between a server and its clients, and meters them.
+    """An engine that carries payloads between a server and its clients, and meters them.
 
     Attributes:
-        server: the server half. infos: all clients.
-        store: which state of each client counts, and where states lie, if they lie here.
-        sampling: how many replies a round needs. progress: see `Progress`.
+        server: the server half.
+        infos: all clients.
+        store: the version of each client's state that counts, and the location of the states if they lie here.
+        sampling: settings for the number of replies that a round needs.
+        progress: see `Progress`.
     """
 
     server: Server
@@ -75,40 +78,44 @@ class Engine(ABC):
 
     @cached_property
     def clients(self) -> dict[ClientId, ClientInfo]:
-        """All clients by their ids, in the order of `infos`."""
+        """Return all clients by their ids, in the order of `infos`."""
         return {info.id: info for info in self.infos}
 
     @abstractmethod
     def _replies(
         self, number: int, tasks: dict[ClientId, Payload], record: dict[str, Any]
     ) -> Iterator[tuple[ClientId, Payload]]:
-        """Accepted replies in client-id order; fills `record["bytes_sent"]` (bytes), `record["clients"]` by `told_of`,
-        `record["errors"]` and `record["missing"]`, `record["late"]` and `record["duplicate"]`."""
+        """Yield accepted replies in client-id order.
+
+        Fill `record["bytes_sent"]` (bytes), `record["clients"]` by `told_of`, `record["errors"]`, `record["missing"]`,
+        `record["late"]` and `record["duplicate"]`.
+        """
 
     @abstractmethod
     def _test(self, number: int, record: dict[str, Any]) -> dict[ClientId, Mapping[str, Scalar]]:
-        """What every able client tells of its delivered model, `score` at least; fills `record["untested"]`."""
+        """Return what every able client reports on its delivered model, at least `score`; fill `record["untested"]`."""
 
     def round(self, number: int, test: bool, benched: Collection[ClientId] = ()) -> dict[str, Any]:
-        """Run one round; `test`: score the delivered model of every able client on its test data afterwards.
+        """Run one round and return its record.
 
         Args:
+            test: afterwards, score the delivered model of every able client on its test data.
             benched: clients that are not selected.
 
         Returns:
-            The round's record: who took part, bytes, seconds, scores. See docs/run-directory.md. If it is "abandoned",
-            nothing has changed but seconds.
+            The round's record: participants, bytes, seconds, scores. See docs/run-directory.md. A round that is
+            "abandoned" takes time and changes nothing else.
 
         Raises:
             BudgetError: if no client can hold what the method sends.
-            RoundError: if all clients are benched.
+            RoundError: if clients are benched and none of the others can train.
         """
         start = time.perf_counter()
         before, versions = _copied(self.server.state()), dict(self.store.versions)
         unable = {c.id: lack for c in self.infos if (lack := self.server.unable(c))}
         infos = [c for c in self.infos if c.id not in benched]
         tasks = self.server.configure(number, infos) if infos else {}
-        able = any(info.id not in unable for info in infos)  # and nobody drawn, as may be under Poisson sampling
+        able = any(info.id not in unable for info in infos)  # Poisson sampling may draw no client at all
         if not tasks and not able and benched:
             raise RoundError(f"nobody is left to train: benched are {', '.join(sorted(benched))}; see events.jsonl")
         if not tasks and not able:
@@ -131,7 +138,7 @@ class Engine(ABC):
         record["ledger"] = ledger(record)
         record["abandoned"] = self._short(record) or _broken(self.server.state(), before)
         if record["abandoned"]:
-            self.server.events()  # of what is undone; those from before the round are part of its state
+            self.server.events()  # drops the events of the undone round; earlier ones are part of `before`
             self.server.restore(before)
             self.store.versions = versions
             metrics = {}
@@ -154,7 +161,7 @@ class Engine(ABC):
         }
 
     def _short(self, record: Mapping[str, Any]) -> str | None:
-        """Why the round does not count; None: enough replies were accepted."""
+        """Return why the round does not count; None: enough replies were accepted."""
         ok, selected = record["ledger"]["ok"], len(record["selected"])
         if ok >= (quorum := self.sampling.quorum(selected)):
             return None
@@ -167,7 +174,7 @@ class Engine(ABC):
         )
 
     def _by_task(self, scores: Mapping[ClientId, float]) -> dict[str, float]:
-        """Mean over the clients of each task, and the mean over the tasks."""
+        """Return the mean score over the clients of each task, and the mean over the tasks."""
         tasks: dict[str, list[float]] = {}
         for info in self.infos:
             if info.id in scores:
@@ -177,17 +184,17 @@ class Engine(ABC):
 
 
 def trained(client: Client, payload: Payload, context: ClientContext, privacy: Privacy) -> tuple[Payload, float]:
-    """Train one client; return what leaves it of its reply (`disclosure`), and the wall seconds it took.
+    """Train one client; return the reply as it may leave the client (`disclosure`), and the wall-clock seconds.
 
     Args:
         privacy: the settings that hold at the client's site.
 
     Raises:
-        PayloadError: for a payload that no client can start from, or a reply with something that is not declared.
+        PayloadError: for a payload that no client can start from, or for a reply with undeclared content.
     """
     start = time.perf_counter()
     check_sent(payload)
-    with _apart(context), seeded(derive_seed(context.seed, "train")):  # whatever draws from torch's own generator
+    with _apart(context), seeded(derive_seed(context.seed, "train")):  # for draws from torch's own generator
         reply = _a_payload(client.train(payload, context), client, "train")
     return disclosed(reply, client, privacy), time.perf_counter() - start
 
@@ -199,16 +206,16 @@ def _a_payload(reply: Any, client: Client, method: str) -> Payload:
 
 
 def tested(client: Client, payload: Payload, context: ClientContext, privacy: Privacy) -> tuple[Payload, Payload]:
-    """Score the model that one client was delivered.
+    """Score the model that was delivered to one client.
 
     Args:
         privacy: the settings that hold at the client's site.
 
     Returns:
-        What leaves the client of its answer (`disclosure`), and the answer itself, for the site's own record.
+        The answer as it may leave the client (`disclosure`), and the full answer for the site's own record.
 
     Raises:
-        PayloadError: for a payload that no client can start from, or an answer with something that is not declared.
+        PayloadError: for a payload that no client can start from, or for an answer with undeclared content.
     """
     check_sent(payload)
     with _apart(context), seeded(derive_seed(context.seed, "evaluate")):
@@ -218,7 +225,7 @@ def tested(client: Client, payload: Payload, context: ClientContext, privacy: Pr
 
 @contextmanager
 def _apart(context: ClientContext) -> Iterator[None]:
-    """Keep a client's best model, and what its model has for itself, in its state, out of the method's sight."""
+    """Keep a client's best model, and the private parts of its model, in its state but hidden from the method."""
     context.best, context.private = taken(context.state, BEST), taken(context.state, PRIVATE)
     try:
         yield
@@ -230,7 +237,7 @@ def _apart(context: ClientContext) -> Iterator[None]:
 
 
 def taken(state: ClientState, prefix: str) -> ClientState:
-    """Move what begins with a prefix out of a state, and return it without the prefix."""
+    """Move the entries with a prefix out of a state, and return them without the prefix."""
     kept = ClientState()
     for mine, out in ((state.params, kept.params), (state.scalars, kept.scalars)):
         for key in [key for key in mine if key.startswith(prefix)]:
@@ -250,7 +257,8 @@ def told_of(
     """Return the record of one client's round.
 
     Args:
-        seconds: of its training, validation included. diverged: whether its loss or weights are not finite.
+        seconds: duration of its training, including validation.
+        diverged: whether its loss or weights are not finite.
     """
     told = numbers(reply.scalars)
     evaluate = min(told.get("seconds_evaluate", 0.0), seconds)
@@ -278,12 +286,12 @@ def told_of(
 
 
 def release(reply: Payload) -> None:
-    """Empty a reply whose turn is over: the server's loop still names it while the next one is fetched."""
+    """Empty a reply that has been merged; the server's loop still refers to it while the next one is fetched."""
     object.__setattr__(reply, "groups", _RELEASED)
 
 
 class _Released(dict):
-    """Groups of a reply whose turn is over."""
+    """The groups of a released reply, which raise an error when they are read."""
 
     def get(self, *_: Any) -> Any:
         raise PayloadError("this reply was released: `aggregate` merges each reply before it asks for the next")
@@ -293,18 +301,23 @@ _RELEASED = _Released()
 
 
 def nobody(unable: Mapping[ClientId, str]) -> str:
-    """The message for a federation in which no client can take part; `unable`: client -> why."""
+    """Return the message for a federation in which no client can take part.
+
+    Args:
+        unable: client -> the reason.
+    """
     client, lack = next(iter(unable.items()), ("?", "unknown"))
     return f"no client can hold the model: {len(unable)} are unable, e.g. {client} {lack}; give more memory"
 
 
 def ledger(record: Mapping[str, Any]) -> dict[str, int]:
-    """The round in numbers, of which selected = ok + error + rejected + missing; late and duplicate replies, which
-    count for nothing, and the bytes of all payloads stand apart.
+    """Return the counts of a round, in which selected = ok + error + rejected + missing.
+
+    Late and duplicate replies do not count. They are listed separately, as are the bytes of all payloads.
 
     Raises:
-        RuntimeError: if a selected client is not accounted for, or twice: a fault of the engine or of the method, whose
-            `aggregate` must take every reply.
+        RuntimeError: if a selected client is not accounted for, or more than once. This is a fault of the engine, or of
+            the method if its `aggregate` does not take every reply.
     """
     selected, clients = record["selected"], record["clients"]
     accounted = sorted([*clients, *record["errors"], *record["missing"]])
@@ -325,14 +338,14 @@ def ledger(record: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _copied(state: Payload) -> Payload:
-    """The state in dictionaries of its own: a server may go on to change those that it gave."""
+    """Return the state in new dictionaries, because a server may go on to change those that it returned."""
     return Payload({group: dict(params) for group, params in state.groups.items()}, dict(state.scalars))
 
 
 def _broken(state: Payload, before: Payload) -> str | None:
-    """Return why a state must not be committed, naming what is not finite in it; None if all of it is finite.
+    """Return why a state must not be committed, naming the values that are not finite; None: all are finite.
 
-    A tensor that the round did not replace has been looked at before.
+    A tensor that the round did not replace has been checked before.
     """
     wrong = [
         f"{group} {key}"
@@ -355,7 +368,7 @@ def _broken(state: Payload, before: Payload) -> str | None:
 def _scored(
     told: Mapping[ClientId, Mapping[str, Scalar]], record: dict[str, Any]
 ) -> dict[ClientId, Mapping[str, Scalar]]:
-    """Who has told a score within 0..1; the others are noted as untested."""
+    """Return the clients that reported a score within 0..1, with their scalars; note the others as untested."""
     silent = {
         client: one_line(f"its score is {scalars['score']!r}" if "score" in scalars else "its answer has no score")
         for client, scalars in told.items()
@@ -366,7 +379,10 @@ def _scored(
 
 
 def _recalls(told: Mapping[ClientId, Mapping[str, Scalar]]) -> dict[ClientId, dict[str, float]]:
-    """Return client -> label -> share of its test examples of the label that were recognised, where clients tell it."""
+    """Return client -> label -> recall: the share of the client's test examples of the label that were recognised.
+
+    Clients that do not report it are left out.
+    """
     found = {}
     for client, scalars in told.items():
         values = ((key, v) for key, v in scalars.items() if key.startswith("recall ") and number(v, 0, 1))
@@ -376,7 +392,12 @@ def _recalls(told: Mapping[ClientId, Mapping[str, Scalar]]) -> dict[ClientId, di
 
 
 def _measured(record: Mapping[str, Any], start: float, aggregated: float) -> dict[str, Any]:
-    """Bytes, seconds and memory of a round. start, aggregated: `perf_counter` when it began, and when testing did."""
+    """Return the bytes, seconds and memory of a round.
+
+    Args:
+        start: `perf_counter` when the round began.
+        aggregated: `perf_counter` when testing began.
+    """
     now, clients = time.perf_counter(), record["clients"].values()
     train = sum(c["seconds"]["train"] for c in clients)
     evaluate = sum(c["seconds"]["evaluate"] for c in clients) + now - aggregated
@@ -399,5 +420,5 @@ def _experts(server: Server) -> float | None:
 
 
 def _plain(value: Any) -> Any:
-    """None for what is no finite number."""
+    """Return a value if it is a finite number, else None."""
     return value if number(value) else None

@@ -1,13 +1,13 @@
-"""Starts one of Flower's programs, however long that takes: `python -m consilium.engine.starting LOCK PROGRAM ...`.
+"""A launcher for Flower's programs that may start slowly: `python -m consilium.engine.starting LOCK PROGRAM ...`.
 
 Flower starts a `flwr-clientapp` for every message at a site, and a `flwr-serverapp` for a run at a server. It gives
-each a token that lives for 30 seconds until the first request, and starts another process when the token has expired,
-while the one before still imports. On an overloaded machine the processes slow each other down without end. So a site
-and a server put this in the place of the program. It does two things:
+each a token that lives for 30 seconds until the first request. When the token has expired, Flower starts another
+process while the one before is still importing. On an overloaded machine, the processes then slow each other down
+without end. A site and a server therefore run this launcher in place of the program. It does two things:
 
 - It waits until no other process of the kind is starting, and gives up if that takes too long. `started` lets the next
   one start.
-- From then until `started` it sends Flower's heartbeats for the token, which lives for 60 seconds after each. When the
+- From then until `started`, it sends Flower's heartbeats for the token, which lives for 60 seconds after each. Once the
   program has been imported, it sends its own.
 
 This module imports nothing large.
@@ -29,7 +29,7 @@ from pathlib import Path
 __all__ = ["Heartbeat", "in_turn", "started", "write_program"]
 
 LOCK = "CONSILIUM_STARTING"
-"""Environment variable: the descriptor of the lock that a starting process holds."""
+"""Environment variable that holds the descriptor of a starting process's lock."""
 PATIENCE = 15.0
 """Seconds for which a process waits for its turn: half of its token's life, so that the other half is left to start."""
 LOST = 75
@@ -37,13 +37,13 @@ LOST = 75
 EVERY = 10.0
 """Seconds between two heartbeats."""
 LONGEST = 900.0
-"""Seconds after which a program that has not started gets no more heartbeats: it hangs, and another may be tried."""
+"""Seconds after which a program that has not started gets no more heartbeats. It hangs, and another may be tried."""
 BEAT = "/v1/runtime/send-task-heartbeat"
 """Path of Flower's Runtime API. The request and its answer are empty protobuf messages, so no library is needed."""
 
 
 def write_program(folder: Path, name: str, program: str) -> None:
-    """Write an executable `name` into a folder that starts a Python program in turn; put the folder first on PATH."""
+    """Write an executable `name` that starts a Python program in turn; its folder must come first on PATH."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-P", "-m", "consilium.engine.starting", str(folder / f".{name}.lock"), program]
     path = folder / name
@@ -73,18 +73,18 @@ def in_turn(lock: Path, program: Sequence[str], patience: float = PATIENCE) -> i
 
 
 def started() -> None:
-    """Let the next process start: this one has imported what it needs."""
+    """Let the next process start; call this once all imports are done."""
     if held := os.environ.pop(LOCK, None):
         os.close(int(held))
 
 
 class Heartbeat:
-    """Keeps the token of a task alive while its process starts.
+    """A sender of heartbeats that keeps the token of a task alive while its process starts.
 
     Args:
         address: HOST:PORT of Flower's Runtime API.
-        token: of the task.
-        certificates: file of the authorities that the API's certificate must be from; None: plain HTTP.
+        token: token of the task.
+        certificates: file with the authorities that may have issued the API's certificate; None: plain HTTP.
     """
 
     def __init__(self, address: str, token: str, certificates: str | None) -> None:
@@ -109,7 +109,7 @@ class Heartbeat:
                 time.sleep(0.2)
 
     def send(self) -> bool:
-        """Return whether the API took a heartbeat; one that fails is made up for by the next."""
+        """Send a heartbeat and return whether the API accepted it; the next one makes up for a failure."""
         try:
             if self.certificates is None:
                 connection = http.client.HTTPConnection(self.address, timeout=EVERY)

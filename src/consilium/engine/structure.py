@@ -1,12 +1,13 @@
-"""structure.jsonl: who holds which experts, how often they are asked for, and how often they were trained.
+"""The log structure.jsonl: the experts that clients hold, how often they are requested, and how often trained.
 
-A line is written for each round that changed something, and holds what it changed:
+Each round that changed something adds one line with its changes:
 
     {"round": 3, "blocks": {block: experts}, "held": {client: {block: [ids]}}, "usage": {client: {block: [shares]}},
      "trained": {client: {block: [shares]}}}
 
-`blocks` stands in the first line alone; null in place of a client's value says that it holds nothing any more.
-`fold` makes one record of all lines, in the form of structure.json, which earlier versions rewrote in every round.
+`blocks` is written only when it differs from the earlier lines. A null in place of a client's value means that the
+client holds nothing any more. `fold` merges all lines into one record in the form of structure.json, which earlier
+versions rewrote in every round.
 """
 
 import json
@@ -25,8 +26,12 @@ _KINDS = ("held", "usage", "trained")
 
 
 def fold(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what the lines say together: "blocks", "usage" and "trained" as they were last, and "rounds", round ->
-    client -> block -> ids, for each round in which a client's experts changed."""
+    """Return the lines merged into one record.
+
+    Returns:
+        "blocks", "usage" and "trained" with their last values, and "rounds", round -> client -> block -> ids, for each
+        round in which a client's experts changed.
+    """
     found: dict[str, Any] = {"blocks": {}, "rounds": {}, "usage": {}, "trained": {}}
     held: dict[str, Any] = {}
     for line in lines:
@@ -44,10 +49,11 @@ def _merged(old: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 
 class StructureLog:
-    """The file of a run while rounds are added to it.
+    """The structure.jsonl of a run while rounds are added to it.
 
     Args:
-        path: of structure.jsonl. lines: those that are in it.
+        path: path of structure.jsonl.
+        lines: the lines that are already in it.
     """
 
     def __init__(self, path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -60,7 +66,7 @@ class StructureLog:
                 self._changed(kind, line.get(kind) or {})
 
     def add(self, number: int, server: Server) -> None:
-        """Append what round `number` changed; a method without a client-expert map writes nothing."""
+        """Append the changes of round `number`; write nothing for a method without a client-expert map."""
         held = server.structure()
         if held is None:
             return
@@ -79,7 +85,7 @@ class StructureLog:
             append_json(self.path, {"round": number, **line})
 
     def _changed(self, kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the clients whose value differs from the last one, and keep the new ones."""
+        """Return the values that differ from the clients' last ones, and keep the new ones."""
         texts, changed = self.texts[kind], {}
         for client, value in values.items():
             text = json.dumps(value)
@@ -93,7 +99,7 @@ class StructureLog:
 
 
 def convert(old: Path, first: int) -> None:
-    """Write structure.jsonl in place of a structure.json of an earlier version, for the rounds before `first`.
+    """Replace a structure.json of an earlier version by structure.jsonl, for the rounds before `first`.
 
     Raises:
         CheckpointError: if the old file cannot be read.

@@ -1,11 +1,12 @@
-"""Worker processes of the local engine: a client each, on a core each, so that many small clients train side by side.
+"""Worker processes of the local engine, one per core, so that many small clients train side by side.
 
-They are forked from the run's process when it is ready, so data and code are there without being read or sent again.
-What they are sent and answer crosses a pipe as JSON, and memory that both see as the codec's bytes; what many clients
-are sent, like the weights that all begin a round with, is written there once. A worker has one torch thread: on a busy
-machine several threads in one process wait for each other, a client per core does not. What a client leaves on disk is
-written beside the work of the next; when all have answered, it is there. The last clients begin with those that take
-longest, so that all cores end together.
+Each worker runs one client at a time. Workers are forked from the run's process when it is ready, so they have its data
+and code without reading or sending anything again. Messages cross a pipe as JSON, and payloads cross shared memory as
+the codec's bytes. A payload that many clients receive, like the weights that all begin a round with, is written there
+once. A worker has one torch thread: on a busy machine, several threads in one process wait for each other, while one
+client per core does not. A client's state is written to disk while the next client works, and all states are written
+when all clients have answered. Of the last clients, those that take longest begin first, so that all cores finish
+together.
 """
 
 import contextlib
@@ -35,41 +36,48 @@ from consilium.errors import RoundError
 __all__ = ["Later", "Work", "Workers", "at_once", "forked"]
 
 Later = Callable[[Callable[[], object]], None]
-"""Takes what may be done beside the work of the next client."""
+"""A function that takes a call, which may be made while the next client works."""
 Work = Callable[[str, ClientId, int, int, Payload, Callable[[int, int], None], Later], tuple[Payload, dict[str, Any]]]
-"""(kind, client, round, version of its state, payload, progress, later) -> its answer, and what to tell, as JSON."""
+"""(kind, client, round, version of its state, payload, progress, later) -> its answer, and a report as JSON."""
 AHEAD, ROOM = 2, 2**26
-"""Clients per worker, and bytes of what they were sent, that may be at work or done before their turn to be merged: as
-many as one of the two allows."""
+"""Limits on the clients that are at work, or wait for their turn to be merged: clients per worker, and bytes that they
+were sent. The limit that allows more clients applies."""
 MEMORY = 2**26
-"""Bytes up to which a payload lies in memory that both sides see; larger ones go through the pipe."""
+"""Largest payload in bytes that goes through shared memory; larger ones go through the pipe."""
 PAUSE = 0.2
-"""Seconds between two messages of progress."""
+"""Seconds between two progress messages."""
 SETTLE = "settle"
-"""What a worker is told to have everything written, and answers when it is."""
+"""The message that has a worker finish all writes; the worker answers when they are done."""
 
 
 def at_once(call: Callable[[], object]) -> None:
-    """`Later` where there is no other thread."""
+    """Make a call at once: the `Later` of a process that has no other thread."""
     call()
 
 
 class Line:
-    """One end of what joins the run's process and a worker.
+    """One end of the connection between the run's process and a worker.
 
     Args:
-        pipe: for what is told, as JSON. out, into: memory that both see, which this end writes and reads.
+        pipe: pipe for messages as JSON.
+        out: shared memory that this end writes.
+        into: shared memory that this end reads.
     """
 
     def __init__(self, pipe: Connection, out: mmap.mmap, into: mmap.mmap):
         self.pipe, self.out, self.into = pipe, out, into
 
     def fileno(self) -> int:
-        """To wait for."""
+        """Return the file descriptor to wait for."""
         return self.pipe.fileno()
 
     def send(self, told: Any, blob: Sequence[Buffer] = (), there: bool = False) -> None:
-        """blob: in parts. there: it was the last that was sent."""
+        """Send a message and a blob.
+
+        Args:
+            blob: the bytes in parts.
+            there: whether the blob is the last one that was sent, which need not be written again.
+        """
         size = sum(map(len, blob))
         if size <= len(self.out) and not there:
             self.out.seek(0)
@@ -80,16 +88,17 @@ class Line:
             self.pipe.send_bytes(b"".join(blob))
 
     def receive(self) -> tuple[Any, bytes]:
-        """What was sent; the blob is a copy."""
+        """Return the message and the blob that were sent; the blob is a copy."""
         told, size = json.loads(self.pipe.recv_bytes())
         return told, self.into[:size] if size <= len(self.into) else self.pipe.recv_bytes()
 
 
 class Workers:
-    """Hands clients to whoever is free, and gives their answers in the order of the clients.
+    """A pool of workers that gives clients to free workers, and returns their answers in the order of the clients.
 
     Args:
-        lines: one to each worker. processes: the workers.
+        lines: one connection to each worker.
+        processes: the workers.
     """
 
     def __init__(self, lines: list[Line], processes: list[multiprocessing.process.BaseProcess]):
@@ -107,22 +116,24 @@ class Workers:
         """Have every client do its work; no more payloads and answers are in memory than `AHEAD` or `ROOM` allows.
 
         Args:
-            kind, number: "train" or "evaluate", the round. tasks: (client, version of its state, what it is sent).
+            kind: "train" or "evaluate".
+            number: number of the round.
+            tasks: (client, version of its state, payload that it is sent) of each client.
             takes: how long a client takes, in any unit.
 
         Yields:
-            (client, what it was sent, its answer, what the worker tells), in the order of `tasks`.
+            (client, payload that it was sent, its answer, the worker's report), in the order of `tasks`.
 
         Raises:
             RoundError: if a worker ends before it has answered.
-            CheckpointError: if what a client leaves could not be written.
+            CheckpointError: if a client's state could not be written.
         """
         tasks, idle, more, room = iter(tasks), list(self.lines), True, ROOM
         waiting: list[tuple[ClientId, int, Payload]] = []
         busy: dict[Line, ClientId] = {}
         last: Payload | None = None
         blob: list[Buffer] = []
-        holding: set[Line] = set()  # who holds the blob of the last payload
+        holding: set[Line] = set()  # lines that hold the blob of the last payload
         turns: deque[tuple[ClientId, Payload]] = deque()
         done: dict[ClientId, tuple[bytes, dict[str, Any]]] = {}
         while True:
@@ -165,7 +176,7 @@ class Workers:
                 del busy[line], answer
 
     def _settle(self) -> None:
-        """Wait until everything is written."""
+        """Wait until the workers have written everything."""
         for line in self.lines:
             line.send([SETTLE])
         for line in self.lines:
@@ -188,7 +199,7 @@ class Workers:
 
 
 def _same(payload: Payload, other: Payload | None) -> bool:
-    """Whether they hold the very same tensors, and equal scalars."""
+    """Return whether two payloads hold the very same tensors and equal scalars."""
     if other is None or payload.groups.keys() != other.groups.keys() or payload.scalars != other.scalars:
         return False
     pairs = [(params, other.groups[group]) for group, params in payload.groups.items()]
@@ -197,7 +208,7 @@ def _same(payload: Payload, other: Payload | None) -> bool:
 
 @contextmanager
 def forked(count: int, work: Work) -> Iterator[Workers]:
-    """So many worker processes, gone afterwards, also if this process is killed."""
+    """Fork `count` worker processes that end with the block, also if this process is killed."""
     context = multiprocessing.get_context("fork")
     lines, processes = [], []
     try:
@@ -206,7 +217,8 @@ def forked(count: int, work: Work) -> Iterator[Workers]:
             lines.append(Line(near, down, up))
             others = [line.pipe for line in lines]
             processes.append(context.Process(target=_serve, args=(Line(far, up, down), others, work), daemon=True))
-            with warnings.catch_warnings():  # of threads, which are the progress bars' and hold no lock a worker needs
+            # The warning is about threads; those of the progress bars hold no lock that a worker needs.
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)
                 processes[-1].start()
             far.close()
@@ -220,10 +232,10 @@ def forked(count: int, work: Work) -> Iterator[Workers]:
 
 
 def _serve(line: Line, others: list[Connection], work: Work) -> None:
-    """A worker's life: one client after the other, until the run's process closes the pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the run's own decides
+    """Serve one client after the other until the run's process closes the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the run's process decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with contextlib.suppress(AttributeError, OSError):  # not on Linux: then the closed pipe is the sign
+    with contextlib.suppress(AttributeError, OSError):  # outside Linux, the closed pipe ends the worker
         end_with_parent(signal.SIGKILL)
     for other in others:
         other.close()
@@ -244,7 +256,7 @@ def _serve(line: Line, others: list[Connection], work: Work) -> None:
             left.popleft().result()
 
     def later(call: Callable[[], object]) -> None:
-        settle()  # what is written lies in memory until then: of one client at most
+        settle()  # so that at most one client's state waits in memory
         calls.append(call)
 
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
@@ -264,5 +276,5 @@ def _serve(line: Line, others: list[Connection], work: Work) -> None:
                 return
             line.send(told, parts(answer))
             del answer
-            while calls:  # not before: to begin with, writing holds up what else is done here
+            while calls:  # only after the answer: the start of a write blocks this thread
                 left.append(writer.submit(calls.pop()))

@@ -1,4 +1,4 @@
-"""README.md of an exported model: what it is, how it was made, how good it is, how to load it."""
+"""The card (README.md) of an exported model: its content, its training, its scores, and how to load it."""
 
 import json
 import re
@@ -22,7 +22,7 @@ TAGS = {
 
 
 def card(deployed: Deployed, format: str, family: Family, notes: list[str]) -> str:
-    """The text of the card, with YAML before it as model hubs read it."""
+    """Return the text of the card, preceded by YAML for model hubs."""
     experiment = deployed.experiment
     who = f"client {deployed.client}" if deployed.client else "all clients together"
     sections = [
@@ -49,7 +49,7 @@ def _front(deployed: Deployed, format: str) -> str:
 
 
 def _base(deployed: Deployed) -> str:
-    """The base's name on the hub, or that of its directory: where that lies is this machine's."""
+    """Return the base's name on the hub, or the name of its directory without the path, which is this machine's."""
     path = deployed.experiment.model.path
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists()
     return path if on_hub else Path(path).name
@@ -71,7 +71,7 @@ def _origin(deployed: Deployed, family: Family) -> str:
 
 
 def private(told: Mapping[str, Any] | None, experiment: Experiment) -> str:
-    """What was spent of privacy, as the summary tells it."""
+    """Return the sentences on the privacy that was spent, as the summary records it."""
     if not told:
         if experiment.privacy.noise:
             return "Client-level differential privacy was used; the server's summary.json tells what was spent."
@@ -90,7 +90,7 @@ def private(told: Mapping[str, Any] | None, experiment: Experiment) -> str:
 
 
 def _facts(deployed: Deployed) -> list[str]:
-    """A table: data, scores, experts, training."""
+    """Return a table of data, scores, experts and training."""
     experiment = deployed.experiment
     sizes = ", ".join(f"{n} {split}" for split, n in deployed.sizes.items())
     data = type(experiment.data).__name__
@@ -169,7 +169,7 @@ def _use(deployed: Deployed, format: str, family: Family) -> str:
 
 
 def _head(deployed: Deployed) -> list[str]:
-    """The head in plain torch."""
+    """Return the lines that apply the head in plain torch."""
     if not deployed.labels:
         return []
     task = next(iter(deployed.labels))

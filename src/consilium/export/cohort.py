@@ -1,8 +1,9 @@
 """A client's own small model as a directory: model.safetensors (a state dict), config.json, model.pt2, a card.
 
-What is saved is the model that the client's half scores at the end of the run: its extractor and head, or with pFedMoE
-the mixture of the shared and its own extractor. transformers knows no such model. model.pt2 is the whole of it as
-`torch.export` writes it, which plain torch loads; `load` reads the other two, where this package is installed.
+The saved model is the one that the client half scores at the end of the run: its extractor and head or, with pFedMoE
+and pFedAFM, the mixture of the shared extractor and its own. transformers does not know such models. model.pt2 is the
+whole model as written by `torch.export`, which plain torch loads. `load` reads the other two files if this package is
+installed.
 """
 
 import json
@@ -52,12 +53,17 @@ class _Watching(Setup):
 
 @dataclass(frozen=True)
 class Own:
-    """A client of a cohort as it stands, at the end of a run or at its site.
+    """A client of a cohort as it is at the end of a run or at its site.
 
     Args:
-        setup: with its task's labels. context: its data and state. sent: what it was last delivered to predict with.
-        rounds: after how many. spent: of privacy, as the summary tells it. scale: of its columns; None: no table.
-        name: of the client, where its id is another text. notes: on the reading of the data.
+        setup: setup with the labels of its task.
+        context: its data and state.
+        sent: the payload that it was last delivered for prediction.
+        rounds: number of rounds until then.
+        spent: privacy that was spent, as the summary records it.
+        scale: scale of its columns; None: its data is no table.
+        name: name of the client, if it differs from the id.
+        notes: notes on the reading of the data.
     """
 
     experiment: Experiment
@@ -72,7 +78,11 @@ class Own:
 
     @classmethod
     def of_run(cls, run: Finished, client: str | None) -> "Own":
-        """Raises ConfigError without a client, or for an unknown one."""
+        """Return a client at the end of a run.
+
+        Raises:
+            ConfigError: if no client is given, or for an unknown one.
+        """
         if client is None:
             names = ", ".join(run.name(info.id) for info in run.setup.clients)
             raise ConfigError(f"small models are the clients' own: name a client, --client: {names}")
@@ -86,7 +96,7 @@ class Own:
 
     @classmethod
     def of_site(cls, given: dict[str, Any], data: ClientData, sent: Payload, told: dict[str, Any]) -> "Own":
-        """Of what a site was `delivered`."""
+        """Return the client at a site, from the payload that the site was `delivered`."""
         from consilium.engine.flower import OWN, relabelled
 
         here, heads = from_json(given["experiment"]), json.loads(str(told["heads"]))
@@ -110,17 +120,17 @@ def _context(
 
 
 def write(out: Path, own: Own) -> list[str]:
-    """Write a client's model; returns what is to be said.
+    """Write a client's model, and return the messages for the user.
 
     Raises:
-        ConfigError: where a client holds or predicts with more than one model, or not by its head.
+        ConfigError: if a client holds or predicts with more than one model, or does not predict with its head.
     """
     setup = _Watching(**{name: getattr(own.setup, name) for name in Setup.__dataclass_fields__})
     experiment, context, client = own.experiment, own.context, own.name or own.context.info.id
     task, method = context.data.task, type(experiment.algorithm).__name__
     score = tested(experiment.algorithm.client(setup), own.sent, context, experiment.privacy)[1].scalars["score"]
     model = setup.made[-1].eval()
-    # The score of what is saved must be the score that the run tells, or else it is not what the client predicts with.
+    # A model that does not reproduce the score of the run is not the one that the client predicts with.
     if len(setup.made) != 1 or _score(model, setup, context) != score:
         raise ConfigError(f"with {method} a client predicts by more than one model and its head: there is none to take")
     told = {
@@ -136,7 +146,7 @@ def write(out: Path, own: Own) -> list[str]:
         (folder / "config.json").write_text(json.dumps(told, indent=1) + "\n")
         x = setup.encode(context, context.data.test).batch([0, 0], context.device)["x"]
         try:
-            saved = load(folder, own_code=True)  # what has just run is the user's own
+            saved = load(folder, own_code=True)  # the user has just run this code
         except RuntimeError as error:
             raise ConfigError(
                 f"with {method} a client holds more than one model and its head, which cannot be exported"
@@ -154,7 +164,10 @@ def write(out: Path, own: Own) -> list[str]:
 
 
 class _Logits(nn.Module):
-    """[B, *S] -> logits [B, C], in one call; of a table, the numbers are those of its columns, nan what is missing."""
+    """A module that maps [B, *S] to logits [B, C] in one call.
+
+    For a table, the input holds the numbers of its columns, with nan for missing ones.
+    """
 
     def __init__(self, model: SplitModel, scale: Scale | None):
         super().__init__()
@@ -170,24 +183,25 @@ class _Logits(nn.Module):
 
 
 def _exported(model: SplitModel, x: Tensor, folder: Path, scale: Scale | None) -> str:
-    """Write model.pt2 for any number of examples like x [2, *S]; or say why torch cannot."""
+    """Write model.pt2 for any number of examples like x [2, *S]; return "", or the reason why torch cannot."""
     if x.dtype == torch.int64:
         return "how many columns of token ids it reads depends on the texts"
     try:
         made = torch.export.export(_Logits(model, scale), (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
     except Exception as error:
         return first_line(error)[:200]
-    made.example_inputs = None  # rows of the client's data; and they would be pickled
+    made.example_inputs = None  # these are rows of the client's data, and would be pickled
     torch.export.save(made, folder / "model.pt2")
     return ""
 
 
 @dataclass(frozen=True)
 class Small:
-    """An exported small model, ready to answer.
+    """An exported small model, ready to predict.
 
     Args:
-        shape: of an example. scale: of a table's columns; None: it reads none.
+        shape: shape of an example.
+        scale: scale of a table's columns; None: the model does not read a table.
     """
 
     model: SplitModel
@@ -197,37 +211,44 @@ class Small:
 
     @classmethod
     def of(cls, folder: Path) -> "Small":
-        """Raises ConfigError as `load`."""
+        """Load an exported small model.
+
+        Raises:
+            ConfigError: see `load`.
+        """
         told = json.loads((folder / "config.json").read_text())
         scale = Scale.of_json(told["table"]) if "table" in told else None
         return cls(load(folder), from_json(told["experiment"]), tuple(told["shape"]), scale)
 
     @property
     def flag(self) -> str:
-        """Of `consilium predict`, for what it reads; "" where that cannot be given there."""
+        """Return the flag of `consilium predict` for the model's input, or "" if there is none."""
         kinds = {0: '--text "..."', 3: "--image FILE"}
         return "--table FILE" if self.scale else kinds.get(len(self.shape), "")
 
     @property
     def reads(self) -> str:
-        """What it reads, and the flag for it."""
+        """Return the kind of input that the model reads, and the flag for it."""
         kind = "a table" if self.scale else {0: "texts", 3: "images"}.get(len(self.shape), "arrays")
         return f"{kind}: {self.flag or 'consilium.export.cohort.load gives it to you'}"
 
     def labelled(self, value: str | Path) -> tuple[str, float]:
-        """The most probable label of a text, or of the image in a file, and its probability.
+        """Return the most probable label of a text, or of the image in a file, and its probability.
 
         Raises:
-            ConfigError: for a model of a table, or an image of another shape. DataError: for a broken file.
+            ConfigError: for a model of a table, or an image of another shape.
+            DataError: for a broken file.
         """
         return self._labels(self._image(Path(value)) if self.shape else self._text(str(value)))[0]
 
     def labelled_rows(self, path: Path) -> list[tuple[str, float]]:
-        """Likewise of every row of a table, in a file that `TableData` could read; columns that it has besides are left
-        out.
+        """Return the most probable label and its probability for every row of a table.
+
+        The file may be any that `TableData` could read; columns that the model does not use are ignored.
 
         Raises:
-            ConfigError: for a model of something else. DataError: for a file, a column or a value that cannot be used.
+            ConfigError: for a model that does not read a table.
+            DataError: for a file, a column or a value that cannot be used.
         """
         if self.scale is None:
             raise ConfigError(f"this model reads {self.reads}")
@@ -263,12 +284,14 @@ class Small:
 
 
 def load(folder: Path, own_code: bool = False) -> SplitModel:
-    """The model that `write` saved, in evaluation mode: `model.head(model.backbone(x))` are the logits [B, C] of
-    examples x [B, *shape], of texts token ids [B, L]; `model.labels` are their names.
+    """Load the model that `write` saved, in evaluation mode.
+
+    `model.head(model.backbone(x))` gives the logits [B, C] of examples x [B, *shape] or, for texts, of token ids x [B,
+    L]. `model.labels` holds the names of the classes.
 
     Args:
-        own_code: import the functions of one's own that made its extractors; the folder names them, so do so only
-            with folders of one's own.
+        own_code: import the user's own functions that made the extractors. The folder names these functions, so set it
+            only for your own folders.
 
     Raises:
         ConfigError: if there are such functions, and `own_code` is not given.
@@ -344,7 +367,7 @@ print([model.labels[i] for i in model.head(model.backbone(x)).argmax(-1)])  # x:
 
 
 def _plain(told: dict[str, Any]) -> str:
-    """The lines that load it in plain torch; of an image, from the file on."""
+    """Return the lines that load the model in plain torch; for an image, they begin with reading the file."""
     shape, lines = told["shape"], ["import json", "from pathlib import Path", "", "import torch"]
     reading: list[str] = []
     if len(shape) == 3 and told["experiment"]["data"]["type"] == "ImageData":

@@ -1,4 +1,4 @@
-"""`consilium export | predict | chat`: their flags, and what they print."""
+"""The commands `consilium export | predict | chat`: their flags, and what they print."""
 
 import json
 import sys
@@ -17,13 +17,13 @@ __all__ = ["Chat", "Export", "Predict"]
 
 @dataclass(frozen=True)
 class Export:
-    """Take a client's model away as a directory that plain transformers loads with from_pretrained.
+    """Export a client's model as a directory that plain transformers loads with from_pretrained.
 
     Args:
-        run: a finished run's directory; or, at a site, its --state folder, for the model that it was last delivered.
+        run: directory of a finished run; at a site, its --state folder, for the model that was last delivered to it.
         out: directory to write; it must be new or empty.
-        client: whose model; all: that of every client, each in a folder of its own in --out; default: the global model.
-            A site has its own.
+        client: client of the model; all: every client, each in its own folder in --out; default: the global model. At a
+            site, the model is always its own.
         format: transformers: adapters merged, and one number of experts in all layers, where that is exact; adapter:
             LoRA for PEFT; consilium: every layer as it is, with a keep-map.
     """
@@ -34,7 +34,7 @@ class Export:
     format: Literal["transformers", "adapter", "consilium"] = "transformers"
 
     def lines(self) -> Iterator[str]:
-        """Do it; what is to be said about it, line by line."""
+        """Export the model, and yield the messages for the user, line by line."""
         from consilium.export.deployed import Finished
         from consilium.export.folder import new_folder
 
@@ -42,7 +42,7 @@ class Export:
             yield from self._one()
             return
         run = Finished.of(self.run)
-        with new_folder(self.out, keep=False):  # is it new or empty?
+        with new_folder(self.out, keep=False):  # raises an error unless it is new or empty
             pass
         written = 0
         for info in run.setup.clients:
@@ -60,7 +60,7 @@ class Export:
         from consilium.export.folder import new_folder, write
         from consilium.models.cohort import Cohort
 
-        with new_folder(self.out, keep=False):  # before the weights are read, which takes its time
+        with new_folder(self.out, keep=False):  # checked before the weights are read, which takes time
             pass
         if (self.run / "site.json").exists():
             at_site = delivered(self.run)
@@ -91,25 +91,27 @@ class Export:
 
 
 def _tries(kind: str, folder: Path) -> str:
-    """The command that tries a model."""
+    """Return the command that tries a model."""
     return f"chat {folder}" if kind == "conversation" else f'predict {folder} --text "..."'
 
 
 @dataclass(frozen=True)
 class Predict:
-    """Labels (task, label, probability, text) or generated texts of an exported model, a line per text, image or row.
+    """Print the answers of an exported model, one line per text, image or row.
+
+    An answer is a label (task, label, probability, text) or a generated text.
 
     Args:
-        folder: what `consilium export` wrote.
-        text: a text in quotes, as often as you like; none: the lines of standard input.
-        image: a file, likewise, of a model of images.
-        table: a file with the columns that the model was trained on; its rows count from 0.
-        csv: a file with texts: CSV or another format that training reads, see --column.
-        column: of --csv, where the texts are; default: text, or the only column.
-        tokens: generated at most; default: as in training.
-        top: labels of a text, the most probable first.
-        json: print a line of JSON per text, with its labels and probabilities or what was generated; texts keep their
-            line breaks. Lines of standard input may then be texts in JSON's quotes.
+        folder: directory that `consilium export` wrote.
+        text: text in quotes; may be repeated; default: the lines of standard input.
+        image: image file, for a model of images; may be repeated.
+        table: file with the columns that the model was trained on; its rows are numbered from 0.
+        csv: file with texts: CSV or another format that training reads, see --column.
+        column: column of --csv with the texts; default: text, or the only column.
+        tokens: largest number of generated tokens, >= 1; default: as in training.
+        top: number of labels of a text, the most probable first, >= 1.
+        json: print one line of JSON per text, with its labels and probabilities or the generated text; texts keep their
+            line breaks. Lines of standard input may then be JSON strings.
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
@@ -123,7 +125,7 @@ class Predict:
     json: bool = False
 
     def lines(self) -> Iterator[str]:
-        """One line per text and task, per image, or per row."""
+        """Yield one line per text and task, per image, or per row."""
         from consilium.export.folder import use_of
         from consilium.export.predict import Taken
 
@@ -169,7 +171,7 @@ class Predict:
                 yield f"{task}{terminal(found.label)}\t{found.probability:.3f}\t{one_line(text, 60)}"
 
     def _of_file(self) -> list[str]:
-        """The texts of --csv; an empty cell is an empty text, so that answers keep the order of the rows."""
+        """Return the texts of --csv; an empty cell is an empty text, so that answers keep the order of the rows."""
         from consilium.data.table import read_table
 
         assert self.csv is not None
@@ -183,7 +185,7 @@ class Predict:
 
 
 def _unquoted(line: str) -> str:
-    """Return the text that a line is, or that it holds as a string of JSON."""
+    """Return the string of JSON that a line holds, else the line itself."""
     try:
         found = json.loads(line)
     except ValueError:
@@ -193,18 +195,18 @@ def _unquoted(line: str) -> str:
 
 @dataclass(frozen=True)
 class Chat:
-    """Talk to an exported causal model: a line is what you say; the end of the input ends it.
+    """Talk to an exported causal model: each line is a message, and the end of the input ends the chat.
 
     Args:
-        folder: what `consilium export` wrote.
-        tokens: of an answer, at most; default: as in training.
+        folder: directory that `consilium export` wrote.
+        tokens: largest number of tokens in an answer, >= 1; default: as in training.
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
     tokens: int | None = None
 
     def lines(self) -> Iterator[str]:
-        """One answer per line; what was said before stays in mind, as far as it fits."""
+        """Yield one answer per line; earlier turns are remembered as far as they fit."""
         from consilium.export.predict import Taken
 
         _positive(self.tokens)

@@ -1,4 +1,4 @@
-"""What a client would deploy when a run is over: the weights that its last score belongs to."""
+"""The model that a client would deploy at the end of a run: the weights that its last score belongs to."""
 
 import difflib
 import json
@@ -29,19 +29,21 @@ __all__ = ["Deployed", "Finished", "delivered", "of_run", "of_site"]
 
 @dataclass(frozen=True)
 class Deployed:
-    """A mixture of experts as a client would deploy it, or the global one, and what its card tells.
+    """A mixture of experts as a client would deploy it, or the global one, with the facts for its card.
 
     Args:
-        experiment: of the run, with the model from where it lies here.
-        client: its name; "": the global model.
-        labels: task -> labels, of the heads that go along; {} without heads.
+        experiment: experiment of the run, with the model at its location on this machine.
+        client: name of the client; "": the global model.
+        labels: task -> labels, of the heads that are included; {}: no heads.
         params: flat names -> tensors; with `fit.lora` adapters, router rows and head rows.
-        held: experts per block; None: all. gates: how theirs are scaled.
-        scores: task -> (metric, score in [0, 1]) on test data; of the global model the mean over the task's clients.
-        sizes: split -> examples; of the global model, of all clients together.
-        clients: of the whole run. rounds: that it took.
-        privacy: what was spent, as the summary tells it; {}: nothing, or it is not known here.
-        notes: what was left out when the data was read, and which labels the client does not answer in.
+        held: experts per block; None: all.
+        gates: scale of the experts' gates.
+        scores: task -> (metric, score in [0, 1]) on test data; for the global model, the mean over the task's clients.
+        sizes: split -> examples; for the global model, of all clients together.
+        clients: number of clients of the whole run.
+        rounds: number of rounds of the run.
+        privacy: privacy that was spent, as the summary records it; {}: nothing, or it is not known here.
+        notes: data that was left out when it was read, and labels that the client does not answer in.
     """
 
     experiment: Experiment
@@ -59,7 +61,7 @@ class Deployed:
 
     @property
     def kind(self) -> str:
-        """How it is used: "classification", "text-to-text", "conversation" or "document" (goes on with a text)."""
+        """Return the kind of use: "classification", "text-to-text", "conversation" or "document" (continues a text)."""
         data = self.experiment.data
         if isinstance(data, LanguageData | CodeData):
             return "document" if data.plain else "conversation"
@@ -68,10 +70,15 @@ class Deployed:
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run, read back: no data of any client is needed for it, small models apart (the shape of theirs).
+    """A finished run, read from its directory.
+
+    No client's data is needed, except that small models need the shape of an example.
 
     Args:
-        partition, summary: as in the run directory. setup: with all clients. store: their committed states.
+        partition: as in the run directory.
+        summary: as in the run directory.
+        setup: setup with all clients.
+        store: the clients' committed states.
     """
 
     folder: Path
@@ -85,7 +92,12 @@ class Finished:
 
     @classmethod
     def of(cls, folder: Path) -> "Finished":
-        """Raises CheckpointError if it has not finished, or is no run."""
+        """Read a finished run.
+
+        Raises:
+            CheckpointError: if the run has not finished, or the folder is not a run.
+            ConfigError: if the run's small models are at its sites.
+        """
         config = RunDirectory(folder).config()
         if config["status"] != "finished":
             on = "start `consilium server` again" if config.get("data") == SITES else f"`consilium resume {folder}`"
@@ -108,23 +120,27 @@ class Finished:
         return cls(folder, experiment, partition, summary, setup, store, away, found[1])
 
     def server(self) -> Any:
-        """The server half as it ended."""
+        """Return the server half as it ended."""
         server = self.experiment.algorithm.server(self.setup)
         server.restore(self.state)
         return server
 
     def name(self, client: str) -> str:
-        """Return the name of a client by its id; the id where that is the name."""
+        """Return the name of a client by its id, or the id if it has no other name."""
         return (self.partition.get("names") or {}).get(client, client)
 
     def notes(self, client: str | None) -> tuple[str, ...]:
-        """Return what was noted when the data was read; of the clients' own labels, those of `client` alone."""
+        """Return the notes on the reading of the data; of the notes on clients' own labels, only those of `client`."""
         notes = self.partition.get("notes") or []
         own = f"{self.name(client)} answers in " if client else "\0"
         return tuple(note for note in notes if " answers in " not in note or note.startswith(own))
 
     def info(self, client: str) -> ClientInfo:
-        """By a client's name or id. Raises ConfigError for neither of them, or a client that can hold no model."""
+        """Return the client with a name or id.
+
+        Raises:
+            ConfigError: for an unknown client, or a client that can hold no model.
+        """
         infos = {self.name(info.id): info for info in self.setup.clients}
         client = self.name(client)
         if client not in infos:
@@ -137,10 +153,10 @@ class Finished:
 
 
 def of_run(run: Finished, client: str | None) -> Deployed:
-    """What `client` would deploy after the last round of a finished run; None: the global model.
+    """Return the model that `client` would deploy after the last round of a finished run; None: the global model.
 
     Raises:
-        ConfigError: for an unknown client (naming all), or where there is no such model.
+        ConfigError: for an unknown client (naming all), or if there is no such model.
     """
     server, summary, told = run.server(), run.summary, run.partition["clients"]
     metrics = {task: (values["metric"], values["score"]) for task, values in summary["tasks"].items()}
@@ -192,10 +208,14 @@ def of_run(run: Finished, client: str | None) -> Deployed:
 
 
 def delivered(folder: Path) -> tuple[dict[str, Any], ClientData, Payload, dict[str, Any]]:
-    """A site's settings and data, what it was last delivered, and what was told with it; `folder` is its state folder.
+    """Return a site's settings and data, the payload that it was last delivered, and the metadata of that payload.
+
+    Args:
+        folder: the state folder of the site.
 
     Raises:
         ConfigError: if the server has not yet had the site's model scored.
+        CheckpointError: if the payload cannot be read.
     """
     from consilium.engine.flower import DELIVERED, read_site
     from consilium.engine.flower.site import FLOWERS
@@ -214,17 +234,17 @@ def delivered(folder: Path) -> tuple[dict[str, Any], ClientData, Payload, dict[s
 
 
 def of_site(given: dict[str, Any], data: ClientData, payload: Payload, told: dict[str, Any]) -> Deployed:
-    """Of a mixture of experts, what a site was `delivered`.
+    """Return the mixture of experts that a site was `delivered`.
 
     Raises:
-        ConfigError: if that is nothing.
+        ConfigError: if there is none yet.
     """
     from consilium.engine.flower import OWN
 
     if not any(payload.groups.values()):
         raise ConfigError(f"{given['name']} has no model yet: with its method a site has none before it has trained")
     own = from_json(given["experiment"])
-    # What counts is the server's; data and model are where the site has them.
+    # The server's settings count, and data and model are where the site has them.
     experiment = replace(from_json(json.loads(str(told["experiment"]))), data=own.data, model=own.model)
     labels = {data.task.name: data.task.labels} if data.task.labels else {}
     setup = experiment.setup([(data.task.name, data.task.labels)])
@@ -245,15 +265,17 @@ def of_site(given: dict[str, Any], data: ClientData, payload: Payload, told: dic
 
 
 def _params(payload: Payload, state: ClientState, setup: Setup) -> Params:
-    """The delivered weights, or what the client keeps (without what an engine has put there), with the halves of
-    adapters that are never sent."""
+    """Return the delivered weights, or those that the client keeps, with the halves of adapters that are never sent.
+
+    Weights that an engine has put into the client's state are left out.
+    """
     own = {key: tensor for key, tensor in state.params.items() if not key.startswith("engine/")}
     params = payload.group("base") | (payload.group("params") or own)
     return setup.both_halves(params, taken(state, PRIVATE).params) if params else params
 
 
 def _gates(experiment: Experiment, payload: Payload, params: Params) -> Gates:
-    """Return how the gates are scaled; a client that keeps its model keeps the rows of absent experts with it."""
+    """Return the scale of the gates; a client that keeps its model keeps the rows of absent experts with it."""
     held = experts_from_scalars(payload.scalars)
     rows = payload.group("router") or (absent_rows(params, held) if held else {})
     return gates_from_scalars(experiment.fit.gates, payload.scalars, rows)

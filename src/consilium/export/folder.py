@@ -4,11 +4,11 @@ config.json, model*.safetensors, generation_config.json   the backbone, for `fro
 adapter_config.json, adapter_model.safetensors            instead of these, for PEFT on the base
 sub-moe.json, sub-moe.safetensors                         or these: every layer as it is, with the ids of its experts
 tokenizer files, chat template
-head.safetensors, labels.json     of classification: [C, D] `<task>.weight` and [C] `<task>.bias`; task -> labels.
-                                  They go on the mean of the last hidden states over all tokens but padding, which
-                                  no *ForSequenceClassification of these families takes (the last token's, without
-                                  a bias), so there is no class to save them in
-consilium.json                    how it was used: kind, lengths, tasks; for `consilium predict` and `chat`
+head.safetensors, labels.json     for classification: [C, D] `<task>.weight` and [C] `<task>.bias`; task -> labels.
+                                  The heads apply to the mean of the last hidden states over all tokens but padding.
+                                  The *ForSequenceClassification classes of these families use the last token, without
+                                  a bias, so there is no class to save the heads in
+consilium.json                    how the model is used: kind, lengths, tasks; for `consilium predict` and `chat`
 README.md                         the card
 """
 
@@ -50,13 +50,13 @@ USE = "consilium.json"
 
 @contextmanager
 def new_folder(out: Path, keep: bool = True) -> Iterator[Path]:
-    """A folder that takes the place of `out` when all is written, and of which nothing is left otherwise.
+    """Yield a temporary folder that replaces `out` if the block succeeds; otherwise nothing of it is left.
 
     Args:
-        keep: False: only find out whether it could.
+        keep: False: only find out whether the folder could be made.
 
     Raises:
-        ConfigError: if `out` is there and not empty, or cannot be made.
+        ConfigError: if `out` exists and is not empty, or cannot be made.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not empty: choose another --out, or remove it first")
@@ -75,8 +75,10 @@ def new_folder(out: Path, keep: bool = True) -> Iterator[Path]:
 
 
 def _share(folder: Path) -> None:
-    """Give a folder and its files the permissions that the umask leaves; those of a temporary folder, and of what
-    safetensors writes, are narrower."""
+    """Give a folder and its files the permissions that the umask leaves.
+
+    The permissions of a temporary folder, and of the files that safetensors writes, are narrower.
+    """
     os.umask(mask := os.umask(0o077))
     folder.chmod(0o777 & ~mask)
     for path in folder.rglob("*"):
@@ -84,7 +86,11 @@ def _share(folder: Path) -> None:
 
 
 def use_of(folder: Path) -> dict[str, Any]:
-    """What consilium.json of an exported folder says. Raises ConfigError for another folder."""
+    """Return the content of consilium.json in an exported folder.
+
+    Raises:
+        ConfigError: for another folder.
+    """
     try:
         use = json.loads((folder / USE).read_text())
         use["format"]
@@ -94,10 +100,10 @@ def use_of(folder: Path) -> dict[str, Any]:
 
 
 def write(out: Path, deployed: Deployed, format: Format) -> list[str]:
-    """Write the model into the new directory `out`; returns what the user should know, a line each.
+    """Write the model into the new directory `out`, and return the notes for the user, one per line.
 
     Raises:
-        ConfigError: for a format that cannot hold this model, with the one that can.
+        ConfigError: for a format that cannot hold this model, naming the one that can.
     """
     writers: dict[str, Callable[[Path, Deployed], list[str]]] = {
         "transformers": _plain,
@@ -107,7 +113,7 @@ def write(out: Path, deployed: Deployed, format: Format) -> list[str]:
     with new_folder(out) as folder:
         notes = [*writers[format](folder, deployed), *deployed.notes]
         source, fit = deployed.experiment.model, deployed.experiment.fit
-        if format != "consilium":  # which brings it
+        if format != "consilium":  # that format brings the tokenizer
             source.tokenizer().save_pretrained(folder)
         use = {
             "format": format,
@@ -124,7 +130,7 @@ def write(out: Path, deployed: Deployed, format: Format) -> list[str]:
 
 
 def _whole(deployed: Deployed) -> Params:
-    """The parameters without adapters."""
+    """Return the parameters with the adapters merged into them."""
     experiment = deployed.experiment
     if not experiment.fit.lora.rank:
         return deployed.params
@@ -134,14 +140,14 @@ def _whole(deployed: Deployed) -> Params:
 
 
 def _plain(folder: Path, deployed: Deployed) -> list[str]:
-    """Merged, and with one number of experts in all layers."""
+    """Write the merged model with one number of experts in all layers, and return notes."""
     source = deployed.experiment.model
     model = source.build(_whole(deployed), "", (), deployed.held, deployed.gates)
     try:
         config, longest = uniform(fold_gates(model))
     except ModelError as error:
         raise ConfigError(f"{error}; use --format consilium, which keeps every layer as it is") from error
-    backbone = model.backbone  # perhaps a wider one
+    backbone = model.backbone  # `uniform` may have replaced it by a wider one
     backbone.config = config
     if backbone.can_generate():
         backbone.generation_config = _generation(source.location, source.revision, config)
@@ -171,7 +177,7 @@ def _plain(folder: Path, deployed: Deployed) -> list[str]:
 
 
 def _adapters(folder: Path, deployed: Deployed) -> list[str]:
-    """For the base that the run began with, routers included where they were trained."""
+    """Write the adapters for the base that the run began with, including trained routers, and return notes."""
     experiment, source = deployed.experiment, deployed.experiment.model
     lora = experiment.fit.lora
     if not lora.rank:
@@ -197,7 +203,7 @@ def _adapters(folder: Path, deployed: Deployed) -> list[str]:
 
 
 def _add_routers(folder: Path, model: TaskModel) -> None:
-    """Routers that were trained in full are PEFT's `modules_to_save`."""
+    """Add routers that were trained in full as PEFT's `modules_to_save`."""
     config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     told, tensors = json.loads(config.read_text()), load_file(weights)
     paths = [f"{block}.{model.family.router}" for block in model.blocks()]
@@ -221,7 +227,7 @@ def _sub_moe(folder: Path, deployed: Deployed) -> list[str]:
 
 
 def _heads(folder: Path, deployed: Deployed, width: int) -> None:
-    """Heads for a hidden state of that width, of which what the training did not know counts nothing."""
+    """Write heads for a hidden state of `width`; dimensions that training did not know have weight zero."""
     tensors = {}
     for task, labels in deployed.labels.items():
         for leaf in ("weight", "bias"):
@@ -236,7 +242,7 @@ def _heads(folder: Path, deployed: Deployed, width: int) -> None:
 
 
 def _generation(location: str, revision: str | None, config: object) -> GenerationConfig:
-    """The base's own settings of generation, else what its configuration says."""
+    """Return the base's own generation settings, else those in its configuration."""
     try:
         return GenerationConfig.from_pretrained(location, revision=revision)
     except OSError:

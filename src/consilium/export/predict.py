@@ -1,4 +1,4 @@
-"""Labels and texts from an exported directory."""
+"""Labels and texts that an exported model predicts."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,11 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Labelled:
-    """An answer of a classifier. `probability`: the softmax at the label, in (0, 1]."""
+    """An answer of a classifier.
+
+    Args:
+        probability: the softmax at the label, in (0, 1].
+    """
 
     task: str
     label: str
@@ -38,8 +42,10 @@ class Taken:
     """An exported model, ready to answer.
 
     Args:
-        kind: see `deployed.Deployed.kind`. models: task -> live model; of a generating model one, under "".
-        max_length, target_length: tokens kept of a text, and generated.
+        kind: see `deployed.Deployed.kind`.
+        models: task -> live model; a generating model has one, under "".
+        max_length: tokens kept of a text.
+        target_length: tokens generated.
     """
 
     kind: str
@@ -50,7 +56,12 @@ class Taken:
 
     @classmethod
     def of(cls, folder: Path) -> "Taken":
-        """Raises ConfigError for a folder that `consilium export` has not made, or adapters without their base."""
+        """Load an exported model.
+
+        Raises:
+            ConfigError: for a folder that `consilium export` has not made, for adapters without their base, or for a
+                small model.
+        """
         use = use_of(folder)
         if use["format"] == "adapter":
             raise ConfigError(f"{folder} holds adapters alone; its README.md says how PEFT loads them on their base")
@@ -67,7 +78,7 @@ class Taken:
         return cls(use["kind"], source, models, use["max_length"], use["target_length"])
 
     def labelled(self, texts: Sequence[str], top: int = 1) -> Iterator[list[Labelled]]:
-        """Yield for each text the `top` most probable labels of every task that the model has."""
+        """Yield, for each text, the `top` most probable labels of every task that the model has."""
         for text in texts:
             yield [found for task, model in self.models.items() for found in self._label(task, model, text, top)]
 
@@ -80,7 +91,7 @@ class Taken:
         ]
 
     def _task_batch(self, model: TaskModel, text: str) -> dict[str, torch.Tensor]:
-        """As in training: a text cut to `max_length`; labels are there because batches have some."""
+        """Return a text as a batch, cut to `max_length` as in training; batches always have labels, so it has some."""
         classify, seq2seq = bool(model.labels), model.encoder_decoder
         way = "classification" if classify else "seq2seq" if seq2seq else "causal"
         form = "classification" if classify else "text-to-text"
@@ -90,7 +101,7 @@ class Taken:
         return encoded.batch([0], CPU, prompt=True)
 
     def written(self, text: str, tokens: int | None = None) -> str:
-        """The model's answer to a text, or how it goes on with it; greedy."""
+        """Return the model's answer to a text, or its continuation of the text; decoding is greedy."""
         if self.kind == "conversation":
             return self.answered([{"role": "user", "content": text}], tokens)
         model = next(iter(self.models.values()))
@@ -100,7 +111,7 @@ class Taken:
         return self._generated(Encoded([ids], [[]], [""], "causal", 0).batch([0], CPU, prompt=True), tokens)
 
     def answered(self, conversation: Sequence[dict[str, Any]], tokens: int | None = None) -> str:
-        """The assistant's next turn, of a conversation of which the end is kept that fits `max_length`."""
+        """Return the assistant's next turn; only the end of the conversation that fits `max_length` is kept."""
         split = Split([json.dumps(list(conversation))], [""])
         encoded = encode_language(split, self.source.tokenizer(), "examples", self.max_length, self.target_length)
         return self._generated(encoded.batch([0], CPU, prompt=True), tokens)
@@ -112,7 +123,7 @@ class Taken:
 
 
 def _with_heads(folder: Path, source: ModelSource, tasks: dict[str, list[str]]) -> dict[str, TaskModel]:
-    """The backbone with each task's head; the weights of the backbone are the same tensors in all."""
+    """Return the backbone with each task's head; all of them share the backbone's tensors."""
     params = source.load()
     if not tasks:
         return {"": source.build(params, "", ())}

@@ -1,4 +1,4 @@
-"""Small models, of which every client may have its own: extractors, a head, and what is built of them.
+"""Small models, with possibly a different one for each client: extractors, heads and sub-networks.
 
-The folders here are models that come with the package (`moe.build.shipped`).
+The folders in this package are models that ship with it (`moe.build.shipped`).
 """

@@ -1,13 +1,13 @@
-"""A cohort: small models of which every client may have its own architecture, each split into extractor and head.
+"""A cohort of small models: every client may have its own architecture, which consists of an extractor and a head.
 
     cnn-1 .. cnn-5      the five CNNs of the pFedMoE family (arXiv 2402.01350 for CIFAR); conv, conv, FC1, FC2
     mnist-1 .. mnist-5  the same for MNIST
     mlp-1 .. mlp-3      for tables: one hidden layer and FC2
 
-An extractor maps one batch [B, *S] to representations [B, d]; `SplitModel` puts a linear head on it. A function of your
-own and encoders of `transformers`, for images and for texts, are named as `models.encoders` says, e.g.
-`--model.architectures mypackage.nets:make_resnet,cnn-5`. Convolutions, norms (what they keep in buffers travels like
-parameters) and anything else torch has are allowed.
+An extractor maps a batch [B, *S] to representations [B, d]; `SplitModel` puts a linear head on it. `models.encoders`
+says how to name a function of your own, or an encoder of `transformers` for images or texts, e.g.
+`--model.architectures mypackage.nets:make_resnet,cnn-5`. Convolutions, norms (their buffers travel like parameters) and
+all other torch modules are allowed.
 
 Shapes: B examples, *S the shape of one ((C, H, W) or (columns,)), d width of a representation, C labels.
 """
@@ -35,7 +35,11 @@ _REAL: ContextVar[Tensor | None] = ContextVar("real rows of the batch", default=
 
 @contextmanager
 def padded(real: Tensor | None) -> Iterator[None]:
-    """Inside, of the batch that a model is given only these rows are real [B] bool, see `batched`; None: all."""
+    """Mark the real rows of the batch inside the block; the others are padding, see `batched`.
+
+    Args:
+        real: True for real rows, [B] bool; None: all rows are real.
+    """
     token = _REAL.set(real)
     try:
         yield
@@ -44,7 +48,10 @@ def padded(real: Tensor | None) -> Iterator[None]:
 
 
 def real_rows() -> Tensor | None:
-    """Which rows of the batch are real [B] bool, None: all. Modules that take statistics over a batch must ask."""
+    """Return which rows of the batch are real, [B] bool, or None if all are.
+
+    Modules that compute statistics over a batch must leave out the other rows.
+    """
     return _REAL.get()
 
 
@@ -56,10 +63,12 @@ class Cohort:
         architectures: names, one by one or with commas, see `models.cohort` and `models.encoders`; client k (in id
             order, from 0) has the (k mod n)-th of n. One name: all clients have the same model, as methods that average
             whole models need.
-        small: the architecture that all clients share beside their own, in methods that have one (pFedMoE's proxy).
-        width: d, the width of every representation (FC2): 500 in the paper for CIFAR, 50 for MNIST. Functions of your
-            own and encoders have their own.
-        kernel: of the convolutions, odd; padding: around their input. 5 and 0 in the paper.
+        small: architecture of the model that all clients share next to their own, in methods with such a model
+            (pFedMoE's proxy).
+        width: width of every representation (d, FC2), >= 1; 500 in the paper for CIFAR, 50 for MNIST. Functions of your
+            own and encoders have their own width.
+        kernel: kernel size of the convolutions, odd, >= 1; 5 in the paper.
+        padding: padding around the input of the convolutions, >= 0; 0 in the paper.
     """
 
     architectures: tuple[str, ...] = ("cnn-1", "cnn-2", "cnn-3", "cnn-4", "cnn-5")
@@ -70,7 +79,7 @@ class Cohort:
 
     form: ClassVar[str] = "classification"
     counts: ClassVar[Mapping[str, int]] = {}
-    fingerprint: ClassVar[str] = ""  # of files: small models begin with what the seed says
+    fingerprint: ClassVar[str] = ""  # There are no files to identify: small models start from the seed.
     torch_dtype: ClassVar[torch.dtype] = torch.float32
 
     def __post_init__(self) -> None:
@@ -89,51 +98,52 @@ class Cohort:
 
     @property
     def world(self) -> str:
-        """What methods must be able to train, see `core.Algorithm.worlds`."""
+        """Return the world that methods must be able to train, see `core.Algorithm.worlds`."""
         return "cohort" if len(set(self.architectures)) == 1 else "mixed"
 
     @property
     def path(self) -> str:
-        """What the cohort is called in messages."""
+        """Return the name of the cohort in messages."""
         return ", ".join(dict.fromkeys(self.architectures))
 
     @property
     def reads_texts(self) -> bool:
-        """Whether all architectures may be text encoders: those of the table above read images and tables."""
+        """Return True if all architectures may be text encoders; those in `ARCHITECTURES` read images and tables."""
         return not ARCHITECTURES.keys() & {*self.architectures, self.small}
 
     def architecture(self, client: int) -> str:
-        """The architecture of the client with that place in the order of ids."""
+        """Return the architecture of the client at an index, from 0, in the order of ids."""
         return self.architectures[client % len(self.architectures)]
 
     def extractor(self, name: str, shape: tuple[int, ...]) -> nn.Module:
-        """A new extractor [B, *shape] -> [B, d], with its attribute `width`; shape () of texts."""
+        """Build an extractor [B, *shape] -> [B, d] with an attribute `width` = d; the shape is () for texts."""
         return ARCHITECTURES[name](shape, self) if name in ARCHITECTURES else encoders.extractor(name, shape)
 
     def tokenizer(self) -> Any:
-        """The tokenizer by which all architectures read texts.
+        """Return the tokenizer that all architectures share.
 
         Raises:
-            ConfigError: if they have different ones.
+            ConfigError: if they have different tokenizers, or if no architecture has one.
         """
         return encoders.one_tokenizer((*self.architectures, self.small))
 
     def width_of(self, name: str, shape: tuple[int, ...]) -> int:
-        """d of that architecture; no weights are made for it."""
+        """Return d of an architecture, without allocating weights."""
         with torch.device("meta"):
             return self.extractor(name, shape).width
 
 
 class SplitModel(nn.Module):
-    """Extractor and head: logits [B, C] = head(backbone(x)).
+    """A model of an extractor and a head: logits [B, C] = head(backbone(x)).
 
     Args:
-        backbone: the extractor [B, *S] -> [B, d], with attribute `width` = d.
-        task: name of the task; labels: its label names.
+        backbone: the extractor [B, *S] -> [B, d], with an attribute `width` = d.
+        task: name of the task.
+        labels: label names of the task.
     """
 
     rowwise = True  # see `batched`
-    family = None  # no sparse block, so nothing that `moe.families` could tell
+    family = None  # The model has no sparse blocks, so it is of no family of `moe.families`.
     adapters = None
     dtype = torch.float32
 
@@ -145,20 +155,25 @@ class SplitModel(nn.Module):
         self.head = nn.Linear(backbone.width, len(labels))
 
     def blocks(self) -> dict[str, nn.Module]:
-        """Sparse blocks: none."""
+        """Return the sparse blocks; there are none."""
         return {}
 
     def masks(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Which positions are real: of tensors, all."""
+        """Return masks of the real positions; there are none, because every position of a tensor is real."""
         return {}
 
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits [B, C], float32, and their targets [B]."""
+        """Return logits [B, C], float32, and their targets [B]."""
         return self.head(self.backbone(batch["x"])).float(), batch["labels"]
 
 
 def initial(make: Callable[[], nn.Module], *seed: Any) -> Params:
-    """The weights with which `make`'s module begins, by its own initialisation; the same for the same seed parts."""
+    """Return the initial parameters and float buffers of a module; equal seeds give equal values.
+
+    Args:
+        make: builds the module with its own initialisation.
+        seed: parts of the seed.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(*seed))
         module = make()
@@ -167,13 +182,19 @@ def initial(make: Callable[[], nn.Module], *seed: Any) -> Params:
 
 
 class CNN(nn.Sequential):
-    """conv, pool, ReLU, twice; FC1, ReLU, FC2, ReLU. (Max-pooling before ReLU gives what ReLU before it does.)
+    """A CNN of two times (conv, pool, ReLU), then FC1, ReLU, FC2, ReLU.
+
+    Max-pooling before ReLU gives the same result as ReLU before max-pooling.
 
     Args:
-        shape: (C, H, W) of the images. conv1, conv2: filters. fc1: units; FC2 has cohort.width.
+        shape: (C, H, W) of the images.
+        cohort: the settings of kernel, padding and width.
+        conv1: filters of the first convolution.
+        conv2: filters of the second convolution.
+        fc1: units of FC1; FC2 has cohort.width.
 
     Raises:
-        ConfigError: if the images are too small for the kernel.
+        ConfigError: if the examples are no images, or too small for the kernel.
     """
 
     rowwise = True
@@ -202,7 +223,7 @@ class CNN(nn.Sequential):
 
 
 class MLP(nn.Sequential):
-    """FC1, ReLU, FC2, ReLU on the flattened example."""
+    """A perceptron of FC1, ReLU, FC2, ReLU on the flattened example."""
 
     rowwise = True
 
@@ -213,7 +234,7 @@ class MLP(nn.Sequential):
 
 
 def _side(pixels: int, cohort: Cohort) -> int:
-    """Of what is left of a side after a convolution and a 2 x 2 pool."""
+    """Return the length of a side after a convolution and a 2 x 2 pool."""
     return (pixels + 2 * cohort.padding - cohort.kernel + 1) // 2
 
 

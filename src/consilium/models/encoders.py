@@ -1,24 +1,25 @@
-"""Extractors from outside this package, by an architecture's name: a function of one's own, or a transformers model.
+"""Extractors from outside this package, by architecture name: a function of your own, or a transformers model.
 
     mypackage.nets:make_resnet      a function: the shape of one example -> an extractor with attribute `width`, or the
                                     pair (extractor, width); the module must be installed, or on PYTHONPATH
     ./vit-tiny, google/vit-base-patch16-224, distilbert/distilbert-base-uncased
                                     a directory or a hub name, in either case with a slash: an encoder of images or
-                                    texts, from safetensors; no code that lies beside the weights is run
+                                    texts, from safetensors; code that lies next to the weights is not run
 
-A function is imported when its extractor is first built, never when a name is read, and names come from a command line,
-an `Experiment` or a config.json that its user runs on his own machine: run no config.json that you would not run as a
-program. Across sites nobody has anything imported for another: a site refuses a server that names an architecture which
-is neither in the package's table nor the site's own, and a server likewise what a site says.
+A function is imported when its extractor is first built, never when a name is read. Names come from a command line, an
+`Experiment` or a config.json that a user runs on their own machine: do not run a config.json that you would not run as
+a program. Across sites, no party makes another import anything: a site refuses a server that names an architecture
+outside the package's table and the site's own choice, and a server treats the names of a site likewise.
 
-Of an encoder's outputs the pooled one is the representation; where pooling is a dense layer of the pre-training (ViT,
-BERT), which most checkpoints lack, that layer is left out: of images the first token counts, of texts the mean over the
-tokens. Images [B, C, H, W] are in [-1, 1], as `TensorSplit` gives pixels; they are resized (bilinear) and normalised as
-the checkpoint's preprocessor_config.json says, one channel is repeated where the model takes three. Texts are rows of
-token ids [B, L]; what equals the padding id is masked, and columns that are padding throughout are cut off.
+The representation of an image is the encoder's pooled output, and that of a text the mean over its tokens. Where
+pooling is a dense layer of the pre-training (ViT, BERT), which most checkpoints lack, that layer is left out, and the
+representation of an image is its first token. Images [B, C, H, W] are in [-1, 1], as `TensorSplit` gives pixels. They
+are resized (bilinear) and normalised as the checkpoint's preprocessor_config.json says; a single channel is repeated
+where the model takes three. Texts are rows of token ids [B, L]. The padding id is masked, and columns of only padding
+are cut off.
 
-A checkpoint's weights are the same wherever it is used: for pFedMoE's shared extractor take a smaller one than the
-clients have, or the two begin as one.
+A checkpoint's weights are the same wherever it is used. For pFedMoE's shared extractor, take a smaller checkpoint than
+the clients have; otherwise the two extractors start with the same weights.
 """
 
 import importlib
@@ -48,35 +49,36 @@ _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 def is_function(name: str) -> bool:
-    """Whether a name is module.path:function."""
+    """Return True if a name has the form module.path:function."""
     return _FUNCTION.fullmatch(name) is not None
 
 
 def is_model(name: str) -> bool:
-    """Whether a name is a transformers model's: there is a slash in it."""
+    """Return True if a name is that of a transformers model, which contains a slash."""
     return "/" in name
 
 
 def resolved(name: str) -> str:
-    """A directory as an absolute path, as a run may be resumed elsewhere; another name as it is."""
+    """Return a directory as an absolute path, as a run may be resumed elsewhere, and any other name unchanged."""
     path = Path(name).expanduser()
     return str(path.absolute()) if is_model(name) and (path.is_dir() or name[0] in "./~") else name
 
 
 def extractor(name: str, shape: tuple[int, ...]) -> nn.Module:
-    """A new extractor [B, *shape] -> [B, d] with attribute `width` = d; on the meta device only its shapes.
+    """Build an extractor [B, *shape] -> [B, d] with attribute `width` = d; on the meta device it has only shapes.
 
     Args:
-        name: see above. shape: of one example; () of texts.
+        name: an architecture, see the module.
+        shape: shape of one example; () for texts.
 
     Raises:
-        ConfigError: for a function that cannot be imported, fails, or does not make an extractor of such examples.
-        ModelError: for a model that cannot be read, or is of another kind than the examples.
+        ConfigError: if a function cannot be imported, fails, or does not make an extractor of such examples.
+        ModelError: if a model cannot be read, or is of another kind than the examples.
     """
     return _own(name, shape) if is_function(name) else _encoder(name, shape)
 
 
-# --- functions of one's own -------------------------------------------------------------------------------------------
+# --- user-supplied functions ------------------------------------------------------------------------------------------
 
 
 def _own(name: str, shape: tuple[int, ...]) -> nn.Module:
@@ -118,7 +120,7 @@ def _imported(name: str) -> Callable[[tuple[int, ...]], Any]:
 
 
 def _check(name: str, module: nn.Module, shape: tuple[int, ...]) -> None:
-    """What methods take for granted: float32, no tensor under two names, sizes that are known, the shape of outputs."""
+    """Raise ConfigError unless a module is float32, has no tied or lazy tensors and returns shape [B, width]."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     if lazy := [key for key, t in tensors if is_lazy(t)]:
         raise ConfigError(
@@ -183,7 +185,10 @@ def _read(name: str, read: Callable[[], Any]) -> Any:
 
 
 def _model(name: str, config: Any) -> nn.Module:
-    """In float32, without a dense pooling layer; where parameters become meta tensors, by its configuration alone."""
+    """Load a model in float32, without a dense pooling layer.
+
+    Inside a meta device context, build it from its configuration alone.
+    """
     if nn.Linear(1, 1).weight.is_meta:
         from transformers.initialization import no_init_weights
 
@@ -212,7 +217,7 @@ def _without_pooling(model: nn.Module) -> nn.Module:
 
 
 def _width(config: Any) -> int:
-    """d: the width of the last layer."""
+    """Return d, the width of the last layer."""
     width = getattr(config, "hidden_size", None)
     return width if isinstance(width, int) else config.hidden_sizes[-1]
 
@@ -221,12 +226,12 @@ def _width(config: Any) -> int:
 def _preprocessing_of(name: str) -> dict[str, Any]:
     try:
         return transformers.image_processing_base.ImageProcessingMixin.get_image_processor_dict(name)[0]
-    except (OSError, ValueError):  # there is none: images go in as they are
+    except (OSError, ValueError):  # Without a preprocessor configuration, images are not changed.
         return {}
 
 
 def _preprocessing(name: str, config: Any) -> dict[str, Any]:
-    """ "size" (H, W) or None for any, "mean" and "std" per channel of pixels in [0, 1]."""
+    """Return "size" (H, W) or None for any, and "mean" and "std" of pixels in [0, 1], one number or one per channel."""
     told = _preprocessing_of(name)
     size = told.get("crop_size") if told.get("do_center_crop") else None
     size = getattr(config, "image_size", None) or size or (told.get("size") if told.get("do_resize") else None)
@@ -244,10 +249,12 @@ class ImageEncoder(nn.Module):
     """A transformers image encoder: [B, C, H, W] in [-1, 1] -> [B, d].
 
     Args:
-        model: whose `forward` takes pixel_values. shape: (C, H, W) of the examples. told: see `_preprocessing`.
+        model: a model that takes pixel_values in `forward`.
+        shape: (C, H, W) of the examples.
+        told: result of `_preprocessing`.
 
     Raises:
-        ModelError: for a number of channels that the model does not take.
+        ModelError: if the model does not take this number of channels.
     """
 
     def __init__(self, model: nn.Module, shape: tuple[int, ...], told: dict[str, Any]):
@@ -259,7 +266,7 @@ class ImageEncoder(nn.Module):
         if shape[0] not in (1, self.channels):
             raise ModelError(f"images have {shape[0]} channels, {model.config.model_type} takes {self.channels}")
         mean, std = (torch.tensor(told[key], device="cpu").expand(self.channels) for key in ("mean", "std"))
-        # x in [-1, 1] is a pixel (x + 1) / 2 in [0, 1]; kept as numbers, for a buffer would travel
+        # x in [-1, 1] is a pixel (x + 1) / 2 in [0, 1]. These are plain numbers because buffers would travel.
         self.scale, self.shift = (0.5 / std).tolist(), ((0.5 - mean) / std).tolist()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -274,10 +281,13 @@ class ImageEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """A transformers text encoder: token ids [B, L] int64 -> [B, d], the mean over the tokens that are no padding.
+    """A transformers text encoder: token ids [B, L] int64 -> [B, d], the mean over the tokens that are not padding.
+
+    Args:
+        model: a model that takes input_ids and attention_mask in `forward`.
 
     Raises:
-        ModelError: for a configuration without a padding id, or texts that are longer than the model reads.
+        ModelError: if the configuration has no padding id, or a text is longer than the model reads.
     """
 
     def __init__(self, model: nn.Module):
@@ -304,10 +314,11 @@ class TextEncoder(nn.Module):
 
 @lru_cache(maxsize=8)
 def one_tokenizer(names: tuple[str, ...]) -> PreTrainedTokenizerBase:
-    """The tokenizer of text encoders that read the same rows of ids.
+    """Return the common tokenizer of text encoders that read the same rows of ids.
 
     Raises:
-        ConfigError: if they have different ones, or none of the architectures has any.
+        ConfigError: if they have different tokenizers, no architecture has one, or a tokenizer and its model disagree
+            on the vocabulary or the padding id.
     """
     models = [name for name in dict.fromkeys(names) if is_model(name)]
     if not models:

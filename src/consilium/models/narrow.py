@@ -1,8 +1,8 @@
-"""Sub-networks of small models: some units of every layer, and what of the neighbours' weights belongs to them.
+"""Sub-networks of small models: some units of every layer, and the weights of neighbouring layers that belong to them.
 
-A model is a chain of convolutions and linear layers in a Sequential (`models.cohort.ARCHITECTURES`). Of every layer
-but the last, which makes the representation, some units (filters) are kept; the next layer then reads these alone,
-after a Flatten with all the places of each. Flat names are those of the model: "3.weight", "3.bias".
+A model is a chain of convolutions and linear layers in a Sequential (`models.cohort.ARCHITECTURES`). Every layer but
+the last, which makes the representation, keeps some of its units (filters). The next layer then reads only these units;
+after a Flatten, it reads all places of each. Flat names are those of the model: "3.weight", "3.bias".
 
 Shapes: O units of a layer, I units that it reads, P places of a filter after a Flatten (1 elsewhere).
 """
@@ -19,7 +19,7 @@ from consilium.params import Params
 __all__ = ["Link", "chain", "cut", "narrowed", "params_of", "put"]
 
 Units = Mapping[str, Sequence[int]]
-"""Layer -> the units that are kept, ascending."""
+"""Layer -> the kept units, ascending."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,11 @@ class Link:
     """A layer of the chain.
 
     Args:
-        name: its place in the Sequential. units: O. before: the layer that it reads, "": the input.
-        places: P of each unit of that layer. inside: parameters of one unit per unit that it reads (a kernel's size).
+        name: its index in the Sequential.
+        units: O.
+        before: name of the layer that it reads; "": the input.
+        places: P of each unit of the layer `before`.
+        inside: parameters of one unit per unit that it reads (a kernel's size).
     """
 
     name: str
@@ -42,7 +45,7 @@ def chain(module: nn.Module) -> tuple[Link, ...]:
     """Return the layers of a model, in order.
 
     Raises:
-        ConfigError: for a model that is no chain of convolutions and linear layers.
+        ConfigError: if the model is not a chain of convolutions and linear layers.
     """
     if not isinstance(module, nn.Sequential):
         raise ConfigError(
@@ -64,7 +67,7 @@ def chain(module: nn.Module) -> tuple[Link, ...]:
 
 
 def _places(link: Link, units: Units) -> Tensor | None:
-    """Where the inputs of a layer that belong to the kept units lie; None: all."""
+    """Return the indices of a layer's inputs that belong to the kept units, or None for all inputs."""
     if link.before not in units:
         return None
     kept = torch.tensor(units[link.before])
@@ -72,7 +75,7 @@ def _places(link: Link, units: Units) -> Tensor | None:
 
 
 def cut(params: Mapping[str, Tensor], links: Sequence[Link], units: Units) -> Params:
-    """Return the parameters of a sub-network, copies; names outside the chain (heads) as they are."""
+    """Return the parameters of a sub-network; uncut tensors and names outside the chain (heads) are not copied."""
     sub = dict(params)
     for link in links:
         weight, bias, read = params[f"{link.name}.weight"], params[f"{link.name}.bias"], _places(link, units)
@@ -85,7 +88,16 @@ def cut(params: Mapping[str, Tensor], links: Sequence[Link], units: Units) -> Pa
 
 
 def put(sums: Params, counts: Params, sub: Mapping[str, Tensor], links: Sequence[Link], units: Units, w: float) -> None:
-    """Add w times a sub-network to the sums [like the whole], float64, and w to the counts, at the places it has."""
+    """Add a sub-network, weighted by w, to running sums in place.
+
+    Args:
+        sums: float64, shaped like the whole model; w times the sub-network is added at its places.
+        counts: float64, shaped like the whole model; w is added at the same places.
+        sub: parameters of the sub-network.
+        links: the layers of the model.
+        units: the kept units.
+        w: the weight.
+    """
     for link in links:
         read = _places(link, units)
         kept = torch.tensor(units[link.name]) if link.name in units else torch.arange(link.units)
@@ -102,7 +114,7 @@ def put(sums: Params, counts: Params, sub: Mapping[str, Tensor], links: Sequence
 
 
 def narrowed(module: nn.Sequential, units: Units) -> nn.Sequential:
-    """Return the model with its layers as narrow as the sub-network, in place, with new weights."""
+    """Replace the layers of a model in place by new ones of the sub-network's widths, and return the model."""
     for link in chain(module):
         layer = module.get_submodule(link.name)
         out = len(units.get(link.name, range(link.units)))
@@ -118,7 +130,7 @@ def narrowed(module: nn.Sequential, units: Units) -> nn.Sequential:
 
 
 def params_of(links: Sequence[Link], units: Units) -> int:
-    """Parameters of a sub-network, heads apart."""
+    """Return the number of parameters of a sub-network, without heads."""
     total = 0
     for link in links:
         out = len(units.get(link.name, range(link.units)))

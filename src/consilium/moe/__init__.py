@@ -1,1 +1,1 @@
-"""Mixture-of-experts models: where experts live, how to cut them out, watch them, budget them and build them."""
+"""Mixture-of-experts models: addressing, slicing, observing, budgeting and building them."""

@@ -1,5 +1,7 @@
-"""Fewer active experts per token, and what makes up for them: a scale of the experts' output, balanced routing, and
-gradients for experts that no token reached. Shapes: T tokens, E experts in the model, K chosen per token.
+"""Training with fewer active experts per token, and the means that compensate for it: an output scale for the experts,
+balanced routing, and gradients for experts that no token reached.
+
+Shapes: T tokens, E experts in the model, K experts chosen per token.
 """
 
 from collections.abc import Mapping
@@ -20,14 +22,14 @@ SCALE = "output_scale"
 
 
 def full_k(model: TaskModel) -> int:
-    """Return K of the full model, 1 where the family's routers have no such number."""
+    """Return K of the full model, or 1 if the configuration of the family does not name it."""
     return int(getattr(model.config, "num_experts_per_tok", 1))
 
 
 def activate(model: TaskModel, k: int) -> TaskModel:
-    """Let every token use at most k experts from now on, in place.
+    """Limit every token to at most k experts from now on, in place.
 
-    A family whose routers always choose one (Switch) or two (PhiMoE) stays as it is.
+    A family with a fixed number of experts per token, such as Switch (one) or PhiMoE (two), is left unchanged.
     """
     family = model.family
     if family.top_k is not None and (family.least == 1 or family.groups):
@@ -38,9 +40,10 @@ def activate(model: TaskModel, k: int) -> TaskModel:
 
 
 def add_scales(model: TaskModel, scales: Params) -> TaskModel:
-    """Multiply the output of every block's experts by a scalar that is trained, float32; 1 where `scales` has none.
+    """Multiply the output of every block's experts by a trainable float32 scalar.
 
-    Shared experts that a family computes beside them are not scaled.
+    A scalar starts at 1 if `scales` has no value for its block. Shared experts, which a family computes separately, are
+    not scaled.
 
     Args:
         scales: block -> scalar.
@@ -54,7 +57,7 @@ def add_scales(model: TaskModel, scales: Params) -> TaskModel:
 
 
 def scales_of(model: TaskModel, masters: Mapping[str, Tensor] | None = None) -> Params:
-    """Return block -> trained scalar, copies on the CPU."""
+    """Return the trained scalars by block, as copies on the CPU."""
     found = {}
     for name, block in model.blocks().items():
         value = block.get_submodule(model.family.experts).get_parameter(SCALE)
@@ -63,13 +66,15 @@ def scales_of(model: TaskModel, masters: Mapping[str, Tensor] | None = None) -> 
 
 
 def balance_routing(model: TaskModel, candidates: int, reach: float, momentum: float) -> TaskModel:
-    """Favour experts that are used less, among each token's candidates, in training; in place.
+    """Favour less used experts among each token's candidates during training, in place.
 
-    A family is left alone where choosing is more than the K largest of a softmax: correction biases, groups, capacity.
+    A family is left unchanged if its router does more than take the K largest values of a softmax. Examples are
+    correction biases, groups and capacity limits.
 
     Args:
-        candidates: N, experts with the largest logits of a token that may be chosen; 0: 2 K.
-        reach: the largest change of a logit. momentum: of the usage u: u <- momentum u + (1 - momentum) shares.
+        candidates: N, the number of experts with the largest logits of a token that may be chosen; 0: 2 K.
+        reach: the largest change of a logit.
+        momentum: momentum of the usage u: u <- momentum u + (1 - momentum) shares.
     """
     family = model.family
     simple = family.correction is None and family.score == "softmax" and not family.groups and family.least == 1
@@ -83,10 +88,10 @@ def balance_routing(model: TaskModel, candidates: int, reach: float, momentum: f
 
 
 class Balanced:
-    """A forward hook on a router: logits + reach tanh(u*/u - 1) among the candidates, u* = 1 / E.
+    """A forward hook on a router that adds reach tanh(u*/u - 1) to the logits of the candidates, with u* = 1 / E.
 
     Attributes:
-        u: usage [E], which sums to 1; it begins even.
+        u: usage [E], which sums to 1; it starts uniform.
     """
 
     def __init__(self, candidates: int, reach: float, momentum: float, normal: bool):
@@ -111,8 +116,11 @@ class Balanced:
 
 
 def fill_gradients(model: TaskModel, held: ExpertSet | None, factor: float):
-    """Return a correction for `training.fit`: an expert that no token reached gets `factor` times the mean gradient of
-    those of its block that were reached."""
+    """Return a gradient correction for `training.fit`.
+
+    The correction gives an expert that no token reached `factor` times the mean gradient of the reached experts of its
+    block.
+    """
     names = table(model, held)
 
     @torch.no_grad()

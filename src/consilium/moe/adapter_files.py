@@ -1,8 +1,9 @@
-"""Adapters on experts as PEFT's files: `adapter_config.json` and `adapter_model.safetensors`.
+"""Reading and writing adapters on experts in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-Fused tensors: lora_A.weight [E R, X] is expert-major and lora_B.weight [Y, R E] rank-major. PEFT nests one wrapper per
-fused tensor, the first target innermost, so the paths of all but the last have `base_layer` in them. Modules (Switch):
-one pair per expert. Experts are in their local places; routers and heads, which are trained in full, are not in it.
+Fused tensors: lora_A.weight [E R, X] is expert-major and lora_B.weight [Y, R E] is rank-major. PEFT nests one wrapper
+per fused tensor, with the first target innermost, so all paths but the last contain `base_layer`. Modules (Switch): the
+file has one pair per expert. Experts are numbered by their local places. Routers and heads are trained in full and are
+not part of the file.
 """
 
 import json
@@ -22,7 +23,7 @@ __all__ = ["load_adapters", "save_adapters"]
 
 
 def _peft_keys(model: TaskModel) -> Iterator[tuple[str, list[str]]]:
-    """Key in the file -> the flat names of its adapters, both without `lora_A` and what follows."""
+    """Yield each key of the file with the flat names of its adapters, both without `lora_A` and what follows it."""
     family = model.family
     names = {name.rsplit(".", 1)[0] for name in model.adapters.names}
     if family.dense:
@@ -40,10 +41,10 @@ def _peft_keys(model: TaskModel) -> Iterator[tuple[str, list[str]]]:
 
 
 def save_adapters(model: TaskModel, folder: Path, base: str = "") -> None:
-    """Write the adapters of a model into a directory, as PEFT would.
+    """Write the adapters of a model into a directory in PEFT's format.
 
     Args:
-        base: name or directory of the base model, for the configuration.
+        base: name or directory of the base model, written into the configuration.
     """
     from peft import LoraConfig
 
@@ -64,10 +65,10 @@ def save_adapters(model: TaskModel, folder: Path, base: str = "") -> None:
 
 
 def load_adapters(model: TaskModel, folder: Path, router: bool = True) -> TaskModel:
-    """Give a live model the adapters that PEFT or `save_adapters` wrote for it.
+    """Load adapters written by PEFT or `save_adapters` into a live model.
 
     Raises:
-        ModelError: for another method than plain LoRA on the experts, or tensors that do not fit the model.
+        ModelError: if the method is not plain LoRA on the experts, or if the tensors do not fit the model.
     """
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")

@@ -1,4 +1,4 @@
-"""One flat name space for trunk, experts and router rows, whatever a family's own layout.
+"""One flat name space for trunk, experts and router rows, independent of a family's own layout.
 
     trunk        the parameter's own path            encoder.block.0.layer.0.SelfAttention.q.weight
     expert       <block>.experts.<id>.<tensor>       model.layers.3.mlp.experts.17.down_proj
@@ -8,8 +8,8 @@
     router row   <block>.router.<id>.<tensor>        model.layers.3.mlp.router.17.weight (also where it is a buffer)
     head row     head.<task>.<label>.<tensor>        head.topic.numpy.weight
 
-Ids are those of the full model. A model that holds experts (3, 17) of a block keeps them in local places (0, 1); the
-index changes its name here, on the way in (`load_flat`) and on the way out (`flatten`), and nowhere else.
+Ids are those of the full model. A model that holds experts (3, 17) of a block keeps them in local places (0, 1). Only
+this module translates between the two: `load_flat` on the way in and `flatten` on the way out.
 """
 
 from collections.abc import Iterator, Mapping
@@ -40,35 +40,37 @@ __all__ = [
 ]
 
 Table = dict[str, str | tuple[str, ...]]
-"""Path of a tensor -> its flat name, or the flat names of its slices, one per expert or label."""
+"""Path of a tensor -> its flat name, or a tuple with the flat names of its slices, one per expert or label."""
 
 
 def all_experts(model: TaskModel) -> dict[str, tuple[int, ...]]:
-    """Every expert place of the model as it stands: block -> (0, .., E-1)."""
-    if not model.blocks():  # a small dense model, which has no family either
+    """Return all expert places of the model in its present state: block -> (0, .., E-1)."""
+    if not model.blocks():  # A small dense model has no family to ask.
         return {}
     row, extra = model.family.row_paths[0], model.family.extra
     return {name: tuple(range(_at(block, row).shape[0] - extra)) for name, block in model.blocks().items()}
 
 
 def expert_of(key: str) -> tuple[str, int] | None:
-    """(block, id) of a flat expert name, None for any other name."""
+    """Return (block, id) for the flat name of an expert, and None for any other name."""
     return _split(key, ".experts.")
 
 
 def is_adapter(key: str) -> bool:
-    """Whether a flat name is that of an adapter."""
+    """Return True if a flat name belongs to an adapter."""
     return key.endswith((".lora_A", ".lora_B")) and not key.startswith("head.")
 
 
 def travels(key: str) -> bool:
-    """Whether a flat name is one of those that travel when a model is trained by adapters: theirs, router rows and
-    head rows."""
+    """Return True if a tensor is sent between server and clients when a model is trained by adapters.
+
+    This holds for adapters, router rows and head rows.
+    """
     return is_adapter(key) or router_row_of(key) is not None or key.startswith("head.")
 
 
 def router_row_of(key: str) -> tuple[str, int] | None:
-    """(block, id) of a flat router-row name, None for any other name."""
+    """Return (block, id) for the flat name of a router row, and None for any other name."""
     return _split(key, ".router.")
 
 
@@ -78,15 +80,20 @@ def _first(name: str | tuple[str, ...]) -> str:
 
 def _split(key: str, infix: str) -> tuple[str, int] | None:
     block, found, rest = key.partition(infix)
-    if block.startswith("head."):  # a label may look like anything
+    if block.startswith("head."):  # The name of a label may look like anything.
         return None
     number = rest.split(".", 1)[0]
     return (block, int(number)) if found and number.isdecimal() else None
 
 
 def select(params: Mapping[str, Tensor], task: str, held: ExpertSet | None = None) -> Params:
-    """What a client of `task` holding `held` needs (the tensors themselves): trunk, its experts, their router rows
-    and the task's head rows. `held` None: every expert."""
+    """Return the parameters that a client of `task` needs: trunk, its experts, their router rows and the task's head.
+
+    The tensors are not copied.
+
+    Args:
+        held: block -> ids of the client's experts; None: every expert.
+    """
     chosen = {}
     for key, tensor in params.items():
         if key.startswith("head."):
@@ -105,12 +112,12 @@ def _at(block: nn.Module, path: str) -> Tensor:
 
 
 def row_dimension(tensor: Tensor, total: int) -> int:
-    """Return the dimension along which a tensor has rows of experts: of a row [1, E] the second."""
+    """Return the dimension that indexes the rows of experts: 1 for [1, E] with E > 1, otherwise 0."""
     return int(tensor.ndim == 2 and tensor.shape[0] == 1 and tensor.shape[1] >= total > 1)
 
 
 def table(model: TaskModel, held: ExpertSet | None = None) -> Table:
-    """How each tensor of the model is called in the flat name space.
+    """Return the flat names of all tensors of the model.
 
     Args:
         held: the full-model ids of the experts in the model's places; None: all, in order.
@@ -156,28 +163,28 @@ def _flat_name(path: str, tensor: Tensor, family: Any, held: ExpertSet) -> str |
 
 
 def _behind(path: str, tensor: Tensor, experts: int) -> Iterator[str]:
-    """Yield names for the rows of a tensor behind those of experts, which belong to the trunk."""
+    """Yield trunk names for the rows of a tensor that follow the rows of experts."""
     for j in range(tensor.shape[row_dimension(tensor, experts)] - experts):
         yield f"trunk.{path.replace('.experts.', '.expert.').replace('.router.', '.route.')}.{j}"
 
 
 def unpack(names: Table, tensors: Mapping[str, Tensor]) -> Params:
-    """Tensors in the model's layout -> flat names. The slices are views."""
+    """Rename tensors in the model's layout to flat names. Slices are views."""
     flat: Params = {}
     for path, tensor in tensors.items():
         name = names[path]
         if isinstance(name, str):
             flat[name] = tensor
-        else:  # along the first dimension, or, of a row [1, E], the second
+        else:  # Slices lie along the first dimension, or along the second for a row [1, E].
             flat.update(zip(name, tensor.unbind(int(tensor.shape[0] != len(name))), strict=True))
     return flat
 
 
 def pack(names: Table, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Flat names -> tensors in the model's layout (slices are stacked); keys the model lacks are ignored.
+    """Rename flat tensors to the model's layout and stack slices. Keys that the model does not have are ignored.
 
     Raises:
-        ModelError: naming the first flat name that is missing.
+        ModelError: if a flat name is missing; the message names the first one.
     """
     tensors = {}
     for path, name in names.items():
@@ -189,8 +196,10 @@ def pack(names: Table, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def parameters(model: TaskModel) -> dict[str, nn.Parameter]:
-    """Path -> parameter, tied parameters once; the head's as `head.weight` and `head.bias`, adapters by their flat
-    names with local places."""
+    """Return path -> parameter, with tied parameters once.
+
+    The head's parameters are called `head.weight` and `head.bias`. Adapters have their flat names with local places.
+    """
     found = dict(model.backbone.named_parameters())
     if model.head is not None:
         found |= {f"head.{leaf}": p for leaf, p in model.head.named_parameters()}
@@ -200,7 +209,11 @@ def parameters(model: TaskModel) -> dict[str, nn.Parameter]:
 
 
 def tensors(model: TaskModel) -> dict[str, Tensor]:
-    """`parameters`, and the router rows that a family keeps in buffers; of a dense model, what its norms keep there."""
+    """Return all tensors that have flat names.
+
+    These are `parameters` and the router rows that a family keeps in buffers. For a small dense model they include its
+    floating-point buffers, such as those of norms.
+    """
     family = model.family
     buffers = dict(model.backbone.named_buffers())
     if family is None:
@@ -210,28 +223,29 @@ def tensors(model: TaskModel) -> dict[str, Tensor]:
 
 
 def local(model: TaskModel, flat: Mapping[str, Tensor], held: ExpertSet | None = None) -> dict[str, Tensor]:
-    """Return path -> value of every parameter that `flat` holds, in the dtype that it has there; see `load_flat`."""
+    """Return path -> value of every parameter in `flat`, in the dtype that it has there; see `load_flat`."""
     names, paths = table(model, held), parameters(model)
     wanted = {p: n for p, n in names.items() if p in paths and (model.adapters is None or travels(_first(n)))}
     return pack(wanted, flat)
 
 
 def flatten(model: TaskModel, held: ExpertSet | None = None, masters: dict[str, Tensor] | None = None) -> Params:
-    """All parameters, or of a model with adapters those that travel, under flat names: detached copies on the CPU that
-    share no memory with the model.
+    """Return all parameters under flat names; for a model with adapters, only those that `travels` accepts.
 
-    They have the model's dtype, also where a family keeps a part in float32 once it has run (Switch its routers). Only
-    a correction bias, which no training makes good again, has its own.
+    The tensors are detached copies on the CPU that share no memory with the model. They have the model's dtype, even if
+    a family keeps a part in float32 once it has run (Switch its routers). Only a correction bias keeps its own dtype,
+    because training cannot restore the lost precision.
 
     Args:
         held: the full-model ids of the experts in the model's places; None: all, in order.
-        masters: path -> float32 value to take in place of a parameter; it is emptied, and all floats become float32.
+        masters: path -> float32 value that replaces a parameter. The mapping is emptied, and all floats are returned
+            in float32.
     """
     family = model.family
     masters, finer = ({}, False) if masters is None else (masters, bool(masters))
     own = f".{family.correction}" if family is not None and family.correction else None
     names = table(model, held)
-    form = torch.contiguous_format  # also of a row of one element, whose stride is then 1
+    form = torch.contiguous_format  # This also gives a row of one element a stride of 1.
     flat: Params = {}
     for path, t in tensors(model).items():
         if model.adapters is not None and not travels(_first(names[path])):
@@ -241,19 +255,20 @@ def flatten(model: TaskModel, held: ExpertSet | None = None, masters: dict[str, 
             t = t.to(torch.float32)
         elif not own or not path.endswith(own):
             t = t.to(model.dtype)
-        here = unpack(names, {path: t.cpu()})  # from a GPU in few large pieces
+        here = unpack(names, {path: t.cpu()})  # A few large transfers from a GPU are faster than many small ones.
         flat |= {key: part.to("cpu", copy=True, memory_format=form) for key, part in here.items()}
     return flat
 
 
 def load_flat(model: TaskModel, flat: Mapping[str, Tensor], held: ExpertSet | None = None) -> TaskModel:
-    """Write flat parameters into the model, bit for bit; a model built on the meta device comes to life here.
+    """Write flat parameters into the model bit for bit, and materialise a model that was built on the meta device.
 
-    Parameters that exist take the values in their own dtype; meta parameters and buffers take the dtype of the values.
-    Of a model with adapters only what travels is written. Tied parameters stay tied. `flat` may hold more.
+    Existing parameters keep their dtype; meta parameters and buffers take the dtype of the values. For a model with
+    adapters, only the names that `travels` accepts are written. Tied parameters stay tied. `flat` may contain more
+    names than the model has.
 
     Raises:
-        ModelError: for a missing name or another shape.
+        ModelError: if a name is missing or a shape differs.
     """
     names = table(model, held)
     if model.adapters is not None:
@@ -262,7 +277,7 @@ def load_flat(model: TaskModel, flat: Mapping[str, Tensor], held: ExpertSet | No
     fresh: dict[int, nn.Parameter] = {}
     for path, parameter in ((path, t) for path, t in tensors(model).items() if path in packed):
         tensor = packed[path]
-        if parameter.shape == tensor.shape[::-1] and tensor.shape[1:] == (1,):  # rows of a [1, E]
+        if parameter.shape == tensor.shape[::-1] and tensor.shape[1:] == (1,):  # Stacked rows of a tensor [1, E].
             tensor = tensor.view(parameter.shape)
         if parameter.shape != tensor.shape:
             raise ModelError(f"{path!r} has shape {tuple(parameter.shape)}, the parameters {tuple(tensor.shape)}")

@@ -1,21 +1,23 @@
-"""Memory model: what a client's device must hold to train a sub-model, before anything is built or loaded.
+"""A memory model: the bytes a client's device needs to train a sub-model, before anything is built or loaded.
 
-The promise is the peak above an interpreter that has imported the libraries and run a first tiny step: plain
-arithmetic over the shapes of the meta skeleton. Weights, optimiser state and references are always there; the gradients
-of a step are freed before the next forward pass and grow while activations go, so the greater of the two counts.
+The estimate is the peak above an interpreter that has imported the libraries and run a first tiny step. It is computed
+from the shapes of the meta skeleton. Weights, optimiser state and references are always present. The gradients of a
+step are freed before the next forward pass, and they grow while activations are freed, so the larger of the two counts.
 
-It is a promise about live tensors, and assumes an allocator that returns what is freed: glibc with
-MALLOC_MMAP_THRESHOLD_=65536 and MALLOC_TRIM_THRESHOLD_=65536 in the client's environment stays within some percent of
-it (`benchmarks/memory.py` measures it); as glibc comes, it keeps freed blocks of up to 32 MB for later, and the
-resident set is 1.2 to 1.7 times as large. Not counted are: the parameters the model was built from, if somebody holds
-them during training (one reference more; `training.local_round` lets go of them, but whoever called it in the same
-process, as the local engine does, still has them); the cache of text generation; and what oneDNN keeps of the kernels
-that it compiles: for bfloat16 on a CPU one per shape met, which took 100 to 200 MB, for float32 where `products` asks
-it some dozens, up to 32 MB.
+The estimate covers live tensors and assumes an allocator that returns freed memory. glibc with
+MALLOC_MMAP_THRESHOLD_=65536 and MALLOC_TRIM_THRESHOLD_=65536 in the client's environment stays within a few percent of
+it (`benchmarks/memory.py` measures this). With its default settings, glibc keeps freed blocks of up to 32 MB for reuse,
+and the resident set is 1.2 to 1.7 times as large. The estimate does not count:
 
-Two budgets. `counts` experts are resident. Without `trained`, all of them get gradients and optimiser state. With it,
-only so many do in any one batch, as `training.fit(choose=...)` makes it: the experts are then computed by
-`moe.experts`, which saves none of their tokens, so that the others cost no more than their weights.
+- The parameters the model was built from, if the caller still refers to them during training (one more reference).
+  `training.local_round` releases them, but a caller in the same process, such as the local engine, still has them.
+- The cache of text generation.
+- The kernels that oneDNN compiles and keeps. For bfloat16 on a CPU there is one per shape, which took 100 to 200 MB.
+  For float32, where `products` requests it, there are a few dozen, up to 32 MB.
+
+There are two budgets. `counts` experts are resident. Without `trained`, all of them get gradients and optimiser state.
+With `trained`, only that many experts do in any one batch, as selected by `training.fit(choose=...)`. The experts are
+then computed by `moe.experts`, which saves none of their tokens, so the other experts cost only their weights.
 
 Symbols: B examples, n tokens per sequence (S source, T target, S + T causal), D width, V vocabulary; see `parts`.
 """
@@ -41,17 +43,17 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMG]i?B|B|)\s*", re.IGNORECASE)
 
 CHUNKS = ("chunk_size", "mamba_chunk_size")
-"""Fields of configurations with the tokens that a state space layer computes at once."""
+"""Fields of configurations with the number of tokens that a state space layer computes at once."""
 LINEAR = 64
-"""Tokens that transformers' linear attention computes at once where no field says so."""
+"""Number of tokens that transformers' linear attention computes at once if no field says otherwise."""
 OVERHEAD = 5_000_000
-"""Bytes that come whatever the size: work space of the matrix kernels, the modules, the autograd graph."""
+"""Bytes that are needed at any size: work space of the matrix kernels, the modules and the autograd graph."""
 SLACK = 64
-"""One byte in so many of the live tensors is added for headers, rounding to pages and small freed blocks."""
+"""One byte per SLACK bytes of live tensors is added for headers, rounding to pages and small freed blocks."""
 
 
 def human(n: int) -> str:
-    """Decimal units, one digit: 59_990_000 -> "60.0 MB"."""
+    """Format a number of bytes in decimal units with one digit: 59_990_000 -> "60.0 MB"."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if round(abs(n) / size, 1) >= 1:
             return f"{n / size:.1f} {unit}"
@@ -59,10 +61,12 @@ def human(n: int) -> str:
 
 
 def bytes_of(size: str | int) -> int:
-    """A size in bytes: 60_000_000, "60MB", "1.5 GB" (decimal) or "12GiB" (binary), whatever the case.
+    """Return a size in bytes from an integer or a text in any case: 60_000_000, "60MB", "1.5 GB" or "12GiB".
+
+    KB, MB and GB are decimal units; KiB, MiB and GiB are binary units.
 
     Raises:
-        ConfigError: for any other form, or a size that is not greater than 0.
+        ConfigError: if the size has another form or is not greater than 0.
     """
     found = _SIZE.fullmatch(str(size)) if isinstance(size, (str, int)) else None
     number = float(found[1]) * _UNITS[found[2].upper()] if found else 0.0
@@ -76,18 +80,20 @@ def bytes_of(size: str | int) -> int:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that a client needs, by what they are spent on.
+    """The bytes that a client needs, by purpose.
 
     Args:
-        weights: the model, adapters included. optimizer: its state.
-        masters: float32 copies of weights below 32 bits, as the optimiser moves and payloads carry them.
-        references: further copies of the weights a method keeps while training.
-        gradients: of everything trained, all there when the optimiser steps.
-        activations: what is saved for the backward pass, and what comes before any of that goes: temporaries, the
-            gradient of the logits' matrix; with checkpointing, where little is saved, most gradients.
-        between: how much more there is in the middle of a layer of the backward pass than at its ends.
+        weights: the model, adapters included.
+        gradients: gradients of all trained parameters, which are all present when the optimiser steps.
+        optimizer: optimiser state.
+        references: further copies of the weights that a method keeps while training.
+        activations: tensors saved for the backward pass, plus what is allocated before any of them is freed:
+            temporaries and the gradient of the logits' matrix. With checkpointing, little is saved and most gradients
+            are included here.
+        between: the amount by which the middle of a layer of the backward pass exceeds its ends.
         overhead: allocator and libraries.
         absent: router rows of the experts that are not held, which some methods and `fit.gates` send along.
+        masters: float32 copies of weights below 32 bits, which the optimiser updates and payloads carry.
     """
 
     weights: int
@@ -102,21 +108,27 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """The peak: on the way back, or with the model built beside what it is built from.
+        """Return the peak of training or of building the model next to its source, whichever is larger.
 
-        Gradients take the place of activations layer by layer. At the ends of a layer that is never more than the
-        greater of the two; within the first or the last of L layers, half of its gradients lie beside half of what it
-        saved: at most the lesser of the two, by 2 L, on top.
+        During the backward pass, gradients replace activations layer by layer. At the ends of a layer, their sum is at
+        most the larger of the two. Within the first or the last of L layers, half of the layer's gradients coexist with
+        half of what it saved. This adds at most the smaller of the two divided by 2 L.
         """
         state = self.masters + self.optimizer + self.references
         training = state + max(self.gradients, self.activations) + self.between
-        # Masters begin as copies of what was sent, and end as what is sent back.
+        # Masters start as copies of the received parameters and end as the parameters to send back.
         return self.weights + self.absent + max(training, self.weights, 2 * self.masters) + self.overhead
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers one after the other: how many, the names of the sparse ones, how many come before the first of these."""
+    """A stack of consecutive layers.
+
+    Args:
+        layers: the number of layers.
+        blocks: names of the sparse blocks.
+        before: the number of layers before the first sparse one.
+    """
 
     layers: int
     blocks: tuple[str, ...]
@@ -125,22 +137,24 @@ class Stack:
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """Sizes of one model; get it with `of`.
+    """The sizes of one model; create it with `of`.
 
     Args:
         counts: experts per block of the full model.
-        dense_params: parameters outside experts and router rows, tied ones once, without a task's head.
+        dense_params: parameters outside experts and router rows, with tied ones once, without a task's head.
         expert_params: parameters of one expert of each block, without its router row.
         row_params: parameters of one router row of each block.
         adapter_params: parameters of one expert's adapters per rank: inputs plus outputs of its matrices.
-        stacked: elements per expert of the block's largest fused tensor; 0 where experts are modules.
+        stacked: elements per expert of the block's largest fused tensor; 0 if experts are modules.
         largest: elements of the largest parameter outside fused experts.
         itemsize: bytes per parameter.
-        width, vocabulary, top_k: D, V (0: no logits over it), K.
+        width: D.
+        vocabulary: V; 0: there are no logits over it.
+        top_k: K.
         stacks: the only stack; or encoder and decoder.
         parts: see `Parts`.
         linear_sides: inputs plus outputs of the linear layers that adapters of a dense model change.
-        chunk: tokens to a multiple of which state space layers pad a sequence.
+        chunk: state space layers pad a sequence to a multiple of this number of tokens.
     """
 
     counts: Mapping[str, int]
@@ -161,15 +175,15 @@ class MemoryModel:
 
     @classmethod
     def of(cls, source: ModelSource) -> "MemoryModel":
-        """The memory model of a source, from its meta skeleton: nothing is loaded. Built once per source."""
+        """Return the memory model of a source from its meta skeleton. Nothing is loaded; results are cached."""
         return _built(source)
 
     def params(self, counts: Mapping[str, int]) -> int:
-        """Parameters of a sub-model with so many experts per block, router rows included."""
+        """Return the number of parameters of a sub-model with `counts` experts per block, router rows included."""
         return self.dense_params + sum(n * (self.expert_params[b] + self.row_params[b]) for b, n in counts.items())
 
     def bytes(self, counts: Mapping[str, int]) -> int:
-        """Bytes of such a sub-model in memory."""
+        """Return the size in bytes of the parameters of a sub-model with `counts` experts per block."""
         return self.params(counts) * self.itemsize
 
     def footprint(
@@ -187,18 +201,22 @@ class MemoryModel:
         rank: int = 8,
         trained: int | None = None,
     ) -> Footprint:
-        """Peak memory of a client with `counts` experts per block, every position of every batch filled.
+        """Return the peak memory of a client with `counts` experts per block, for batches without padding.
 
         Args:
             mode: "full" training; "lora": only adapters on the experts and routers; "peft": only PEFT's adapters;
                 "forward": no training.
-            batch_size, max_length, target_length: B, S, T of a batch (T for text-to-text only).
-            optimizer, momentum: adamw keeps two float32 numbers for each that is trained, sgd with momentum one, sgd
-                without momentum none. Weights below 32 bits also have float32 masters.
-            references: extra copies of what is trained (with adapters: of these) that a method keeps.
-            rank: of the adapters.
-            trained: experts of all blocks together that one batch trains, and `moe.experts` computes them; None: all
-                of `counts`, computed by transformers.
+            batch_size: B, the number of examples of a batch.
+            max_length: S, the number of source tokens.
+            target_length: T, the number of target tokens (text-to-text only).
+            optimizer: "adamw" keeps two float32 numbers per trained parameter; "sgd" keeps one with momentum and none
+                without. Weights below 32 bits also have float32 masters.
+            momentum: momentum of "sgd".
+            gradient_checkpointing: recompute the layers during the backward pass.
+            references: extra copies of the trained parameters that a method keeps (with adapters: of the adapters).
+            rank: rank of the adapters.
+            trained: the number of experts, over all blocks, that one batch trains; `moe.experts` then computes them.
+                None: all experts of `counts` are trained, computed by transformers.
         """
         weights = self.bytes(counts)
         sizes = self.expert_params
@@ -219,10 +237,10 @@ class MemoryModel:
         moments = (2 if optimizer == "adamw" else int(momentum > 0)) * learning * 4 // self.itemsize
         copies = copies * 4 // self.itemsize
         all_learn = trained is None or trained >= sum(counts.values())
-        plain = all_learn and not gradient_checkpointing  # the others count the first layer, where they peak
+        plain = all_learn and not gradient_checkpointing  # The other cases count the first layer, where they peak.
         between = min(learning, active) // (2 * sum(stack.layers for stack in self.stacks)) if plain else 0
         absent = 4 * sum((self.counts[b] - n) * self.row_params[b] for b, n in counts.items())
-        if masters:  # the optimiser takes gradients in float32, a chunk at a time
+        if masters:  # The optimiser converts gradients to float32, one chunk at a time.
             learning += 4 * min(CHUNK, learning // self.itemsize)
         live = weights + absent + masters + moments + copies + max(learning, active) + between
         overhead = OVERHEAD + live // SLACK
@@ -237,22 +255,22 @@ class MemoryModel:
         gradients: int,
         chosen: bool,
     ) -> int:
-        """Bytes of what is saved, of temporaries and of gradients beside them, when they are most."""
+        """Return the peak bytes of saved tensors, temporaries and the gradients that coexist with them."""
         forward, backward = self._logits(mode, *batch)
         saved, last, layers, largest = self._layers(counts, mode, batch, chosen)
         if mode == "forward":
             return saved + max(largest, forward)
-        if checkpointing:  # the inputs of all layers; one layer at a time again, the gradients of the others there
+        if checkpointing:  # All layers' inputs are saved; one layer is recomputed while others have gradients.
             layers = sum(stack.layers * n for stack, n in self._lengths(batch)) * batch[0] * self.width * self.itemsize
             last = max(last, largest + gradients - gradients // sum(stack.layers for stack in self.stacks))
         active = saved + layers + max(last, forward, backward)
-        if chosen:  # in the first layer, where the gradients of the others are there
+        if chosen:  # The peak may be in the first layer, when the gradients of all other layers are present.
             first = largest + last + gradients - gradients // sum(stack.layers for stack in self.stacks)
             active = max(active, first)
         return active
 
     def _lengths(self, batch: tuple[int, int, int]) -> list[tuple[Stack, int]]:
-        """Every stack with the length n of its sequences."""
+        """Return every stack with the length n of its sequences."""
         _, S, T = batch
         if len(self.stacks) == 2:
             return [(self.stacks[0], S), (self.stacks[1], T)]
@@ -262,7 +280,7 @@ class MemoryModel:
     def _layers(
         self, counts: Mapping[str, int], mode: Mode, batch: tuple[int, int, int], chosen: bool
     ) -> tuple[int, int, int, int]:
-        """Bytes of the ends, of the last layer's temporaries, of all layers, and of the largest layer or part."""
+        """Return bytes of the ends, the last layer's temporaries, all layers, and the largest layer or part."""
         parts = self.parts[mode]
         block = parts.chosen if chosen else parts.sparse
         B, S, _ = batch
@@ -282,7 +300,7 @@ class MemoryModel:
             layers += stack.layers * (attention + cross) + (stack.layers - len(sparse)) * dense + sum(sparse)
             if (
                 mode in ("lora", "peft") and not decoder and stack.blocks
-            ):  # nothing requires a gradient before the first adapter
+            ):  # Nothing requires a gradient before the first adapter.
                 layers -= stack.before * (attention + dense) + attention * (stack.before < stack.layers)
             forwards = max(sparse, default=0) if len(sparse) == stack.layers else max(dense, *sparse, 0)
             together = max(attention, cross, forwards) if mode == "forward" else attention + cross + forwards
@@ -290,15 +308,15 @@ class MemoryModel:
         return tuple(self.itemsize * size for size in (ends, last, layers, largest))
 
     def _merged(self, block: str, experts: int) -> int:
-        """Elements that adapters on fused experts add: the sums W + B A of a block are kept until its backward."""
+        """Return the elements of the sums W + B A, which adapters on fused experts keep until the block's backward."""
         return experts * self.expert_params[block] if self.stacked[block] else 0
 
     def _logits(self, mode: Mode, B: int, S: int, T: int) -> tuple[int, int]:
-        """Bytes of logits at the end of the forward pass, and on the way back."""
+        """Return the bytes of logits at the end of the forward pass, and in the backward pass."""
         target = self.itemsize * B * T * self.vocabulary
-        wide = max(self.itemsize, 4) * B * T * self.vocabulary  # the loss is computed in float32
+        wide = max(self.itemsize, 4) * B * T * self.vocabulary  # The loss is computed in float32.
         copied = wide if self.itemsize < 4 else 0
-        forward = max(2 * target if len(self.stacks) == 2 else target, target + copied + wide)  # all and those selected
+        forward = max(2 * target if len(self.stacks) == 2 else target, target + copied + wide)  # all and selected ones
         matrix = self.itemsize * self.vocabulary * self.width if mode == "full" else 0
         return forward, max(3 * wide, target + matrix)
 
@@ -325,7 +343,7 @@ def _built(source: ModelSource) -> MemoryModel:
                 continue
         elif row := router_row_of(first):
             sizes["rows"][row[0]] += prod(shape)
-            dense += prod(shape) * (len(name) - counts[row[0]])  # rows behind those of experts
+            dense += prod(shape) * (len(name) - counts[row[0]])  # Rows that follow those of experts are in the trunk.
             continue
         else:
             dense += parameter.numel()
@@ -352,13 +370,13 @@ def _built(source: ModelSource) -> MemoryModel:
 
 
 def _chunk(config: Any) -> int:
-    """Return the tokens that state space or linear attention layers compute at once; 1 if there are none."""
+    """Return the number of tokens that state space or linear attention layers compute at once, or 1 without these."""
     linear = LINEAR if "linear" in repr(getattr(config, "layer_types", None)) else 1
     return next((int(n) for name in CHUNKS if (n := getattr(config, name, None))), linear)
 
 
 def _parts(source: ModelSource) -> Mapping[Mode, Parts]:
-    """Return what the layers hold: counted, where a row of `PARTS` does, or measured on a tiny model."""
+    """Return the memory of the layers: counted if `PARTS` has the model type, otherwise measured on a tiny model."""
     narrow = int(source.torch_dtype.itemsize < 4)
     if source.config.model_type in PARTS:
         return PARTS[source.config.model_type](source.config, narrow)
@@ -366,7 +384,7 @@ def _parts(source: ModelSource) -> Mapping[Mode, Parts]:
 
 
 def _stacks(config: Any, form: str, blocks: tuple[str, ...]) -> tuple[Stack, ...]:
-    """The stacks of a model, read off the paths of its blocks: `<stack>.<number of the layer>.<rest>`."""
+    """Return the stacks of a model, read from its blocks' paths: `<stack>.<number of the layer>.<rest>`."""
     layers = [config.num_hidden_layers]
     if form == "text-to-text" and config.is_encoder_decoder:
         layers.append(config.num_decoder_layers)

@@ -1,6 +1,6 @@
-"""Where a model comes from: a directory, a name on the hub, the shipped one, or a configuration.
+"""Model sources: a directory, a name on the hub, the shipped model, or a GGUF file.
 
-No remote code is ever run and nothing but safetensors is ever read.
+Remote code is never run, and weights are only read from safetensors or GGUF files.
 """
 
 import copy
@@ -44,26 +44,28 @@ _UNREAD = re.compile(
     r"(?:^|/)(?:\.|(?:readme|licen[cs]e|notice|copying|changelog|citation)[^/]*$)|\.(?:md|rst|pdf|png|jpe?g|gif|svg|webp)$",
     re.IGNORECASE,
 )
-"""Files of a model's directory that change nothing: hidden ones, texts for people, pictures. All others are in its
-fingerprint, whatever their names: templates, merges, special tokens, generation settings, indices of shards."""
+"""Files of a model's directory that do not affect it: hidden files, texts for people and pictures.
+
+All other files are part of the fingerprint, whatever their names: templates, merges, special tokens, generation
+settings, indices of shards."""
 
 
 def shipped() -> dict[str, Path]:
-    """Name -> directory of the models that come with the package."""
+    """Return name -> directory of the models that come with the package."""
     return {p.parent.name: p.parent for p in sorted(_SHIPPED.glob("*/config.json"))}
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A mixture of experts, or a dense causal language model, and how it is used.
+    """A mixture of experts, or a dense causal language model, and its use.
 
     Args:
         path: a shipped model's name, a local directory (config.json, safetensors, tokenizer), or a hub name.
         form: "classification" (encoder or decoder with a pooled head) or "text-to-text".
-        dtype: dtype of the weights in training and in payloads: "float32" or "bfloat16"; memory is promised for
-            bfloat16 on a GPU, on a CPU it takes about three times as much.
+        dtype: dtype of the weights in training and in payloads: "float32" or "bfloat16"; the memory estimate for
+            bfloat16 holds on a GPU, while a CPU needs about three times as much.
         revision: for hub names, the commit to pin.
-        resize: add rows to the embeddings where the tokenizer has more tokens than the model has rows; each begins as
+        resize: add rows to the embeddings if the tokenizer has more tokens than the model has rows; each new row is
             the mean of the others.
         gguf: a GGUF file with weights, configuration and tokenizer: its name in the directory `path`, or its own path.
     """
@@ -82,28 +84,29 @@ class ModelSource:
 
     @property
     def world(self) -> str:
-        """What methods must be able to train, see `core.Algorithm.worlds`."""
+        """Return the kind of model that methods must be able to train, see `core.Algorithm.worlds`."""
         return "moe"
 
     @property
     def dense(self) -> bool:
-        """True if it is known already, without asking a hub, that the model has no experts."""
+        """Return True if the model is known to have no experts, without asking a hub."""
         local = self.gguf or self.path in shipped() or (Path(self.path).expanduser() / "config.json").is_file()
-        try:  # a hub is asked when the model is read, and not before
+        try:  # A hub is only asked once the model is read.
             return bool(local) and not has_experts(self._stored)
-        except ModelError:  # which is raised again where the model is read
+        except ModelError:  # The same error is raised again when the model is read.
             return False
 
     def architecture(self, client: int) -> str:
-        """Of a client: the one model that all have."""
+        """Return the name of a client's architecture, which is "" because all clients share one model."""
         return ""
 
     @cached_property
     def location(self) -> str:
-        """The directory, or the hub name as it is.
+        """Return the local directory, or the hub name unchanged.
 
         Raises:
-            ModelError: if `path` looks like a directory and none is there, or if the directory leads out of itself.
+            ModelError: if no model is given, if `path` looks like a directory that does not exist, or if the directory
+                is incomplete or leads out of itself.
         """
         if self.gguf:
             return gguf_place(self.path, self.gguf)[0]
@@ -130,7 +133,7 @@ class ModelSource:
 
     @cached_property
     def config(self) -> Any:
-        """The transformers configuration of the model that is trained; with `resize`, of as many tokens as needed."""
+        """Return the transformers configuration of the trained model; `resize` raises its vocabulary size if needed."""
         stored = self._stored
         if not self.resize or (rows := self._tokens) <= text_config(stored).vocab_size:
             return stored
@@ -140,17 +143,17 @@ class ModelSource:
 
     @property
     def _where(self) -> dict[str, Any]:
-        """Arguments of `from_pretrained` that say which file or commit is read."""
+        """Return the arguments of `from_pretrained` that select the file or commit."""
         return {"gguf_file": gguf_place(self.path, self.gguf)[1]} if self.gguf else {"revision": self.revision}
 
     @cached_property
     def _stored(self) -> Any:
-        """The configuration of the weights as they are trained: without a word of quantisation."""
+        """Return the configuration of the weights as they are trained, without its quantisation settings."""
         return plain_config(copy.deepcopy(self._found))
 
     @cached_property
     def _found(self) -> Any:
-        """The configuration as it lies with the weights."""
+        """Return the configuration as it is stored with the weights."""
         try:
             config = transformers.AutoConfig.from_pretrained(self.location, trust_remote_code=False, **self._where)
         except (OSError, ValueError) as error:
@@ -162,17 +165,17 @@ class ModelSource:
 
     @property
     def quantised(self) -> bool:
-        """True if the weights are stored in fewer bits than they are trained in."""
+        """Return True if the weights are stored in fewer bits than they are trained in."""
         return bool(getattr(self._found, "quantization_config", None))
 
     @cached_property
     def _tokens(self) -> int:
-        """The number of ids of the tokenizer: the largest and one more."""
+        """Return the number of token ids of the tokenizer: the largest id plus one."""
         return max(read_tokenizer(self.location, self.revision, self._where.get("gguf_file")).get_vocab().values()) + 1
 
     @cached_property
     def family(self) -> Family:
-        """The family: how this model stores and chooses experts."""
+        """Return the family, which describes where this model stores experts and how it chooses them."""
         return family_of(self._stored)
 
     @property
@@ -180,12 +183,13 @@ class ModelSource:
         return getattr(torch, self.dtype)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that lies with the model, with the end and padding tokens that training needs.
+        """Return the model's tokenizer with the end and padding tokens that training needs.
 
-        Tokens that it does not name come from the generation settings or the configuration of the model.
+        Tokens that the tokenizer does not name are taken from the generation settings or the configuration of the
+        model.
 
         Raises:
-            ModelError: if there is none, or no token for the end of a text or for padding is named anywhere.
+            ModelError: if there is no tokenizer, or if no end or padding token is named anywhere.
         """
         tokenizer = read_tokenizer(self.location, self.revision, self._where.get("gguf_file"))
         for role in ("pad", *(("eos",) if self.form == "text-to-text" else ())):
@@ -197,14 +201,14 @@ class ModelSource:
         return tokenizer
 
     def check_texts(self, length: int) -> None:
-        """Check that the model can read what its tokenizer writes.
+        """Check that the model can process the output of its tokenizer.
 
         Args:
-            length: the most tokens of a text, with its answer if the model is a decoder.
+            length: the largest number of tokens of a text, including its answer if the model is a decoder.
 
         Raises:
-            ModelError: for a tokenizer that is missing, or whose ids the embeddings do not have.
-            ConfigError: for texts that are longer than the model has positions.
+            ModelError: if the tokenizer is missing, or if the embeddings lack some of its ids.
+            ConfigError: if texts are longer than the model has positions.
         """
         self.tokenizer()
         if self._tokens > text_config(self.config).vocab_size:
@@ -222,18 +226,18 @@ class ModelSource:
 
     @cached_property
     def counts(self) -> dict[str, int]:
-        """Experts per block of the full model, in the order of the layers; nothing is loaded."""
+        """Return the experts per block of the full model, in the order of the layers. Nothing is loaded."""
         return counts_of(all_experts(self.skeleton("", ())))
 
     def public_usage(self) -> dict[str, list[float]]:
-        """Block -> share of public tokens per expert, from the model's card (`card.json`); {} where it says nothing."""
+        """Return each expert's share of public tokens by block, from the model's `card.json`; {} if it has none."""
         return self._card.get("usage_public", {})
 
     def gate_scales(self, held: ExpertSet) -> dict[str, float]:
-        """Return the constant c of every layer that lacks experts, see `moe.gates`: block -> c.
+        """Return the constant c of every layer that lacks experts: block -> c; see `moe.gates`.
 
-        It is what the model's card says ("gates_public"), otherwise `default_scale`. {} for a family whose gates do not
-        depend on absent experts.
+        The value is taken from the model's card ("gates_public"), otherwise from `default_scale`. The result is {} for
+        a family with gates that do not depend on absent experts.
         """
         if not shares_gates(self.family, self.config):
             return {}
@@ -254,8 +258,11 @@ class ModelSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What tells this model from another: "files:..." over the names and contents of a directory's files, but for
-        those that no program reads (`_UNREAD`); "hub:name@commit" of a name on the hub."""
+        """Return a text that identifies the model.
+
+        For a directory it is "files:..." with a hash over the names and contents of all files that affect the model
+        (see `_UNREAD`). For a name on the hub it is "hub:name@commit".
+        """
         folder = Path(self.location)
         if not folder.is_dir():
             return f"hub:{self.location}@{getattr(self.config, '_commit_hash', None) or self.revision}"
@@ -269,13 +276,13 @@ class ModelSource:
         return f"files:{digest.hexdigest()}"
 
     def round(self, params: Mapping[str, Tensor]) -> Params:
-        """Return flat parameters in the dtype in which the model computes; a correction bias stays as it is."""
+        """Convert flat parameters to the dtype in which the model computes; a correction bias keeps its own."""
         leaf = f".{self.family.correction.rsplit('.', 1)[-1]}" if self.family.correction else None
         exact = {key for key in params if leaf and key.endswith(leaf) and router_row_of(key)}
         return {key: t if key in exact else t.to(self.torch_dtype) for key, t in params.items()}
 
     def skeleton(self, task: str, labels: tuple[str, ...]) -> TaskModel:
-        """The full model on the meta device: shapes and names, no memory."""
+        """Return the full model on the meta device, with shapes and names but no memory."""
         from accelerate import init_empty_weights
         from transformers.initialization import no_init_weights
 
@@ -283,7 +290,7 @@ class ModelSource:
         with init_empty_weights(include_buffers=False), no_init_weights():
             backbone = cls._from_config(self.config, dtype=self.torch_dtype)
             model = TaskModel(backbone, self.family, task, labels, self.torch_dtype)
-        backbone.tie_weights()  # accelerate gives every module its own meta parameter
+        backbone.tie_weights()  # accelerate gives every module a meta parameter of its own.
         return model
 
     def build(
@@ -294,10 +301,10 @@ class ModelSource:
         held: ExpertSet | None = None,
         gates: Gates | None = None,
     ) -> TaskModel:
-        """Build a live model from flat parameters, with only the held experts (None: all) ever in memory.
+        """Build a live model from flat parameters; only the held experts (None: all) are ever in memory.
 
         Args:
-            gates: how the gates of a slice are scaled; None: they are not.
+            gates: the scaling of a slice's gates; None: no scaling.
         """
         model = self.skeleton(task, labels)
         if held is not None:
@@ -306,11 +313,11 @@ class ModelSource:
         return model if gates is None else attach_gates(model, gates)
 
     def load(self, held: ExpertSet | None = None) -> Params:
-        """The pretrained backbone as flat parameters (no heads).
+        """Load the pretrained backbone as flat parameters, without heads.
 
         Args:
-            held: read these experts alone, block -> ids; the others are never in memory (of a GGUF file they are, for
-                a moment). None: all.
+            held: block -> ids of the experts to read. The others are never in memory, except that a GGUF file is read
+                as a whole first. None: all.
 
         Raises:
             ModelError: if there are no safetensors, if the checkpoint lacks weights the form needs, or if the model
@@ -322,7 +329,7 @@ class ModelSource:
         quantised = reading(self._found, self.path)
         if some is None or self.gguf or quantised:
             backbone = self._read(cls, self.location, **self._where, **quantised)
-            if quantised:  # some weights come in another dtype than is asked for
+            if quantised:  # Some weights have another dtype than requested.
                 for parameter in backbone.parameters():
                     parameter.data = parameter.data.to(self.torch_dtype)
             self._verify(backbone)
@@ -337,7 +344,7 @@ class ModelSource:
         return flatten(slice_experts(model, some), some)
 
     def _read(self, cls: Any, where: str | None, **how: Any) -> Any:
-        """Return what `from_pretrained` of a class reads."""
+        """Load a model with `from_pretrained` of a class."""
         plain = {} if self.gguf else {"use_safetensors": True}
         config = copy.deepcopy(self._found if "quantization_config" in how else self._stored)
         try:
@@ -356,7 +363,7 @@ class ModelSource:
         return backbone
 
     def _verify(self, backbone: Any) -> None:
-        """Check once a process that the model, with its own weights, behaves as its family says."""
+        """Check once per process that the model, with its own weights, behaves as its family says."""
         if self.family.dense or (key := (self.location, self.form, self.dtype)) in _VERIFIED:
             return
         ids = torch.tensor(TOKENS) % text_config(self.config).vocab_size
@@ -368,12 +375,12 @@ class ModelSource:
 
 
 _VERIFIED: set[tuple[str, str, str]] = set()
-"""Models that were checked in this process: place, form, dtype."""
+"""Models that were checked in this process: (place, form, dtype)."""
 
 
 @torch.no_grad()
 def _add_rows(backbone: "transformers.PreTrainedModel", rows: int) -> None:
-    """Add embedding rows, of the input and the output, that are the mean of the others."""
+    """Add rows to the input and output embeddings, each the mean of the existing rows."""
     old = backbone.get_input_embeddings().weight.shape[0]
     backbone.resize_token_embeddings(rows, mean_resizing=False)
     for module in {backbone.get_input_embeddings(), backbone.get_output_embeddings()} - {None}:

@@ -1,16 +1,16 @@
-"""Find the kind of mixture of experts that a configuration makes, by building and running a tiny model of it.
+"""Discovery of a configuration's mixture-of-experts structure, by building and running a tiny model of it.
 
 The tiny model (`moe.twin`) runs one batch with a hook on every module:
 
-    experts     the module that is given expert indices, and holds a tensor [E, ..] per projection
-    router      the module that gave out these indices
-    block       the module that owns both; blocks that no token passed are left alone
-    rows        tensors with a row per expert below the router, or beside it in the block
+    experts     the module that receives expert indices and holds a tensor [E, ..] per projection
+    router      the module that returned these indices
+    block       the module that owns both; blocks that no token passed are left unchanged
+    rows        tensors with a row per expert below the router, or next to it in the block
     behaviour   the score function, whether gates depend on experts that were not chosen, the fewest experts that a
-                router can rank, how logits are finished, whether position ids keep packed examples apart
+                router can rank, the final scaling of logits, whether position ids keep packed examples apart
 
-`moe.probe` then cuts the tiny model and compares it with its masked self. A model that does not behave as found is
-refused by name.
+`moe.probe` then slices the tiny model and compares it with a masked copy of itself. A model that does not behave as
+found is refused by name.
 """
 
 from dataclasses import dataclass, replace
@@ -30,7 +30,7 @@ __all__ = ["Key", "classes_of", "family_of", "fitting_config", "has_experts"]
 
 
 def classes_of(config: PretrainedConfig) -> dict[str, str]:
-    """Return the transformers class per form of task; {} if there is none for text."""
+    """Return the transformers class for each form of task; {} if there is none for text."""
     from transformers.models.auto import modeling_auto as auto  # slow to import
 
     found = {}
@@ -46,7 +46,7 @@ def classes_of(config: PretrainedConfig) -> dict[str, str]:
 
 
 def fitting_config(config: PretrainedConfig) -> PretrainedConfig:
-    """Return the configuration that the text class of a model takes: its own, or the text part of it."""
+    """Return the configuration that the text class of a model takes: the given one, or its text part."""
     name = classes_of(config).get("text-to-text")
     expected = getattr(transformers, name).config_class if name else None
     if expected is not None and not isinstance(config, expected):
@@ -55,8 +55,11 @@ def fitting_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def has_experts(config: PretrainedConfig) -> bool:
-    """Return whether a configuration names routed experts: more than one, or one where its type has more by default,
-    as in a slice."""
+    """Return True if a configuration names routed experts.
+
+    It does with more than one expert. One expert, as in a slice, counts if the default configuration of its model type
+    has more than one.
+    """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     most = _most_experts(config)
@@ -73,13 +76,13 @@ def _most_experts(config: PretrainedConfig) -> int:
 
 
 def family_of(config: PretrainedConfig | str) -> Family:
-    """Return how the models of a configuration store and choose experts.
+    """Return the family of a configuration, which describes where its models store experts and how they choose them.
 
     Args:
-        config: of a model; or a model type, for its default configuration.
+        config: the configuration of a model; or a model type, for its default configuration.
 
     Raises:
-        ModelError: for a model without experts, or of which the structure is not understood, with the reason.
+        ModelError: if the model has no experts or its structure is not understood; the message gives the reason.
     """
     if isinstance(config, str):
         try:
@@ -96,7 +99,7 @@ def family_of(config: PretrainedConfig | str) -> Family:
 
 @dataclass(frozen=True)
 class Key:
-    """A configuration that compares by what it says."""
+    """A hashable wrapper that compares configurations by their contents."""
 
     config: PretrainedConfig
 
@@ -138,7 +141,7 @@ def _discover(key: Key) -> Family:
 
 @lru_cache(maxsize=64)
 def _dense(key: Key) -> Family:
-    """Return what is found of a dense causal language model: its linear layers, and how its logits are finished."""
+    """Return the family of a dense causal language model: its linear layers and the final scaling of its logits."""
     config = key.config
     kind = config.model_type
     neither = (

@@ -1,16 +1,16 @@
-"""Our own computation of a model's experts: a leaf per expert, and a backward pass through the chosen ones alone.
+"""Consilium's own computation of a model's experts: one leaf per expert, and a backward pass through selected experts.
 
-transformers keeps the experts of most families in one fused tensor [E, ..]: its gradient and its optimiser moments are
-as large as all experts together, however few of them learn. Here every expert has tensors of its own, views of the
-model's, and one autograd function per block runs over the experts on their own tokens:
+transformers keeps the experts of most families in one fused tensor [E, ..]. Its gradient and its optimiser moments are
+as large as all experts together, even if few of them are trained. Here every expert has tensors of its own, which are
+views of the model's. One autograd function per block runs over the experts on their own tokens:
 
     h = x W1^T + b1,   a = act(h),   y = a W2^T + b2,   out[token] += w * y
 
-for every family of the table: gated or not, transposed, interleaved and clamped (gpt-oss), with dropout inside and
-tokens beyond the capacity left out (Switch). Adapters of the model (moe/lora.py) add two narrow matmuls to each
-projection, and where the base is frozen its gradients are not computed; a base in 4 bits is turned back into matrices
-expert by expert. Only the `forward` of the live experts modules is replaced, and only while the context manager is
-entered; parameters, names, routers and hooks stay what and where they are.
+This covers every family of the table: gated or not, transposed, interleaved and clamped (gpt-oss), and with inner
+dropout and tokens beyond the capacity left out (Switch). Adapters of the model (moe/lora.py) add two narrow matmuls to
+each projection. The gradients of a frozen base are not computed. A base in 4 bits is dequantised expert by expert. Only
+the `forward` of the live experts modules is replaced, and only while the context manager is entered. Parameters, names,
+routers and hooks are left unchanged.
 
 Shapes: T tokens, D model width, E experts, K experts per token, N tokens of one expert, F width inside an expert.
 """
@@ -32,30 +32,30 @@ from consilium.moe.model import TaskModel
 __all__ = ["Active", "Experts", "is_transposed"]
 
 Active = Mapping[str, Collection[int]]
-"""Block -> local places of the experts that a backward pass reaches; a block that is not named: none of it."""
+"""Block -> local places of the experts that a backward pass reaches. A missing block has no such experts."""
 
 
 class Experts:
-    """The experts of a model, computed here instead of in transformers while the context manager is entered.
+    """A context manager that computes the experts of a model here instead of in transformers.
 
-    The forward pass equals transformers' own up to the order of summation; so does the backward pass through all.
+    The forward pass equals that of transformers up to the order of summation. So does the backward pass through all
+    experts.
 
     Args:
-        model: of any family of the table, sliced or not, with adapters or without, on its device for good; parameters
-            that require no gradient are constants.
-        keep: save the pre-activations h of all tokens for the backward pass. It is then faster by one matmul per
-            expert, but its memory is bounded by the tokens of all experts; without, by the tokens of the active ones.
-
-        measure: in forward passes, sum up what each expert contributes: of every real token that it computes, its gate
-            times the norm of its output. `masks` then says which tokens are real.
+        model: a model of any family of the table, sliced or not, with or without adapters, which stays on its device;
+            parameters that require no gradient are constants.
+        keep: save the pre-activations h of all tokens for the backward pass. This is faster by one matmul per expert,
+            but the memory is then bounded by the tokens of all experts instead of the tokens of the active ones.
+        measure: sum up each expert's contribution in forward passes: over all real tokens that it computes, the gate
+            times the norm of its output. `masks` must then mark the real tokens.
 
     Attributes:
         contributions: block -> the sum over real tokens of gate x norm of the output, float64 [E]; with `measure`.
-        masks: with `measure`, what `TaskModel.masks` says of the batch that is computed next.
+        masks: with `measure`, the result of `TaskModel.masks` for the batch that is computed next.
         places: block -> the local places of its experts, 0 .. E-1.
-        leaves: "<block>.experts.<place>.<tensor>" -> a leaf that shares storage with the model's own parameter, for
-            every expert tensor that is to be trained. Gradients arrive here (`grad` is None where no token came or
-            the expert was not active), and an optimiser that steps the leaves steps the model.
+        leaves: "<block>.experts.<place>.<tensor>" -> a leaf for every trained expert tensor, which shares storage with
+            the model's own parameter. Gradients arrive here; `grad` is None if the expert received no token or was not
+            active. An optimiser that steps the leaves also steps the model.
     """
 
     def __init__(self, model: TaskModel, keep: bool = False, measure: bool = False):
@@ -78,9 +78,9 @@ class Experts:
 
     @property
     def active(self) -> Active | None:
-        """Whom the coming backward pass reaches; None: all. The output of the others counts as a constant.
+        """Return the experts that the next backward pass reaches; None: all. The others' output is a constant.
 
-        It is read while the backward pass runs, so it can be decided after the forward pass of the same batch.
+        The value is read while the backward pass runs, so it can be set after the forward pass of the same batch.
 
         Raises:
             ModelError: on setting, for a block or a place that the model does not have.
@@ -99,11 +99,11 @@ class Experts:
         self._active = None if active is None else {block: frozenset(places) for block, places in active.items()}
 
     def of(self, block: str, place: int) -> list[Tensor]:
-        """The leaves of one expert."""
+        """Return the leaves of one expert."""
         return self._of.get((block, place), [])
 
     def trainable(self, model: TaskModel) -> dict[str, Tensor]:
-        """All that is to be trained: parameters that belong to no expert, by their paths, and the leaves."""
+        """Return all trained tensors: parameters outside the experts by their paths, and the leaves."""
         names = table(model)
         trunk = {
             path: p
@@ -113,11 +113,11 @@ class Experts:
         return trunk | self.leaves
 
     def reaches(self, block: str, place: int) -> bool:
-        """Whether the coming backward pass reaches that expert."""
+        """Return True if the next backward pass reaches that expert."""
         return self._active is None or place in self._active.get(block, ())
 
     def record(self, block: str, members: list, tokens_N: Tensor, y_ND: Tensor, gates_N: Tensor) -> None:
-        """Add what the experts of a group contribute to a batch; see `kernel.Layer`."""
+        """Add the contributions of the experts of a group to the sums; see `kernel.Layer`."""
         real_T = self.masks["decoder" if block.startswith("decoder.") else "encoder"].reshape(-1)
         size_N = y_ND.float().norm(dim=-1) * gates_N.float() * real_T[tokens_N % len(real_T)]
         for place, start, end in members:
@@ -138,9 +138,9 @@ class Experts:
 
 
 def _expert_tensors(model: TaskModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Flat local name -> tensor of every expert: the parameters of modules, and leaves cut out of fused tensors."""
+    """Return flat local name -> tensor of every expert: modules' parameters, and leaves cut from fused tensors."""
     names = table(model)
-    own, fused = {}, {}  # parameters of modules and adapters; fused tensors
+    own, fused = {}, {}  # The first has parameters of modules and adapters, the second has fused tensors.
     for path, parameter in parameters(model).items():
         name = names[path]
         if isinstance(name, str):
@@ -207,7 +207,7 @@ def _layer(owner: Experts, model: TaskModel, block: str, tensors: Mapping[str, T
 
 
 def _activation(module: Any) -> Callable[[Tensor], Tensor]:
-    """Return what an experts module computes between its two projections."""
+    """Return the function that an experts module applies between its two projections."""
     if hasattr(module, "_apply_gate") and getattr(module, "has_gate", True):
         return module._apply_gate
     if hasattr(module, "gate_up_proj"):
@@ -221,7 +221,7 @@ def _gated(act: Callable[[Tensor], Tensor], h_NH: Tensor) -> Tensor:
 
 
 def is_transposed(module: Any, family: Family) -> bool:
-    """Return whether fused weights are [E, in, out]; where the module does not say so, by their shapes."""
+    """Return True if fused weights are [E, in, out], as stated by the module or else inferred from their shapes."""
     if hasattr(module, "is_transposed"):
         return bool(module.is_transposed)
     first, second = (getattr(module, target).shape for target in family.lora_targets)
@@ -229,9 +229,11 @@ def is_transposed(module: Any, family: Family) -> bool:
 
 
 def _compute_inputs(layer: Layer, given: Tensor) -> Tensor:
-    """What replaces the forward of an experts module that gets every token once per expert, times its gate [E T, D].
+    """Compute the experts of a block on inputs [E T, D], in place of the forward of its experts module.
 
-    Tokens that an expert was not chosen for are rows of zeros: they are left out, and give zeros.
+    The inputs have all tokens once per expert, multiplied by the expert's gate.
+
+    Tokens that did not choose an expert are rows of zeros. They are skipped, and their output is zero.
     """
     experts = len(layer.first)
     rows_SD = given.reshape(-1, given.shape[-1])

@@ -1,12 +1,12 @@
 """A sub-MoE in a directory of its own: safetensors and a keep-map, exact to the bit.
 
     config.json, tokenizer files   of the full model, as transformers writes them
-    sub-moe.safetensors            the sub-model's parameters under flat names, which say the ids of the full model, and
-                                   the router rows of absent experts if its gates depend on them
-    sub-moe.json                   the keep-map (block -> ids), the form, the dtype, the task and its labels, and how
-                                   gates are scaled (see `gates`); a file that does not say so has "slice"
+    sub-moe.safetensors            the sub-model's parameters under flat names with the ids of the full model, and the
+                                   router rows of absent experts if its gates depend on them
+    sub-moe.json                   the keep-map (block -> ids), the form, the dtype, the task and its labels, and the
+                                   scaling of gates (see `gates`); without it, the scaling is "slice"
 
-No configuration can say that layers have different numbers of experts, so transformers cannot read such a model back.
+No configuration can express different numbers of experts per layer, so transformers cannot read such a model back.
 """
 
 import json
@@ -32,7 +32,7 @@ WEIGHTS, MAP = "sub-moe.safetensors", "sub-moe.json"
 
 
 def save_sub_moe(folder: Path, source: ModelSource, model: TaskModel, held: ExpertSet) -> None:
-    """Write a model that holds the experts `held` of `source` into a directory, which is made.
+    """Write a model that holds the experts `held` of `source` into a directory, which is created if needed.
 
     Raises:
         ModelError: if `held` does not name as many experts as the model has, or `source` has no tokenizer.
@@ -55,11 +55,13 @@ def save_sub_moe(folder: Path, source: ModelSource, model: TaskModel, held: Expe
 
 
 def load_sub_moe(folder: Path) -> tuple[ModelSource, TaskModel, dict[str, tuple[int, ...]]]:
-    """Read it back: the source (for its tokenizer and sizes; it has no full weights), the model, the experts it holds.
+    """Load a sub-MoE: its source, the model and the experts that it holds.
+
+    The source provides the tokenizer and the sizes; it has no full weights.
 
     Raises:
-        ModelError: if a file is missing or broken, the map does not fit the configuration, or the weights hold other
-            experts than the map names.
+        ModelError: if a file is missing or broken, if the map does not fit the configuration, or if the weights hold
+            other experts than the map names.
     """
     told = _map(folder)
     try:

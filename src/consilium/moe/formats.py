@@ -1,5 +1,5 @@
-"""Checkpoints that are not plain safetensors: GGUF files, and weights in FP8 or MXFP4, which are read as bfloat16 or
-float32."""
+"""Checkpoints other than plain safetensors, which are read as bfloat16 or float32: GGUF files and weights in FP8 or
+MXFP4."""
 
 import importlib.util
 from pathlib import Path
@@ -12,14 +12,15 @@ from consilium.errors import ModelError
 __all__ = ["gguf_place", "plain_config", "reading"]
 
 DEQUANTISED = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
-"""`quant_method` of a configuration -> class of transformers that turns the weights back on loading."""
+"""`quant_method` of a configuration -> transformers class that dequantises the weights on loading."""
 
 
 def gguf_place(path: str, gguf: str) -> tuple[str, str]:
     """Return the directory and the name of a GGUF file.
 
     Args:
-        path: `model.path`. gguf: `model.gguf`, a name in that directory, or the path of a file.
+        path: `model.path`.
+        gguf: `model.gguf`, a name in that directory, or the path of a file.
 
     Raises:
         ModelError: if there is no such file, or the package that reads it is missing.
@@ -37,10 +38,10 @@ def gguf_place(path: str, gguf: str) -> tuple[str, str]:
 
 
 def reading(config: Any, path: str) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` that turn quantised weights back.
+    """Return the arguments of `from_pretrained` that dequantise the weights; {} if they are not quantised.
 
     Raises:
-        ModelError: for a kind of quantisation that cannot be turned back, with what to do.
+        ModelError: if the kind of quantisation is not supported; the message says what to do.
     """
     told = getattr(config, "quantization_config", None)
     if not told:
@@ -56,7 +57,7 @@ def reading(config: Any, path: str) -> dict[str, Any]:
 
 
 def plain_config(config: Any) -> Any:
-    """Remove what a configuration says of quantisation, in place: trained and exported weights are in full."""
+    """Remove the quantisation settings of a configuration in place, since trained and exported weights are in full."""
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
             del part.quantization_config

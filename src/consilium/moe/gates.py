@@ -1,38 +1,38 @@
-"""The scale of a slice's gates: how a sub-MoE weighs its experts as the full model would.
+"""The scaling of a slice's gates, so that a sub-MoE weighs its experts as the full model would.
 
 A router multiplies the output of each chosen expert by a gate. In some families the gate is a share of a softmax over
 all experts (Switch, DeepSeek-V2; OLMoE, Qwen2-MoE and Qwen3-MoE with `norm_topk_prob` false). A slice runs this softmax
-over its own n of E router rows, so every gate grows, and the output of a layer with it: up to eight times on the
-shipped model. `fit.gates` says what is done about it. With q_e the softmax over the n rows, p_e over all E rows, k the
+over its own n of E router rows, so every gate grows, and the output of a layer grows with it: up to eight times on the
+shipped model. `fit.gates` selects the correction. With q_e the softmax over the n rows, p_e over all E rows, k the
 experts per token, K the k best of the n and T the k best of the E, the gate of an expert e in K is
 
     "constant"   c q_e                          c: one number per layer and n, see below
     "full"       p_e                            = q_e sigmoid(logsumexp(held logits) - logsumexp(absent logits))
     "mass"       q_e sum_T p / sum_K q          the total gate of a token is that of the full router
-    "slice"      q_e                            nothing is done
+    "slice"      q_e                            no correction
 
-A layer that holds all its experts is computed as it always was, whatever the setting.
+A layer that holds all its experts is not changed by any setting.
 
-"constant" is the default because it is the only one of the first three that plain transformers can hold: a
+"constant" is the default because it is the only one of the first three that plain transformers can represent: a
 configuration has one number for the rows of the softmax, the candidates of the top-k and the experts. Absent experts
-filled in with zeros would take places among the best k ("drop", measured to be worse than all of these). A constant is
+replaced by zeros would take places among the best k ("drop", which measured worse than all of these). A constant is
 multiplied into the second matrices of the experts on export, which is exact. "full" and "mass" need the router rows of
-the experts that are absent; they are sent along, are neither trained nor returned, and an expert's row is trained by
-those who hold the expert. Models trained so are exported with `--format consilium` only.
+the absent experts. These rows are sent along but neither trained nor returned; an expert's row is trained by the
+clients that hold the expert. Models trained with these settings can only be exported with `--format consilium`.
 
 The constant keeps the mean total gate of a token:
 
     c(n) = E[sum_T p] / E[sum_K q]              over public tokens and random choices of n experts
 
-`measure_scales` takes it from a model and tokens, and a model's card (`card.json`, "gates_public") holds it for every
-layer and n. It depends on n alone, so it is the same for all clients with as many experts in that layer, and nothing of
-a client's data enters it. Without a card it lies between its values for a uniform router, max(n, k) / E, and for one
-that is always certain, 1: c(n) = sqrt(max(n, k) / E).
+`measure_scales` computes it from a model and tokens, and a model's card (`card.json`, "gates_public") stores it for
+every layer and n. It depends on n alone, so it is the same for all clients with the same number of experts in that
+layer, and no client's data enters it. Without a card it is the geometric mean of two values: max(n, k) / E, which holds
+for a uniform router, and 1, which holds for a router that is always certain: c(n) = sqrt(max(n, k) / E).
 
-All settings are the same where gates do not depend on absent experts: where they are normalised over the chosen k
-(Mixtral, GraniteMoE, gpt-oss, Ernie 4.5; OLMoE, Qwen2-MoE and Qwen3-MoE with `norm_topk_prob`), where each is a sigmoid
-of its own logit (DeepSeek-V3, GLM4-MoE, normalised or not), and in PhiMoE, whose gates are normalised over the experts
-within a few per cent of the best.
+All settings are equivalent if gates do not depend on absent experts. This is so where gates are normalised over the
+chosen k (Mixtral, GraniteMoE, gpt-oss, Ernie 4.5; OLMoE, Qwen2-MoE and Qwen3-MoE with `norm_topk_prob`), where each is
+a sigmoid of its own logit (DeepSeek-V3, GLM4-MoE, normalised or not), and in PhiMoE, where gates are normalised over
+the experts within a few percent of the best.
 
 Shapes: T tokens, D model width, E experts, N experts held, X absent, K experts per token.
 """
@@ -74,18 +74,18 @@ KINDS: tuple[str, ...] = get_args(Kind)
 NEED_ROWS = ("full", "mass")
 """The kinds that need the router rows of absent experts."""
 MOST = 1e4
-"""The largest constant that is accepted from others; measured ones are about 1 at most."""
+"""The largest constant that is accepted from a payload; measured constants are about 1 at most."""
 WEIGHTS = 1
-"""Where the gates of the chosen experts are in the output tuple of every family's router."""
+"""Position of the chosen experts' gates in the output tuple of the routers that are scaled here."""
 
 
 @dataclass(frozen=True)
 class Gates:
-    """How the gates of a sliced model are scaled; see the module.
+    """The scaling of the gates of a sliced model; see the module.
 
     Args:
         kind: one of `KINDS`.
-        scale: with "constant": block -> c, > 0; 1 where a block is missing.
+        scale: with "constant": block -> c, > 0; 1 if a block is missing.
         rows: with "full" and "mass": the router rows of the absent experts, by flat names.
     """
 
@@ -95,12 +95,12 @@ class Gates:
 
 
 def shares_gates(family: Family, config: Any) -> bool:
-    """Return whether gates are shares of a softmax over all experts, so that their scale depends on which are held."""
+    """Return True if gates are shares of a softmax over all experts, so that absent experts change their scale."""
     return not family.normalised
 
 
 def default_scale(held: int, total: int, top_k: int) -> float:
-    """Return c for a layer with `held` of `total` experts where nothing was measured."""
+    """Return c for a layer with `held` of `total` experts if nothing was measured."""
     return math.sqrt(min(max(held, top_k) / total, 1.0))
 
 
@@ -113,7 +113,9 @@ def gates_from_scalars(kind: Kind, scalars: Mapping[str, Scalar], rows: Params) 
     """Return the gates that a payload asks for.
 
     Args:
-        kind: `fit.gates`. scalars: of the payload. rows: its group "router".
+        kind: `fit.gates`.
+        scalars: scalars of the payload.
+        rows: the payload's group "router".
 
     Raises:
         PayloadError: for a constant that is not a number in (0, MOST].
@@ -131,7 +133,7 @@ def gates_from_scalars(kind: Kind, scalars: Mapping[str, Scalar], rows: Params) 
 
 
 def absent_rows(params: Params, held: ExpertSet) -> Params:
-    """Return the router rows of the experts that are not held (the tensors themselves), by flat names."""
+    """Return the router rows of the experts that are not held, by flat names, without copying the tensors."""
     rows = {}
     for key, tensor in params.items():
         place = router_row_of(key)
@@ -141,9 +143,9 @@ def absent_rows(params: Params, held: ExpertSet) -> Params:
 
 
 def attach_gates(model: TaskModel, gates: Gates) -> TaskModel:
-    """Scale the gates of a sliced model from now on, in place; `model.gates` says how.
+    """Scale the gates of a sliced model from now on, in place, and store the scaling in `model.gates`.
 
-    Blocks that hold all experts, and families whose gates do not depend on absent experts, stay as they are.
+    Blocks that hold all experts, and families with gates that do not depend on absent experts, are left unchanged.
 
     Raises:
         ModelError: if "full" or "mass" lacks the row of an absent expert, or the model's gates are scaled already.
@@ -170,10 +172,12 @@ def attach_gates(model: TaskModel, gates: Gates) -> TaskModel:
 
 
 def fold_gates(model: TaskModel) -> TaskModel:
-    """Multiply the constants into the experts' second matrices, in place: the same model without scaled gates.
+    """Multiply the constants into the experts' second matrices, in place, so that the gates need no scaling.
+
+    The outputs of the model do not change.
 
     Raises:
-        ModelError: for "full" and "mass", which no weights can hold.
+        ModelError: for "full" and "mass", which cannot be expressed by weights.
     """
     gates = model.gates
     if gates is None or gates.kind == "slice" or not shares_gates(model.family, model.config):
@@ -203,11 +207,13 @@ def fold_gates(model: TaskModel) -> TaskModel:
 def measure_scales(
     model: TaskModel, batches: Iterable[Batch], draws: int = 64, seed: int = 0
 ) -> dict[str, list[float]]:
-    """Measure c(n) of every layer: block -> [c(1), .., c(E)]; {} for a family whose gates need no constant.
+    """Measure c(n) of every layer: block -> [c(1), .., c(E)]; {} for a family with gates that need no constant.
 
     Args:
-        model: with all its experts. batches: of public data; padding is left out.
-        draws: random choices of n experts; all choices where there are no more.
+        model: a model with all its experts.
+        batches: batches of public data; padding is left out.
+        draws: the number of random choices of n experts; if there are no more than this, all choices are used.
+        seed: seed of the random choices.
     """
     from consilium.moe.routing import Tap
 
@@ -227,7 +233,7 @@ def measure_scales(
             with tap.batch(batch):
                 model(batch)
             for block, p_TE in tap.gates().items():
-                p_TE = p_TE.clamp_min(1e-30)  # of n experts that a token all but excludes, the shares count
+                p_TE = p_TE.clamp_min(1e-30)  # Shares among n experts stay defined if a token all but excludes them.
                 whole[block] += float(p_TE.topk(k, dim=-1).values.sum())
                 for n in range(1, counts[block]):
                     for ids in subsets[block, n]:
@@ -242,14 +248,14 @@ def measure_scales(
 
 
 def _choices(total: int, n: int, draws: int, rng: torch.Generator) -> list[Tensor]:
-    """Return all choices of n experts, or `draws` random ones where there are more."""
+    """Return all choices of n experts, or `draws` random ones if there are more."""
     if math.comb(total, n) <= draws:
         return [torch.tensor(ids) for ids in combinations(range(total), n)]
     return [torch.randperm(total, generator=rng)[:n] for _ in range(draws)]
 
 
 def _rows(rows: Params, block: str, absent: int) -> tuple[Tensor, Tensor | None]:
-    """The weights [X, D] and biases [X] (None: there are none) of a block's absent rows, ascending."""
+    """Return weights [X, D] and biases [X] (None: there are none) of a block's absent rows, ascending by id."""
     prefix = f"{block}.router."
     ids = sorted({router_row_of(key)[1] for key in rows if key.startswith(prefix)})
     if len(ids) != absent:
@@ -270,10 +276,12 @@ class _Constant:
 
 
 class _Shared:
-    """A forward hook on a router that takes the absent experts into account, token by token.
+    """A forward hook on a router that accounts for the absent experts, token by token.
 
     Args:
-        kind: "full" or "mass". logits: where the router's output has the logits. top_k: of the full model.
+        kind: "full" or "mass".
+        logits: position of the logits in the router's output.
+        top_k: experts per token of the full model.
     """
 
     def __init__(self, kind: str, logits: int, top_k: int):

@@ -1,4 +1,4 @@
-"""Checks of a model's folder before it is used: what leads out of it, pointers, missing shards, files cut off."""
+"""Checks of a model's folder before use: links that lead out of it, pointers, missing shards, truncated files."""
 
 import json
 import struct
@@ -12,19 +12,19 @@ __all__ = ["check_folder"]
 
 _INDEX = "model.safetensors.index.json"
 _LENGTH = struct.Struct("<Q")
-"""Of a safetensors file's header; the header follows it, and the tensors follow that."""
+"""The length of a safetensors file's header. The header follows it, and the tensors follow the header."""
 
 
 def check_folder(folder: Path) -> None:
-    """Look at the files of a model without reading its weights.
+    """Check the files of a model without reading its weights.
 
     Raises:
-        ModelError: for a link, an index of shards or an adapter that leads out of the folder, a file that is a pointer
-            of Git LFS, a shard that is missing, or a file that is cut off.
+        ModelError: if a link, an index of shards or an adapter leads out of the folder, if a file is a pointer of
+            Git LFS, if a shard is missing, or if a file is truncated.
     """
     refuse_pointers(folder, ModelError)
     refuse_outside(folder, ModelError)
-    if (folder / "adapter_config.json").exists():  # transformers would load the base that it names, wherever that lies
+    if (folder / "adapter_config.json").exists():  # transformers would load the base model that it names from anywhere.
         raise ModelError(f"{folder} holds adapters (adapter_config.json) for another model: merge them first")
     for index in folder.glob("*.index.json"):
         shards = shards_of(index, ModelError)
@@ -43,7 +43,7 @@ def _check_shards(index: Path, shards: list[str]) -> None:
 
 
 def _check_size(path: Path) -> None:
-    """Compare the size of a safetensors file with what its header announces."""
+    """Raise ModelError if the size of a safetensors file differs from the size that its header announces."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(_LENGTH.size)

@@ -1,14 +1,15 @@
-"""The arithmetic behind `Experts`: one block's experts forward and backward, by hand.
+"""The computation behind `Experts`: explicit forward and backward passes of one block's experts.
 
 Shapes: T tokens, D model width, E experts, K experts per token; S slots of the block, N of a group of experts; X and Y
 the input and output of a projection, H and F the width before and after the activation, R the rank of adapters.
 
-A CPU takes the experts one after the other, each a matmul on its own slots. A GPU would spend its time on starting
-those: there the experts of a block whose weights lie in one tensor are computed at once by torch's `grouped_mm`, slots
-in the order of experts, with a group for each (of those that a backward pass does not reach, an empty one).
+A CPU computes the experts one after the other, each with a matmul on its own slots. On a GPU, launching these kernels
+would dominate the run time. There, torch's `grouped_mm` computes the experts of a block at once if their weights lie in
+one tensor. The slots are in the order of the experts, with one group per expert; the group of an expert that a backward
+pass does not reach is empty.
 
-On CUDA a token's experts are summed in no fixed order, so with more than two of them the last bit may differ from run
-to run; on the CPU nothing does.
+On CUDA, a token's experts are summed in no fixed order, so with more than two of them the last bit may differ between
+runs. On the CPU, results are reproducible.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,25 +32,29 @@ Members = list[tuple[int, int, int]]
 Spans = list[tuple[int, int]]
 
 SLOTS = 1024
-"""Slots that are gathered, activated and weighted together: fewer cost more small operations, more cost memory."""
+"""Slots that are gathered, activated and weighted together. Fewer add small operations, more take more memory."""
 GROUPED = ("cuda",)
 """Kinds of devices on which a block's experts are computed at once."""
 
 
 def _down(x_NX: Tensor, b_XR: Tensor) -> Tensor:
-    """x b, [N, R]."""
+    """Return x b, [N, R]."""
     return rows(x_NX, b_XR, x_NX.new_empty(len(x_NX), b_XR.shape[1]))
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One projection of one expert, from tensors of its block by index: y = x W^T + b + scale (x A^T) B^T.
+    """One projection of one expert, y = x W^T + b + scale (x A^T) B^T, with tensors given as indices into its block's.
 
     Args:
-        weight: [Y, X], or [X, Y] if the family stores it transposed. bias: [Y].
-        width, dtype: Y, and the dtype of the weight.
-        lora: A [R, X] and B [Y, R].
-        state: how to turn a 4-bit weight back into a matrix; None: it is one.
+        weight: [Y, X], or [X, Y] if the family stores it transposed.
+        bias: [Y]; None: there is none.
+        width: Y.
+        dtype: dtype of the weight.
+        transposed: the weight is stored as [X, Y].
+        lora: A [R, X] and B [Y, R]; None: there is no adapter.
+        scale: factor of the adapter.
+        state: the scheme that dequantises a 4-bit weight; None: the weight is a matrix already.
     """
 
     weight: int
@@ -62,14 +67,14 @@ class Linear:
     state: Any = None
 
     def matrix(self, tensors: Tensors) -> Tensor:
-        """The weight [Y, X] in the dtype in which the expert computes."""
+        """Return the weight [Y, X] in the dtype in which the expert computes."""
         weight = tensors[self.weight]
         if self.state is not None:
             weight = dequantise(weight, self.state)
         return weight.t() if self.transposed else weight
 
     def forward(self, x_NX: Tensor, n: int, tensors: Tensors, out: Tensor) -> None:
-        """Write y of the first n rows into `out` [N, Y]; a few behind them may be written, too."""
+        """Write y of the first n rows into `out` [N, Y]; a few rows after them may be overwritten, too."""
         rows(x_NX, self.matrix(tensors).t(), out, n, None if self.bias is None else tensors[self.bias])
         if self.lora is not None:
             a_RX, b_YR = (tensors[i] for i in self.lora)
@@ -86,9 +91,20 @@ class Linear:
         grads: Grads,
         out: Tensor | None,
     ) -> None:
-        """Of the first n rows, write the gradient of the input into `out` [N, X] (None: nobody asks), where that of y
-        is g, and perhaps something behind them; and those of w y (w None: of y) by the tensors that have a place in
-        `grads`. Where the weight has one, x is already w x."""
+        """Compute the gradients of the first n rows, where g is the gradient of y.
+
+        The gradient of the input is written into `out`; a few rows after the first n may be overwritten, too. The
+        weight and the factors of the adapter, if they have an entry in `grads`, get their gradients of w y there.
+
+        Args:
+            g_NY: the gradient of y.
+            x_NX: the input, already multiplied by w if the weight has an entry in `grads`.
+            w_N1: the weights w of the rows; None: gradients are those of y.
+            n: the number of rows.
+            tensors: the tensors of the block.
+            grads: index of a tensor -> its gradient.
+            out: the gradient of the input [N, X]; None: it is not needed.
+        """
         if out is not None:
             rows(g_NY, self.matrix(tensors), out, n)
             out = out[:n]
@@ -107,7 +123,7 @@ class Linear:
             if self.lora[1] in grads:
                 u_NR = _down(x_NX, a_RX.t())
                 u_NR = u_NR if w_N1 is None else u_NR.mul_(w_N1)
-                grads[self.lora[1]] = inner(u_NR, g_NY, self.scale).t()  # laid out as B is
+                grads[self.lora[1]] = inner(u_NR, g_NY, self.scale).t()  # This has the memory layout of B.
 
 
 @dataclass(frozen=True)
@@ -115,11 +131,18 @@ class Layer:
     """One block: its experts module and, per place, the two projections, which index into `tensors`.
 
     Args:
-        keep: save h of all slots for the backward pass. reached: whether that pass reaches the expert of a place.
-        dispatch: the router gives a mask instead of indices. skips: whether choices
-            beyond the experts pass the token on as it is, times its gate. dropout: rate behind the activation.
+        module: the experts module.
+        keep: save h of all slots for the backward pass.
+        reached: returns whether the backward pass reaches the expert in a place.
+        dispatch: the router gives a mask instead of indices.
+        dropout: dropout rate after the activation.
+        tensors: the tensors of all experts.
+        first: the first projection of each expert.
+        second: the second projection of each expert.
+        activation: the function between the projections.
         whole: the weights of each of the two projections in one tensor [E, ..]; (): they do not lie in one.
         record: called in the forward pass with each group's members, tokens [N], outputs [N, D] and gates [N].
+        skips: choices beyond the experts pass the token on unchanged, times its gate.
     """
 
     module: Any
@@ -137,13 +160,13 @@ class Layer:
 
     @cached_property
     def at_once(self) -> bool:
-        """Whether all experts are computed at once. `grouped_mm` wants rows of a multiple of 16 bytes."""
+        """Return True if all experts are computed at once; `grouped_mm` needs rows of a multiple of 16 bytes."""
         sides = [n for weight in self.whole for n in weight.shape[1:]]
         ranks = [self.tensors[one.lora[0]].shape[0] for one in (self.first[0], self.second[0]) if one.lora]
         return bool(self.whole) and self.whole[0].device.type in GROUPED and all(n % 8 == 0 for n in sides + ranks)
 
     def act(self, h_NH: Tensor, members: Members, seed: int | None) -> Tensor:
-        """What lies between the projections, [N, F]; the mask of dropout follows from the seed, also the next time."""
+        """Apply activation and dropout between the projections, [N, F]; the same seed gives the same dropout mask."""
         a_NF = self.activation(h_NH)
         if seed is None:
             return a_NF
@@ -157,7 +180,7 @@ class Layer:
 def _through(
     layer: Layer, which: int, x_NX: Tensor, members: Members, tensors: Tensors, out: Tensor | None = None
 ) -> Tensor:
-    """The first or second projection of each expert of its own slots, [N, Y]; they lie in the order of `members`."""
+    """Apply the first or second projection of each expert to its own slots, [N, Y], in the order of `members`."""
     linears = (layer.first, layer.second)[which]
     like = linears[0]
     x_NX = x_NX.to(like.dtype)
@@ -165,7 +188,7 @@ def _through(
         y_NY = _all_through(linears, layer.whole[which], x_NX, members, tensors)
         return y_NY if out is None else out.copy_(y_NY)
     y_NY = x_NX.new_empty(len(x_NX), like.width) if out is None else out
-    for place, start, end in members:  # in their order: what one writes behind its own slots, the next overwrites
+    for place, start, end in members:  # The order matters: the next expert overwrites rows written beyond a slot range.
         linears[place].forward(x_NX[start:], end - start, tensors, y_NY[start:])
     return y_NY
 
@@ -181,8 +204,10 @@ def _back(
     grads: Grads,
     to_input: bool = True,
 ) -> Tensor | None:
-    """Where the gradient of y is g: that of x, [N, X], if asked for. The experts' own gradients are those of w y (w
-    None: of y)."""
+    """Return the gradient of x, [N, X], if `to_input`, where g is the gradient of y.
+
+    The experts' own gradients, which are written into `grads`, are those of w y (w None: of y).
+    """
     linears = (layer.first, layer.second)[which]
     dtype = linears[0].dtype
     g_NY = g_NY.to(dtype)
@@ -192,7 +217,7 @@ def _back(
     if layer.at_once:
         return _all_back(linears, layer.whole[which], g_NY, x_NX, w_N1, members, tensors, grads, to_input)
     to_x = torch.empty_like(x_NX) if to_input else None
-    for place, start, end in members:  # in their order, see above
+    for place, start, end in members:  # The order matters, as in `_through`.
         linear, w = linears[place], None if w_N1 is None else w_N1[start:end]
         here = None if to_x is None else to_x[start:]
         linear.backward(g_NY[start:], x_NX[start:], w, end - start, tensors, grads, here)
@@ -203,26 +228,26 @@ def _back(
 
 
 def _ends(members: Members, device: torch.device, experts: int = 0) -> Tensor:
-    """Where each expert's slots end, int32: of the members, or of so many experts, most of which may have none."""
+    """Return the end of each expert's slots, int32: for the members, or for `experts` experts including empty ones."""
     sizes = {place: end - start for place, start, end in members}
     counts = torch.tensor([sizes.get(place, 0) for place in range(experts)] if experts else list(sizes.values()))
     return counts.cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
 
 
 def _stack(linears: Sequence[Linear], tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """A [E, R, X] and B [E, Y, R] of all experts."""
+    """Return A [E, R, X] and B [E, Y, R] of all experts."""
     pairs = [one.lora for one in linears if one.lora is not None]
     return torch.stack([tensors[a] for a, _ in pairs]), torch.stack([tensors[b] for _, b in pairs])
 
 
 def _biases(linears: Sequence[Linear], members: Members, tensors: Tensors, device: torch.device) -> Tensor:
-    """The bias of the expert of every slot [N, Y]."""
+    """Return the bias of the expert of every slot [N, Y]."""
     bias = torch.stack([tensors[linears[place].bias] for place, _, _ in members])
     return bias[_owners(members, device)]
 
 
 def _owners(members: Members, device: torch.device) -> Tensor:
-    """The number among `members` of the expert of every slot [N]."""
+    """Return, for every slot, the position in `members` of its expert [N]."""
     sizes = torch.tensor([end - start for _, start, end in members], device=device)
     return torch.repeat_interleave(torch.arange(len(members), device=device), sizes, output_size=members[-1][2])
 
@@ -230,7 +255,7 @@ def _owners(members: Members, device: torch.device) -> Tensor:
 def _all_through(
     linears: tuple[Linear, ...], whole: Tensor, x_NX: Tensor, members: Members, tensors: Tensors
 ) -> Tensor:
-    """`Linear.forward` of all members at once."""
+    """Compute `Linear.forward` of all members at once."""
     like, ends = linears[0], _ends(members, x_NX.device, len(linears))
     y_NY = grouped_mm(x_NX, whole if like.transposed else whole.transpose(1, 2), offs=ends)
     if like.bias is not None:
@@ -253,7 +278,7 @@ def _all_back(
     grads: Grads,
     to_input: bool,
 ) -> Tensor | None:
-    """`Linear.backward` of all members at once."""
+    """Compute `Linear.backward` of all members at once."""
     like, device = linears[0], g_NY.device
     ends, own = _ends(members, device, len(linears)), _ends(members, device)
     to_x = grouped_mm(g_NY, whole.transpose(1, 2) if like.transposed else whole, offs=ends) if to_input else None
@@ -262,7 +287,7 @@ def _all_back(
         for (place, _, _), gradient in zip(members, all_of_them.unbind(), strict=True):
             grads[index(linears[place])] = gradient
 
-    weighted = like.weight in grads  # then x is already w x
+    weighted = like.weight in grads  # In this case x has already been multiplied by w.
     if weighted:
         left, right = (x_NX, g_NY) if like.transposed else (g_NY, x_NX)
         give(lambda one: one.weight, grouped_mm(left.t(), right, offs=own))
@@ -285,7 +310,14 @@ def _all_back(
 
 
 def compute(layer: Layer, hidden_TD: Tensor, routed: Tensor, weights_TK: Tensor) -> Tensor:
-    """What replaces the forward of an experts module. `routed`: indices [T, K], or a 0/1 dispatch mask [T, 1, E]."""
+    """Compute the experts of a block, in place of the forward of its experts module.
+
+    Args:
+        layer: the block.
+        hidden_TD: the hidden state of the tokens.
+        routed: indices [T, K], or a 0/1 dispatch mask [T, 1, E].
+        weights_TK: the gates.
+    """
     if layer.dispatch:
         served_T1, place_T1 = routed.max(-1)
         routed = place_T1.masked_fill(served_T1 == 0, len(layer.first))
@@ -299,8 +331,16 @@ def compute(layer: Layer, hidden_TD: Tensor, routed: Tensor, weights_TK: Tensor)
 
 
 def _groups(counts: list[int], reached: Callable[[int], bool], at_once: bool) -> Iterator[tuple[Members, Spans]]:
-    """Experts in groups of about `SLOTS` slots, or all in one: each one's place and part of the group, and where in the
-    order of all slots the group lies. `counts`: slots per expert; who is not reached, or has none, is left out."""
+    """Yield groups of experts of about `SLOTS` slots, or one group with all experts.
+
+    Each group has its members, which are a place and a range of slots within the group, and its spans, which are ranges
+    in the order of all slots.
+
+    Args:
+        counts: slots per expert; experts without slots are left out.
+        reached: returns whether a place is reached; other experts are left out.
+        at_once: yield all experts in one group.
+    """
     members: Members = []
     spans: Spans = []
     position = size = 0
@@ -319,13 +359,13 @@ def _groups(counts: list[int], reached: Callable[[int], bool], at_once: bool) ->
 
 
 def _take(spans: Spans, tensor: Tensor) -> Tensor:
-    """Those rows; a view if they lie together."""
+    """Return the rows of the spans; the result is a view if they are contiguous."""
     parts = [tensor[start:end] for start, end in spans]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _Compute(torch.autograd.Function):
-    """The experts of one block. A slot is a token's k-th choice, number token * K + k; sentinels (>= E) are skipped."""
+    """The experts of one block. Slot token * K + k is a token's k-th choice; sentinels (>= E) are skipped."""
 
     @staticmethod
     def forward(
@@ -347,14 +387,14 @@ class _Compute(torch.autograd.Function):
         for members, spans in _groups(counts, lambda place: True, layer.at_once):
             slots = _take(spans, order_S)
             tokens = slots // k
-            out = _take(spans, kept[0]) if keep else None  # neighbours all, so a view
+            out = _take(spans, kept[0]) if keep else None  # All spans are contiguous here, so this is a view.
             h_NH = _through(layer, 0, hidden_TD[tokens], members, tensors, out)
             y_ND = _through(layer, 1, layer.act(h_NH, members, seed), members, tensors)
             if layer.record is not None:
                 layer.record(members, tokens, y_ND, weights_S[slots])
             out_TD.index_add_(0, tokens, (y_ND * weights_S[slots, None]).to(out_TD.dtype))
         ctx.layer, ctx.counts, ctx.seed = layer, counts, seed
-        ctx.save_for_backward(hidden_TD, weights_TK, order_S, *tensors, *kept)  # saved so that checkpointing sees it
+        ctx.save_for_backward(hidden_TD, weights_TK, order_S, *tensors, *kept)  # Checkpointing needs to see these.
         return out_TD
 
     @staticmethod
@@ -375,7 +415,7 @@ class _Compute(torch.autograd.Function):
             h_NH = h_NH.detach().requires_grad_()
             with torch.enable_grad():
                 a_NF = layer.act(h_NH, members, ctx.seed)
-            to_a = _back(layer, 1, g_ND, a_NF.detach(), w_N1, members, tensors, grads)  # of y, before its weight
+            to_a = _back(layer, 1, g_ND, a_NF.detach(), w_N1, members, tensors, grads)  # This is for y unweighted.
             to_y = (to_a * a_NF.detach()).sum(-1)
             if layer.second[0].bias is not None and layer.at_once:
                 to_y += (g_ND * _biases(layer.second, members, tensors, g_ND.device)).sum(-1)

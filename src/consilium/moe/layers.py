@@ -1,7 +1,7 @@
-"""How a number of experts is spread over the layers of a model, and which of a layer's experts have the highest scores.
+"""The distribution of experts over the layers of a model, and the selection of each layer's experts by score.
 
-A *shape* is a weight per block, in the order of the layers. How much a layer suffers from missing experts has little to
-do with how evenly its experts are used, so shapes are compared by what matters: the loss of sub-models cut by them.
+A *shape* is a weight per block, in the order of the layers. The damage from missing experts in a layer has little to do
+with how evenly its experts are used. Shapes are therefore compared directly, by the loss of sub-models cut by them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,22 +11,23 @@ from torch import Tensor
 __all__ = ["Shape", "most", "shapes", "spread"]
 
 Shape = tuple[float, ...]
-"""A weight > 0 per block; () gives every block the same."""
+"""A weight > 0 per block; () gives every block the same weight."""
 
 
 def spread(experts: int, counts: Mapping[str, int], least: Mapping[str, int], shape: Shape = ()) -> dict[str, int]:
-    """Return experts per block: `experts` of them in all, in proportion to the shape.
+    """Return experts per block: `experts` of them in total, in proportion to the shape.
 
-    One after the other goes to the block with the largest weight / (experts it has + 1), ties to the lower layer
-    (D'Hondt's rule), so that a larger number never takes an expert from a block.
+    Each expert in turn goes to the block with the largest weight / (experts it has + 1), with ties to the lower layer
+    (D'Hondt's rule). A larger number therefore never takes an expert from a block.
 
     Args:
-        experts: in all; more than there are count as all.
-        counts: experts of the full model per block. least: what every block has at least.
+        experts: the total; a number above that of the full model is reduced to it.
+        counts: experts of the full model per block.
+        least: the fewest experts of every block.
         shape: a weight per block, > 0; (): the same for all.
 
     Raises:
-        ValueError: if `experts` are fewer than `least` in all, or the shape has another length or a weight <= 0.
+        ValueError: if `experts` is less than the sum of `least`, or the shape has another length or a weight <= 0.
     """
     shape = shape or (1.0,) * len(counts)
     if len(shape) != len(counts) or not all(0 < weight < float("inf") for weight in shape):
@@ -42,9 +43,10 @@ def spread(experts: int, counts: Mapping[str, int], least: Mapping[str, int], sh
 
 
 def shapes(blocks: int) -> list[Shape]:
-    """Return the shapes that are tried for a model of so many blocks: even, falling, and a group of layers favoured.
+    """Return the candidate shapes for a model with `blocks` blocks: even, falling, or one group of layers favoured.
 
-    The layers are cut into at most four consecutive groups; each in turn has two and four times the weight of the rest.
+    The layers are cut into at most four consecutive groups. Each group in turn gets two and four times the weight of
+    the rest.
     """
     groups = min(blocks, 4)
     of_block = [block * groups // blocks for block in range(blocks)]
@@ -60,10 +62,11 @@ def shapes(blocks: int) -> list[Shape]:
 
 
 def most(scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """Return the ids of the experts with the highest scores, as many per block as `counts` says; ties: lower id.
+    """Return the ids of the experts with the highest scores, `counts[block]` per block; ties go to the lower id.
 
     Args:
         scores: block -> a number per expert [E].
+        counts: block -> the number of experts to select.
     """
     return {
         block: tuple(sorted(scores[block].argsort(descending=True, stable=True)[:n].tolist()))

@@ -1,11 +1,11 @@
-"""LoRA on the experts alone: our own for training in rounds, and PEFT's, injected in place, for profiling.
+"""LoRA on the experts: Consilium's own for training in rounds, and PEFT's, injected in place, for profiling.
 
-Ours: a pair A [R, X], B [Y, R] per expert and projection, under flat names (`<block>.experts.17.down_proj.lora_A`), so
-that adapters travel and are averaged expert by expert. `moe/experts.py` computes y = x W^T + scale (x A^T) B^T with the
-base frozen; PEFT instead builds the merged weights of all experts in every step. Parameters and files are the same:
-see `moe/adapter_files.py`.
+Consilium's LoRA has a pair A [R, X], B [Y, R] per expert and projection, under flat names
+(`<block>.experts.17.down_proj.lora_A`), so that adapters are sent and averaged expert by expert. `moe/experts.py`
+computes y = x W^T + scale (x A^T) B^T with the base frozen. PEFT instead builds the merged weights of all experts in
+every step. Parameters and files are the same: see `moe/adapter_files.py`.
 
-How a server merges the adapters of its clients is said in `moe/rules.py`.
+The rules by which a server merges its clients' adapters are in `moe/rules.py`.
 """
 
 import re
@@ -43,22 +43,23 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Lora:
-    """Training the experts by adapters.
+    """Training of the experts by adapters.
 
     Args:
         rank: R, at most the narrower side of a projection; 0: no adapters, all parameters are trained.
         alpha: the scale is alpha / rank; 0: alpha = rank, a scale of 1.
-        targets: which expert tensors, by the names of the family ("gate_up_proj", "down_proj"; Switch "wi", "wo");
+        targets: adapted expert tensors, by the names of the family ("gate_up_proj", "down_proj"; Switch "wi", "wo");
             (): all of them.
-        router: whether routers are trained, in full; heads are, the rest of the model never is.
-        base: "full", the frozen weights as they are, or "nf4": experts in 4 bits (bitsandbytes).
-        rule: how adapters are trained and merged, see `moe.rules`: "mean" (FedIT), "ffa" (A stays as it begins),
+        router: train the routers, in full; heads always are, the rest of the model never is.
+        base: "full", the frozen weights unchanged, or "nf4": experts in 4 bits (bitsandbytes).
+        rule: the training and merging of adapters, see `moe.rules`: "mean" (FedIT), "ffa" (A keeps its initial value),
             "alternate" (B in odd rounds, A in even ones), "share_a" (B stays with the client), "stack" (the products
-            are added to the base, and adapters begin anew), "residual" (the mean of factors, and what it lacks is
-            added to the base), "svd" (the best factors of the mean product), "pad" and "pad_norm" (zero padding to the
-            largest rank, with weights n_k or the norms of the updates), "rank_partition" (row by row over who has it).
-        ranks: "equal", or "memory": of each client the largest rank, up to `rank`, with which the whole model fits its
-            memory, at least 1. For "stack", "svd", "pad", "pad_norm" and "rank_partition".
+            are added to the base, and adapters are initialised again), "residual" (the mean of factors, and the
+            difference to the mean product is added to the base), "svd" (the best factors of the mean product), "pad"
+            and "pad_norm" (zero padding to the largest rank, with weights n_k or the norms of the updates),
+            "rank_partition" (each row over the clients that have it).
+        ranks: "equal", or "memory": each client gets the largest rank, from 1 to `rank`, with which the whole model
+            fits its memory. For "stack", "svd", "pad", "pad_norm" and "rank_partition".
     """
 
     rank: int = setting(0, "memory", "[0, 1e12]")
@@ -79,29 +80,33 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        """The factor of B A: alpha / rank, also for clients of a smaller rank."""
+        """Return the factor of B A, alpha / rank, which also applies to clients of a smaller rank."""
         return (self.alpha or self.rank) / self.rank
 
     def at(self, rank: int) -> "Lora":
-        """Return the same with another rank, and the same scale."""
+        """Return a copy of these settings with another rank and the same scale."""
         return replace(self, rank=rank, alpha=self.scale * rank)
 
     def trains(self, round: int) -> tuple[str, ...]:
-        """Return the halves of a pair that are trained in a round (from 1)."""
+        """Return the names of the factors that are trained in a round, counted from 1."""
         if self.rule == "alternate":
             return ("lora_A",) if round and round % 2 == 0 else ("lora_B",)
         return ("lora_B",) if self.rule == "ffa" else ("lora_A", "lora_B")
 
     @property
     def private(self) -> str:
-        """The half that the server never sends: "lora_A", which all have from the seed, "lora_B", or "": none."""
+        """Return the factor that the server never sends.
+
+        It is "lora_A", which all clients derive from the seed, "lora_B", or "": the server sends both.
+        """
         return {"ffa": "lora_A", "share_a": "lora_B"}.get(self.rule, "")
 
 
 class Adapters(nn.Module):
     """The adapters of a model, by flat names with local places.
 
-    B lies in memory as [R, Y]: matmuls as narrow as these are two to eight times as fast along the long side.
+    B has the memory layout [R, Y], because matmuls with such a narrow matrix run two to eight times as fast along the
+    long side.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], scale: float):
@@ -114,13 +119,15 @@ class Adapters(nn.Module):
         self.scale = scale
 
     def named(self) -> dict[str, nn.Parameter]:
-        """Flat name with local place -> A or B."""
+        """Return flat name with local place -> A or B."""
         return dict(zip(self.names, self.tensors, strict=True))
 
 
 def _sides(model: TaskModel, targets: tuple[str, ...]) -> Iterator[tuple[str, int, int]]:
-    """Yield (flat name of an adapted tensor, X, Y) in the order of blocks, places and targets; of a dense model (path
-    of a linear layer, X, Y)."""
+    """Yield (flat name, X, Y) of each adapted tensor, in the order of blocks, places and targets.
+
+    For a dense model, the name is the path of a linear layer.
+    """
     family = model.family
     odd = sorted(set(targets) - set(family.lora_targets))
     if odd:
@@ -140,9 +147,10 @@ def _sides(model: TaskModel, targets: tuple[str, ...]) -> Iterator[tuple[str, in
 
 
 def initial_adapters(model: TaskModel, lora: Lora, seed: int) -> Params:
-    """A uniform in +-1/sqrt(X), as PEFT has it, and B zero, so that nothing changes at first; in the model's dtype.
+    """Return initial adapters in the model's dtype: A uniform in +-1/sqrt(X), as in PEFT, and B zero.
 
-    The model may be on the meta device. Experts of one block do not share A; who starts from these shares them all.
+    The adapters therefore do not change the outputs at first. The model may be on the meta device. Experts of one block
+    have different A; all clients that start from this result share it.
 
     Raises:
         ConfigError: for a target the family does not have, or a rank above the narrower side of a projection.
@@ -158,14 +166,15 @@ def initial_adapters(model: TaskModel, lora: Lora, seed: int) -> Params:
 
 
 def add_lora(model: TaskModel, lora: Lora, seed: int = 0) -> TaskModel:
-    """Freeze a live model but for its head (and routers), and give every expert adapters; from now on its experts are
-    computed by ours, in evaluation and generation too. Call it on the device where the model stays.
+    """Freeze a live model except its head (and routers), and give every expert adapters.
 
-    `addressing.flatten` and `load_flat` then speak of adapters, router rows and head rows alone.
+    From now on, `moe.experts` computes the model's experts, in evaluation and generation too. Call this function on the
+    device where the model stays. `addressing.flatten` and `load_flat` then only handle adapters, router rows and head
+    rows.
 
     Raises:
-        ConfigError: see `initial_adapters`.
-        ModelError: for a base in 4 bits that bitsandbytes cannot make.
+        ConfigError: see `initial_adapters`; also for "nf4" with a dense model.
+        ModelError: if bitsandbytes cannot store the base in 4 bits.
     """
     tensors = initial_adapters(model, lora, seed)
     device = next(model.backbone.parameters()).device
@@ -190,7 +199,7 @@ def add_lora(model: TaskModel, lora: Lora, seed: int = 0) -> TaskModel:
 
 
 class _Added:
-    """A forward hook that adds scale (x A^T) B^T to what a linear layer gives."""
+    """A forward hook that adds scale (x A^T) B^T to the output of a linear layer."""
 
     def __init__(self, a_RX: nn.Parameter, b_YR: nn.Parameter, scale: float):
         self.a_RX, self.b_YR, self.scale = a_RX, b_YR, scale
@@ -200,12 +209,16 @@ class _Added:
 
 
 def merged(model: TaskModel, base: Mapping[str, Tensor], params: Mapping[str, Tensor], lora: Lora) -> Params:
-    """The model that `params` (adapters, router rows, head rows) make of a base, without adapters: W + alpha/rank B A,
-    computed in float32, in the dtype of W. What rules added to the base is added first (`folded`), and a base in 4 bits
-    is then rounded as `add_lora` rounds it.
+    """Return the parameters of a model without adapters that equals a base with `params`.
+
+    The result is W + alpha/rank B A, computed in float32 and returned in the dtype of W. Changes that rules made to the
+    base are added first (`folded`). A base in 4 bits is then rounded in the same way as `add_lora` rounds it.
 
     Args:
-        model: of the family, on the meta device or not. base: flat parameters, of all or of the held experts.
+        model: a model of the family, on the meta device or not.
+        base: flat parameters, of all or of the held experts.
+        params: adapters, router rows and head rows.
+        lora: the settings of the adapters.
     """
     modules = model.family.layout == "modules" or model.family.dense
     whole = folded(model, base, params)
@@ -222,22 +235,24 @@ def merged(model: TaskModel, base: Mapping[str, Tensor], params: Mapping[str, Te
 
 
 def is_folded(key: str) -> bool:
-    """Return whether a flat name is of what a rule has added to an expert's weights, [Y, X]."""
+    """Return True if a flat name belongs to the sum [Y, X] that a rule has added to an expert's weights."""
     return key.endswith(f".{FOLDED}")
 
 
 def folded(model: TaskModel, base: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> Params:
-    """Return a base with what `params` say that rules have added to it, in its dtype.
+    """Return a base plus the changes that rules have added to it, in its dtype.
 
     Args:
-        model: of the family, on the meta device or not. base: flat parameters of the experts that are held at least.
+        model: a model of the family, on the meta device or not.
+        base: flat parameters, at least of the held experts.
+        params: parameters that contain the changes.
     """
     changes = {key.removesuffix(f".{FOLDED}"): tensor for key, tensor in params.items() if is_folded(key)}
     return _moved(model, base, changes)
 
 
 def _moved(model: TaskModel, whole: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> Params:
-    """Parameters with changes [Y, X] added to them, summed in float32."""
+    """Return parameters with changes [Y, X] added to them, summed in float32."""
     modules, moved = model.family.layout == "modules" or model.family.dense, dict(whole)
     first = None if modules else next(iter(model.blocks().values())).get_submodule(model.family.experts)
     transposed = not modules and is_transposed(first, model.family)
@@ -249,7 +264,7 @@ def _moved(model: TaskModel, whole: Mapping[str, Tensor], changes: Mapping[str, 
 
 
 def _quantise(model: TaskModel) -> None:
-    """Every expert's matrices in 4 bits; the parameters they came from become shapes without memory."""
+    """Store every expert's matrices in 4 bits, and replace the original parameters by shapes on the meta device."""
     family = model.family
     for block, places in all_experts(model).items():
         module = model.blocks()[block].get_submodule(family.experts)
@@ -270,7 +285,7 @@ def _quantise(model: TaskModel) -> None:
 
 
 def peft_targets(model: TaskModel, targets: tuple[str, ...]) -> dict[str, object]:
-    """What a `LoraConfig` must say for these expert tensors in every block."""
+    """Return the `LoraConfig` arguments that select these expert tensors in every block."""
     family = model.family
     if family.dense:
         return {"target_modules": list(targets)}
@@ -283,20 +298,20 @@ def peft_targets(model: TaskModel, targets: tuple[str, ...]) -> dict[str, object
 
 
 def add_expert_lora(model: TaskModel, rank: int) -> list[nn.Parameter]:
-    """PEFT's LoRA: freeze the model, attach adapters of this rank to every expert, leave the head trainable.
+    """Freeze the model and attach PEFT's LoRA of this rank to every expert; the head stays trainable.
 
-    The scale is 1 (alpha = rank). Adapters start as the identity: B is zero, so outputs do not change.
+    The scale is 1 (alpha = rank). B is zero at first, so the adapters do not change the outputs.
 
     Returns:
         The adapters' parameters.
     """
-    from peft import LoraConfig, inject_adapter_in_model  # takes seconds to import, and only stage one needs it
+    from peft import LoraConfig, inject_adapter_in_model  # The import takes seconds, and only stage one needs it.
 
     for parameter in model.backbone.parameters():
         parameter.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=rank, **peft_targets(model, model.family.lora_targets))
     model_type = model.config.model_type
-    model.config.model_type = "custom"  # keeps PEFT from rewriting expert paths for families it knows
+    model.config.model_type = "custom"  # This keeps PEFT from rewriting expert paths for families it knows.
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,8 +1,9 @@
-"""What the layers of a model hold in memory where no row of `parts.PARTS` counts it: measured on a tiny twin.
+"""The memory of layers that `parts.PARTS` has no row for, measured on a tiny twin.
 
-The formula of decoders is taken, and multiplied by what a tiny model of the same configuration saves for its backward
-pass as a share of what the formula says for it. State space layers and linear attention keep the sizes of their states,
-on which what they save depends. The share is at least 1, and `MARGIN` is added: it is a bound, not a count.
+The measurement takes the formula for decoders and multiplies it by a share. The share is the size of the tensors that a
+tiny model of the same configuration saves for its backward pass, divided by the formula's result for that model. State
+space layers and linear attention keep the sizes of their states, because the saved tensors depend on them. The share is
+at least 1, and `MARGIN` is added: the result is a bound, not a count.
 """
 
 import math
@@ -32,19 +33,21 @@ __all__ = ["measured_parts"]
 
 MARGIN = 1.15
 B, N = 2, 64
-"""Sequences of the batch that is measured, and their tokens."""
+"""The number of sequences of the measured batch, and the number of tokens of each."""
 STATES = ("ssm_state_size", "mamba_d_state", "state_size", "mamba_chunk_size", "chunk_size")
 
 
 def measured_parts(config: PretrainedConfig, family: Family, w: int) -> dict[Mode, Parts]:
-    """Return what the layers hold, in elements of the weights' dtype.
+    """Return the memory of the layers, in elements of the weights' dtype.
 
     Args:
-        config: of the model. w: 1 for weights below 32 bits.
+        config: the configuration of the model.
+        family: the family of the model.
+        w: 1 for weights below 32 bits.
     """
     shares = _shares(Key(config))
     parts = decoder(text_config(config), w)
-    if family.dense:  # adapters on all linear layers keep the inputs of each
+    if family.dense:  # Adapters on all linear layers save the inputs of each.
         parts["lora"] = parts["peft"] = parts["full"]
     return {mode: _scale(part, shares[mode]) for mode, part in parts.items()}
 
@@ -71,7 +74,7 @@ def _shares(key: Key) -> dict[Mode, float]:
 
 
 def _saved(model: TaskModel, chosen: bool) -> float:
-    """Return the elements that a forward pass leaves for the backward pass, parameters apart."""
+    """Return the number of elements that a forward pass saves for the backward pass, without parameters."""
     ids = torch.randint(2, 100, (B, N), generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1]) if model.head is not None else ids
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
@@ -89,12 +92,12 @@ def _saved(model: TaskModel, chosen: bool) -> float:
         logits, targets = model(batch)
         loss = F.cross_entropy(logits, targets)
     del loss
-    beside = 3 * logits.numel() * 4  # of the logits, which are counted apart
+    beside = 3 * logits.numel() * 4  # These bytes belong to the logits, which are counted separately.
     return max(sum(storage.nbytes() for storage in held.values()) - beside, 0) / 4
 
 
 def _said(model: TaskModel, mode: str) -> float:
-    """Return what the formula says of the same pass."""
+    """Return the formula's number of elements for the same pass."""
     config = model.config
     parts = decoder(config, 0)["full" if mode == "chosen" or model.family.dense else mode]
     sparse = parts.chosen if mode == "chosen" else parts.sparse

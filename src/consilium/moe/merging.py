@@ -1,26 +1,27 @@
-"""How a server merges what returns: the mean of the papers, or rules that some clients may lie to.
+"""Rules by which a server merges updates: the mean of the papers, or rules that withstand some dishonest clients.
 
-Everything goes by groups: an expert with all its tensors, a router row, a head row, and the trunk. The contributors of
-a group are the clients of the round that returned it with a weight above 0; a rule for an expert sees only those that
-held it and trained it.
+All rules work by groups: an expert with all its tensors, a router row, a head row, and the trunk. The contributors of a
+group are the clients of the round that returned it with a weight above 0. A rule for an expert therefore only sees the
+clients that held and trained it.
 
     mean        sum_k w_k x_k / sum_k w_k                                    the default, `params.WeightedMean`
     median      of every coordinate (Yin et al. 2018, https://arxiv.org/abs/1803.01498)              n >= 2 f + 1
     trimmed     of every coordinate the mean without the f largest and f smallest (the same)         n >= 2 f + 1
-    krum        the m contributors whose n - f - 2 nearest others are nearest, summed squared distance, and their
-                mean (Blanchard et al. 2017, https://arxiv.org/abs/1703.02757)   n >= max(2 f + 3, f + 2 + m)
+    krum        the mean of the m contributors with the smallest summed squared distance to their n - f - 2 nearest
+                others (Blanchard et al. 2017, https://arxiv.org/abs/1703.02757)   n >= max(2 f + 3, f + 2 + m)
 
-n contributors, f of them arbitrary (`attackers`), m = `chosen`. A group with fewer contributors than its rule needs
-stays as it was, bit for bit, and is counted (`told`): a mean of few is what an attacker of a rare expert hopes for.
-The rules count heads: the weights, which clients declare, decide only who contributes.
+There are n contributors, f of them arbitrary (`attackers`), and m = `chosen`. A group with fewer contributors than its
+rule needs keeps its previous value, bit for bit, and is counted (`told`), because a mean of few contributors would let
+an attacker control a rare expert. The rules other than the mean count every contributor once: the weights, which
+clients declare, only decide who contributes.
 
-Norm clipping (Sun et al. 2019, https://arxiv.org/abs/1911.07963) comes before any rule: a client's change x_k - w is
-scaled down to the norm `clip`, that of each expert by itself and that of trunk and heads together, and the change of
-all router rows together to `clip_router`, for a small tensor that steers all tokens.
+Norm clipping (Sun et al. 2019, https://arxiv.org/abs/1911.07963) comes before any rule. A client's change x_k - w is
+scaled down to the norm `clip`: that of each expert by itself, and that of trunk and heads together. The change of all
+router rows together is scaled down to `clip_router`, because this small tensor steers all tokens.
 
-Memory: the mean is a running sum (one float64 copy of the model). The other rules need all replies: they lie in files
-in a temporary folder (TMPDIR) until the round is merged, and are read one tensor at a time, so that memory holds about
-3 n times the largest tensor in float64 beside the model, and the disk n replies.
+Memory: the mean is a running sum (one float64 copy of the model). The other rules need all replies. These are stored in
+files in a temporary folder (TMPDIR) until the round is merged, and are read one tensor at a time. Memory then holds
+about 3 n times the largest tensor in float64 in addition to the model, and the disk holds n replies.
 """
 
 import math
@@ -50,15 +51,15 @@ Weight = float | Callable[[str], float]
 
 @dataclass(frozen=True)
 class Merging:
-    """How a server merges updates; see `moe.merging`. The default is the method's own weighted mean.
+    """The merging of updates by a server; see `moe.merging`. The default is the method's own weighted mean.
 
     Args:
-        rule: "mean", "median", "trimmed" or "krum", applied to every expert, row and the trunk by itself.
-        attackers: f, how many contributors may be arbitrary, >= 1; the mean withstands none.
-        chosen: m, how many contributors krum takes the mean of, >= 1.
+        rule: "mean", "median", "trimmed" or "krum", applied to every expert, row and the trunk separately.
+        attackers: f, the number of contributors that may be arbitrary, >= 1; the mean withstands none.
+        chosen: m, the number of contributors that krum averages, >= 1.
         clip: largest L2 norm of a client's change of an expert, and of trunk and heads together; 0: no clipping.
         clip_router: largest L2 norm of a client's change of all router rows together; 0: no clipping.
-        uniform: the mean counts every client alike, whatever number of examples it declares.
+        uniform: the mean gives every client the same weight, whatever number of examples it declares.
     """
 
     rule: Rule = "mean"
@@ -80,19 +81,19 @@ class Merging:
 
     @property
     def plain(self) -> bool:
-        """Whether this is the method's own mean."""
+        """Return True if these settings are the method's own mean."""
         return self.rule == "mean" and not (self.clip or self.clip_router or self.uniform)
 
     @property
     def needs(self) -> int:
-        """The fewest contributors that the rule gives a result for."""
+        """Return the fewest contributors for which the rule gives a result."""
         f = self.attackers
         least = {"mean": 1, "median": 2 * f + 1, "trimmed": 2 * f + 1, "krum": max(2 * f + 3, f + 2 + self.chosen)}
         return least[self.rule]
 
 
 def group_of(key: str) -> str:
-    """The group of a flat name: its expert, router row or head row, else "trunk"."""
+    """Return the group of a flat name: its expert, router row or head row, otherwise "trunk"."""
     if place := router_row_of(key):
         return f"{place[0]}.router.{place[1]}"
     if place := expert_of(key):
@@ -104,22 +105,25 @@ def group_of(key: str) -> str:
 
 
 def median_of(x_N: Tensor) -> Tensor:
-    """The median of every coordinate; of an even number the mean of the middle two."""
+    """Return the median of every coordinate; for an even number of updates, the mean of the middle two."""
     n, ordered = len(x_N), x_N.sort(dim=0).values
     return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
 
 
 def trimmed_mean(x_N: Tensor, trim: int) -> Tensor:
-    """The mean of every coordinate without its `trim` largest and `trim` smallest numbers."""
+    """Return the mean of every coordinate without its `trim` largest and `trim` smallest values."""
     return x_N.sort(dim=0).values[trim : len(x_N) - trim].mean(dim=0)
 
 
 def krum(squared_NN: Tensor, attackers: int, chosen: int) -> list[int]:
-    """Which contributors Krum takes: ascending places, by the smallest sum of squared distances to the n - f - 2
-    nearest others (ties: the first).
+    """Return the places of the contributors that Krum selects, ascending.
+
+    Krum selects those with the smallest sum of squared distances to the n - f - 2 nearest others; ties go to the first.
 
     Args:
         squared_NN: squared distances between contributors, float64 [n, n].
+        attackers: f.
+        chosen: m, the number of contributors to select.
     """
     n = len(squared_NN)
     near_NN = squared_NN.masked_fill(torch.eye(n, dtype=torch.bool), math.inf).sort(dim=1).values
@@ -131,11 +135,12 @@ def krum(squared_NN: Tensor, attackers: int, chosen: int) -> list[int]:
 
 
 class RobustMean:
-    """What `Setup.mean` gives where merging is not plain: filled and read like `params.WeightedMean`.
+    """A replacement for `params.WeightedMean` with the same interface, returned by `Setup.mean` for other rules.
 
     Args:
-        merging: the rule. previous: the server's parameters, which the clients' changes are changes of.
-        mean: for the rule "mean": what the clipped updates are added to.
+        merging: the rule.
+        previous: the server's parameters, which the clients' changes refer to.
+        mean: for the rule "mean": the mean that the clipped updates are added to.
     """
 
     def __init__(self, merging: Merging, previous: Mapping[str, Tensor], mean: WeightedMean):
@@ -151,7 +156,7 @@ class RobustMean:
         """Count one client's tensors, see `WeightedMean.add`.
 
         Raises:
-            PayloadError: as there, and for a name or shape that the server's model does not have.
+            PayloadError: as in `WeightedMean.add`, and for a name or shape that the server's model does not have.
         """
         weights = {key: weight(key) if callable(weight) else weight for key in params}
         for key, tensor in params.items():
@@ -166,7 +171,7 @@ class RobustMean:
             self._mean.add(params, 1.0 if self._merging.uniform else weights.__getitem__)
 
     def mean(self, previous: Mapping[str, Tensor]) -> Params:
-        """The new parameters; what nobody returned, or too few did, is the previous tensor itself."""
+        """Return the new parameters; tensors with no or too few contributors are the previous ones, not copied."""
         if self._spool is None:
             return self._mean.mean(previous)
         merged = {}
@@ -181,8 +186,9 @@ class RobustMean:
     def told(self) -> dict[str, float]:
         """Return numbers for the record.
 
-        They are the parts that clients returned, and of them the experts and others that stayed as they were because
-        too few did; the clients that were clipped, and the median norm of their changes of trunk and heads.
+        They are the number of groups that clients returned, and the numbers of experts and other groups that kept their
+        value because of too few contributors. With clipping, they are also the number of clipped clients and the median
+        norm of the clients' changes of trunk and heads.
         """
         told: dict[str, float] = self._mean.told()
         if self._spool is not None:
@@ -195,7 +201,7 @@ class RobustMean:
         return told
 
     def _merge(self, keys: list[str], contributors: list[int]) -> Params:
-        """The rule's result for a group, float64."""
+        """Return the rule's result for a group, float64."""
         rule, f = self._merging.rule, self._merging.attackers
         stacks = {key: lambda key=key: self._spool.stack(key, contributors) for key in keys}
         if rule == "median":
@@ -211,7 +217,7 @@ class RobustMean:
         return {key: stack()[best].mean(dim=0) for key, stack in stacks.items()}
 
     def _clip(self, params: Mapping[str, Tensor]) -> Params:
-        """The client's tensors, those of a group whose change is too large moved back towards the server's, float64."""
+        """Return a client's tensors; tensors with too large a change are moved towards the server's, in float64."""
         bounds = self._merging
         if not (bounds.clip or bounds.clip_router):
             return dict(params)
@@ -236,17 +242,18 @@ class RobustMean:
 
 
 def _clipped_with(key: str) -> str:
-    """What a tensor's change is clipped together with: all router rows, its expert, or the rest of the model."""
+    """Return the unit that a tensor's change is clipped with: "router" for all router rows, its expert, or "rest"."""
     if router_row_of(key):
         return "router"
     return group_of(key) if expert_of(key) else "rest"
 
 
 class _Spool:
-    """The replies of a round, in files; gone with the object.
+    """The replies of a round, stored in files that are deleted together with the object.
 
     Attributes:
-        groups: group -> contributors, by their places. keys: group -> its flat names.
+        groups: group -> contributors, by their places.
+        keys: group -> its flat names.
     """
 
     def __init__(self) -> None:
@@ -257,10 +264,10 @@ class _Spool:
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def add(self, params: Params) -> None:
-        """One client's tensors.
+        """Store one client's tensors.
 
         Raises:
-            PayloadError: if it has another part of a group than the clients before it.
+            PayloadError: if the client sent other tensors of a group than the clients before it.
         """
         place, groups = len(self._files), {}
         for key in params:
@@ -274,5 +281,5 @@ class _Spool:
         self._files.append(safe_open(path, "pt"))
 
     def stack(self, key: str, contributors: list[int]) -> Tensor:
-        """The contributors' tensors, float64 [n, ..]."""
+        """Return the contributors' tensors, float64 [n, ..]."""
         return torch.stack([self._files[place].get_tensor(key).double() for place in contributors])

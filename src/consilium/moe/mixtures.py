@@ -1,15 +1,15 @@
-"""Mixtures of adapters on linear layers: a frozen W0, adapters beside it, and a router that has them weigh.
+"""Mixtures of adapters on linear layers: a frozen W0, adapters next to it, and a router that weighs the adapters.
 
     y = W0 x + s sum_{i in always} B_i A_i x + s sum_{slots j among the top k} g_j B_e(j) A_e(j) x
 
-The adapters A_i [R, X], B_i [Y, R] of a layer have names. A slot of the router stands for one of them; several slots
-may stand for the same. Two routers:
+The adapters A_i [R, X], B_i [Y, R] of a layer have names. A slot of the router stands for one adapter, and several
+slots may stand for the same one. There are two routers:
 
     "dot"    z_e = <P x, A_e x> / sqrt(R), P [R, X]: one slot per adapter, for any number of them (FedAMoLE)
     "rows"   z = V x, V [slots, X]: a row per slot (CoMiGS, FedLEASE)
 
-g is the softmax of z over the slots, of which the k largest are kept and scaled to a sum of 1. Adapters and routers are
-float32 whatever the model is, so that small steps are not lost; what they add is rounded once.
+g is the softmax of z over the slots; its k largest values are kept and scaled to a sum of 1. Adapters and routers are
+float32 whatever the model's dtype is, so that small steps are not lost. Their output is rounded once.
 
 Flat names are the paths in the live model: `<layer>.pairs.<name>.a` and `.b`, `<layer>.route` (P or V).
 
@@ -43,17 +43,20 @@ __all__ = [
 ]
 
 ATTENTION = (("q_proj", "v_proj"), ("q", "v"), ("q_b_proj", "kv_b_proj"), ("q_proj", "kv_b_proj"), ("qkv_proj",))
-"""Names of the projections that are adapted by default; the first set of which a model has all."""
+"""Sets of projections that are adapted by default. The first set that a model has in full is used."""
 
 
 @dataclass(frozen=True)
 class Mixing:
-    """How the adapters of a layer are mixed.
+    """The settings for mixing the adapters of a layer.
 
     Args:
-        rank: R. scale: s. top_k: k. router: see the module; "": there is none, all adapters are `always` on.
+        rank: R.
+        scale: s.
+        top_k: k.
+        router: "dot" or "rows", see the module; "": there is none, all adapters are `always` on.
         targets: names of the linear layers, by their last part; (): query and value projections.
-        dropout: of what the adapters read, in training.
+        dropout: dropout rate of the adapters' input, in training.
     """
 
     rank: int
@@ -74,19 +77,22 @@ class Pair(nn.Module):
 
 
 class AdapterMixture(nn.Module):
-    """A linear layer with adapters beside it, see the module.
+    """A linear layer with adapters next to it, see the module.
 
     Args:
         base: the layer, which is frozen.
-        names: of the adapters. always: those that every token has. slots: those that the router's slots stand for.
+        names: names of the adapters.
+        always: adapters that are applied to every token.
+        slots: the adapters that the router's slots stand for.
+        mixing: the settings.
 
     Attributes:
-        mask: real tokens [B, S] bool of the batch that comes next; None: all.
-        always_weight: factor on the adapters that every token has.
+        mask: real tokens [B, S] bool of the next batch; None: all.
+        always_weight: factor of the adapters that are applied to every token.
         balance: after a forward pass, J sum_j P_j f_j: P the mean probability of a slot, f its share of the choices.
         sums: with `measure` on, "token" -> sum over real tokens of P x [R], adapter -> sum of A_e x [R].
-        count: real tokens in these sums.
-        used: slot -> how many real tokens chose it, float64 [J], while `measure` is on.
+        count: number of real tokens in these sums.
+        used: slot -> number of real tokens that chose it, float64 [J], while `measure` is on.
     """
 
     def __init__(
@@ -115,12 +121,12 @@ class AdapterMixture(nn.Module):
         added = self.always_weight * sum((read @ self.pairs[n].a.t()) @ self.pairs[n].b.t() for n in self.always)
         if self.route is not None:
             added = added + self._mixed(x_TX, read, real_T)
-        if isinstance(added, float):  # neither adapters that are always on nor a router
+        if isinstance(added, float):  # There are neither adapters that are always on nor a router.
             return y
         return y + (self.mixing.scale * added).reshape(y.shape).to(y.dtype)
 
     def weights(self, x_TX: Tensor, real_T: Tensor) -> Tensor:
-        """g [T, J], zero for slots that are not among the top k; sets `balance`."""
+        """Return g [T, J], zero for slots that are not among the top k, and set `balance`."""
         z_TJ = self._logits(x_TX, real_T)
         p_TJ = z_TJ.softmax(-1)
         k = min(self.mixing.top_k, len(self.slots))
@@ -145,7 +151,7 @@ class AdapterMixture(nn.Module):
         return torch.stack([(token_TR * key_TR).sum(-1) for key_TR in keys.values()], dim=-1) / self.mixing.rank**0.5
 
     def _mixed(self, x_TX: Tensor, read_TX: Tensor, real_T: Tensor) -> Tensor:
-        """sum_j g_j B_e(j) A_e(j) x [T, Y]: each adapter computes the tokens that chose it."""
+        """Return sum_j g_j B_e(j) A_e(j) x [T, Y], where each adapter only computes the tokens that chose it."""
         g_TJ = self.weights(x_TX, real_T)
         added = x_TX.new_zeros(len(x_TX), self.base.weight.shape[0])
         for name in dict.fromkeys(self.slots):
@@ -158,18 +164,18 @@ class AdapterMixture(nn.Module):
         return added
 
     def _real(self, shape: torch.Size, x_TX: Tensor) -> Tensor:
-        """Which tokens are real [T] bool; all where the mask is of other positions (cross attention)."""
+        """Return a mask of real tokens [T] bool; all True if `mask` is for other positions (cross attention)."""
         if self.mask is None or self.mask.shape != shape:
             return torch.ones(len(x_TX), dtype=torch.bool, device=x_TX.device)
         return self.mask.reshape(-1)
 
 
-# --- making them ------------------------------------------------------------------------------------------------------
+# --- construction -----------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=8)
 def layers(source: ModelSource, targets: tuple[str, ...] = ()) -> Mapping[str, tuple[int, int]]:
-    """Return path -> (X, Y) of the linear layers outside the experts with these names.
+    """Return path -> (X, Y) of the linear layers with these names outside the experts.
 
     Raises:
         ConfigError: if the model has none of them.
@@ -192,20 +198,22 @@ def layers(source: ModelSource, targets: tuple[str, ...] = ()) -> Mapping[str, t
 
 
 def initial_pair(x: int, y: int, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A uniform in +-1/sqrt(X) and B zero, float32."""
+    """Return an initial adapter in float32: A uniform in +-1/sqrt(X) and B zero."""
     if rank > min(x, y):
         raise ConfigError(f"the rank is {rank}; a layer is {y} x {x}, so it must be at most {min(x, y)}")
     return (2 * torch.rand(rank, x, generator=generator) - 1) / x**0.5, torch.zeros(y, rank)
 
 
 def initial_route(rows: int, x: int, generator: torch.Generator) -> Tensor:
-    """Uniform in +-1/sqrt(X) [rows, X], float32, as linear layers begin."""
+    """Return an initial router [rows, X] in float32, uniform in +-1/sqrt(X), as linear layers are initialised."""
     return (2 * torch.rand(rows, x, generator=generator) - 1) / x**0.5
 
 
 def names_of(params: Mapping[str, Tensor], path: str) -> list[str]:
-    """Return the names of the adapters of a layer among flat parameters, sorted: sums must not depend on the order in
-    which they came."""
+    """Return the names of the adapters of a layer among flat parameters.
+
+    They are sorted so that sums do not depend on the order of arrival.
+    """
     prefix = f"{path}.pairs."
     return sorted(key[len(prefix) : -2] for key in params if key.startswith(prefix) and key.endswith(".a"))
 
@@ -218,11 +226,14 @@ def attach(
     always: Sequence[str] = (),
     slots: Mapping[str, Sequence[str]] | Sequence[str] | None = None,
 ) -> TaskModel:
-    """Freeze a live model but for its head, and put mixtures in the place of linear layers, with these parameters.
+    """Freeze a live model except its head, and replace linear layers by mixtures with these parameters.
 
     Args:
-        params: flat names; adapters of a layer are those that it names.
-        slots: of all layers, or layer -> slots; None: every adapter that is not `always` on has one.
+        params: values by flat names; they also determine which adapters a layer has.
+        mixing: the settings of the mixtures.
+        paths: the layers to replace.
+        always: adapters that are applied to every token.
+        slots: slots of all layers, or layer -> slots; None: every adapter that is not in `always` has one.
     """
     for parameter in model.backbone.parameters():
         parameter.requires_grad_(False)
@@ -245,14 +256,14 @@ def attach(
 
 
 def mixtures(model: TaskModel) -> Iterator[tuple[str, AdapterMixture]]:
-    """Yield (path, mixture) of all layers that have one."""
+    """Yield (path, mixture) for all layers that have one."""
     for path, module in model.backbone.named_modules():
         if isinstance(module, AdapterMixture):
             yield path, module
 
 
 def mark(model: TaskModel, batch: Batch) -> None:
-    """Tell all mixtures which positions of the batch that comes next are real."""
+    """Set the positions of real tokens of the next batch in all mixtures."""
     masks = list(model.masks(batch).values())
     for path, mixture in mixtures(model):
         mixture.mask = masks[-1] if path.startswith("decoder.") else masks[0]

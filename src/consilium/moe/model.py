@@ -1,4 +1,4 @@
-"""A backbone with the means to do one task: a linear head on the pooled hidden state, or text generation.
+"""A backbone prepared for one task: with a linear head on the pooled hidden state, or for text generation.
 
 Shapes: B examples, S tokens, T target tokens, D model width, C labels, V vocabulary.
 """
@@ -14,29 +14,29 @@ from consilium.moe.families import Family, blocks
 __all__ = ["Batch", "TaskModel", "finish_logits", "text_config", "trunk_of"]
 
 Batch = Mapping[str, Tensor]
-"""`input_ids` [B, S] int64, `attention_mask` [B, S] 0/1, `labels` [B] (classification), [B, T] or [B, S] with -100
-where there is nothing to predict (text-to-text: encoder-decoder, causal); `position_ids` [B, S] where several examples
-are packed into a row, starting from 0 with each of them (causal, families with `packs`)."""
+"""`input_ids` [B, S] int64; `attention_mask` [B, S] 0/1; `labels`, which are [B] (classification), [B, T] (text-to-text
+with an encoder-decoder) or [B, S] (causal), with -100 where there is nothing to predict; `position_ids` [B, S] if
+several examples are packed into a row, starting from 0 with each of them (causal, families with `packs`)."""
 
 
 def text_config(config: Any) -> Any:
-    """Return the part of a configuration that speaks of the text model: itself, in most."""
+    """Return the text part of a configuration, which for most models is the configuration itself."""
     return config if getattr(config, "is_encoder_decoder", False) else config.get_text_config()
 
 
 def trunk_of(backbone: Any) -> nn.Module:
-    """Return the part of a language model that ends with the last hidden state."""
+    """Return the part of a language model that outputs the last hidden state."""
     base = backbone.base_model
     return backbone.model if base is backbone else base
 
 
 def finish_logits(logits: Tensor, config: Any, fields: tuple[str, ...]) -> Tensor:
-    """Return logits as the model itself would give them out.
+    """Apply the final scaling of a model to raw logits.
 
     Args:
-        logits: [.., V], what the output embeddings make of the last hidden state.
-        config: of the text model.
-        fields: the fields of the configuration that apply, in this order; one that is None or missing does not.
+        logits: [.., V], the output embeddings applied to the last hidden state.
+        config: the configuration of the text model.
+        fields: the fields of the configuration to apply, in this order; fields that are None or missing are skipped.
     """
     for field in fields:
         value = getattr(config, field, None)
@@ -57,18 +57,19 @@ class TaskModel(nn.Module):
     """A transformers model of a known family, set up for one task.
 
     Classification: logits [B, C] = head(mean over non-pad positions of the last hidden state [B, S, D]).
-    Text-to-text: logits [B, T, V] for the labels, by an encoder-decoder or a causal language model.
+    Text-to-text: logits [B, T, V] for the labels, from an encoder-decoder or a causal language model.
 
     Args:
         backbone: an instance of one of `family.classes`.
-        family: the row of the table.
-        task: name of the task; labels: its label names, () for text-to-text.
-        dtype: of the head, and of the parameters that `addressing.flatten` gives out.
+        family: the family of the backbone.
+        task: name of the task.
+        labels: label names of the task; () for text-to-text.
+        dtype: dtype of the head, and of the parameters that `addressing.flatten` returns.
 
     Attributes:
         adapters: `lora.Adapters` on the experts, or None.
         gates: `gates.Gates` that were attached to a slice, or None.
-        quantised: flat local name of an expert tensor in 4 bits -> what `quantise` made of it; its parameter is a
+        quantised: flat local name of an expert tensor in 4 bits -> the result of `quantise`; the parameter itself is a
             shape on the meta device.
     """
 
@@ -87,29 +88,29 @@ class TaskModel(nn.Module):
 
     @property
     def encoder_decoder(self) -> bool:
-        """Whether text-to-text runs through an encoder and a decoder."""
+        """Return True if text-to-text runs through an encoder and a decoder."""
         return self.head is None and bool(self.config.is_encoder_decoder)
 
     def blocks(self) -> dict[str, nn.Module]:
-        """Block name (path below the backbone) -> sparse block, in the order of the layers."""
+        """Return block name (path below the backbone) -> sparse block, in the order of the layers."""
         return blocks(self.backbone, self.family)
 
     def masks(self, batch: Batch) -> dict[str, Tensor]:
-        """Which positions are real: "encoder" [B, S], and "decoder" [B, T] for encoder-decoders; bool."""
+        """Return masks of real positions: "encoder" [B, S], and "decoder" [B, T] for encoder-decoders; bool."""
         masks = {"encoder": batch["attention_mask"].bool()}
         if self.encoder_decoder:
             masks["decoder"] = batch["labels"] != -100
         return masks
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits [N, C or V] and their targets [N], the -100 positions left out."""
+        """Return logits [N, C or V] and their targets [N], without positions that have the label -100."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
         if self.head is not None:
             hidden = self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
             weights = mask.unsqueeze(-1).to(hidden.dtype)
             pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
             return self.head(pooled), batch["labels"]
-        # Without `labels`, of which the backbone would make a loss of its own, and without a cache nobody reads.
+        # No `labels` are passed, so the backbone computes no loss of its own. The cache would not be used.
         labels = batch["labels"]
         if self.encoder_decoder:
             shifted = self.backbone.prepare_decoder_input_ids_from_labels(labels)
@@ -117,7 +118,7 @@ class TaskModel(nn.Module):
             keep = labels != -100
             return output.logits[keep], labels[keep]
         packed = {}
-        if "position_ids" in batch:  # only without a mask are they taken for the borders of examples
+        if "position_ids" in batch:  # They only mark the borders of examples if there is no mask.
             mask, packed = None, {"position_ids": batch["position_ids"]}
         if self.family.whole:
             output = self.backbone(input_ids=ids, attention_mask=mask, use_cache=False, **packed)
@@ -125,23 +126,25 @@ class TaskModel(nn.Module):
             return output.logits[:, :-1][keep], labels[:, 1:][keep]
         output = trunk_of(self.backbone)(input_ids=ids, attention_mask=mask, use_cache=False, **packed)
         hidden = output.last_hidden_state
-        keep = labels[:, 1:] != -100  # of long sequences few positions are predicted: the others get no logits
+        keep = labels[:, 1:] != -100  # Long sequences have few predicted positions, so logits are limited to these.
         logits = self.backbone.get_output_embeddings()(hidden[:, :-1][keep])
         return finish_logits(logits, self.config, self.family.finish), labels[:, 1:][keep]
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, count: Callable[[int], None] = lambda tokens: None) -> Tensor:
-        """Greedy continuation token ids [B, <= max_new_tokens] (text-to-text only).
+        """Return greedy continuation token ids [B, <= max_new_tokens] (text-to-text only).
 
         Args:
-            count: called with B after each token; what it raises ends the generation.
+            batch: a batch; only `input_ids` and `attention_mask` are used.
+            max_new_tokens: the largest number of tokens to generate per example.
+            count: called with B after each token; an exception that it raises ends the generation.
         """
         from transformers import StoppingCriteriaList  # slow to import
 
         ids, mask = batch["input_ids"], batch["attention_mask"]
 
         def stop_none(written: Tensor, scores: Any, **_: Any) -> Tensor:
-            """Count the tokens of a step; a criterion that ends no sequence."""
+            """Count the tokens of a step as a stopping criterion that ends no sequence."""
             count(len(written))
             return torch.zeros(len(written), dtype=torch.bool, device=written.device)
 

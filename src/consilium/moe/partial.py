@@ -1,8 +1,8 @@
-"""Reading part of a model: the weights of some experts, so that a device never holds the others, not even for a moment.
+"""Partial loading of a model: only the weights of some experts are read, so that a device never holds the others.
 
-Checkpoints name tensors in many ways: an expert each, or all experts of a layer in one; transformers renames, stacks
-and joins them on loading. Here the tensors of experts that are not wanted are left out of what it is given, the others
-are counted anew, and it loads them into a model that has been sliced before.
+Checkpoints name tensors in many ways, for example one tensor per expert, or one for all experts of a layer.
+transformers renames, stacks and joins them on loading. This module removes the tensors of unwanted experts from the
+input of transformers and renumbers the others. transformers then loads them into a model that has been sliced before.
 """
 
 import re
@@ -29,8 +29,10 @@ _NAMES = ("model.safetensors", "model.safetensors.index.json")
 
 
 def sliced(cls: type, family: Family, keep: ExpertSet) -> type:
-    """A transformers class whose models have these experts only, from the moment they are made; nothing in them is
-    drawn at random, so all weights must come from a checkpoint."""
+    """Return a transformers class with models that hold only these experts from their construction.
+
+    The weights are not initialised at random, so all of them must come from a checkpoint.
+    """
 
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, config, *args, **kwargs)
@@ -41,10 +43,12 @@ def sliced(cls: type, family: Family, keep: ExpertSet) -> type:
 
 
 def held_weights(location: str, revision: str | None, full: TaskModel, held: ExpertSet) -> dict[str, Tensor]:
-    """The checkpoint's tensors under its own names, as a model with these experts alone would have been saved.
+    """Return the checkpoint's tensors under its own names, as if a model with only these experts had been saved.
 
     Args:
-        location: a directory or a hub name. full: the whole model on the meta device.
+        location: a directory or a hub name.
+        revision: for hub names, the commit.
+        full: the whole model on the meta device.
         held: block -> ids of the experts, ascending.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping  # slow to import
@@ -65,7 +69,7 @@ def held_weights(location: str, revision: str | None, full: TaskModel, held: Exp
                 block, number = expert_of(first) or router_row_of(first) or ("", 0)
                 if not block:
                     state[key] = tensors.get_tensor(key)
-                elif isinstance(name, str):  # a module of its own
+                elif isinstance(name, str):  # This expert is a module of its own.
                     if number in held[block]:
                         one, place = family.module.format(number), family.module.format(held[block].index(number))
                         state[key.replace(f".{one}.", f".{place}.")] = tensors.get_tensor(key)
@@ -78,14 +82,14 @@ def held_weights(location: str, revision: str | None, full: TaskModel, held: Exp
 
 
 def _rows(part: Any, total: int, ids: tuple[int, ...]) -> Tensor:
-    """These rows of a tensor [E, ..] or [1, E]."""
+    """Return the rows `ids` of a tensor [E, ..] or [1, E]."""
     if part.get_shape()[0] == total:
         return torch.cat([part[i : i + 1] for i in ids])
     return part[:][:, list(ids)]
 
 
 def _files(location: str, revision: str | None) -> Iterator[str]:
-    """The safetensors of a model, wherever it lies."""
+    """Yield the paths of a model's safetensors files, from a directory or the hub."""
     from transformers.utils import cached_file
     from transformers.utils.hub import get_checkpoint_shard_files
 

@@ -1,8 +1,8 @@
-"""What the layers of each family hold in memory, counted off the shapes: one row for all decoders, one for Switch.
+"""The memory of the layers of each family, counted from the shapes: one row for all decoders, one for Switch.
 
-The counts are what autograd saves in the families' own code (`tests/moe/test_parts.py` compares them with that), in
-elements of the weights' dtype. Symbols: B examples, n tokens per sequence (S of the source), D width, F width inside an
-expert, H heads, K experts per token, E experts held.
+The counts are the tensors that autograd saves in the families' own code, in elements of the weights' dtype.
+`tests/moe/test_parts.py` compares the two. Symbols: B examples, n tokens per sequence (S of the source), D width, F
+width inside an expert, H heads, K experts per token, E experts held.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,13 @@ from typing import Any, Literal
 __all__ = ["PARTS", "Cost", "Mode", "Parts", "decoder"]
 
 Mode = Literal["full", "lora", "peft", "forward"]
-"""Training all; adapters and routers, by `moe.lora.add_lora`; PEFT's adapters, by `add_expert_lora`; no training."""
+"""Training of all parameters; of adapters and routers (`moe.lora.add_lora`); of PEFT's adapters (`add_expert_lora`); no
+training."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Elements that a part of a model holds, for B sequences of n tokens, beside a source of S tokens.
+    """The elements that a part of a model holds, for B sequences of n tokens and a source of S tokens.
 
     B * (n * (token + slot * K + choice * E + n * pair + S * cross) + S * source)  +  n * n * bias
     """
@@ -38,16 +39,19 @@ class Cost:
 
 @dataclass(frozen=True)
 class Parts:
-    """What each part of a stack of layers holds: saved for backward, or alive at once ("forward").
+    """The elements that each part of a stack of layers holds: saved for backward, or alive at once ("forward").
 
     Args:
-        attention: norm, self-attention, residual. cross: the same over the encoder's output, decoder layers only.
-        dense, sparse: norm, feed-forward (or router and experts), residual.
-        ends: embedding, final norm, and what all layers share.
+        attention: norm, self-attention, residual.
+        sparse: norm, router and experts, residual.
+        dense: norm, feed-forward, residual.
+        cross: norm, attention over the encoder's output, residual; decoder layers only.
+        ends: embedding, final norm, and tensors that all layers share.
         last: temporaries of the last layer, on top of all that is saved.
-        chosen: `sparse` where `moe.experts` computes the experts and saves no slots. ("lora": there `sparse` is its
-            too, and saves what lies between the matrices.)
-        expert: temporaries of its backward pass, through one expert after the other; if all tokens want the same one.
+        chosen: `sparse` if `moe.experts` computes the experts and saves no slots. (For "lora", `moe.experts` also
+            computes `sparse`, and saves the tensors between the matrices.)
+        expert: temporaries of the backward pass of `moe.experts`, which runs through one expert after the other, in the
+            case that all tokens choose the same one.
     """
 
     attention: Cost
@@ -61,9 +65,13 @@ class Parts:
 
 
 def _switch(c: Any, w: int) -> dict[Mode, Parts]:
-    """Switch: T5 layers, eager attention, top-1. d: 1 with dropout, whose masks are saved as floats; j: with jitter.
+    """Return the parts of Switch: T5 layers, eager attention, top-1.
 
-    w: 1 for weights below 32 bits, where norms and routers keep float32 copies of their inputs (2 elements each).
+    In the code, d is 1 with dropout, where masks are saved as floats, and j is 1 with jitter.
+
+    Args:
+        c: the configuration.
+        w: 1 for weights below 32 bits; norms and routers then keep float32 copies of their inputs (2 elements each).
     """
     D, F, H, inner = c.d_model, c.d_ff, c.num_heads, c.num_heads * c.d_kv
     d, j = int(c.dropout_rate > 0), int(c.router_jitter_noise > 0)
@@ -71,12 +79,12 @@ def _switch(c: Any, w: int) -> dict[Mode, Parts]:
     frozen = (1 + d + 2 * w) * D  # input of the norm and mask: frozen weights need no input saved
     noise = (j + 3 * w) * D  # of the router
     scores = (1 + 2 * d) * H  # softmax, and with dropout its mask and product
-    hidden = (1 + 2 * d) * F  # activation, likewise
-    slot = 3 * D + hidden  # tokens gathered for the expert, its output before the gate and behind it
-    expert = Cost(token=6 * D + 2 * hidden + F)  # gathered, gradients of input and output; twice what lies between
+    hidden = (1 + 2 * d) * F  # activation, and with dropout its mask and product
+    slot = 3 * D + hidden  # tokens gathered for the expert, its output before and after the gate
+    expert = Cost(token=6 * D + 2 * hidden + F)  # gathered, gradients of input and output; twice the inner tensors
     return {
         "full": Parts(
-            attention=Cost(token=trained + 4 * inner, pair=scores),  # queries, keys, values, what was attended
+            attention=Cost(token=trained + 4 * inner, pair=scores),  # queries, keys, values, attention output
             cross=Cost(token=trained + 2 * inner, source=2 * inner, cross=scores),
             dense=Cost(token=trained + hidden),
             sparse=Cost(token=trained + noise, slot=slot, choice=3),  # router softmax twice, logits for the tap
@@ -115,17 +123,19 @@ def _switch(c: Any, w: int) -> dict[Mode, Parts]:
 def decoder(
     c: Any, w: int, *, norm: int = 3, query_norm: bool = False, dropout: bool = True, copied: int = 0, gate: int = 4
 ) -> dict[Mode, Parts]:
-    """A decoder with gated experts: fused or latent attention, any number of shared experts and dense layers.
+    """Return the parts of a decoder with gated experts.
 
-    Attention saves no scores where it is fused, which it is not with dropout, with sinks (gpt-oss), or with values of
-    another width than keys (DeepSeek). Keys and values are counted repeated for every query head, as padding makes it.
+    The decoder has fused or latent attention, and any number of shared experts and dense layers. Fused attention saves
+    no scores. Attention is not fused with dropout, with sinks (gpt-oss), or with values of another width than keys
+    (DeepSeek). Keys and values are counted as repeated for every query head, because padding causes that.
 
     Args:
+        c: the configuration.
         w: 1 for weights below 32 bits, see `_switch`.
-        norm: elements per channel a norm saves: input, scaled input, output (LayerNorm: input, output).
-        query_norm: norms on queries and keys, always; else where `use_qk_norm` says so.
-        dropout: whether attention has the dropout that the configuration names.
-        copied: 1 if fused attention leaves what was attended in an order that the output projection must copy.
+        norm: elements per channel that a norm saves: input, scaled input, output (LayerNorm: input, output).
+        query_norm: queries and keys always have norms; otherwise only if `use_qk_norm` is set.
+        dropout: attention applies the dropout that the configuration names.
+        copied: 1 if the output projection must copy the output of fused attention into another order.
         gate: elements per channel between the two matrices of an expert: gate and up, activated gate, product.
     """
     D, H = c.hidden_size, c.num_attention_heads
@@ -137,7 +147,7 @@ def decoder(
     full, frozen, moved = _attention(c, w, query_norm or getattr(c, "use_qk_norm", False), copied, bool(scores > 1))
     slot, choice = 2 * D + gate * F + 12, 5  # gathered, output; indices; logits, softmax, masks of groups
     trained, still = (norm + w) * D, (1 + w) * D
-    expert = Cost(token=6 * D + (gate + 3) * F)  # gathered, gradients of input and output; twice what lies between
+    expert = Cost(token=6 * D + (gate + 3) * F)  # gathered, gradients of input and output; twice the inner tensors
     gated = D * hasattr(c, "shared_expert_intermediate_size")  # its output, before its own gate
     return {
         "full": Parts(
@@ -145,7 +155,7 @@ def decoder(
             sparse=Cost(token=trained + 4 * shared + gated, slot=slot, choice=choice),
             dense=Cost(token=trained + 4 * wide),
             ends=Cost(token=trained),
-            last=Cost(token=-trained, slot=2 * D, pair=2 * plain),  # weighted, reordered; gone before the ends come
+            last=Cost(token=-trained, slot=2 * D, pair=2 * plain),  # weighted, reordered; freed before the ends
             chosen=Cost(token=trained + 4 * shared + gated, slot=4, choice=choice),
             expert=expert,
         ),
@@ -174,12 +184,17 @@ def decoder(
 
 
 def _attention(c: Any, w: int, query_norm: bool, copied: int, scored: bool) -> tuple[int, int, int]:
-    """Elements per token between the norm and the output projection: saved when trained, when frozen; alive at once.
+    """Return elements per token between the norm and the output projection: saved when trained, when frozen; alive.
 
-    scored: attention saves its scores, and not what was attended, which only a trained output projection needs.
+    Args:
+        c: the configuration.
+        w: 1 for weights below 32 bits.
+        query_norm: queries and keys have norms.
+        copied: see `decoder`.
+        scored: attention saves its scores and not its output, which only a trained output projection needs.
     """
     H = c.num_attention_heads
-    if hasattr(c, "kv_lora_rank"):  # latents with their norms; queries and keys put together, values, attended
+    if hasattr(c, "kv_lora_rank"):  # latents with their norms; combined queries and keys, values, attention output
         query, value = H * (c.qk_nope_head_dim + c.qk_rope_head_dim), H * c.v_head_dim
         latent = c.kv_lora_rank + (getattr(c, "q_lora_rank", None) or 0)
         saved = 2 * query + value + c.qk_rope_head_dim
@@ -187,25 +202,25 @@ def _attention(c: Any, w: int, query_norm: bool, copied: int, scored: bool) -> t
     size = getattr(c, "head_dim", None) or c.hidden_size // H
     query, key = H * size, (getattr(c, "num_key_value_heads", None) or H) * size
     rotated = (3 + w) * query + w * key + H  # queries, keys and values; sums of the softmax
-    normed = query + key if query_norm else 0  # before and after the norm; frozen, its input alone
+    normed = query + key if query_norm else 0  # before and after the norm; if frozen, only its input
     full = rotated + query * (1 if scored else 1 + copied) + 2 * normed
     return full, rotated + normed + (0 if scored else query), 4 * (query + max(query, key))
 
 
 def _widths(c: Any, *names: str) -> list[int]:
-    """Return the widths that a configuration has under these names; a list of widths counts as the widest."""
+    """Return the widths that a configuration has under these names; for a list of widths, the largest counts."""
     found = [getattr(c, name, None) for name in names]
     return [max(value) if isinstance(value, list | tuple) else int(value) for value in found if value] or [0]
 
 
 def _inner(c: Any) -> int:
-    """Width inside an expert."""
+    """Return the width inside an expert."""
     widths = _widths(c, "moe_intermediate_size", "expert_ffn_hidden_size")
     return max(widths) or max(_widths(c, "intermediate_size"))
 
 
 def _shared(c: Any, F: int) -> int:
-    """Width of the shared experts, together."""
+    """Return the width of the shared experts together."""
     counts = ("n_shared_experts", "moe_num_shared_experts", "num_shared_experts")
     count = max(getattr(c, name, None) or 0 for name in counts)
     own = ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size")
@@ -226,4 +241,4 @@ PARTS: dict[str, Callable[[Any, int], dict[Mode, Parts]]] = {
     "ernie4_5_moe": partial(decoder, dropout=False),
     "glm4_moe": partial(decoder, copied=1),
 }
-"""Model type -> what its layers hold, of a configuration and whether weights have fewer than 32 bits (0, 1)."""
+"""Model type -> function from a configuration and w (1 for weights below 32 bits, else 0) to the memory of layers."""

@@ -1,8 +1,9 @@
-"""Checks that a model behaves as its `Family` says: a slice of every block against the block with its router masked.
+"""A check that a model behaves as its `Family` says: each block's slice is compared to the block with a masked router.
 
-One tiny batch runs through the model; what routers and experts were given is kept. Then, block by block, a copy that
-shares all tensors is cut to some experts and given the same, and so is a copy of which the router may choose these
-experts alone. Gates and outputs must agree. Last, our own computation of the experts must agree with the model's.
+One tiny batch runs through the model, and the inputs of routers and experts are recorded. For every block, two copies
+that share all tensors then get the same inputs: one is cut to some experts, and the router of the other may only choose
+these experts. Gates and outputs must agree. Finally, the model's output must agree with the output that `moe.experts`
+computes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +38,7 @@ class Call:
 
 @contextmanager
 def recorded(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Call]]:
-    """Keep the last call of each module."""
+    """Record the last call of each module inside the block."""
     calls: dict[str, Call] = {}
 
     def keep(name: str) -> Any:
@@ -60,10 +61,11 @@ def check_slices(model: nn.Module, family: Family, ids: Tensor) -> None:
 
     Args:
         model: a live model of the family, in evaluation mode.
-        ids: token ids [B, S] that are all text.
+        family: the family.
+        ids: token ids [B, S] without padding.
 
     Raises:
-        ModelError: naming the block and what differs.
+        ModelError: if a block differs; the message names the block and the difference.
     """
     found = blocks(model, family)
     watched = {
@@ -83,7 +85,7 @@ def check_slices(model: nn.Module, family: Family, ids: Tensor) -> None:
         keep = tuple(range(1, total, 2)) if total // 2 >= family.least else tuple(range(total))
         for kept in {keep, tuple(range(total - family.least, total))}:
             _compare(name, block, family, kept, calls)
-    if expected.dtype != torch.float32:  # over many layers, roundings add up
+    if expected.dtype != torch.float32:  # Roundings add up over many layers.
         return
     with Experts(TaskModel(model, family, "", (), expected.dtype)):
         computed = model(**inputs)[0]
@@ -127,7 +129,7 @@ def _compare(name: str, block: nn.Module, family: Family, kept: Sequence[int], c
 
 
 def _lift(masked: nn.Module, family: Family, kept: Sequence[int], total: int) -> nn.Module:
-    """Give the copy of a whole block the settings of a slice, and corrections that exclude what is not kept."""
+    """Give the copy of a whole block the settings of a slice, and corrections that exclude the other experts."""
     for path in (f"{family.router}.num_group", f"{family.router}.topk_group") if family.groups else ():
         set_attribute(masked, path, 1)
     if family.top_k is not None:
@@ -145,7 +147,7 @@ def _lift(masked: nn.Module, family: Family, kept: Sequence[int], total: int) ->
 
 
 def _route(copy: nn.Module, block: nn.Module, family: Family, call: Call) -> tuple[Any, ...]:
-    """Run the router of a copy with what the block's own was given, and the copy's own tensors."""
+    """Run the router of a copy with the recorded inputs, replacing the block's own tensors by those of the copy."""
     own = {id(attribute(block, path)): attribute(copy, path) for path in family.beside}
     args = [own.get(id(arg), arg) for arg in call.args]
     return copy.get_submodule(family.router)(*args, **{k: own.get(id(v), v) for k, v in call.kwargs.items()})
@@ -159,9 +161,9 @@ def _spread(gates: Tensor, index: Tensor, total: int) -> Tensor:
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:
-    """Return whether two results are the same within what their dtype can hold.
+    """Return True if two results are the same within the precision of their dtype.
 
-    In less than 32 bits a token may take another expert where two are about equal, so one in five tokens may differ.
+    Below 32 bits, a token may choose another expert if two are about equal, so one in five tokens may differ.
     """
     if a.shape != b.shape or not bool(a.isfinite().all()):
         return False
@@ -171,7 +173,7 @@ def _agree(a: Tensor, b: Tensor) -> bool:
 
 
 class _Masked(TorchFunctionMode):
-    """Inside the block, the logits [.., E] that a router computes are -inf but for the kept experts."""
+    """A context in which the logits [.., E] that a router computes are -inf except for the kept experts."""
 
     def __init__(self, router: nn.Module, kept: Sequence[int], total: int, extra: int):
         super().__init__()

@@ -1,7 +1,7 @@
-"""A base in 4 bits (NF4, QLoRA) through bitsandbytes, an optional dependency: expert tensors one by one.
+"""Experts in 4 bits (NF4, QLoRA) through bitsandbytes, an optional dependency.
 
-bitsandbytes' own loading passes over fused expert tensors; here every expert's matrix is packed by itself, the
-parameter it came from stays as a shape on the meta device, and `moe/experts.py` unpacks a matrix where it is used.
+The loading code of bitsandbytes skips fused expert tensors. Here every expert's matrix is packed by itself, its
+original parameter is replaced by a shape on the meta device, and `moe/experts.py` unpacks a matrix when it is used.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from consilium.errors import ModelError, first_line
 __all__ = ["Scheme", "dequantise", "quantise"]
 
 BLOCK = 64
-"""Values that share a scale, counted along the rows one after the other."""
+"""The number of values that share a scale, counted along the rows one after the other."""
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """What turns packed bytes back into a matrix of this shape and dtype. `state`: bitsandbytes' own."""
+    """The shape, the dtype and bitsandbytes' own state, which turn packed bytes back into a matrix."""
 
     state: Any
     shape: tuple[int, ...]
@@ -38,13 +38,13 @@ def _library() -> Any:
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, Scheme]:
-    """A matrix as NF4: packed bytes (uint8), and what turns them back.
+    """Convert a matrix to NF4: packed bytes (uint8), and the scheme that converts them back.
 
-    bitsandbytes gets it as one long row, which changes no value: 0.50 on the CPU reads a matrix back wrongly, without a
-    word, where a block goes over the end of a row.
+    bitsandbytes gets the matrix as one long row, which changes no value. Version 0.50 on the CPU silently reads a
+    matrix back wrongly if a block crosses the end of a row.
 
     Raises:
-        ModelError: if bitsandbytes is missing or cannot do it for this device or dtype.
+        ModelError: if bitsandbytes is missing or does not support this device or dtype.
     """
     library = _library()
     try:
@@ -59,5 +59,5 @@ def quantise(weight: Tensor) -> tuple[Tensor, Scheme]:
 
 
 def dequantise(packed: Tensor, scheme: Scheme) -> Tensor:
-    """The matrix again, in its dtype; it differs from the original by the rounding to 16 levels per block."""
+    """Return the matrix in its dtype; it differs from the original by the rounding to 16 levels per block."""
     return _library().dequantize_4bit(packed, scheme.state).view(scheme.shape)

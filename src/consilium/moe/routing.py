@@ -1,7 +1,9 @@
-"""Watching routers: what they ask for, what is served, and how evenly (shapes: T tokens, E experts, K top-k, D model).
+"""Observation of routers: demanded experts, served experts and balance.
 
-Routers are hooked, never wrapped or replaced, and only during the forward call inside `Tap.batch`: gradient
-checkpointing runs a forward again during the backward pass, outside of it, and is therefore not counted twice.
+Routers are hooked, never wrapped or replaced, and only during the forward call inside `Tap.batch`. Gradient
+checkpointing runs a forward pass again during the backward pass, outside of it, so it is not counted twice.
+
+Shapes: T tokens, E experts, K top-k, D model width.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,14 +28,15 @@ __all__ = ["Tap", "Usage", "shares"]
 
 @dataclass
 class Usage:
-    """Routed tokens per expert of the full model, padding left out; int64 [E] per block.
+    """Routed tokens per expert of the full model, without padding; int64 [E] per block.
 
-    demand: what the router asks for over all its rows, held here or not (top-k of the unmasked logits, corrected
-        and restricted to groups as the family does it). With `fit.gates` "constant" and "slice" the rows held were
-        trained under a softmax that is blind to a common shift of their logits: no gradient moves it, so rows held
-        and absent stay comparable but for what the optimiser's own scaling adds.
-    served: what this model's experts really computed; capacity-dropped tokens are not served.
-    slots: tokens times top-k that passed the block, so demand / slots sums to one in every block.
+    Attributes:
+        demand: tokens that the router asks for, over all its rows, held here or not. These are the top-k of the
+            unmasked logits, corrected and restricted to groups as in the family. With `fit.gates` "constant" and
+            "slice", the held rows were trained under a softmax that is invariant to a common shift of their logits. No
+            gradient moves this shift, so held and absent rows stay comparable except for the optimiser's own scaling.
+        served: tokens that this model's experts computed; capacity-dropped tokens are not served.
+        slots: tokens times top-k that passed the block, so demand / slots sums to one in every block.
     """
 
     demand: dict[str, Tensor] = field(default_factory=dict)
@@ -41,25 +44,25 @@ class Usage:
     slots: dict[str, int] = field(default_factory=dict)
 
     def probability(self, which: str = "demand") -> dict[str, Tensor]:
-        """p_ij = n_ij / N of the paper, float64 [E] per block; zeros where no token passed."""
+        """Return p_ij = n_ij / N of the paper, float64 [E] per block; zeros if no token passed."""
         counts = self.demand if which == "demand" else self.served
         return {block: n.double() / max(self.slots[block], 1) for block, n in counts.items()}
 
 
 def shares(counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the share of each expert in the counts of its block, float64 [E]; zeros where nothing was counted."""
+    """Return the share of each expert in the counts of its block, float64 [E]; zeros if nothing was counted."""
     return {block: n.double() / max(float(n.sum()), 1.0) for block, n in counts.items()}
 
 
 class Tap:
-    """Hooks on every router of a model; `close` (or a `with` block) takes them off again.
+    """A set of hooks on every router of a model; `close` (or leaving a `with` block) removes them.
 
     Args:
         model: the (sub-)model.
         held: the full-model ids in the model's places; None: all, in order.
-        outside: router rows of experts that are not held, flat names, so that demand can be measured over the
-            full router; None or missing rows: demand is measured over the rows there are.
-        counts: experts of the full model per block; None: as many as the model holds.
+        outside: router rows of experts that are not held, by flat names, so that demand can be measured over the full
+            router; with None or missing rows, demand is measured over the rows that are present.
+        counts: experts of the full model per block; None: the largest id in `held` plus one.
     """
 
     def __init__(
@@ -99,7 +102,7 @@ class Tap:
 
     @contextmanager
     def batch(self, batch: Batch, count: bool = False) -> Iterator[None]:
-        """Around one forward call: captures this batch's router logits, and counts usage if asked."""
+        """Capture the router logits of one forward call inside the block, and count usage if `count`."""
         self._masks = self.model.masks(batch)
         self.logits, self._routed, self._gates, self._counting, self._active = {}, {}, {}, count, True
         try:
@@ -108,22 +111,22 @@ class Tap:
             self._active = False
 
     def served(self, block: str) -> Tensor:
-        """Real tokens of the last batch that each expert in the model computed, int64 [E] by local place."""
+        """Return real tokens of the last batch that each expert in the model computed, int64 [E] by local place."""
         mask_T, routed = self._mask(block), self._routed[block]
         places = len(self.held[block])
         if self.model.family.dispatch:
             return (routed.reshape(-1, places)[mask_T] > 0).sum(0)
         chosen = routed.reshape(mask_T.shape[0], -1)[mask_T].flatten()
-        if self.model.family.extra:  # a choice of something that is no expert, or that was made void by a gate of 0
+        if self.model.family.extra:  # A choice may be of something other than an expert, or voided by a gate of 0.
             real = self._gates[block].reshape(mask_T.shape[0], -1)[mask_T].flatten() != 0
             chosen = chosen[real & (chosen < places)]
         return torch.bincount(chosen, minlength=places)
 
     def gates(self) -> dict[str, Tensor]:
-        """Block -> G_e(x_i), float32 [T, E]: the last batch's router probabilities of the experts in the model.
+        """Return block -> G_e(x_i), float32 [T, E]: the last batch's router probabilities of the experts in the model.
 
-        T: real tokens. Each row sums to one: the softmax of the logits, or each sigmoid divided by their sum
-        (DeepSeek-V3, Eq 19); a correction bias has no part in it. They carry the gradient of the logits.
+        T counts real tokens. Each row sums to one. It is the softmax of the logits, or each sigmoid divided by their
+        sum (DeepSeek-V3, Eq 19), without the correction bias. The result carries the gradient of the logits.
         """
         gates = {}
         for block, logits_TE in self.logits.items():
@@ -138,11 +141,12 @@ class Tap:
         return gates
 
     def balance_loss(self) -> Tensor:
-        """Load-balance loss of the last batch: the mean over layers of E * sum_e f_e * P_e (Switch, Eq 4).
+        """Return the load-balance loss of the last batch: the mean over layers of E * sum_e f_e * P_e (Switch, Eq 4).
 
-        f_e: the share of real tokens' slots whose top-k choice is e; P_e: the mean router probability of e (of
-        sigmoids: each divided by their sum, DeepSeek-V3, Eq 19). One when perfectly even, E/K when the same K experts
-        take all. Each layer has its own E, as sub-models need. A model without sparse layers has none to balance: 0.
+        f_e is the share of real tokens' slots with the top-k choice e. P_e is the mean router probability of e (for
+        sigmoids: each divided by their sum, DeepSeek-V3, Eq 19). The loss is one if the load is perfectly even and E/K
+        if the same K experts take all. Each layer has its own E, as sub-models need. A model without sparse layers
+        has the loss 0.
         """
         losses = []
         for block, gates_TE in self.gates().items():
@@ -199,14 +203,13 @@ class Tap:
         usage.slots[block] = usage.slots.get(block, 0) + int(mask_T.sum()) * k
 
     def _whole_router(self, name: str) -> tuple[Tensor, nn.Module]:
-        """Return the ids [X] of the experts of which a router row is here, ascending, and a copy of the block that has
-        these rows in its router."""
+        """Return the ids [X] of experts with a known router row, ascending, and a copied router with these rows."""
         family, block, prefix = self.model.family, self._blocks[name], f"{name}.router."
         held = self.held[name]
         places = {place for key in self._outside if (place := router_row_of(key)) is not None}
         absent = sorted(i for block_, i in places if block_ == name and i not in held)
         ids = torch.tensor([*held, *absent])
-        order = ids.argsort()  # groups go by the ids of the full model
+        order = ids.argsort()  # Groups are defined by the ids of the full model.
         copied = _share_router(block, family)
         for path in family.row_paths:
             owner, _, leaf = path.rpartition(".")
@@ -238,13 +241,13 @@ class Tap:
 
 
 SCORES = {"sigmoid": torch.sigmoid, "sqrtsoftplus": lambda x: nn.functional.softplus(x).sqrt()}
-"""Scores of logits that are not a softmax."""
+"""Score functions other than the softmax."""
 UNLIMITED = 2**31
 """A capacity that no sequence reaches."""
 
 
 def _share_router(block: nn.Module, family: Family) -> nn.Module:
-    """Return a copy of a block that shares its tensors, without the hooks of its router, in evaluation mode."""
+    """Return a module with a copy of a block's router in evaluation mode, which shares its tensors but has no hooks."""
     copied = nn.Module()
     router = share_block(block.get_submodule(family.router)).eval()
     router._forward_hooks.clear()
@@ -263,7 +266,7 @@ def _share_router(block: nn.Module, family: Family) -> nn.Module:
 
 
 def _restore(copied: nn.Module, block: nn.Module, family: Family, rows: int, complete: bool, held: int) -> None:
-    """Give a copied router the settings of the full model, for so many rows."""
+    """Give a copied router the settings of the full model, for `rows` rows."""
     for path, value in whole_settings(block, family).items():
         if not path.startswith(f"{family.router}."):
             continue
@@ -274,7 +277,7 @@ def _restore(copied: nn.Module, block: nn.Module, family: Family, rows: int, com
         elif path == family.capacity:
             value = UNLIMITED
         elif not complete:
-            value = 1  # groups, which go by all experts
+            value = 1  # Groups are defined over all experts.
         set_attribute(copied, path, value)
 
 

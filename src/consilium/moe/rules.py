@@ -1,32 +1,32 @@
-"""Rules by which a server merges adapters: pairs A [R, X], B [Y, R] of which clients send changed versions.
+"""Rules by which a server merges adapters: pairs A [R, X], B [Y, R] that clients return in changed versions.
 
-The mean of A and the mean of B, each apart, is not the mean of the updates B A: mean(B) mean(A) holds the cross terms
-B_1 A_2 and B_2 A_1 too. The bias is zero when all clients share A, and grows as they part. With w_k the weight that the
-method gives client k, scaled to a sum of 1 over the clients that returned the pair:
+The separate means of A and B do not give the mean of the updates B A: mean(B) mean(A) also contains the cross terms
+B_1 A_2 and B_2 A_1. This bias is zero if all clients share A, and grows as their A diverge. With w_k the weight that
+the method gives client k, scaled to a sum of 1 over the clients that returned the pair:
 
     mean             A = sum w_k A_k, B = sum w_k B_k                                       FedIT (2305.05644): biased
-    ffa              A stays as it begins for all; B = sum w_k B_k                          FFA-LoRA (2403.12313): exact
+    ffa              A keeps its initial value for all; B = sum w_k B_k                     FFA-LoRA (2403.12313): exact
     alternate        B alone is trained and merged in odd rounds, A alone in even rounds    RoLoRA (2409.02346): exact
     share_a          A = sum w_k A_k; B stays with its client                               FedSA-LoRA (2410.01463)
     stack            W += s sum w_k B_k A_k; A drawn anew, B = 0                            FLoRA (2409.05976): exact
     residual         mean, and W += s (sum w_k B_k A_k - B A)                            FedEx-LoRA (2410.09432): exact
     svd              B A = the best rank R of sum w_k B_k A_k, B = U S, A = V^T             FlexLoRA (2402.11505)
-    pad              smaller ranks filled up with zeros, then mean                     HetLoRA (2401.06432), weights n_k
+    pad              smaller ranks padded with zeros, then mean                    HetLoRA (2401.06432), weights n_k
     pad_norm         the same, with w_k proportional to the norm of all updates of k        HetLoRA's own weights
     rank_partition   row r of A and column r of B: the mean over clients of rank > r        raFLoRA (2602.13486)
 
-s is the scale alpha / R, and W what is added to the base: `<tensor>.lora_W` [Y, X] among the server's parameters, sent
-in a payload's group "base". It is as large as the adapted weights: "stack" and "residual" save memory, not traffic to
-the client. FLoRA sends the stack of one round to clients that have all earlier ones; we send the sum, which a client
-that was absent can use. HetLoRA's pruning of ranks is left out. The papers of RoLoRA, FFA-LoRA, HetLoRA and FedEx-LoRA
-were not at hand; the rules are as others describe them.
+s is the scale alpha / R. W is the change of the base: `<tensor>.lora_W` [Y, X] among the server's parameters, sent in a
+payload's group "base". It is as large as the adapted weights, so "stack" and "residual" save memory but not traffic to
+the client. FLoRA sends the stack of one round to clients that have all earlier ones. Consilium sends the sum, which
+also works for a client that was absent. HetLoRA's pruning of ranks is left out. The papers of RoLoRA, FFA-LoRA, HetLoRA
+and FedEx-LoRA were not at hand; the rules follow descriptions by others.
 
-A client of rank r < R is sent the first r rows of A and columns of B: of "svd" these are the largest.
+A client of rank r < R is sent the first r rows of A and columns of B. With "svd" these are the largest.
 
-Rank collapse: as small ranks are averaged with large ones, the energy of the merged updates sinks into the few rows
-that all have (raFLoRA). `AdapterMean.told` measures it in every round, as means over the pairs whose update is not
-zero: "effective_rank", exp of the entropy of the singular values of the merged update scaled to a sum of 1, and
-"energy_beyond", the share of their squares beyond the smallest rank that took part.
+Rank collapse: if small ranks are averaged with large ones, the energy of the merged updates moves into the few rows
+that all clients have (raFLoRA). `AdapterMean.told` measures this in every round. Its values are means over the pairs
+with a non-zero update: "effective_rank" is exp of the entropy of the singular values of the merged update, scaled to a
+sum of 1; "energy_beyond" is the share of their squares beyond the smallest rank that took part.
 """
 
 import math
@@ -47,7 +47,7 @@ FOLDS = frozenset({"stack", "residual"})
 ANY_RANK = frozenset({"stack", "svd", "pad", "pad_norm", "rank_partition"})
 """Rules for clients of unequal ranks."""
 PAIRWISE = ANY_RANK | FOLDS
-"""Rules that take A and B of a pair together; the others are a mean of every number by itself."""
+"""Rules that take A and B of a pair together; the others compute an elementwise mean."""
 FOLDED = "lora_W"
 
 Weight = float | Callable[[str], float]
@@ -56,12 +56,13 @@ Term = tuple[float, Tensor, Tensor]
 
 
 class AdapterMean(WeightedMean):
-    """A weighted mean that merges adapters by a rule; other keys: see `WeightedMean`.
+    """A weighted mean that merges adapters by a rule; for other keys, see `WeightedMean`.
 
     Args:
-        rule: see the module. scale: s.
-        begin: flat names of A -> A as it begins in the next round, for "stack" (whose adapters begin anew) and "ffa"
-            (whose clients do not send A); called once at most.
+        rule: see the module.
+        scale: s.
+        begin: returns flat names of A -> A at the start of the next round, for "stack" (which reinitialises adapters)
+            and "ffa" (where clients do not send A); called once at most.
     """
 
     def __init__(self, rule: Rule, scale: float, begin: Callable[[], Params]):
@@ -77,7 +78,7 @@ class AdapterMean(WeightedMean):
         """Count one client's tensors, see `WeightedMean.add`; the weight of a pair is that of its A.
 
         Raises:
-            PayloadError: also for a half of a pair without the other, where the rule takes them together.
+            PayloadError: as in `WeightedMean.add`, and for A without B or B without A if the rule needs both.
         """
         adapters = {key for key in params if key.endswith((".lora_A", ".lora_B"))}
         ranks = [params[key].shape[0] for key in adapters if key.endswith("_A")]
@@ -102,7 +103,7 @@ class AdapterMean(WeightedMean):
             self._terms.setdefault(name, []).append(term)
 
     def mean(self, previous: Mapping[str, Tensor]) -> Params:
-        """See `WeightedMean.mean`."""
+        """Return the merged parameters, see `WeightedMean.mean`."""
         counted = {key for key in self._sums if key.endswith((".lora_A", ".lora_B"))}
         merged = super().mean(previous)
         spectra: list[Tensor] = []
@@ -122,13 +123,13 @@ class AdapterMean(WeightedMean):
         return merged
 
     def told(self) -> dict[str, float]:
-        """Return the measures of rank collapse, see the module; {} where the server has no merged update."""
+        """Return the measures of rank collapse, see the module; {} if the server has no merged update."""
         return dict(self._told)
 
     def _merged(
         self, terms: list[Term], a_RX: Tensor, b_YR: Tensor, fresh: Tensor | None
     ) -> tuple[tuple[Tensor | None, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]:
-        """New A, new B and what is added to the base (None: nothing), and factors of the merged update."""
+        """Return new A, new B and the addition to the base (None: unchanged), and factors of the merged update."""
         total, rank = sum(w for w, _, _ in terms), len(a_RX)
         stacked = torch.cat([a for _, a, _ in terms]), torch.cat([b * (w / total) for w, _, b in terms], dim=1)
         if self._rule == "stack":
@@ -137,7 +138,7 @@ class AdapterMean(WeightedMean):
             return (start.double(), torch.zeros_like(b_YR, dtype=torch.float64), self._scale * product), stacked
         if self._rule == "svd":
             a, b = truncated(*stacked, rank)
-            short = rank - len(a)  # as many rows as the server has, those that nobody sent without an effect
+            short = rank - len(a)  # The server's rank is kept; rows that no client sent are given no effect.
             a = torch.cat([a, a_RX[len(a) :].double()])
             b = torch.cat([b, torch.zeros(len(b), short, dtype=b.dtype)], dim=1)
             return (a, b, None), (a, b)
@@ -152,7 +153,7 @@ class AdapterMean(WeightedMean):
         return (a, b, None), (a, b)
 
     def _spectra(self, merged: Params, pairs: set[str]) -> list[Tensor]:
-        """Of rules that merge numbers one by one; none of "share_a", which has no merged update."""
+        """Return the spectra for rules that merge elementwise; [] for "share_a", which has no merged update."""
         if self._rule == "share_a":
             return []
         begin = self._begin() if self._rule == "ffa" else {}
@@ -182,8 +183,10 @@ def spectrum(a_RX: Tensor, b_YR: Tensor) -> Tensor:
 
 
 def effective_rank(values: Tensor) -> float:
-    """Return exp of the entropy of singular values scaled to a sum of 1 (Roy and Vetterli 2007): between 1 and their
-    number; 0 if all are zero."""
+    """Return exp of the entropy of singular values scaled to a sum of 1 (Roy and Vetterli 2007).
+
+    The result is between 1 and the number of values, or 0 if all are zero.
+    """
     total = float(values.sum())
     if not total:
         return 0.0
@@ -192,8 +195,11 @@ def effective_rank(values: Tensor) -> float:
 
 
 def truncated(a_RX: Tensor, b_YR: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return A [r, X] and B [Y, r], r <= rank, of the best rank-`rank` approximation of B A (Eckart-Young), through the
-    QR of both: B = U S, A = V^T. A has orthonormal rows, so also where nothing was learnt a direction can still be."""
+    """Return A [r, X] and B [Y, r], r <= rank, of the best rank-`rank` approximation of B A (Eckart-Young).
+
+    It is computed through the QR of both: B = U S, A = V^T. A has orthonormal rows even where the update is zero, so
+    that these directions can still be learnt.
+    """
     left, r_left = torch.linalg.qr(b_YR)
     right, r_right = torch.linalg.qr(a_RX.t())
     u, s, vh = torch.linalg.svd(r_left @ r_right.t(), full_matrices=False)
@@ -201,17 +207,17 @@ def truncated(a_RX: Tensor, b_YR: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _squared_norm(a_RX: Tensor, b_YR: Tensor) -> float:
-    """||B A||_F^2 = trace((B^T B) (A A^T))."""
+    """Return ||B A||_F^2 = trace((B^T B) (A A^T))."""
     return float(((b_YR.t() @ b_YR) * (a_RX @ a_RX.t())).sum().clamp(min=0))
 
 
 def _padded(x_RX: Tensor, rank: int) -> Tensor:
-    """The rows, and zeros below them."""
+    """Return the rows with zero rows appended, `rank` in total."""
     return torch.cat([x_RX, x_RX.new_zeros(rank - len(x_RX), x_RX.shape[1])])
 
 
 def _rows(terms: list[tuple[float, Tensor]], old_RX: Tensor) -> Tensor:
-    """Row by row the weighted mean over those that have the row; a row that nobody has stays as it was."""
+    """Return the weighted mean of each row over the clients that have it; rows that none has keep their old value."""
     new = old_RX.clone()
     for r in range(max(len(x) for _, x in terms)):
         having = [(w, x[r]) for w, x in terms if len(x) > r]
@@ -220,7 +226,7 @@ def _rows(terms: list[tuple[float, Tensor]], old_RX: Tensor) -> Tensor:
 
 
 def _check(name: str, terms: list[Term], previous: Mapping[str, Tensor]) -> None:
-    """Raise PayloadError for a pair that is none of the server's, or of another shape than the first r of its rows."""
+    """Raise PayloadError for a pair that the server does not have, or with shapes other than its first r rows."""
     old_a, old_b = previous.get(f"{name}.lora_A"), previous.get(f"{name}.lora_B")
     for _, a_RX, b_YR in terms:
         fits = old_a is not None and old_b is not None and a_RX.dim() == b_YR.dim() == 2

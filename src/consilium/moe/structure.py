@@ -1,4 +1,4 @@
-"""The structure of a tiny model, read off one batch that runs through it; see `moe.discovery`."""
+"""The structure of a tiny model, determined from one batch that runs through it; see `moe.discovery`."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from consilium.moe.twin import EXPERTS
 __all__ = ["TOKENS", "Finder"]
 
 TOKENS = ((11, 3, 27, 5, 90, 41, 8), (60, 7, 33, 2, 19, 104, 77))
-"""Ids of the batch that a tiny model reads."""
+"""Token ids of the batch that a tiny model processes."""
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": torch.exp,
     "sigmoid": torch.sigmoid,
@@ -34,12 +34,12 @@ FINISH = (
     ("output_multiplier", "final_logit_softcapping"),
     ("final_logit_softcapping", "unpadded_vocab_size"),
 )
-"""Fields of configurations by which logits are finished, in the order of their application."""
+"""Fields of configurations that apply to logits, in the order of their application."""
 
 
 @dataclass
 class _Call:
-    """One call of a module: its path, its arguments and its output."""
+    """One call of a module: its path, the module, its arguments and its output."""
 
     path: str
     module: nn.Module
@@ -64,9 +64,13 @@ def _watched(model: nn.Module) -> Iterator[list[_Call]]:
 
 
 class Finder:
-    """Finds the `Family` of a tiny model.
+    """A finder of the `Family` of a tiny model.
 
     Args:
+        model: the tiny model.
+        config: the configuration of the full model.
+        name: the family's name.
+        classes: transformers class for each form of task.
         row: the fields that `ROWS` states.
     """
 
@@ -89,7 +93,7 @@ class Finder:
         return family
 
     def causal(self) -> bool:
-        """Return whether logits do not change with what comes after their position."""
+        """Return True if logits do not depend on later positions."""
         other = self.ids.clone()
         other[:, -1] = (other[:, -1] + 1) % int(self.config.get_text_config().vocab_size)
         with torch.no_grad():
@@ -111,7 +115,7 @@ class Finder:
                     if beside and isinstance(other.output, tuple) and any(_same(indices[0], o) for o in other.output):
                         if all(t.is_floating_point() for t in (*other.module.parameters(), *other.module.buffers())):
                             return call, other
-                        break  # it looks experts up in a table of tokens; such a block stays whole
+                        break  # It looks up experts in a table by token; such a block is kept whole.
                 else:
                     raise ModelError("its experts are chosen by the block itself, outside of a router module")
         raise ModelError("no module of it is given expert indices and holds one tensor of experts per projection")
@@ -165,7 +169,7 @@ class Finder:
         return next((name for name in EXPERTS if isinstance(getattr(config, name, None), int)), EXPERTS[0])
 
     def finish(self) -> dict[str, Any]:
-        """Return how logits come from the last hidden state."""
+        """Return the fields for the computation of logits from the last hidden state."""
         if "text-to-text" not in self.classes:
             return {}
         hidden = next(c.output for c in reversed(self.calls) if c.module is trunk_of(self.model))
@@ -179,7 +183,7 @@ class Finder:
         return {"whole": True}
 
     def _packs(self) -> bool:
-        """Return whether two examples in one row, with position ids from 0 each, do not see each other."""
+        """Return True if two examples in one row, with position ids from 0 each, do not affect each other."""
         row = self.ids.reshape(1, -1)
         length = self.ids.shape[1]
         positions = torch.arange(length).repeat(len(self.ids))[None]
@@ -247,8 +251,10 @@ def _projections(stacks: Mapping[str, Tensor]) -> tuple[str, str]:
 def _rows(
     owner: nn.Module, router: nn.Module, paths: Mapping[str, str], total: int
 ) -> tuple[int, tuple[str, ...], tuple[str, ...]]:
-    """Return how many rows are behind those of the experts, and the tensors with a row per expert: in the router, and
-    beside it in the block."""
+    """Return the number of rows after those of the experts, and the names of the tensors with a row per expert.
+
+    The names are given separately for tensors in the router and for tensors next to it in the block.
+    """
     tensors = {**dict(router.named_parameters()), **dict(router.named_buffers())}
     matrices = {n: t for n, t in tensors.items() if t.ndim == 2 and t.is_floating_point() and t.shape[0] >= total}
     exact = [n for n, t in matrices.items() if len(t) == total] or [
@@ -293,7 +299,7 @@ def _top_k(owner: nn.Module, router: str, call: _Call) -> str | None:
 
 
 def _positions(call: _Call, total: int, extra: int) -> dict[str, Any]:
-    """Return where logits, gates and indices are in what a router gives out."""
+    """Return the positions of logits, gates and indices in a router's output."""
     outputs = list(call.output)
     routed = next(i for i, o in enumerate(outputs) if isinstance(o, Tensor) and o.dtype == torch.int64)
     shape = outputs[routed].shape
@@ -323,21 +329,24 @@ def _block_of(path: str, family: Family) -> str:
 
 
 def _for(copy: nn.Module, block: nn.Module, family: Family, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the arguments of a router with the block's own tensors exchanged for those of its copy."""
+    """Return the arguments of a router with the block's own tensors replaced by those of its copy."""
     own = {id(attribute(block, path)): attribute(copy, path) for path in family.beside}
     return tuple(own.get(id(arg), arg) for arg in args)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Return whether two results differ by rounding alone, measured by their largest element: sums in another order
-    leave errors of that size in small elements as well."""
+    """Return True if two results only differ by rounding.
+
+    The tolerance is relative to the largest element, because sums in another order leave errors of that size in small
+    elements as well.
+    """
     return a.shape == b.shape and torch.allclose(
         a.float(), b.float(), rtol=1e-4, atol=1e-5 * (1 + float(b.abs().max()))
     )
 
 
 def _proportional(gates: Tensor, scores: Tensor) -> bool:
-    """Return whether gates are the scores up to a factor per token (of one expert: one factor for all tokens)."""
+    """Return True if gates are the scores up to a factor per token (with one expert: one factor for all tokens)."""
     ratio = gates / scores.clamp_min(1e-30)
     if ratio.shape[-1] == 1:
         ratio = ratio.t()
@@ -346,7 +355,7 @@ def _proportional(gates: Tensor, scores: Tensor) -> bool:
 
 @torch.no_grad()
 def _independent(owner: nn.Module, family: Family, call: _Call) -> bool:
-    """Return whether the gates of tokens stay as they are when the row of an expert that they did not choose moves."""
+    """Return True if the gates of tokens do not change with the router row of an expert that they did not choose."""
     before = call.output[family.routed].reshape(-1, call.output[family.routed].shape[-1])
     gates = call.output[family.gates].reshape(before.shape)
     seen = False

@@ -1,4 +1,4 @@
-"""Cutting a sub-MoE out of a model: its own experts, and its own number of them, in every layer."""
+"""Slicing of a sub-MoE from a model, with its own experts, and its own number of them, in every layer."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -29,11 +29,11 @@ __all__ = [
 
 
 def checked(keep: ExpertSet, counts: Mapping[str, int], family: Family | None = None) -> dict[str, tuple[int, ...]]:
-    """`keep` in the order of the blocks, after checking it against the number of experts per block.
+    """Return `keep` in the order of the blocks, after checking it against the number of experts per block.
 
     Raises:
-        ModelError: for a block missing or unknown, no expert in a block or fewer than the family's router needs, or
-            ids that are not ascending, distinct and in 0 .. E-1.
+        ModelError: if a block is missing or unknown, if a block has no expert or fewer than the family's router needs,
+            or if ids are not ascending, distinct and in 0 .. E-1.
     """
     if set(keep) != set(counts):
         odd = sorted(set(keep) ^ set(counts))
@@ -57,11 +57,11 @@ def slice_experts(model: TaskModel, keep: ExpertSet) -> TaskModel:
     """Keep only the named experts and their router rows, in place; works on the meta device too.
 
     The sliced model equals the full one with its router masked to the kept experts: the softmax runs over the kept
-    rows, top-k becomes min(k, E). In families whose gates are shares of that softmax they are larger than in the full
-    model, see `gates.attach_gates`. Where a router chooses among groups first, a sliced block has one group. Where a
-    family limits the tokens an expert serves (Switch), the limit grows by E_full / E_kept, because fewer experts share
-    the same tokens. Keeping every expert of a block changes nothing in it, not one bit. The configuration is left
-    alone: counts differ by layer, which no configuration can say.
+    rows, and top-k becomes min(k, E). Gates that are shares of that softmax are larger than in the full model, see
+    `gates.attach_gates`. If a router chooses among groups first, a sliced block has one group. If a family limits the
+    tokens per expert (Switch), the limit grows by E_full / E_kept, because fewer experts share the same tokens. A block
+    that keeps all its experts does not change in any bit. The configuration is not changed, because it cannot express
+    counts that differ by layer.
 
     Raises:
         ModelError: see `checked`.
@@ -75,8 +75,10 @@ def slice_experts(model: TaskModel, keep: ExpertSet) -> TaskModel:
 
 
 def graft(model: TaskModel) -> TaskModel:
-    """Give every sparse block one expert and one router row more, copies of its last, in place; works on the meta
-    device too. As in a slice, a router that chooses among groups has one group afterwards."""
+    """Add one expert and one router row, copies of the last ones, to every sparse block, in place.
+
+    This works on the meta device too. As in a slice, a router that chooses among groups has one group afterwards.
+    """
     family = model.family
     for name, total in counts_of(all_experts(model)).items():
         block = model.blocks()[name]
@@ -102,7 +104,7 @@ def experts_in(block: nn.Module, family: Family) -> int:
 
 
 def slice_block(block: nn.Module, family: Family, ids: Sequence[int]) -> nn.Module:
-    """Keep only these experts of one block, in place, and return it."""
+    """Keep only these experts of one block, in place, and return the block."""
     total, count = experts_in(block, family), len(ids)
     if count == total:
         return block
@@ -141,7 +143,7 @@ def settings(family: Family) -> tuple[str, ...]:
 
 
 def whole_settings(block: nn.Module, family: Family) -> dict[str, Any]:
-    """Return the settings of a block as they are without slicing."""
+    """Return the settings that a block had before slicing."""
     before = getattr(block, WHOLE, None)
     return dict(before) if before is not None else {path: attribute(block, path) for path in settings(family)}
 
@@ -157,7 +159,7 @@ def share_block(block: nn.Module) -> nn.Module:
 
 
 def _select(block: nn.Module, path: str, ids: Sequence[int], total: int) -> None:
-    """Keep the given rows of the tensor at `path`, if the block has one, and those behind the experts' rows."""
+    """Keep the rows `ids` of the tensor at `path`, if the block has one, and the rows after those of experts."""
     owner, _, name = path.rpartition(".")
     module = block.get_submodule(owner)
     tensor = getattr(module, name, None)
@@ -170,7 +172,7 @@ def _select(block: nn.Module, path: str, ids: Sequence[int], total: int) -> None
 
 
 def put_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Exchange a parameter or a buffer."""
+    """Replace a parameter or a buffer."""
     old = getattr(module, name)
     setattr(module, name, nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor)
     if isinstance(module, nn.Linear) and name == "weight":
@@ -178,7 +180,7 @@ def put_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 def attribute(block: nn.Module, path: str) -> Any:
-    """Return what a block has at a path of a `Family`."""
+    """Return the attribute of a block at a path of a `Family`."""
     found: Any = block
     for name in path.split("."):
         found = getattr(found, name)
@@ -186,7 +188,7 @@ def attribute(block: nn.Module, path: str) -> Any:
 
 
 def set_attribute(block: nn.Module, path: str, value: int) -> None:
-    """Set a number of a block; a configuration on the way, which other blocks share, is copied first."""
+    """Set a number of a block; a configuration on the path is copied first, because other blocks share it."""
     owner, _, name = path.rpartition(".")
     found: Any = block
     for part in owner.split(".") if owner else ():

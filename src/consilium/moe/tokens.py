@@ -1,4 +1,4 @@
-"""The tokenizer that lies with a model."""
+"""Loading of a model's tokenizer."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -21,19 +21,21 @@ def read_tokenizer(location: str, revision: str | None = None, gguf: str | None 
     """Return the tokenizer of a model, with the end and padding tokens that the model's own settings name.
 
     Args:
-        location: a directory or a hub name. revision: of a hub name. gguf: a GGUF file in the directory that holds it.
+        location: a directory or a hub name.
+        revision: for hub names, the commit.
+        gguf: a GGUF file in the directory that holds it.
 
     Raises:
-        ModelError: if there is none that can be read.
+        ModelError: if there is no readable tokenizer.
     """
     where = {"gguf_file": gguf} if gguf else {"revision": revision}
     folder = Path(location)
     if gguf is None and folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES):
-        # transformers would make an empty one from the model type, which encodes every text as nothing
+        # transformers would make an empty one from the model type, which encodes every text as nothing.
         raise ModelError(f"{location!r} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(location, trust_remote_code=False, **where)
-    except Exception as error:  # `tokenizers` raises plain ones for a broken file, transformers KeyError and others
+    except Exception as error:  # `tokenizers` raises plain ones for a broken file, transformers KeyError and others.
         said = first_line(error) if isinstance(error, OSError | ValueError) else repr(error)
         raise ModelError(f"{location!r} has no tokenizer that can be read: {said}") from error
     for role in ("eos", "pad"):
@@ -45,11 +47,11 @@ def read_tokenizer(location: str, revision: str | None = None, gguf: str | None 
 
 
 def _named(tokenizer: PreTrainedTokenizerBase, location: str, where: Mapping[str, str | None], role: str) -> str | None:
-    """The end or padding token that the model's own settings name by its id; of several ids the first."""
+    """Return the end or padding token that the model's own settings name by id; the first if there are several."""
     for kind in (transformers.GenerationConfig, transformers.AutoConfig):
         try:
             told = getattr(kind.from_pretrained(location, **where), f"{role}_token_id", None)
-        except (OSError, ValueError, TypeError):  # a GGUF file has no generation settings
+        except (OSError, ValueError, TypeError):  # A GGUF file has no generation settings.
             continue
         first = told[0] if isinstance(told, list) and told else told
         if isinstance(first, int) and 0 <= first < len(tokenizer):

@@ -1,8 +1,8 @@
 """Tiny models of a configuration: the same classes and switches, with few layers and narrow tensors.
 
-What a configuration makes of a model is found on such a twin (`moe.discovery`): it takes milliseconds to build and run,
-however large the model is. Every field that names a size is lowered and all others are kept. Of the layers one of each
-kind is kept, so a twin of a hybrid model has its attention, its state space layer, its dense and its sparse block.
+`moe.discovery` finds a model's structure on such a twin, which takes milliseconds to build and run, however large the
+model is. Fields that name a size are lowered, and all others are kept. At least one layer of each kind is kept, so a
+twin of a hybrid model has its attention, its state space layer, its dense and its sparse block.
 """
 
 import copy
@@ -57,7 +57,7 @@ _ENDS = (
     ("ffn_hidden_size", INNER),
     ("expert_dim", INNER),
 )
-"""Ends of field names, the first that fits, and what such a size is at most in a twin."""
+"""(ending of a field name, largest value in a twin); the first ending that matches applies."""
 _IDS = ("pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id")
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "num_decoder_layers")
 LAYERS = 3
@@ -67,6 +67,7 @@ def shrink(config: PretrainedConfig, **changes: Any) -> PretrainedConfig:
     """Return a configuration of the same class with small sizes.
 
     Args:
+        config: the configuration.
         changes: fields of the text configuration that get these values instead.
     """
     return _shrunk(config, config.get_text_config(), changes)
@@ -90,7 +91,7 @@ def _small(config: PretrainedConfig, changes: dict[str, Any]) -> dict[str, Any]:
     small: dict[str, Any] = {}
     for name, value in given.items():
         if isinstance(value, list) and total > 1 and len(value) == total:
-            places = value == list(range(total))  # layers that name themselves
+            places = value == list(range(total))  # A list of layer numbers is renumbered.
             small[name] = list(range(len(kept))) if places else [value[i] for i in kept]
         elif name == "per_layer_config" and value:
             small[name] = {new: _sizes(value[old], given) for new, old in _pairs(kept, value)}
@@ -103,7 +104,7 @@ def _small(config: PretrainedConfig, changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kept_layers(given: dict[str, Any], total: int) -> list[int]:
-    """Return the layers that a twin keeps: two of each kind, where there are as many, and at least `LAYERS`."""
+    """Return the layers that a twin keeps: one or two of each kind, and at least `LAYERS` if there are as many."""
     lists = [value for value in given.values() if isinstance(value, list) and len(value) == total and total > 1]
     parts = given.get("per_layer_config") or {}
     kinds: dict[str, list[int]] = {}
@@ -123,7 +124,7 @@ def _pairs(kept: list[int], parts: dict[Any, Any]) -> list[tuple[int, Any]]:
 
 
 def _sizes(part: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Return the sizes of a layer that has a configuration of its own, within the whole one that is given."""
+    """Return the small sizes of a layer with a configuration of its own, within the whole configuration `given`."""
     small = _consistent({name: _size(name, value) for name, value in part.items()}, part)
     if part.get("head_dim") and part["head_dim"] == given.get("qk_nope_head_dim", 0) + given.get("qk_rope_head_dim", 0):
         small["head_dim"] = _size("qk_nope_head_dim", given["qk_nope_head_dim"]) + HEAD
@@ -138,7 +139,7 @@ def _size(name: str, value: Any) -> Any:
         return [_size(name, item) for item in value]
     if type(value) is not int:
         return copy.deepcopy(value)
-    if name in EXPERTS and value == 1:  # a slice: what experts are is only seen where there are several
+    if name in EXPERTS and value == 1:  # In a slice with one expert, several are needed to recognise experts.
         return 4
     if name in _AT_MOST:
         return min(value, _AT_MOST[name])
@@ -147,7 +148,7 @@ def _size(name: str, value: Any) -> Any:
 
 
 def _consistent(small: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Return sizes that depend on each other, set anew."""
+    """Adjust sizes that depend on each other, and return all sizes."""
     if small.get("n_group") or small.get("num_expert_group"):
         groups = small.get("n_group") or small.get("num_expert_group")
         if small.get("topk_group"):
@@ -164,7 +165,7 @@ def _consistent(small: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
             pairs = int(head * (part.get("partial_rotary_factor") or 1.0)) // 2
             part["mrope_section"] = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
     heads, width = small.get("num_attention_heads"), small.get("hidden_size")
-    if heads and width and not given.get("head_dim"):  # the width of a head is that of the model by their number
+    if heads and width and not given.get("head_dim"):  # The width of a head is the model's width divided by `heads`.
         small["num_attention_heads"] = max(n for n in range(1, heads + 1) if width % n == 0)
     if given.get("num_key_value_heads") and given.get("num_key_value_heads") == given.get("num_attention_heads"):
         small["num_key_value_heads"] = small["num_attention_heads"]
@@ -176,11 +177,12 @@ def _consistent(small: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 
 def twin(config: PretrainedConfig, cls: type, seed: int = 0) -> nn.Module:
-    """Return a live tiny model of a configuration in float32, in evaluation mode; global random state is kept.
+    """Return a live tiny model of a configuration in float32, in evaluation mode; global random state is restored.
 
     Args:
-        config: as `shrink` made it.
+        config: a configuration from `shrink`.
         cls: the transformers class.
+        seed: seed of the weights.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -192,8 +194,8 @@ def twin(config: PretrainedConfig, cls: type, seed: int = 0) -> nn.Module:
 
 @torch.no_grad()
 def _stir(name: str, tensor: torch.Tensor) -> None:
-    """Give tensors that do next to nothing in a new model values that make a difference: biases of a choice are 0."""
+    """Randomise tensors that have almost no effect in a new model, such as biases of a choice, which are 0."""
     if tensor.is_floating_point() and tensor.ndim and "bias" in name and not tensor.requires_grad:
         tensor.normal_(std=0.1)
-    if name == "lm_head.weight":  # so that a cap of the logits shows
+    if name == "lm_head.weight":  # Large logits make a cap of the logits visible.
         tensor.mul_(100)

@@ -1,22 +1,23 @@
-"""The same number of experts in every layer, so that a configuration can say it and plain transformers read the model.
+"""Padding of all sparse layers to the same number of experts, so that plain transformers can read the model.
 
-A sub-MoE whose layers hold equally many experts needs a configuration with that number and no more. Where they differ,
-the smaller layers are filled up to the largest with experts of zeros that no token reaches. What is exact:
+A sub-MoE with the same number of experts in all layers only needs a configuration with that number. If the numbers
+differ, the smaller layers are padded to the largest with experts of zeros that no token reaches. This is exact in the
+following cases:
 
-    router with a bias     Switch (`router_bias` is switched on), gpt-oss: the new rows have the logit LOW whatever
-                           the token, so their softmax is 0.0 and no choice falls on them unless there is no other
+    router with a bias     Switch (`router_bias` is switched on), gpt-oss: the new rows have the logit LOW for every
+                           token, so their softmax is 0.0 and they are only chosen if there is no other expert
     sigmoid + correction   DeepSeek-V3, GLM4-MoE: the new experts' correction is LOW, so they rank last; the weights of
-                           the chosen know nothing of them, while there are k in every layer
+                           the chosen experts do not depend on them, as long as every layer has k experts
     no bias                OLMoE, Mixtral, Qwen2- and Qwen3-MoE, GraniteMoE, PhiMoE, DeepSeek-V2, Ernie 4.5, and
                            sigmoids with fewer than k experts. A row w that loses for the hidden state h wins for -h; a
                            copy of a held row takes a second place among the best k or a share of the softmax; and a
-                           correction keeps no new row out of the sum that the weights are divided by. So the hidden
-                           state gets a coordinate of which the sign is known, see `widen`, and the new rows are far
-                           below there
+                           correction does not remove a new row from the sum that the weights are divided by. The hidden
+                           state therefore gets a coordinate with a known sign, see `widen`, and the new rows are
+                           strongly negative there
 
-Two more numbers are one for all layers. Groups: a sliced layer has one; together with a whole layer that restricts its
-choice to groups it is refused. Capacity (Switch): the largest; it is the same model as long as no sequence has more
-tokens than the smallest.
+Two more settings have one value for all layers. Groups: a sliced layer has one group. A model that also has a whole
+layer which restricts its choice to groups is refused. Capacity (Switch): the largest value is used. The model is the
+same as long as no sequence has more tokens than the smallest value.
 """
 
 import copy
@@ -40,19 +41,19 @@ LOW = -1e9
 
 
 def uniform(model: TaskModel) -> tuple[Any, int | None]:
-    """Fill up the sparse layers, in place, and say what configuration the model then has.
+    """Pad the sparse layers in place, and return the configuration that the model then has.
 
-    The model itself no longer runs as it should (its routers' own counts are the old ones): save its backbone, which
-    may be another one now, with the configuration, and load both.
+    The model itself no longer runs correctly, because its routers keep the old counts. Save its backbone, which may
+    have been replaced, with the configuration, and load both.
 
     Args:
-        model: as `slice_experts` left it, without adapters, not on the meta device.
+        model: a model from `slice_experts`, without adapters, not on the meta device.
 
     Returns:
-        The configuration, a changed copy, and how many tokens a sequence may have at most; None: any number.
+        The configuration, a changed copy, and the largest number of tokens of a sequence; None: no limit.
 
     Raises:
-        ModelError: saying why, if no configuration gives this model.
+        ModelError: if no configuration gives this model; the message gives the reason.
     """
     family, whole, blocks = model.family, copy.deepcopy(model.backbone.config), model.blocks()
     config = text_config(whole)
@@ -82,7 +83,7 @@ def uniform(model: TaskModel) -> tuple[Any, int | None]:
                 f"the layers hold {told} experts, and a {family.name} configuration has one number: its routers have "
                 "no bias and its output is tied to its embeddings, so that an expert that fills up could be chosen"
             )
-        config.router_bias = True  # Switch; others do not read it
+        config.router_bias = True  # Switch needs this; other families do not read it.
         for name, block in blocks.items():
             _fill(block, family, counts[name], most)
         if not biased:
@@ -91,12 +92,12 @@ def uniform(model: TaskModel) -> tuple[Any, int | None]:
 
 
 def can_fill(model: TaskModel) -> bool:
-    """Return whether layers with fewer experts can be filled up without a change of the logits, see the module."""
+    """Return True if layers with fewer experts can be padded without changing the logits, see the module."""
     return _biased(model.family, False) or widens(model)
 
 
 def _check_others(model: TaskModel, most: int) -> None:
-    """Raise if blocks that are never cut have another number of experts, since a configuration has one."""
+    """Raise if blocks that are never cut have another number of experts, since a configuration has only one number."""
     family = model.family
     for name, module in model.backbone.named_modules():
         if type(module).__name__ == family.block and name not in model.blocks() and family.layout == "fused":
@@ -110,14 +111,14 @@ def _check_others(model: TaskModel, most: int) -> None:
 
 
 def _biased(family: Family, few: bool) -> bool:
-    """Whether a bias is enough to keep an expert out. `few`: some layers hold fewer than a token takes."""
+    """Return True if a bias suffices to exclude an expert; `few`: some layers hold fewer experts than a token uses."""
     if family.score != "softmax" and family.correction:
         return not few
     return family.correction is None and family.score == "softmax" and "bias" in family.rows[-1]
 
 
 def _groups(model: TaskModel) -> tuple[int, int]:
-    """n_group and topk_group that say what all blocks do."""
+    """Return the n_group and topk_group that apply to all blocks."""
     routers = [block.get_submodule(model.family.router) for block in model.blocks().values()]
     pairs = {(router.num_group or 1, router.topk_group or 1) for router in routers}
     if len(pairs) == 1:
@@ -137,7 +138,7 @@ def _fill(block: nn.Module, family: Family, count: int, most: int) -> None:
         owner, _, name = row.rpartition(".")
         module = block.get_submodule(owner)
         tensor = getattr(module, name)
-        if tensor is None:  # Switch, whose routers begin without a bias
+        if tensor is None:  # Routers of Switch have no bias at first.
             tensor = nn.Parameter(torch.zeros(count, dtype=module.weight.dtype))
         # A bias is [E] or, in Ernie, [1, E]; a weight is [E, D].
         grown = _grown(tensor, tensor.ndim - 1, most, LOW) if "bias" in name else _grown(tensor, 0, most, 0.0)
@@ -152,7 +153,7 @@ def _fill(block: nn.Module, family: Family, count: int, most: int) -> None:
 
 
 def _grown(tensor: torch.Tensor, dim: int, most: int, value: float) -> torch.Tensor:
-    """That dimension made `most` long with `value`."""
+    """Return the tensor padded with `value` to length `most` along `dim`."""
     shape = list(tensor.shape)
     shape[dim] = most - shape[dim]
     return torch.cat([tensor.detach(), torch.full(shape, value, dtype=tensor.dtype)], dim)

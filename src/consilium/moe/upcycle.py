@@ -3,26 +3,27 @@
 Komatsuzaki, Puigcerver, Lee-Thorp, Riquelme Ruiz, Mustafa, Ainslie, Tay, Dehghani, Houlsby. ICLR 2023.
 https://arxiv.org/abs/2212.05055
 
-A dense model becomes a mixture of experts of a family that holds all of it: attention, norms and embeddings are its
-own, every expert of a sparse layer is a copy of the layer's feed-forward network, and routers begin with small random
-weights.
+A dense model becomes a mixture of experts of a family that has a place for all its weights. Attention, norms and
+embeddings are kept, every expert of a sparse layer is a copy of the layer's feed-forward network, and routers start
+with small random weights.
 
     llama, mistral -> Mixtral                 granite -> GraniteMoE       (llama with biases in attention -> GraniteMoE)
     qwen2 -> Qwen2-MoE                        qwen3 -> Qwen3-MoE          t5 -> Switch Transformers
     olmo2 -> FlexOlmo
 
-Where the weights of the k chosen experts sum to 1 (all but Switch), a token's output is that of the dense network as
-long as the copies are equal: the model begins with the dense model's logits. Qwen2-MoE has a shared expert beside the
-routed ones: it begins with zeros in its second matrix and adds nothing.
+In all families but Switch, the weights of the k chosen experts sum to 1. As long as the copies are equal, a token's
+output is then that of the dense network, so the model starts with the dense model's logits. Qwen2-MoE has a shared
+expert next to the routed ones. Its second matrix starts with zeros, so it adds nothing.
 
-Switch weighs its one expert by the router's probability p, about 1/E at the beginning, and the paper leaves it at that.
-Here the experts' second matrices are multiplied by E, so that p E is about 1; by `scale` of False they are not. As p is
-never exactly 1/E, logits are near those of the dense model and not equal: the smaller the routers' weights, the nearer.
+Switch weighs its one expert by the router's probability p, which is about 1/E at the start, and the paper does not
+correct this. Here the experts' second matrices are multiplied by E, so that p E is about 1; `scale` False switches this
+off. As p is never exactly 1/E, logits are close to those of the dense model but not equal. They are closer for smaller
+router weights.
 
-With `branches`, dense models that were trained apart from the same beginning on different domains are mixed
-(Branch-Train-MiX, Sukhbaatar et al. 2024, https://arxiv.org/abs/2403.07816): expert i is the network of model i modulo
-their number, and what is no feed-forward network is the mean of all models. Such experts differ from the start; the
-paper then trains routers on all domains, which is left to what comes after.
+With `branches`, dense models that were trained separately from the same start on different domains are mixed
+(Branch-Train-MiX, Sukhbaatar et al. 2024, https://arxiv.org/abs/2403.07816). Expert i is the network of model i modulo
+their number, and all other weights are the mean over all models. Such experts differ from the start. The paper then
+trains routers on all domains, which is left to later training.
 
 Departures from the paper: every layer of a decoder is sparse (`every` is for families that leave some dense), and T5 is
 routed by its family's top-1, with a capacity that drops no token of 4,096, and not by the encoder's expert choice.
@@ -59,19 +60,20 @@ CAPACITY = 4096
 
 @dataclass(frozen=True)
 class Upcycling:
-    """How a dense model becomes a mixture of experts.
+    """The settings for turning a dense model into a mixture of experts.
 
     Args:
         experts: E, copies of each feed-forward network, >= 2.
         top_k: experts per token, 1..E; None: 2, in Switch 1.
-        every: each so manieth layer is sparse, >= 1; None: 1, in Switch 2, as its own models are. Mixtral and
-            GraniteMoE have no dense layers.
-        noise: deviation of the noise that is added to the copies, as a share of each matrix's own, >= 0; 0: none, and
-            the copies differ by what they learn alone.
-        router_std: deviation of the routers' weights, > 0; None: 0.02, in Switch 0.001.
-        scale: whether Switch's experts are multiplied by E.
-        seed: of the noise and the routers.
-        branches: further dense models of the same configuration, trained apart, that experts are taken from in turn.
+        every: one in this many layers is sparse, >= 1; None: 1, in Switch 2, as in its own models. Mixtral, GraniteMoE
+            and FlexOlmo have no dense layers.
+        noise: standard deviation of the noise added to the copies, as a share of each matrix's own, >= 0; 0: none, and
+            the copies only diverge through training.
+        router_std: standard deviation of the routers' weights, > 0; None: 0.02, in Switch 0.001.
+        scale: multiply the second matrices of Switch's experts by E.
+        seed: seed of the noise and the routers.
+        branches: further dense models of the same configuration, trained separately, that experts are taken from in
+            turn.
     """
 
     experts: int = 8
@@ -104,19 +106,22 @@ class Upcycling:
 
 
 def upcycle(path: str, folder: Path, how: Upcycling, gguf: str = "") -> list[str]:
-    """Write the mixture of experts, its tokenizer and its chat template into a directory; returns what was made of it.
+    """Write the mixture of experts, its tokenizer and its chat template into a directory, and return a summary.
 
     Args:
-        path: of the dense model, a directory or a hub name. gguf: a GGUF file there.
+        path: the dense model, a directory or a hub name.
+        folder: the directory to write.
+        how: the settings.
+        gguf: a GGUF file in `path`.
 
     Raises:
-        ModelError: for a model that cannot be read, or that no family holds, with the reason.
+        ModelError: if the model cannot be read, or if no family has a place for it; the message gives the reason.
         ConfigError: for settings that its family does not have.
     """
     source = ModelSource(path, "text-to-text", gguf=gguf)
     if source.quantised:
         raise ModelError("its weights are quantised; upcycle the model that they were made from")
-    _configuration(source.config, _family(source.config), how)  # refuses before the weights are read
+    _configuration(source.config, _family(source.config), how)  # This refuses a model before its weights are read.
     tokenizer = source.tokenizer()
     model = dense_model(source)
     made, family = convert(model, how, [_branch(source, branch, model) for branch in how.branches])
@@ -142,10 +147,13 @@ def convert(dense: Any, how: Upcycling, branches: Sequence[Mapping[str, Tensor]]
     """Return a live dense model as a mixture of experts in memory, and its family.
 
     Args:
-        branches: weights of models that were trained apart from it, of which experts are made as well.
+        dense: the dense model.
+        how: the settings.
+        branches: weights of models that were trained separately from it, which also become experts.
 
     Raises:
-        ModelError: for a model that no family holds. ConfigError: for settings that its family does not have.
+        ModelError: if no family has a place for the model.
+        ConfigError: for settings that its family does not have.
     """
     family = _family(dense.config)
     config = _configuration(dense.config, family, how)
@@ -168,11 +176,11 @@ FAMILY_OF = {
     "olmo2": "flex_olmo",
     "t5": "switch_transformers",
 }
-"""Dense model type -> model type of the family that holds it."""
+"""Dense model type -> model type of the family that has a place for it."""
 
 ELSEWHERE = {"architectures", "dtype", "transformers_version", "_name_or_path", "model_type", "pretraining_tp"}
 ELSEWHERE |= {"id2label", "label2id", "problem_type", "task_specific_params", "n_positions", "use_cache"}
-"""What a configuration says that changes no logit."""
+"""Fields of a configuration that do not affect logits."""
 
 
 def _family(dense: Any) -> Family:
@@ -187,7 +195,7 @@ def _family(dense: Any) -> Family:
 
 
 def _configuration(dense: Any, family: Family, how: Upcycling) -> Any:
-    """The configuration of the mixture: all that the dense one says, and experts."""
+    """Return the configuration of the mixture: all settings of the dense one, and its experts."""
     switch = family.top_k is None
     every = how.every or (2 if switch else 1)
     given = dense.to_dict()
@@ -204,7 +212,7 @@ def _configuration(dense: Any, family: Family, how: Upcycling) -> Any:
 
 
 def _refuse(dense: Any, given: Mapping[str, Any], family: Family, places: set[str]) -> None:
-    """Raise for what the dense configuration says and the family's has no place for."""
+    """Raise ModelError for settings of the dense configuration that the family's configuration cannot express."""
     layers = {kind for kind in given.get("layer_types") or () if kind != "full_attention"}
     if layers and family.model_type != "qwen2_moe":
         raise ModelError(f"some layers have {layers.pop()}, and {family.name} has one kind of attention for all layers")
@@ -213,13 +221,13 @@ def _refuse(dense: Any, given: Mapping[str, Any], family: Family, places: set[st
     plain = type(dense)().to_dict()
     unplaced = {"layer_types", "max_window_layers", "feed_forward_proj", "scale_decoder_outputs", "classifier_dropout"}
     for key, value in given.items():
-        # What its own class does not know, it does not read either: configurations on the hub hold all sorts of things.
+        # Settings that the model's own class does not know have no effect; configurations on the hub contain many.
         if key in plain.keys() - places - ELSEWHERE - unplaced and value != plain[key]:
             raise ModelError(f"its configuration says {key} = {value!r}, for which {family.name} has no place")
 
 
 def _own(dense: Any, family: Family, every: int) -> dict[str, Any]:
-    """What the family's configuration says otherwise, or more, than the dense one."""
+    """Return the settings of the family's configuration that differ from the dense one or are missing there."""
     if family.model_type == "mixtral":
         return {}
     if family.model_type == "flex_olmo":
@@ -283,10 +291,10 @@ def dense_model(source: ModelSource) -> Any:
 
 
 def _branch(source: ModelSource, path: str, first: Any) -> dict[str, Tensor]:
-    """Return the weights of another dense model, which must be of the same shapes as the first.
+    """Return the weights of another dense model, which must have the same shapes as the first.
 
     Raises:
-        ModelError: for a model that has other tensors.
+        ModelError: if the model has other tensors.
     """
     branch = ModelSource(path)
     if branch.config.model_type != source.config.model_type:
@@ -302,8 +310,11 @@ def _branch(source: ModelSource, path: str, first: Any) -> dict[str, Tensor]:
 
 
 def _weights(states: list[Mapping[str, Tensor]], made: Any, family: Family, how: Upcycling) -> dict[str, Tensor]:
-    """The state dict of the mixture of a dense model and its branches. Every tensor of the dense model is used, or
-    ModelError says which is not."""
+    """Return the state dict of the mixture of a dense model and its branches.
+
+    Raises:
+        ModelError: if a tensor of the dense model is missing or not used; the message names it.
+    """
     dense, used = states[0], set()
 
     def taken(name: str) -> Tensor:
@@ -323,7 +334,7 @@ def _weights(states: list[Mapping[str, Tensor]], made: Any, family: Family, how:
         fill = _switch_block if family.top_k is None else _decoder_block
         weights |= fill(path, each, made.get_submodule(path), family, how)
     for name in made.state_dict():
-        if name not in weights:  # a dense layer of Switch has its network under another name
+        if name not in weights:  # A dense layer of Switch has its network under another name.
             weights[name] = taken(name.replace(".mlp.", ".DenseReluDense.") if family.top_k is None else name)
     if left := sorted(dense.keys() - used):
         raise ModelError(f"{family.name} has no place for {len(left)} tensors of the dense model, e.g. {left[0]!r}")
@@ -333,7 +344,7 @@ def _weights(states: list[Mapping[str, Tensor]], made: Any, family: Family, how:
 def _decoder_block(
     path: str, each: Callable[[str], list[Tensor]], block: Any, family: Family, how: Upcycling
 ) -> dict[str, Tensor]:
-    """Router and fused experts of one block."""
+    """Return the router and fused experts of one block."""
     mlp = f"{path.rpartition('.')[0]}.mlp"
     gates, ups, downs = (each(f"{mlp}.{name}_proj.weight") for name in ("gate", "up", "down"))
     gate = gates[0]
@@ -350,7 +361,7 @@ def _decoder_block(
     weights[f"{path}.{family.router}.weight"] = _router(path, how, how.router_std or 0.02, gate)
     rng = torch.Generator().manual_seed(derive_seed(how.seed, "upcycle", path, "shared"))
     for name, tensor in block.state_dict().items():
-        if name.startswith("shared_expert"):  # gate_proj and up_proj random, so that down_proj has a gradient
+        if name.startswith("shared_expert"):  # gate_proj and up_proj are random, so that down_proj has a gradient.
             drawn = torch.randn(tensor.shape, generator=rng) * 0.02
             zero = name.endswith("down_proj.weight") or name.startswith("shared_expert_gate")
             weights[f"{path}.{name}"] = (torch.zeros(tensor.shape) if zero else drawn).to(gate.dtype)
@@ -360,7 +371,7 @@ def _decoder_block(
 def _switch_block(
     path: str, each: Callable[[str], list[Tensor]], block: Any, family: Family, how: Upcycling
 ) -> dict[str, Tensor]:
-    """Router and expert modules of one block."""
+    """Return the router and expert modules of one block."""
     mlp = f"{path.rpartition('.')[0]}.DenseReluDense"
     wis, wos = each(f"{mlp}.wi.weight"), each(f"{mlp}.wo.weight")
     wi = wis[0]
@@ -382,13 +393,13 @@ def _copy(tensor: Tensor, how: Upcycling, name: str) -> Tensor:
 
 
 def _router(path: str, how: Upcycling, std: float, like: Tensor) -> Tensor:
-    """[E, D], D the columns of `like`, in its dtype."""
+    """Return random router weights [E, D] in the dtype of `like`, which has D columns."""
     rng = torch.Generator().manual_seed(derive_seed(how.seed, "upcycle", path, "router"))
     return (std * torch.randn(how.experts, like.shape[1], generator=rng)).to(like.dtype)
 
 
 def _scales(sparse: Iterable[str], experts: int) -> dict[str, list[float]]:
-    """The constants of `moe.gates` for new routers of Switch: their softmax is about uniform, so c(n) = n / E."""
+    """Return the constants of `moe.gates` for new routers of Switch, which are almost uniform: c(n) = n / E."""
     return {block: [n / experts for n in range(1, experts + 1)] for block in sparse}
 
 

@@ -1,24 +1,24 @@
 """A constant in the hidden state, so that a router without a bias can have experts that always lose.
 
-A router row w gives the logit w . h, and h = g * x / rms(x) has no coordinate of which the sign is known. So the model
-gets some more hidden coordinates, all zero but one, which the embedding sets to c > 0 for every token and no layer
-writes. An RMS norm over D' = D + more coordinates then divides by
+A router row w gives the logit w . h, and h = g * x / rms(x) has no coordinate with a known sign. The model therefore
+gets some more hidden coordinates. All are zero except one, which the embedding sets to c > 0 for every token and no
+layer writes. An RMS norm over D' = D + more coordinates then divides by
 
     (sum x^2 + c^2) / D' + eps'  =  D/D' (sum x^2 / D + eps)      for  c^2 = eps D / 2,  eps' = eps D / (2 D')
 
-so with weights g sqrt(D/D') it gives what the old one gave: the constant and the new epsilon take the place of the old
-epsilon, exactly. Every norm has weight 0 at the constant, but those before a sparse block, of which the output there
-is then positive for every token, and a row with -ROW there and 0 elsewhere has a logit below any other. All other new
-entries of the weights are zero.
+With weights g sqrt(D/D') its output is that of the old norm: the constant and the new epsilon replace the old epsilon
+exactly. Every norm has weight 0 at the constant, except those before a sparse block. Their output there is positive for
+every token, so a row with -ROW there and 0 elsewhere has a logit below any other. All other new entries of the weights
+are zero.
 
-A layer norm (PhiMoE) has a bias, so the constant can be that: weight 0, bias GAIN. It also subtracts the mean, which
-would be another one over more coordinates; but what it gives does not depend on the mean of x, so whatever is written
-to the hidden state (embeddings, attention, experts) is made to have mean 0 over its D entries. Then with
-eps' = eps D / D' and weights g sqrt(D/D') it gives what it gave.
+A layer norm (PhiMoE) has a bias, which can be the constant: weight 0, bias GAIN. It also subtracts the mean, which
+would change with the number of coordinates. But its output does not depend on the mean of x, so all values written to
+the hidden state (embeddings, attention, experts) are given mean 0 over its D entries. With eps' = eps D / D' and
+weights g sqrt(D/D') its output is then that of the old norm.
 
-Norms of queries and keys have the same epsilon and no constant: s q in place of q, s^2 = eps' n' / (eps n), leaves them
-what they were (n their width). Where they are as wide as the hidden state (OLMoE), whole attention heads of zeros are
-added, so that heads keep their size; elsewhere the configuration says `head_dim`.
+Norms of queries and keys have the same epsilon and no constant. Replacing q by s q, with s^2 = eps' n' / (eps n),
+preserves their output (n is their width). If they are as wide as the hidden state (OLMoE), whole attention heads of
+zeros are added, so that heads keep their size. Otherwise the configuration names `head_dim`.
 """
 
 import math
@@ -35,26 +35,31 @@ from consilium.moe.model import TaskModel
 __all__ = ["widen", "widens"]
 
 GAIN, ROW = 1e3, 1e9
-"""Weight of the norms before sparse blocks at the constant, and minus the weight of a new router row there: the logit
-is -ROW GAIN c / rms(x), below -1e5 up to an rms of 10,000 at the sizes in use, and finite in float32 and bfloat16."""
+"""GAIN is the weight, at the constant, of the norms before sparse blocks. A new router row has the weight -ROW there.
+The logit is -ROW GAIN c / rms(x), below -1e5 up to an rms of 10,000 at the sizes in use, and finite in float32 and
+bfloat16."""
 BEFORE = "post_attention_layernorm"
-"""The norm before a sparse block, beside it, in all families that this is for."""
+"""The norm before a sparse block, next to the block, in all families that this module supports."""
 
 
 def widens(model: TaskModel) -> bool:
-    """Whether this can be done: a norm before all sparse blocks, and where it subtracts the mean, embeddings that are
-    not those of the output too, which must not be changed."""
+    """Return True if a model can be widened.
+
+    There must be a norm before all sparse blocks. If it subtracts the mean, the embeddings must not be tied to the
+    output, which must not be changed.
+    """
     norms = [_before(model.backbone, block) for block in model.blocks()]
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     return all(_is_rms(norm) or (isinstance(norm, nn.LayerNorm) and not tied) for norm in norms)
 
 
 def widen(model: TaskModel, config: Any, counts: Mapping[str, int]) -> None:
-    """Widen a model in place, and its configuration, so that of every block the experts from `counts` on lose always.
+    """Widen a model and its configuration in place, so that in every block the experts from `counts` on always lose.
 
     Args:
-        model: with a backbone whose blocks are already filled up to one number of experts.
-        config: with that number; gets the new sizes.
+        model: a model with a backbone where all blocks are already padded to one number of experts.
+        config: a configuration with that number; it gets the new sizes.
+        counts: block -> the number of experts before padding.
     """
     old, width, eps = model.backbone, config.hidden_size, config.rms_norm_eps
     _grow(config, old)
@@ -84,7 +89,7 @@ def widen(model: TaskModel, config: Any, counts: Mapping[str, int]) -> None:
 
 
 def _grow(config: Any, backbone: nn.Module) -> None:
-    """Set the new hidden size, a multiple of the number of heads, and heads of the old size."""
+    """Set the new hidden size, a multiple of the number of heads, and keep the size of heads."""
     width, heads = config.hidden_size, config.num_attention_heads
     norms = {path.rpartition(".")[2]: module for path, module in backbone.named_modules()}
     if "q_norm" in norms and norms["q_norm"].weight.numel() == width:
@@ -93,13 +98,13 @@ def _grow(config: Any, backbone: nn.Module) -> None:
         config.num_attention_heads += shared
         config.num_key_value_heads += 1
         return
-    if getattr(config, "kv_lora_rank", None) is None:  # of latent attention the heads have sizes of their own
+    if getattr(config, "kv_lora_rank", None) is None:  # The heads of latent attention have sizes of their own.
         config.head_dim = getattr(config, "head_dim", None) or width // heads
     config.hidden_size += math.lcm(heads, 8)
 
 
 def _rescale(state: dict[str, Tensor], path: str, old: nn.Module, new: nn.Module) -> None:
-    """Weights with which the new norm, of another width or epsilon, gives what the old one gave."""
+    """Scale weights so that the new norm, of another width or epsilon, gives the output of the old one."""
     n, wide = old.weight.numel(), new.weight.numel()
     state[f"{path}.weight"] *= math.sqrt(n / wide)
     parent, _, name = path.rpartition(".")
@@ -112,7 +117,7 @@ def _rescale(state: dict[str, Tensor], path: str, old: nn.Module, new: nn.Module
 
 
 def _centred(state: Mapping[str, Tensor], embedding: str) -> dict[str, Tensor]:
-    """What is written to the hidden state, with mean 0 over its coordinates."""
+    """Return the weights that write to the hidden state, changed so that their output has mean 0 over coordinates."""
     centred = {embedding: state[embedding] - state[embedding].mean(1, keepdim=True)}
     for name, tensor in state.items():
         if name.rpartition(".")[0].endswith("o_proj"):  # [D, in], or a bias [D]
@@ -131,7 +136,7 @@ def _eps(norm: nn.Module) -> float:
 
 
 def _padded(tensor: Tensor, shape: torch.Size) -> Tensor:
-    """A copy, with zeros at the ends of its dimensions."""
+    """Return a copy with zeros at the ends of its dimensions."""
     grown = tensor.new_zeros(shape)
     grown[tuple(slice(n) for n in tensor.shape)] = tensor
     return grown

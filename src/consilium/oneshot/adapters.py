@@ -4,7 +4,7 @@
 
 f is the frozen module, s_e = alpha / rank, and c [N, E] comes from a router (see `routers`). Ranks may differ between
 sites. Targets are linear layers, which PEFT can adapt too, and whole feed-forward blocks of the model's width, which
-only this package can.
+PEFT cannot adapt.
 
 Shapes: N tokens, E adapters, R rank, X and Y width of the input and the output.
 """
@@ -38,7 +38,7 @@ class Pair:
 
 
 class Adapted(nn.Module):
-    """A frozen module with adapters. `weigh` gives the coefficients of the adapters, None: all are 1."""
+    """A frozen module with adapters; `weigh` gives the coefficients of the adapters, None: all are 1."""
 
     def __init__(self, module: nn.Module, pairs: Sequence[Pair], weigh: Weigh | None = None):
         super().__init__()
@@ -62,7 +62,7 @@ class Adapted(nn.Module):
 
 
 def target_modules(model: TaskModel, targets: Targets) -> dict[str, tuple[int, int]]:
-    """Return path -> (X, Y) of the modules that adapters go on, in the order of the model."""
+    """Return path -> (X, Y) of the modules that get adapters, in the order of the model."""
     found: dict[str, tuple[int, int]] = {}
     backbone, width = model.backbone, model.config.hidden_size
     sparse = Base.sparse(model) if model.family.block else {}
@@ -79,7 +79,7 @@ def target_modules(model: TaskModel, targets: Targets) -> dict[str, tuple[int, i
 
 
 def initial_pairs(model: TaskModel, targets: Targets, rank: int, alpha: float, seed: int) -> dict[str, Pair]:
-    """Return path -> an adapter that changes nothing: A uniform in +-1/sqrt(X), as PEFT has it, and B zero.
+    """Return path -> an adapter that changes nothing: A uniform in +-1/sqrt(X), as in PEFT, and B zero.
 
     Raises:
         ConfigError: for a rank above the narrower side of a module.
@@ -94,9 +94,9 @@ def initial_pairs(model: TaskModel, targets: Targets, rank: int, alpha: float, s
 
 
 def attach(model: TaskModel, pairs: Mapping[str, Sequence[Pair]]) -> dict[str, Adapted]:
-    """Put adapters on modules of a live model, in place; returns path -> module with adapters."""
+    """Attach adapters to modules of a live model, in place, and return path -> module with adapters."""
     placed: dict[str, Adapted] = {}
-    for path in sorted(pairs, key=len, reverse=True):  # what lies inside of an adapted block first
+    for path in sorted(pairs, key=len, reverse=True):  # modules inside of an adapted block come first
         parent, _, name = path.rpartition(".")
         owner = model.backbone.get_submodule(parent)
         placed[path] = Adapted(getattr(owner, name), pairs[path])

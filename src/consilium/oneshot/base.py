@@ -1,6 +1,6 @@
 """The public model that all sites start from: a mixture of experts or a dense decoder, frozen.
 
-Its digest covers every tensor, so that a package can say exactly what it was trained against.
+Its digest covers every tensor, so that a package can state exactly which model it was trained against.
 """
 
 import hashlib
@@ -25,33 +25,33 @@ from consilium.setup import Setup
 __all__ = ["OPEN_FAMILIES", "Base", "Frozen", "digest_of", "frozen_tensors"]
 
 OPEN_FAMILIES = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "gpt_oss")
-"""Model types whose routers take one more row and nothing else: no groups, no correction bias, no sampling."""
+"""Model types with routers that need only one more row: no groups, no correction bias, no sampling."""
 
 
 class Frozen(TaskModel):
-    """A causal language model whose own parameters are frozen; what is trained is attached to its modules.
+    """A causal language model with frozen parameters of its own; trained parts are attached to its modules.
 
-    `blocks` is empty: the local loop must neither look for the family's routers nor balance them.
+    `blocks` is empty, because the local loop must neither look for the family's routers nor balance them.
     """
 
     def blocks(self) -> dict[str, nn.Module]:
-        """Return no block; `Base.sparse` has them."""
+        """Return no blocks; use `Base.sparse` for them."""
         return {}
 
 
 @dataclass(frozen=True)
 class Base:
-    """A public model and where it comes from.
+    """A public model and its source.
 
     Args:
-        source: with form "text-to-text".
+        source: where it comes from, with form "text-to-text".
     """
 
     source: ModelSource
 
     @cached_property
     def family(self) -> Family | None:
-        """The family of a mixture of experts, None for a dense decoder.
+        """Return the family of a mixture of experts, or None for a dense decoder.
 
         Raises:
             ModelError: for a model that is not a decoder of a known kind.
@@ -63,7 +63,7 @@ class Base:
         return family if has_experts(self.source.config) else None
 
     def setup(self, experiment: Experiment, task: Task | None = None) -> Setup:
-        """Return how an experiment reads rows and trains, with this model, which may be dense."""
+        """Return the set-up by which an experiment reads rows and trains, with this model, which may be dense."""
         labels = [] if task is None else [(task.name, task.labels)]
         return replace(experiment, model=self.source).setup(labels)
 
@@ -77,10 +77,10 @@ class Base:
         return _frozen(backbone, family, source.torch_dtype)
 
     def open_model(self) -> Frozen:
-        """Return the live mixture of experts that takes further experts.
+        """Return a live mixture of experts that accepts further experts.
 
-        A dense decoder becomes one with a single expert, its own feed-forward network, and a router row of zeros: it
-        computes what the dense model does.
+        A dense decoder becomes a mixture with a single expert, its own feed-forward network, and a router row of zeros.
+        This mixture computes the same as the dense model.
 
         Raises:
             ModelError: for a family whose router cannot take one more row.
@@ -99,12 +99,12 @@ class Base:
 
     @property
     def top_k(self) -> int:
-        """Experts per token of the public model; of a dense one 1."""
+        """Return the experts per token of the public model; 1 for a dense model."""
         return 1 if self.family is None else int(self.source.config.num_experts_per_tok)
 
     @cached_property
     def digest(self) -> str:
-        """sha256 (hex) of the public model's tensors: what was frozen during training."""
+        """Return the sha256 (hex) of the public model's tensors, which stay frozen during training."""
         return digest_of(frozen_tensors(self.model()))
 
     @staticmethod
@@ -129,7 +129,7 @@ def _check_open(model_type: str, name: str) -> None:
 
 
 def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return path -> tensor of everything in a model that does not require a gradient, buffers included."""
+    """Return path -> tensor of all parameters without a gradient, and of all floating-point buffers."""
     found = {path: p for path, p in model.named_parameters() if not p.requires_grad}
     return found | {path: b for path, b in model.named_buffers() if b.is_floating_point()}
 

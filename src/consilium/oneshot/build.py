@@ -1,11 +1,11 @@
 """A hub as one model: the public model with the parts of its sites, and a router between them.
 
     assemble      the live model, for scores
-    write         a folder: for plain transformers where the family can hold the model, for PEFT's Arrow where that
-                  computes the same, and for `built.load_built` elsewhere
+    write         a folder: for plain transformers if the family can hold the model, for PEFT's Arrow if it computes the
+                  same, and for `built.load_built` otherwise
 
-What is fitted over several sites together (`fit_router`) follows from the packages, the rows and the seed alone, so a
-model that is built again after a withdrawal equals one of a hub that never had the site.
+Everything that is fitted over several sites together (`fit_router`) depends on the packages, the rows and the seed
+alone. A model that is built again after a withdrawal therefore equals that of a hub that never had the site.
 """
 
 import json
@@ -33,26 +33,26 @@ __all__ = ["BUILT", "Building", "Format", "assemble", "fit_ridge", "kind_of", "w
 Format = Literal["auto", "transformers", "peft", "consilium"]
 BUILT, PARTS = "oneshot.json", "parts.safetensors"
 PEFT_STEPS, PEFT_TOLERANCE = 15, 1e-2
-"""Power iterations of PEFT's Arrow, and the largest error of a prototype that they may leave."""
+"""Power iterations of PEFT's Arrow, and the largest error that they may leave in a prototype."""
 _DEFAULT_K = {"arrow": 3, "phatgoose": 2, "ridge": 1}
 
 
 @dataclass(frozen=True)
 class Building:
-    """How the packages of a hub become one model.
+    """The settings for building one model from the packages of a hub.
 
     Args:
         router: which site's part computes a token, see `routers`.
-        top_k: sites per token, of `flexolmo` experts per token; 0: arrow 3, phatgoose 2, ridge 1, flexolmo those of the
-            public model and as many as one site has.
-        sites: whose parts; (): all.
-        temperature: of arrow, > 0.
-        sharpness: of ridge: factor of the regression before the softmax, > 0.
-        strength: damping of the regression, of ridge and of `apart`, > 0.
-        apart: of flexolmo: how far rows are moved away from the texts of other sites, where every package has moments;
-            0: rows stay as the sites trained them.
-        tries: of lorahub: models that are scored in the search.
-        seed: of the search.
+        top_k: sites per token, for `flexolmo` experts per token; 0: arrow 3, phatgoose 2, ridge 1, flexolmo those of
+            the public model and as many as one site has.
+        sites: sites to include; (): all.
+        temperature: for arrow, > 0.
+        sharpness: for ridge: factor of the regression before the softmax, > 0.
+        strength: damping of the regression, for ridge and for `apart`, > 0.
+        apart: for flexolmo: how far rows are moved away from the texts of other sites, if every package has moments; 0:
+            rows stay as the sites trained them.
+        tries: for lorahub: models that are scored in the search.
+        seed: seed of the search.
     """
 
     router: Router = "arrow"
@@ -75,10 +75,10 @@ class Building:
 
 
 def kind_of(packages: Mapping[str, Package], router: Router, fitted: bool = False) -> str:
-    """Return the kind of the packages, after checking that the router is for it.
+    """Return the kind of the packages, after checking that the router supports it.
 
     Args:
-        fitted: the router has been fitted, so what it is fitted on need not be there.
+        fitted: the router has been fitted already, so the data for fitting may be absent.
 
     Raises:
         PackageError: for no package, packages of two kinds, or packages that lack what the router needs.
@@ -112,7 +112,7 @@ def fit_ridge(
 def moved_apart(packages: Mapping[str, Package], building: Building) -> Mapping[str, Package]:
     """Return the packages of experts with rows moved away from the texts of other sites, and without moments.
 
-    They return as they are with another router, for one site, and where a site gives no moments.
+    The packages are returned unchanged for another router, for `apart` 0, for one site, and if a site has no moments.
     """
     if building.router != "flexolmo" or not building.apart or not can_move(packages):
         return packages
@@ -133,7 +133,7 @@ def moved_apart(packages: Mapping[str, Package], building: Building) -> Mapping[
 
 
 def can_move(packages: Mapping[str, Package]) -> bool:
-    """Return whether `moved_apart` has what it needs: two sites at least, all with moments."""
+    """Return True if `moved_apart` has what it needs: at least two sites, all with moments."""
     return len(packages) > 1 and all(package.part("moment") for package in packages.values())
 
 
@@ -143,7 +143,7 @@ def assemble(
     """Return the live model of these packages.
 
     Args:
-        fitted: of lorahub "weights" [E]; of ridge what `fit_ridge` returns.
+        fitted: for lorahub "weights" [E]; for ridge the result of `fit_ridge`.
     """
     fitted, packages = fitted or {}, moved_apart(packages, building)
     if kind_of(packages, building.router, fitted=bool(fitted)) == "expert":
@@ -158,7 +158,7 @@ def assemble(
 
 
 def _pairs(packages: Mapping[str, Package]) -> dict[str, dict[str, Pair]]:
-    """Module -> site -> adapter, of the sites that have one there, sorted."""
+    """Return module -> site -> adapter, sorted, of the sites that have an adapter there."""
     found: dict[str, dict[str, Pair]] = {}
     for site, package in sorted(packages.items()):
         for path, pair in package.pairs().items():
@@ -207,7 +207,7 @@ def _with_experts(
 
 
 def _guests(packages: Mapping[str, Package]) -> dict[str, list[Guest]]:
-    """Block -> guests of all sites, in the order of their names."""
+    """Return block -> guests of all sites, in the order of the sites' names."""
     found: dict[str, list[Guest]] = {}
     for _, package in sorted(packages.items()):
         for path, guests in package.guests().items():
@@ -216,7 +216,7 @@ def _guests(packages: Mapping[str, Package]) -> dict[str, list[Guest]]:
 
 
 def _checked_k(base: Base, packages: Mapping[str, Package], building: Building) -> int:
-    """Return the number of experts per token: by default those of the public model, and as many as one site has."""
+    """Return the number of experts per token: by default that of the public model plus as many as one site has."""
     own = [len(guests) for package in packages.values() for guests in package.guests().values()]
     public = 1 if base.family is None else min(base.source.counts.values())
     most = public + min(len(guests) for guests in _guests(packages).values())
@@ -229,11 +229,13 @@ def _checked_k(base: Base, packages: Mapping[str, Package], building: Building) 
 
 
 def _domain_score(w_XC: Tensor, packages: Mapping[str, Package], path: str, building: Building) -> routers.Weigh:
-    """Return x -> log of the ridge regression's share of each guest's site: a row keeps the logit that its site trained
-    on tokens of the site's domain, and loses on others."""
+    """Return x -> log of the ridge regression's share of each guest's site.
+
+    A row keeps the logit that its site trained on tokens of the site's domain, and loses on others.
+    """
     counts = [len(package.guests()[path]) for _, package in sorted(packages.items())]
     owner_G = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    first = w_XC.shape[1] - len(counts)  # 1: the public rows are a class
+    first = w_XC.shape[1] - len(counts)  # 1 if the public rows are a class
 
     def adjust(x_ND: Tensor) -> Tensor:
         x = torch.cat([x_ND.float(), x_ND.new_ones(len(x_ND), 1, dtype=torch.float32)], dim=1)
@@ -255,11 +257,11 @@ def write(
     form: Format = "auto",
     told: Mapping[str, Any] | None = None,
 ) -> Format:
-    """Write the model into a new folder; returns the format that it has.
+    """Write the model into a new folder and return its format.
 
     Args:
         form: auto: the first of transformers, peft and consilium that holds the model exactly.
-        told: more for `oneshot.json`, e.g. which rows a router was fitted on.
+        told: further entries of `oneshot.json`, e.g. the rows on which a router was fitted.
 
     Raises:
         ConfigError: for a format that cannot hold the model, with the reason.
@@ -269,7 +271,9 @@ def write(
     reasons = {"transformers": _not_plain(base, packages, building), "peft": _not_peft(packages, building)}
     chosen: Format = form
     if form == "auto":
-        chosen = next((f for f in ("transformers", "peft") if reasons[f] is None), "consilium")  # type: ignore[assignment]
+        chosen = next(  # type: ignore[assignment]
+            (f for f in ("transformers", "peft") if reasons[f] is None), "consilium"
+        )
     elif reason := reasons.get(form):
         raise ConfigError(f"--format {form} cannot hold this model: {reason}; use --format consilium")
     with new_folder(folder) as made:
@@ -295,7 +299,7 @@ def write(
 
 
 def _not_plain(base: Base, packages: Mapping[str, Package], building: Building) -> str | None:
-    """Return why no checkpoint of plain transformers computes this model; None: one does."""
+    """Return why no checkpoint of plain transformers computes this model, or None if one does."""
     if building.router in ("uniform", "lorahub"):
         model = base.model()
         for path in _pairs(packages):
@@ -312,7 +316,7 @@ def _not_plain(base: Base, packages: Mapping[str, Package], building: Building) 
 
 
 def _not_peft(packages: Mapping[str, Package], building: Building) -> str | None:
-    """Return why PEFT's Arrow does not compute this model; None: it does."""
+    """Return why PEFT's Arrow does not compute this model, or None if it does."""
     if building.router != "arrow":
         return f"PEFT has no router of kind {building.router}"
     pairs = _pairs(packages)
@@ -332,7 +336,7 @@ def _not_peft(packages: Mapping[str, Package], building: Building) -> str | None
 
 
 def _power_error(pair: Pair) -> float:
-    """Return about how far power iterations are from the top singular vector: (s_2 / s_1) ^ (2 steps)."""
+    """Return the approximate error of power iterations in the top singular vector: (s_2 / s_1) ^ (2 steps)."""
     s_R = torch.linalg.svdvals(next(deltas([pair])))
     return float((s_R[1] / s_R[0]) ** (2 * PEFT_STEPS)) if len(s_R) > 1 and s_R[0] > 0 else 0.0
 
@@ -354,7 +358,7 @@ def _write_plain(
 
 
 def _write_peft(folder: Path, base: Base, packages: Mapping[str, Package]) -> None:
-    """A folder of PEFT for each site; `README.md` says how they are loaded."""
+    """Write a PEFT folder for each site; `README.md` explains how to load them."""
     from peft import LoraConfig
 
     for site, package in sorted(packages.items()):
@@ -364,7 +368,7 @@ def _write_peft(folder: Path, base: Base, packages: Mapping[str, Package]) -> No
             r=rank, lora_alpha=package.scale * rank, target_modules=list(pairs), task_type="CAUSAL_LM",
             base_model_name_or_path=base.source.path, inference_mode=True,
         )  # fmt: skip
-        config.target_modules = sorted(pairs)  # PEFT keeps a set, of which the order differs from run to run
+        config.target_modules = sorted(pairs)  # PEFT keeps a set, and its order differs from run to run
         where.mkdir()
         config.save_pretrained(str(where))
         tensors = {}
@@ -375,7 +379,7 @@ def _write_peft(folder: Path, base: Base, packages: Mapping[str, Package]) -> No
 
 
 def _write_parts(folder: Path, packages: Mapping[str, Package], fitted: Mapping[str, Tensor]) -> None:
-    """All parts in one file, without the sums that only the hub needs, and what the router was fitted to."""
+    """Write all parts into one file, with the fitted router and without the sums that only the hub needs."""
     tensors = {
         f"{site}/{name}": tensor.contiguous()
         for site, package in sorted(packages.items())
@@ -387,7 +391,7 @@ def _write_parts(folder: Path, packages: Mapping[str, Package], fitted: Mapping[
 
 
 def _use(base: Base, packages: Mapping[str, Package]) -> dict[str, Any]:
-    """Return how the model is used, for `consilium predict` and `chat`: as the sites' own data was read."""
+    """Return how `consilium predict` and `chat` use the model: they read text as the sites read their own data."""
     settings = [package.settings for _, package in sorted(packages.items())]
     lengths = {name: max(int(s["fit"][name]) for s in settings) for name in ("max_length", "target_length")}
     return {

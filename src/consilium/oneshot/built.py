@@ -1,4 +1,4 @@
-"""Loading what `build.write` wrote, of any of its formats, as a live model of transformers."""
+"""Loading of models written by `build.write`, in any of its formats, as live models of transformers."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ __all__ = ["load_built", "record_of"]
 
 
 def record_of(folder: Path) -> dict[str, Any]:
-    """Return what `oneshot.json` of a built model says.
+    """Return the contents of a built model's `oneshot.json`.
 
     Raises:
         ModelError: for another folder.
@@ -36,10 +36,10 @@ def load_built(folder: Path, model: str = "") -> Frozen:
     """Load a built model; `.backbone` is the model of transformers.
 
     Args:
-        model: where the public model lies; "": where it lay when the model was built.
+        model: place of the public model; "": its place when the model was built.
 
     Raises:
-        ModelError: for a folder that is none or broken, or another public model.
+        ModelError: for a folder that is no built model or broken, or another public model.
     """
     told = record_of(folder)
     refuse_links(folder)

@@ -1,4 +1,4 @@
-"""The flags of `consilium expert` and `consilium hub`, and what they print."""
+"""The flags of `consilium expert` and `consilium hub`, and their output."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -28,12 +28,12 @@ Positional = tyro.conf.Positional
 
 @dataclass(frozen=True)
 class Rows:
-    """An experiment that was read for a command, of which the data, and how it becomes tokens, counts."""
+    """An experiment that was read for a command; only its data, and the conversion of the data to tokens, are used."""
 
     experiment: Experiment | None = None
 
     def of(self, hub: Hub) -> Any:
-        """Return the rows as domains for a hub's model; None if there are none."""
+        """Return the rows as domains for a hub's model, or None if there are none."""
         from consilium.oneshot.evaluate import Domains
 
         if self.experiment is None:
@@ -58,12 +58,14 @@ class Train:
     --seed. The same command continues a training that was interrupted.
 
     Args:
-        name: of this site.
+        name: name of this site.
         out: file to write.
         state: folder for the training's state and, unless --key is given, the site's key; default: site-NAME.
         key: folder with the site's key, as `consilium certificates` makes it.
-        client: whose rows of the data; needed if the data has several clients.
-        about: what the data is, for people. licence: of the package. contact: for questions.
+        client: client of the data to train on; needed if the data has several clients.
+        about: description of the data, for people.
+        licence: licence of the package.
+        contact: contact for questions.
         part: what is trained.
     """
 
@@ -78,7 +80,7 @@ class Train:
     part: Annotated[Training, tyro.conf.arg(name="")] = field(default_factory=Training)
 
     def lines(self, rows: Rows) -> Iterator[str]:
-        """Do it; yield what is to be said about it."""
+        """Run the command and yield its output."""
         from consilium.certificates import site_key
         from consilium.oneshot.package import to_bytes
         from consilium.oneshot.train import site_data, train
@@ -102,12 +104,14 @@ class Train:
 
 @dataclass(frozen=True)
 class Memory:
-    """Test how much text of this site's training data a package gives away, before it is handed over.
+    """Test how much text of this site's training data a package reveals, before it is submitted.
 
     Args:
         package: the file.
-        client: whose rows of the data.
-        prefix: tokens that are given. length: tokens that must be reproduced. most: rows that are tried.
+        client: client of the data to test on.
+        prefix: tokens of the prompt.
+        length: tokens that must be reproduced.
+        most: maximum number of rows to test.
     """
 
     package: Annotated[Path, Positional]
@@ -117,7 +121,7 @@ class Memory:
     most: int = 100
 
     def lines(self, rows: Rows) -> Iterator[str]:
-        """Do it; yield what is to be said about it."""
+        """Run the command and yield its output."""
         from consilium.oneshot.base import Base
         from consilium.oneshot.evaluate import Domains, alone
         from consilium.oneshot.package import read
@@ -143,14 +147,14 @@ class Memory:
 
 @dataclass(frozen=True)
 class Init:
-    """Make a hub for a public model.
+    """Create a hub for a public model.
 
     Args:
-        hub: folder to make.
+        hub: folder to create.
         model: a directory, a shipped model's name, or a hub name.
-        dtype: in which sites train.
-        keys: folder with <site>.pub of every site that may add, the part `server` of `consilium certificates`;
-            default: any site may, with any key.
+        dtype: dtype in which sites train.
+        keys: folder with <site>.pub of every site that may add, the part `server` of `consilium certificates`; default:
+            any site may, with any key.
         max_bytes: largest package.
     """
 
@@ -161,7 +165,7 @@ class Init:
     max_bytes: str = "8GB"
 
     def lines(self, rows: Rows) -> Iterator[str]:
-        """Do it; yield what is to be said about it."""
+        """Run the command and yield its output."""
         hub = create(self.hub, self.model, self.dtype, self.keys, self.max_bytes)
         takes = "adapters and whole experts" if hub.layout.experts else "adapters"
         yield f"{self.hub}: takes {takes} for {self.model} ({hub.layout.frozen[:12]})"
@@ -172,7 +176,7 @@ class Add:
     """Check packages and add them; nothing of other sites changes.
 
     Args:
-        hub: its folder.
+        hub: folder of the hub.
         packages: files of sites.
     """
 
@@ -180,7 +184,7 @@ class Add:
     packages: Annotated[tuple[Path, ...], Positional]
 
     def lines(self, rows: Rows) -> Iterator[str]:
-        """Do it; yield what is to be said about it."""
+        """Run the command and yield its output."""
         if not self.packages:
             raise ConfigError("no package named; give at least one file")
         hub = Hub.open(self.hub)
@@ -191,18 +195,18 @@ class Add:
 
 @dataclass(frozen=True)
 class Withdraw:
-    """Remove all that sites brought; the hub is then the one that never had them.
+    """Remove everything that sites submitted; the hub then equals one that never had them.
 
     Args:
-        hub: its folder.
-        sites: their names.
+        hub: folder of the hub.
+        sites: names of the sites.
     """
 
     hub: Annotated[Path, Positional]
     sites: Annotated[tuple[str, ...], Positional]
 
     def lines(self, rows: Rows) -> Iterator[str]:
-        """Do it; yield what is to be said about it."""
+        """Run the command and yield its output."""
         hub = Hub.open(self.hub)
         for site in self.sites:
             hub.withdraw(site)
@@ -214,13 +218,13 @@ class List:
     """List the packages of a hub.
 
     Args:
-        hub: its folder.
+        hub: folder of the hub.
     """
 
     hub: Annotated[Path, Positional]
 
     def lines(self, rows: Rows) -> Iterator[str]:
-        """Do it; yield what is to be said about it."""
+        """Run the command and yield its output."""
         hub = Hub.open(self.hub)
         for site, package in hub.packages().items():
             digest = file_digest(hub.path(site))[:12]
@@ -232,13 +236,13 @@ class List:
 
 @dataclass(frozen=True)
 class Build:
-    """Put packages together as one model.
+    """Combine packages into one model.
 
     Args:
-        hub: its folder.
+        hub: folder of the hub.
         out: directory to write; it must be new or empty.
-        format: auto: for plain transformers or PEFT where they compute the same model, else for this package.
-        again: a built model: take its settings and rows, and the sites that are here now.
+        format: auto: for plain transformers or PEFT if they compute the same model, else for this package.
+        again: a built model; its settings and rows are used, with the sites that are here now.
         how: the router.
     """
 
@@ -249,7 +253,7 @@ class Build:
     how: Annotated[Building, tyro.conf.arg(name="")] = field(default_factory=Building)
 
     def lines(self, rows: Rows) -> Iterator[str]:
-        """Do it; yield what is to be said about it."""
+        """Run the command and yield its output."""
         from consilium.oneshot.build import can_move, write
         from consilium.oneshot.built import record_of
         from consilium.oneshot.evaluate import fit_router
@@ -278,11 +282,11 @@ class Build:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Score the public model, every package and routers on rows by domain, and what each site's contribution is worth.
+    """Score the public model, every package and routers on rows by domain, and measure each site's contribution.
 
     Args:
-        hub: its folder.
-        routers: of the matrix, those that the packages are fit for; default: all of them.
+        hub: folder of the hub.
+        routers: routers in the matrix; default: all that the packages support.
         worth: the router with which contributions are measured; default: the best on these rows.
         out: file for the scores, JSON; `consilium hub report` takes it.
     """
@@ -293,7 +297,7 @@ class Evaluate:
     out: Path = Path("scores.json")
 
     def lines(self, rows: Rows) -> Iterator[str]:
-        """Do it; yield what is to be said about it."""
+        """Run the command and yield its output."""
         from consilium.oneshot.evaluate import contributions, matrix
 
         hub = Hub.open(self.hub)
@@ -331,16 +335,16 @@ def fitting(packages: Any) -> tuple[Router, ...]:
 
 @dataclass(frozen=True)
 class Check:
-    """Look for poisoned packages: their scores on public rows, and the size of their numbers.
+    """Look for poisoned packages by their scores on public rows and the size of their weights.
 
     Args:
-        hub: its folder.
+        hub: folder of the hub.
     """
 
     hub: Annotated[Path, Positional]
 
     def lines(self, rows: Rows) -> Iterator[str]:
-        """Do it; yield what is to be said about it."""
+        """Run the command and yield its output."""
         from consilium.oneshot.trust import check
 
         hub = Hub.open(self.hub)
@@ -351,11 +355,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """Write one page about a hub, for a browser without network: who brought what, with which rights, and scores.
+    """Write one page about a hub, for a browser without network: sites, their parts and licences, and scores.
 
     Args:
-        hub: its folder.
-        scores: what `consilium hub evaluate` wrote.
+        hub: folder of the hub.
+        scores: the file that `consilium hub evaluate` wrote.
         out: file to write.
     """
 
@@ -364,7 +368,7 @@ class Report:
     out: Path = Path("hub.html")
 
     def lines(self, rows: Rows) -> Iterator[str]:
-        """Do it; yield what is to be said about it."""
+        """Run the command and yield its output."""
         from consilium.oneshot.report import page
 
         hub = Hub.open(self.hub)
@@ -380,4 +384,4 @@ ROOMS: dict[str, dict[str, Any]] = {
         "check": Check, "report": Report,
     },
 }  # fmt: skip
-"""Command -> its own commands."""
+"""Command -> its subcommands."""

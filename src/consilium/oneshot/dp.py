@@ -1,10 +1,10 @@
-"""DP-SGD at a site (Abadi et al. 2016, https://arxiv.org/abs/1607.00133): what a package tells about any one row.
+"""DP-SGD at a site (Abadi et al. 2016, https://arxiv.org/abs/1607.00133): a bound on what a package reveals of a row.
 
     g <- ( sum over drawn rows of clip_C(gradient of the row)  +  N(0, (z C)^2) ) / expected rows
 
-Each row is drawn by itself with the rate q = batch size / rows (Poisson), from the operating system's randomness, as
-the noise is. Neighbours differ by one row of training data: an example, or, where documents are joined and cut, one row
-of tokens. Gradients are taken row by row, so any module can be trained, at the cost of speed.
+Each row is drawn independently with the rate q = batch size / rows (Poisson). Rows and noise are drawn from the
+operating system's randomness. Neighbours differ by one row of training data: an example, or one row of tokens if
+documents are joined and cut. Gradients are taken row by row, so any module can be trained, at the cost of speed.
 """
 
 import math
@@ -31,7 +31,7 @@ class Private:
     """Differential privacy of a site's training.
 
     Args:
-        noise: z, deviation of the noise in units of `clip`; 0: none.
+        noise: z, standard deviation of the noise in units of `clip`; 0: none.
         clip: C, largest norm of a row's gradient, > 0.
         delta: in (0, 1); 0: 1 / rows^1.1.
     """
@@ -47,7 +47,7 @@ class Private:
             raise ConfigError(f"dp_delta is {self.delta}; it must be within (0, 1), or 0 for 1 / rows^1.1")
 
     def told(self, rows: int, batch_size: int, steps: int) -> dict[str, Any]:
-        """Return what the card says of so many steps."""
+        """Return the card's privacy entry for this number of steps."""
         delta, rate = self.delta or rows**-1.1, min(1.0, batch_size / rows)
         return {
             "epsilon": epsilon_of_sgd(rate, self.noise, steps, delta),
@@ -63,7 +63,7 @@ class Private:
 def fit_private(
     model: TaskModel, data: Encoded, steps: int, lr: float, setup: Setup, context: ClientContext, private: Private
 ) -> float:
-    """Train in place by DP-SGD with the optimiser of `setup.fit`; returns the mean loss of the rows drawn."""
+    """Train in place by DP-SGD with the optimizer of `setup.fit`, and return the mean loss of the rows drawn."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = setup.fit.descent({str(i): p for i, p in enumerate(parameters)}, {"": lr})
     rate = min(1.0, setup.fit.batch_size / len(data))
@@ -93,7 +93,7 @@ def fit_private(
 
 
 def _add_clipped(sums: list[Tensor], gradients: tuple[Tensor | None, ...], clip: float) -> None:
-    """Add one row's gradient, scaled to the norm `clip` at most."""
+    """Add one row's gradient to the sums, clipped to the norm `clip`."""
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients if g is not None))
     scale = min(1.0, clip / norm) if norm else 1.0
     for total, gradient in zip(sums, gradients, strict=True):

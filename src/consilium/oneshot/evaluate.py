@@ -1,8 +1,7 @@
-"""Scores of packages and routers by domain, and what each site's contribution is worth.
+"""Scores of packages and routers by domain, and the value of each site's contribution.
 
-Whoever evaluates brings the rows: of the hub's operator they are public, of a site its own. A domain is a client of the
-data given. Scores are in bits per byte of text where the task is the next token, else in nats per token; lower is
-better.
+The evaluating party provides the rows: public rows at the hub, its own rows at a site. A domain is a client of the
+given data. Scores are in bits per byte of text if the task is the next token, else in nats per token; lower is better.
 """
 
 import math
@@ -38,7 +37,9 @@ class Domains:
     """Rows to score on, by domain.
 
     Args:
-        experiment: says how rows are read. data: domain -> its data. split: "test", "validation" or "train".
+        experiment: says how rows are read.
+        data: domain -> its data.
+        split: "test", "validation" or "train".
     """
 
     experiment: Experiment
@@ -52,16 +53,16 @@ class Domains:
 
     @cached_property
     def setup(self) -> Setup:
-        """How rows become tokens."""
+        """Return the set-up that turns rows into tokens."""
         return Base(self.experiment.model).setup(self.experiment)
 
     @cached_property
     def rows(self) -> dict[str, Encoded]:
-        """Domain -> rows."""
+        """Return domain -> rows."""
         return {n: self.setup.encode(self.context(n), getattr(d, self.split)) for n, d in self.data.items()}
 
     def context(self, name: str) -> ClientContext:
-        """Return what the loops of `training` need of a domain."""
+        """Return the context that the loops of `training` need for a domain."""
         data = self.data[name]
         info = ClientInfo(name, len(data.train), data.task.name)
         return ClientContext(info, data, torch.device(self.experiment.device), self.experiment.seed, ClientState())
@@ -81,7 +82,7 @@ class Domains:
 
     @property
     def unit(self) -> str:
-        """Of the scores."""
+        """Return the unit of the scores."""
         plain = all(data.task.metric == "token_accuracy" for data in self.data.values())
         return "bits per byte" if plain else "nats per token"
 
@@ -90,7 +91,7 @@ class Domains:
         if self.unit == "nats per token":
             return 1.0
         sizes = token_bytes(self.setup.model.tokenizer())
-        # The first token of a row has nothing before it, so it is not predicted, unless the row has a prompt.
+        # The first token of a row is not predicted, because nothing comes before it, unless the row has a prompt.
         rows = self.rows[name]
         predicted = [t if s else t[1:] for s, t in zip(rows.sources, rows.targets, strict=True)]
         written = sum(int(sizes[torch.tensor(ids)].sum()) for ids in predicted if ids)
@@ -102,7 +103,7 @@ class Domains:
 def fit_router(
     base: Base, packages: Mapping[str, Package], building: Building, public: Domains | None
 ) -> dict[str, Tensor]:
-    """Return what a router needs beyond the packages; {} for most.
+    """Return what a router needs in addition to the packages; {} for most.
 
     Args:
         public: rows for the ridge router's class without a site (None: it has no such class) and for lorahub's search.
@@ -127,10 +128,11 @@ def _public_moments(base: Base, packages: Mapping[str, Package], public: Domains
 
 
 def _search(base: Base, packages: Mapping[str, Package], building: Building, public: Domains) -> Tensor:
-    """Return LoraHub's coefficients [E] in [-1.5, 1.5]: loss + 0.05 mean |w|, by a (1+1) evolution strategy.
+    """Return LoraHub's coefficients [E] in [-1.5, 1.5] that minimise loss + 0.05 mean |w|.
 
-    The paper takes nevergrad's NGOpt; with so few tries that is a one-plus-one strategy, too. All begin at 0. The
-    products B A are added, not A and B apart, so there are no cross terms.
+    They are searched by a (1+1) evolution strategy from 0. The paper takes nevergrad's NGOpt, which is also a
+    one-plus-one strategy with so small a number of tries. The products B A are added, not A and B separately, so there
+    are no cross terms.
     """
     generator = torch.Generator().manual_seed(building.seed)
     best, least, step = torch.zeros(len(packages)), math.inf, 0.5
@@ -180,7 +182,7 @@ def contributions(
     domains: Domains,
     public: Domains | None = None,
 ) -> Matrix:
-    """Return site -> domain -> how much the score rises without the site; greater than 0 where the site helps."""
+    """Return site -> domain -> rise of the score without the site; a site helps if it is positive."""
 
     def scores(members: Mapping[str, Package]) -> dict[str, float]:
         if not members:
@@ -197,7 +199,7 @@ def contributions(
 
 @torch.inference_mode()
 def ensemble(models: Sequence[TaskModel], domains: Domains) -> dict[str, float]:
-    """Return domain -> score of the mean of the models' probabilities: one forward pass through each per token."""
+    """Return domain -> score of the mean of the models' probabilities, with one forward pass per model."""
     found = {}
     for model in models:
         model.eval()

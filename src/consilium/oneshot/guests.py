@@ -4,8 +4,8 @@ Shi, Bhagia, Farhat, Muennighoff et al. FlexOlmo: Open Language Models for Flexi
 https://arxiv.org/abs/2507.07024
 
 A site trains a copy of a public expert in every sparse layer, its router row, and optionally a bias min(b, 0) on the
-row's logit; everything else is frozen. Guests of several sites stand side by side: rows are appended to the router's,
-experts to the experts'. Without a bias the result is an ordinary model of the family (`fuse`).
+row's logit; everything else is frozen. To combine guests of several sites, their rows are appended to the router's
+rows, and their experts to the experts. Without a bias the result is an ordinary model of the family (`fuse`).
 
 Shapes: N tokens, D model width, E public experts, G guests.
 """
@@ -29,8 +29,9 @@ class Guest:
     """One expert of a site in one block.
 
     Args:
-        tensors: the family's names -> its tensors (without the dimension of experts).
-        row_D: of the router. bias: scalar tensor, of which min(bias, 0) counts; None: no bias.
+        tensors: tensor name in the family -> tensor (without the dimension of experts).
+        row_D: its router row.
+        bias: scalar tensor that counts as min(bias, 0); None: no bias.
     """
 
     tensors: Mapping[str, Tensor]
@@ -41,11 +42,12 @@ class Guest:
 class OpenRouter(nn.Module):
     """The family's own router over its own rows and those of guests.
 
-    What is added to the logits of guests (a bias, a domain score) is G more coordinates of every token, and a unit
-    matrix of as many columns in the rows of the guests: the family's forward pass stays what it is.
+    The amounts that are added to the logits of guests (a bias, a domain score) become G more coordinates of every
+    token, and the rows of the guests get a unit matrix of G more columns. The family's forward pass therefore stays
+    unchanged.
 
     Attributes:
-        adjust: x [N, D] -> what is added to the logits of guests [N, G]; None: nothing but the biases.
+        adjust: x [N, D] -> amounts added to the logits of guests [N, G]; None: only the biases are added.
     """
 
     def __init__(self, router: nn.Module, guests: Sequence[Guest], top_k: int):
@@ -61,13 +63,13 @@ class OpenRouter(nn.Module):
             router.num_experts += len(guests)
 
     def bias_G(self) -> Tensor:
-        """Return min(b, 0) of every guest; 0 for one without."""
+        """Return min(b, 0) of every guest; 0 for a guest without bias."""
         given = iter(self.biases)
         zero = self.router.weight.new_zeros(())
         return torch.stack([next(given).clamp(max=0) if has else zero for has in self._has_bias])
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        """Return what the family's router returns, over E + G experts."""
+        """Return the outputs of the family's router, over E + G experts."""
         x_ND, public, guests = hidden.reshape(-1, hidden.shape[-1]), self.router.weight, len(self.rows)
         rows = torch.cat([public, torch.stack(list(self.rows))])
         state = {"weight": rows}
@@ -88,7 +90,7 @@ class OpenRouter(nn.Module):
 
 
 class OpenExperts(nn.Module):
-    """The family's own experts, and guests with numbers from E on."""
+    """The family's own experts, and guests with indices from E on."""
 
     def __init__(self, experts: nn.Module, guests: Sequence[Guest]):
         super().__init__()
@@ -132,7 +134,8 @@ def open_blocks(model: TaskModel, guests: Mapping[str, Sequence[Guest]], top_k: 
     """Add guests to the sparse blocks of a live model, in place.
 
     Args:
-        guests: block -> its guests, for every block. top_k: experts per token, 1 .. E + G.
+        guests: block -> its guests, for every block.
+        top_k: experts per token, 1 .. E + G.
     """
     routers, experts, family = {}, {}, model.family
     for path, block in Base.sparse(model).items():
@@ -144,7 +147,7 @@ def open_blocks(model: TaskModel, guests: Mapping[str, Sequence[Guest]], top_k: 
 
 
 def fuse(model: TaskModel, guests: Mapping[str, Sequence[Guest]], top_k: int) -> TaskModel:
-    """Make guests ordinary experts of the family, in place; the configuration says so.
+    """Turn guests into ordinary experts of the family, in place, and update the configuration.
 
     Raises:
         ModelError: for a guest whose router bias is not 0, in a family whose router has none.
@@ -172,7 +175,7 @@ def fuse(model: TaskModel, guests: Mapping[str, Sequence[Guest]], top_k: int) ->
             if hasattr(owner, "num_experts"):
                 owner.num_experts = number
         router.top_k = top_k
-    model.config = model.backbone.config = copy.deepcopy(model.config)  # the source's own stays as it is
+    model.config = model.backbone.config = copy.deepcopy(model.config)  # the source's own configuration stays as it is
     setattr(model.config, family.number, number)
     model.config.num_experts_per_tok = top_k
     return model

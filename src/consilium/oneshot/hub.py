@@ -4,8 +4,8 @@
     sites/<site>.safetensors        the package, byte for byte as the site signed it
     keys/<site>.pub                 if the hub was given its sites' keys: only these sites may add
 
-A hub holds nothing else: what depends on several sites is made by `build`, elsewhere. So adding a site changes no byte
-of another's, and withdrawing one leaves, bit for bit, the hub that never had it.
+A hub contains nothing else: `build` writes everything that depends on several sites elsewhere. Adding a site therefore
+changes no byte of another's, and withdrawing a site leaves, bit for bit, a hub that never had it.
 """
 
 import fcntl
@@ -45,7 +45,7 @@ class Hub:
         """Open the hub in a folder.
 
         Raises:
-            PackageError: if there is none, or it is broken.
+            PackageError: if the folder is not a hub, or the hub is broken.
         """
         try:
             told = json.loads((folder / FILE).read_text())
@@ -61,12 +61,12 @@ class Hub:
 
     @cached_property
     def layout(self) -> Layout:
-        """The layout of packages for the public model."""
+        """Return the layout of packages for the public model."""
         return Layout.from_json(self.told["layout"])
 
     @property
     def base(self) -> Base:
-        """The public model.
+        """Return the public model.
 
         Raises:
             PackageError: if the files at its place are not those that the hub was made with.
@@ -78,12 +78,12 @@ class Hub:
 
     @property
     def max_bytes(self) -> int:
-        """The largest package that is taken."""
+        """Return the size of the largest package that the hub accepts."""
         return bytes_of(self.told["max_bytes"])
 
     @property
     def sites(self) -> list[str]:
-        """Names of the sites that have a package here, sorted."""
+        """Return the names of the sites that have a package here, sorted."""
         return sorted(path.name.removesuffix(ENDING) for path in (self.folder / "sites").glob(f"*{ENDING}"))
 
     def path(self, site: str) -> Path:
@@ -96,7 +96,7 @@ class Hub:
         """Read and check the package of a site.
 
         Raises:
-            PackageError: if it has none, or the file has changed.
+            PackageError: if the site has none, or the file has changed.
         """
         path = self.path(site)
         if not path.is_file():
@@ -108,14 +108,14 @@ class Hub:
         return package
 
     def packages(self, sites: tuple[str, ...] = ()) -> dict[str, Package]:
-        """Return site -> package of these sites, sorted; (): of all."""
+        """Return site -> package of these sites, sorted; (): of all sites."""
         return {site: self.package(site) for site in sorted(sites or self.sites)}
 
     def add(self, path: Path) -> Package:
-        """Check a package, then append it; no other file changes.
+        """Check a package, then copy it into the hub; no other file changes.
 
         Raises:
-            PackageError: for a package that cannot be taken, or a site that has one already.
+            PackageError: for a package that cannot be accepted, or a site that has one already.
         """
         package, blob = read_with_bytes(path, self.layout, self.max_bytes)
         self._check_owner(package, path)
@@ -127,7 +127,7 @@ class Hub:
         return package
 
     def withdraw(self, site: str) -> None:
-        """Remove everything that the site brought.
+        """Remove everything that the site submitted.
 
         Raises:
             PackageError: if it has no package here.
@@ -147,7 +147,7 @@ class Hub:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Let no other process change the hub meanwhile; what a process that was killed left half-written goes."""
+        """Lock the hub against other processes, and remove half-written files of a process that was killed."""
         with (self.folder / FILE).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             remove_unfinished(self.folder)
@@ -155,16 +155,18 @@ class Hub:
 
 
 def create(folder: Path, model: str, dtype: str, keys: Path | None, max_bytes: str) -> Hub:
-    """Make a hub for a public model.
+    """Create a hub for a public model.
 
     Args:
-        model: a shipped model's name, a directory or a hub name. dtype: in which sites train.
+        model: a shipped model's name, a directory or a hub name.
+        dtype: dtype in which sites train.
         keys: folder with <site>.pub of every site that may add, as `consilium certificates` makes `server`; None: any
             site may, with any key.
         max_bytes: largest package, e.g. "2GB".
 
     Raises:
-        ConfigError: if the folder is not empty, or has no keys. ModelError: for a model that cannot be extended.
+        ConfigError: if the folder is not empty, or `keys` has no keys.
+        ModelError: for a model that cannot be extended.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not empty: choose another folder for the hub")

@@ -1,4 +1,4 @@
-"""What packages for a public model look like: the names and shapes that their tensors may have."""
+"""The layout of packages for a public model: the names and shapes that their tensors may have."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,14 +12,15 @@ __all__ = ["Layout"]
 
 @dataclass(frozen=True)
 class Layout:
-    """What the tensors of packages for a public model may be.
+    """The tensors that packages for a public model may contain.
 
     Args:
-        fingerprint: of the model's files (`ModelSource.fingerprint`). frozen: sha256 of its tensors.
-        dtype: in which sites train, "float32" or "bfloat16".
-        modules: path -> (X, Y) of the modules that adapters may go on.
+        fingerprint: fingerprint of the model's files (`ModelSource.fingerprint`).
+        frozen: sha256 of its tensors.
+        dtype: dtype in which sites train, "float32" or "bfloat16".
+        modules: path -> (X, Y) of the modules that adapters may be attached to.
         experts: sparse block -> name of an expert's tensor -> its shape; {}: no whole experts.
-        width: D, the model's.
+        width: D, the model's width.
     """
 
     fingerprint: str
@@ -31,7 +32,7 @@ class Layout:
 
     @classmethod
     def of(cls, base: Base) -> "Layout":
-        """Measure a public model."""
+        """Derive the layout from a public model."""
         experts: dict[str, dict[str, tuple[int, ...]]] = {}
         if base.family is None or base.source.config.model_type in OPEN_FAMILIES:
             model = base.open_model()
@@ -45,7 +46,7 @@ class Layout:
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "Layout":
-        """Return the layout that `dataclasses.asdict` saved."""
+        """Return the layout that was saved by `dataclasses.asdict`."""
         modules = {path: (int(x), int(y)) for path, (x, y) in saved["modules"].items()}
         experts = {b: {n: tuple(shape) for n, shape in t.items()} for b, t in saved["experts"].items()}
         return cls(saved["fingerprint"], saved["frozen"], saved["dtype"], modules, experts, int(saved["width"]))

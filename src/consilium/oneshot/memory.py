@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 __all__ = ["admit", "needed"]
 
 TRAINED = 16
-"""Bytes a trained parameter costs: itself or its master, gradient and two moments, in float32."""
+"""Bytes per trained parameter: itself or its master, gradient and two moments, in float32."""
 
 
 def admit(base: Base, setup: Setup, training: "Training", work: Work) -> int:
-    """Refuse a training that would not fit what the site allows; returns the bytes that it needs.
+    """Return the bytes that a training needs; raise BudgetError if they exceed what the site allows.
 
     Raises:
         BudgetError: with the bytes needed and allowed.
@@ -35,15 +35,16 @@ def admit(base: Base, setup: Setup, training: "Training", work: Work) -> int:
 def needed(base: Base, setup: Setup, training: "Training") -> int:
     """Return the peak bytes of training a site's part: the frozen model, activations, and what is trained.
 
-    Of a mixture of experts the memory model of adapters says it (`Setup.footprint`); what is trained here is added. Of
-    a dense model the activations are 16 D + 4 F numbers a token and layer and three times the logits.
+    For a mixture of experts, the memory model of adapters gives the model and activations (`Setup.footprint`), and the
+    trained parameters are added. For a dense model, the activations are 16 D + 4 F numbers per token and layer, plus
+    three times the logits.
     """
     config, fit = base.source.config, setup.fit
     width, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
     trained = layers * (3 * width * inner + width) * training.copies
     if training.kind != "expert":
-        trained = layers * 2 * 8 * max(width, inner) * training.rank  # of at most eight modules a layer
+        trained = layers * 2 * 8 * max(width, inner) * training.rank  # at most eight modules per layer
     if base.family is not None:
         return setup.footprint(base.source.counts, "lora", rank=training.rank).total + TRAINED * trained
     with init_empty_weights(include_buffers=False), no_init_weights():
@@ -52,5 +53,5 @@ def needed(base: Base, setup: Setup, training: "Training") -> int:
     weights = item * sum(prod(p.shape) for p in model.parameters())
     tokens = fit.batch_size * (fit.max_length + fit.target_length)
     activations = tokens * (item * layers * (16 * width + 4 * inner) + 12 * config.vocab_size)
-    copies = 2 if training.kind == "expert" else 1  # the dense model, and the mixture that is made of it
+    copies = 2 if training.kind == "expert" else 1  # the dense model, and the mixture made from it
     return copies * weights + activations + TRAINED * trained + OVERHEAD

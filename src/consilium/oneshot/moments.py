@@ -1,4 +1,4 @@
-"""What is measured of hidden states: sums for the ridge router, and with what a guest's router row begins.
+"""Statistics of hidden states: sums for the ridge router, and initial values of a guest's router row.
 
 Shapes: N tokens, X width of a module's input.
 """
@@ -16,7 +16,7 @@ __all__ = ["first_row", "measure", "measure_routers"]
 
 @torch.no_grad()
 def measure(model: TaskModel, paths: Sequence[str], batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return path -> sum over real tokens of (x, 1)(x, 1)^T, float32 [X + 1, X + 1], x the input of the module.
+    """Return path -> sum over real tokens of (x, 1)(x, 1)^T, float32 [X + 1, X + 1]; x is the module's input.
 
     Args:
         model: the public model, without anything attached.
@@ -42,13 +42,14 @@ def measure(model: TaskModel, paths: Sequence[str], batches: Iterable[Mapping[st
 
 
 def first_row(rows_ED: Tensor, mean_D: Tensor | None) -> Tensor:
-    """Return the row that a guest begins with: along the mean input of its block, with the same mean logit as the
-    public expert that the site's tokens ask for most; 1 where public rows are zero (of a dense model).
+    """Return the initial router row of a guest.
 
-    A longer row would take tokens from the public experts before the guest has learned anything.
+    It points along the mean input of the block. Its mean logit equals that of the public expert that the site's tokens
+    ask for most, or 1 if the public rows are zero (a dense model). A longer row would take tokens from the public
+    experts before the guest has learned anything.
 
     Args:
-        mean_D: None: a row of zeros.
+        mean_D: mean input of the block; None: a row of zeros is returned.
     """
     if mean_D is None:
         return torch.zeros_like(rows_ED[0])

@@ -1,11 +1,11 @@
-"""One exchange over the network: the server collects packages as sites come, over days, and adds them to its hub.
+"""One exchange over the network: the server collects packages as sites connect, over days, and adds them to its hub.
 
-    offer     at a site: a SuperNode that hands over one file, and nothing else
-    collect   at the server: a SuperLink, and `server_app` in it, which asks who is there for what is missing
+    offer     at a site: a SuperNode that submits one file, and nothing else
+    collect   at the server: a SuperLink, and `server_app` in it, which asks connected sites for missing packages
 
-A package comes in pieces. What has come lies in `<hub>.incoming`, so a transfer goes on where it stopped when the site,
-the server or the network was away. A whole file is checked like any other package, and its name must be that of the
-site that sent it, which its key tells.
+A package is sent in pieces. Received pieces are kept in `<hub>.incoming`, so a transfer resumes if the site, the server
+or the network was away. A complete file is checked like any other package. Its name must be that of the site that sent
+it, and the site is identified by its key.
 """
 
 import hashlib
@@ -33,14 +33,15 @@ __all__ = ["Collection", "collect", "offer", "server_app"]
 
 log = logging.getLogger(__name__)
 POLL, ANSWER = 2.0, 120.0
-"""Seconds between looks for who is there, and seconds that a site has for one piece."""
+"""Seconds between polls for connected sites, and seconds that a site has to send one piece."""
 
 
 def offer(package: Path, name: str, address: str, keys: Path | None, state: Path, port: int) -> NoReturn:
-    """Become a SuperNode that hands over this package when the server asks, until it is ended; see `deployment.client`.
+    """Replace this process by a SuperNode that sends this package when the server asks, see `deployment.client`.
 
     Raises:
-        PackageError: for a file that is no package. ConfigError: for the package or the key of another site.
+        PackageError: for a file that is no package.
+        ConfigError: for the package or the key of another site.
     """
     check_site(name)
     found, blob = read_with_bytes(package)
@@ -53,7 +54,7 @@ def offer(package: Path, name: str, address: str, keys: Path | None, state: Path
 
 
 def collect(folder: Path, sites: Sequence[str], address: str, keys: Path | None, out: Console) -> None:
-    """Wait for the packages of these sites, or go on waiting, until the hub has all of them."""
+    """Wait for the packages of these sites, or resume waiting, until the hub has all of them."""
     hub, listen = Hub.open(folder), parse_address(address, "--address")
     keys = keys and keys.absolute()
     check_keys(keys, sites, listen)
@@ -76,11 +77,11 @@ def collect(folder: Path, sites: Sequence[str], address: str, keys: Path | None,
 
 @dataclass
 class Collection:
-    """Packages on their way into a hub.
+    """The packages that are being received for a hub.
 
     Args:
-        sites: whose are expected.
-        refused: site -> why its package was not taken; it is asked again when it offers another file.
+        sites: names of the expected sites.
+        refused: site -> why its package was not accepted; the site is asked again when it offers another file.
     """
 
     hub: Hub
@@ -89,24 +90,25 @@ class Collection:
 
     @property
     def incoming(self) -> Path:
-        """The folder of what has come, beside the hub."""
+        """Return the folder of received pieces, next to the hub."""
         return self.hub.folder.parent / f"{self.hub.folder.name}.incoming"
 
     @property
     def missing(self) -> list[str]:
-        """Sites whose packages are not in the hub."""
+        """Return the sites whose packages are not in the hub."""
         return [site for site in self.sites if site not in self.hub.sites]
 
     def offset(self, site: str) -> int:
-        """Return how many bytes of a site's file are here."""
+        """Return how many bytes of a site's file have been received."""
         part = self._part(site)
         return part.stat().st_size if part is not None else 0
 
     def take(self, site: str, told: Mapping[str, Any]) -> str | None:
-        """Keep one piece; returns what is to be said when the file is whole.
+        """Store one piece, and return a line to print when the file is complete.
 
         Raises:
-            PayloadError: for a piece that is none. PackageError: for a whole file that is not taken.
+            PayloadError: for a malformed piece.
+            PackageError: for a complete file that is not accepted.
         """
         size, offset, digest, blob = (told.get(name) for name in ("size", "offset", "digest", "bytes"))
         if told.get("name") != site:
@@ -120,7 +122,7 @@ class Collection:
         if self.refused.get(site, "").startswith(digest):
             return None
         part = self.incoming / f"{site}.{digest}"
-        if offset != (part.stat().st_size if part.exists() else 0):  # of another file, or asked for twice
+        if offset != (part.stat().st_size if part.exists() else 0):  # another file's, or a duplicate
             self._clear(site, part)
             return None
         self._clear(site, part)
@@ -173,7 +175,7 @@ def gather(collection: Collection, roster: Roster, said: Any) -> None:
 
 
 def _serve(grid: Any, config: Mapping[str, Any]) -> None:
-    """In the process that the SuperLink starts: collect until all are there."""
+    """Collect until all packages are there, in the process that the SuperLink starts."""
     out, folder = Console(), Path(config["folder"])
     home = (folder.parent / f"{folder.name}.flower").absolute()
     try:

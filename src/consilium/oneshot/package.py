@@ -1,14 +1,14 @@
-"""The file that a site hands over: a safetensors file whose metadata holds JSON, signed with the site's key.
+"""The file that a site submits: a safetensors file with JSON in its metadata, signed with the site's key.
 
     adapter   <module>.lora_A [R, X], <module>.lora_B [Y, R]; with router "vector" also <module>.gate [X]
     expert    <block>.guest.<i>.<tensor of the family>, <block>.guest.<i>.row [D]; with "row+bias" also .bias [1]
     moments   <module or block>.moment [X + 1, X + 1], float32: the sum over training tokens of (x, 1)(x, 1)^T, for the
               ridge router; optional in both kinds
 
-The JSON says who made it, from which public model, with which settings, and what it scores; see `Package`. It holds
-nothing that runs. A file from outside is measured before anything of it is read into memory: its size, the length of
-its header, the number of tensors, and of every tensor name, dtype, shape and place. Then follow the digest, the
-signature, and whether all numbers are finite.
+The JSON names the site, the public model and the settings, and gives the scores; see `Package`. It contains nothing
+executable. A file from outside is measured before any of it is read into memory: its size, the length of its header,
+the number of tensors, and the name, dtype, shape and place of every tensor. After that, the digest, the signature, and
+the finiteness of all values are checked.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ __all__ = [
 
 FORMAT = 1
 HEADER, TENSORS, CARD = 4 << 20, 100_000, 64 << 10
-"""Bytes of a header, number of tensors, and bytes of the JSON that a package may have."""
+"""Maximum bytes of a header, number of tensors, and bytes of the JSON in a package."""
 SIZES = {"F32": 4, "BF16": 2}
 """Allowed dtypes in a file and their bytes."""
 
@@ -60,15 +60,21 @@ _LENGTH = struct.Struct("<Q")
 
 @dataclass(frozen=True)
 class Package:
-    """What a site hands over.
+    """The part that a site submits.
 
     Args:
-        site: its name. kind, router: what the tensors are.
-        fingerprint, frozen: of the public model, see `Layout`.
-        examples: training examples. scale: alpha / rank of adapters; 1 for experts.
-        settings: of the training, JSON. card: scores, licence, contact, privacy; JSON, shown to people.
-        tensors: by the names above.
-        key: the site's public key, a line of OpenSSH. signature: hex; "": not signed yet.
+        site: name of the site.
+        kind: kind of the tensors.
+        router: router part of the tensors.
+        fingerprint: fingerprint of the public model, see `Layout`.
+        frozen: sha256 of the public model's tensors, see `Layout`.
+        examples: training examples.
+        scale: alpha / rank of adapters; 1 for experts.
+        settings: settings of the training, JSON.
+        card: scores, licence, contact, privacy; JSON, shown to people.
+        tensors: tensors by the names above.
+        key: the site's public key, a line of OpenSSH.
+        signature: hex; "": not signed yet.
     """
 
     site: str
@@ -86,25 +92,25 @@ class Package:
 
     @property
     def message(self) -> bytes:
-        """What is signed: all fields but the signature, as canonical JSON, with the digest of the tensors."""
+        """Return the bytes to sign: all fields but the signature, as canonical JSON, with the tensors' digest."""
         fields = {name: value for name, value in self.metadata.items() if name != "signature"}
         return json.dumps(fields, sort_keys=True, allow_nan=False).encode()
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """All but the tensors, of which it has the digest."""
+        """Return all fields, with the tensors replaced by their digest."""
         fields = {k: v for k, v in asdict(replace(self, tensors={})).items() if k != "tensors"}
         return {"format": FORMAT, "tensors": digest_of(self.tensors), **fields}
 
     def signed(self, key: Any) -> "Package":
-        """Return the package with the signature of a secret key."""
-        from consilium.certificates import public_text, sign  # needs the extra `flower`
+        """Return the package, signed with a secret key."""
+        from consilium.certificates import public_text, sign  # imported here because it needs the extra `flower`
 
         named = replace(self, key=public_text(key), signature="")
         return replace(named, signature=sign(key, named.message))
 
     def pairs(self) -> dict[str, Pair]:
-        """Return module -> adapter, of kind "adapter"."""
+        """Return module -> adapter, for kind "adapter"."""
         names = [name.removesuffix(".lora_A") for name in self.tensors if name.endswith(".lora_A")]
         return {n: Pair(self.tensors[f"{n}.lora_A"], self.tensors[f"{n}.lora_B"], self.scale) for n in sorted(names)}
 
@@ -114,7 +120,7 @@ class Package:
         return {name.removesuffix(end): t for name, t in sorted(self.tensors.items()) if name.endswith(end)}
 
     def guests(self) -> dict[str, list[Guest]]:
-        """Return block -> experts, of kind "expert", in the order of their numbers."""
+        """Return block -> experts, for kind "expert", in the order of their numbers."""
         found: dict[str, dict[int, dict[str, Tensor]]] = {}
         for name, tensor in self.tensors.items():
             block, infix, rest = name.partition(".guest.")
@@ -128,7 +134,7 @@ class Package:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Return the bytes of all tensors."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
 
@@ -138,7 +144,7 @@ def _guest(tensors: dict[str, Tensor]) -> Guest:
 
 
 def to_bytes(package: Package) -> bytes:
-    """Return the file."""
+    """Return the contents of the package's file."""
     told = json.dumps(package.metadata, sort_keys=True, allow_nan=False)
     tensors = {name: tensor.contiguous() for name, tensor in sorted(package.tensors.items())}
     return save(tensors, {"consilium": told})
@@ -150,21 +156,21 @@ def read(path: Path, layout: Layout | None = None, max_bytes: int = 8 << 30) -> 
 
 
 def read_with_bytes(path: Path, layout: Layout | None = None, max_bytes: int = 8 << 30) -> tuple[Package, bytes]:
-    """Read and check a package; returns it and the very bytes that were checked.
+    """Read and check a package, and return it with the very bytes that were checked.
 
     Args:
-        layout: of the public model it must fit; None: any, e.g. of a package that was made here.
+        layout: layout of the public model that it must fit; None: any, e.g. for a package that was made here.
         max_bytes: largest file that is read.
 
     Raises:
-        PackageError: for anything that is not a whole, signed package for that model, before it is in memory where
-            sizes tell.
+        PackageError: for anything that is not a whole, signed package for that model; checks of sizes fail before the
+            file is in memory.
     """
     blob = _measured(path, layout, max_bytes)
     package = _decoded(path, blob)
     if digest_of(package.tensors) != _metadata(blob)["tensors"]:
         raise PackageError(f"{path} has other tensors than its digest says: get it again")
-    from consilium.certificates import is_signed  # needs the extra `flower`
+    from consilium.certificates import is_signed  # imported here because it needs the extra `flower`
 
     if not is_signed(package.key, package.signature, package.message):
         raise PackageError(f"{path} is not signed by the key that it names: get it again from site {package.site}")
@@ -174,7 +180,7 @@ def read_with_bytes(path: Path, layout: Layout | None = None, max_bytes: int = 8
     return package, blob
 
 
-# --- before anything is believed --------------------------------------------------------------------------------------
+# --- checks before anything is trusted --------------------------------------------------------------------------------
 
 
 def _measured(path: Path, layout: Layout | None, max_bytes: int) -> bytes:
@@ -291,7 +297,7 @@ def _check_base(path: Path, told: Mapping[str, Any], layout: Layout) -> None:
 
 
 def _check_shape(path: Path, name: str, shape: tuple[int, ...], told: Mapping[str, Any], layout: Layout) -> None:
-    """Raise PackageError unless a tensor of that name and shape belongs into such a package."""
+    """Raise PackageError unless a package of this kind may contain a tensor of that name and shape."""
     owner, _, leaf = name.rpartition(".")
     allowed: bool
     if leaf == "moment":

@@ -1,6 +1,6 @@
-"""A hub as one page of HTML that needs no network: who brought what, for which domains, with which rights, and scores.
+"""A hub as one page of HTML that needs no network: sites, their parts, domains and licences, and scores.
 
-What sites wrote into their cards is text from outside and is shown as text.
+Text in the sites' cards comes from outside and is shown as plain text.
 """
 
 import math
@@ -19,7 +19,7 @@ __all__ = ["page"]
 
 
 def page(hub: Hub, scores: Mapping[str, Any]) -> str:
-    """Return the page.
+    """Return the HTML page.
 
     Args:
         scores: what `consilium hub evaluate` wrote; {}: none.
@@ -84,7 +84,7 @@ def _sites(hub: Hub, packages: Mapping[str, Package]) -> str:
 
 
 def _validation(told: Mapping[str, Any]) -> str:
-    """The site's own scores, before and after; whatever else stands there is not shown."""
+    """Return the site's own scores, before and after; other contents of this entry are not shown."""
     own = told.get("validation")
     values = [own.get(name) for name in ("public", "own")] if isinstance(own, dict) else []
     if not values or any(not isinstance(value, int | float) for value in values):

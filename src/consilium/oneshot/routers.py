@@ -7,13 +7,15 @@
     phatgoose   <norm(x), norm(v_e)> / sqrt(X), v_e a gate vector that the site trained; softmax over all, the k
                 largest, divided by their sum (Muqeeth et al. ICML 2024, https://arxiv.org/abs/2402.05859)
     flexolmo    the router rows that sites trained, next to the public model's own (whole experts, see `guests`). Rows
-                trained apart know nothing of each other's texts; where every site gives its sums M_e, they are moved:
-                r_e + apart (sum_c M_c + lambda I)^-1 (2 m_e - sum_c m_c), without the constant in x; ours
+                that were trained separately are not calibrated against each other's texts. If every site gives its sums
+                M_e, they are moved: r_e + apart (sum_c M_c + lambda I)^-1 (2 m_e - sum_c m_c), without the constant in
+                x; ours
     ridge       a linear regression of the site on x, from sums that sites and the hub's public rows give:
                 W = (sum_e M_e + lambda I)^-1 [m_0 .. m_E]; ours
 
-Every router but `lorahub` takes from each site what that site alone made, so a site that leaves takes it along. The
-ridge regression is solved anew from the sums of who is there. In float32, whatever the model's dtype.
+Every router except `lorahub` uses only values that each site computed alone, so a withdrawn site removes them entirely.
+The ridge regression is solved again from the sums of the remaining sites. Routers compute in float32, whatever the
+model's dtype.
 
 Shapes: N tokens, E sites, X width of the input, R rank.
 """
@@ -46,7 +48,7 @@ Router = Literal["uniform", "lorahub", "arrow", "phatgoose", "flexolmo", "ridge"
 ADAPTER_ROUTERS = ("uniform", "lorahub", "arrow", "phatgoose", "ridge")
 EXPERT_ROUTERS = ("flexolmo", "ridge")
 JOINT = frozenset({"lorahub"})
-"""Routers with something that is fitted over all sites together; it is fitted again after a withdrawal."""
+"""Routers that are fitted over all sites together; they must be fitted again after a withdrawal."""
 Weigh = Callable[[Tensor], Tensor]
 
 
@@ -59,8 +61,8 @@ def constant(weights: Sequence[float]) -> Weigh:
 def prototype(pair: Pair) -> Tensor:
     """Return Arrow's prototype of one adapter: the top right singular vector of B A, float32 [X], of norm 1.
 
-    With A^T = Q U (QR) the right singular vectors of B A are Q times those of B U^T, a matrix of R columns, so the
-    product is never formed. The sign is that of the vector's largest entry; Arrow does not look at it.
+    With A^T = Q U (QR), the right singular vectors of B A are Q times those of B U^T, a matrix of R columns, so the
+    product is never formed. The sign is that of the vector's largest entry; Arrow ignores it.
     """
     q_XR, u_RR = torch.linalg.qr(pair.a_RX.double().t())
     _, _, vh_RR = torch.linalg.svd(pair.b_YR.double() @ u_RR.t(), full_matrices=False)
@@ -102,11 +104,12 @@ def solve_ridge(moments: Mapping[str, Tensor], strength: float) -> Tensor:
     """Solve the regression of the site on the token.
 
     Args:
-        moments: class -> sum of (x, 1)(x, 1)^T over its tokens, [X + 1, X + 1]; every class counts alike. The first
-            class may be the public rows. strength: lambda, as a share of the mean of the diagonal.
+        moments: class -> sum of (x, 1)(x, 1)^T over its tokens, [X + 1, X + 1]; all classes have the same weight. The
+            first class may be the public rows.
+        strength: lambda, as a share of the mean of the diagonal.
 
     Returns:
-        W, float32 [X + 1, classes]: (x, 1) W estimates of each class how likely the token is of it.
+        W, float32 [X + 1, classes]: (x, 1) W estimates, for each class, the probability that the token belongs to it.
     """
     means = [m.double() / m[-1, -1].double() for m in moments.values()]
     total = torch.stack(means).sum(0)
@@ -119,8 +122,8 @@ def directions(moments: Mapping[str, Tensor], strength: float) -> dict[str, Tens
     """Return site -> float32 [X], the regression of +1 on its tokens and -1 on those of the others, without constant.
 
     Args:
-        moments: site -> sum of (x, 1)(x, 1)^T over its tokens, [X + 1, X + 1]; every site counts alike. strength: as in
-            `solve_ridge`.
+        moments: site -> sum of (x, 1)(x, 1)^T over its tokens, [X + 1, X + 1]; all sites have the same weight.
+        strength: as in `solve_ridge`.
     """
     means = {site: m.double() / m[-1, -1].double() for site, m in moments.items()}
     total = torch.stack([m[:-1, :-1] for m in means.values()]).sum(0)
@@ -132,10 +135,11 @@ def directions(moments: Mapping[str, Tensor], strength: float) -> dict[str, Tens
 
 
 def ridge(w_XC: Tensor, top_k: int, sharpness: float, public: bool) -> Weigh:
-    """Return the ridge router: softmax of sharpness times the regression, of which the k largest are kept.
+    """Return the ridge router: the softmax of sharpness times the regression, with all but the k largest set to 0.
 
     Args:
-        w_XC: of `solve_ridge`. public: whether the first class is the public model, which gets no adapter.
+        w_XC: result of `solve_ridge`.
+        public: whether the first class is the public model, which gets no adapter.
     """
     classes = w_XC.shape[1]
     k = _checked(top_k, classes - public)

@@ -1,11 +1,11 @@
-"""Make the package of a site: it trains once, on its own data, next to the frozen public model.
+"""Training of a site's package: it trains once, on its own data, next to the frozen public model.
 
-Training goes in stretches of so many steps. After each the validation loss is taken, and what is needed to go on is
-written in one atomic file, so a run that was killed continues to the same bits. The package holds the best stretch by
-validation loss, or what it began with if nothing was better; under differential privacy the last one, since choosing
-would look at the data once more.
+Training runs in stretches of a fixed number of steps. After each stretch the validation loss is computed, and the state
+is written to one atomic file, so a run that was killed resumes to the same bits. The package contains the best stretch
+by validation loss, or the initial values if none was better. Under differential privacy it contains the last stretch,
+because the choice would use the data once more.
 
-Optimiser moments begin anew in every stretch, as they do in every round of a federated run.
+Optimizer moments are reset in every stretch, as they are in every round of a federated run.
 """
 
 import hashlib
@@ -47,17 +47,19 @@ STATE = "training.safetensors"
 
 @dataclass(frozen=True)
 class Training:
-    """What a site trains. How it trains is `Experiment.fit`; as many passes as `fit.epochs` times `rounds`.
+    """The part that a site trains. `Experiment.fit` says how it trains, with `fit.epochs` times `rounds` passes.
 
     Args:
         kind: adapter, low-rank adapters; gated, with a gate vector for each, trained afterwards; expert, a copy of the
             most used public expert in every sparse layer, and its router row.
-        rank: R of adapters. alpha: their scale is alpha / rank; 0: alpha = rank.
-        targets: of adapters: linear layers outside of experts; blocks, feed-forward networks as a whole; both.
+        rank: R of adapters.
+        alpha: the scale of adapters is alpha / rank; 0: alpha = rank.
+        targets: modules of adapters: linear, layers outside of experts; blocks, feed-forward networks as a whole; both.
         copies: experts per layer, >= 1.
         bias: give router rows a bias min(b, 0), as in FlexOlmo's paper; most families then need --format consilium.
-        gate_steps: steps of training the gate vectors. gate_lr: their learning rate.
-        moments: add what the ridge router needs: sums of products of hidden states, which tell more about the data
+        gate_steps: steps of training the gate vectors, >= 1.
+        gate_lr: learning rate of the gate vectors, > 0.
+        moments: add what the ridge router needs: sums of products of hidden states, which reveal more about the data
             than weights do.
         save_every: steps of a stretch, >= 1.
         dp_noise: train by DP-SGD with noise of this many times `dp_clip`; 0: without. Its epsilon is in the card.
@@ -81,7 +83,7 @@ class Training:
 
     @property
     def private(self) -> Private:
-        """The settings of DP-SGD."""
+        """Return the settings of DP-SGD."""
         return Private(self.dp_noise, self.dp_clip, self.dp_delta)
 
     def __post_init__(self) -> None:
@@ -95,7 +97,7 @@ class Training:
 
 
 def site_data(experiment: Experiment, client: str = "") -> ClientData:
-    """Load a site's own data, which is that of one client.
+    """Load a site's own data, which is the data of one client.
 
     Raises:
         DataError: if there are several clients and none is named, or no client of that name.
@@ -115,15 +117,16 @@ def train(
     card: Mapping[str, Any] | None = None,
     told: Callable[[str], None] = lambda line: None,
 ) -> Package:
-    """Train a site's part, or go on with it; returns the package, not signed yet.
+    """Train a site's part, or resume its training, and return the unsigned package.
 
     Args:
-        folder: for the state of the training; it stays at the site.
-        card: what the site wants people to read, e.g. licence and contact.
-        told: gets a line per stretch.
+        folder: folder for the state of the training; it stays at the site.
+        card: information for people, e.g. licence and contact.
+        told: called with a line of progress after each stretch.
 
     Raises:
-        BudgetError: if it would not fit `experiment.memory`. CheckpointError: for the state of another training.
+        BudgetError: if the training would not fit `experiment.memory`.
+        CheckpointError: for the state of another training.
     """
     trainer = Trainer(experiment, site, training, data)
     trainer.run(folder, told)
@@ -164,7 +167,7 @@ class Trainer:
 
     def _open(self) -> Frozen:
         model = self.base.open_model()
-        public = bool(self.training.private.noise)  # then nothing may depend on the data but by noised gradients
+        public = bool(self.training.private.noise)  # with DP, only noised gradients may depend on the data
         inputs, usage = ({}, {}) if public else measure_routers(model, self._batches())
         guests = {}
         for path, block in Base.sparse(model).items():
@@ -184,7 +187,7 @@ class Trainer:
 
     @property
     def top_k(self) -> int:
-        """Experts per token in training: as many as in the public model, and the site's own."""
+        """Return the experts per token in training: those of the public model plus the site's own."""
         return self.base.top_k + self.training.copies
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
@@ -196,11 +199,11 @@ class Trainer:
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Path -> parameter of what is trained now."""
+        """Return path -> parameter of what is trained now."""
         return {path: p for path, p in self.model.named_parameters() if p.requires_grad}
 
     def run(self, folder: Path, told: Callable[[str], None] = lambda line: None) -> None:
-        """Train all stretches that are left, then take the best one."""
+        """Train all remaining stretches, then restore the best one."""
         frozen = digest_of(frozen_tensors(self.model))
         experiment, training = self.experiment, self.training
         batches = self._order("parts", experiment.fit.epochs * experiment.rounds)
@@ -216,7 +219,7 @@ class Trainer:
             raise CheckpointError("the public model changed during training; this is a fault of the package consilium")
 
     def _order(self, stage: str, epochs: int) -> list[list[int]]:
-        """Rows of every batch of a stage."""
+        """Return the row indices of every batch of a stage."""
         generator = torch.Generator().manual_seed(derive_seed(self.experiment.seed, "order", stage))
         return list(shuffled(len(self.rows), epochs, self.experiment.fit.batch_size, generator))
 
@@ -250,7 +253,7 @@ class Trainer:
     def _stretch(
         self, stage: str, start: int, batches: list[list[int]], rates: dict[str, float], masters: dict[str, Tensor]
     ) -> tuple[float, dict[str, Tensor]]:
-        """Train on these batches; returns the mean loss, and the float32 values of a model below 32 bits."""
+        """Train on these batches; return the mean loss, and the float32 values of a model below 32 bits."""
         seed = derive_seed(self.experiment.seed, stage, start)
         context = replace(self.context, seed=seed)
         if self.training.private.noise:
@@ -267,7 +270,7 @@ class Trainer:
         return fitted.loss, fitted.masters
 
     def _loss(self) -> float:
-        """Mean loss on the validation data, nats per predicted token."""
+        """Return the mean loss on the validation data, in nats per predicted token."""
         return mean_loss(self.setup, self.model, self.validation, self.context, len(self.validation))
 
     def _add_gates(self) -> None:
@@ -281,7 +284,7 @@ class Trainer:
 
     @property
     def _identity(self) -> str:
-        """What a state belongs to."""
+        """Return a digest of everything that a saved state depends on."""
         told = {"experiment": to_json(self.experiment), "training": asdict(self.training), "site": self.site}
         rows = hashlib.sha256(json.dumps([self.rows.sources, self.rows.targets]).encode()).hexdigest()
         return hashlib.sha256(json.dumps([told, rows, self.base.digest]).encode()).hexdigest()
@@ -305,7 +308,7 @@ class Trainer:
         }
 
     def _resume(self, folder: Path, stage: str) -> tuple[dict[str, Tensor], int]:
-        """Return the float32 values and the steps done of a stage, and put the model where it was; ({}, 0): begin."""
+        """Restore the model and return the float32 values and the steps done of a stage; ({}, 0) to start over."""
         path = folder / STATE
         if not path.exists():
             return {}, 0
@@ -324,7 +327,7 @@ class Trainer:
             self._write(group["now"])
             self.best = (told["best"], group["best"])
             return group["masters"], told["done"]
-        if stage == "parts":  # which is over: the second stage has begun
+        if stage == "parts":  # this stage is over: the second stage has begun
             for path_kind, tensor in group["parts"].items():
                 module, _, kind = path_kind.rpartition(".")
                 getattr(self.adapted[module], kind)[0].data.copy_(tensor)
@@ -340,7 +343,7 @@ class Trainer:
     # --- the result -------------------------------------------------------------------------------------------------
 
     def package(self, card: Mapping[str, Any]) -> Package:
-        """Return the package of what was trained, not signed yet."""
+        """Return the unsigned package of what was trained."""
         training, kind = self.training, "expert" if self.training.kind == "expert" else "adapter"
         router = {"adapter": "none", "gated": "vector", "expert": "row+bias" if training.bias else "row"}
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self._tensors().items()}
@@ -372,7 +375,7 @@ class Trainer:
 
     @property
     def kind_of_text(self) -> str:
-        """Return what the model writes, as `consilium predict` needs to know it."""
+        """Return the kind of text that the model writes, as `consilium predict` needs it."""
         if self.data.task.form != "language":
             return "text-to-text"
         return "conversation" if any(self.data.train.texts) else "document"
@@ -392,7 +395,7 @@ class Trainer:
         return found
 
     def pairs(self) -> dict[str, Pair]:
-        """Return module -> adapter as it stands."""
+        """Return module -> adapter with its current values."""
         return {p: Pair(m.a[0].detach(), m.b[0].detach(), m.scales[0]) for p, m in self.adapted.items()}
 
 

@@ -1,11 +1,11 @@
-"""Checks of packages: poisoned ones, and memorised text.
+"""Checks of packages for poisoning and for memorised text.
 
-`check` looks for what a careless or hostile site leaves: a part that makes the public model worse on public rows, or
-weights of another size than the others'. It finds clumsy attacks; a backdoor that is silent on the rows at hand passes.
+`check` looks for traces of a careless or hostile site: a part that makes the public model worse on public rows, or
+weights of another size than the others'. It finds clumsy attacks, but not a backdoor that is silent on the given rows.
 
-`extraction` continues rows of the training data greedily and counts what is reproduced (Carlini et al. 2021).
+`extraction` continues rows of the training data greedily and counts how much is reproduced (Carlini et al. 2021).
 `exposure` ranks canaries, random texts that were put into the training data, among random texts that were not (Carlini
-et al. 2019): log2 of the number of references over the rank; about 1 where nothing was memorised.
+et al. 2019). It is log2 of the number of references over the rank, about 1 if nothing was memorised.
 """
 
 import math
@@ -30,8 +30,11 @@ from consilium.oneshot.package import Package
 __all__ = ["Finding", "canaries", "check", "exposure", "extraction", "norm_of", "with_canaries"]
 
 WORSE, FAR = 1.1, 4.0
-"""Score on public rows, as a multiple of the public model's, from which on a package is flagged; and how many times as
-large or small as the median of all a norm may be."""
+"""Limits beyond which a package is flagged.
+
+The first is its score on public rows as a multiple of the public model's score. The second is the factor by which its
+norm may be above or below the median of all.
+"""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Finding:
     """The findings about one package.
 
     Args:
-        norm: of its part, see `norm_of`. scores: domain -> score on public rows; {}: not scored.
+        norm: norm of its part, see `norm_of`.
+        scores: domain -> score on public rows; {}: not scored.
         reasons: why it is flagged; (): it is not.
     """
 
@@ -50,7 +54,7 @@ class Finding:
 
 
 def norm_of(package: Package) -> float:
-    """Return the root mean square of what a package adds: of s B A, or of an expert's numbers."""
+    """Return the root mean square of what a package adds: of s B A, or of an expert's weights."""
     if package.kind == "adapter":
         squares = [float(delta.square().mean()) for delta in deltas(list(package.pairs().values()))]
     else:
@@ -94,14 +98,16 @@ def check(base: Base, packages: Mapping[str, Package], public: Domains | None = 
 def extraction(
     model: TaskModel, rows: Encoded, prefix: int = 32, length: int = 32, most: int = 100, batch_size: int = 16
 ) -> dict[str, Any]:
-    """Continue the beginning of rows greedily.
+    """Continue the beginning of rows greedily, and compare with the true continuation.
 
     Args:
-        prefix: tokens that are given. length: tokens that must be reproduced. most: rows that are tried.
+        prefix: tokens of the prompt.
+        length: tokens that must be reproduced.
+        most: maximum number of rows to test.
 
     Returns:
-        "rows": tried, long enough; "reproduced": share of them whose next `length` tokens are all reproduced;
-        "longest": most tokens reproduced before the first that differs.
+        "rows": number of tested rows, all long enough; "reproduced": share of them whose next `length` tokens are all
+        reproduced; "longest": most tokens reproduced before the first difference.
     """
     whole = [s + t for s, t in zip(rows.sources, rows.targets, strict=True)]
     tried = [ids for ids in whole if len(ids) >= prefix + length][:most]
@@ -120,7 +126,7 @@ def extraction(
 
 
 def canaries(number: int, seed: int, words: int = 6) -> list[str]:
-    """Return random texts that no data holds: words of four letters and four digits."""
+    """Return random texts that occur in no data: words of four letters and four digits."""
     rng = random.Random(f"canaries:{seed}")
     letters, digits = "abcdefghijklmnopqrstuvwxyz", "0123456789"
     return [
@@ -130,7 +136,7 @@ def canaries(number: int, seed: int, words: int = 6) -> list[str]:
 
 
 def with_canaries(data: ClientData, texts: Sequence[str], copies: int) -> ClientData:
-    """Return the data with canaries as further training examples, each so many times."""
+    """Return the data with canaries as further training examples, each repeated `copies` times."""
     train = data.train
     more = [text for text in texts for _ in range(copies)]
     prompts = [train.texts[0]] * len(more)
@@ -150,7 +156,7 @@ def exposure(model: TaskModel, tokenizer: Any, texts: Sequence[str], references:
 
 
 def _losses(model: TaskModel, tokenizer: Any, texts: Sequence[str], batch_size: int = 16) -> list[float]:
-    """Mean loss of each text, nats per token."""
+    """Return the mean loss of each text, in nats per token."""
     model.eval()
     device, found = next(model.parameters()).device, []
     ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""Functions returning an `Experiment`, one module per paper table or use case.
+"""Functions that return an `Experiment`, with one module per paper table or use case.
 
 A function decorated with `recipe` is found by `consilium list` and run by its name.
 """
@@ -18,7 +18,7 @@ __all__ = ["RECIPES", "Recipe", "find", "recipe"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named experiment, and how other methods are set up when they are compared with it on equal terms.
+    """A named experiment, and the settings of other methods for a comparison with it on equal terms.
 
     Args:
         compared: the methods of `consilium compare`, separated by commas; "": its own, FedAvg and RandomMoE.
@@ -28,18 +28,18 @@ class Recipe:
     make: Callable[[], Experiment]
     rivals: dict[str, Algorithm] = field(default_factory=dict)
     compared: str = ""
-    """What `consilium compare` runs if it is not told otherwise."""
+    """The methods of `consilium compare` by default."""
 
     @property
     def summary(self) -> str:
-        """First line of the function's docstring."""
+        """Return the first line of the function's docstring."""
         return (self.make.__doc__ or "").strip().splitlines()[0]
 
     def algorithm(self, name: str) -> Algorithm:
-        """A method by name: the recipe's own, a rival's setting, or any registered one at its defaults.
+        """Return a method by name: the recipe's own, a rival as set up, or any registered one at its defaults.
 
         Raises:
-            ConfigError: for a name that is none of these.
+            ConfigError: if the name is none of these.
         """
         own = self.make().algorithm
         known = {**{key: None for key in Algorithm.registry}, **self.rivals, type(own).__name__: own}
@@ -64,10 +64,10 @@ def recipe(
 
 
 def find(name: str) -> Recipe:
-    """The recipe of that name.
+    """Return the recipe of that name.
 
     Raises:
-        ConfigError: for an unknown name, with the nearest known one.
+        ConfigError: if the name is unknown; the message gives the nearest known one.
     """
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")

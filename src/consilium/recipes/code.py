@@ -1,4 +1,4 @@
-"""The testbed: a small language model of code, on domains of text that it has never seen; see `data.code`."""
+"""The testbed: a small language model of code, on domains of text that it has not seen; see `data.code`."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from consilium.recipes import recipe
 __all__ = ["DEVICE", "affinitymoe_code", "fedmoe_code"]
 
 DEVICE = "80.8MB"
-"""Memory of every client: by the memory model it can train 16 of the 64 experts, and run all of them."""
+"""The memory of every client. By the memory model, a client can train 16 of the 64 experts, and run all of them."""
 FEDMOE = FedMoE(stage1="forward", stage2=False, alpha=1.0)
 RIVALS = {
     "alone": AffinityMoE(likeness="self"),

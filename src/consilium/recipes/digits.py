@@ -1,4 +1,4 @@
-"""pFedMoE: on the digits that scikit-learn ships (no file, no network), and on one's own images, tables and texts."""
+"""pFedMoE on the digits that scikit-learn ships (no file, no network), and on your own images, tables and texts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -28,10 +28,10 @@ ABLATIONS = {
     "FedProto-nearest": FedProto(infer="prototype"),
     "FD-kl": FD(distance="kl"),
 }
-"""pFedMoE with one of its parts changed, and other settings of rivals, by the name that `--algorithms` takes."""
+"""Variants of pFedMoE with one part changed, and other settings of rivals, by the name that `--algorithms` takes."""
 
 SMALL_FIT = {"optimizer": "sgd", "clip": 0.0, "label_smoothing": 0.0, "balance": 0.0}
-"""The paper's training: plain SGD on the cross-entropy."""
+"""The paper's training, which is plain SGD on the cross-entropy."""
 
 
 @recipe("pfedmoe-digits", rivals=ABLATIONS, compared=COMPARED)

@@ -1,4 +1,4 @@
-"""The default: teams that own Python packages fine-tune the shipped Switch Transformer on their documentation."""
+"""The default recipes: teams fine-tune the shipped Switch Transformer on the documentation of their Python packages."""
 
 from dataclasses import replace
 
@@ -23,15 +23,18 @@ EQUAL_MEMORY = {
     "SCAFFOLD": SCAFFOLD(eta_l=0.01, experts="fit"),
     "Standalone": Standalone(experts="fit"),
 }
-"""Methods with one model for all get the largest one that the smallest device can train; "-full" ignores the small
-devices and leaves them out."""
+"""Rivals for a comparison at equal memory.
+
+A method with one model for all clients gets the largest model that the smallest device can train. A name with "-full"
+ignores the small devices and leaves them out.
+"""
 
 
 @recipe("fedmoe-docstrings", rivals=EQUAL_MEMORY)
 def fedmoe_docstrings() -> Experiment:
     """FedMoE on three docstring tasks: 12 teams, four sizes of device, 5 teams per round.
 
-    Stage one trains 2 epochs of LoRA instead of the paper's 5, to keep the whole short.
+    Stage one trains 2 epochs of LoRA instead of the paper's 5, to keep the run short.
     """
     return Experiment(
         name="fedmoe-docstrings",

@@ -1,7 +1,7 @@
-"""Your own instructions, conversations or plain text, for a causal language model: one file, its columns named.
+"""Your own instructions, conversations or plain text, for a causal language model: one file with named columns.
 
-The experts are trained by adapters of rank 16, at a rate for these. To train all parameters: --fit.lora.rank 0
---fit.lr 1e-5; a client then needs 16 bytes of memory per parameter in bfloat16 with AdamW.
+The experts are trained by adapters of rank 16, with a learning rate for these. To train all parameters, use
+--fit.lora.rank 0 --fit.lr 1e-5. A client then needs 16 bytes of memory per parameter in bfloat16 with AdamW.
 """
 
 from pathlib import Path
@@ -27,8 +27,8 @@ __all__ = ["fedmoe_instructions", "fedmoe_plaintext", "lora_instructions"]
 def fedmoe_instructions() -> Experiment:
     """FedMoE on instructions: --model.path MODEL --data.path FILE --data.prompt COLUMN --data.response COLUMN.
 
-    Conversations: --data.messages COLUMN instead. The model is a decoder of any known family; its chat template is
-    used if it has one. Longer rows: --fit.max-length (prompt), --fit.target-length (answer), in tokens.
+    For conversations, use --data.messages COLUMN instead. The model is a decoder of any known family; its chat template
+    is used if it has one. For longer rows, set --fit.max-length (prompt) and --fit.target-length (answer), in tokens.
     """
     return Experiment(
         name="fedmoe-instructions",
@@ -45,8 +45,8 @@ def fedmoe_instructions() -> Experiment:
 def fedmoe_plaintext() -> Experiment:
     """FedMoE on plain text, by the next token: --model.path MODEL --data.path FILE --data.text COLUMN.
 
-    Documents are joined and cut into rows of --fit.max-length + --fit.target-length tokens; --fit.rows documents: one
-    document a row, its beginning; --fit.rows packed: several in a row, kept apart.
+    Documents are joined and cut into rows of --fit.max-length + --fit.target-length tokens. With --fit.rows documents,
+    a row is the beginning of one document. With --fit.rows packed, a row holds several documents, kept apart.
     """
     return Experiment(
         name="fedmoe-plaintext",
@@ -76,7 +76,8 @@ def lora_instructions() -> Experiment:
     """FedAvg of LoRA adapters on instructions, for a dense model or a mixture: --model.path MODEL --data.path FILE
     --data.prompt COLUMN --data.response COLUMN.
 
-    A GGUF file: --model.gguf FILE. Of a dense model all linear layers are adapted, fewer by --fit.lora.targets.
+    For a GGUF file, add --model.gguf FILE. All linear layers of a dense model are adapted; --fit.lora.targets
+    selects fewer.
     """
     return Experiment(
         name="lora-instructions",

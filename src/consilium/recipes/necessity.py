@@ -1,17 +1,18 @@
-"""Measure whether a language model needs its experts, on the domains of `data.domains`.
+"""A measurement of whether a language model needs its experts, on the domains of `data.domains`.
 
     python -m consilium.recipes.necessity [MODEL]
 
-A model on which a random choice of experts is as good as any other cannot show what choosing them is worth. Printed are
+A model for which a random choice of experts is as good as any other cannot show the value of choosing them. The module
+prints
 
     whole, none         the loss with all experts, and with the output of all of them zero
     own, random         the loss with a quarter of the experts in every layer: those that contribute most to a domain's
                         text, and a random quarter; without training and after equal fine-tuning
     between, within     total variation of the usage of experts between two domains, and between two halves of the text
                         of one
-    completions         greedy ones of four prompts, with a penalty on tokens that have been there already
+    completions         greedy completions of four prompts, with a penalty on tokens that occurred before
 
-Losses are in nats per token, means over the public domains on text that no model was trained on.
+Losses are in nats per token. They are means over the public domains, on text that no model was trained on.
 """
 
 import argparse
@@ -48,7 +49,7 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Necessity:
-    """Losses in nats per token and total variations in [0, 1], means over the domains; see the module."""
+    """Losses in nats per token and total variations in [0, 1], as means over the domains; see the module."""
 
     whole: float
     none: float
@@ -64,7 +65,7 @@ def measure(model: ModelSource, domains: int = 12, steps: int = 40) -> Necessity
     """Measure a language model of any family on the first public domains.
 
     Args:
-        steps: of the fine-tuning, of 8 rows of 128 tokens each, with AdamW at 6e-4.
+        steps: steps of the fine-tuning, each with 8 rows of 128 tokens, with AdamW at 6e-4.
     """
     setup = _setup(model)
     params = setup.initial_params()
@@ -110,24 +111,24 @@ def _context(name: str, data: ClientData) -> ClientContext:
 
 
 def _halves(split: Split) -> list[Split]:
-    """Return a split with every second piece of its text, and with the others."""
+    """Return two halves of a split: every second piece of its text, and the others."""
     return [Split(split.texts[start::2], split.targets[start::2], split.rows[start::2]) for start in (0, 1)]
 
 
 def _variation(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """Total variation of two usages, the mean over the layers."""
+    """Return the total variation of two usages, as the mean over the layers."""
     return statistics.mean(float((one[block] - other[block]).abs().sum()) / 2 for block in one)
 
 
 def _without_experts(model: TaskModel) -> TaskModel:
-    """The model with the output of every routed expert zero, in place."""
+    """Set the output of every routed expert to zero, in place, and return the model."""
     for block in model.blocks().values():
         block.get_submodule(model.family.experts).register_forward_hook(lambda module, args, out: torch.zeros_like(out))
     return model
 
 
 def main() -> None:
-    """Print what is measured of a model, the shipped one by default."""
+    """Print the measurements of a model, the shipped one by default."""
     parser = argparse.ArgumentParser(description="Measure whether a language model needs its experts.")
     parser.add_argument("model", nargs="?", default="code-olmoe", help="a shipped model, a directory or a hub name")
     model = ModelSource(parser.parse_args().model, form="text-to-text")

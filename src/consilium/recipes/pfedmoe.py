@@ -1,11 +1,12 @@
 """The table of pFedMoE (arXiv 2402.01350): MNIST, CIFAR-10 and CIFAR-100 from files of your own, and Fed-Heart-Disease.
 
-N clients of which 10 take part in a round: N = 10 (100 %), 50 (20 %) or 100 (10 %), by `--data.clients N`. Client k has
-the (k mod 5 + 1)-th of five CNNs; `--model.architectures cnn-1` gives all the first, the paper's homogeneous setting.
-Each client has 2 of 10 classes, or 10 of 100, in shares from U(0.4, 0.6); `--data.partition dirichlet --data.alpha 0.3`
-gives it some of all. The paper searches T in {100, 500} rounds, E in {1, 10} epochs and batches of {64, ..., 512}; here
-are the least of each. The authors' code trains with --rounds 500 --fit.epochs 10 --fit.batch-size 512
---fit.momentum 0.9 --fit.weight-decay 1e-3 --fit.clip 50, and augments (--data.augment crop-flip is nearest to it).
+There are N clients, and 10 of them take part in a round: N = 10 (100 %), 50 (20 %) or 100 (10 %), set by
+`--data.clients N`. Client k has the (k mod 5 + 1)-th of five CNNs; `--model.architectures cnn-1` gives all clients the
+first, which is the paper's homogeneous setting. Each client has 2 of 10 classes, or 10 of 100, in shares from
+U(0.4, 0.6); `--data.partition dirichlet --data.alpha 0.3` gives it some of all classes. The paper searches T in
+{100, 500} rounds, E in {1, 10} epochs and batch sizes of {64, ..., 512}; these recipes use the smallest of each. The
+authors' code trains with --rounds 500 --fit.epochs 10 --fit.batch-size 512 --fit.momentum 0.9 --fit.weight-decay 1e-3
+--fit.clip 50, and augments the images (--data.augment crop-flip is nearest to it).
 """
 
 from dataclasses import replace
@@ -60,7 +61,7 @@ def pfedmoe_mnist() -> Experiment:
 def pfedmoe_heart() -> Experiment:
     """pFedMoE on Fed-Heart-Disease: --data.path heart_disease.parquet, four hospitals, is there a disease (num > 0)?
 
-    The paper does not print its settings for it: MLPs, rates and rounds are ours.
+    The paper does not print its settings for this data; the MLPs, rates and rounds are our choice.
     """
     data = TableData(path=Path("heart_disease.parquet"), target="num", client="hospital", positive=True)
     return replace(pfedmoe_table(), name="pfedmoe-heart", data=data, sampling=Sampling(clients_per_round=4))

@@ -1,11 +1,12 @@
-"""How the shipped model was made: a small Switch encoder pretrained on the public documentation.
+"""The pretraining of the shipped model, a small Switch encoder, on the public documentation.
 
     python -m consilium.recipes.pretrain --out DIR
 
-A byte-level BPE tokenizer is trained on the public shard (`DocstringData.public`), then a stock
-`SwitchTransformersEncoderModel`, every layer sparse, by masked language modelling (tied to the input embedding)
-together with classification heads on the mean-pooled hidden state: package, kind, first verb, and the words of the
-documented name. The heads are thrown away. Routing is kept even by Switch's loss, E * sum_e f_e P_e, layer by layer.
+A byte-level BPE tokenizer is trained on the public shard (`DocstringData.public`). A stock
+`SwitchTransformersEncoderModel` with every layer sparse is then trained by masked language modelling (tied to the input
+embedding), together with classification heads on the mean-pooled hidden state. The heads predict the package, kind,
+first verb, and the words of the documented name, and are discarded at the end. Routing is kept even by Switch's loss,
+E * sum_e f_e P_e, layer by layer.
 
 The learning rate falls to zero over the planned minutes or steps. A run that stops resumes from its last save.
 """
@@ -47,22 +48,35 @@ __all__ = ["Pretrain", "Pretraining", "main"]
 class Pretrain:
     """Settings of one pretraining run.
 
-    Attributes:
+    Training ends at the first of the two limits, minutes and steps. The learning rate reaches zero there.
+
+    Args:
         out: folder for the model, the tokenizer and the state to resume from.
-        minutes, steps: how long, whichever ends first; the learning rate reaches zero there. 0 = no such limit.
+        minutes: most minutes of training; 0: no such limit.
+        steps: most steps of training; 0: no such limit.
         vocabulary: tokens, the special ones included.
-        width, hidden, layers, heads, experts: d_model, d_ff (per expert), layers, attention heads, experts per layer.
-        length: tokens per text at most.
+        width: d_model.
+        hidden: d_ff of each expert.
+        layers: number of layers.
+        heads: attention heads.
+        experts: experts per layer.
+        length: most tokens per text.
         tokens: tokens per batch, padding included.
-        rate: peak learning rate; embeddings: their rate is so many times as high. warmup: share of the rise.
+        rate: peak learning rate.
+        embedding: factor of the learning rate for the embeddings.
+        warmup: share of the run in which the learning rate rises.
         masking: largest masked share of a text; each text draws its share between 0 and this.
-        balance: coefficient of the load-balance loss. decay: AdamW weight decay.
-        dropout: while pretraining; the model is written without, since its masks cost clients a third more memory.
+        balance: coefficient of the load-balance loss.
+        decay: weight decay of AdamW.
+        dropout: dropout while pretraining; the model is written without, since its masks cost clients a third more
+            memory.
         classify: weight of the classification losses against the masked-token loss.
         smoothing: label smoothing of the classification losses.
         bag_epochs: passes over the data that fit embeddings and heads alone, before the network; 0: none.
-        threads: CPU threads. seed: of everything drawn.
-        save_minutes: minutes between saves. heldout: public documents kept for measuring.
+        threads: CPU threads.
+        seed: seed of everything drawn.
+        save_minutes: minutes between saves.
+        heldout: public documents kept for measuring.
     """
 
     out: Path
@@ -99,7 +113,7 @@ class Pretrain:
 
 
 class Pretraining:
-    """Model, heads, optimiser and the place in the data: everything that a save holds."""
+    """The model, heads, optimizer and place in the data, which together are the content of a save."""
 
     def __init__(self, settings: Pretrain, docs: list[Doc]):
         if len(docs) < 16:
@@ -129,7 +143,10 @@ class Pretraining:
         self.step, self.seconds, self.seen, self.epoch, self.position = 0, 0.0, 0, 0, 0
 
     def loss(self, batch: Batch, masking: float) -> tuple[Tensor, dict[str, float]]:
-        """Loss of one batch and its parts; masks each text by a share between 0 and `masking`."""
+        """Return the loss of one batch and its parts.
+
+        Each text is masked by a random share between 0 and `masking`.
+        """
         ids = batch.ids.to(self.device)
         real = ids != PAD
         share = torch.rand(len(ids), 1, generator=self.generator) * masking
@@ -151,10 +168,10 @@ class Pretraining:
         return total, {name: float(part.detach()) for name, part in parts.items()}
 
     def warm_start(self) -> None:
-        """Fit embeddings and heads as a bag of words first: seconds that spare the network many epochs.
+        """Fit embeddings and heads as a bag of words first; this takes seconds and saves the network many epochs.
 
-        The mean of the normalised embeddings is what the network pools while its layers still add little; each text
-        loses a share of its tokens, between 0 and `masking` and a half, so that no single word decides.
+        It pools the mean of the normalised embeddings, as the network does while its layers still add little. Each text
+        loses a random share of its tokens, between 0 and (1 + `masking`) / 2, so that no single word decides.
         """
         s, embedding = self.settings, self.model.shared.weight
         optimizer = torch.optim.Adam([embedding, *self.heads.parameters()], lr=3e-3, fused=True)
@@ -175,7 +192,7 @@ class Pretraining:
             optimizer.zero_grad()
             torch.stack(list(self._classify(pooled, part).values())).sum().backward()
             optimizer.step()
-        with torch.no_grad():  # one size for all, near that of what the layers add, which must be able to change them
+        with torch.no_grad():  # scale all to about the size of the layers' outputs, so that these can change them
             embedding.mul_(0.1 * torch.rsqrt(embedding.pow(2).mean(-1, keepdim=True) + 1e-6))
 
     @staticmethod
@@ -183,7 +200,7 @@ class Pretraining:
         return (hidden * real[..., None]).sum(1) / real.sum(1, keepdim=True)
 
     def _classify(self, pooled: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """The loss of each head that has something to say about the batch."""
+        """Return the loss of the words, and of each head that has a target in the batch."""
         parts = {}
         for head in HEADS:
             targets = batch.targets[head].to(self.device)
@@ -196,13 +213,13 @@ class Pretraining:
         return parts
 
     def progress(self) -> float:
-        """How much of the plan is done, 0 to 1."""
+        """Return the share of the plan that is done, in [0, 1]."""
         s = self.settings
         by_time = self.seconds / (60 * s.minutes) if s.minutes > 0 else 0.0
         return min(1.0, max(by_time, self.step / s.steps if s.steps > 0 else 0.0))
 
     def run(self, log: Callable[[str], None] = print) -> None:
-        """Train to the end of the plan, saving on the way."""
+        """Train to the end of the plan, and save on the way."""
         saved, spoken, means = self.seconds, self.seconds, {}
         begun = time.monotonic() - self.seconds  # everything counts: batches, saves and evaluations too
         if self.step == 0 and self.settings.bag_epochs:
@@ -254,7 +271,10 @@ class Pretraining:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Accuracy of the heads on held-out public documents, and the smallest expert's share of tokens."""
+        """Return the accuracy of the heads on held-out public documents, and the extreme shares of tokens of an expert.
+
+        The shares are those of the least and the most used expert.
+        """
         self.model.eval()
         right, count = Counter(), Counter()
         used = torch.zeros(self.settings.layers, self.settings.experts)
@@ -294,7 +314,11 @@ class Pretraining:
         (out / "state.tmp").replace(out / "state.safetensors")
 
     def resume(self) -> bool:
-        """Continue from `out` if it holds a state; CheckpointError when that state is of another model."""
+        """Continue from `out` if it holds a state, and return whether it does.
+
+        Raises:
+            CheckpointError: if the state belongs to another model.
+        """
         path = self.settings.out / "state.safetensors"
         if not path.exists():
             return False

@@ -1,4 +1,4 @@
-"""What is known about a pretrained model, measured and written beside it: card.json and README.md.
+"""The card of a pretrained model, measured and written next to it: card.json and README.md.
 
 python -m consilium.recipes.pretrain_card --model DIR [--scores central.json]
 """
@@ -29,17 +29,17 @@ __all__ = ["Card", "gates", "main", "mutual_information", "specialisation", "usa
 
 
 SCALED = 512
-"""Documents over which the constants of the gates are measured."""
+"""The documents over which the constants of the gates are measured."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """Settings.
+    """Settings of the card.
 
-    Attributes:
+    Args:
         model: folder that `consilium.recipes.pretrain` wrote.
         scores: JSON with the result of benchmarks/central.py, copied into the card.
-        command: the command that made the model, for the card.
+        command: command that made the model, for the card.
         documents: documents sampled for the public usage; half as many of the clients' for the specialisation.
         threads: CPU threads.
     """
@@ -53,7 +53,7 @@ class Card:
 
 @torch.no_grad()
 def usage(path: Path, docs: Sequence[Doc]) -> dict[str, Tensor]:
-    """Tokens of each document routed to each expert: block -> [documents, E]."""
+    """Count the tokens of each document that are routed to each expert: block -> [documents, E]."""
     model = SwitchTransformersEncoderModel.from_pretrained(path).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
     logits = watch_routers(model)
@@ -72,7 +72,7 @@ def usage(path: Path, docs: Sequence[Doc]) -> dict[str, Tensor]:
 
 
 def gates(path: Path, docs: Sequence[Doc]) -> dict[str, list[float]]:
-    """The constants c(1) .. c(E) of every block that keep a slice's gates on scale, see `moe.gates`."""
+    """Return the constants c(1) .. c(E) of every block that keep a slice's gates on scale, see `moe.gates`."""
     source = ModelSource(str(path))
     head = {"head.none.none.weight": torch.zeros(source.config.hidden_size), "head.none.none.bias": torch.zeros(())}
     tokenizer, model = source.tokenizer(), source.build(source.load() | head, "none", ("none",))
@@ -89,7 +89,10 @@ def gates(path: Path, docs: Sequence[Doc]) -> dict[str, list[float]]:
 
 
 def mutual_information(table: Tensor) -> float:
-    """Mutual information of rows and columns of a table of counts, as a share of the rows' entropy, in [0, 1]."""
+    """Return the mutual information of the rows and columns of a table of counts.
+
+    It is given as a share of the rows' entropy, in [0, 1].
+    """
     joint = table.double() / table.sum()
     rows, columns = joint.sum(1, keepdim=True), joint.sum(0, keepdim=True)
     entropy = -(rows * rows.clamp_min(1e-300).log()).sum()
@@ -98,10 +101,11 @@ def mutual_information(table: Tensor) -> float:
 
 
 def specialisation(counts: dict[str, Tensor], groups: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Per block, how differently the groups of documents use the experts.
+    """Measure, per block, how differently the groups of documents use the experts.
 
-    `variation` is the mean total variation between a group's expert shares and those of all others together: 0 when
-    groups are routed alike, 1 when no expert is shared. `information` is what a token's expert tells of its group.
+    `variation` is the mean total variation between a group's expert shares and those of all others together: 0 if
+    groups are routed alike, 1 if no expert is shared. `information` is the mutual information of a token's group and
+    its expert, see `mutual_information`.
     """
     names = sorted(set(groups))
     index = torch.tensor([names.index(group) for group in groups])
@@ -118,7 +122,7 @@ def specialisation(counts: dict[str, Tensor], groups: Sequence[str]) -> dict[str
 
 
 def describe(settings: Card) -> dict[str, Any]:
-    """The card as JSON."""
+    """Return the card as JSON."""
     data = DocstringData()
     public, private = data.public(), data.private()
     rng = random.Random(0)
@@ -167,7 +171,7 @@ def describe(settings: Card) -> dict[str, Any]:
 
 
 def readme(card: dict[str, Any]) -> str:
-    """The card for people."""
+    """Return the card as Markdown for people."""
     training, data = card["training"], card["data"]
     lines = [
         "# docstring-switch",
@@ -208,7 +212,7 @@ def readme(card: dict[str, Any]) -> str:
 
 
 def main(settings: Card) -> None:
-    """Measure, and write card.json and README.md into the model's folder."""
+    """Measure the model, and write card.json and README.md into its folder."""
     torch.set_num_threads(settings.threads)
     card = describe(settings)
     (settings.model / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")

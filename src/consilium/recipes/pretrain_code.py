@@ -1,11 +1,11 @@
-"""How the shipped language model `code-olmoe` was made: a small OLMoE pretrained on the public shard of `data.domains`.
+"""The pretraining of the shipped language model `code-olmoe`, a small OLMoE, on the public shard of `data.domains`.
 
     python -m consilium.recipes.pretrain_code --out DIR
 
-A byte-level BPE tokenizer is trained on the public shard, then a stock `OlmoeForCausalLM`: every layer sparse, two of
-sixteen experts a token, gates that are not normalised over the two. The documents of all public domains are shuffled,
-joined with an end mark behind each, and cut into rows. The loss is the next token's plus `balance` times the
-load-balance loss of each layer. The learning rate rises, then falls to zero over the planned steps as a cosine.
+A byte-level BPE tokenizer is trained on the public shard, then a stock `OlmoeForCausalLM`. Every layer is sparse, a
+token takes two of sixteen experts, and the gates are not normalised over the two. The documents of all public domains
+are shuffled, joined with an end mark after each, and cut into rows. The loss is the next token's plus `balance` times
+the load-balance loss of each layer. The learning rate rises, then falls to zero over the planned steps as a cosine.
 
 A run that stops resumes from its last save. It takes about twenty minutes on two cores with AVX-512.
 """
@@ -47,12 +47,23 @@ class PretrainCode:
 
     Args:
         out: folder for the model, the tokenizer and the state to resume from.
-        steps: updates, >= 1. rows, length: rows per update, and tokens per row.
+        steps: updates, >= 1.
+        rows: rows per update.
+        length: tokens per row.
         vocabulary: tokens, the special ones included.
-        width, hidden, layers, heads, experts, top_k: of the model; `hidden` is the width inside an expert.
-        rate: peak learning rate; warmup: share of the steps in which it rises. decay: weight decay of AdamW.
+        width: width of the model.
+        hidden: width inside an expert.
+        layers: number of layers.
+        heads: attention heads.
+        experts: experts per layer.
+        top_k: experts per token.
+        rate: peak learning rate.
+        warmup: share of the steps in which the learning rate rises.
+        decay: weight decay of AdamW.
         balance: weight of the load-balance loss.
-        threads: CPU threads. seed: of everything that is drawn. save_minutes: minutes between saves.
+        threads: CPU threads.
+        seed: seed of everything that is drawn.
+        save_minutes: minutes between saves.
     """
 
     out: Path
@@ -82,7 +93,7 @@ class PretrainCode:
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer that gives every text back character by character."""
+    """Train a byte-level BPE tokenizer that restores every text character by character."""
     tokenizer = byte_level_bpe(texts, vocabulary, SPECIAL, prefix=False)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -94,7 +105,7 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
 
 
 class Pretraining:
-    """Model, optimiser and the place in the data: everything that a save holds."""
+    """The model, optimizer and place in the data, which together are the content of a save."""
 
     def __init__(self, settings: PretrainCode, texts: list[str] | None = None):
         self.settings = settings
@@ -140,7 +151,7 @@ class Pretraining:
         self.step, self.seconds = 0, 0.0
 
     def batches(self) -> Iterator[Tensor]:
-        """Token ids [rows, length] of every step, epoch after epoch; equal for equal settings."""
+        """Yield the token ids [rows, length] of every step, epoch after epoch; they are equal for equal settings."""
         s, epoch = self.settings, 0
         while True:
             order = torch.randperm(len(self.ids), generator=torch.Generator().manual_seed(s.seed + epoch)).tolist()
@@ -156,7 +167,7 @@ class Pretraining:
             epoch += 1
 
     def run(self, log: Callable[[str], None] = print) -> None:
-        """Train to the end of the plan, saving on the way."""
+        """Train to the end of the plan, and save on the way."""
         s, mean, saved = self.settings, float("nan"), time.monotonic()
         begun = time.monotonic() - self.seconds
         self.model.train()
@@ -209,7 +220,7 @@ class Pretraining:
         self.tokenizer.save_pretrained(out)
         for path in ("model.safetensors", "config.json"):
             (out / path).unlink(missing_ok=True)
-        tied = self.model.backbone.all_tied_weights_keys  # are not written: `from_pretrained` ties them again
+        tied = self.model.backbone.all_tied_weights_keys  # not written, because `from_pretrained` ties them again
         whole = {
             key: tensor.detach().to(torch.bfloat16)
             for key, tensor in self.model.backbone.state_dict().items()
@@ -221,10 +232,10 @@ class Pretraining:
         (out / "state.tmp").replace(out / "state.safetensors")
 
     def resume(self) -> bool:
-        """Continue from `out` if it holds a state; return whether it does.
+        """Continue from `out` if it holds a state, and return whether it does.
 
         Raises:
-            CheckpointError: if the state is of other settings.
+            CheckpointError: if the state belongs to other settings.
         """
         path = self.settings.out / "state.safetensors"
         if not path.exists():
@@ -248,7 +259,10 @@ def write_card(out: Path, ids: list[Tensor], rows: int = 96, length: int = 256) 
     """Write card.json: how often public text asks for each expert, and the scale of the gates of a slice.
 
     Args:
-        out: folder of the finished model. ids: token ids of the public documents. rows, length: of those measured.
+        out: folder of the finished model.
+        ids: token ids of the public documents.
+        rows: rows that are measured.
+        length: tokens per row.
     """
     source = ModelSource(str(out), form="text-to-text")
     model = source.build(source.load(), "", ()).eval()
@@ -268,7 +282,7 @@ def write_card(out: Path, ids: list[Tensor], rows: int = 96, length: int = 256) 
 
 
 def _plan(settings: PretrainCode) -> dict[str, object]:
-    """The settings that a state must share; the others may change on resuming."""
+    """Return the settings that a state must share; the others may change when a run resumes."""
     return {k: v for k, v in asdict(settings).items() if k not in ("out", "threads", "save_minutes")}
 
 

@@ -20,7 +20,13 @@ HEADS = ("topic", "kind", "verb")
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids [B, T] (padded), head targets [B] (-1 = none), name words [B, W] as rows that sum to 1 or 0."""
+    """A padded batch of documents.
+
+    Args:
+        ids: token ids [B, T] (padded).
+        targets: targets [B] of each head (-1: none).
+        words: words of the names [B, W], as rows that sum to 1 or 0.
+    """
 
     ids: Tensor
     targets: dict[str, Tensor]
@@ -28,7 +34,7 @@ class Batch:
 
 
 class Corpus:
-    """Encoded documents with their answers, handed out in batches of about equal length."""
+    """Encoded documents with their targets, in batches of texts of about equal length."""
 
     def __init__(self, docs: list[Doc], tokenizer: PreTrainedTokenizerFast, length: int, classes: dict[str, list[str]]):
         encoded = tokenizer([doc.text for doc in docs], truncation=True, max_length=length)["input_ids"]
@@ -39,7 +45,10 @@ class Corpus:
         self.words = [[place["words"][w] for w in words(doc.name) if w in place["words"]] for doc in docs]
 
     def batches(self, tokens: int, rng: random.Random) -> Iterator[Batch]:
-        """One pass in random order; a batch has at most `tokens` tokens, and neighbours in length share it."""
+        """Yield the batches of one pass in random order.
+
+        A batch has at most `tokens` tokens, and texts of similar length share it.
+        """
         order = list(range(len(self.ids)))
         rng.shuffle(order)
         groups = []
@@ -57,7 +66,7 @@ class Corpus:
             yield self.take(group)
 
     def take(self, rows: list[int]) -> Batch:
-        """The batch of these rows."""
+        """Return the batch of the given rows."""
         ids = nn.utils.rnn.pad_sequence([self.ids[i] for i in rows], batch_first=True, padding_value=PAD)
         named = torch.zeros(len(rows), len(self.classes["words"]))
         for r, i in enumerate(rows):
@@ -67,7 +76,10 @@ class Corpus:
 
 
 def answer(head: str, doc: Doc) -> str | None:
-    """What a head should say of a document; None: nothing. Wider than the tasks: every kind, every frequent verb."""
+    """Return the label that a head should predict for a document, or None.
+
+    The labels are wider than those of the tasks: every kind, and every frequent verb.
+    """
     if head == "topic":
         return doc.package
     if head == "kind":
@@ -79,7 +91,7 @@ def answer(head: str, doc: Doc) -> str | None:
 
 
 def classes_of(docs: list[Doc]) -> dict[str, list[str]]:
-    """Labels per head that occur often enough, and the frequent words of names."""
+    """Return the labels per head that occur often enough, and the frequent words of names."""
     least = max(2, len(docs) // 1000)
     classes = {}
     for head in HEADS:

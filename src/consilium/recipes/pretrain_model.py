@@ -1,4 +1,4 @@
-"""The shipped model's parts: tokenizer, architecture, initial weights, routing, and how it is written."""
+"""The parts of the shipped model: tokenizer, architecture, initial weights, routing, and export."""
 
 import copy
 from collections.abc import Sequence
@@ -40,11 +40,13 @@ def byte_level_bpe(
     prefix: bool,
     normalizer: normalizers.Normalizer | None = None,
 ) -> Tokenizer:
-    """Train byte-level BPE, which needs no unknown token, with every digit apart.
+    """Train byte-level BPE, which needs no unknown token, with every digit as a separate token.
 
     Args:
-        vocabulary: tokens, the special ones included. prefix: put a blank before a text. normalizer: None: texts as
-            they are.
+        vocabulary: tokens, the special ones included.
+        special: the special tokens.
+        prefix: add a space before each text.
+        normalizer: applied to the texts; None: texts as they are.
     """
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     if normalizer is not None:
@@ -62,7 +64,7 @@ def byte_level_bpe(
 
 
 def train_tokenizer(texts: list[str], vocabulary: int, length: int) -> PreTrainedTokenizerFast:
-    """Train byte-level BPE over the texts, which ends every text with </s>."""
+    """Train a byte-level BPE tokenizer over the texts; it ends every text with </s>."""
     tokenizer = byte_level_bpe(texts, vocabulary, SPECIAL, prefix=True, normalizer=normalizers.NFC())
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", EOS)]
@@ -79,7 +81,7 @@ def train_tokenizer(texts: list[str], vocabulary: int, length: int) -> PreTraine
 
 
 def build(settings: "Pretrain", vocabulary: int) -> SwitchTransformersEncoderModel:
-    """A Switch encoder with every layer sparse, from a config, in float32."""
+    """Build a Switch encoder with every layer sparse, from a config, in float32."""
     config = SwitchTransformersConfig(
         vocab_size=vocabulary,
         d_model=settings.width,
@@ -104,7 +106,7 @@ def build(settings: "Pretrain", vocabulary: int) -> SwitchTransformersEncoderMod
 
 
 def sort_experts(model: SwitchTransformersEncoderModel) -> SwitchTransformersEncoderModel:
-    """Let every sparse layer of this model compute on tokens sorted by expert; it still saves as the stock class."""
+    """Make every sparse layer of this model compute on tokens sorted by expert; it still saves as the stock class."""
     for block in model.encoder.block:
         block.layer[1].mlp.experts.forward = _sorted_experts.__get__(block.layer[1].mlp.experts)
     return model
@@ -112,13 +114,14 @@ def sort_experts(model: SwitchTransformersEncoderModel) -> SwitchTransformersEnc
 
 @torch.no_grad()
 def initialise(model: SwitchTransformersEncoderModel) -> None:
-    """Weights from which AdamW learns in minutes; the stock ones were made for Adafactor and long runs.
+    """Set initial weights from which AdamW learns in minutes; the stock ones were made for Adafactor and long runs.
 
-    - Small embeddings: at AdamW's step size those of rare words, which tell most, would hardly move from unit variance.
-    - Small outputs of attention and experts, so that they do not drown the embeddings.
-    - Router logits of unit deviation instead of sqrt(d_model): no token belongs to one expert from the start.
-    - Attention heads that look one word back, one ahead, nearby, around, and everywhere: relative positions are
-      learnt slowly, and until they are, the masked-word loss stands still at the frequencies of words.
+    - Embeddings are small. At AdamW's step size, those of rare words, which tell most, would hardly move from unit
+      variance.
+    - Outputs of attention and experts are small, so that they do not drown the embeddings.
+    - Router logits have unit deviation instead of sqrt(d_model), so that no token belongs to one expert from the start.
+    - Attention heads look one word back, one ahead, nearby, around, and everywhere. Relative positions are learnt
+      slowly; until then, the masked-word loss stays at the level of word frequencies.
     """
     width = model.config.d_model
     model.shared.weight.normal_(std=0.05)
@@ -140,7 +143,10 @@ def initialise(model: SwitchTransformersEncoderModel) -> None:
 
 
 def _sorted_experts(experts: nn.ModuleDict, hidden_TD: Tensor, chosen_T1E: Tensor, weights_T1: Tensor) -> Tensor:
-    """The stock experts' result, computed on tokens sorted by expert: one gather instead of one search per expert."""
+    """Return the stock experts' result, computed on tokens sorted by expert.
+
+    This takes one gather instead of one search per expert.
+    """
     expert_T = chosen_T1E.squeeze(1).argmax(-1)
     order_T = expert_T.argsort()
     counts = expert_T.bincount(minlength=len(experts)).tolist()
@@ -151,7 +157,7 @@ def _sorted_experts(experts: nn.ModuleDict, hidden_TD: Tensor, chosen_T1E: Tenso
 
 
 def watch_routers(model: SwitchTransformersEncoderModel) -> list[Tensor]:
-    """A list that each forward pass appends every layer's router logits [B, T, E] to, first layer first."""
+    """Return a list to which each forward pass appends every layer's router logits [B, T, E], first layer first."""
     logits: list[Tensor] = []
     for block in model.encoder.block:
         block.layer[1].mlp.router.register_forward_hook(lambda module, args, output: logits.append(output[2]))
@@ -159,9 +165,13 @@ def watch_routers(model: SwitchTransformersEncoderModel) -> list[Tensor]:
 
 
 def balance_loss(logits: Tensor, real: Tensor) -> Tensor:
-    """Switch's load balance of one layer, E * sum_e f_e P_e over real tokens: 1 when even, E when collapsed.
+    """Return Switch's load balance of one layer, E * sum_e f_e P_e over real tokens: 1 if even, E if collapsed.
 
-    logits [B, T, E]; real [B, T] bool. f_e: share of tokens whose first choice is e; P_e: mean probability of e.
+    f_e is the share of tokens with first choice e; P_e is the mean probability of e.
+
+    Args:
+        logits: [B, T, E].
+        real: [B, T] bool.
     """
     kept = logits[real].float()
     experts = kept.shape[-1]
@@ -170,7 +180,10 @@ def balance_loss(logits: Tensor, real: Tensor) -> Tensor:
 
 
 def export(model: SwitchTransformersEncoderModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Model in bfloat16 and tokenizer for `from_pretrained`, which then computes in float32 and without dropout."""
+    """Write the model in bfloat16 and the tokenizer for `from_pretrained`.
+
+    The loaded model computes in float32 and without dropout.
+    """
     names = [k for k in model.state_dict() if k != "encoder.embed_tokens.weight"]  # tied to shared.weight
     tensors = {k: model.state_dict()[k].detach().to("cpu", torch.bfloat16).contiguous() for k in names}
     save_file(tensors, out / "model.tmp", metadata={"format": "pt"})

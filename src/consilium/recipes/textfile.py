@@ -1,4 +1,4 @@
-"""Your own text: one file, its columns named on the command line."""
+"""Your own text from one file, with its columns named on the command line."""
 
 from dataclasses import replace
 from pathlib import Path

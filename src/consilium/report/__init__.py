@@ -1,5 +1,7 @@
-"""The report of a run, or of several runs compared: one HTML page with a CSV and a LaTeX table beside it, and a table
-for the terminal."""
+"""The report of a run, or of several runs compared.
+
+It is one HTML page, with a CSV and a LaTeX table next to it, and a table for the terminal.
+"""
 
 from consilium.report.export import table_files
 from consilium.report.html import render, write_report

@@ -1,4 +1,4 @@
-"""Figures about what a run cost: bytes on the wire, memory on the devices, seconds."""
+"""Figures about the costs of a run: bytes on the wire, memory on the devices, seconds."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _PARTS = (("train", "training", "c0"), ("evaluate", "evaluation", "c4"), ("engin
 
 
 def traffic(runs: Sequence[RunRecord]) -> Drawing:
-    """Total bytes down and up per run, and how the total grows over the rounds."""
+    """Draw the total bytes down and up of each run, and the growth of the total over the rounds."""
     totals = [(_total(run, "bytes_down"), _total(run, "bytes_up")) for run in runs]
     if not any(down or up for down, up in totals):
         raise NothingToDraw("Nothing was sent: these runs recorded no bytes up or down (Standalone never does).")
@@ -62,7 +62,7 @@ def traffic(runs: Sequence[RunRecord]) -> Drawing:
 
 
 def traffic_per_client(run: RunRecord) -> Drawing:
-    """Bytes down and up per client over the run."""
+    """Draw the bytes down and up of each client over the run."""
     rows = list(run.order)
     down, up = (_client_bytes(run, key) for key in ("bytes_down", "bytes_up"))
     if not any(down.values()) and not any(up.values()):
@@ -91,7 +91,7 @@ def traffic_per_client(run: RunRecord) -> Drawing:
 
 
 def memory(run: RunRecord) -> Drawing:
-    """Per client: what its device has, and what the method needs there at the worst moment."""
+    """Draw the memory of each client's device, and the peak memory that the method needs there."""
     peaks, unable = _peaks(run), unable_clients(run)
     if not any(peaks.values()) and not any(c.memory_bytes for c in run.clients.values()):
         raise NothingToDraw(f"{run.label} recorded neither device limits nor a memory estimate.")
@@ -121,7 +121,7 @@ def memory(run: RunRecord) -> Drawing:
 
 
 def time_split(runs: Sequence[RunRecord]) -> Drawing:
-    """Seconds of training, evaluation and engine, per run."""
+    """Draw the seconds of training, evaluation and engine of each run."""
     split = [_seconds(run) for run in runs]
     if not any(sum(parts.values()) for parts in split):
         raise NothingToDraw("No round has recorded its seconds yet.")
@@ -175,7 +175,7 @@ def _bar_figure(names: Sequence[str]) -> Figure:
 
 
 def _end_texts(axes: Axes, texts: Sequence[str], ends: Sequence[float]) -> None:
-    """Write each bar's figure behind its end, in room that is made for it."""
+    """Write the value of each bar behind its end, and widen the axis to make room for it."""
     top = max([*ends, 0]) * 1.24 or 1
     axes.set_xlim(0, max(axes.get_xlim()[1] if axes.get_xlim()[1] > top else 0, top))
     for place, (text, end) in enumerate(zip(texts, ends, strict=True)):
@@ -203,7 +203,7 @@ def _memory_text(run: RunRecord, client: str, peak: float | None, unable: bool, 
 
 
 def _peaks(run: RunRecord) -> dict[str, float | None]:
-    """Peak of the memory model in bytes; the summary's word, else the largest that a round recorded."""
+    """Return the peak bytes of the memory model per client: from the summary, else the largest value of a round."""
     found: dict[str, float | None] = {}
     for client in run.order:
         told = number((((run.summary or {}).get("clients") or {}).get(client) or {}).get("peak_bytes_model"))
@@ -233,7 +233,7 @@ def _cumulative(axes: Axes, runs: Sequence[RunRecord]) -> None:
 
 
 def second_axis(axis: Axis, top: float) -> None:
-    """Ticks at steps that clocks know: 100 s would read as "1m 40s"."""
+    """Place ticks at round clock times, because a tick at 100 s would read as "1m 40s"."""
     steps = [m * unit for unit, ms in ((0.001, (1, 2, 5, 10, 20, 50, 100, 200, 500)), (1, (1, 2, 5, 10, 15, 30)),
                                        (60, (1, 2, 5, 10, 15, 30)), (3600, (1, 2, 3, 6, 12))) for m in ms]  # fmt: skip
     step = next((s for s in steps if top / s <= 4.5), 86_400 * max(1, round(top / 86_400 / 4)))
@@ -242,7 +242,7 @@ def second_axis(axis: Axis, top: float) -> None:
 
 
 def _clock(value: float) -> str:
-    """A tick without needless digits: "30 s", "2m", "1m 30s"."""
+    """Format a tick without needless digits, e.g. "30 s", "2m" or "1m 30s"."""
     if not value:
         return "0"
     return f"{value:g} s" if value < 60 else format_seconds(value).replace(" 00s", "").replace(" 00m", "")

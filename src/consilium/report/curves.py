@@ -1,4 +1,4 @@
-"""Figures with rounds or bytes along the bottom: scores, and how many experts each client holds."""
+"""Figures with rounds, bytes or seconds along the x axis: scores, experts per client, and ranks of adapters."""
 
 from __future__ import annotations
 
@@ -34,11 +34,14 @@ __all__ = ["adapter_ranks", "expert_counts", "scores_over_bytes", "scores_over_r
 _WIDTH, _HEIGHT = 340, 215
 Points = list[tuple[float, float]]
 Placed = list[tuple[float, Mapping[str, Any]]]
-"""Where each round of a run stands along the x axis, and its record."""
+"""The position of each round of a run on the x axis, with the record of the round."""
 
 
 def scores_over_rounds(runs: Sequence[RunRecord]) -> Drawing:
-    """A panel per task, and the mean over tasks: test scores where evaluated, validation as a thin line."""
+    """Draw the scores over the rounds, with one panel per task and one for the mean over tasks.
+
+    Test scores are drawn in the rounds that were evaluated, and validation scores as a thin line.
+    """
     rounds = [[(_number_of(line, i), line) for i, line in enumerate(run.rounds)] for run in runs]
     drawing = _score_panels(runs, rounds, "round", single_detail=len(runs) == 1)
     stage_one = [_stage_one_end(run) for run in runs]
@@ -50,7 +53,7 @@ def scores_over_rounds(runs: Sequence[RunRecord]) -> Drawing:
 
 
 def scores_over_bytes(runs: Sequence[RunRecord]) -> Drawing:
-    """The same scores against the bytes that all clients together had sent and received by then."""
+    """Draw the same scores over the bytes that all clients together had sent and received by then."""
     placed = [
         _summed(run, lambda r: (number(r.get("bytes_down")) or 0) + (number(r.get("bytes_up")) or 0)) for run in runs
     ]
@@ -60,7 +63,7 @@ def scores_over_bytes(runs: Sequence[RunRecord]) -> Drawing:
 
 
 def scores_over_seconds(runs: Sequence[RunRecord]) -> Drawing:
-    """The same scores against the seconds that the run had taken by then."""
+    """Draw the same scores over the seconds that the run had taken by then."""
     placed = [_summed(run, lambda r: number((r.get("seconds") or {}).get("round")) or 0) for run in runs]
     if len(runs) < 2 or not any(total for run in placed for total, _ in run):
         raise NothingToDraw("There is no second run to compare with, or no round has recorded its seconds yet.")
@@ -72,7 +75,10 @@ def _summed(run: RunRecord, of: Callable[[Mapping[str, Any]], float]) -> Placed:
 
 
 def expert_counts(run: RunRecord) -> Drawing:
-    """A panel per task: experts held by each client, summed over layers, at each round; changes are marked."""
+    """Draw the experts held by each client at each round, summed over layers, with one panel per task.
+
+    Changes are marked.
+    """
     counts = _counts(run)
     if not counts:
         raise NothingToDraw(
@@ -96,7 +102,7 @@ RANKS = {"effective_rank": ("effective rank", 1), "energy_beyond": ("energy beyo
 
 
 def adapter_ranks(runs: Sequence[RunRecord]) -> Drawing:
-    """Effective rank of the merged adapters, and their energy beyond the smallest rank, over the rounds."""
+    """Draw the effective rank of the merged adapters, and their energy beyond the smallest rank, over the rounds."""
     panels = []
     styles = run_styles([run.method for run in runs])
     for name, (title, factor) in RANKS.items():
@@ -126,8 +132,14 @@ def adapter_ranks(runs: Sequence[RunRecord]) -> Drawing:
 
 
 def _score_panels(runs: Sequence[RunRecord], placed: Sequence[Placed], along: str, single_detail: bool) -> Drawing:
-    """placed: per run, the rounds at their place along the x axis. Where methods ran several times, a line is the mean
-    over a method's runs, and the band around it their standard deviation."""
+    """Draw the scores, with one panel per task and one for the mean over tasks.
+
+    If methods ran several times, a line is the mean over a method's runs. The band around it is their standard
+    deviation.
+
+    Args:
+        placed: the rounds of each run with their positions on the x axis.
+    """
     tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
     panels = []
     dashed = False
@@ -202,7 +214,10 @@ def _x_axis(axes: Axes, along: str) -> None:
 
 
 def _band(told: Sequence[Sequence[tuple[float, float, float]]]) -> list[tuple[float, float, float]]:
-    """(x, mean, deviation) over a method's runs in the rounds that all of them scored; a single run deviates by 0."""
+    """Return (x, mean, standard deviation) over a method's runs for each round that all of them scored.
+
+    The deviation of a single run is 0.
+    """
     by_round = [{number: (x, y) for number, x, y in points} for points in told if points]
     band = []
     for number_ in sorted(set.intersection(*map(set, by_round))) if by_round else ():
@@ -219,7 +234,7 @@ def _shade(axes: Axes, band: Sequence[tuple[float, float, float]], ink: str) -> 
 
 
 def _test_points(run: RunRecord, placed: Placed, task: str) -> list[tuple[float, float, float]]:
-    """(round, x, score in percent) of the rounds that were scored."""
+    """Return (round, x, score in percent) for each round that was scored."""
     points = []
     for i, (x, line) in enumerate(placed):
         value = number((line.get("scores") or {}).get(task))
@@ -234,7 +249,10 @@ def _test_points(run: RunRecord, placed: Placed, task: str) -> list[tuple[float,
 
 
 def _validation_points(run: RunRecord, placed: Placed, task: str) -> Points:
-    """Mean validation score of the round's participants of a task; rounds without one are bridged."""
+    """Return (x, mean validation score in percent) of the round's participants of a task.
+
+    Rounds without a score are left out, so the line bridges them.
+    """
     points = []
     for x, line in placed:
         by_task: dict[str, list[float]] = {}
@@ -243,7 +261,7 @@ def _validation_points(run: RunRecord, placed: Placed, task: str) -> Points:
             if client in run.clients and value is not None:
                 by_task.setdefault(run.clients[client].task, []).append(value)
         if task == "mean":
-            # A mean over whichever tasks took part would jump with the draw, so only full rounds have one.
+            # A mean over only the tasks that took part would jump with the draw, so only full rounds have one.
             if len(by_task) == len(run.tasks):
                 points.append((x, 100 * statistics.fmean(map(statistics.fmean, by_task.values()))))
         elif task in by_task:
@@ -260,7 +278,10 @@ def _each_client(axes: Axes, run: RunRecord, placed: Placed, task: str) -> None:
 
 
 def _guess_line(axes: Axes, run: RunRecord, task: str) -> bool:
-    """The score of always answering a client's commonest label; only accuracy has so simple a floor."""
+    """Draw the score of always answering a client's commonest label, and return whether it is known.
+
+    Only accuracy has such a simple lower bound.
+    """
     if run.metric(task) != "accuracy":
         return False
     shares = [c.commonest_label_share for c in run.clients.values() if c.task == task]
@@ -271,7 +292,10 @@ def _guess_line(axes: Axes, run: RunRecord, task: str) -> bool:
 
 
 def _counts(run: RunRecord) -> dict[str, Points]:
-    """client -> (round, experts held): every change in structure.json, else what metrics.jsonl tells."""
+    """Return client -> (round, experts held).
+
+    The values are every change in structure.json, else the counts in metrics.jsonl.
+    """
     found: dict[str, Points] = {}
     maps = (run.structure or {}).get("rounds") or {}
     for key in sorted((k for k in maps if str(k).lstrip("-").isdigit()), key=int):
@@ -330,7 +354,7 @@ def _mark_events(axes: Axes, run: RunRecord, client: str, points: Points) -> Non
 
 
 def _name_line_ends(axes: Axes, ends: list[tuple[str, float]], limit: int = 11) -> None:
-    """Write names beside the line ends, pushed apart so that none covers another."""
+    """Write names next to the line ends, pushed apart so that they do not overlap."""
     bottom, top = axes.get_ylim()
     pixels = axes.bbox.height / (top - bottom)
     ends = sorted(ends, key=lambda end: end[1])
@@ -362,7 +386,7 @@ def _name_line_ends(axes: Axes, ends: list[tuple[str, float]], limit: int = 11) 
 
 
 def _at(points: Points, x: float) -> float:
-    """The value of a step function; before its first point, its first value."""
+    """Return the value of a step function at x; before its first point, return its first value."""
     return next((y for when, y in reversed(points) if when <= x), points[0][1])
 
 

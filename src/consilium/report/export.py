@@ -1,4 +1,4 @@
-"""The comparison's table for other programs: CSV with plain numbers, LaTeX for a paper."""
+"""The table of a comparison for other programs: CSV with plain numbers, LaTeX for a paper."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ _COST = ("traffic", "memory", "time")
 
 
 def table_files(page: Path) -> tuple[Path, Path]:
-    """Where the table of a page goes: report.csv and report.tex beside report.html."""
+    """Return the paths of a page's tables: report.csv and report.tex next to report.html."""
     return page.with_suffix(".csv"), page.with_suffix(".tex")
 
 
 def to_csv(found: Sequence[Method]) -> str:
-    """One row a method, numbers in full: scores in [0, 1], bytes, seconds; empty where nothing is known."""
+    """Return the table as CSV with one row per method.
+
+    Numbers are written in full: scores in [0, 1], bytes, seconds. A cell is empty if its value is unknown.
+    """
     made = rows(found)
     heads = list(dict.fromkeys(key for row in made for key in row))
     text = io.StringIO()
@@ -33,11 +36,14 @@ def to_csv(found: Sequence[Method]) -> str:
 
 
 def to_latex(found: Sequence[Method]) -> str:
-    """A `tabular` for booktabs: mean ± deviation over seeds, the best of each column in bold, and the paired test."""
+    """Return the table as a `tabular` for booktabs.
+
+    It holds the mean ± deviation over seeds, the best of each column in bold, and the paired test.
+    """
     shown = method_columns(found)
     heads = [c.head[:1].upper() + c.head[1:] for c in shown]
     if reference := next((m.against.reference for m in found if m.against), ""):
-        difference, p = (c for c in paired_columns(found) if c.head in ("difference", "p"))  # the rest is commented
+        difference, p = (c for c in paired_columns(found) if c.head in ("difference", "p"))  # comments hold the rest
         shown, heads = [*shown, difference, p], [*heads, f"Minus {reference}", "p"]
     lines = [f"% {line}" for line in _comment(found)]
     lines += [
@@ -60,7 +66,10 @@ def to_latex(found: Sequence[Method]) -> str:
 
 
 def _comment(found: Sequence[Method]) -> list[str]:
-    """What the numbers are, for whoever writes the caption. Needs \\usepackage{booktabs}."""
+    """Return comment lines that explain the numbers to the author of the caption.
+
+    The table needs \\usepackage{booktabs}.
+    """
     several = any(m.runs > 1 for m in found)
     said = [
         r"\usepackage{booktabs}",

@@ -1,8 +1,9 @@
-"""The table of `consilium plan`: memory, bytes, steps and time of every client, before anything is trained.
+"""The table of `consilium plan`: memory, bytes, steps and time of every client, before any training.
 
-The server half of the method makes its payloads for the first round, to all clients at once; what they hold and weigh
-is counted. Time is an estimate: 6 floating point operations per active parameter and token of a step (4 with adapters,
-which need no gradients of the frozen weights), at half the rate of matrix products that this machine shows now.
+The server half of the method makes its payloads for the first round, for all clients at once. The experts and bytes of
+these payloads are counted. The time is an estimate: 6 floating point operations per active parameter and token of a
+step (4 with adapters, which need no gradients of the frozen weights), at half the rate of matrix products that this
+machine shows now.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from consilium.setup import Setup
 __all__ = ["Forecast", "forecasts", "print_plan"]
 
 SIDE, EFFICIENCY = 1024, 0.5
-"""Side of the matrices whose product is timed; share of its rate that training reaches."""
+"""The side of the timed matrices, and the share of the measured rate that training reaches."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,15 @@ class Forecast:
     """The needs of one client in a round in which it takes part.
 
     Args:
-        client: its name. examples: for training. experts: held, over all layers, None where there are none.
-        memory: bytes while it trains, None for small models, which have no memory model.
-        down, up: bytes of tensors that it gets, and sends at least.
-        steps: of the optimiser. seconds: an estimate.
-        note: why it cannot take part, or "".
+        client: name of the client.
+        examples: examples for training.
+        experts: experts that it holds, over all layers; None if there are none.
+        memory: bytes while it trains; None for small models, which have no memory model.
+        down: bytes of tensors that it receives.
+        up: bytes of tensors that it sends at least.
+        steps: steps of the optimizer.
+        seconds: estimated time.
+        note: reason why it cannot take part, or "".
     """
 
     client: str
@@ -52,13 +57,13 @@ class Forecast:
 
 
 def forecasts(experiment: Experiment, rate: float | None = None) -> list[Forecast]:
-    """Return a forecast for every client, in their order.
+    """Return a forecast for every client, in the order of the clients.
 
     Args:
-        rate: floating point operations per second of matrix products; None: measured.
+        rate: floating point operations per second of matrix products; None: measured on this machine.
 
     Raises:
-        ConsiliumError: for an experiment that cannot be run.
+        ConsiliumError: if the experiment cannot be run.
     """
     found = prepare(experiment)
     every = dataclasses.replace(experiment.sampling, clients_per_round=len(found.infos))
@@ -94,7 +99,10 @@ def _forecast(setup: Setup, info: ClientInfo, payload: Payload, rate: float) -> 
 
 
 def active_parameters(setup: Setup, counts: dict[str, int]) -> int:
-    """Return the parameters that one token passes: all outside the experts, and those of the experts it takes."""
+    """Return the number of parameters that one token passes.
+
+    These are all parameters outside the experts, and those of the experts that the token takes.
+    """
     memory, k = MemoryModel.of(setup.model), experts_per_token(setup.model.config)
     return memory.dense_params + sum(
         min(k, n) * memory.expert_params[block] + n * memory.row_params[block] for block, n in counts.items()
@@ -102,7 +110,7 @@ def active_parameters(setup: Setup, counts: dict[str, int]) -> int:
 
 
 def _rate() -> float:
-    """Return the floating point operations per second of float32 matrix products here."""
+    """Return the floating point operations per second of float32 matrix products on this machine."""
     a = torch.ones(SIDE, SIDE)
     a @ a
     best = min(_seconds(lambda: a @ a) for _ in range(3))
@@ -116,7 +124,7 @@ def _seconds(call: object) -> float:
 
 
 def print_plan(experiment: Experiment, out: Console) -> None:
-    """Print a row per client, and what a run of all rounds moves."""
+    """Print one row per client, and the traffic and time of a run of all rounds."""
     found = forecasts(experiment)
     table = Table(box=None, padding=(0, 1), header_style="bold")
     for title in ("client", "examples", "experts", "memory", "down", "up", "steps", "time"):

@@ -1,4 +1,4 @@
-"""What each client gains over training alone: the reason for anybody to take part."""
+"""The gain of each client over training alone, which is its reason to take part."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ __all__ = ["gain_over_standalone"]
 
 ALONE = "Standalone"
 _WIDTH, _NAMED = 340, 40
-Gain = tuple[str, float]  # client (and seed, where there are several), points of a hundred
+Gain = tuple[str, float]  # client (and seed, if there are several), gain in percentage points
 
 
 def gain_over_standalone(runs: Sequence[RunRecord]) -> Drawing:
-    """A panel per method: every client's test score less its score in the run of Standalone on the same data and seed,
-    from the one that gains least to the one that gains most."""
+    """Draw the gain of every client over training alone, with one panel per method.
+
+    The gain is the client's test score minus its score in the run of Standalone on the same data and seed. Clients are
+    sorted from the smallest gain to the largest.
+    """
     alone = {_pair(run): client_scores(run) for run in runs if run.algorithm == ALONE}
     methods: dict[str, list[Gain]] = {}
     seeds = len({key for key in alone if any(_pair(run) == key for run in runs if run.algorithm != ALONE)})
@@ -56,7 +59,10 @@ def _pair(run: RunRecord) -> tuple[str, str]:
 
 
 def _name(run: RunRecord, runs: Sequence[RunRecord]) -> str:
-    """The method; its label where several runs of it, with other settings, have one data set and seed."""
+    """Return the method, or the run's label if several of its runs share a data set and seed.
+
+    Such runs differ in other settings.
+    """
     twins = [other for other in runs if other.algorithm == run.algorithm and _pair(other) == _pair(run)]
     return run.label if len(twins) > 1 else run.algorithm
 
@@ -79,7 +85,7 @@ def _panel(name: str, found: Sequence[Gain], most: float) -> Panel:
 
 
 def _bars(axes: Axes, gains: Sequence[float], labels: Mapping[str, str], most: float, size: float) -> None:
-    """A bar a client, least gain at the bottom; without names where they would not fit."""
+    """Draw one bar per client, with the smallest gain at the bottom; leave the names out if they do not fit."""
     clean_axes(axes, grid="x")
     colors = [color("c0") if gain >= 0 else color("c1") for gain in gains]
     axes.barh(range(len(gains)), gains, 0.66 if labels else 1.0, color=colors, linewidth=0, zorder=2)

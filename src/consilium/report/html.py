@@ -1,6 +1,6 @@
 """One self-contained HTML page about one run, or about several runs compared.
 
-No external resource, no script: the page can be mailed, archived, and opened offline in ten years.
+The page has no external resource and no script, so it can be mailed, archived, and opened offline in ten years.
 """
 
 from __future__ import annotations
@@ -48,10 +48,12 @@ __all__ = ["render", "write_report"]
 
 
 def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
-    """Write the report of the runs to `out` and return it; parent directories are made. Beside the page of several
-    runs lies its table, see `table_files`.
+    """Write the report of the runs to `out` and return its path.
 
-    Raises ConfigError when a directory is not a run, when none is given, or when `out` cannot be written.
+    Parent directories are created. The table of several runs is written next to the page, see `table_files`.
+
+    Raises:
+        ConfigError: if a directory is not a run, if none is given, or if `out` cannot be written.
     """
     runs, out = read_runs(run_dirs), Path(out)
     with any_glyph():
@@ -69,7 +71,7 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
 
 
 def render(runs: Sequence[RunRecord]) -> str:
-    """The whole page as text."""
+    """Return the whole page as text."""
     rows = [result(run) for run in runs]
     title = _title(runs)
     body = "".join(f"<p class='warn'>{html(line)}</p>" for line in _warnings(runs))
@@ -101,7 +103,7 @@ def render(runs: Sequence[RunRecord]) -> str:
 
 
 def _of_firsts(runs: Sequence[RunRecord]) -> str:
-    """What the reader must know where only the first run of each method is shown."""
+    """Return a note for parts that show only the first run of each method; "" if no method has several runs."""
     if not has_seeds(runs):
         return ""
     names = ", ".join(run.label for run in first_runs(runs))
@@ -139,7 +141,7 @@ def _anchor(name: str) -> str:
 
 
 def _warnings(runs: Sequence[RunRecord]) -> list[str]:
-    """What the reader must know before believing a number below."""
+    """Return the warnings that a reader needs before the numbers of the page."""
     said = []
     for run in runs:
         if not run.finished:
@@ -150,7 +152,7 @@ def _warnings(runs: Sequence[RunRecord]) -> list[str]:
                 "Its numbers are those of the rounds so far."
             )
         said += [f"{run.label}: {note}." for note in run.notes]
-    seeds = {run.seed for run in runs} if has_seeds(runs) else {None}  # another seed deals the data anew
+    seeds = {run.seed for run in runs} if has_seeds(runs) else {None}  # another seed partitions the data differently
     prints = [{run.fingerprint for run in runs if seed in (None, run.seed)} for seed in seeds]
     if any(len(found) > 1 for found in prints):
         said.append(
@@ -205,7 +207,7 @@ def _cards_of_one(run: RunRecord, row: Result) -> str:
 
 
 def _cards_of_many(runs: Sequence[RunRecord], rows: Sequence[Result]) -> str:
-    """The winner of each column and by how much, among finished runs if there are any."""
+    """Return one card per column with the winner and the next value, among the finished runs if there are any."""
     if has_seeds(runs) and (over := methods(runs)):
         return _cards_over_seeds(over)
     pool = [row for row in rows if row.finished] or list(rows)
@@ -225,7 +227,7 @@ def _cards_of_many(runs: Sequence[RunRecord], rows: Sequence[Result]) -> str:
 
 
 def _cards_over_seeds(pool: Sequence[Method]) -> str:
-    """The same over the means of each method's runs."""
+    """Return the same cards for the means over each method's runs."""
 
     def known(get: Callable[[Method], Spread | None]) -> Callable[[Method], float | None]:
         return lambda m: spread.mean if (spread := get(m)) else None
@@ -259,7 +261,7 @@ def _winner(what, pool, value, show, high=False) -> str:  # type: ignore[no-unty
 
 
 def _figure(kind: FigureKind, runs: Sequence[RunRecord]) -> str:
-    """One figure for all runs, or, for those that are about one run, a box with a figure for each."""
+    """Return one figure for all runs, or a box with one figure per run if the figure is about a single run."""
     if not kind.each_run or len(runs) == 1:
         figure, drawn = one_figure(kind, runs[0] if kind.each_run else runs, "all")
         return figure if drawn or not kind.only_if_drawn else ""

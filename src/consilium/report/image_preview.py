@@ -1,4 +1,4 @@
-"""A look at images before they are used: what lies there, how a run would deal it, and the command that runs on it."""
+"""A preview of images before they are used: their content, their split in a run, and the command that runs on them."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -22,11 +22,15 @@ __all__ = ["holds_images", "preview_images"]
 
 ROLES = ("image", "label", "client")
 ROWS, COLUMNS = 24, 8
-"""Of a contact sheet: classes, and images of each, at most."""
+"""The size of a contact sheet: the most classes, and the most images of each class."""
 
 
 def holds_images(path: Path) -> bool:
-    """Whether `consilium data` takes a path for images: a directory, .npz, a data set or table with such a column."""
+    """Return whether `consilium data` treats a path as images.
+
+    Images are a directory, an .npz file, or a data set or table that has a column of images. A directory of tables
+    counts only if each of them has such a column.
+    """
     if is_directory(path) or is_hub_name(path):
         from datasets import Dataset, Image
 
@@ -54,16 +58,17 @@ def _is_image(kind: pa.DataType) -> bool:
 def preview_images(
     path: Path, given: Mapping[str, str], settings: Mapping[str, Any], size: int, seed: int, sheet: Path | None = None
 ) -> Preview:
-    """Read the images and deal them as `consilium run pfedmoe-images` would.
+    """Read the images and partition them as `consilium run pfedmoe-images` would.
 
     Args:
-        given: role -> column, of "image", "label", "client".
-        settings: clients, partition, alpha, classes of the split; pages, axes of the images.
-        size: of a side, 0: as they are.
-        sheet: where to draw some images of each class, as they were read; None: nowhere.
+        given: role -> column, for the roles "image", "label" and "client".
+        settings: clients, partition, alpha and classes of the split; pages and axes of the images.
+        size: side of an image in pixels; 0: as they are.
+        sheet: file for a contact sheet with some images of each class, as they were read; None: no sheet.
 
     Raises:
-        ConfigError: for a role that images do not have. DataError: as the data source does.
+        ConfigError: if a role does not exist for images.
+        DataError: for the same reasons as the data source.
     """
     if odd := [role for role in given if role not in ROLES]:
         raise ConfigError(f"--{odd[0]} is a column of texts; {path.name} holds images, with {', '.join(ROLES)}")
@@ -97,7 +102,7 @@ def preview_images(
 
 
 def _shape(federation: Federation) -> str:
-    """What one image is, and where they were."""
+    """Return the size and channels of one image, and the format of the source."""
     source = federation.source
     colours, height, width = (1, 1, 1, *federation.shape)[-3:]
     where = source.get("format", "arrays")
@@ -126,7 +131,7 @@ def _oddities(found: Images) -> list[str]:
 
 
 def _draw(found: Images, target: Path) -> Path:
-    """Draw a contact sheet: of each class a row of images, evenly chosen."""
+    """Draw a contact sheet with one row of evenly spaced images per class."""
     from matplotlib.figure import Figure
 
     classes = range(min(len(found.labels), ROWS))
@@ -148,7 +153,10 @@ def _draw(found: Images, target: Path) -> Path:
 
 
 def _model(federation: Federation) -> tuple[str, ...]:
-    """Flags of models that fit the images: the five CNNs want 16 pixels a side, with padding 4."""
+    """Return the flags of models that fit the images.
+
+    The five CNNs need 16 pixels a side, or 4 with padding.
+    """
     if len(federation.shape) != 3 or min(federation.shape[1:]) < 4:
         return ("--model.architectures", "mlp-1", "mlp-2", "mlp-3", "--model.small", "mlp-3")
     return ("--model.kernel", "3", "--model.padding", "1") if min(federation.shape[1:]) < 16 else ()

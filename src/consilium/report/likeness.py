@@ -1,4 +1,4 @@
-"""Figure of which clients are alike: the cosines between their usage of the experts."""
+"""The figure of how similar clients are: the cosines between their usage of the experts."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ __all__ = ["likeness", "likeness_map"]
 
 _WIDTH, _RIGHT, _TOP, _BOTTOM = 420, 8, 4, 22
 LEAST = 3
-"""Clients without which there is nothing to compare."""
+"""The fewest clients that can be compared."""
 
 
 def likeness(usage: Mapping[str, Mapping[str, object]]) -> tuple[list[str], np.ndarray]:
-    """Return the clients, neighbours being alike, and the cosines between their usage of the experts.
+    """Return the clients, ordered so that neighbours are similar, and the cosines between their usage of the experts.
 
-    The usage of a client is its shares of all layers, joined, less the mean over the clients. Clients are ordered by
-    average-linkage clustering. Shares that are missing or no numbers count as 0.
+    The usage of a client is its shares of all layers, concatenated, minus the mean over the clients. Clients are
+    ordered by average-linkage clustering. Shares that are missing or not numbers count as 0.
 
     Args:
         usage: client -> block -> shares, a list of numbers in [0, 1]; at least two clients.
 
     Returns:
-        The names, n of them, and the cosines [n, n] in that order, in [0, 1]: negative ones count as 0.
+        The n names, and the cosines [n, n] in that order, in [0, 1]; negative cosines count as 0.
     """
     names = sorted(usage)
     columns: list[np.ndarray] = []
@@ -61,7 +61,7 @@ def likeness(usage: Mapping[str, Mapping[str, object]]) -> tuple[list[str], np.n
 
 
 def likeness_map(run: RunRecord) -> Drawing:
-    """Draw the cosine between the expert usage of every two clients.
+    """Draw the cosine between the expert usage of every pair of clients.
 
     Raises:
         NothingToDraw: if the usage of fewer than three clients is known.

@@ -51,7 +51,7 @@ RAMP = {  # low to high; each starts at the page's own background so that "hardl
 
 
 def usage_heat_map(run: RunRecord) -> Drawing:
-    """Share of a client's tokens that each expert is asked for (FedMoE's Figure 1), one panel per layer."""
+    """Draw the share of a client's tokens that ask for each expert (FedMoE's Figure 1), with one panel per layer."""
     missing = _no_structure(run, "how often each client's tokens ask for each expert")
     panels, keys, widths = _heat_map(run, "usage", missing, "is asked for most, on average by {:.0f} % of tokens")
     share = " or ".join(f"{100 / n:.1f} %" for n in widths)
@@ -59,17 +59,20 @@ def usage_heat_map(run: RunRecord) -> Drawing:
 
 
 def training_heat_map(run: RunRecord) -> Drawing:
-    """Share of a client's batches that trained each expert (HFedMoE's choice), one panel per layer."""
+    """Draw the share of a client's batches that trained each expert (HFedMoE's choice), with one panel per layer."""
     missing = f"{run.label} does not choose per batch: every expert that a client's tokens reach learns."
     panels, keys, _ = _heat_map(run, "trained", missing, "is trained most, on average in {:.0f} % of batches")
     return Drawing(panels, keys)
 
 
 def _heat_map(run: RunRecord, key: str, missing: str, lead: str) -> tuple[list[Panel], list[Key], list[int]]:
-    """Panels, the key to the colours, and how many experts the layers have, of one entry of structure.json.
+    """Draw one entry of structure.json.
+
+    Returns:
+        The panels, the key to the colours, and the numbers of experts in the layers.
 
     Raises:
-        NothingToDraw: with `missing`.
+        NothingToDraw: with the message `missing`, if there are no values.
     """
     shares = known_clients((run.structure or {}).get(key), run)
     rows = [c for c in run.order if c in shares]
@@ -107,7 +110,7 @@ def _heat_map(run: RunRecord, key: str, missing: str, lead: str) -> tuple[list[P
 
 
 def expert_map(run: RunRecord) -> Drawing:
-    """Which client holds which expert at the end, and what was added or given up since the first map."""
+    """Draw which client holds which expert at the end, and the experts added or given up since the first map."""
     maps = (run.structure or {}).get("rounds") or {}
     order = sorted((k for k in maps if str(k).lstrip("-").isdigit()), key=int)
     first = known_clients(maps[order[0]] if order else None, run)
@@ -135,7 +138,7 @@ def expert_map(run: RunRecord) -> Drawing:
 
 
 def gate_weights(run: RunRecord) -> Drawing:
-    """Mean weight of the shared extractor per class and client (pFedMoE), a panel per task."""
+    """Draw the mean weight of the shared extractor per class and client (pFedMoE), with one panel per task."""
     told: dict[str, dict[str, float]] = {}
     for line in run.rounds:
         for client, entry in (line.get("clients") or {}).items():
@@ -172,7 +175,10 @@ def gate_weights(run: RunRecord) -> Drawing:
 
 
 def block_names(blocks: Sequence[str]) -> dict[str, str]:
-    """Readable names: "encoder.block.1.layer.1.mlp" -> "encoder layer 1"; the full name where two would be equal."""
+    """Return readable names of blocks, e.g. "encoder.block.1.layer.1.mlp" -> "encoder layer 1".
+
+    Blocks with equal short names keep their full names.
+    """
     short = {}
     for block in blocks:
         side = re.search(r"\b(encoder|decoder)\b", block)
@@ -210,7 +216,7 @@ def _map_panel(run: RunRecord, name: str, rows: list[str], start: np.ndarray, en
 
 
 def _grid_figure(run: RunRecord, rows: list[str], columns: int) -> Figure:
-    """Axes over a rows x columns grid of cells, clients named at the left and grouped by task."""
+    """Create axes over a rows x columns grid of cells, with clients named at the left and grouped by task."""
     height = row_height(len(rows))
     names = shorten_all(rows, 13)
     left = 10 + 6 * max(map(len, names))
@@ -227,7 +233,7 @@ def _grid_figure(run: RunRecord, rows: list[str], columns: int) -> Figure:
 
 
 def _name_tasks(axes: Axes, run: RunRecord, rows: list[str], height: float) -> None:
-    """The task beside its rows, upright at the right edge, cut to the room it has."""
+    """Write each task next to its rows, upright at the right edge, shortened to fit."""
     for task in run.tasks:
         places = [i for i, c in enumerate(rows) if run.clients[c].task == task]
         room = int(len(places) * height / 6.8)
@@ -238,7 +244,7 @@ def _name_tasks(axes: Axes, run: RunRecord, rows: list[str], height: float) -> N
 
 
 def paint(axes: Axes, cells: np.ndarray, theme: str, index: int) -> None:
-    """Draw coloured cells [rows, columns, 4] for a theme over axes whose limits stay as they are."""
+    """Draw coloured cells [rows, columns, 4] for a theme, without changing the limits of the axes."""
     limits = axes.get_xlim(), axes.get_ylim()
     image = axes.imshow(cells, interpolation="none", aspect="auto", origin="upper", zorder=1)
     image.set_gid(f"{theme}-{index}")
@@ -247,7 +253,10 @@ def paint(axes: Axes, cells: np.ndarray, theme: str, index: int) -> None:
 
 
 def _separate(axes: Axes, run: RunRecord, rows: list[str], columns: int) -> None:
-    """Hairlines between the cells, a clear gap between tasks: one path, because each line apart costs 200 bytes."""
+    """Draw hairlines between the cells and a clear gap between tasks.
+
+    Lines of one width form a single path, because each separate line costs 200 bytes.
+    """
     fine = [((x - 0.5, -0.5), (x - 0.5, len(rows) - 0.5)) for x in range(1, columns)]
     fine += [((-0.5, y - 0.5), (columns - 0.5, y - 0.5)) for y in range(1, len(rows))]
     tasks = [run.clients[c].task for c in rows]
@@ -261,7 +270,7 @@ def _separate(axes: Axes, run: RunRecord, rows: list[str], columns: int) -> None
 
 
 def row_height(rows: int) -> float:
-    """Return the height of a row of a map with so many rows, in pixels."""
+    """Return the height in pixels of a row in a map with the given number of rows."""
     return 17 if rows <= 14 else 13.5 if rows <= 40 else 10.5
 
 
@@ -293,7 +302,7 @@ def _experts(run: RunRecord, block: str) -> int:
 
 
 def known_clients(table: Any, run: RunRecord) -> dict[str, Mapping[str, Any]]:
-    """Return client -> block -> values for the clients of the run that a table of the structure file has."""
+    """Return client -> block -> values for those clients of the run that a table of the structure file contains."""
     if not isinstance(table, Mapping):
         return {}
     return {c: blocks for c, blocks in table.items() if c in run.clients and isinstance(blocks, Mapping)}

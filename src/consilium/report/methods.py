@@ -1,9 +1,9 @@
-"""Methods over their seeds: means, deviations, and a paired test against the method that was named first.
+"""Methods over their seeds: means, deviations, and a paired test against the first method.
 
-The test is the two-sided paired t-test on per-seed means: one pair per seed that both methods finished on the same
-data, n - 1 degrees of freedom. Clients of one seed share a server's model and are no independent trials, so they are
-counted ("ahead in 25 of 36") but not tested; Wilcoxon's signed-rank test is exact but cannot fall below p = 0.25 with
-three pairs. Where several methods are compared with the first, p is adjusted after Holm (1979).
+The test is the two-sided paired t-test on per-seed means, with one pair per seed that both methods finished on the same
+data, and n - 1 degrees of freedom. Clients of one seed share a server's model and are not independent trials. They are
+therefore counted ("ahead in 25 of 36") but not tested. Wilcoxon's signed-rank test is exact but cannot fall below
+p = 0.25 with three pairs. If several methods are compared with the first, p is adjusted after Holm (1979).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ TEST = "paired t-test over seeds"
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and standard deviation (n - 1) over a method's runs; sd is None for a single one."""
+    """The mean and standard deviation (n - 1) over a method's runs; sd is None for a single run."""
 
     mean: float
     sd: float | None
@@ -53,7 +53,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Spread | None:
-        """Of the values that are known; None for none."""
+        """Return the spread of the known values; None if there are none."""
         known = [v for v in values if v is not None]
         return (
             cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
@@ -64,11 +64,19 @@ class Spread:
 
 @dataclass(frozen=True)
 class Paired:
-    """A method against the first one: on the same seeds, data and clients.
+    """A comparison of a method with the first one, on the same seeds, data and clients.
 
-    pairs: seeds. difference: mean of this method's score minus the first one's, in [-1, 1]. low, high: its 95 %
-    confidence interval. p: of `TEST`, adjusted after Holm. All three are None for fewer than two pairs, or where all
-    differences are alike. ahead, behind: client x seed pairs in which it scores higher, or lower; of: all such pairs.
+    The fields low, high and p are None for fewer than two pairs, or if all differences are alike.
+
+    Args:
+        pairs: number of seeds.
+        difference: mean of this method's score minus the first one's, in [-1, 1].
+        low: lower end of the 95 % confidence interval of the difference.
+        high: upper end of this interval.
+        p: p-value of `TEST`, adjusted after Holm.
+        ahead: client x seed pairs in which this method scores higher.
+        behind: client x seed pairs in which it scores lower.
+        of: all client x seed pairs.
     """
 
     reference: str
@@ -84,9 +92,12 @@ class Paired:
 
 @dataclass(frozen=True)
 class Method:
-    """One method over its finished runs. Scores in [0, 1], bytes, seconds; None = not recorded.
+    """One method over its finished runs.
 
-    shared: of each run the mean over only those clients that every run of its seed scored; None where that is `mean`.
+    Scores are in [0, 1], sizes in bytes, and times in seconds. None means not recorded.
+
+    Args:
+        shared: mean of each run over only those clients that every run of its seed scored; None if it equals `mean`.
     """
 
     label: str
@@ -103,12 +114,12 @@ class Method:
 
 
 def has_seeds(runs: Sequence[RunRecord]) -> bool:
-    """Whether some method ran more than once, so that means over runs say something."""
+    """Return whether some method ran more than once, so that means over runs are meaningful."""
     return len({run.method for run in runs}) < len(runs)
 
 
 def first_runs(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """The first run of each method, in the order of the methods."""
+    """Return the first run of each method, in the order of the methods."""
     firsts: dict[str, RunRecord] = {}
     for run in runs:
         firsts.setdefault(run.method, run)
@@ -116,7 +127,7 @@ def first_runs(runs: Sequence[RunRecord]) -> list[RunRecord]:
 
 
 def methods(runs: Sequence[RunRecord]) -> list[Method]:
-    """One entry a method, over its finished runs, in the order in which they are given; the first is the reference."""
+    """Return one entry per method over its finished runs, in the given order; the first is the reference."""
     groups: dict[str, list[RunRecord]] = {}
     for run in runs:
         if run.finished:
@@ -158,7 +169,7 @@ def _method(name: str, own: Sequence[RunRecord], groups: Mapping[str, Sequence[R
 
 
 def _of_seed(runs: Sequence[RunRecord], run: RunRecord) -> list[RunRecord]:
-    """The runs on the same seed and data, its own included."""
+    """Return the runs with the same seed and data as `run`, including `run` itself."""
     return [r for r in runs if (r.seed, r.fingerprint) == (run.seed, run.fingerprint)]
 
 
@@ -167,7 +178,7 @@ def _shared(runs: Sequence[RunRecord]) -> set[str]:
 
 
 def _mean_over(run: RunRecord, clients: Iterable[str]) -> float | None:
-    """Mean over tasks of the mean over the named clients."""
+    """Return the mean over tasks of the mean over the named clients."""
     scores, by_task = client_scores(run), {}
     for client in sorted(clients):
         by_task.setdefault(run.clients[client].task, []).append(scores[client])
@@ -200,10 +211,13 @@ def half_width(values: Sequence[float]) -> float:
 
 
 def _t_test(gaps: Sequence[float]) -> tuple[float | None, float | None, float | None]:
-    """95 % confidence interval of the mean gap, and p of the two-sided test that it is 0."""
+    """Return the 95 % confidence interval of the mean gap, and p of the two-sided test that the gap is 0.
+
+    All three are None if there are fewer than two gaps or all gaps are equal.
+    """
     if len(gaps) < 2 or math.isclose(max(gaps), min(gaps), rel_tol=1e-9, abs_tol=1e-12):
         return None, None, None
-    from scipy.stats import ttest_1samp  # on the differences: the paired test
+    from scipy.stats import ttest_1samp  # the paired test is this test on the differences
 
     told = ttest_1samp(gaps, 0.0)
     interval = told.confidence_interval(0.95)
@@ -211,7 +225,10 @@ def _t_test(gaps: Sequence[float]) -> tuple[float | None, float | None, float | 
 
 
 def _holm(ps: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment: the k-th smallest of m times m - k + 1, never below a smaller one, at most 1."""
+    """Return p-values after Holm's step-down adjustment.
+
+    The k-th smallest of m values is multiplied by m - k + 1. The result is never below a smaller one, and at most 1.
+    """
     adjusted, floor = [0.0] * len(ps), 0.0
     for place, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
         floor = max(floor, min(1.0, (len(ps) - place) * ps[i]))
@@ -220,7 +237,7 @@ def _holm(ps: Sequence[float]) -> list[float]:
 
 
 def method_columns(found: Sequence[Method]) -> list[Column]:
-    """The table over seeds, column by column, one value per method; texts hold "mean ± deviation"."""
+    """Return the table over seeds as columns with one value per method; texts hold "mean ± deviation"."""
     tasks = list(dict.fromkeys(task for m in found for task in m.tasks))
     made = [Column("method", "", tuple(None for _ in found), tuple(m.label for m in found))]
     made.append(_texts("seeds", [str(m.runs) for m in found]))
@@ -241,7 +258,10 @@ def method_columns(found: Sequence[Method]) -> list[Column]:
 
 
 def paired_columns(found: Sequence[Method]) -> list[Column]:
-    """Each method against the first: the name, then difference in points, interval, p, pairs, clients ahead."""
+    """Return the comparison of each method with the first as columns.
+
+    The columns are the name, the difference in points, its interval, p, pairs, and clients ahead.
+    """
     against = [m.against for m in found]
     return [
         _texts("method", [m.label for m in found]),
@@ -254,7 +274,10 @@ def paired_columns(found: Sequence[Method]) -> list[Column]:
 
 
 def rows(found: Sequence[Method]) -> list[dict[str, Any]]:
-    """The same as plain numbers: scores in [0, 1], bytes, seconds; `_sd` is the deviation over seeds."""
+    """Return the same table as plain numbers: scores in [0, 1], bytes, seconds.
+
+    A key that ends in `_sd` holds the deviation over seeds.
+    """
     made = []
     for m in found:
         row: dict[str, Any] = {"method": m.label, "seeds": m.runs}
@@ -275,7 +298,7 @@ def rows(found: Sequence[Method]) -> list[dict[str, Any]]:
 
 
 def format_p(p: float | None) -> str:
-    """0.0312 -> "0.031"; 0.00004 -> "< 0.001"; None -> "–"."""
+    """Format a p-value: 0.0312 -> "0.031"; 0.00004 -> "< 0.001"; None -> "–"."""
     return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.0995 else f"{p:.2f}"
 
 
@@ -296,5 +319,5 @@ def _spreads(head: str, good: str, spreads: Sequence[Spread | None], text: Any) 
     said = [
         text(None) if s is None else text(s.mean) + (f" ± {text(s.sd)}" if s.sd is not None else "") for s in spreads
     ]
-    digits = 3 if text is format_score else 0  # scores count as printed: nobody is best by what nobody can see
+    digits = 3 if text is format_score else 0  # compare scores as printed: invisible differences must not count
     return Column(head, good, tuple(None if s is None else round(s.mean, digits) for s in spreads), tuple(said))

@@ -1,4 +1,4 @@
-"""What `consilium inspect` prints: a model's layers, experts, router and bytes, and which budgets fit a device."""
+"""The output of `consilium inspect`: a model's layers, experts, router and bytes, and the budgets that fit a device."""
 
 import itertools
 import textwrap
@@ -21,12 +21,12 @@ __all__ = ["print_model"]
 
 
 def print_model(setup: Setup, limit: int | None, rank: int, out: Console) -> None:
-    """Print it, at most 80 columns wide.
+    """Print a description of the model, at most 80 columns wide.
 
     Args:
-        setup: the model, and the batch that training memory is given for.
-        limit: a device's bytes; None: only what training needs is printed.
-        rank: of the adapters.
+        setup: the model, and the batch for which training memory is given.
+        limit: memory of a device in bytes; None: print only the memory that training needs.
+        rank: rank of the adapters.
     """
 
     def say(text: str, head: str = "") -> None:
@@ -63,7 +63,7 @@ def print_model(setup: Setup, limit: int | None, rank: int, out: Console) -> Non
 
 
 def _structure(setup: Setup, memory: MemoryModel) -> list[str]:
-    """Say what was found of the experts, what a row states, and whether an export is exact."""
+    """Return lines on the experts that were found, the facts stated by a row, and the exactness of an export."""
     source, family = setup.model, setup.model.family
     if family.dense:
         return [
@@ -101,7 +101,7 @@ def _found(setup: Setup) -> str:
 
 
 def _export(setup: Setup) -> str:
-    """Say which slices plain transformers can hold without a change of their logits."""
+    """Return a phrase on the slices that plain transformers can hold without a change of their logits."""
     model = setup.model.skeleton("", ())
     if model.family.extra or not can_fill(model):
         return "exact where all layers hold as many experts; others with --format consilium"
@@ -119,7 +119,7 @@ def _router(setup: Setup) -> str:
 
 
 def _steps(setup: Setup) -> list[int]:
-    """All experts of a layer, a half, a quarter, an eighth, and the fewest; descending."""
+    """Return numbers of experts per layer, descending: all, a half, a quarter, an eighth, and the fewest."""
     if not setup.model.counts:
         return [0]
     most, least = max(setup.model.counts.values()), max(setup.least.values())
@@ -131,7 +131,10 @@ def _counts(setup: Setup, n: int) -> dict[str, int]:
 
 
 def _budgets(setup: Setup, limit: int | None, rank: int) -> Table:
-    """Rows: experts held per layer. Columns: trained per layer, plain training, adapters."""
+    """Return a table of memory.
+
+    The rows are experts held per layer. The columns are experts trained per layer, plain training, and adapters.
+    """
     steps = _steps(setup)
     trained = [] if steps == [0] else steps if steps[-1] == 1 else [*steps, 1]
 
@@ -146,13 +149,13 @@ def _budgets(setup: Setup, limit: int | None, rank: int) -> Table:
         counts = _counts(setup, held)
         cells = [
             cell(counts, "full", sum(_counts(setup, n).values())) if n <= held else "" for n in trained
-        ]  # more than are held cannot be trained
+        ]  # a client cannot train more experts than it holds
         table.add_row(str(held), cell(counts, "full", None), *cells, cell(counts, "lora", None))
     return table
 
 
 def _verdict(setup: Setup, limit: int, rank: int) -> list[str]:
-    """What the device can do: with two budgets, plainly, and with adapters."""
+    """Return sentences on what the device can train: with two budgets, plainly, and with adapters."""
     device, total = ClientInfo("device", 1, "task", limit), sum(setup.model.counts.values())
     if not total:
         modes = {"plainly": "full", "with LoRA": "lora"}

@@ -1,4 +1,4 @@
-"""The page's style sheet: one column of text, panels that wrap, light and dark by the reader's own setting."""
+"""The style sheet of the page: one column of text, panels that wrap, light and dark by the reader's own setting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Building blocks of the page: escaped text, tables, legends, figures. Every string from data passes `html`."""
+"""Building blocks of the page: escaped text, tables, legends, figures.
+
+Every string from data passes through `html`.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,24 @@ Cell = str  # a finished <td> or <th>
 
 
 def cell(value: Any, kind: str = "", tag: str = "td") -> Cell:
-    """One table cell; kind: classes such as "num" or "wrap"."""
+    """Return one table cell.
+
+    Args:
+        kind: CSS classes such as "num" or "wrap".
+    """
     scope = ' scope="row"' if tag == "th" else ""
     return f"<{tag}{scope}{f' class={chr(34)}{kind}{chr(34)}' if kind else ''}>{html(value)}</{tag}>"
 
 
 def table(heads: Sequence[tuple[str, str]], rows: Sequence[Sequence[Cell]], row_kinds: Sequence[str] = (),
           tall: bool = False, starred: bool = False) -> str:  # fmt: skip
-    """A table that scrolls inside its own box. heads: (text, class); rows: finished cells.
+    """Return a table that scrolls inside its own box.
 
-    tall: many rows, shown in a box of their own height. starred: leave room for the mark of the best.
+    Args:
+        heads: (text, class) of each column.
+        rows: finished cells.
+        tall: show many rows in a box of limited height.
+        starred: leave room for the mark of the best.
     """
     head = "".join(f'<th scope="col" class="{kind}">{html(name)}</th>' for name, kind in heads)
     kinds = row_kinds or [""] * len(rows)
@@ -37,19 +48,19 @@ def table(heads: Sequence[tuple[str, str]], rows: Sequence[Sequence[Cell]], row_
 
 
 def card(what: str, value: str, note: str = "") -> str:
-    """One summary card."""
+    """Return one summary card."""
     return (
         f'<div class="card"><span class="what">{html(what)}</span><b>{html(value)}</b><span>{html(note)}</span></div>'
     )
 
 
 def fold(summary: str, body: str, is_open: bool = False) -> str:
-    """A part that the reader can open and close; works without JavaScript."""
+    """Return a part of the page that the reader can open and close; it works without JavaScript."""
     return f"<details{' open' if is_open else ''}><summary>{html(summary)}</summary>{body}</details>"
 
 
 def caption(kind: FigureKind) -> str:
-    """How to read a figure, and what to look for in it."""
+    """Return the caption of a figure: how to read it, and what to look for in it."""
     return (
         f"<h3>{html(kind.title)}</h3><figcaption><p>{html(kind.read)}</p>"
         f"<p><b>Look for:</b> {html(kind.look)}</p></figcaption>"
@@ -57,9 +68,14 @@ def caption(kind: FigureKind) -> str:
 
 
 def one_figure(kind: FigureKind, runs: Any, salt: str, of: str = "") -> tuple[str, bool]:
-    """A `<figure class="figure">`, and whether it was drawn. `data-drawn` is "yes", or "no" with the reason shown.
+    """Return a `<figure class="figure">`, and whether it was drawn.
 
-    runs: what `kind.draw` takes. salt: unique on the page. of: the run's label where its caption stands elsewhere.
+    The attribute `data-drawn` is "yes", or "no" with the reason shown.
+
+    Args:
+        runs: argument of `kind.draw`.
+        salt: text that is unique on the page.
+        of: label of the run, if the caption stands elsewhere; "" otherwise.
     """
     top = "" if of else caption(kind)
     name = f'class="figure" data-name="{html(kind.name)}"' + (f' data-run="{html(of)}"' if of else "")
@@ -83,7 +99,7 @@ def _body(drawing: Drawing, salt: str) -> str:
 
 
 def legend(keys: Sequence[Key]) -> str:
-    """The legend as text beside small drawings of each mark, so that it never covers data."""
+    """Return the legend as text next to small drawings of each mark, so that it never covers data."""
     if not keys:
         return ""
     return f'<ul class="legend">{"".join(f"<li>{_swatch(key)}</li>" for key in keys)}</ul>'

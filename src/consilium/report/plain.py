@@ -1,4 +1,4 @@
-"""Lines that follow the table at the end of a run: each client's score, a simple model's, and what to do next."""
+"""The lines below the table at the end of a run: each client's score, a simple model's score, and the next command."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from consilium.report.results import client_scores, format_score, measured, numb
 __all__ = ["balanced_scores", "class_recalls", "print_clients", "rising", "simple_sentence", "simple_values"]
 
 SHOWN = 20
-"""Clients with a line of their own on the screen."""
+"""The most clients that get a line of their own on the screen."""
 RISE = 0.005
-"""A mean score that grew by more than this in the last tested round is still rising."""
+"""A mean score is still rising if it grew by more than this in the last tested round."""
 
 
 def simple_values(run: RunRecord, kind: str, value: str = "score") -> dict[str, float]:
-    """Return the scores of the simple model of each client that the run has scored; {} where there are none.
+    """Return the score of each client's simple model, for the clients that the run has scored; {} if there are none.
 
     Args:
-        kind: "alone" or "pooled". value: "score" or "balanced".
+        kind: "alone" or "pooled".
+        value: "score" or "balanced".
     """
     told = (run.summary or {}).get("simple")
     found = told.get(kind) if isinstance(told, Mapping) else None
@@ -37,7 +38,7 @@ def simple_values(run: RunRecord, kind: str, value: str = "score") -> dict[str, 
 
 
 def simple_sentence(runs: Sequence[RunRecord]) -> str:
-    """Return how far a bag of words is from the first finished run that knows; "" if none does."""
+    """Return a sentence that compares a bag of words with the first finished run that has one; "" if none has."""
     for run in runs:
         alone, pooled = simple_values(run, "alone"), simple_values(run, "pooled")
         if run.finished and alone:
@@ -54,7 +55,7 @@ def simple_sentence(runs: Sequence[RunRecord]) -> str:
 
 
 def _apart(points: float) -> str:
-    """Return a difference in words that a name may follow."""
+    """Return a difference as words that can stand before a name."""
     if abs(points) < 0.05:
         return "level with"
     return f"{abs(points):.1f} points {'above' if points > 0 else 'below'}"
@@ -94,7 +95,7 @@ def rising(run: RunRecord) -> str:
 
 
 def print_clients(folder: object, console: Console) -> None:
-    """Print the scores of a finished run's clients, what a simple model reaches, and the command that exports one."""
+    """Print the scores of a finished run's clients and of a simple model, and the command that exports one client."""
     (run,) = read_runs([folder])
     scores = client_scores(run)
     if not run.finished or not scores:

@@ -1,7 +1,7 @@
-"""All figures of the report: what each is called, how to read it, and the function that draws it.
+"""All figures of the report: their titles, how to read them, and the functions that draw them.
 
-To add a figure, write a function that returns a `Drawing` (or raises `NothingToDraw` with the reason) and add a line
-to `FIGURES`; page, tests and size limits follow from the table.
+To add a figure, write a function that returns a `Drawing` (or raises `NothingToDraw` with the reason) and add a line to
+`FIGURES`. The page, the tests and the size limits follow from this table.
 """
 
 from __future__ import annotations
@@ -45,9 +45,12 @@ __all__ = [
 class FigureKind:
     """One figure of the report.
 
-    section: where on the page it stands. read: what is drawn and how to read it. look: what to look for.
-    each_run: `draw` takes one run and is called for each; otherwise it takes all runs and compares them.
-    only_if_drawn: left out of the page, without a word, where no run has anything to draw.
+    Args:
+        section: section of the page in which it stands.
+        read: description of the drawing, and how to read it.
+        look: what to look for.
+        each_run: `draw` takes one run and is called for each; otherwise it takes all runs and compares them.
+        only_if_drawn: leave the figure out of the page, without a message, if no run has anything to draw.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""A look at data before it is used: its columns, how its rows would be dealt, and the command that runs on it.
+"""A preview of data before it is used: its columns, the split of its rows, and the command that runs on it.
 
-Columns that are not given are guessed by their names, and the label also by its few different values. The split shown
-is the one a run with the same seed has.
+Columns that are not given are guessed by their names. The label is also guessed by its small number of different
+values. The split shown is the one that a run with the same seed has.
 """
 
 import difflib
@@ -46,19 +46,20 @@ NAMES = {
     "label": ("label", "target", "class", "category", "intent", "topic"),
     "client": ("client", "client_id", "site", "hospital", "owner", "author", "part", "user"),
 }
-"""What a column is taken for by its name, whatever the case; the first that is there."""
+"""Role -> the column names, in any case, that suggest it; the first that exists counts."""
 
 _PROMPT = ("prompt", "response", *(role for roles in COMPANIONS.values() for role in roles))
 _SHOWN = 12
 _COLUMNS = 40
 _MOST_LABELS = 50
-_ROWS = 10  # of a client at least, where they are dealt
+_ROWS = 10  # fewest rows per client, if the rows are partitioned
 
 
 def guess(columns: Sequence[str]) -> dict[str, str]:
-    """Return what the columns are for by their names, role -> column, without roles that a kind of data does not use.
+    """Guess the roles of columns by their names, and return role -> column.
 
-    A conversation is preferred to a prompt with a response, this to a text with a label, this to plain text.
+    Roles that a kind of data does not use are left out. A conversation is preferred to a prompt with a response, this
+    to a text with a label, and this to plain text.
     """
     found = _by_name(columns)
     if "prompt" not in found and {"input", "response"} <= found.keys():
@@ -76,7 +77,7 @@ def guess(columns: Sequence[str]) -> dict[str, str]:
 
 
 def _by_name(columns: Sequence[str]) -> dict[str, str]:
-    """Every role for which there is a column of such a name."""
+    """Return role -> column for every role with a column of a suitable name."""
     lower = {column.lower(): column for column in columns}
     return {
         role: lower[next(name for name in names if name in lower)]
@@ -86,10 +87,13 @@ def _by_name(columns: Sequence[str]) -> dict[str, str]:
 
 
 def _by_values(table: Rows, roles: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """The text and the label by what the columns hold, as far as the roles lack them, and other columns of few values.
+    """Guess the text and the label by the values of the columns, if the roles lack them.
 
-    The text is the column of the longest values, if these have several words; the label the column that has the fewest
-    different values, at least two, each at least three times on average, that are not all numbers.
+    The text is the column with the longest values, if these have several words. The label is the column with the fewest
+    different values. It needs at least two, each at least three times on average, and they must not all be numbers.
+
+    Returns:
+        The guessed roles, and notes on the other columns with few values.
     """
     found, few, longest = {}, {}, 0.0
     for column in [c for c in table.columns if c not in roles.values()][:_COLUMNS]:
@@ -122,15 +126,19 @@ def _is_number(table: Rows, column: str) -> bool:
 
 @dataclass(frozen=True)
 class Preview:
-    """What was found in a file.
+    """The content of a file, as far as it is needed to choose a recipe.
 
     Args:
-        rows: how many. columns: of each, how many values are empty, how many differ, and one of them.
-        roles: role -> column. recipe: which one runs on it, and its flags for the data.
-        federation: the clients of a run with these settings.
+        rows: number of rows.
+        columns: column -> number of empty values, number of different values, and one value.
+        roles: role -> column.
+        recipe: recipe that runs on the file.
+        flags: flags of the recipe for the data.
+        federation: clients of a run with these settings.
         counts: client -> label (or "examples") -> rows in all three splits.
         lengths: tokens of the shortest, median, 95 % and longest text, by role.
-        facts: further lines. model: further flags of the command, most of them of the model.
+        facts: further lines.
+        model: further flags of the command, most of them of the model.
         advice: lines before the command.
     """
 
@@ -148,7 +156,7 @@ class Preview:
 
     @property
     def command(self) -> str:
-        """The command line that runs on the file."""
+        """Return the command line that runs on the file."""
         flags = [part for flag, value in self.flags.items() for part in (f"--data.{flag}", *shlex.split(value))]
         return shlex.join(["consilium", "run", self.recipe, *self.model, *flags])
 
@@ -163,18 +171,19 @@ def preview(
     model: str = "",
     fit_of: Callable[[str], Fit] | None = None,
 ) -> Preview:
-    """Read a file, deal its rows and measure its texts.
+    """Read a file, partition its rows and measure its texts.
 
     Args:
-        given: role -> column, where the guess is not right; other columns are guessed if none of the data is given. The
-            client "none" deals the rows anew.
-        settings: clients, partition, alpha of the split.
-        dialect: of a text file, where it is not to be recognised.
-        model: path or name of the model that the command names; "": the recipe's own, or a placeholder.
-        fit_of: how a recipe trains; None: the command says nothing of lengths.
+        given: role -> column, where the guess is wrong; other columns are guessed if none of the data is given. The
+            client "none" partitions the rows anew.
+        settings: clients, partition and alpha of the split.
+        dialect: dialect of a text file; None: it is recognised.
+        model: path or name of the model in the command; "": the recipe's own, or a placeholder.
+        fit_of: returns the training settings of a recipe; None: the command sets no lengths.
 
     Raises:
-        ConfigError: if nothing can be guessed, or a role is unknown. DataError: as the data sources do.
+        ConfigError: if nothing can be guessed, or a role is unknown.
+        DataError: for the same reasons as the data sources.
     """
     dialect = dialect or Dialect()
     table = read_table(path, dialect, [column for column in given.values() if column != "none"])
@@ -187,7 +196,7 @@ def preview(
     if len(table.columns) > len(columns):
         facts.append(f"{len(table.columns)} columns, of which {len(columns)} are shown")
     spare = [column for column in table.columns if column not in roles.values()]
-    if spare and recipe != "pfedmoe-table" and not isinstance(data, LanguageData):  # which says so itself
+    if spare and recipe != "pfedmoe-table" and not isinstance(data, LanguageData):  # LanguageData notes this itself
         facts.append(f"columns that are not used: {', '.join(spare[:12])}{', ...' if len(spare) > 12 else ''}")
     lengths = _lengths(federation, tokenizer)
     flags_of_model = {"pfedmoe-table": ("--data.no-positive",)}.get(recipe, ())
@@ -216,7 +225,7 @@ def preview(
 
 
 def _roles(table: Rows, given: Mapping[str, str], settings: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
-    """Role -> column, of those given and those guessed, and what is to be said about the guess."""
+    """Return role -> column, for given and guessed roles, and notes on the guess."""
     names = table.column_names
     if {"chosen", "rejected"} <= {name.lower() for name in names} and not set(given) - {"client"}:
         raise ConfigError(
@@ -262,7 +271,7 @@ def _roles(table: Rows, given: Mapping[str, str], settings: Mapping[str, Any]) -
 def _data(
     path: Path, table: Rows, roles: Mapping[str, str], settings: Mapping[str, Any], dialect: Dialect
 ) -> tuple[str, Any, dict[str, str], list[str]]:
-    """The recipe, its data source, the flags that make it, and what is said of settings that it does not use."""
+    """Return the recipe, its data source, the flags that create it, and notes on settings that it does not use."""
     dealt = {key: value for key, value in settings.items() if value is not None}
     ignored = []
     if "client" in roles:
@@ -277,7 +286,7 @@ def _data(
     told = {key: shlex.quote(str(value)) for key, value in (dealt | read).items()}
 
     def used(**columns: str) -> dict[str, str]:
-        """Field -> column, of the roles that there are."""
+        """Return field -> column for the roles that exist."""
         return {field: roles[role] for field, role in columns.items() if role in roles}
 
     def flags(columns: Mapping[str, str]) -> dict[str, str]:
@@ -310,14 +319,17 @@ def _data(
 
 
 def _column(table: Rows, name: str) -> tuple[int, int, str]:
-    """How many values are empty, how many differ, and the beginning of the first."""
+    """Return the number of empty values, the number of different ones, and the beginning of the first filled one."""
     values = [value if isinstance(value, str) else str(value) for value in table.cells(name) if value is not None]
     filled = [value for value in values if value.strip()]
     return len(table) - len(filled), len(set(filled)), " ".join(filled[0].split())[:40] if filled else ""
 
 
 def _lengths(federation: Federation, tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[int, int, int, int]]:
-    """Tokens of at most 2000 examples, evenly chosen: least, median, 95 %, most; of prompts as they are written."""
+    """Return the least, median, 95 % and largest number of tokens per role, over at most 2000 examples.
+
+    The examples are evenly spaced. Prompts are measured as they are rendered.
+    """
     texts: dict[str, list[str]] = {}
     for data in federation.clients.values():
         for _, split in data.splits():
@@ -341,7 +353,7 @@ def _lengths(federation: Federation, tokenizer: PreTrainedTokenizerBase) -> dict
 
 
 def _fits(recipe: str, lengths: Mapping[str, tuple[int, int, int, int]], fit: Fit) -> tuple[str, ...]:
-    """Flags that make room for 95 % of the texts, where the recipe's own lengths do not."""
+    """Return flags that make room for 95 % of the texts, if the recipe's own lengths do not."""
     flags: list[str] = []
     fields = (
         {"text": "max_length"} if recipe == "fedmoe-text" else {"prompt": "max_length", "response": "target_length"}
@@ -353,7 +365,7 @@ def _fits(recipe: str, lengths: Mapping[str, tuple[int, int, int, int]], fit: Fi
 
 
 def counts_of(federation: Federation) -> dict[str, dict[str, int]]:
-    """Client by its name -> label (or "examples", where there are none) -> rows in all three splits."""
+    """Return client name -> label (or "examples", if there are none) -> rows in all three splits."""
     counts = {}
     for client, told in federation.partition()["clients"].items():
         counts[federation.names.get(client, client)] = told["label_counts"] or {"examples": sum(told["sizes"].values())}
@@ -361,7 +373,7 @@ def counts_of(federation: Federation) -> dict[str, dict[str, int]]:
 
 
 def show(found: Preview, console: Console) -> None:
-    """Print it: columns, lengths, clients by labels, what was left out, the command."""
+    """Print a preview: columns, lengths, clients by labels, skipped clients, and the command."""
 
     def say(text: str) -> None:
         console.print(terminal(text), markup=False, highlight=False, soft_wrap=True)
@@ -410,7 +422,7 @@ def show(found: Preview, console: Console) -> None:
 
 
 def save_picture(found: Preview, target: Path) -> Path:
-    """Clients by labels as a picture (PNG, or what the ending says): the darker, the more rows."""
+    """Save a picture of clients by labels (PNG, or the format of the suffix); darker cells have more rows."""
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
@@ -442,7 +454,11 @@ def save_picture(found: Preview, target: Path) -> Path:
 
 
 def write_figure(figure: Any, target: Path) -> Path:
-    """Save a figure of matplotlib; raises ConfigError if it cannot be written."""
+    """Save a matplotlib figure and return its path.
+
+    Raises:
+        ConfigError: if it cannot be written.
+    """
     try:
         with any_glyph():
             figure.savefig(target, dpi=110, metadata={"Software": None} if target.suffix == ".png" else None)

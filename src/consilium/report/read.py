@@ -1,10 +1,10 @@
-"""Read a run directory into a `RunRecord`, forgiving what an interrupted run leaves behind.
+"""A reader of run directories that tolerates what an interrupted run leaves behind.
 
-`config.json` and `partition.json` make a directory a run; everything else may be missing or unfinished and is
-then named in `RunRecord.notes`, so that a report never hides what it could not see. A torn last line of a
-`.jsonl` file (a run killed while writing) is dropped; a broken line in the middle is an error, because totals
-computed around it would be wrong. What a file holds is compared with the shape that a run writes there, and its texts
-are cleaned of characters that no page or screen can show, so that the figures need not doubt either.
+The files `config.json` and `partition.json` make a directory a run. Everything else may be missing or unfinished. It is
+then named in `RunRecord.notes`, so that a report never hides what it could not see. A torn last line of a `.jsonl` file
+(from a run killed while writing) is dropped. A broken line in the middle is an error, because totals computed around it
+would be wrong. The content of a file is compared with the shape that a run writes there, and its texts are cleaned of
+characters that no page or screen can show. The figures therefore need no checks of their own.
 """
 
 from __future__ import annotations
@@ -47,16 +47,21 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "completions.json": {"completions": [{key: str for key in ("client", "prompt", "text", "before", "after")}]},
     NAME: {"round": int, "blocks": {}, "held": _HELD, "usage": _USAGE, "trained": _USAGE},
 }
-"""File -> what it holds, as far as the report builds on it: a dict is an object ("*": of any key, {}: of any values), a
-list an array of that kind, str a text, float a number, int a whole one. A key may be missing, and a value null."""
+"""File -> the shape of its content, as far as the report depends on it.
+
+A dict is an object ("*": any key, {}: any values), a list is an array of that kind, str is a text, float a number, and
+int a whole number. A key may be missing, and a value may be null.
+"""
 
 
 @dataclass(frozen=True)
 class ClientRecord:
-    """What the partition says about one client.
+    """The entry of one client in the partition.
 
-    sizes: examples of train, validation and test. memory_bytes: the device limit in bytes, None where the run
-    sets none. label_counts: examples per label name, over the splits that the partition reports.
+    Args:
+        sizes: examples of train, validation and test.
+        memory_bytes: device limit in bytes; None if the run sets none.
+        label_counts: examples per label name, over the splits that the partition reports.
     """
 
     id: str
@@ -67,18 +72,22 @@ class ClientRecord:
 
     @property
     def commonest_label_share(self) -> float | None:
-        """Share in [0, 1] of the commonest label: what always giving that answer scores; None without labels."""
+        """Return the share in [0, 1] of the commonest label; None without labels.
+
+        It is the score of always giving that answer.
+        """
         total = sum(self.label_counts.values())
         return max(self.label_counts.values()) / total if total else None
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run, as its directory tells it.
+    """The record of one run, as read from its directory.
 
-    is_deployment: the clients are sites on machines of their own.
-    label: the name used in figures, unique among the runs compared. method: the name that all runs share which differ
-    in nothing but their seed and name. seed: of everything random, None where the run does not say.
+    Args:
+        is_deployment: whether the clients are sites on machines of their own.
+        label: name used in figures, unique among the runs compared.
+        method: name shared by all runs that differ only in their seed and name.
     """
 
     path: Path
@@ -106,22 +115,23 @@ class RunRecord:
 
     @property
     def seed(self) -> int | None:
+        """Return the seed of everything random; None if the run does not record one."""
         told = self.config.get("seed")
         return told if isinstance(told, int) else None
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Task names in the order in which the clients first name them."""
+        """Return the task names in the order in which the clients first name them."""
         return tuple(dict.fromkeys(client.task for client in self.clients.values()))
 
     @property
     def order(self) -> tuple[str, ...]:
-        """Client ids grouped by task: the row order of every figure."""
+        """Return the client ids grouped by task, which is the row order of every figure."""
         tasks = self.tasks
         return tuple(sorted(self.clients, key=lambda c: (tasks.index(self.clients[c].task), c)))
 
     def metric(self, task: str) -> str:
-        """The metric's name for a task ("accuracy"), or "score" where the run does not say."""
+        """Return the name of a task's metric ("accuracy"), or "score" if the run does not record one."""
         told = _dict(_dict(_dict(self.summary).get("tasks")).get(task)).get("metric")
         return str(told) if told else "score"
 
@@ -129,8 +139,9 @@ class RunRecord:
 def read_run(path: Path | str) -> RunRecord:
     """Read one run directory.
 
-    Raises ConfigError when `path` is not a run (the message names the runs near by) or when a file is damaged, and
-    CheckpointError when it holds a link.
+    Raises:
+        ConfigError: if `path` is not a run (the message names the runs nearby), or if a file is damaged.
+        CheckpointError: if the directory contains a link.
     """
     path = Path(path)
     refuse_links(path)
@@ -172,7 +183,11 @@ def _texts(value: Any) -> list[str]:
 
 
 def read_runs(paths: Iterable[Path | str]) -> list[RunRecord]:
-    """Read several runs and give each a label that no other has. Raises ConfigError for none at all."""
+    """Read several runs and give each a unique label.
+
+    Raises:
+        ConfigError: if no run is given.
+    """
     runs = [read_run(path) for path in paths]
     if not runs:
         raise ConfigError("no run given; name at least one run directory, e.g. runs/fedmoe-docstrings")
@@ -180,8 +195,10 @@ def read_runs(paths: Iterable[Path | str]) -> list[RunRecord]:
 
 
 def label_runs(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """Name the runs' methods and label the runs: the method where it ran once, else with what tells its runs apart
-    (the seed, else the name of the directory)."""
+    """Name the methods of the runs and label each run.
+
+    The label is the method if it ran once. Otherwise the seed, or else the name of the directory, is added.
+    """
     methods, labels = _methods(runs), []
     for run, method in zip(runs, methods, strict=True):
         seeds = [other.seed for other, name in zip(runs, methods, strict=True) if name == method]
@@ -196,7 +213,10 @@ def label_runs(runs: Sequence[RunRecord]) -> list[RunRecord]:
 
 
 def _methods(runs: Sequence[RunRecord]) -> list[str]:
-    """The algorithm; where runs of one have different settings, the directory's name without its seed tells more."""
+    """Return the name of each run's method, which is its algorithm.
+
+    If runs of one algorithm have different settings, the directory's name without its seed tells them apart.
+    """
     kinds = [json.dumps({k: v for k, v in run.config.items() if k not in ("name", "seed")}) for run in runs]
     names: dict[tuple[str, str], str] = {}
     for run, kind in zip(runs, kinds, strict=True):
@@ -210,7 +230,11 @@ def _methods(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def _clients(raw: Json, told: Json) -> dict[str, ClientRecord]:
-    """told: the summary's entries, which hold the device limits where the partition does not."""
+    """Return the client records of a partition.
+
+    Args:
+        told: entries of the summary, which hold the device limits that the partition lacks.
+    """
     clients = {}
     for client, entry in sorted(raw.items()):
         entry = _dict(entry)
@@ -226,7 +250,10 @@ def _clients(raw: Json, told: Json) -> dict[str, ClientRecord]:
 
 
 def _label_counts(raw: Json) -> dict[str, int]:
-    """Either {label: n}, or {split: {label: n}}, of which the test split is what scores are about."""
+    """Return the examples per label, from {label: n} or {split: {label: n}}.
+
+    The test split is preferred, because scores are measured on it.
+    """
     nested = {k: v for k, v in raw.items() if isinstance(v, Mapping)}
     if nested:
         raw = nested.get("test") or next(iter(nested.values()))
@@ -234,8 +261,11 @@ def _label_counts(raw: Json) -> dict[str, int]:
 
 
 def _latest_per_round(lines: list[Json], notes: list[str]) -> tuple[Json, ...]:
-    """A resumed run may write a round twice; the later line is the one the run went on from. Abandoned rounds, which
-    were tried again, are left out."""
+    """Return one line per round, sorted by round.
+
+    A resumed run may write a round twice. The later line counts, because the run continued from it. Abandoned rounds,
+    which were tried again, are left out.
+    """
     lines = [line for line in lines if not line.get("abandoned")]
     by_round: dict[int, Json] = {}
     for i, line in enumerate(lines):
@@ -293,7 +323,7 @@ def _optional_json(path: Path, notes: list[str]) -> Json | None:
 
 
 def _structure(path: Path, notes: list[str]) -> Json | None:
-    """Return who holds which experts, as `engine.structure.fold` says it; None where the run has no such record."""
+    """Return which client holds which experts, as `engine.structure.fold` gives it; None if there is no record."""
     if not (path / NAME).is_file():
         return _optional_json(path / OLD, notes)
     try:
@@ -308,10 +338,10 @@ def _why(error: Exception) -> str:
 
 
 def _checked(value: Any, path: Path, where: str = "") -> dict[str, Any]:
-    """Return what a file or a line of it holds, with its texts cleaned.
+    """Return the content of a file, or of one of its lines, with cleaned texts.
 
     Raises:
-        ConfigError: if it has not the shape that a run writes there.
+        ConfigError: if it does not have the shape that a run writes there.
     """
     try:
         odd = _odd(value, _SHAPES[path.name], "")
@@ -323,7 +353,7 @@ def _checked(value: Any, path: Path, where: str = "") -> dict[str, Any]:
 
 
 _LARGEST = 2**53
-"""Beyond it a float tells no whole numbers apart: nothing that a run writes is so large."""
+"""The bound of all numbers: above it a float cannot tell whole numbers apart, and no run writes such large ones."""
 _KINDS = {
     dict: "an object",
     list: "an array",
@@ -334,7 +364,7 @@ _KINDS = {
 
 
 def _odd(value: Any, shape: Any, name: str) -> str:
-    """Return what is wrong with a value of that name, "" if nothing is."""
+    """Return a description of the error in a value of that name; "" if the value is valid."""
     if value is None and name:
         return ""
     kind = type(shape) if isinstance(shape, dict | list) else shape
@@ -370,7 +400,7 @@ def _not_a_run(path: Path, missing: Sequence[str]) -> str:
 
 
 def _runs_near(path: Path, limit: int = 5) -> list[Path]:
-    """Runs below `path`, beside it, or in ./runs: what was probably meant, newest first."""
+    """Return runs below `path`, next to it, or in ./runs, newest first; the user probably meant one of them."""
     found: dict[Path, float] = {}
     for folder in (path, path / "runs", path.parent, Path("runs")):
         if folder.is_dir():

@@ -1,7 +1,7 @@
 """The numbers of a run that the page and the terminal both show, computed once.
 
-An unfinished run has no summary.json; its numbers then come from the rounds it completed. Where both exist the
-summary wins, because it is what the run itself reports.
+An unfinished run has no summary.json; its numbers then come from the rounds that it completed. If both exist, the
+summary takes precedence, because it is the run's own report.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ __all__ = [
 ]
 
 LARGEST = 1e100
-"""No number of a run is larger: whatever is beyond it was made up by a client, and is treated as not recorded."""
+"""The largest number of a run. A client made up any larger number, so it is treated as not recorded."""
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Mean and standard deviation (n - 1) over clients, in [0, 1]; sd is None for fewer than two clients."""
+    """The mean and standard deviation (n - 1) over clients, in [0, 1]; sd is None for fewer than two clients."""
 
     mean: float
     sd: float | None
@@ -50,7 +50,10 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class Result:
-    """One row of the comparison. Bytes are totals over the run, seconds are wall-clock, None = not recorded."""
+    """One row of the comparison.
+
+    Bytes are totals over the run, and seconds are wall-clock time. None means not recorded.
+    """
 
     label: str
     tasks: Mapping[str, TaskScore]
@@ -77,7 +80,7 @@ class Result:
 
 
 def result(run: RunRecord) -> Result:
-    """The row of one run."""
+    """Return the row of one run."""
     summary = run.summary or {}
     scores = client_scores(run)
     tasks = {}
@@ -112,7 +115,7 @@ def result(run: RunRecord) -> Result:
 
 
 def client_scores(run: RunRecord) -> dict[str, float]:
-    """Test score in [0, 1] per client: from the summary, else from the last round that tested."""
+    """Return the test score in [0, 1] per client, from the summary or else from the last round that tested."""
     told = {c: number(_get(run.summary, "clients", c, "test")) for c in run.order}
     found = {c: v for c, v in told.items() if v is not None}
     if found:
@@ -125,8 +128,7 @@ def client_scores(run: RunRecord) -> dict[str, float]:
 
 
 def measured(run: RunRecord, name: str) -> dict[str, float]:
-    """Return a measure that stands next to the score ("bits_per_byte", ...) of each client, from the last round that
-    tested."""
+    """Return a measure other than the score ("bits_per_byte", ...) per client, from the last round that tested."""
     for line in reversed(run.rounds):
         if isinstance(line.get(name), Mapping):
             found = {c: number(v) for c, v in line[name].items() if c in run.clients}
@@ -135,7 +137,10 @@ def measured(run: RunRecord, name: str) -> dict[str, float]:
 
 
 def unable_clients(run: RunRecord) -> dict[str, str]:
-    """Clients that cannot run this algorithm, with the run's reason. The latest word on a client counts."""
+    """Return the clients that cannot run this algorithm, with the run's reason.
+
+    The latest record of a client counts.
+    """
     if run.summary is not None and isinstance(run.summary.get("clients"), Mapping):
         told = {c: _get(run.summary, "clients", c, "reason") for c in run.order}
         return {c: str(why) for c, why in told.items() if why}
@@ -150,12 +155,15 @@ def unable_clients(run: RunRecord) -> dict[str, str]:
 
 
 def differ_in_clients(runs: Sequence[RunRecord]) -> bool:
-    """Whether the runs scored different sets of clients, so that their plain means are not comparable."""
+    """Return whether the runs scored different sets of clients, so that their plain means are not comparable."""
     return len({frozenset(client_scores(run)) for run in runs}) > 1
 
 
 def shared_mean(runs: Sequence[RunRecord]) -> list[float | None]:
-    """Mean over tasks of the mean over the clients that EVERY run scored: the fair column when coverage differs."""
+    """Return, for each run, the mean over tasks of the mean over the clients that EVERY run scored.
+
+    It is the fair column if the runs serve different clients.
+    """
     scores = [client_scores(run) for run in runs]
     shared = set.intersection(*(set(s) for s in scores)) if scores else set()
     means: list[float | None] = []
@@ -169,9 +177,9 @@ def shared_mean(runs: Sequence[RunRecord]) -> list[float | None]:
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the comparison: what it says, and which end of it is good ("high", "low" or "").
+    """One column of the comparison: its content, and its good end ("high", "low" or "").
 
-    Scores in `values` are rounded as printed, so that nobody is called best by a difference nobody can see.
+    Scores in `values` are rounded as printed, so that an invisible difference decides nothing.
     """
 
     head: str
@@ -181,7 +189,7 @@ class Column:
 
 
 def columns(runs: Sequence[RunRecord]) -> list[Column]:
-    """The comparison, column by column, one value per run. The first column is each run's name."""
+    """Return the comparison as columns with one value per run; the first column is each run's name."""
     rows = [result(run) for run in runs]
     tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
     made = [Column("run", "", tuple(None for _ in rows), tuple(row.label for row in rows))]
@@ -206,7 +214,7 @@ def columns(runs: Sequence[RunRecord]) -> list[Column]:
 
 
 def best(column: Column, eligible: Sequence[bool]) -> set[int]:
-    """Rows to mark in a column: the best of the eligible rows, none if they do not differ."""
+    """Return the rows to mark in a column: the best of the eligible rows, or none if they do not differ."""
     pool = [i for i, v in enumerate(column.values) if v is not None and eligible[i]]
     if not column.good or len(pool) < 2:
         return set()
@@ -216,19 +224,23 @@ def best(column: Column, eligible: Sequence[bool]) -> set[int]:
 
 
 def format_score(value: float | None, sd: float | None = None) -> str:
-    """0.634 -> "63.4"; with sd "63.4 ± 4.2"; None -> "–"."""
+    """Format a score: 0.634 -> "63.4"; with sd "63.4 ± 4.2"; None -> "–"."""
     if value is None:
         return "–"
     return f"{100 * value:.1f}" if sd is None else f"{100 * value:.1f} ± {100 * sd:.1f}"
 
 
 def format_bits(value: float | None) -> str:
-    """1.8123 -> "1.812"; None -> "–"."""
+    """Format bits per byte: 1.8123 -> "1.812"; None -> "–"."""
     return "–" if value is None else f"{value:.3f}"
 
 
 def format_bytes(value: float | None, trim: bool = False) -> str:
-    """Decimal units, three figures: 93_100_000 -> "93.1 MB"; None -> "–". trim: 50_000_000 -> "50 MB", 0 -> "0"."""
+    """Format bytes in decimal units with three digits: 93_100_000 -> "93.1 MB"; None -> "–".
+
+    Args:
+        trim: drop trailing zeros: 50_000_000 -> "50 MB", 0 -> "0".
+    """
     if value is None:
         return "–"
     for unit in ("B", "kB", "MB", "GB", "TB"):
@@ -242,7 +254,7 @@ def format_bytes(value: float | None, trim: bool = False) -> str:
 
 
 def format_seconds(value: float | None) -> str:
-    """42.3 -> "42 s"; 4.21 -> "4.2 s"; 754 -> "12m 34s"; 7500 -> "2h 05m"; None -> "–"."""
+    """Format seconds: 42.3 -> "42 s"; 4.21 -> "4.2 s"; 754 -> "12m 34s"; 7500 -> "2h 05m"; None -> "–"."""
     if value is None or not value <= LARGEST:
         return "–"
     if value < 9.95:
@@ -256,7 +268,7 @@ def format_seconds(value: float | None) -> str:
 
 
 def number(value: Any) -> float | None:
-    """Return the value if it is a number that figures can place and sums can hold, else None."""
+    """Return the value as a float if it is a number that figures can place and sums can hold, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST <= value <= LARGEST:
         return None
     return float(value)
@@ -277,7 +289,7 @@ def _total(run: RunRecord, key: str) -> int | None:
 
 
 def _peak(run: RunRecord) -> int | None:
-    """The largest client's peak by the memory model, in bytes, over the clients that could run."""
+    """Return the largest client's peak by the memory model, in bytes, over the clients that could run."""
     unable = unable_clients(run)
     peaks = [number(_get(run.summary, "clients", c, "peak_bytes_model")) for c in run.order if c not in unable]
     peaks += [number(e.get("peak_bytes_model")) for r in run.rounds for e in (r.get("clients") or {}).values()]

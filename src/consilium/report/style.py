@@ -1,11 +1,11 @@
-"""How figures look, and how a matplotlib figure becomes inline SVG that follows the page's light or dark theme.
+"""The look of figures, and their conversion to inline SVG that follows the page's light or dark theme.
 
-Figures are drawn in the light theme's colours. `to_svg` swaps each of those colours for a CSS variable of the same
-role, so one drawing serves both themes. Heat maps are images, which CSS cannot recolour: they are drawn twice, and
-the page shows the one that fits.
+Figures are drawn in the light theme's colours. `to_svg` replaces each of those colours with a CSS variable of the same
+role, so one drawing serves both themes. Heat maps are images, which CSS cannot recolour. They are drawn twice, and the
+page shows the one that fits.
 
-The categorical colours are Okabe and Ito's, adjusted to keep 3:1 contrast on the page; no figure relies on colour
-alone, so dashes, marks or positions repeat what it says.
+The categorical colours are Okabe and Ito's, adjusted to keep 3:1 contrast on the page. No figure relies on colour
+alone: dashes, marks or positions repeat the information.
 """
 
 from __future__ import annotations
@@ -87,16 +87,17 @@ _UNIT = 72  # at 72 dpi a matplotlib point is a CSS pixel
 
 
 class NothingToDraw(Exception):
-    """A figure whose data the run does not hold; the message tells the reader why."""
+    """An error for a figure without data in the run; the message gives the reader the reason."""
 
 
 @dataclass(frozen=True)
 class Key:
     """One entry of a legend.
 
-    mark: "run 2" (line and marker of the run with index 2), "line", "thin", "faint", "dots", "square", "hatch",
-    "plus", "minus", "band", "bar", "right", "up", "down", "cross", "hollow", or "ramp", whose text is
-    "what|low|middle|high".
+    Args:
+        mark: "run 2" (line and marker of the run with index 2), "line", "thin", "faint", "dots", "square", "hatch",
+            "plus", "minus", "band", "bar", "right", "up", "down", "cross", "hollow", or "ramp"; the text of a ramp is
+            "what|low|middle|high".
     """
 
     text: str
@@ -106,7 +107,11 @@ class Key:
 
 @dataclass(frozen=True)
 class Panel:
-    """One small plot with its heading. `alt` says in words what is in it, for those who cannot see it."""
+    """One small plot with its heading.
+
+    Args:
+        alt: description in words, for readers who cannot see the plot.
+    """
 
     title: str
     figure: Figure
@@ -123,12 +128,12 @@ class Drawing:
 
 
 def color(role: str) -> str:
-    """The colour of a role such as "ink" or "c0", as the light theme has it."""
+    """Return the colour of a role such as "ink" or "c0" in the light theme."""
     return LIGHT[role]
 
 
 def series(index: int) -> dict[str, Any]:
-    """Colour, marker and dash of the index-th run; colours repeat after eight runs, then with another dash."""
+    """Return colour, marker and dash of the index-th run; after eight runs the colours repeat with another dash."""
     return {
         "color": color(SERIES[index % len(SERIES)]),
         "marker": MARKERS[index % len(MARKERS)],
@@ -137,9 +142,12 @@ def series(index: int) -> dict[str, Any]:
 
 
 def run_styles(methods: Sequence[str]) -> list[int]:
-    """An index into `series` for each run: one colour a method, and where a method ran several times (seeds), the dash
-    tells its runs apart: otherwise fifteen colours would hide what the comparison is about. One colour a run where
-    there is one method only, or more methods than colours."""
+    """Return an index into `series` for each run.
+
+    Each method has one colour. If a method ran several times (seeds), the dash tells its runs apart, because fifteen
+    colours would hide the comparison. If there is only one method, or more methods than colours, each run has its own
+    colour.
+    """
     kinds = list(dict.fromkeys(methods))
     if 2 <= len(kinds) <= len(SERIES):
         return [kinds.index(m) + len(SERIES) * list(methods[:i]).count(m) for i, m in enumerate(methods)]
@@ -147,12 +155,15 @@ def run_styles(methods: Sequence[str]) -> list[int]:
 
 
 def drawing_style() -> AbstractContextManager[None]:
-    """The settings under which figures must be made and saved; restores the caller's own afterwards."""
+    """Return a context with the settings for making and saving figures.
+
+    It restores the caller's settings afterwards.
+    """
     return matplotlib.rc_context(_RC)
 
 
 def new_figure(width: float, height: float, left: float, bottom: float, right: float = 8, top: float = 8) -> Figure:
-    """A figure of `width` x `height` CSS pixels at its natural size, with one axes inside fixed pixel margins."""
+    """Create a figure with a natural size of `width` x `height` CSS pixels, and one axes inside fixed pixel margins."""
     figure = Figure(figsize=(width / _UNIT, height / _UNIT), dpi=_UNIT)
     FigureCanvasSVG(figure)
     figure.patch.set_alpha(0)
@@ -163,7 +174,7 @@ def new_figure(width: float, height: float, left: float, bottom: float, right: f
 
 
 def clean_axes(axes: Axes, grid: str = "y", size: float = 10.5) -> None:
-    """No box, quiet ticks, a light grid behind the data along `grid` ("x", "y" or "")."""
+    """Remove the box, mute the ticks, and draw a light grid behind the data along `grid` ("x", "y" or "")."""
     for spine in axes.spines.values():
         spine.set_visible(False)
     if grid == "y":
@@ -179,13 +190,16 @@ def clean_axes(axes: Axes, grid: str = "y", size: float = 10.5) -> None:
 
 
 def round_ticks(most: int, integer: bool = False) -> MaxNLocator:
-    """At most so many intervals between ticks, at steps that people count in: 1, 2, 2.5, 5, 10."""
+    """Return a locator with at most `most` intervals between ticks, at steps of 1, 2, 2.5, 5 or 10.
+
+    A step of 2.5 is left out if `integer` is true.
+    """
     steps = [1, 2, 5, 10] if integer else [1, 2, 2.5, 5, 10]
     return MaxNLocator(most, steps=steps, integer=integer, min_n_ticks=1 if integer else 2)
 
 
 def shorten(text: str, limit: int) -> str:
-    """Cut the middle out of a long name: beginning and end are what tells names apart."""
+    """Cut the middle out of a long name, because its beginning and end tell it apart from others."""
     if len(text) <= limit:
         return text
     head = limit // 2
@@ -193,11 +207,14 @@ def shorten(text: str, limit: int) -> str:
 
 
 def shorten_all(texts: Sequence[str], limit: int) -> list[str]:
-    """Shorten names that stand side by side so that they stay apart: what all begin with goes first."""
+    """Shorten names that stand side by side so that they remain distinct.
+
+    If names would become equal, their common prefix is cut first. If they are still equal, they are numbered.
+    """
     plain = [shorten(text, limit) for text in texts]
     if len(set(plain)) == len(set(texts)):
         return plain
-    shared = len(os.path.commonprefix(list(texts)))  # noqa: RUF071 - letters are what is meant
+    shared = len(os.path.commonprefix(list(texts)))  # noqa: RUF071 - a common prefix of letters is intended
     cut = [shorten("…" + text[shared:], limit) for text in texts]
     if len(set(cut)) == len(set(texts)):
         return cut
@@ -206,7 +223,10 @@ def shorten_all(texts: Sequence[str], limit: int) -> list[str]:
 
 @contextmanager
 def any_glyph() -> Iterator[None]:
-    """Draw names in any script without warnings: matplotlib's font lacks many, the reader's browser does not."""
+    """Draw names in any script without warnings.
+
+    The font of matplotlib lacks many glyphs, but the reader's browser does not.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
         warnings.filterwarnings("ignore", message="Matplotlib currently does not support", category=UserWarning)
@@ -214,9 +234,10 @@ def any_glyph() -> Iterator[None]:
 
 
 def to_svg(figure: Figure, salt: str, alt: str = "") -> str:
-    """Inline SVG of a figure, without ids that could clash with another figure's.
+    """Return inline SVG of a figure, without ids that could clash with those of another figure.
 
-    salt: any text that is unique on the page; the ids that must stay (clip paths, markers) are derived from it.
+    Args:
+        salt: any text that is unique on the page; the ids that must stay (clip paths, markers) are derived from it.
     """
     buffer = io.StringIO()
     digest = hashlib.sha256(salt.encode()).hexdigest()[:12]
@@ -234,7 +255,7 @@ def to_svg(figure: Figure, salt: str, alt: str = "") -> str:
 
 
 def _smaller(svg: str) -> str:
-    """Leave out what draws nothing: it is more than half of what matplotlib writes."""
+    """Remove elements that draw nothing, which are more than half of the output of matplotlib."""
     svg = re.sub(r"font-family: 'DejaVu Sans'(; )?", "", svg)  # the page's own font
     svg = re.sub(r"font: ([^;\"]*?)'DejaVu Sans'[^;\"]*", r"font: \1var(--font)", svg)
     svg = re.sub(r"\s*\n\s*", " ", svg).replace("> <", "><").replace("base64, ", "base64,")
@@ -247,7 +268,7 @@ def _smaller(svg: str) -> str:
 
 
 def _unique_ids(svg: str, digest: str) -> str:
-    """Drop the ids nothing refers to; mark the light and dark images by class; prefix the ids that remain."""
+    """Drop unused ids, mark the light and dark images by class, and prefix the ids that remain."""
     svg = re.sub(r'id="(light|dark)-\d+"', r'class="only-\1"', svg)
     used = set(re.findall(r"url\(#([^)]+)\)", svg)) | set(re.findall(r'href="#([^"]+)"', svg))
 

@@ -23,10 +23,13 @@ __all__ = ["print_table"]
 
 
 def print_table(runs: Sequence[RunRecord | Path | str], console: Console | None = None) -> None:
-    """Print one row a run; `runs` are records or run directories. Fits 80 columns for up to three tasks.
+    """Print one row per run, in at most 80 columns for up to three tasks.
 
     Standard deviations over clients stand below the means, so that the row stays short. The best finished run of a
     column is marked by an asterisk as well as by weight, for terminals and logs without colour.
+
+    Args:
+        runs: records or run directories.
     """
     console = console or Console()
     records = label_runs([r if isinstance(r, RunRecord) else read_runs([r])[0] for r in runs])
@@ -39,7 +42,7 @@ def print_table(runs: Sequence[RunRecord | Path | str], console: Console | None 
         console.print(wide)
     elif _width(narrow, console) <= console.width or len(tasks) <= 3:
         console.print(narrow)  # long run names fold
-    else:  # many tasks get a table of their own, standing upright
+    else:  # many tasks get a table of their own, with one row per task
         console.print(_table(records, [c for c in shown if c.head not in tasks], marks, 1))
         console.print(_task_table(records, [c for c in shown if c.head in tasks], marks))
     if len(records) > 1:
@@ -53,7 +56,7 @@ def print_table(runs: Sequence[RunRecord | Path | str], console: Console | None 
 
 
 def _print_methods(found: Sequence[Method], console: Console) -> None:
-    """Mean over each method's seeds, and the paired test against the first; fits 80 columns."""
+    """Print the mean over each method's seeds, and the paired test against the first method, in 80 columns."""
     shown = {c.head: c for c in method_columns(found)}
     wanted = [
         "method",
@@ -119,5 +122,5 @@ def _cell(value: str, is_best: bool, marked_column: bool) -> Text:
 
 
 def _text(value: str) -> Text:
-    """Return a name as a cell: as it stands, without markup."""
+    """Return a name as a cell, without interpreting markup."""
     return Text(one_line(value))

@@ -1,4 +1,4 @@
-"""The tables of the page: comparison, clients, who was left out, events, configuration, versions, words."""
+"""The tables of the page: comparison, clients, clients left out, events, configuration, versions, words."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ _EVENTS = {
 
 
 def comparison(runs: Sequence[RunRecord]) -> str:
-    """One row a run, the best of each column marked, and a sentence on each thing that is easily misread."""
+    """Return one row per run with the best of each column marked, and notes on everything that is easily misread."""
     shown = columns(runs)
     able = [run.finished for run in runs]
     marks = {c.head: best(c, able if any(able) else [True] * len(runs)) for c in shown}
@@ -99,7 +99,7 @@ def comparison(runs: Sequence[RunRecord]) -> str:
 
 
 def over_seeds(runs: Sequence[RunRecord]) -> str:
-    """Methods over their seeds, where any has several, and the test that says whether a lead is more than luck."""
+    """Return the methods over their seeds, if any has several, and a test of whether a lead is more than luck."""
     found = methods(runs)
     if not has_seeds(runs) or not found:
         return ""
@@ -133,7 +133,7 @@ def _method_table(shown: Sequence[Column], dots: Sequence[str]) -> str:
 
 
 def _test_words(against: Sequence[Paired]) -> str:
-    """What the test is, and what it can say and what not."""
+    """Return an explanation of the test, its conclusions and its limits."""
     words = (
         f"Difference: the method’s mean score less that of {against[0].reference}, in points, on the same seeds, data "
         "and clients. "
@@ -157,14 +157,17 @@ def _test_words(against: Sequence[Paired]) -> str:
 
 
 def _least(pairs: int) -> float:
-    """The mean difference, in standard deviations of the differences, at which the paired t-test has p = 0.05."""
+    """Return the mean difference at which the paired t-test has p = 0.05.
+
+    It is given in standard deviations of the differences.
+    """
     from scipy.stats import t
 
     return float(t.ppf(0.975, pairs - 1)) / pairs**0.5
 
 
 def client_tables(runs: Sequence[RunRecord]) -> str:
-    """One row a client; several runs side by side share the rows and differ in the score columns."""
+    """Return one row per client; several runs share the rows and differ in the score columns."""
     if len(runs) == 1:
         return f'<div class="box">{_one_run_clients(runs[0])}</div>'
     groups = [[run for run in runs if run.method == name] for name in dict.fromkeys(run.method for run in runs)]
@@ -190,7 +193,7 @@ def client_tables(runs: Sequence[RunRecord]) -> str:
 
 
 def _mean_scores(runs: Sequence[RunRecord]) -> dict[str, float]:
-    """Test score per client, mean over the runs that scored it."""
+    """Return the test score per client, as the mean over the runs that scored it."""
     found: dict[str, list[float]] = {}
     for run in runs:
         for client, score in client_scores(run).items():
@@ -226,7 +229,7 @@ def _one_run_clients(run: RunRecord) -> str:
 
 
 def _recalls(run: RunRecord) -> str:
-    """Return a table of the share of test examples of each label that are recognised, where the task has labels."""
+    """Return a table of the share of test examples of each label that are recognised; "" if the task has no labels."""
     found = class_recalls(run)
     if not found:
         return ""
@@ -243,7 +246,7 @@ def _recalls(run: RunRecord) -> str:
 
 
 def left_out(runs: Sequence[RunRecord]) -> str:
-    """Clients that never took part, with the reason: no data, or not enough memory."""
+    """Return the clients that never took part, with the reason: no data, or not enough memory."""
     rows = []
     for run in runs:
         for client, why in unable_clients(run).items():
@@ -262,7 +265,7 @@ def left_out(runs: Sequence[RunRecord]) -> str:
 
 
 def event_tables(runs: Sequence[RunRecord]) -> str:
-    """What the server changed, in order; a count of each kind stands above the rows."""
+    """Return the changes that the server made, in order, with a count of each kind above the rows."""
     made, without = [], []
     for run in runs:
         if not run.events:
@@ -286,7 +289,7 @@ def event_tables(runs: Sequence[RunRecord]) -> str:
 
 
 def _details(event: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    """The event's other fields as "name value", with layers by their readable names."""
+    """Return the event's other fields as "name value", with the readable names of layers."""
     said = []
     for key, value in event.items():
         if key not in ("round", "client", "event") and value not in (None, [], {}):
@@ -308,7 +311,7 @@ def _plain(value: Any, names: Mapping[str, str]) -> str:
 
 
 def configuration(runs: Sequence[RunRecord]) -> str:
-    """Every setting, a column a run; settings that differ between runs come first."""
+    """Return every setting with one column per run; settings that differ between runs come first."""
     flat = [dict(_flatten(run.config)) for run in runs]
     keys = list(dict.fromkeys(key for one in flat for key in one))
     differ = [k for k in keys if len({str(one.get(k)) for one in flat}) > 1]
@@ -321,7 +324,7 @@ def configuration(runs: Sequence[RunRecord]) -> str:
 
 
 def versions(runs: Sequence[RunRecord]) -> str:
-    """Where the runs lie, and the code and packages that made them."""
+    """Return the directories of the runs, and the code and packages that made them."""
     facts = [
         {
             "directory": run.path.name,
@@ -339,7 +342,7 @@ def versions(runs: Sequence[RunRecord]) -> str:
 
 
 def glossary() -> str:
-    """The dozen words that the captions use, for a reader who is new to the field."""
+    """Return the words that the captions use, with definitions for a reader who is new to the field."""
     words = {
         "Client": "One site with its own data, which never leaves it: a hospital, a bank, a team.",
         "Round": "The server sends models out, some clients train, and the server merges what comes back.",

@@ -1,4 +1,4 @@
-"""Figure: the score of each method against what its runs cost, a panel per cost."""
+"""The figure of the score of each method against the cost of its runs, one panel per cost."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ COSTS: tuple[Cost, ...] = (
 
 
 def score_for_cost(runs: Sequence[RunRecord]) -> Drawing:
-    """Final mean score over traffic, time and memory; over the shared clients where methods serve different ones."""
+    """Draw the final mean score over traffic, time and memory.
+
+    The mean is over the shared clients if methods serve different ones.
+    """
     found = methods(runs)
     shared = any(m.shared for m in found)
     names = list(dict.fromkeys(run.method for run in runs))
@@ -67,7 +70,7 @@ def _panel(
                 elinewidth=1.4, capsize=0, zorder=3, color=style["color"], marker=style["marker"], linestyle="none",
             )  # fmt: skip
         axes.margins(x=0.06, y=0.14)
-        axes.set_xlim(left=-0.04 * axes.get_xlim()[1])  # a method that costs nothing is not cut in half
+        axes.set_xlim(left=-0.04 * axes.get_xlim()[1])  # the mark of a method without cost must not be cut in half
         axes.yaxis.set_major_locator(round_ticks(5))
         if unit == "seconds":
             second_axis(axes.xaxis, axes.get_xlim()[1])

@@ -1,4 +1,4 @@
-"""State the result of a comparison in two sentences: the differences to the first method, and their uncertainty."""
+"""The result of a comparison in two sentences: the differences to the first method, and their uncertainty."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Values = Mapping[str, float]
 def verdict(runs: Sequence[RunRecord]) -> list[str]:
     """Return two sentences on finished runs of several methods; [] if there is nothing to compare.
 
-    The measure is the personal bits per byte, else bits per byte (both: lower is better), else the test score in
-    percent. Differences are paired by client; their 95 % t-intervals are over seeds where every method has several,
+    The measure is the personal bits per byte, else bits per byte (lower is better for both), else the test score in
+    percent. Differences are paired by client. Their 95 % t-intervals are over seeds if every method has several,
     otherwise over the clients of the one seed.
     """
     finished = [run for run in runs if run.finished]
@@ -68,7 +68,7 @@ def _values(run: RunRecord, which: str) -> Values:
 
 
 def _gaps(first: Mapping[object, Values], other: Mapping[object, Values], sign: float) -> list[list[float]]:
-    """Seed by seed, other - first of every client that both have."""
+    """Return, seed by seed, other - first for every client that both have."""
     found = []
     for seed in first.keys() & other.keys():
         common = sorted(first[seed].keys() & other[seed].keys())

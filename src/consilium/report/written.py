@@ -1,4 +1,4 @@
-"""Completions of clients' texts: how they really go on, by the public model, and by the model of each run."""
+"""Completions of clients' texts: the true continuation, that of the public model, and that of each run's model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["written"]
 
 
 def written(runs: Sequence[RunRecord]) -> str:
-    """Return a box for each client of which a run has completions, "" if there are none."""
+    """Return one box for each client with completions in some run; "" if there are none."""
     by_run = {run.label: {str(row.get("client")): row for row in run.completions} for run in runs}
     rows = {client: row for found in reversed(by_run.values()) for client, row in found.items()}
     return "".join(_box(client, row, by_run) for client, row in sorted(rows.items()))

@@ -1,14 +1,14 @@
-"""The same methods on Flower: payloads as its messages, its simulation runtime, its deployments.
+"""The same methods on Flower: payloads as Flower's messages, its simulation runtime, its deployments.
 
-    records   a payload as a message's content, to the bit
-    roster    who is behind Flower's nodes, by name or by key
-    patience  a Grid whose server may fail for a while
-    grid      the engine: rounds over a Grid, deadlines, who was missing
-    held      what a client holds, where it is sent changes
+    records   a payload as a message's content, bit for bit
+    roster    the clients behind Flower's nodes, by name or by key
+    patience  a Grid that retries while its server fails
+    grid      the engine: rounds over a Grid, deadlines, missing clients
+    held      the weights that a client holds, where only changes are sent to it
     client    the client's end, a ClientApp
-    site      what a site of a deployment keeps of its own
-    offered   a file that a site hands over piece by piece
-    limits    what a site does not let a server ask of it
+    site      the files that a site of a deployment keeps
+    offered   a file that a site hands over in pieces
+    limits    the most that a server may ask of a site
     server    the server's end: a Grid from the simulation runtime or a deployment
 
 Nothing outside this package imports flwr.
@@ -16,7 +16,7 @@ Nothing outside this package imports flwr.
 
 import os
 
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when flwr is imported
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # flwr reads both when it is imported
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
 from consilium.engine.flower.client import DELIVERED, OWN, client_app

@@ -1,11 +1,15 @@
-"""The client's end: a ClientApp that answers a server's messages with the client half of whatever method it names.
+"""The client's end: a ClientApp that answers a server's messages with the client half of the method that they name.
 
-Every message brings the server's experiment as JSON, of which the algorithm, the training and the seed count here;
-classes are looked up among the known ones, no code travels. What is the site's own comes from its own settings: a
-simulated client takes its partition of the experiment's data; a site's node names a file, `site=".../site.json"`
-(`engine.flower.site`), with its name, its own data and model, or the architecture of its small model, its memory, and
-its limits, beyond which it does nothing (`Limits`). In the same folder its states survive rounds and restarts, and lies
-the model that it was last delivered, for `consilium export`.
+Every message brings the server's experiment as JSON; only its algorithm, training and seed count here. Classes are
+looked up among the known ones, and no code travels. The site's own settings provide the rest:
+
+- A simulated client takes its partition of the experiment's data.
+- A site's node names a file, `site=".../site.json"` (`engine.flower.site`). It holds the site's name, its own data and
+  model (or the architecture of its small model), its memory, and its limits (`Limits`). The site does nothing beyond
+  its limits.
+
+The folder of that file keeps the site's states across rounds and restarts, and the model that was last delivered to the
+site, for `consilium export`.
 """
 
 import contextlib
@@ -48,25 +52,30 @@ from consilium.privacy import Privacy
 log = logging.getLogger(__name__)
 
 LOST = "engine/lost/"
-"""In a client's state: what rounding has taken from its replies; the method does not see it."""
+"""Prefix of the rounding errors of a client's replies in its state; the method does not see them."""
 
 DELIVERED, OWN = "delivered.safetensors", "own"
-"""In a site's state folder: the payload that was last scored there, with what the server said of the run; in it, where
-the payload is not all of the model, the group of the state that it was scored with, whose scalars are `own/...`."""
+"""Names in a site's state folder. The file `DELIVERED` holds the payload that was last scored there, with the server's
+description of the run. If the payload is not the whole model, its group `OWN` holds the parameters of the state that
+it was scored with, and the scalars of that state are named `own/...`."""
 
 __all__ = ["DELIVERED", "OWN", "Site", "client_app"]
 
 
 @dataclass(frozen=True)
 class Site:
-    """A client's own side, as its settings and the server's experiment make it.
+    """The client's own side of a run, made from its settings and the server's experiment.
 
     Args:
-        info: as the server knows it. data: the client's. client: the method's client half.
-        fingerprint: of the data. privacy: what the client may tell.
-        folder: of the client's states for this run; None: where the message says (a simulation).
-        device: where to train. rounds: of the whole run.
-        limits: the site's own; of a simulation's clients those of anybody.
+        info: the client as the server knows it.
+        data: the client's data.
+        client: the method's client half.
+        fingerprint: fingerprint of the data.
+        privacy: settings for what the client may disclose.
+        folder: folder of the client's states for this run; None: the folder that the message names (a simulation).
+        device: device to train on.
+        rounds: number of rounds of the whole run.
+        limits: the site's own limits; None: no limits (a simulation).
     """
 
     info: ClientInfo
@@ -82,7 +91,7 @@ class Site:
 
 @functools.lru_cache(maxsize=16)
 def simulated(experiment: str, heads: str, name: str) -> Site:
-    """A client of a simulation: its partition of the experiment's own data."""
+    """Return a client of a simulation, with its partition of the experiment's own data."""
     made = from_json(json.loads(experiment))
     torch.set_num_threads(made.threads)
     federation = _federation(made)
@@ -101,17 +110,21 @@ def _federation(experiment: Experiment):
 
 @functools.lru_cache(maxsize=4)
 def deployed(experiment: str, heads: str, settings: Path, run: str, model: str) -> Site:
-    """A site of a deployment: algorithm, training and seed are the server's; data, model and memory its own, and its
-    `privacy` where that tells less.
+    """Return a site of a deployment.
+
+    The algorithm, the training and the seed are the server's. The data, the model and the memory are the site's own,
+    and so is `privacy` where the site discloses less.
 
     Args:
-        experiment: the server's, as JSON. heads: task -> labels of all sites, as JSON.
-        settings: what `save_site` wrote. run: the run's token, a folder beside it.
+        experiment: the server's experiment, as JSON.
+        heads: task -> labels of all sites, as JSON.
+        settings: the file that `save_site` wrote.
+        run: the run's token, which names a folder next to the settings.
         model: fingerprint of the server's model.
 
     Raises:
-        ConfigError: for what is beyond the site's limits, another model than the site has, or a method that needs what
-            the site does not tell.
+        ConfigError: for a request beyond the site's limits, a model other than the site's, or a method that needs what
+            the site does not disclose.
     """
     given, data = read_site(settings)
     own, name = from_json(given["experiment"]), str(given["name"])
@@ -120,7 +133,7 @@ def deployed(experiment: str, heads: str, settings: Path, run: str, model: str) 
     theirs = from_json(parsed("experiment", experiment))
     limits.check(theirs, len(data.train))
     here = str(given.get("model", ""))
-    if model[:4] == here[:4] and model != here:  # of the same kind: a directory's files, or a name on the hub
+    if model[:4] == here[:4] and model != here:  # both are of one kind: a directory's files, or a name on the hub
         raise ConfigError(
             f"the server's model is {model[:80]}, this site's is {here[:80]}: --model.path must be the same files"
         )
@@ -181,7 +194,7 @@ def _site_of(told: dict[str, Scalar], context: Context) -> Site:
 
 
 def train(message: Message, context: Context) -> RecordDict:
-    """One round: the client half trains; its state is kept under the round's number."""
+    """Train in one round, and keep the client's state under the round's number."""
     payload, told, (site, store, work) = _opened(message, context)
     if told["hold"]:
         held = Held((site.folder or Path(str(told["folder"])).parent) / "received")
@@ -238,7 +251,7 @@ def evaluate(message: Message, context: Context) -> RecordDict:
 
 
 def name(message: Message, context: Context) -> RecordDict:
-    """Who this node is: a partition's number, or the site's name."""
+    """Return the identity of this node: a partition's number, or the site's name."""
     if "site" in context.node_config:
         own = {"name": site_name(Path(str(context.node_config["site"])))}
     else:
@@ -247,7 +260,7 @@ def name(message: Message, context: Context) -> RecordDict:
 
 
 def package(message: Message, context: Context) -> RecordDict:
-    """One piece of the file that this site offers; nothing else of the site is read."""
+    """Return one piece of the file that this site offers; nothing else of the site is read."""
     told = message.content.config_records.get("engine", {})
     if "site" not in context.node_config:
         raise PayloadError("a simulation offers no package")
@@ -255,9 +268,12 @@ def package(message: Message, context: Context) -> RecordDict:
 
 
 def describe(message: Message, context: Context) -> RecordDict:
-    """What the server may know about a site: sizes, task, labels, memory, the architecture of its small model, the
-    shape of its examples, and with how many torch threads it trains; no rows and no counts of labels. The
-    digest of the data is keyed with a secret of the site."""
+    """Return what the server may know about a site.
+
+    The description has its sizes, task, labels and memory, the architecture of its small model, the shape of its
+    examples, and its number of torch threads. It has no rows and no counts of labels. The digest of the data is keyed
+    with a secret of the site.
+    """
     site = _site_of(checked(dict(message.content.config_records.get("engine", {})), SAID), context)
     _say(site, f"connected; a run of {site.rounds} rounds asks who is here")
     task = site.data.task
@@ -285,7 +301,10 @@ def describe(message: Message, context: Context) -> RecordDict:
 def _opened(
     message: Message, context: Context
 ) -> tuple[Payload, dict[str, Scalar], tuple[Site, ClientStore, ClientContext]]:
-    """What was sent, what was told of it, and who works on it; nothing is decoded that a site's limits do not allow."""
+    """Return the payload, the message's metadata, and the site, store and context that work on it.
+
+    Nothing is decoded that a site's limits do not allow.
+    """
     blobs, scalars, told = blobs_of(message.content)
     begun = _begin(checked(told, TOLD), context)
     if limits := begun[0].limits:
@@ -295,7 +314,7 @@ def _opened(
 
 
 def _begin(told: dict[str, Scalar], context: Context) -> tuple[Site, ClientStore, ClientContext]:
-    """The site, its store at the version that counts, and the context to work in."""
+    """Return the site, its store at the version that counts, and the context to work in."""
     site, number, version = _site_of(told, context), int(told["round"]), int(told["version"])
     client = site.info.id
     if told["client"] != client:
@@ -307,7 +326,7 @@ def _begin(told: dict[str, Scalar], context: Context) -> tuple[Site, ClientStore
     if not 0 < deadline < math.inf:
         raise PayloadError(f"the server says deadline {deadline}; it must be a number of seconds greater than 0")
     budget = Work(deadline=deadline)
-    if site.folder is not None and site.limits:  # a simulation's states are the server's to prune
+    if site.folder is not None and site.limits:  # the server prunes a simulation's states
         remove_unfinished(site.folder)
         store.drop(client, version, number)
         store.prune(oldest=number - KEEP)
@@ -336,13 +355,13 @@ def _size(message: Message) -> int:
 
 
 def _answering(work: Callable[[Message, Context], RecordDict]) -> Callable[[Message, Context], Message]:
-    """What goes wrong is told in one line, whole, in place of Flower's report of a crash."""
+    """Wrap a handler so that it answers an error in one whole line, in place of Flower's report of a crash."""
 
     @functools.wraps(work)
     def answer(message: Message, context: Context) -> Message:
         try:
             content = work(message, context)
-        except Exception as error:  # of which Flower would send the whole text
+        except Exception as error:  # Flower would send its whole text
             whole = terminal(traceback.format_exc(), keep="\n")
             log.warning("this site could not do what the server asked:\n%s", whole)
             reason = one_line(disclosure.reason(error, _private(context)))
@@ -353,7 +372,7 @@ def _answering(work: Callable[[Message, Context], RecordDict]) -> Callable[[Mess
 
 
 def _private(context: Context) -> list[object]:
-    """The paths that a site's settings name."""
+    """Return the paths that a site's settings name."""
     if "site" not in context.node_config:
         return []
     settings = Path(str(context.node_config["site"]))

@@ -1,7 +1,7 @@
-"""What a site says of itself, checked before anything is made of it.
+"""Checks of a site's description of itself, before anything is made of it.
 
-A site's name, task, labels, sizes and the rest go into the server's model, records, screen and model card. They are
-held to the rules for local data, by one table, and an error says what was given and what is allowed.
+A site's name, task, labels, sizes and the rest go into the server's model, records, screen and model card. One table
+holds them to the rules for local data, and an error says what was given and what is allowed.
 """
 
 import math
@@ -18,7 +18,7 @@ __all__ = ["checked_description", "checked_name"]
 
 _FINGERPRINT = re.compile(r"[A-Za-z0-9:_-]{1,128}")
 _SIDE, _NUMBERS = 2**20, 2**26
-"""The longest side of an example, and the most numbers in it."""
+"""The longest side of an example, and the largest count of numbers in it."""
 
 
 def _whole_numbers(value: Any, least: int, most: int) -> bool:
@@ -51,14 +51,14 @@ _RULES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "fingerprint": (lambda v: isinstance(v, str) and _FINGERPRINT.fullmatch(v), "1 to 128 letters and digits"),
     "threads": (lambda v: number(v, 1, 2**16, int), "a whole number within 1..65536"),
 }
-"""Key -> whether a value is allowed, and what is."""
+"""Key -> a check of its value, and a text that says which values are allowed."""
 
 
 def checked_description(told: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a site says of itself, without any other keys.
+    """Return a site's description of itself, without any other keys.
 
     Raises:
-        PayloadError: naming the first key whose value is not allowed, and what is.
+        PayloadError: naming the first key with a value that is not allowed, and the values that are.
     """
     described = {key: _checked(key, told.get(key)) for key in _RULES}
     try:

@@ -1,11 +1,11 @@
-"""The engine that carries payloads over a Flower Grid: every client gets a message of its own, and has until the
-round's deadline to answer.
+"""The engine that carries payloads over a Flower Grid: one message per client, with a deadline for the answer.
 
-Who a node is, `roster` tells. Replies are taken one at a time as they arrive, lie in a file until the round is closed,
-and are merged in the order of the clients' ids, so the result does not depend on who was fast. A message lives until
-the deadline. Who has not answered by then is missing; what it answers after all, within the next `LATE` rounds, is
-noted there as late and thrown away, like every answer beyond a client's first. An answer that is an error, and one that
-is no reply of this protocol or of another round, are recorded with the reason, and stop nothing.
+`roster` identifies the clients behind the nodes. Replies are taken one at a time as they arrive, stored in files until
+the round is closed, and merged in the order of the clients' ids, so the result does not depend on which client was
+fast. A message lives until the round's deadline. A client that has not answered by then is missing. If it answers
+within the next `LATE` rounds, its answer is recorded there as late and discarded, like every answer of a client after
+its first. An answer is recorded with the reason if it is an error, is not a reply of this protocol, or belongs to
+another round. None of these stops the round.
 """
 
 import secrets
@@ -40,18 +40,18 @@ from consilium.params import Like
 __all__ = ["FlowerEngine", "within"]
 
 LATE = 3
-"""Rounds in which an answer that is overdue is still asked for."""
+"""Number of later rounds in which an overdue answer is still looked for."""
 WORDS = 4_000_000
-"""Bytes of a reply's scalars, which wait in memory for their turn."""
+"""Largest size in bytes of a reply's scalars, which wait in memory for their turn."""
 NOBODY = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
-"""Errors that Flower's own server gives in place of an answer that never came."""
+"""Errors that Flower's own server returns in place of an answer that never came."""
 
 
 def within(cap: str, record: RecordDict, client: ClientId) -> int:
-    """Bytes of a message's blobs: what crosses the wire, apart from some hundred bytes of Flower's own.
+    """Return the bytes of a message's blobs, which cross the wire along with some hundred bytes of Flower's own.
 
     Raises:
-        PayloadError: if they are more, before compression, than may be sent.
+        PayloadError: if the blobs are larger, before compression, than the cap.
     """
     arrays = record.array_records["payload"].values()
     size = sum(array.shape[0] for array in arrays)
@@ -65,7 +65,7 @@ def within(cap: str, record: RecordDict, client: ClientId) -> int:
 
 @dataclass
 class _Parked:
-    """A reply that waits for its turn: its blobs in files, unfolded, the rest here."""
+    """A reply that waits for its turn: its blobs are in files, decompressed, and the rest is in memory."""
 
     files: dict[str, Path] = field(default_factory=dict)
     scalars: dict[str, Scalar] = field(default_factory=dict)
@@ -79,18 +79,19 @@ class _Parked:
 
 @dataclass
 class FlowerEngine(Engine):
-    """Carries payloads between a server half here and client halves behind a Grid.
+    """An engine that carries payloads between a server half here and client halves behind a Grid.
 
     Args:
-        server: the server half. infos: all clients.
-        roster: the Grid, and who is behind its nodes.
-        store: which state of each client counts; the states themselves lie with the clients.
+        server: the server half.
+        infos: all clients.
+        roster: the Grid, and the clients behind its nodes.
+        store: the version of each client's state that counts; the states themselves lie with the clients.
         wire: deadline, cap.
-        told: what every message tells the client's end: the experiment, the run.
-        folder: where replies wait for their turn, in a folder that goes after every round, and "sent" says what clients
-            hold, where they are sent changes.
+        told: metadata in every message to a client: the experiment, the run.
+        folder: folder for replies that wait for their turn, in a subfolder that is removed after every round, and for
+            "sent", the weights that clients hold if only changes are sent to them.
         progress: see `Progress`; a client is one step.
-        sampling: how many replies a round needs.
+        sampling: settings for the number of replies that a round needs.
     """
 
     server: Server
@@ -110,10 +111,10 @@ class FlowerEngine(Engine):
         self.held = Held(self.folder / "sent")
 
     def round(self, number: int, test: bool, benched: Collection[ClientId] = ()) -> dict[str, Any]:
-        """See `Engine.round`; the record says also whose node has been "refused", and why."""
+        """Run a round, see `Engine.round`; the record also has the clients with a "refused" node, and the reasons."""
         record, news = super().round(number, test, benched), self.roster.news
         self.roster.news = {}
-        give_back()  # the model that this round has replaced, in small tensors
+        give_back()  # frees the model that this round has replaced, in small tensors
         return record | ({"refused": news} if news else {})
 
     def _replies(
@@ -134,7 +135,10 @@ class FlowerEngine(Engine):
     def _take(
         self, client: ClientId, number: int, parked: _Parked, sent: Payload, down: int
     ) -> tuple[Payload, dict[str, Any]]:
-        """A reply out of its files, and what to record; notes which state of the client counts from now on."""
+        """Read a reply from its files, and return it with its record.
+
+        The version of the client's state that counts from now on is noted.
+        """
         told, info = parked.told, self.clients[client]
         if self.wire.send != "exact":
             sent = self.held.sent(client, number, sent)
@@ -170,7 +174,7 @@ class FlowerEngine(Engine):
         """Send every client its payload and gather the answers until the deadline.
 
         Returns:
-            Client -> its reply in files. `noted`, a record, tells of all others.
+            Client -> its reply in files. `noted`, a record, lists all other clients.
         """
         nodes = self.roster.nodes()
         end, enough = time.monotonic() + self.wire.deadline, self.wire.enough if kind == "train" else 0
@@ -213,7 +217,7 @@ class FlowerEngine(Engine):
         return travelling(self.server.expects(self.clients[client], tasks[client]), self.wire.reply)
 
     def _late(self, number: int, noted: dict[str, Any]) -> None:
-        """Note who has answered a message of an earlier round, or attempt, by now: the answers count for nothing."""
+        """Note the clients that have now answered a message of an earlier round or attempt; no such answer counts."""
         for identifier, (client, since) in list(self.overdue.items()):
             for reply in self.roster.grid.pull_message(identifier):
                 self.overdue.pop(identifier, None)
@@ -231,8 +235,13 @@ class FlowerEngine(Engine):
         noted: dict[str, Any],
         whole: bool = False,
     ) -> dict[ClientId, str]:
-        """One message per client, built, handed over and released one after the other: client -> its id. `whole`: never
-        as a change of what the client holds."""
+        """Send one message per client, and return client -> message id.
+
+        Messages are built, handed over and released one after the other.
+
+        Args:
+            whole: send whole weights, never a change of what the client holds.
+        """
         sent: dict[ClientId, str] = {}
         for client in sorted(tasks):
             if client not in nodes:
@@ -276,7 +285,7 @@ class FlowerEngine(Engine):
 
 @dataclass
 class _Deliveries(Mapping[ClientId, Payload]):
-    """Client -> the model it would deploy, cut when it is looked up: one is in memory at a time."""
+    """A mapping of clients to the models that they would deploy, cut on lookup so that one is in memory at a time."""
 
     server: Server
     infos: Mapping[ClientId, ClientInfo]
@@ -292,8 +301,11 @@ class _Deliveries(Mapping[ClientId, Payload]):
 
 
 def _park(reply: Message, folder: Path, cap: int, expected: Mapping[str, Mapping[str, Like]]) -> _Parked:
-    """Write a reply's blobs to files. Nothing is kept of one that is not of this protocol, brings what is not expected,
-    or is larger, unfolded or not, than `cap` bytes or than what is expected: it is parked as rejected."""
+    """Write a reply's blobs to files.
+
+    A reply is parked as rejected, and nothing of it is kept, if it is not of this protocol, brings anything that is not
+    expected, or exceeds `cap` bytes or the expected size, compressed or not.
+    """
     try:
         blobs, scalars, told = blobs_of(reply.content)
         if (words := sum(len(record.deflate()) for record in reply.content.config_records.values())) > WORDS:

@@ -1,6 +1,6 @@
-"""The memory of a server's process: what is freed goes back to the system, or a model's worth of messages stays there.
+"""Control of a server's heap: freed memory is returned to the system, or that of many messages would stay allocated.
 
-Both are glibc's; with another libc they do nothing.
+Both functions call glibc; with another libc they do nothing.
 """
 
 import contextlib
@@ -12,13 +12,15 @@ M_MMAP_THRESHOLD = -3
 
 
 def give_back_at_once() -> None:
-    """From now on all pieces of 64 kB and more go back when they are freed. Left alone, glibc raises that bound up to
-    32 MB as it sees larger ones go."""
+    """Have all blocks of 64 kB and more returned to the system when they are freed, from now on.
+
+    By default, glibc raises that threshold up to 32 MB as it sees larger blocks freed.
+    """
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 64 * 1024)
 
 
 def give_back() -> None:
-    """What has been freed so far, also small pieces between others that are in use."""
+    """Return all memory freed so far to the system, including small blocks between others that are in use."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)

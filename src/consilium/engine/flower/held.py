@@ -1,13 +1,15 @@
-"""What a client holds of the weights that it was last sent, as both ends keep it on disk: the next message brings only
-what has changed since, rounded as `engine.rounding` does it.
+"""The weights that a client was last sent, kept on disk by both ends, so that the next message brings only the changes.
 
-    q = round(w - h)      what is sent, h what the client holds
-    h <- h + q            at both ends, to the bit: what rounding lost is in the next change
+The changes are rounded as in `engine.rounding`:
+
+    q = round(w - h)      is sent; h are the weights that the client holds
+    h <- h + q            at both ends, bit for bit; the rounding error is part of the next change
 
 Weights that the client does not hold (experts that are new to it) travel whole. A base is named by its round and its
-SHA-256. Where a client does not hold it (a new disk, a message that never came) it says so, and is sent the whole.
+SHA-256. A client that does not hold the base (because of a new disk, or a message that never came) says so, and is sent
+whole weights.
 
-    <folder>/<client>/round-00012.safetensors    what it holds since round 12
+    <folder>/<client>/round-00012.safetensors    the weights that the client holds since round 12
 """
 
 from dataclasses import dataclass
@@ -29,30 +31,33 @@ class Held:
     folder: Path
 
     def before(self, client: ClientId, number: int) -> tuple[int, Params]:
-        """(Round, params) of the newest base older than round `number`; (0, {}) without one. What an attempt at this
-        round or at one that never counted has left is not one: a resumed run goes on from what the first one did."""
+        """Return (round, params) of the newest base older than round `number`, or (0, {}) if there is none.
+
+        Bases that an attempt at this round, or at a later round that never counted, left behind are ignored: a resumed
+        run continues as the first attempt did.
+        """
         for since in reversed([n for n in ClientStore(self.folder).rounds(client) if n < number]):
             if params := self.load(client, since):
                 return since, params
         return 0, {}
 
     def load(self, client: ClientId, since: int) -> Params:
-        """The base of that round; {} if it is lost or broken."""
+        """Return the base of that round, or {} if it is missing or broken."""
         try:
             return ClientStore(self.folder, {client: since}).load(client).params if since else {}
         except CheckpointError:
             return {}
 
     def save(self, client: ClientId, params: Params, number: int) -> None:
-        """What the client holds since round `number`; bases that no resumed run could need any more go."""
+        """Save the weights that the client holds since round `number`, and remove bases that no resumed run needs."""
         store = ClientStore(self.folder)
         store.save(client, ClientState(params), number)
         store.prune(oldest=number - KEEP - 1)
 
     def change(self, client: ClientId, number: int, payload: Payload, form: str) -> tuple[Payload, str]:
-        """At the server: what is to be sent in place of `payload`, and the base it goes by, "" for none.
+        """Return the payload that the server sends in place of `payload`, and the name of its base, "" for none.
 
-        What the client will hold is kept as round `number`'s, see `sent`.
+        The weights that the client will then hold are saved under round `number`, see `sent`.
         """
         if not payload.group("params"):
             return payload, ""
@@ -62,13 +67,13 @@ class Held:
         return less, f"{since}:{checksum(base)}" if base else ""
 
     def sent(self, client: ClientId, number: int, payload: Payload) -> Payload:
-        """At the server: the payload as the client has it, after `change`."""
+        """Return the payload as the client has it after `change`; the server calls this."""
         if not payload.group("params"):
             return payload
         return Payload({**payload.groups, "params": self.load(client, number)}, payload.scalars)
 
     def received(self, client: ClientId, number: int, payload: Payload, base: str) -> Payload | None:
-        """At the client: the payload whole again, kept as round `number`'s; None if the base is not held here.
+        """Return the whole payload at the client and save it under round `number`; None if the base is not held here.
 
         Raises:
             PayloadError: for a change that does not fit the base.

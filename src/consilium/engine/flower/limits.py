@@ -1,8 +1,9 @@
-"""What a site does not let a server ask of it, whatever the method: the site's own policy, kept next to its data.
+"""Limits on what a server may ask of a site, whatever the method: the site's own policy, kept next to its data.
 
-The server names the algorithm and the training in every message. What a setting costs is declared where it is defined
-(`consilium.work`): a site compares that with its limits before it begins, and counts steps, tokens, seconds and bytes
-where they are spent (`Limits.work`). A server that asks for more is told the limit and what it asked for.
+The server names the algorithm and the training in every message. The cost of a setting is declared where the setting is
+defined (`consilium.work`). A site compares the costs with its limits before it begins, and counts steps, tokens,
+seconds and bytes where they are spent (`Limits.work`). A server that asks for more gets an error with the limit and its
+request.
 """
 
 import dataclasses
@@ -35,11 +36,12 @@ ELSEWHERE = {
     Merging: "the server alone merges",
     Privacy: "the server alone adds noise to weights; what a site tells costs it no work",
 }
-"""Settings that a server sends and that cost a site nothing, class by class, with the reason."""
+"""Settings that a server sends and that cost a site nothing: class -> reason."""
 TEXTS, LABELS = 16_000_000, 100_000
-"""Bytes of an experiment and its labels as JSON, and labels in it, at most: a model has a row for each label."""
+"""Largest size in bytes of an experiment and its labels as JSON, and largest number of labels in it: a model has a row
+for each label."""
 FOLDERS = 100
-"""Former runs of which a site keeps the state, at most; a folder takes room that its files do not show."""
+"""Largest number of former runs that a site keeps the state of; a folder takes space that its files do not show."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,20 @@ class Limits:
     """The most that a server may ask of a site.
 
     Args:
-        lr: learning rate, of every part of a model, > 0. epochs: passes over the site's data in a round, >= 1.
-        steps: updates of a model in a round, >= 1. batch_size: examples in one, >= 1.
-        tokens: read and written by a model in a round, in training, scoring and generation; of images and tables, rows.
-        seconds: of the wall clock that a round's training, or scoring, may take, > 0.
-        rounds: of a run, >= 1.
-        bytes: of one message each way, all its groups together and unfolded, e.g. "500MB"; `wire.cap` of the server
-            counts as well.
-        memory: that a model may take while it is trained, by the memory model; "": what the site says that its device
-            can hold, and where it says nothing, all memory of the device.
-        state: bytes of the states of former runs that are kept. days: after which the state of a former run goes.
+        lr: learning rate of every part of a model, > 0.
+        epochs: passes over the site's data in a round, >= 1.
+        steps: updates of a model in a round, >= 1.
+        batch_size: examples in one update, >= 1.
+        tokens: tokens that a model reads and writes in a round, in training, scoring and generation; for images and
+            tables, rows.
+        seconds: wall-clock seconds of a round's training, or of its scoring, > 0.
+        rounds: rounds of a run, >= 1.
+        bytes: size of one message in each direction, all its groups together and decompressed, e.g. "500MB"; the
+            server's `wire.cap` applies as well.
+        memory: memory that a model may take during training, by the memory model; "": the memory of the device as
+            stated by the site, or else all memory of the device.
+        state: size of the states of former runs that are kept.
+        days: days after which the state of a former run is removed.
     """
 
     lr: float = 10.0
@@ -82,14 +88,17 @@ class Limits:
                 raise ConfigError(f"{flag} is {value!r}; it must be a {'whole ' * (kind is int)}number greater than 0")
 
     def check(self, experiment: Experiment, examples: int) -> None:
-        """Compare what a server's experiment declares with the limits, for a site with so many training examples.
+        """Compare the costs that a server's experiment declares with the limits.
+
+        Args:
+            examples: number of the site's training examples.
 
         Raises:
-            ConfigError: naming what is asked for and the limit.
+            ConfigError: naming the request and the limit.
         """
         asked = [(name, cost, value) for name, cost, value in costs_of(experiment) if cost in COMPARED]
         fit = experiment.fit
-        if fit.rows in ("examples", "documents"):  # told before the first round; whatever it is, `training.fit` counts
+        if fit.rows in ("examples", "documents"):  # reported before the first round; `training.fit` counts anyway
             asked.append(("steps of a round", "steps", fit.epochs * math.ceil(examples / fit.batch_size)))
         for name, cost, value in asked:
             if value is not None and not value <= getattr(self, cost):
@@ -103,13 +112,14 @@ class Limits:
 
         Args:
             deadline: seconds after which the server does not wait any more.
-            own: bytes that the site says that its device can hold; None: it says nothing. device: where it trains.
+            own: bytes that the site's device can hold, as stated by the site; None: not stated.
+            device: device that the site trains on.
         """
         most = bytes_of(self.memory) if self.memory else own or memory_bytes(str(device))
         return Work(self.steps, self.tokens, self.seconds, most, deadline)
 
     def check_round(self, number: int) -> None:
-        """Raise ConfigError for a round beyond those that a run may have, whatever its experiment says."""
+        """Raise ConfigError for a round beyond the allowed number of rounds, whatever the server's experiment says."""
         if number > self.rounds:
             raise ConfigError(f"the server asks for round {number}, this site allows {self.rounds} (--max-rounds)")
 
@@ -127,7 +137,7 @@ def costs_of(settings: Any, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
     """Yield (dotted name, cost, value) of every setting of an experiment that a site follows.
 
     Raises:
-        ConfigError: for a field that does not declare its cost, e.g. of a method that was added without.
+        ConfigError: for a field that does not declare its cost, e.g. of a method that was added without one.
     """
     for field in dataclasses.fields(settings):
         value, name = getattr(settings, field.name), f"{prefix}{field.name}"
@@ -141,13 +151,13 @@ def costs_of(settings: Any, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
 
 
 def size_of(scalars: Mapping[str, Scalar]) -> int:
-    """Return the bytes of names and values, about as a message carries them."""
+    """Return the approximate size in bytes of names and values in a message."""
     values = (item for value in scalars.values() for item in (value if isinstance(value, list) else [value]))
     return sum(map(len, scalars)) + sum(len(item) if isinstance(item, str) else 8 for item in values)
 
 
 def check_texts(experiment: str, heads: str) -> None:
-    """Raise PayloadError for settings and labels, as JSON, that are too long; it is not read whether they are any."""
+    """Raise PayloadError for settings and labels, as JSON, that are too long; whether they are valid is not checked."""
     if (size := len(experiment) + len(heads)) > TEXTS:
         raise PayloadError(f"the server's settings and labels are {human(size)}; at most {human(TEXTS)} are allowed")
     if (labels := heads.count('"') // 2) > LABELS:
@@ -158,8 +168,10 @@ def prune_runs(folder: Path, current: str, days: float, most: int) -> None:
     """Remove the states of former runs from a site's folder: those too old, then the oldest until the rest is small.
 
     Args:
-        folder: of the site. current: the folder of the run in progress in it, which stays in any case, with its size.
-        days: since anything in a run's folder was last written. most: bytes that all former runs may take together.
+        folder: folder of the site.
+        current: name of the folder of the run in progress; it is always kept, and its size does not count.
+        days: allowed days since anything in a run's folder was last written.
+        most: bytes that all former runs may take together.
     """
     former = []
     for path in folder.iterdir():
@@ -174,5 +186,5 @@ def prune_runs(folder: Path, current: str, days: float, most: int) -> None:
 
 
 def is_run(name: str) -> bool:
-    """Return whether a name may be that of a run's folder: up to 64 letters and digits, and not Flower's own."""
+    """Return whether a name can be that of a run's folder: up to 64 letters and digits, and not Flower's own."""
     return name.isascii() and name.isalnum() and len(name) <= 64 and name != "flower"

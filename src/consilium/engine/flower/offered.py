@@ -1,9 +1,10 @@
-"""A file that a site offers to its server, and hands over piece by piece: each piece is asked for by its place.
+"""A file that a site offers to its server and hands over in pieces; the server requests each piece by its offset.
 
     site.json             the site's name
     offered.safetensors   the file, in the site's state folder
 
-The server keeps what has come and asks for what is missing, so a transfer goes on after either end was away.
+The server keeps the pieces that have arrived and requests the missing ones, so a transfer resumes after either end was
+away.
 """
 
 import hashlib
@@ -22,14 +23,14 @@ __all__ = ["OFFERED", "PIECE", "piece", "save_offer", "site_name"]
 
 OFFERED = "offered.safetensors"
 PIECE = 8 << 20
-"""Bytes of a piece at most."""
+"""Largest size of a piece in bytes."""
 
 
 def save_offer(settings: Path, name: str, blob: bytes) -> None:
     """Write a site's settings and the file that it offers.
 
     Raises:
-        ConfigError: if the folder is the state of another site, or of one that takes part in rounds.
+        ConfigError: if the folder is the state of another site, or of a site that takes part in rounds.
     """
     refuse_links(settings.parent, ("flower",))
     if settings.exists() and (site_name(settings) != name or not (settings.parent / OFFERED).exists()):
@@ -56,7 +57,7 @@ def piece(settings: Path, offset: Any) -> dict[str, str | int | bytes]:
     """Return one piece of the offered file: name, size, sha256 of the whole, offset, and bytes.
 
     Raises:
-        PayloadError: if nothing is offered here, or the offset is none in the file.
+        PayloadError: if nothing is offered here, or the offset is not within the file.
     """
     path = settings.parent / OFFERED
     try:

@@ -1,8 +1,9 @@
-"""A Grid with bounded patience.
+"""A Grid with bounded retries.
 
-Its server may answer with an error of its own, as Flower's does while its database is locked or its disk is full:
-Flower tries again where there is no answer, and gives up where there is such a one. And a reply that was begun and is
-not there yet is waited for, up to two hours if its sender is gone: meanwhile the others are looked at.
+Flower retries a call if there is no answer, but gives up if its server answers with an internal error, for example
+while its database is locked or its disk is full. Flower also waits for a reply that has arrived only in part, for up to
+two hours if its sender is gone. The Grid in this module retries such calls, and lets its caller look at the other
+replies meanwhile.
 """
 
 import threading
@@ -21,25 +22,27 @@ from consilium.escape import one_line
 __all__ = ["PATIENCE", "Patient"]
 
 PATIENCE = 60.0
-"""Seconds for which a call is tried again. Once that was in vain, calls are tried once, until one is answered."""
+"""Seconds for which a call is retried. After retries have failed, each call is tried once, until one succeeds."""
 SLOW = 30.0
-"""Seconds for which a reply is waited for before others are looked at, which are then in memory beside it."""
+"""Seconds to wait for a reply before others are looked at, which are then in memory next to it."""
 
 
 class Patient:
-    """Calls a Grid again where its server answers with an error of its own (HTTP 500 and above), or has not stored what
-    it was sent (a message that it has already, it takes for the same); when that is in vain a message counts as not
-    taken, and a reply as not there yet."""
+    """A Grid that retries calls and, if that fails, treats a message as not taken and a reply as not there yet.
+
+    A call is retried if the server answers with an internal error (HTTP 500 and above) or has not stored its input. A
+    message that the server already has counts as the same message.
+    """
 
     def __init__(self, grid: Grid):
         self.grid, self.seconds = grid, PATIENCE
         self.pulls: dict[str, _Pull] = {}
 
     def get_nodes(self) -> list[Any]:
-        """The connected nodes.
+        """Return the connected nodes.
 
         Raises:
-            RoundError: if the server does not tell.
+            RoundError: if the server does not list them.
         """
         try:
             return list(self._tried(self.grid.get_nodes))
@@ -47,7 +50,7 @@ class Patient:
             raise RoundError(f"Flower's server does not say which sites are connected: {one_line(error)}") from error
 
     def push_messages(self, messages: Sequence[Message]) -> list[str]:
-        """Ids of the messages; None, or nothing, for one that was not taken."""
+        """Send the messages and return their ids; None, or nothing, stands for a message that was not taken."""
         try:
             return list(self._tried(self.grid.push_messages, messages))
         except ObjectPushError:
@@ -56,7 +59,7 @@ class Patient:
             return _none(error)
 
     def pull_message(self, identifier: str) -> list[Message]:
-        """The replies to a message that are there; whoever waits for more asks again."""
+        """Return the replies to a message that have arrived; call again for more."""
         if pull := self.pulls.get(identifier):
             pull.join(0)
         else:
@@ -88,7 +91,7 @@ class Patient:
 
 
 class _Pull(threading.Thread):
-    """Fetches the replies to a message; it does not keep the process when that ends."""
+    """A thread that fetches the replies to a message; it does not keep the process alive."""
 
     def __init__(self, grid: Grid, identifier: str):
         super().__init__(name="pull", daemon=True)
@@ -100,12 +103,12 @@ class _Pull(threading.Thread):
     def run(self) -> None:
         try:
             self.replies = list(self.grid.pull_messages([self.identifier]))
-        except BaseException as error:  # raised where the reply is looked for
+        except BaseException as error:  # `pull_message` raises it
             self.error = error
 
 
 def _none(error: httpx.HTTPStatusError) -> list[Any]:
-    """Nothing, for an error of the server's own; one of this side is a fault of the program, and is raised."""
+    """Return no results for an internal error of the server; raise an error of this side, which is a bug."""
     if error.response.status_code < 500:
         raise error
     return []

@@ -1,11 +1,12 @@
-"""A payload as a Flower RecordDict and back, to the bit: one blob per payload group, one record of scalars.
+"""A payload as a Flower RecordDict and back, bit for bit: one blob per payload group, one record of scalars.
 
     "payload"   ArrayRecord: group -> Array of raw bytes, the codec's safetensors, whatever dtypes are inside
     "scalars"   ConfigRecord: the payload's scalars
-    "engine"    ConfigRecord: what the two ends of the engine tell each other
+    "engine"    ConfigRecord: metadata that the two ends of the engine exchange
 
-One blob and not one array per tensor: Flower stores and fetches every array on its own, at some 25 ms each. A long blob
-goes on in "group/1", "group/2", ...: Flower puts an array together from its chunks with two copies of it beside them.
+A group is one blob and not one array per tensor, because Flower stores and fetches every array separately, at about 25
+ms each. A long blob continues in "group/1", "group/2", ..., because Flower assembles an array from its chunks with two
+more copies of it in memory.
 """
 
 import hashlib
@@ -41,22 +42,26 @@ __all__ = [
 ]
 
 PROTOCOL = 1
-"""What the two ends of the engine tell each other, and how payloads lie in a message."""
+"""Version of the metadata that the two ends of the engine exchange, and of the layout of payloads in a message."""
 
 STYPE, PACKED = "consilium.safetensors", "consilium.safetensors.zstd"
 MAGIC = zstandard.MAGIC_NUMBER.to_bytes(4, "little")
-"""A zstd frame begins so; a safetensors blob, which begins with the length of its header, would need one of 4 GB."""
+"""First bytes of a zstd frame. A safetensors blob begins with the length of its header, and these bytes would mean 4
+GB."""
 PART = 32 * 1024 * 1024
-"""Bytes of one Array at most."""
+"""Largest size of one Array in bytes."""
 MOST = Bounds(tensors=2**18, header=2**25, about=2**12, data=2**62)
-"""Bounds of each blob of a message whose tensors the receiver cannot foresee."""
+"""Bounds of each blob in a message with tensors that the receiver cannot foresee."""
 GROUPS = 64
-"""Groups of such a message at most."""
+"""Largest number of groups in such a message."""
 _LEAST, _MOST = -(2**63), 2**64 - 1
 
 
 def to_record(payload: Payload, told: Mapping[str, Scalar], compress: bool = False) -> RecordDict:
-    """The payload and the engine's own words as one message's content. `compress`: blobs by zstd.
+    """Return the payload and the engine's metadata as one message's content.
+
+    Args:
+        compress: compress the blobs with zstd.
 
     Raises:
         PayloadError: for an integer beyond 64 bits, which Flower's records cannot hold, or a text that is not Unicode.
@@ -82,7 +87,7 @@ def to_record(payload: Payload, told: Mapping[str, Scalar], compress: bool = Fal
 
 
 def blobs_of(record: RecordDict) -> tuple[dict[str, bytes], dict[str, Scalar], dict[str, Scalar]]:
-    """A message's content, not yet decoded: group -> blob, the payload's scalars, the engine's words.
+    """Return a message's content without decoding it: group -> blob, the payload's scalars, the engine's metadata.
 
     Raises:
         PayloadError: if the content is not one that `to_record` could have made.
@@ -108,10 +113,13 @@ def blobs_of(record: RecordDict) -> tuple[dict[str, bytes], dict[str, Scalar], d
 
 
 def payload_of(blobs: Mapping[str, bytes], scalars: Mapping[str, Scalar], cap: int = 2**40) -> Payload:
-    """Return the payload of these blobs and scalars; `cap`: bytes of all blobs together, unfolded.
+    """Return the payload of these blobs and scalars.
+
+    Args:
+        cap: largest size of all blobs together in bytes, decompressed.
 
     Raises:
-        PayloadError: if a blob is not one that `to_record` could have made, or they are more than the cap.
+        PayloadError: if a blob is not one that `to_record` could have made, or the blobs exceed the cap.
     """
     return _joined({group: decode(blob, bounds) for group, blob, bounds in unpacked(blobs, cap)}, scalars)
 
@@ -119,14 +127,14 @@ def payload_of(blobs: Mapping[str, bytes], scalars: Mapping[str, Scalar], cap: i
 def unpacked(
     blobs: Mapping[str, bytes], cap: int, expected: Mapping[str, Mapping[str, Like]] | None = None
 ) -> Iterator[tuple[str, bytes, Bounds]]:
-    """Yield each group with its blob as the codec made it, and the bounds of that blob's header, which is not read yet.
+    """Yield each group with its decompressed blob, and the bounds of that blob's header, which is not read yet.
 
     Args:
-        cap: bytes of all blobs together, before and after unfolding.
-        expected: the tensors that each group may have; None: whatever the other side sends.
+        cap: largest size of all blobs together in bytes, both compressed and decompressed.
+        expected: the tensors that each group may have; None: any.
 
     Raises:
-        PayloadError: for a group that is not expected, before any is unfolded, and for more bytes than are allowed.
+        PayloadError: for a group that is not expected, before any is decompressed, and for more bytes than are allowed.
     """
     if expected is not None and (strange := [group for group in blobs if group not in expected]):
         raise PayloadError(f"group {shown(strange[0])} was not asked of this client")
@@ -145,7 +153,7 @@ def unpacked(
 
 
 def payload_in(files: Mapping[str, Path], scalars: Mapping[str, Scalar]) -> Payload:
-    """The payload of blobs that lie in files, unfolded; its tensors are mapped from there (`codec.mapped`).
+    """Return the payload of decompressed blobs in files; its tensors are mapped from there (`codec.mapped`).
 
     Raises:
         PayloadError: if a blob is not one that `to_record` could have made.
@@ -154,10 +162,13 @@ def payload_in(files: Mapping[str, Path], scalars: Mapping[str, Scalar]) -> Payl
 
 
 def _unfolded(group: str, blob: bytes, most: int) -> bytes:
-    """Return a group's blob as the codec made it; `most`: the bytes that it may have then.
+    """Return a group's blob, decompressed if it is a zstd frame.
+
+    Args:
+        most: largest size of the result in bytes.
 
     Raises:
-        PayloadError: if it would have more, or does not unfold.
+        PayloadError: if the result would be larger, or the blob cannot be decompressed.
     """
     packed = blob.startswith(MAGIC)
     try:
@@ -184,14 +195,14 @@ def _joined(parts: Mapping[str, Payload], scalars: Mapping[str, Scalar]) -> Payl
 SAID = {"protocol": int, "experiment": str, "heads": str, "run": str, "model": str}
 TOLD = SAID | {"client": str, "round": int, "version": int, "seed": int, "cap": str, "reply": str, "zstd": bool}
 TOLD |= {"deadline": float, "base": str, "hold": bool}
-"""What the server's messages tell, to ask who a site is and to have it work, with the kinds of the values."""
+"""Metadata in the server's messages and its types: `SAID` to ask a site for its description, `TOLD` to have it work."""
 
 
 def checked(told: dict[str, Scalar], kinds: dict[str, type]) -> dict[str, Scalar]:
-    """The engine's words, if they are those of this protocol.
+    """Return the engine's metadata if it follows this protocol.
 
     Raises:
-        PayloadError: naming what is not as it must be, and how it must be.
+        PayloadError: naming the value that does not, and the form that it must have.
     """
     if told.get("protocol") != PROTOCOL:
         raise PayloadError(
@@ -208,10 +219,14 @@ def checked(told: dict[str, Scalar], kinds: dict[str, type]) -> dict[str, Scalar
 
 
 def parsed(what: str, text: str) -> dict[str, Any]:
-    """What the server sends as JSON: "experiment", or "heads", task -> labels.
+    """Return the JSON that the server sent.
+
+    Args:
+        what: "experiment", or "heads", task -> labels.
+        text: the JSON.
 
     Raises:
-        PayloadError: if it is no such thing.
+        PayloadError: if the text is not JSON of that form.
     """
     try:
         value = json.loads(text)
@@ -227,13 +242,13 @@ def _are_labels(names: Any) -> bool:
 
 
 def stamp(told: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    """What an answer must repeat of the message that it answers: of which protocol, run, round and configuration."""
+    """Return what an answer must repeat from its message: the protocol, the run, the round and the configuration."""
     config = hashlib.sha256(str(told["experiment"]).encode("utf-8", "replace")).hexdigest()[:16]
     return {"protocol": PROTOCOL, "run": told["run"], "round": told["round"], "config": config}
 
 
 def from_record(record: RecordDict) -> tuple[Payload, dict[str, Scalar]]:
-    """The payload and the engine's words that `to_record` was given.
+    """Return the payload and the engine's metadata that `to_record` was given.
 
     Raises:
         PayloadError: if the content is not one that `to_record` could have made.

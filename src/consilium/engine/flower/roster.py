@@ -1,8 +1,8 @@
-"""Who is behind Flower's nodes.
+"""A roster of the clients behind Flower's nodes.
 
-A client is its partition or its site's name, asked for whenever a node is new or was restarted, never Flower's number
-for the node. Where sites have keys, which Flower checks with every request of a node, the key says whose node it is,
-and a node that says another's name is refused.
+A client is identified by its partition or its site's name, never by Flower's number for the node. A node is asked for
+it when it is new or was restarted. If sites have keys, which Flower checks with every request of a node, the key
+identifies the node's site, and a node that gives another site's name is refused.
 """
 
 import secrets
@@ -27,12 +27,13 @@ __all__ = ["Roster", "arrivals", "ask", "failed"]
 
 @dataclass
 class Roster:
-    """Who is behind Flower's nodes.
+    """The clients behind Flower's nodes.
 
     Args:
-        names: partition number -> client id, of a simulation; (): a node says its site's name.
-        keys: a node's public key (PEM) -> the site whose it is; nodes with other keys are let alone. {}: no keys.
-        poll: seconds between looks for answers. patience: seconds that a node has to say who it is.
+        names: partition number -> client id, of a simulation; (): a node gives its site's name.
+        keys: a node's public key (PEM) -> its site; nodes with other keys are ignored. {}: no keys.
+        poll: seconds between looks for answers.
+        patience: seconds that a node has to identify itself.
     """
 
     grid: Grid | Patient
@@ -41,23 +42,26 @@ class Roster:
     poll: float = 0.05
     patience: float = 180.0
     known: dict[tuple[int, str], ClientId] = field(default_factory=dict)
-    """(Node, when it was last activated) -> client, "" if refused: a node that was restarted is asked again."""
+    """(Node, time of its last activation) -> client, "" if refused; a node that was restarted is asked again."""
     owners: dict[int, ClientId] = field(default_factory=dict)
-    """Node -> the site whose key it has."""
+    """Node -> the site that has its key."""
     refused: dict[ClientId, str] = field(default_factory=dict)
-    """Site -> why its node is refused."""
+    """Site -> the reason why its node is refused."""
     news: dict[ClientId, str] = field(default_factory=dict)
-    """Of these, what no record tells yet."""
+    """Entries of `refused` that no record contains yet."""
 
     def __post_init__(self) -> None:
         self.grid = Patient(self.grid)
 
     def strangers(self) -> dict[int, tuple[int, str]]:
-        """Nodes that are connected and have not said who they are, with their keys in `known`."""
+        """Return the connected nodes that have not identified themselves, with their keys in `known`."""
         return {node: key for node, key in self._online().items() if key not in self.known}
 
     def enter(self, node: int, key: tuple[int, str], name: ClientId) -> bool:
-        """Note what a node says that it is; False: it has another site's key, and is refused until it is restarted."""
+        """Note the name that a node gives; return False if the node has another site's key.
+
+        Such a node is refused until it is restarted.
+        """
         owner = self.owners.get(node, name)
         self.known[key] = name if name == owner else ""
         self.refused.pop(owner, None)
@@ -67,10 +71,10 @@ class Roster:
         return name == owner
 
     def nodes(self) -> dict[ClientId, int]:
-        """Client id -> node, of the nodes that are connected now.
+        """Return client id -> node for the nodes that are connected now.
 
         Raises:
-            RoundError: if two nodes say the same name.
+            RoundError: if two nodes give the same name.
         """
         strangers = self.strangers()
         for node, reply in ask(self.grid, list(strangers), "name", {}, self.patience, self.poll):
@@ -105,10 +109,10 @@ class Roster:
 def ask(
     grid: Patient, nodes: Sequence[int], what: str, told: Mapping[str, Scalar], seconds: float, poll: float
 ) -> Iterator[tuple[int, Message]]:
-    """Send every node the same small query; yields (node, reply) as they arrive, within so many seconds.
+    """Send every node the same small query, and yield (node, reply) as they arrive within `seconds`.
 
-    Flower takes a reply for a message's when it names the message's id, a hash of all that it says. The nonce, here
-    and in every round's messages, keeps other sites, which may have been sent the same, from knowing it.
+    Flower matches a reply to a message by the message's id, a hash of its content. The nonce, here and in every round's
+    messages, keeps the id secret from other sites, which may have been sent the same content.
     """
     sent = {}
     for node in nodes:
@@ -121,9 +125,10 @@ def ask(
 
 
 def arrivals(grid: Patient, sent: dict[Any, str], end: float, poll: float) -> Iterator[tuple[Any, Message]]:
-    """Replies one at a time, as they arrive until `end` (of time.monotonic); what is still in `sent` then never came.
+    """Yield replies one at a time as they arrive until `end` (of time.monotonic).
 
-    A reply is released before the next is fetched. A message may be answered twice.
+    Messages that are then left in `sent` were never answered. A reply is released before the next is fetched. A message
+    may be answered twice.
     """
     while sent:
         found = False
@@ -140,7 +145,7 @@ def arrivals(grid: Patient, sent: dict[Any, str], end: float, poll: float) -> It
 
 
 def failed(reply: Message) -> str | None:
-    """Why a reply is an error, in one line; None: it is none."""
+    """Return the error in a reply, in one line; None: it has none."""
     if reply.has_error():
         return one_line(f"error {reply.error.code}: {_last_line(reply.error.reason)}")
     if "failed" not in reply.content:

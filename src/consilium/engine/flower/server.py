@@ -1,4 +1,4 @@
-"""The server's end: a Grid to drive, from Flower's simulation runtime or from a deployment, and its sites' words."""
+"""The server's end: a Grid from Flower's simulation runtime or from a deployment, and the descriptions of its sites."""
 
 import importlib.util
 import os
@@ -27,18 +27,18 @@ from consilium.models.cohort import ARCHITECTURES
 __all__ = ["describe", "one_cohort", "server_app", "simulation"]
 
 ON_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-"""Ray's switch, "0" where it makes no clusters: its processes then take 127.0.0.1 for the machine's address. (It turns
-`_node_ip_address="127.0.0.1"` into the address that others reach.)"""
+"""Ray's switch for clusters. With "0", Ray makes none, and its processes take 127.0.0.1 as the machine's address.
+(Setting `_node_ip_address="127.0.0.1"` does not do this: Ray turns it into the address that others reach.)"""
 
 
 @contextmanager
 def simulation(experiment: Experiment, clients: int) -> Iterator[Grid]:
-    """A Grid whose nodes are `clients` client ends in Ray's worker processes, as many at a time as there are cores
-    for `experiment.threads` each, or GPUs for one each.
+    """Run a simulation, and yield a Grid with `clients` client ends as nodes in Ray's worker processes.
 
-    A worker that dies is started again: its client is missing until it is back. Ray is started for
-    this run alone and listens on loopback alone, unless RAY_ADDRESS names a cluster; then the run directory must be on
-    a disk that all of it shares. A cluster's ports have no authentication by default: behind a firewall, or
+    As many clients run at a time as there are cores for `experiment.threads` each, or GPUs for one each. A worker that
+    dies is started again, and its client is missing until it is back. Ray is started for this run alone and listens on
+    loopback alone, unless RAY_ADDRESS names a cluster. In that case the run directory must be on a disk that the whole
+    cluster shares. A cluster's ports have no authentication by default: put it behind a firewall, or set
     RAY_AUTH_MODE=token.
 
     Raises:
@@ -47,7 +47,7 @@ def simulation(experiment: Experiment, clients: int) -> Iterator[Grid]:
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("engine flower needs Ray for a simulation: pip install 'consilium[simulation]'")
     if "RAY_ADDRESS" not in os.environ:
-        os.environ.setdefault(ON_LOOPBACK, "0")  # read when ray is imported, and by the processes it starts
+        os.environ.setdefault(ON_LOOPBACK, "0")  # ray reads it on import, and so do its processes
     from flwr.simulation import run_simulation
 
     grids: Queue[Grid | BaseException] = Queue()
@@ -62,11 +62,11 @@ def simulation(experiment: Experiment, clients: int) -> Iterator[Grid]:
     resources = {
         "num_cpus": min(experiment.threads, cores()),
         "num_gpus": float(experiment.device.startswith("cuda")),
-        "max_restarts": -1,  # Flower hands these to the workers' options: Ray restarts one that dies
+        "max_restarts": -1,  # Flower makes these options of the workers: Ray restarts one that dies
     }
 
     def work(folder: str) -> None:
-        # The folder goes afterwards; its path must be short, as the sockets in it allow.
+        # The folder is removed afterwards; its path must be short because of the sockets in it.
         own = {"num_cpus": cores(), "include_dashboard": False, "_temp_dir": folder}
         init = {} if "RAY_ADDRESS" in os.environ else own
         try:
@@ -87,7 +87,7 @@ def simulation(experiment: Experiment, clients: int) -> Iterator[Grid]:
             while not isinstance(grid, BaseException) and len(list(grid.get_node_ids())) < clients:
                 if not thread.is_alive():
                     grid = grids.get()
-                time.sleep(0.05)  # Flower starts the ServerApp first, its nodes after that
+                time.sleep(0.05)  # Flower starts the ServerApp before its nodes
             if isinstance(grid, BaseException):
                 raise grid
             yield _watched(grid, thread, grids)
@@ -97,7 +97,7 @@ def simulation(experiment: Experiment, clients: int) -> Iterator[Grid]:
 
 
 def _watched(grid: Grid, thread: threading.Thread, grids: "Queue[Grid | BaseException]") -> Grid:
-    """The Grid, which no longer waits for answers when the simulation has ended: Ray may fail to start."""
+    """Return the Grid, which stops waiting for answers when the simulation has ended, because Ray may fail to start."""
     pull = grid.pull_messages
 
     def checked(message_ids: Iterable[str]) -> Iterable[Message]:
@@ -110,7 +110,7 @@ def _watched(grid: Grid, thread: threading.Thread, grids: "Queue[Grid | BaseExce
 
 
 def server_app(serve: Callable[[Grid, dict[str, Any]], None]) -> ServerApp:
-    """A ServerApp that hands its Grid and the run's settings to `serve`; it has its process to itself."""
+    """Return a ServerApp that passes its Grid and the run's settings to `serve`; it has its process to itself."""
     app = ServerApp()
 
     @app.main()
@@ -129,10 +129,10 @@ def describe(
     seconds: float,
     came: Callable[[ClientId], None] | None = None,
 ) -> dict[ClientId, dict[str, Any]]:
-    """Wait until all sites are connected, and ask them for what the server may know: see `client.describe`.
+    """Wait until all sites are connected, and return what each may tell the server: see `client.describe`.
 
     Raises:
-        RoundError: if one is not connected, or has not answered, within so many seconds, or cannot take part.
+        RoundError: if a site is not connected, or has not answered, within `seconds`, or cannot take part.
     """
     end = time.monotonic() + seconds
     found: dict[ClientId, dict[str, Any]] = {}
@@ -156,7 +156,7 @@ def describe(
                     came(name)
         absent = {site: roster.refused.get(site, "") for site in sites if site not in found}
         if not absent:
-            roster.nodes()  # no two of one name
+            roster.nodes()  # raises an error for two nodes of one name
             return {site: found[site] for site in sorted(sites)}
         if time.monotonic() > end:
             names = ", ".join(f"{site} ({why})" if why else site for site, why in absent.items())
@@ -165,7 +165,7 @@ def describe(
 
 
 def _who(roster: Roster, node: int, told: Mapping[str, Any]) -> str:
-    """Return how to call a node in a message: by the owner of its key, else by the name that it says."""
+    """Return a name for a node in a message: the owner of its key, else the name that the node gives."""
     try:
         return f"site {roster.owners.get(node) or checked_name(told.get('name'))}"
     except PayloadError:
@@ -173,10 +173,11 @@ def _who(roster: Roster, node: int, told: Mapping[str, Any]) -> str:
 
 
 def one_cohort(found: Mapping[ClientId, Mapping[str, Any]]) -> tuple[int, ...]:
-    """The shape of an example, where what sites tell of themselves (`describe`) lets their small models learn together.
+    """Return the shape of an example, if the sites' descriptions (`describe`) let their small models learn together.
 
     Raises:
-        ConfigError: naming two sites that do not go together, and in what.
+        ConfigError: naming two sites that do not go together, and the difference, or a site with an unknown
+            architecture.
     """
     names = list(found)
     first, told = names[0], found[names[0]]

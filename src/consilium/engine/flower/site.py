@@ -1,12 +1,12 @@
-"""What a site keeps in its state folder: its settings, and its data as it was read at the start.
+"""The state folder of a site: its settings, and its data as read at the start.
 
-    site.json           its name, its experiment (of which data, model, memory, device and threads are its own), the
-                        fingerprint of its model, its limits; of a table, the means and deviations of its columns
-    secret              32 random bytes, with which the digest of its data is keyed
-    data.json           its task; of texts, its three splits
-    data.safetensors    of images and tables: x [N, *S] and y [N] of its own rows, and each split's places in them
+    site.json           its name, its experiment (the data, model, memory, device and threads in it are its own), the
+                        fingerprint of its model, its limits; for a table, the means and deviations of its columns
+    secret              32 random bytes, the key of the digest of its data
+    data.json           its task; for texts, its three splits
+    data.safetensors    for images and tables: x [N, *S] and y [N] of its own rows, and the row numbers of each split
 
-Messages come every round, each to a new process: none of them reads the source of the data anew.
+Messages come every round, each to a new process, and none of these processes reads the source of the data again.
 """
 
 import hmac
@@ -40,22 +40,22 @@ ALLOWED = ", ".join(ARCHITECTURES)
 SECRET = "secret"
 SPLITS = ("train", "validation", "test")
 FLOWERS = ("flower",)
-"""Folders of a site's state that are Flower's own."""
+"""Folders in a site's state that belong to Flower."""
 
 
 def save_site(path: Path, name: str, experiment: Experiment, limits: Limits | None = None) -> None:
-    """Write a site's settings, and beside them its data.
+    """Write a site's settings, and its data next to them.
 
     Args:
-        experiment: of which data, model, the first memory, device and threads are the site's own, and of `privacy` what
-            it tells (`Privacy.at_site`).
+        experiment: the data, the model, the first memory, the device and the threads in it are the site's own;
+            `privacy` says what the site discloses (`Privacy.at_site`).
         limits: the most that a server may ask of the site.
 
     Raises:
-        DataError: if the data is of several clients and none has the site's name.
+        DataError: if the data has several clients and none with the site's name.
         CheckpointError: if the folder holds a link.
-        ConfigError: if the folder is the state of another site, or a cohort has not one architecture, or one that the
-            data does not fit.
+        ConfigError: if the folder is the state of another site, or a cohort does not have exactly one architecture, or
+            the data does not fit the architecture.
     """
     refuse_links(path.parent, FLOWERS)
     if path.exists():
@@ -75,7 +75,7 @@ def save_site(path: Path, name: str, experiment: Experiment, limits: Limits | No
         )
     client = name if name in federation.clients else next(iter(federation.clients))
     data = federation.clients[client]
-    check_labels(data.task.labels)  # as the server will
+    check_labels(data.task.labels)  # the server will check them, too
     if isinstance(experiment.model, Cohort):
         if experiment.model.world != "cohort":
             raise ConfigError(
@@ -84,7 +84,7 @@ def save_site(path: Path, name: str, experiment: Experiment, limits: Limits | No
             )
         experiment.model.width_of(experiment.model.architecture(0), data.train.shape)
     else:
-        experiment.model.check_texts(0)  # how long texts are is the server's to say
+        experiment.model.check_texts(0)  # the server decides how long texts are
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     own = {
         "name": name,
@@ -104,11 +104,13 @@ def save_site(path: Path, name: str, experiment: Experiment, limits: Limits | No
 
 
 def _secret(folder: Path) -> bytes:
-    """Return the site's secret, which is made once: a digest of the data that is keyed with it tells the server whether
-    the data has changed, and nobody else can compute it to test a guess of the data.
+    """Return the site's secret, which is created once.
+
+    A digest of the data that is keyed with the secret shows the server whether the data has changed. Without the
+    secret, the digest cannot be computed to test a guess of the data.
 
     Raises:
-        ConfigError: if the file holds no such secret.
+        ConfigError: if the file does not hold such a secret.
     """
     path = folder / SECRET
     if not path.exists():
@@ -124,7 +126,7 @@ def _secret(folder: Path) -> bytes:
 
 
 def read_site(path: Path) -> tuple[dict[str, Any], ClientData]:
-    """The settings and the data that `save_site` wrote.
+    """Return the settings and the data that `save_site` wrote.
 
     Raises:
         ConfigError: if they cannot be read.
@@ -142,7 +144,7 @@ def read_site(path: Path) -> tuple[dict[str, Any], ClientData]:
 
 
 def _written(folder: Path, data: ClientData) -> dict[Path, bytes]:
-    """File -> content."""
+    """Return file -> content for a site's data."""
     if not isinstance(data.train, TensorSplit):
         return {folder / "data.json": json.dumps(asdict(data)).encode()}
     splits = [split for _, split in data.splits()]
@@ -161,10 +163,10 @@ def _written(folder: Path, data: ClientData) -> dict[Path, bytes]:
 
 
 def relabelled(data: ClientData, labels: Sequence[str]) -> ClientData:
-    """The same examples with these labels, in this order: those of all sites, where a site's own are some of them.
+    """Return the same examples with these labels in this order: the labels of all sites, which include the site's own.
 
     Raises:
-        DataError: if one of the data's own is not among them.
+        DataError: if a label of the data is not among them.
     """
     labels, own = tuple(labels), data.task.labels
     if labels == own:
@@ -177,9 +179,12 @@ def relabelled(data: ClientData, labels: Sequence[str]) -> ClientData:
 
 
 def check_model(own: Cohort, theirs: Cohort) -> None:
-    """Raise ConfigError if a site's cohort and the server's differ in more than architectures, if all clients have the
-    same one and the site another, or if the server's are no names of the package's table: such a name may stand for a
-    function that is imported, or a model that is fetched, and that is for the site alone to say."""
+    """Raise ConfigError if a site's cohort and the server's do not match.
+
+    They may differ in architectures alone, and in none if all clients have the same one. The server may name only
+    architectures of the package's table or the site's own cohort: another name may stand for a function that is
+    imported, or a model that is fetched, and only the site may decide that.
+    """
     if strange := [
         name for name in theirs.architectures if name not in ARCHITECTURES and name not in own.architectures
     ]:
