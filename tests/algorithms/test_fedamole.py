@@ -197,8 +197,7 @@ def test_memory_bounds_the_experts_of_a_client():
 
 
 def test_equally_many_experts_within_the_memory_of_each_client():
-    """Six experts with two clients each over six clients are two for everybody; a client whose memory takes one more than
-    top_k keeps within it, and the others keep theirs."""
+    """Twelve experts with two clients each are four for each of six clients; one whose memory takes three has three."""
     made = tiny.setup(tiny.source("olmoe"))
     algorithm = FedAMoLE(E=12, choices=2, top_k=2, even=True)
     server = algorithm.server(made)

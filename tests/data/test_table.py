@@ -2,6 +2,7 @@
 
 import bz2
 import csv
+import dataclasses
 import gzip
 import json
 import lzma
@@ -17,6 +18,7 @@ import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from consilium.data.arrays import Scale
 from consilium.data.dialect import Dialect, decode, parse
 from consilium.data.names import names_of
 from consilium.data.table import number_of, read_table
@@ -350,3 +352,11 @@ def test_a_long_field_is_read(tmp_path):
     (tmp_path / "a.csv").write_text(f"a,b\n{'x' * 300_000},y\n")
     assert len(read_table(tmp_path / "a.csv").texts("a")[0]) == 300_000
     assert csv.field_size_limit() == 131_072
+
+
+def test_a_column_that_no_training_row_has_counts_as_zero_elsewhere():
+    """Mean and deviation of 1, 3 are 2 and 1; of a column without values nothing is known, whatever comes later."""
+    scale = Scale.of(("a", "b"), np.array([[1.0, np.nan], [3.0, np.nan]]))
+    later = scale.standardised(np.array([[4.0, 250.0], [np.nan, -1e6]]))
+    assert later[:, 0].tolist() == [2.0, 0.0] and abs(later[:, 1]).max() < 1e-20
+    assert Scale.of_json(json.loads(json.dumps(dataclasses.asdict(scale)))) == scale

@@ -177,10 +177,10 @@ def test_the_card_tells_constants(tmp_path):
 
 
 def test_which_families_are_touched():
-    assert {name for name in tiny.FAMILIES if shares_gates(tiny.FAMILIES[name], full(name)[0].config)} == set(SHARING)
+    assert {name for name in tiny.FAMILIES if shares_gates(tiny.FAMILIES[name])} == set(SHARING)
     for name in ("olmoe", "qwen2_moe", "qwen3_moe"):
         source = tiny.source(name, norm_topk_prob=True)
-        assert not shares_gates(source.family, source.config)
+        assert not shares_gates(source.family)
 
 
 @pytest.mark.parametrize("model_type", tiny.FAMILIES)

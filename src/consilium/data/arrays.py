@@ -285,6 +285,10 @@ class _Rows:
     notes: list[str]
 
 
+UNSEEN = 1e30
+"""Deviation of a column without values: it brings any number to 0, and is one that JSON and float32 can hold."""
+
+
 @dataclass(frozen=True)
 class Scale:
     """The means and deviations that standardise a client's columns.
@@ -292,7 +296,8 @@ class Scale:
     Args:
         columns: names of the columns.
         mean: mean of each column over the client's training rows; 0 if no row has a value.
-        deviation: standard deviation of each column over these rows; 1 if no row has a value or all are alike.
+        deviation: standard deviation of each column over these rows; 1 if all are alike, and `UNSEEN` if no row has a
+            value: whatever other rows hold there, the model has never seen it and gets 0.
     """
 
     columns: tuple[str, ...]
@@ -306,7 +311,8 @@ class Scale:
         n = np.maximum(known.sum(0), 1)
         mean = np.where(known, x, 0).sum(0) / n
         deviation = np.sqrt((np.where(known, x - mean, 0) ** 2).sum(0) / n)
-        return cls(tuple(columns), tuple(mean.tolist()), tuple(np.where(deviation > 0, deviation, 1).tolist()))
+        deviation = np.where(known.any(0), np.where(deviation > 0, deviation, 1), UNSEEN)
+        return cls(tuple(columns), tuple(mean.tolist()), tuple(deviation.tolist()))
 
     @classmethod
     def of_json(cls, told: Mapping[str, Sequence[Any]]) -> "Scale":

@@ -1,4 +1,4 @@
-"""A codec that stores a payload as one blob: tensors as safetensors, the rest as JSON in its header, no pickle."""
+"""A codec that stores a payload as one blob: tensors as safetensors, the rest as JSON in its header."""
 
 import json
 import math

@@ -67,7 +67,7 @@ class Cohort:
             (pFedMoE's proxy).
         width: width of every representation (d, FC2), >= 1; 500 in the paper for CIFAR, 50 for MNIST. Functions of your
             own and encoders have their own width.
-        kernel: kernel size of the convolutions, odd, >= 1; 5 in the paper.
+        kernel: kernel size of the convolutions, >= 1; 5 in the paper.
         padding: padding around the input of the convolutions, >= 0; 0 in the paper.
     """
 

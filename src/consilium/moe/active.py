@@ -56,7 +56,7 @@ def add_scales(model: TaskModel, scales: Params) -> TaskModel:
     return model
 
 
-def scales_of(model: TaskModel, masters: Mapping[str, Tensor] | None = None) -> Params:
+def scales_of(model: TaskModel) -> Params:
     """Return the trained scalars by block, as copies on the CPU."""
     found = {}
     for name, block in model.blocks().items():

@@ -239,7 +239,7 @@ class ModelSource:
         The value is taken from the model's card ("gates_public"), otherwise from `default_scale`. The result is {} for
         a family with gates that do not depend on absent experts.
         """
-        if not shares_gates(self.family, self.config):
+        if not shares_gates(self.family):
             return {}
         known, top_k = self._card.get("gates_public", {}), experts_per_token(self.config)
         scales = {}

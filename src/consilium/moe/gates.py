@@ -41,7 +41,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ class Gates:
     rows: Params = field(default_factory=dict)
 
 
-def shares_gates(family: Family, config: Any) -> bool:
+def shares_gates(family: Family) -> bool:
     """Return True if gates are shares of a softmax over all experts, so that absent experts change their scale."""
     return not family.normalised
 
@@ -153,7 +153,7 @@ def attach_gates(model: TaskModel, gates: Gates) -> TaskModel:
     if model.gates is not None and model.gates.kind != "slice":
         raise ModelError(f"the gates of this model are scaled already ({model.gates.kind}); build it anew")
     model.gates = gates
-    if gates.kind == "slice" or not shares_gates(model.family, model.config):
+    if gates.kind == "slice" or not shares_gates(model.family):
         return model
     total = int(getattr(model.config, model.family.number))
     counts = counts_of(all_experts(model))
@@ -180,7 +180,7 @@ def fold_gates(model: TaskModel) -> TaskModel:
         ModelError: for "full" and "mass", which cannot be expressed by weights.
     """
     gates = model.gates
-    if gates is None or gates.kind == "slice" or not shares_gates(model.family, model.config):
+    if gates is None or gates.kind == "slice" or not shares_gates(model.family):
         return model
     counts, total = counts_of(all_experts(model)), int(getattr(model.config, model.family.number))
     cut = [name for name, n in counts.items() if n < total]
@@ -217,7 +217,7 @@ def measure_scales(
     """
     from consilium.moe.routing import Tap
 
-    if not shares_gates(model.family, model.config):
+    if not shares_gates(model.family):
         return {}
     training, k = model.training, experts_per_token(model.config)
     choices = torch.Generator().manual_seed(seed)
