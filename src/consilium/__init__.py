@@ -57,8 +57,8 @@ def __getattr__(name: str) -> object:
         return version("consilium")
     if name not in _HOME:
         raise AttributeError(f"module 'consilium' has no attribute {name!r}")
-    found = globals()[name] = getattr(import_module(_HOME[name]), name)
-    return found
+    attribute = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return attribute
 
 
 def __dir__() -> list[str]:

@@ -72,15 +72,15 @@ def parse_host(text: str, name: str = "host", wildcard: bool = False) -> str:
         ConfigError: for a URL, for a host with a port, and for text that is neither an address nor a name.
     """
     host = text.strip()
-    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    address_text = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     try:
-        found = ipaddress.ip_address(bare)
+        address = ipaddress.ip_address(address_text)
     except ValueError:
         pass
     else:
-        if getattr(found, "scope_id", None):
-            raise ConfigError(f"{name} is {text!r}: leave out the zone, %{found.scope_id}")
-        return str(found)
+        if getattr(address, "scope_id", None):
+            raise ConfigError(f"{name} is {text!r}: leave out the zone, %{address.scope_id}")
+        return str(address)
     if "/" in host or "@" in host:
         raise ConfigError(f"{name} is {text!r}; give the host alone, e.g. fed.example.org, no URL")
     if ":" in host:
@@ -88,15 +88,15 @@ def parse_host(text: str, name: str = "host", wildcard: bool = False) -> str:
             f"{name} is {text!r}; give the host alone, without a port, and an IPv6 address as [2001:db8::5]"
         )
     star = "*." if wildcard and host.startswith("*.") else ""
-    rest = host.removeprefix(star).rstrip(".").lower()
-    if not rest.isascii():
+    hostname = host.removeprefix(star).rstrip(".").lower()
+    if not hostname.isascii():
         try:
-            rest = idna.encode(rest, uts46=True).decode("ascii")
+            hostname = idna.encode(hostname, uts46=True).decode("ascii")
         except (idna.IDNAError, UnicodeError) as error:
             raise ConfigError(f"{name} is {text!r}, which is no name of a host: {error}") from error
-    labels = rest.split(".")
-    if len(rest) > 253 or not all(map(_LABEL.fullmatch, labels)):
+    labels = hostname.split(".")
+    if len(hostname) > 253 or not all(map(_LABEL.fullmatch, labels)):
         raise ConfigError(f"{name} is {text!r}, which is neither an IP address nor the name of a host")
     if labels[-1].isdecimal():
         raise ConfigError(f"{name} is {text!r}, which is no IPv4 address: that has four numbers of 0 to 255")
-    return star + rest
+    return star + hostname

@@ -40,7 +40,7 @@ def plan(
     Raises:
         ConfigError: for an unknown name, or a setting or value that an experiment does not have.
     """
-    planned = {}
+    experiments = {}
     for text in names:
         name, options = read_variant(text)
         algorithm = recipe.algorithm(name)
@@ -49,11 +49,11 @@ def plan(
         method = dataclasses.replace(experiment, algorithm=algorithm)
         for values in sweeps(swept):
             settings = {**{f"algorithm.{option}": value for option, value in options.items()}, **values}
-            made = changed(method, settings) if settings else method
+            variant = changed(method, settings) if settings else method
             for seed in range(experiment.seed, experiment.seed + seeds):
                 label = name + suffix_of(settings) + ("" if seeds == 1 else f"-seed{seed}")
-                planned[root / label] = dataclasses.replace(made, name=label, seed=seed)
-    return planned
+                experiments[root / label] = dataclasses.replace(variant, name=label, seed=seed)
+    return experiments
 
 
 def split_names(given: Sequence[str] | str) -> list[str]:
@@ -64,8 +64,10 @@ def split_names(given: Sequence[str] | str) -> list[str]:
     """
     parts = given.split(",") if isinstance(given, str) else given
     names = [name.strip() for name in parts if name.strip()]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ConfigError(f"{twice!r} is named twice; name each method once, and give --seeds for several runs of it")
+    if duplicate := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(
+            f"{duplicate!r} is named twice; name each method once, and give --seeds for several runs of it"
+        )
     return names
 
 
@@ -109,14 +111,14 @@ def compare(
         recipe = find(experiment)
         experiment = recipe.make()
     else:
-        given = experiment
-        recipe = Recipe(given.name, lambda: given)
+        template = experiment
+        recipe = Recipe(template.name, lambda: template)
     names = split_names(algorithms) or split_names(by_default(recipe, experiment))
     root = Path(out) / experiment.name
-    planned = plan(recipe, experiment, names, seeds, root, sweep)
+    experiments = plan(recipe, experiment, names, seeds, root, sweep)
     console = Console(quiet=not progress)
-    Comparison(console, planned, jobs or at_a_time(list(planned.values()))).run()
-    return _frame(list(planned), write_report(list(planned), root / "report.html"))
+    Comparison(console, experiments, jobs or at_a_time(list(experiments.values()))).run()
+    return _frame(list(experiments), write_report(list(experiments), root / "report.html"))
 
 
 def _frame(folders: Sequence[Path], report: Path) -> "pd.DataFrame":
@@ -172,7 +174,7 @@ class Run:
                 "bytes_up": record["bytes_up"],
                 **{f"seconds_{part}": seconds for part, seconds in record["seconds"].items()},
                 "experts_mean": record["experts_mean"],
-                **{fate: record["ledger"][fate] for fate in ("ok", "error", "rejected", "missing")},
+                **{outcome: record["ledger"][outcome] for outcome in ("ok", "error", "rejected", "missing")},
             }
             for record in RunDirectory(self.folder).rounds()
         ]
@@ -186,8 +188,8 @@ class Run:
         for record in RunDirectory(self.folder).rounds():
             test = record["test"] or {}
             for client in sorted({*record["clients"], *test}):
-                told = record["clients"].get(client, {})
-                row = {key: value for key, value in told.items() if not isinstance(value, Mapping)}
+                report = record["clients"].get(client, {})
+                row = {key: value for key, value in report.items() if not isinstance(value, Mapping)}
                 lines.append({"round": record["round"], "client": client, "test": test.get(client), **row})
         return pd.DataFrame(lines, columns=None if lines else ["round", "client"]).set_index(["round", "client"])
 
@@ -201,8 +203,10 @@ def load_run(folder: Path | str) -> Run:
     folder = Path(folder)
     config = RunDirectory(folder).config()
     summary, maps = _json(folder / "summary.json"), RunDirectory(folder).structure()["rounds"]
-    last = maps[max(maps, key=int)] if maps else {}
-    experts = {client: {block: tuple(ids) for block, ids in blocks.items()} for client, blocks in last.items()}
+    experts_by_client = maps[max(maps, key=int)] if maps else {}
+    experts = {
+        client: {block: tuple(ids) for block, ids in blocks.items()} for client, blocks in experts_by_client.items()
+    }
     return Run(folder, config["status"], config["experiment"], summary, experts, folder / "report.html")
 
 

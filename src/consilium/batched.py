@@ -99,7 +99,8 @@ def _fit(jobs: Sequence[FitJob]) -> list[tuple[float, int, float]]:
     start, config, device = time.perf_counter(), jobs[0].config, jobs[0].context.device
     data = [job.data.augmented(derive_seed(job.context.seed, "augment")) for job in jobs]
     plans = [
-        list(own.epochs(job.epochs, config.batch_size, _generator(job))) for job, own in zip(jobs, data, strict=True)
+        list(split.epochs(job.epochs, config.batch_size, _generator(job)))
+        for job, split in zip(jobs, data, strict=True)
     ]
     steps = [len(plan) for plan in plans]
     order = sorted(range(len(jobs)), key=lambda k: -steps[k])  # most batches first: clients leave at the end
@@ -114,30 +115,30 @@ def _fit(jobs: Sequence[FitJob]) -> list[tuple[float, int, float]]:
     def loss_of(weights, buffers, batch, real):
         with padded(real):
             logits, labels = functional_call(model, {**weights, **buffers}, (batch,))
-        each = config.cross_entropy(logits, labels, reduction="none")
-        return each.mean() if real is None else (each * real).sum() / real.sum()
+        element_losses = config.cross_entropy(logits, labels, reduction="none")
+        return element_losses.mean() if real is None else (element_losses * real).sum() / real.sum()
 
-    active = len(jobs)
-    lowered = config.lowered(device)
+    client_count = len(jobs)
+    autocast = config.lowered(device)
     for step, (batch, real) in enumerate(_batches([data[k] for k in order], [plans[k] for k in order], device)):
-        left = len(batch["labels"])
-        if left < active:
-            _leave(jobs, order[left:active], left, model, weights, buffers)
-            weights, buffers = _shrunk(weights, buffers, optimizer, left)
-            trainable, active = _trainable(weights), left
+        remaining = len(batch["labels"])
+        if remaining < client_count:
+            _leave(jobs, order[remaining:client_count], remaining, model, weights, buffers)
+            weights, buffers = _shrunk(weights, buffers, optimizer, remaining)
+            trainable, client_count = _trainable(weights), remaining
         optimizer.zero_grad(set_to_none=True)
-        with lowered:
+        with autocast:
             loss = torch.vmap(loss_of, in_dims=(0, 0, 0, None if real is None else 0))(weights, buffers, batch, real)
         loss.sum().backward()
         if config.clip:
             _clip(trainable, config.clip)
         optimizer.step()
-        losses[step, :left] = loss.detach()
+        losses[step, :remaining] = loss.detach()
         del loss
-        for k in order[:left]:
+        for k in order[:remaining]:
             jobs[k].context.work.step()
             jobs[k].context.progress(step + 1, steps[k])
-    _leave(jobs, order[:active], 0, model, weights, buffers)
+    _leave(jobs, order[:client_count], 0, model, weights, buffers)
     means = dict(zip(order, losses.nanmean(0).tolist(), strict=True))
     seconds = (time.perf_counter() - start) / len(jobs)
     return [(means[k], n, seconds) for k, n in enumerate(steps)]
@@ -168,26 +169,28 @@ def _leave(
     with torch.no_grad():
         for key, stack in {**weights, **buffers}.items():
             for place, k in enumerate(leaving, first):
-                own = jobs[k].model
-                (own.get_parameter(key) if key in weights else own.get_buffer(key)).copy_(stack[place])
+                client_model = jobs[k].model
+                (client_model.get_parameter(key) if key in weights else client_model.get_buffer(key)).copy_(
+                    stack[place]
+                )
 
 
 def _shrunk(
     weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, left: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the stacks cut to the first `left` clients, and cut the optimizer's state in place."""
-    fewer = {path: w.detach()[:left].clone().requires_grad_(w.requires_grad) for path, w in weights.items()}
-    known = {id(old): fewer[path] for path, old in weights.items()}
+    shrunk_weights = {path: w.detach()[:left].clone().requires_grad_(w.requires_grad) for path, w in weights.items()}
+    weights_by_id = {id(old_weight): shrunk_weights[path] for path, old_weight in weights.items()}
     for group in optimizer.param_groups:
-        for place, old in enumerate(group["params"]):
-            new = group["params"][place] = known[id(old)]
-            state = optimizer.state.pop(old, None)
+        for place, old_weight in enumerate(group["params"]):
+            new_weight = group["params"][place] = weights_by_id[id(old_weight)]
+            state = optimizer.state.pop(old_weight, None)
             if state is not None:
-                optimizer.state[new] = {
-                    name: value[:left].clone() if torch.is_tensor(value) and value.shape == old.shape else value
+                optimizer.state[new_weight] = {
+                    name: value[:left].clone() if torch.is_tensor(value) and value.shape == old_weight.shape else value
                     for name, value in state.items()
                 }
-    return fewer, {key: b[:left].clone() for key, b in buffers.items()}
+    return shrunk_weights, {key: b[:left].clone() for key, b in buffers.items()}
 
 
 def _batches(
@@ -201,27 +204,38 @@ def _batches(
     Args:
         plans: row indices of every batch of each split; no split has more batches than the one before it.
     """
-    first, steps = splits[0], range(len(plans[0]))
+    first_split, steps = splits[0], range(len(plans[0]))
     sizes = [[len(plan[step]) for plan in plans if len(plan) > step] for step in steps]
-    filled = [
-        None if min(some) == max(some) else torch.arange(max(some)) < torch.tensor(some)[:, None] for some in sizes
+    masks = [
+        None
+        if min(row_counts) == max(row_counts)
+        else torch.arange(max(row_counts)) < torch.tensor(row_counts)[:, None]
+        for row_counts in sizes
     ]
-    reals = [None if real is None else real.to(device, non_blocking=True) for real in filled]
-    if first.augment != "none" or any(split.x is not first.x or split.y is not first.y for split in splits):
-        for step, real in zip(steps, reals, strict=True):
-            asked = [(split, plan[step]) for split, plan in zip(splits, plans, strict=True) if len(plan) > step]
-            parts = [split.batch(rows, device) for split, rows in asked]
-            yield {key: pad_sequence([part[key] for part in parts], batch_first=True) for key in parts[0]}, real
+    device_masks = [None if mask is None else mask.to(device, non_blocking=True) for mask in masks]
+    if first_split.augment != "none" or any(
+        split.x is not first_split.x or split.y is not first_split.y for split in splits
+    ):
+        for step, mask in zip(steps, device_masks, strict=True):
+            requests = [(split, plan[step]) for split, plan in zip(splits, plans, strict=True) if len(plan) > step]
+            parts = [split.batch(rows, device) for split, rows in requests]
+            yield {key: pad_sequence([part[key] for part in parts], batch_first=True) for key in parts[0]}, mask
         return
     # All rows come from one data set, so their indices for all steps are sent to the device at once.
-    places = []
+    rows_by_client = []
     for split, plan in zip(splits, plans, strict=True):
         rows = split.index[torch.cat(plan)]
-        places.append(rows.split([len(batch) for batch in plan]))
-    own = [pad_sequence([part[step] for part in places if len(part) > step], batch_first=True) for step in steps]
-    flat = torch.cat([step.flatten() for step in own]).to(first.x.device).split([step.numel() for step in own])
-    for step, there, real in zip(own, flat, reals, strict=True):
-        yield first.at(there.view_as(step), device), real
+        rows_by_client.append(rows.split([len(batch) for batch in plan]))
+    rows_by_step = [
+        pad_sequence([part[step] for part in rows_by_client if len(part) > step], batch_first=True) for step in steps
+    ]
+    flat_rows = (
+        torch.cat([step.flatten() for step in rows_by_step])
+        .to(first_split.x.device)
+        .split([step.numel() for step in rows_by_step])
+    )
+    for step, step_rows, mask in zip(rows_by_step, flat_rows, device_masks, strict=True):
+        yield first_split.at(step_rows.view_as(step), device), mask
 
 
 def _clip(trainable: Mapping[str, Tensor], largest: float) -> None:
@@ -237,7 +251,7 @@ def _predict(jobs: Sequence[PredictJob]) -> list[Tensor]:
     config, device, size = jobs[0].config, jobs[0].context.device, jobs[0].size
     order = sorted(range(len(jobs)), key=lambda k: -len(jobs[k].data))
     data = [jobs[k].data for k in order]
-    plans = [torch.arange(len(own)).split(size) for own in data]
+    plans = [torch.arange(len(client_part)).split(size) for client_part in data]
     model = jobs[0].model.eval()
     weights = _stacked([dict(jobs[k].model.named_parameters()) for k in order])
     buffers = _stacked([dict(jobs[k].model.named_buffers()) for k in order])
@@ -248,10 +262,12 @@ def _predict(jobs: Sequence[PredictJob]) -> list[Tensor]:
     parts: list[list[Tensor]] = [[] for _ in jobs]
     with torch.inference_mode(), config.lowered(device):
         for batch, _ in _batches(data, plans, device):
-            left = len(batch["labels"])
-            weights, buffers = ({key: t[:left] for key, t in stack.items()} for stack in (weights, buffers))
-            for own, classes in zip(parts, torch.vmap(chosen)(weights, buffers, batch), strict=False):
-                own.append(classes)
-        found = torch.cat([torch.cat(part)[: len(own)] for part, own in zip(parts, data, strict=True)]).cpu()
-    answers = dict(zip(order, found.split([len(own) for own in data]), strict=True))
-    return [answers[k] for k in range(len(jobs))]
+            remaining = len(batch["labels"])
+            weights, buffers = ({key: t[:remaining] for key, t in stack.items()} for stack in (weights, buffers))
+            for client_part, classes in zip(parts, torch.vmap(chosen)(weights, buffers, batch), strict=False):
+                client_part.append(classes)
+        predictions = torch.cat(
+            [torch.cat(part)[: len(client_part)] for part, client_part in zip(parts, data, strict=True)]
+        ).cpu()
+    predictions_by_job = dict(zip(order, predictions.split([len(client_part) for client_part in data]), strict=True))
+    return [predictions_by_job[k] for k in range(len(jobs))]

@@ -46,8 +46,8 @@ def _simple(layer: nn.Conv2d, dtype: torch.dtype) -> bool:
 
     Its padding must be of zeros and given as numbers, and its weight must have this dtype unless autocast is on.
     """
-    own = layer.weight.dtype == dtype or torch.is_autocast_enabled("cpu")
-    return own and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    same_dtype = layer.weight.dtype == dtype or torch.is_autocast_enabled("cpu")
+    return same_dtype and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
 def _convolved(layer: nn.Conv2d, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -69,9 +69,9 @@ def _works(dtype: torch.dtype) -> bool:
         expected = F.max_pool2d(F.conv2d(x, w), 2).relu()
         try:
             y = torch.ops.aten.mkldnn_convolution(x.to_mkldnn(), w, None, [0, 0], [1, 1], [1, 1], 1)
-            found = F.max_pool2d(y, 2, 2).relu().to_dense()
-            gradients = [torch.autograd.grad(out.sum(), w)[0] for out in (expected, found)]
+            result = F.max_pool2d(y, 2, 2).relu().to_dense()
+            gradients = [torch.autograd.grad(out.sum(), w)[0] for out in (expected, result)]
         except (RuntimeError, AttributeError):
             return False
-    close = {"atol": 0.1, "rtol": 0.1} if dtype == torch.bfloat16 else {}
-    return torch.allclose(found, expected, **close) and torch.allclose(*gradients, **close)
+    tolerances = {"atol": 0.1, "rtol": 0.1} if dtype == torch.bfloat16 else {}
+    return torch.allclose(result, expected, **tolerances) and torch.allclose(*gradients, **tolerances)

@@ -55,23 +55,23 @@ def certificates(folder: Path, hosts: Sequence[str], sites: Sequence[str]) -> li
     for site in sites:
         if not CLIENT_ID.fullmatch(site) or site == "server":
             raise ConfigError(f"site {site!r} must match [A-Za-z0-9._-]{{1,64}}, without a leading dot, not 'server'")
-    there = (folder / "server/server.key").exists()
-    if not there or (hosts and {*hosts} - {*LOCAL} != {*certified(folder / "server")} - {*LOCAL}):
+    has_server_key = (folder / "server/server.key").exists()
+    if not has_server_key or (hosts and {*hosts} - {*LOCAL} != {*certified(folder / "server")} - {*LOCAL}):
         _server_certificate(folder / "server", hosts)
-        for copy in folder.glob("*/ca.crt"):
-            write_atomic(copy, (folder / "server/ca.crt").read_bytes())
-    made = []
+        for ca_copy in folder.glob("*/ca.crt"):
+            write_atomic(ca_copy, (folder / "server/ca.crt").read_bytes())
+    folders = []
     for site in sites:
         if (folder / site).exists():
             continue
         key = ec.generate_private_key(ec.SECP384R1())
-        public = _public(key)
+        public_key = _public(key)
         _write_secret(folder / site / "key", _private(key, serialization.PrivateFormat.OpenSSH))
-        write_atomic(folder / site / "key.pub", public + f" {site}{_MARK}\n".encode())
+        write_atomic(folder / site / "key.pub", public_key + f" {site}{_MARK}\n".encode())
         write_atomic(folder / site / "ca.crt", (folder / "server/ca.crt").read_bytes())
-        write_atomic(folder / "server" / f"{site}.pub", public + b"\n")
-        made.append(folder / site)
-    return made
+        write_atomic(folder / "server" / f"{site}.pub", public_key + b"\n")
+        folders.append(folder / site)
+    return folders
 
 
 def certified(folder: Path) -> list[str]:
@@ -100,14 +100,14 @@ def check_key(folder: Path, site: str) -> None:
             raise ConfigError(f"{file} is missing; --certificates is the folder that the server's side handed out")
     try:
         key = serialization.load_ssh_private_key((folder / "key").read_bytes(), None)
-        told = (folder / "key.pub").read_bytes().split() if (folder / "key.pub").is_file() else []
+        words = (folder / "key.pub").read_bytes().split() if (folder / "key.pub").is_file() else []
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise ConfigError(
             f"{folder / 'key'} is no secret key as ssh-keygen writes it: {type(error).__name__}"
         ) from error
-    if told[:2] and told[:2] != _public(key).split():
+    if words[:2] and words[:2] != _public(key).split():
         raise ConfigError(f"{folder / 'key'} and {folder / 'key.pub'} are not of one pair; get the folder again")
-    owner = told[2].decode("utf-8", "replace") if len(told) > 2 else ""
+    owner = words[2].decode("utf-8", "replace") if len(words) > 2 else ""
     if owner.endswith(_MARK) and owner.removesuffix(_MARK) != site:
         raise ConfigError(
             f"{folder} holds the key of site {owner.removesuffix(_MARK)}, --name is {site}; they must be of one site"
@@ -123,7 +123,7 @@ def owners(folder: Path, sites: Sequence[str]) -> dict[bytes, str]:
     Raises:
         ConfigError: for a file that is missing or not a key, or two sites with one key.
     """
-    found: dict[bytes, str] = {}
+    sites_by_key: dict[bytes, str] = {}
     for site in sites:
         path = folder / f"{site}.pub"
         try:
@@ -133,10 +133,12 @@ def owners(folder: Path, sites: Sequence[str]) -> dict[bytes, str]:
         except (OSError, ValueError, UnsupportedAlgorithm) as error:
             raise ConfigError(f"{path} is no public key as ssh-keygen writes it: {type(error).__name__}") from error
         pem = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-        if pem in found:
-            raise ConfigError(f"the sites {found[pem]} and {site} have the same key; give every site a key of its own")
-        found[pem] = site
-    return found
+        if pem in sites_by_key:
+            raise ConfigError(
+                f"the sites {sites_by_key[pem]} and {site} have the same key; give every site a key of its own"
+            )
+        sites_by_key[pem] = site
+    return sites_by_key
 
 
 def _server_certificate(folder: Path, hosts: Sequence[str]) -> None:
@@ -195,10 +197,10 @@ def _general_name(host: str) -> x509.GeneralName:
 
 
 def _parsed(host: str) -> str:
-    found = parse_host(host, "--hosts", wildcard=True)
-    if found in ("0.0.0.0", "::"):
+    parsed_host = parse_host(host, "--hosts", wildcard=True)
+    if parsed_host in ("0.0.0.0", "::"):
         raise ConfigError(f"--hosts is {host!r}, which is no address under which a site reaches the server")
-    return found
+    return parsed_host
 
 
 def _public(key: Any) -> bytes:
@@ -257,11 +259,11 @@ def is_signed(public: str, signature: str, message: bytes) -> bool:
     """Return True if a signature (hex) of a message was made with the key of `public` (a line in OpenSSH format)."""
     try:
         key = serialization.load_ssh_public_key(public.encode())
-        given = bytes.fromhex(signature)
+        signature_bytes = bytes.fromhex(signature)
         if isinstance(key, ed25519.Ed25519PublicKey):
-            key.verify(given, message)
+            key.verify(signature_bytes, message)
         elif isinstance(key, ec.EllipticCurvePublicKey):
-            key.verify(given, message, ec.ECDSA(hashes.SHA384()))
+            key.verify(signature_bytes, message, ec.ECDSA(hashes.SHA384()))
         else:
             return False
     except (InvalidSignature, ValueError, UnsupportedAlgorithm):

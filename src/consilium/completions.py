@@ -33,21 +33,21 @@ def complete(model: TaskModel, tokenizer: PreTrainedTokenizerBase, prompt: str, 
         model: a causal language model.
         tokens: length of the continuation; an end-of-text token is not counted.
     """
-    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    encoding = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     device = next(model.parameters()).device
-    ids = encoded["input_ids"].to(device)
+    ids = encoding["input_ids"].to(device)
     model.eval()
     with torch.inference_mode():
-        written = model.backbone.generate(
+        output_ids = model.backbone.generate(
             input_ids=ids,
-            attention_mask=encoded["attention_mask"].to(device),
+            attention_mask=encoding["attention_mask"].to(device),
             min_new_tokens=tokens,
             max_new_tokens=tokens,
             do_sample=False,
             num_beams=1,
             repetition_penalty=PENALTY,
         )
-    return tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+    return tokenizer.decode(output_ids[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 def completions(
@@ -64,35 +64,35 @@ def completions(
         "after" (by the model that is delivered to the client). Clients are left out if they are not delivered a whole
         model, or if their task is not text prediction.
     """
-    found = []
+    rows = []
     for info in spaced(sorted(clients, key=lambda client: client.id), number):
         data = federation.clients[info.id]
-        sent = server.deliver(info)
-        if data.task.form != "language" or not sent.group("params"):
+        payload = server.deliver(info)
+        if data.task.form != "language" or not payload.group("params"):
             continue
         context = ClientContext(info, data, torch.device("cpu"), setup.seed, ClientState())
-        prompt, rest = _cut(data.test.targets[0])
-        row: dict[str, Any] = {"client": info.id, "prompt": prompt, "text": rest}
+        prompt, continuation = _cut(data.test.targets[0])
+        row: dict[str, Any] = {"client": info.id, "prompt": prompt, "text": continuation}
         try:
-            after = setup.build_sent(sent, context)
+            delivered_model = setup.build_sent(payload, context)
         except ModelError:  # The client is sent only a part, such as its own adapters, and holds the rest itself.
             continue
-        row["after"] = complete(after, setup.model.tokenizer(), prompt)
-        del after
-        before = setup.build_sent(Payload({"params": setup.initial_params()}), context)
-        row["before"] = complete(before, setup.model.tokenizer(), prompt)
-        found.append(row)
-    return found
+        row["after"] = complete(delivered_model, setup.model.tokenizer(), prompt)
+        del delivered_model
+        initial_model = setup.build_sent(Payload({"params": setup.initial_params()}), context)
+        row["before"] = complete(initial_model, setup.model.tokenizer(), prompt)
+        rows.append(row)
+    return rows
 
 
 def spaced(clients: Sequence[ClientInfo], number: int) -> list[ClientInfo]:
     """Return `number` of the clients, evenly spaced and starting with the first; all if there are fewer."""
     number = min(number, len(clients))
-    return [clients[place * len(clients) // number] for place in range(number)]
+    return [clients[i * len(clients) // number] for i in range(number)]
 
 
 def _cut(text: str) -> tuple[str, str]:
     """Cut a text into a prompt of at most `PROMPT` characters and up to `PROMPT` characters of what follows."""
     line = text.rfind("\n", PROMPT // 2, PROMPT) + 1
-    place = line or min(PROMPT, len(text) // 2)
-    return text[:place], text[place : place + PROMPT]
+    position = line or min(PROMPT, len(text) // 2)
+    return text[:position], text[position : position + PROMPT]

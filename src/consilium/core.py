@@ -198,8 +198,8 @@ def experts_to_scalars(held: ExpertSet) -> dict[str, Scalar]:
 def experts_from_scalars(scalars: Mapping[str, Scalar]) -> dict[str, tuple[int, ...]] | None:
     """Decode the expert set in a payload's scalars; return None if it names no experts, which means the whole model."""
     prefix = "experts/"
-    held = {k[len(prefix) :]: tuple(v) for k, v in scalars.items() if k.startswith(prefix) and isinstance(v, list)}
-    return held or None
+    experts = {k[len(prefix) :]: tuple(v) for k, v in scalars.items() if k.startswith(prefix) and isinstance(v, list)}
+    return experts or None
 
 
 class Server(ABC):
@@ -233,10 +233,11 @@ class Server(ABC):
         trained.
         """
         params = sent.group("params").items()
-        halves = (".lora_A", ".lora_B") if sent.scalars.get("halves") else ()
+        half_suffixes = (".lora_A", ".lora_B") if sent.scalars.get("halves") else ()
         return {
             "params": {
-                key: Like.of(t, needed=not key.startswith("head.") and not key.endswith(halves)) for key, t in params
+                key: Like.of(t, needed=not key.startswith("head.") and not key.endswith(half_suffixes))
+                for key, t in params
             }
         }
 
@@ -428,13 +429,13 @@ class Sampling:
     def choose(self, clients: Sequence[ClientInfo], round: int, seed: int) -> list[ClientInfo]:
         """Return the chosen clients in id order; they depend on ids, tasks, round and seed, not on the given order."""
         rng = torch.Generator().manual_seed(derive_seed(seed, "sampling", round))
-        ordered = sorted(clients, key=lambda c: c.id)
+        candidates = sorted(clients, key=lambda c: c.id)
         if not self.distinct_tasks:
-            picks = torch.randperm(len(ordered), generator=rng)[: self.clients_per_round].tolist()
-            return [ordered[i] for i in sorted(picks)]
-        tasks = sorted({c.task for c in ordered})
-        chosen = []
+            picks = torch.randperm(len(candidates), generator=rng)[: self.clients_per_round].tolist()
+            return [candidates[i] for i in sorted(picks)]
+        tasks = sorted({c.task for c in candidates})
+        selection = []
         for i in torch.randperm(len(tasks), generator=rng)[: self.clients_per_round].tolist():
-            group = [c for c in ordered if c.task == tasks[i]]
-            chosen.append(group[int(torch.randint(len(group), (1,), generator=rng))])
-        return sorted(chosen, key=lambda c: c.id)
+            group = [c for c in candidates if c.task == tasks[i]]
+            selection.append(group[int(torch.randint(len(group), (1,), generator=rng))])
+        return sorted(selection, key=lambda c: c.id)

@@ -159,27 +159,27 @@ def keep_serving(app: App, sites: Sequence[str], listen: Address, keys: Path | N
     if keys:
         _register(keys, sites, home, environment)
     (home / STOPPED).unlink(missing_ok=True)
-    left, reached = RESTARTS, app.reached()
+    restarts_left, progress = RESTARTS, app.reached()
     while True:
-        with _superlink(listen, keys, home, environment) as link:
+        with _superlink(listen, keys, home, environment) as superlink:
             print_line(out, f"listening on {listen}; waiting for {', '.join(sites)}")
-            asked = subprocess.Popen(
+            process = subprocess.Popen(
                 [program("flwr"), "run", str(home / "app"), "run", "--stream"], env=environment, preexec_fn=WITH_PARENT
             )
             try:
-                while asked.poll() is None and link.poll() is None:
+                while process.poll() is None and superlink.poll() is None:
                     time.sleep(0.5)
             finally:
-                asked.kill()
-                asked.wait()
+                process.kill()
+                process.wait()
         if app.finished():
             return
-        before, reached = reached, app.reached()
-        left = left - 1 if reached == before else RESTARTS
-        if (home / STOPPED).exists() or left < 0:
+        previous_progress, progress = progress, app.reached()
+        restarts_left = restarts_left - 1 if progress == previous_progress else RESTARTS
+        if (home / STOPPED).exists() or restarts_left < 0:
             break
         print_line(out, f"one of Flower's processes has ended, see {home / 'superlink.log'}; starting them again")
-        time.sleep(PAUSE * (RESTARTS - left))
+        time.sleep(PAUSE * (RESTARTS - restarts_left))
     raise RoundError("the work has not finished, see above; the same command goes on with it")
 
 
@@ -227,11 +227,11 @@ def _serve(grid: Any, config: Mapping[str, Any]) -> None:
         try:
             experiment, sites = from_json(json.loads(config["experiment"])), config["sites"].split(",")
             keys = owners(Path(config["keys"]), sites) if config["keys"] else {}
-            here: list[str] = []
+            connected_sites: list[str] = []
 
             def came(site: str) -> None:
-                here.append(site)
-                print_line(out, f"{site} has come, {len(here)} of {len(sites)}")
+                connected_sites.append(site)
+                print_line(out, f"{site} has come, {len(connected_sites)} of {len(sites)}")
 
             serve(experiment, folder, grid, sites, float(config["wait"]), watch, keys, came)
         except Exception as error:
@@ -259,9 +259,11 @@ def _superlink(
     listen: Address, keys: Path | None, home: Path, environment: Mapping[str, str]
 ) -> Iterator[subprocess.Popen]:
     """Run Flower's SuperLink, listening, with a configuration that points Flower's commands at it."""
-    reach = {"root-certificates": str(keys / "ca.crt")} if keys else {"insecure": True}
+    tls_settings = {"root-certificates": str(keys / "ca.crt")} if keys else {"insecure": True}
     lines = ["[superlink]", 'default = "run"', "[superlink.run]"]
-    lines += [f"{key} = {json.dumps(value)}" for key, value in {"address": str(listen.from_here), **reach}.items()]
+    lines += [
+        f"{key} = {json.dumps(value)}" for key, value in {"address": str(listen.from_here), **tls_settings}.items()
+    ]
     write_atomic(home / "config.toml", ("\n".join(lines) + "\n").encode())
     command = [
         "flower-superlink",
@@ -279,9 +281,9 @@ def _superlink(
         command += ["--enable-supernode-auth"]
     else:
         command += ["--insecure"]
-    with child(command, environment, home / "superlink.log") as link:
-        listening(link, listen, home / "superlink.log")
-        yield link
+    with child(command, environment, home / "superlink.log") as superlink:
+        listening(superlink, listen, home / "superlink.log")
+        yield superlink
 
 
 def _register(keys: Path, sites: Sequence[str], home: Path, environment: Mapping[str, str]) -> None:
@@ -290,21 +292,21 @@ def _register(keys: Path, sites: Sequence[str], home: Path, environment: Mapping
     A site whose key is unknown would be turned away for good. The database persists across restarts.
     """
     path = home / "registered.json"
-    done = json.loads(path.read_text()) if path.exists() else {}
-    new = {site: key for site in sites if done.get(site) != (key := (keys / f"{site}.pub").read_text())}
-    if not new:
+    registered_keys = json.loads(path.read_text()) if path.exists() else {}
+    new_keys = {site: key for site in sites if registered_keys.get(site) != (key := (keys / f"{site}.pub").read_text())}
+    if not new_keys:
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with socket.socket() as probe_socket:
+        probe_socket.bind(("127.0.0.1", 0))
+        port = probe_socket.getsockname()[1]
     with _superlink(Address("127.0.0.1", port), keys, home, environment):
-        for site in new:
+        for site in new_keys:
             command = [program("flwr"), "supernode", "register", str(keys / f"{site}.pub"), "run", "--name", site]
-            asked = subprocess.run(command, env=environment, capture_output=True, text=True, preexec_fn=WITH_PARENT)
-            said = asked.stdout + asked.stderr
-            if asked.returncode and "already in use" not in said:
-                raise RoundError(f"site {site} could not be registered: {' '.join(said.split())[-300:]}")
-    write_atomic(path, json.dumps({**done, **new}).encode())
+            result = subprocess.run(command, env=environment, capture_output=True, text=True, preexec_fn=WITH_PARENT)
+            output = result.stdout + result.stderr
+            if result.returncode and "already in use" not in output:
+                raise RoundError(f"site {site} could not be registered: {' '.join(output.split())[-300:]}")
+    write_atomic(path, json.dumps({**registered_keys, **new_keys}).encode())
 
 
 def listening(link: subprocess.Popen, listen: Address, log: Path) -> None:
@@ -314,14 +316,14 @@ def listening(link: subprocess.Popen, listen: Address, log: Path) -> None:
         ConfigError: if it ends before that.
         RoundError: if it does not listen in time.
     """
-    reach = listen.from_here
+    address = listen.from_here
     for _ in range(3600):
         if link.poll() is not None:
-            last = (log.read_text().strip().splitlines() or ["no output"])[-1]
+            line = (log.read_text().strip().splitlines() or ["no output"])[-1]
             raise ConfigError(
-                f"Flower's SuperLink did not start ({last}), see {log}; is {listen} in use, or not of this machine?"
+                f"Flower's SuperLink did not start ({line}), see {log}; is {listen} in use, or not of this machine?"
             )
-        with contextlib.suppress(OSError), socket.create_connection((reach.host, reach.port), timeout=1):
+        with contextlib.suppress(OSError), socket.create_connection((address.host, address.port), timeout=1):
             return
         time.sleep(0.1)
     raise RoundError(f"Flower's SuperLink does not listen on {listen}, see {log}")
@@ -388,8 +390,8 @@ def in_time(address: str, ca: Path) -> None:
     connection = http.client.HTTPSConnection(server.host, server.port, timeout=5, context=context)
     try:
         connection.request("HEAD", "/")
-        told = connection.getresponse().getheader("Date")
-        apart = time.time() - parsedate_to_datetime(told).timestamp()
+        date_header = connection.getresponse().getheader("Date")
+        gap = time.time() - parsedate_to_datetime(date_header).timestamp()
     except ssl.SSLCertVerificationError as error:
         now = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
         raise ConfigError(
@@ -400,10 +402,10 @@ def in_time(address: str, ca: Path) -> None:
         return
     finally:
         connection.close()
-    if abs(apart) > CLOCKS:
-        way = "ahead of" if apart > 0 else "behind"
+    if abs(gap) > CLOCKS:
+        side = "ahead of" if gap > 0 else "behind"
         raise ConfigError(
-            f"the clock of this machine is {abs(apart):.0f} s {way} that of {address}; Flower's authentication allows "
+            f"the clock of this machine is {abs(gap):.0f} s {side} that of {address}; Flower's authentication allows "
             "300: set both, e.g. by NTP"
         )
 
@@ -429,10 +431,10 @@ def flower_environment(home: Path) -> dict[str, str]:
     Its files are in `home`, it installs nothing, it sends no telemetry, and this Python comes first in PATH.
     """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    off = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "TOKENIZERS_PARALLELISM": "false"}
-    off["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
+    overrides = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "TOKENIZERS_PARALLELISM": "false"}
+    overrides["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
     home.mkdir(parents=True, exist_ok=True)
-    return {**os.environ, **off, "PATH": path, "FLWR_HOME": str(home.absolute())}
+    return {**os.environ, **overrides, "PATH": path, "FLWR_HOME": str(home.absolute())}
 
 
 def _in_turn(home: Path, name: str, environment: Mapping[str, str]) -> dict[str, str]:

@@ -85,10 +85,10 @@ def _passes(name: str, reveal: Reveal, client: Client, privacy: Privacy) -> bool
     if mode == _WHOLE[field]:
         return True
     if reveal.need == "exact" or (reveal.need == "less" and mode == "none"):
-        needs = _WHOLE[field] if reveal.need == "exact" else "coarse"
+        required_mode = _WHOLE[field] if reveal.need == "exact" else "coarse"
         raise ConfigError(
             f"privacy.{field} is {mode!r}, but {type(client).__name__} sends {name!r}, of which its server needs more. "
-            f"Use privacy.{field} {needs!r}, other settings of the method, or another method."
+            f"Use privacy.{field} {required_mode!r}, other settings of the method, or another method."
         )
     return reveal.need == "less" or (field == "scores" and mode == "coarse")
 
@@ -142,8 +142,8 @@ def reason(error: BaseException, private: Iterable[object] = ()) -> str:
     Args:
         private: paths of the site; they are removed from the text wherever they occur.
     """
-    named = [getattr(error, field, None) for field in ("filename", "filename2")]
-    return f"{type(error).__name__}: {without_paths(str(error), [*named, *private])}"
+    filenames = [getattr(error, field, None) for field in ("filename", "filename2")]
+    return f"{type(error).__name__}: {without_paths(str(error), [*filenames, *private])}"
 
 
 def without_paths(text: str, private: Iterable[object] = ()) -> str:
@@ -153,7 +153,7 @@ def without_paths(text: str, private: Iterable[object] = ()) -> str:
         private: paths that are removed literally. The general rule may not find the end of a path with blanks, and does
             not recognize a name without a separator as a path.
     """
-    known = {str(path) for path in private if path is not None} - {"", ".", "/"}
-    for path in sorted(known | {str(Path.home()), str(Path.cwd())} - {"/"}, key=len, reverse=True):
+    local_paths = {str(path) for path in private if path is not None} - {"", ".", "/"}
+    for path in sorted(local_paths | {str(Path.home()), str(Path.cwd())} - {"/"}, key=len, reverse=True):
         text = text.replace(path, "[path]")
     return _PATH.sub("[path]", text)

@@ -143,11 +143,11 @@ class Experiment:
         for text in self.memory:
             bytes_of(text)
         if isinstance(self.data, ImageData | TableData):
-            fits = isinstance(self.model, Cohort)
+            is_compatible = isinstance(self.model, Cohort)
         else:
-            texts = not isinstance(self.data, LanguageData | CodeData)
-            fits = not isinstance(self.model, Cohort) or (texts and self.model.reads_texts)
-        if not fits:
+            is_text_task = not isinstance(self.data, LanguageData | CodeData)
+            is_compatible = not isinstance(self.model, Cohort) or (is_text_task and self.model.reads_texts)
+        if not is_compatible:
             raise ConfigError(
                 f"{type(self.data).__name__} cannot feed a {type(self.model).__name__}: texts go to a ModelSource, "
                 "images and tables to a Cohort, as do texts to classify if all its architectures are text encoders"
@@ -171,8 +171,8 @@ class Experiment:
             raise ConfigError(f"the data asks for {form}, the model is set up for {self.model.form}")
         if isinstance(self.data, LanguageData | CodeData):
             check_rows(self.fit.rows, plain=self.data.plain)
-        if self.wire.enough and self.wire.enough < (needed := self.sampling.quorum(self.sampling.clients_per_round)):
-            raise ConfigError(f"wire.enough is {self.wire.enough}, a round counts with {needed} answers and more")
+        if self.wire.enough and self.wire.enough < (quorum := self.sampling.quorum(self.sampling.clients_per_round)):
+            raise ConfigError(f"wire.enough is {self.wire.enough}, a round counts with {quorum} answers and more")
         self._check_merging()
 
     def _check_merging(self) -> None:
@@ -206,10 +206,10 @@ class Experiment:
         if privacy.noise and not merging.plain:
             raise ConfigError("privacy.noise has its own clipping and mean; leave merging as it is")
         if privacy.noise:
-            read = self.algorithm.reads() - ({"usage"} if privacy.usage == "noised" else set())
-            if read:
+            stats = self.algorithm.reads() - ({"usage"} if privacy.usage == "noised" else set())
+            if stats:
                 raise ConfigError(
-                    f"{method}'s server goes by {' and '.join(sorted(read))} of each client, which privacy.noise does "
+                    f"{method}'s server goes by {' and '.join(sorted(stats))} of each client, which privacy.noise does "
                     "not cover"
                 )
             privacy.sampled(self.sampling, 1)
@@ -217,14 +217,14 @@ class Experiment:
     @property
     def at_once(self) -> int:
         """Return the number of clients that train at a time, see `workers`; at most those of a round."""
-        small = isinstance(self.model, Cohort)
+        is_small = isinstance(self.model, Cohort)
         if self.device != "cpu":
-            suited = IN_STEP if small else 1
+            default_workers = IN_STEP if is_small else 1
         else:
-            said = os.environ.get("OMP_NUM_THREADS", "")
-            many = max(int(said), 1) if said.isdecimal() else cores()
-            suited = many if small and self.threads == 1 else 1
-        return min(self.workers or suited, self.sampling.clients_per_round)
+            thread_setting = os.environ.get("OMP_NUM_THREADS", "")
+            core_count = max(int(thread_setting), 1) if thread_setting.isdecimal() else cores()
+            default_workers = core_count if is_small and self.threads == 1 else 1
+        return min(self.workers or default_workers, self.sampling.clients_per_round)
 
     def setup(
         self,
@@ -275,8 +275,8 @@ def from_json(saved: Mapping[str, Any]) -> Experiment:
     Raises:
         ConfigError: for an unknown type or field, or a value of the wrong type.
     """
-    own = (Experiment, ModelSource, Cohort, Fit, Lora, Sampling, Wire, Merging, Privacy)
-    classes = {c.__name__: c for c in own} | DATA | Algorithm.registry
+    core_classes = (Experiment, ModelSource, Cohort, Fit, Lora, Sampling, Wire, Merging, Privacy)
+    classes = {c.__name__: c for c in core_classes} | DATA | Algorithm.registry
 
     def load(value: Any, hint: Any) -> Any:
         if isinstance(value, list):
@@ -289,16 +289,16 @@ def from_json(saved: Mapping[str, Any]) -> Experiment:
                 raise ConfigError(
                     'saved experiment has unknown type None: each part needs a "type", e.g. "type": "Fit"'
                 )
-            near = _near(str(kind), classes) or f"known are {', '.join(sorted(classes))}"
+            suggestion = _near(str(kind), classes) or f"known are {', '.join(sorted(classes))}"
             raise ConfigError(
-                f"saved experiment has unknown type {kind!r}; {near}; if it is of your own, --import its file"
+                f"saved experiment has unknown type {kind!r}; {suggestion}; if it is of your own, --import its file"
             )
         hints = typing.get_type_hints(classes[kind])
         names = [field.name for field in dataclasses.fields(classes[kind])]
         for key in value:
             if key not in (*names, "type") and (kind, key) != ("Wire", "quorum"):
-                near = _near(key, names) or f"known are {', '.join(names)}"
-                raise ConfigError(f"saved {kind} does not fit this version: it has no field {key!r}; {near}")
+                suggestion = _near(key, names) or f"known are {', '.join(names)}"
+                raise ConfigError(f"saved {kind} does not fit this version: it has no field {key!r}; {suggestion}")
         fields = {key: load(item, hints.get(key)) for key, item in value.items() if key != "type"}
         if kind == "Wire" and fields.get("quorum") == 1:  # now sampling.min_clients, with the same default
             del fields["quorum"]
@@ -317,8 +317,8 @@ def from_json(saved: Mapping[str, Any]) -> Experiment:
 
 
 def _near(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {close[0]!r}?" if close else ""
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {matches[0]!r}?" if matches else ""
 
 
 def differences(before: Experiment, now: Experiment, ignored: Collection[str] = ()) -> str:
@@ -329,13 +329,14 @@ def differences(before: Experiment, now: Experiment, ignored: Collection[str] = 
     Args:
         ignored: fields that may differ, e.g. "wire.deadline".
     """
-    old, new = flat_fields(to_json(before)), flat_fields(to_json(now))
-    told = [
-        f"{name} was {old.get(name, 'absent')!r}, is {new.get(name, 'absent')!r}"
-        for name in dict.fromkeys([*old, *new])
-        if name not in ignored and (name in old, old.get(name)) != (name in new, new.get(name))
+    old_fields, new_fields = flat_fields(to_json(before)), flat_fields(to_json(now))
+    changes = [
+        f"{name} was {old_fields.get(name, 'absent')!r}, is {new_fields.get(name, 'absent')!r}"
+        for name in dict.fromkeys([*old_fields, *new_fields])
+        if name not in ignored
+        and (name in old_fields, old_fields.get(name)) != (name in new_fields, new_fields.get(name))
     ]
-    return "; ".join(told[:5]) + (f"; and {len(told) - 5} more" if len(told) > 5 else "")
+    return "; ".join(changes[:5]) + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
 
 
 def flat_fields(saved: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -343,11 +344,13 @@ def flat_fields(saved: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
     The names are those of the command's flags ("fit.lr"); a dataclass's own name ("algorithm") stands for its type.
     """
-    found: dict[str, Any] = {}
+    values_by_name: dict[str, Any] = {}
     for key, value in saved.items():
         name = prefix[:-1] if key == "type" else f"{prefix}{key}"
-        found |= flat_fields(value, f"{name}.") if isinstance(value, Mapping) else {name: value} if name else {}
-    return found
+        values_by_name |= (
+            flat_fields(value, f"{name}.") if isinstance(value, Mapping) else {name: value} if name else {}
+        )
+    return values_by_name
 
 
 def _is(value: Any, hint: Any) -> bool:

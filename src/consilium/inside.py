@@ -39,16 +39,18 @@ def refuse_links(folder: Path, leave_out: Sequence[str] = ()) -> None:
         CheckpointError: with the link.
     """
     for link in _links(folder, leave_out):
-        own = link.relative_to(folder).parts[0] in _TRACKERS and _leads_into(link, folder)
-        if not own:
+        is_tracker_link = link.relative_to(folder).parts[0] in _TRACKERS and _leads_into(link, folder)
+        if not is_tracker_link:
             raise CheckpointError(f"{link} is a symbolic link, which a run directory must not hold; link to all of it")
 
 
 def refuse_outside(folder: Path, kind: type[ConsiliumError]) -> None:
     """Raise an error if a link in a folder leads out of it; the hub's cache may link snapshots to blobs."""
-    cached = folder.resolve().parent.name == "snapshots"
+    is_hub_cache = folder.resolve().parent.name == "snapshots"
     for link in _links(folder):
-        if not _leads_into(link, folder) and not (cached and _leads_into(link, folder.resolve().parents[1] / "blobs")):
+        if not _leads_into(link, folder) and not (
+            is_hub_cache and _leads_into(link, folder.resolve().parents[1] / "blobs")
+        ):
             raise kind(f"{link} leads to {link.resolve()}, outside of {folder}; put the file itself there")
 
 
@@ -75,10 +77,10 @@ def refuse_name_outside(name: Any, named_in: Path, kind: type[ConsiliumError]) -
 
 
 def _links(folder: Path, leave_out: Sequence[str] = ()) -> Iterator[Path]:
-    for top, folders, files in os.walk(folder):
-        if Path(top) == folder:
+    for directory, folders, files in os.walk(folder):
+        if Path(directory) == folder:
             folders[:] = [name for name in folders if name not in leave_out]
-        yield from (path for name in sorted([*folders, *files]) if (path := Path(top, name)).is_symlink())
+        yield from (path for name in sorted([*folders, *files]) if (path := Path(directory, name)).is_symlink())
 
 
 def _leads_into(link: Path, folder: Path) -> bool:

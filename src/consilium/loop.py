@@ -88,8 +88,8 @@ def check_same(folder: Path, experiment: Experiment) -> dict[str, Any]:
     """
     config = RunDirectory(folder).config()
     before = from_json(config["experiment"])
-    if changed := differences(before, experiment, MAY_CHANGE):
-        raise ConfigError(f"{folder} holds another experiment ({changed}); choose another --name or --out")
+    if changes := differences(before, experiment, MAY_CHANGE):
+        raise ConfigError(f"{folder} holds another experiment ({changes}); choose another --name or --out")
     if config["status"] == "finished" and before.rounds != experiment.rounds:
         raise ConfigError(
             f"{folder} is finished after {before.rounds} rounds and does not go on to {experiment.rounds}: choose "
@@ -159,16 +159,16 @@ def _continue(
     with directory.locked(grace):
         config = directory.config()
         experiment, summary = from_json(config["experiment"]), directory.summary()
-        finished = config["status"] == "finished" and summary is not None
-        if rounds is not None and rounds < (done := summary["rounds"] if finished else 1):
-            raise ConfigError(f"--rounds is {rounds}; the run has {done} rounds, and can only go on to more")
-        if finished and rounds in (None, summary["rounds"]):
+        is_finished = config["status"] == "finished" and summary is not None
+        if rounds is not None and rounds < (round_count := summary["rounds"] if is_finished else 1):
+            raise ConfigError(f"--rounds is {rounds}; the run has {round_count} rounds, and can only go on to more")
+        if is_finished and rounds in (None, summary["rounds"]):
             return summary
         if rounds is not None:
             experiment = replace(experiment, rounds=rounds)
-        begun = directory.partition()
+        partition = directory.partition()
         prepared = prepare(experiment)
-        check_data_unchanged(begun, prepared)
+        check_data_unchanged(partition, prepared)
         remove_unfinished(directory.path)
         _check_room(directory.path, prepared)
         prepared.former += config.get("former_versions", [])
@@ -189,11 +189,11 @@ def _check_room(folder: Path, prepared: Prepared) -> None:
             "beside it: end other programs, or take a smaller model"
         )
     need = 3 * size - sum(path.stat().st_size for path in folder.glob("checkpoints/*.safetensors"))
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(there).free
+    root = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(root).free
     if free < need:
         raise ConfigError(
-            f"{there} has {human(free)} free, three checkpoints take {human(need)}: free space, or choose another --out"
+            f"{root} has {human(free)} free, three checkpoints take {human(need)}: free space, or choose another --out"
         )
 
 
@@ -205,10 +205,10 @@ def _run_rounds(prepared: Prepared, directory: RunDirectory, watch: Watch | None
     except KeyboardInterrupt:
         _write_config(directory, "interrupted", prepared)
         raise
-    federation, wanted = prepared.federation, prepared.experiment.completions
-    if wanted and federation is not None:
+    federation, completion_count = prepared.federation, prepared.experiment.completions
+    if completion_count and federation is not None:
         clients = [info for info in prepared.infos if info.id in federation.clients]
-        texts = completions(prepared.setup, prepared.server, clients, federation, wanted)
+        texts = completions(prepared.setup, prepared.server, clients, federation, completion_count)
         directory.write("completions.json", {"completions": texts})
     directory.write("summary.json", summary)
     _write_config(directory, "finished", prepared)
@@ -229,11 +229,11 @@ class _Rounds:
         self.prepared, self.directory, self.watch, self.check = prepared, directory, watch, check
         experiment, server, folder = prepared.experiment, prepared.server, directory.path
         self.first, versions_of_states = 1, {}
-        if (found := load_checkpoint(folder / "checkpoints")) is not None:
-            check_unchanged(found.begun, prepared)
-            server.restore(found.server)
-            self.first, versions_of_states = found.round + 1, found.versions
-        del found
+        if (checkpoint := load_checkpoint(folder / "checkpoints")) is not None:
+            check_unchanged(checkpoint.begun, prepared)
+            server.restore(checkpoint.server)
+            self.first, versions_of_states = checkpoint.round + 1, checkpoint.versions
+        del checkpoint
         _write_config(directory, "running", prepared)
         self.store = ClientStore(folder / "clients", versions_of_states)
         directory.truncate(self.first)
@@ -254,13 +254,13 @@ class _Rounds:
         if self.watch:
             self.watch.started(experiment, self.prepared.setup, self.prepared.federation, self.first)
         with self.prepared.engine(self.directory.path, self.store, self._progress) as engine:
-            number, failed = self.first, 0
+            number, failures = self.first, 0
             while number <= experiment.rounds and account.affords(1):
                 record = self._one(engine, number)
-                if hopeless := _hopeless(record, experiment):
-                    raise RoundError(hopeless)
-                number, failed = (number, failed + 1) if record["abandoned"] else (number + 1, 0)
-                if failed == FAILED:
+                if reason := _hopeless(record, experiment):
+                    raise RoundError(reason)
+                number, failures = (number, failures + 1) if record["abandoned"] else (number + 1, 0)
+                if failures == FAILED:
                     raise RoundError(
                         f"round {number} was abandoned {FAILED} times in a row: {record['abandoned']}; look at the "
                         "clients, then resume the run"
@@ -276,8 +276,8 @@ class _Rounds:
     def _one(self, engine: Engine, number: int) -> dict[str, Any]:
         """Run one round, commit it and return its record."""
         experiment, server = self.prepared.experiment, self.prepared.server
-        last = number == experiment.rounds or not self.account.affords(2)
-        test = number % experiment.evaluate_every == 0 or last
+        is_last_round = number == experiment.rounds or not self.account.affords(2)
+        test = number % experiment.evaluate_every == 0 or is_last_round
         self.account.charge(number)
         record = engine.round(number, test, [client for client, n in self.strikes.items() if n >= BENCH])
         record |= self.account.told()
@@ -288,8 +288,10 @@ class _Rounds:
         self.directory.append(record, events, server, self.structure)
         if not record["abandoned"]:
             self.best = best_round(self.best, record, self.prepared.infos)
-            best = self.best["round"] if self.best else 0
-            save_checkpoint(self.directory.path / "checkpoints", number, server.state(), self.store, self.begun, best)
+            best_number = self.best["round"] if self.best else 0
+            save_checkpoint(
+                self.directory.path / "checkpoints", number, server.state(), self.store, self.begun, best_number
+            )
         self.writing = time.perf_counter() - start
         if self.watch:
             self.watch.rounded(record, events)
@@ -297,7 +299,7 @@ class _Rounds:
 
 
 def _write_config(directory: RunDirectory, status: str, prepared: Prepared) -> None:
-    told = {
+    config = {
         "format": 1,
         "status": status,
         "experiment": to_json(prepared.experiment),
@@ -306,32 +308,32 @@ def _write_config(directory: RunDirectory, status: str, prepared: Prepared) -> N
         "git": git_revision(),
         "data": prepared.federation.source if prepared.federation else SITES,
     }
-    directory.write("config.json", told)
+    directory.write("config.json", config)
 
 
 def _hopeless(record: Mapping[str, Any], experiment: Experiment) -> str | None:
     """Return why a retry of a round would fail again (training diverged at every client), or None."""
     clients = record["clients"].values()
-    if not clients or len(clients) < len(record["selected"]) or not all(told.get("diverged") for told in clients):
+    if not clients or len(clients) < len(record["selected"]) or not all(report.get("diverged") for report in clients):
         return None
-    largest, rate = _suspected_rate(experiment)
-    where = f"all {len(clients)} clients" if len(clients) > 1 else "the only client"
+    setting, rate = _suspected_rate(experiment)
+    extent = f"all {len(clients)} clients" if len(clients) > 1 else "the only client"
     return (
-        f"the loss became NaN at {where}: the learning rate ({largest} {rate}) is probably too high; start a "
+        f"the loss became NaN at {extent}: the learning rate ({setting} {rate}) is probably too high; start a "
         "new run with a lower one"
     )
 
 
 def _suspected_rate(experiment: Experiment) -> tuple[str, float]:
     """Return the name and value of the clients' learning rate that exceeds its default the most."""
-    found = []
+    candidates = []
     for prefix, settings in (("fit", experiment.fit), ("algorithm", experiment.algorithm)):
         for setting in fields(settings):
             name, value = setting.name, getattr(settings, setting.name)
-            client = name in ("lr", "head_lr") or name.startswith("eta")
-            if client and name not in ("eta_s", "eta_g") and value:  # these two are the server's
-                found.append((value / (setting.default or Fit.lr), f"{prefix}.{name}", value))
-    _, name, value = max(found, key=lambda item: item[0])
+            is_client_rate = name in ("lr", "head_lr") or name.startswith("eta")
+            if is_client_rate and name not in ("eta_s", "eta_g") and value:  # these two are the server's
+                candidates.append((value / (setting.default or Fit.lr), f"{prefix}.{name}", value))
+    _, name, value = max(candidates, key=lambda item: item[0])
     return name, value
 
 
@@ -341,11 +343,11 @@ def _events(record: Mapping[str, Any], server: Server, strikes: dict[ClientId, i
     Args:
         strikes: number of rejected replies of each client so far, see `tally`.
     """
-    abandoned = {"abandoned": True} if record["abandoned"] else {}
-    benched = [
-        {"event": "benched", "client": client, "reason": reason, **abandoned}
+    abandoned_flag = {"abandoned": True} if record["abandoned"] else {}
+    bench_events = [
+        {"event": "benched", "client": client, "reason": reason, **abandoned_flag}
         for client, reason in tally(strikes, record).items()
     ]
-    refused = [{"event": "refused", "client": c, "reason": why} for c, why in record.get("refused", {}).items()]
-    own = [] if abandoned else server.events()
-    return [{"round": record["round"], **event} for event in [*own, *benched, *refused]]
+    refusals = [{"event": "refused", "client": c, "reason": cause} for c, cause in record.get("refused", {}).items()]
+    server_events = [] if abandoned_flag else server.events()
+    return [{"round": record["round"], **event} for event in [*server_events, *bench_events, *refusals]]

@@ -21,14 +21,14 @@ def free_memory() -> int:
     Raises:
         ConfigError: if the machine does not report it.
     """
-    told = [line.split() for line in Path("/proc/meminfo").read_text().splitlines()]
-    free = [1024 * int(words[1]) for words in told if words[0] == "MemAvailable:"]
-    if not free:
+    entries = [line.split() for line in Path("/proc/meminfo").read_text().splitlines()]
+    free_bytes = [1024 * int(words[1]) for words in entries if words[0] == "MemAvailable:"]
+    if not free_bytes:
         raise ConfigError("/proc/meminfo does not tell MemAvailable: this Linux is too old")
     group = Path("/sys/fs/cgroup")
     with suppress(OSError, ValueError):  # no limit ("max"), or no such control group
-        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return max(min(free), 0)
+        free_bytes.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(min(free_bytes), 0)
 
 
 def memory_bytes(device: str) -> int:
@@ -37,10 +37,10 @@ def memory_bytes(device: str) -> int:
         import torch  # imported here because a command that only asks for the cores should not wait for it
 
         return torch.cuda.get_device_properties(device).total_memory
-    most = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     with suppress(OSError, ValueError):  # no limit ("max"), or no such control group
-        most.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(most)
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits)
 
 
 @contextmanager
@@ -48,12 +48,12 @@ def quietly() -> Iterator[None]:
     """Silence transformers' progress bars and warnings; the loading code checks what matters about a model itself."""
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()

@@ -77,11 +77,11 @@ class MasterOptimizer:
     def step(self) -> None:
         """Update the masters of all parameters that have a gradient, and round them to the parameters."""
         for chunk in self._chunks:
-            moved = [(path, place, piece) for path, place, piece in chunk if self.parameters[path].grad is not None]
-            for path, place, piece in moved:
+            pieces = [(path, place, piece) for path, place, piece in chunk if self.parameters[path].grad is not None]
+            for path, place, piece in pieces:
                 piece.grad = self.parameters[path].grad.reshape(-1).split(CHUNK)[place].to(torch.float32)
             self.optimizer.step()
-            for path, place, piece in moved:
+            for path, place, piece in pieces:
                 piece.grad = None
                 if (place + 1) * CHUNK >= self.parameters[path].numel():
                     self.parameters[path].copy_(self.masters[path])
@@ -106,29 +106,29 @@ class Masters:
 
     def __init__(self, model: nn.Module, groups: Iterable[Mapping[str, Any]]):
         layers = (module for module in model.modules() if isinstance(module, LAYERS))
-        lower = {id(p) for layer in layers for p in layer.parameters(recurse=False) if _dense(p)}
+        dense_ids = {id(p) for layer in layers for p in layer.parameters(recurse=False) if _dense(p)}
         self.others: list[tuple[nn.Parameter, float]] = []
         self.members: list[tuple[list[nn.Parameter], float]] = []
         for group in groups:
-            rate, own = group["lr"], [p for p in group["params"] if id(p) in lower]
-            self.others += [(p, rate) for p in group["params"] if id(p) not in lower]
-            self.members += [([p], rate) for p in own if p.numel() >= PIECE]
-            if small := [p for p in own if p.numel() < PIECE]:
-                self.members.append((small, rate))
+            rate, dense_params = group["lr"], [p for p in group["params"] if id(p) in dense_ids]
+            self.others += [(p, rate) for p in group["params"] if id(p) not in dense_ids]
+            self.members += [([p], rate) for p in dense_params if p.numel() >= PIECE]
+            if small_params := [p for p in dense_params if p.numel() < PIECE]:
+                self.members.append((small_params, rate))
 
     def __enter__(self) -> Self:
-        room = torch.empty(PIECE)
-        self.together = [_Together(*some, room) for some in self.members]
+        buffer = torch.empty(PIECE)
+        self.together = [_Together(*member, buffer) for member in self.members]
         return self
 
     def __exit__(self, *_: object) -> None:
-        for some in self.together:
-            some.restore()
+        for group in self.together:
+            group.restore()
 
     def zero_grad(self) -> None:
         """Drop all gradients, as torch's optimizers do."""
-        for some in self.together:
-            for p in some.parameters:
+        for group in self.together:
+            for p in group.parameters:
                 p.grad = None
         for p, _ in self.others:
             p.grad = None
@@ -136,8 +136,8 @@ class Masters:
     @torch.no_grad()
     def step(self) -> None:
         """Update all parameters that have a gradient: w <- w - rate * gradient."""
-        for some in self.together:
-            some.step()
+        for group in self.together:
+            group.step()
         for p, rate in self.others:
             if p.grad is not None:
                 p.add_(p.grad, alpha=-rate)
@@ -149,8 +149,8 @@ class _Together:
     def __init__(self, parameters: Sequence[nn.Parameter], rate: float, room: Tensor):
         self.parameters, self.rate = parameters, rate
         self.weights = [p.data for p in parameters]
-        flat = [_flat(weight) for weight in self.weights]
-        self.master = flat[0] if len(flat) == 1 else torch.cat(flat)
+        flat_weights = [_flat(weight) for weight in self.weights]
+        self.master = flat_weights[0] if len(flat_weights) == 1 else torch.cat(flat_weights)
         self.low = self.master.to(torch.bfloat16)
         pieces = zip(self.master.split(PIECE), self.low.split(PIECE), strict=True)
         self.pieces = [(master, low, room[: len(low)]) for master, low in pieces]

@@ -46,15 +46,15 @@ class Like:
 
     def objection(self, tensor: Tensor) -> str | None:
         """Return why a tensor does not have this form, or None if it does."""
-        fits = len(tensor.shape) == len(self.shape)
-        if not fits or any(n not in (m, None) for m, n in zip(tensor.shape, self.shape, strict=True)):
+        same_rank = len(tensor.shape) == len(self.shape)
+        if not same_rank or any(n not in (m, None) for m, n in zip(tensor.shape, self.shape, strict=True)):
             return f"has shape {tuple(tensor.shape)}, it must be {self.shape}"
         if tensor.dtype != self.dtype:
             return f"is {tensor.dtype}, it must be {self.dtype}"
         if not finite(tensor):
             return "is not finite"
-        bounded = self.least > -math.inf or self.most < math.inf
-        if bounded and tensor.numel() and not (tensor.min() >= self.least and tensor.max() <= self.most):
+        is_bounded = self.least > -math.inf or self.most < math.inf
+        if is_bounded and tensor.numel() and not (tensor.min() >= self.least and tensor.max() <= self.most):
             return f"has numbers outside {self.least:g}..{self.most:g}"
         return None
 
@@ -115,8 +115,8 @@ class WeightedMean:
                 )
         sums = self._sums
         return {
-            key: sums.pop(key).div_(self._weights[key]).to(old.dtype) if key in sums else old
-            for key, old in previous.items()
+            key: sums.pop(key).div_(self._weights[key]).to(tensor.dtype) if key in sums else tensor
+            for key, tensor in previous.items()
         }
 
     def told(self) -> dict[str, float]:

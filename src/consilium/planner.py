@@ -151,9 +151,9 @@ class Planner:
         counts = self.model.counts
         if held is not None:
             counts = counts_of(checked(held, counts, self.model.family))
-        told = self._for(context.info).reported(counts, mode, references, rank, trained)
-        context.work.hold(told["footprint"], f"a model of {sum(counts.values())} experts")
-        return told
+        report = self._for(context.info).reported(counts, mode, references, rank, trained)
+        context.work.hold(report["footprint"], f"a model of {sum(counts.values())} experts")
+        return report
 
     def admit_small(
         self, make: Callable[[], nn.Module], context: ClientContext, kind: type[SplitModel] = SplitModel
@@ -220,15 +220,15 @@ class Planner:
                 given in any case.
             references: extra copies of the weights the method keeps while training.
         """
-        least, total = sum(self.least.values()), sum(self.model.counts.values())
+        minimum, total = sum(self.least.values()), sum(self.model.counts.values())
         if client.memory_bytes is None:
             return dict(self.model.counts)
-        most, own = share * client.memory_bytes, self._for(client)
+        memory_limit, client_planner = share * client.memory_bytes, self._for(client)
 
         def fits(experts: int) -> bool:
-            return own.footprint(self.spread(experts, shape), references=references).total <= most
+            return client_planner.footprint(self.spread(experts, shape), references=references).total <= memory_limit
 
-        return self.spread(_most(least, total, fits), shape)
+        return self.spread(_most(minimum, total, fits), shape)
 
     @property
     def least(self) -> dict[str, int]:
@@ -257,10 +257,10 @@ class Planner:
         def fits(forward: int, backward: int) -> bool:
             return self.lacks(client, self.spread(forward), mode, references, rank, backward) is None
 
-        least = sum(self.least.values())
+        minimum = sum(self.least.values())
         if lack := self.lacks(client, self.least, mode, references, rank, blocks):
-            raise BudgetError(f"{client.id} cannot train even {least} experts in {blocks} layers: {lack}")
-        forward = _most(least, total, lambda n: fits(n, blocks))
+            raise BudgetError(f"{client.id} cannot train even {minimum} experts in {blocks} layers: {lack}")
+        forward = _most(minimum, total, lambda n: fits(n, blocks))
         return forward, _most(blocks, forward, lambda n: fits(forward, n))
 
     def largest_uniform(self, memory_bytes: int | None, share: float = 1.0, references: int = 0) -> int:
@@ -268,10 +268,10 @@ class Planner:
 
         The result is 0 if none fits, or if only fewer fit than the family's routers work with.
         """
-        most, least = max(self.model.counts.values()), max(self.least.values())
+        maximum, minimum = max(self.model.counts.values()), max(self.least.values())
         if memory_bytes is None:
-            return most
-        for n in range(most, least - 1, -1):
+            return maximum
+        for n in range(maximum, minimum - 1, -1):
             counts = {block: min(n, total) for block, total in self.model.counts.items()}
             if self.footprint(counts, references=references).total <= share * memory_bytes:
                 return n

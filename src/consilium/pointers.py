@@ -26,16 +26,16 @@ def refuse_pointer(file: Path | IO[bytes], kind: type[ConsiliumError], name: str
     """
     try:
         if isinstance(file, Path):
-            with file.open("rb") as opened:
-                head = opened.read(_LONGEST + 1)
+            with file.open("rb") as stream:
+                head = stream.read(_LONGEST + 1)
         else:
-            place = file.tell()
+            position = file.tell()
             head = file.read(_LONGEST + 1)
-            file.seek(place)
+            file.seek(position)
     except OSError:
         return
-    for mark, (system, command) in _KINDS.items():
-        if head.startswith(mark) and len(head) <= _LONGEST:
+    for prefix, (system, command) in _KINDS.items():
+        if head.startswith(prefix) and len(head) <= _LONGEST:
             raise kind(f"{name or file} is a {system} pointer of {len(head)} bytes: run {command}")
 
 

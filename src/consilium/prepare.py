@@ -128,14 +128,14 @@ class Prepared:
         from consilium.engine.flower import PROTOCOL, describe, one_cohort
 
         torch.set_num_threads(experiment.threads)
-        told = {"experiment": json.dumps(to_json(experiment)), "heads": "{}", "run": token}
-        told |= {"model": experiment.model.fingerprint, "protocol": PROTOCOL}
-        found = describe(roster, sites, told, wait, came)
+        settings = {"experiment": json.dumps(to_json(experiment)), "heads": "{}", "run": token}
+        settings |= {"model": experiment.model.fingerprint, "protocol": PROTOCOL}
+        descriptions = describe(roster, sites, settings, wait, came)
         infos = tuple(
             ClientInfo(site, int(d["sizes"][0]), str(d["task"]), int(d["memory_bytes"]) or None, str(d["architecture"]))
-            for site, d in found.items()
+            for site, d in descriptions.items()
         )
-        labels = [(str(d["task"]), d["labels"]) for d in found.values()]
+        labels = [(str(d["task"]), d["labels"]) for d in descriptions.values()]
         clients = {
             site: {
                 "task": d["task"],
@@ -145,20 +145,20 @@ class Prepared:
                 "threads": int(d["threads"]),
                 **({"architecture": str(d["architecture"])} if d["architecture"] else {}),
             }
-            for site, d in found.items()
+            for site, d in descriptions.items()
         }
-        prints = json.dumps({site: d["fingerprint"] for site, d in found.items()})
+        fingerprints = json.dumps({site: d["fingerprint"] for site, d in descriptions.items()})
         partition = {
             "clients": clients,
             "skipped": {},
-            "fingerprint": hashlib.sha256(prints.encode()).hexdigest(),
+            "fingerprint": hashlib.sha256(fingerprints.encode()).hexdigest(),
             "run": token,
         }
         shape: tuple[int, ...] = ()
         if isinstance(experiment.model, Cohort):
-            shape = one_cohort(found)
+            shape = one_cohort(descriptions)
             partition["shape"] = list(shape)
-        metrics = {str(d["task"]): str(d["metric"]) for d in found.values()}
+        metrics = {str(d["task"]): str(d["metric"]) for d in descriptions.values()}
         return cls._built(experiment, infos, labels, partition, metrics, shape=shape, roster=roster)
 
     @classmethod
@@ -175,30 +175,30 @@ class Prepared:
     ) -> "Prepared":
         setup = experiment.setup(labels, infos, federation.shape if federation else shape)
         if roster is not None and isinstance(experiment.model, Cohort):  # the sites have chosen their architectures
-            chosen = tuple(info.architecture for info in infos)
-            setup = replace(setup, model=replace(experiment.model, architectures=chosen))
+            architectures = tuple(info.architecture for info in infos)
+            setup = replace(setup, model=replace(experiment.model, architectures=architectures))
         for data in federation.clients.values() if federation else ():
             setup.check_data(data)
         if experiment.sampling.min_clients > len(infos):
             raise ConfigError(
                 f"sampling.min_clients is {experiment.sampling.min_clients}, there are {len(infos)} clients"
             )
-        reached = (
+        cohort = (
             min(setup.cohort, len({info.task for info in infos})) if setup.sampling.distinct_tasks else setup.cohort
         )
-        if (needed := experiment.merging.needs) > reached:
+        if (minimum := experiment.merging.needs) > cohort:
             raise ConfigError(
-                f"merging.rule {experiment.merging.rule} with {experiment.merging.attackers} attackers needs {needed} "
-                f"contributors, but a round of this federation has at most {reached}: nothing would ever change; add "
+                f"merging.rule {experiment.merging.rule} with {experiment.merging.attackers} attackers needs {minimum} "
+                f"contributors, but a round of this federation has at most {cohort}: nothing would ever change; add "
                 "clients, or choose another rule"
             )
         Account(None, experiment, len(infos)).check(0)
         disclosure.check(experiment.algorithm.client(setup), experiment.privacy)
         server = experiment.algorithm.server(setup)
-        unable = {c.id: lack for c in infos if (lack := server.unable(c))}
+        lacks = {c.id: lack for c in infos if (lack := server.unable(c))}
         # A method that fits its models to the clients may find work even if no client can hold the full model.
-        if len(unable) == len(infos) and not server.configure(1, infos):
-            raise BudgetError(nobody(unable))
+        if len(lacks) == len(infos) and not server.configure(1, infos):
+            raise BudgetError(nobody(lacks))
         return cls(experiment, infos, setup, server, partition, metrics, federation, roster)
 
     @contextmanager
@@ -230,7 +230,7 @@ class Prepared:
         with nullcontext() if self.roster is not None else simulation(experiment, len(self.infos)) as grid:
             names = [info.id for info in self.infos]
             roster = self.roster or Roster(grid, names, patience=experiment.wire.deadline)
-            told = {
+            settings = {
                 "experiment": json.dumps(to_json(experiment)),
                 "heads": json.dumps(self.setup.heads),
                 "run": str(self.partition.get("run", "")),
@@ -239,7 +239,7 @@ class Prepared:
                 "seed": experiment.seed,
             }
             wire, sampling = experiment.wire, self.setup.sampling
-            yield FlowerEngine(self.server, self.infos, roster, store, wire, told, folder, progress, sampling)
+            yield FlowerEngine(self.server, self.infos, roster, store, wire, settings, folder, progress, sampling)
 
 
 def check_data_unchanged(begun: Mapping[str, Any], prepared: Prepared) -> None:
@@ -248,17 +248,17 @@ def check_data_unchanged(begun: Mapping[str, Any], prepared: Prepared) -> None:
     Raises:
         CheckpointError: if the data differs. Another number of threads at a site is a warning.
     """
-    before, now = begun.get("fingerprint"), prepared.partition["fingerprint"]
-    if before != now:
+    old_fingerprint, new_fingerprint = begun.get("fingerprint"), prepared.partition["fingerprint"]
+    if old_fingerprint != new_fingerprint:
         raise CheckpointError(
-            f"the data has changed since the run began (fingerprint {now[:12]}, "
-            f"was {str(before)[:12]}): other packages or another file; start a new run"
+            f"the data has changed since the run began (fingerprint {new_fingerprint[:12]}, "
+            f"was {str(old_fingerprint)[:12]}): other packages or another file; start a new run"
         )
-    for client, described in prepared.partition["clients"].items():
+    for client, description in prepared.partition["clients"].items():
         threads = begun["clients"][client].get("threads")
-        if threads != described.get("threads"):
+        if threads != description.get("threads"):
             warnings.warn(
-                f"site {client} trained with {threads} torch threads, now with {described.get('threads')}: perhaps "
+                f"site {client} trained with {threads} torch threads, now with {description.get('threads')}: perhaps "
                 "to other bits",
                 stacklevel=3,
             )
@@ -272,9 +272,9 @@ def check_unchanged(begun: Mapping[str, Any], prepared: Prepared) -> None:
     """
     if not begun:  # written by a version without this description
         return
-    if changed := differences(from_json(begun["experiment"]), prepared.experiment, MAY_CHANGE):
+    if changes := differences(from_json(begun["experiment"]), prepared.experiment, MAY_CHANGE):
         raise CheckpointError(
-            f"the run was begun with other settings: {changed}; put them back in config.json, or start a new run "
+            f"the run was begun with other settings: {changes}; put them back in config.json, or start a new run "
             f"(only {', '.join(MAY_CHANGE)} may change)"
         )
     if begun.get("data", data := prepared.partition["fingerprint"]) != data:
@@ -293,12 +293,16 @@ def check_unchanged(begun: Mapping[str, Any], prepared: Prepared) -> None:
             f"the model has changed since the run began ({model[:19]}, was {begun['model'][:19]}): other "
             "weights, configuration, tokenizer or template; start a new run"
         )
-    now = versions()
-    other = {name: version for name, version in begun["versions"].items() if now.get(name) != version}
-    if other:
-        told = ", ".join(f"{name} {version} (now {now.get(name)})" for name, version in other.items())
-        warnings.warn(f"the run was begun with {told}: it goes on, but perhaps to other bits", stacklevel=2)
-        prepared.former += [other] if other not in prepared.former else []
+    current_versions = versions()
+    old_versions = {
+        name: version for name, version in begun["versions"].items() if current_versions.get(name) != version
+    }
+    if old_versions:
+        description = ", ".join(
+            f"{name} {version} (now {current_versions.get(name)})" for name, version in old_versions.items()
+        )
+        warnings.warn(f"the run was begun with {description}: it goes on, but perhaps to other bits", stacklevel=2)
+        prepared.former += [old_versions] if old_versions not in prepared.former else []
 
 
 def check_device(name: str) -> None:

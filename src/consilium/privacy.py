@@ -247,27 +247,27 @@ class PrivateMean:
                 raise PayloadError(f"{key!r} {tuple(tensor.shape)} is not a parameter of the server's model")
             if key in self._sums:
                 changes[is_statistic(key)][key] = tensor.double() - self._previous[key].double()
-        clipped = False
+        is_clipped = False
         for kind, part in changes.items():
             norm = math.sqrt(sum(float(change.square().sum()) for change in part.values()))
-            clipped |= norm > self._clips[kind]
+            is_clipped |= norm > self._clips[kind]
             scale = self._clips[kind] / norm if norm > self._clips[kind] else 1.0
             for key, change in part.items():
                 self._sums[key].add_(change, alpha=scale)
-        self._clipped += clipped
+        self._clipped += is_clipped
 
     def mean(self, previous: Mapping[str, Tensor]) -> Params:
         """Return the new parameters; the noise is drawn here, once."""
         generator, std = fresh_generator(), self._privacy.noise * self._privacy.clip
-        merged = dict(previous)
+        params = dict(previous)
         for key, total in self._sums.items():
             noise = torch.randn(total.shape, generator=generator, dtype=torch.float64) * std
-            before = previous[key].double()
-            after = before + (total + noise) / self._cohort
+            old_value = previous[key].double()
+            new_value = old_value + (total + noise) / self._cohort
             if key.endswith(VARIANCE):
-                after = torch.maximum(after, before.abs() / 2)
-            merged[key] = after.to(previous[key].dtype)
-        return merged
+                new_value = torch.maximum(new_value, old_value.abs() / 2)
+            params[key] = new_value.to(previous[key].dtype)
+        return params
 
     def told(self) -> dict[str, float]:
         """Return the number of clients whose change was clipped, for the record, which is not private."""
@@ -310,22 +310,22 @@ def epsilon_spent(privacy: Privacy, clients: int, cohort: int, rounds: int, usag
         raise ConfigError(f"privacy needs {error.name}: pip install 'consilium[privacy]'") from error
     delta, rate = privacy.delta_for(clients), sampling_rate(cohort, clients)
     noises = [privacy.usage_noise] if usage and privacy.usage == "noised" else []
-    sampled = weights and privacy.noise > 0 and privacy.sampling == "poisson" and rate < 1
-    if weights and privacy.noise > 0 and not sampled:
+    is_sampled = weights and privacy.noise > 0 and privacy.sampling == "poisson" and rate < 1
+    if weights and privacy.noise > 0 and not is_sampled:
         noises.append(privacy.noise)
     inverse = math.fsum(noise**-2 for noise in noises) * rounds  # 1 / sigma^2 of one Gaussian equivalent to all of them
-    if not sampled:
+    if not is_sampled:
         return float(get_epsilon_gaussian(inverse**-0.5, delta)) if inverse else 0.0
     if (inverse + privacy.noise**-2 * rounds) > HOPELESS:
         return math.inf
     # The loss of one round lies within about 1 / (2 z^2) + 9 / z, so start with 200 steps over that range.
-    step, before = (0.5 / privacy.noise + 9) / privacy.noise / 200, math.inf
+    step, previous_epsilon = (0.5 / privacy.noise + 9) / privacy.noise / 200, math.inf
     for _ in range(REFINEMENTS):
         epsilon = _sampled_epsilon(rate, privacy.noise, rounds, inverse, step, delta)
-        if before - epsilon <= max(AGREED * epsilon, 1e-5):
+        if previous_epsilon - epsilon <= max(AGREED * epsilon, 1e-5):
             return epsilon
-        step, before = step / 4, epsilon
-    return before
+        step, previous_epsilon = step / 4, epsilon
+    return previous_epsilon
 
 
 HOPELESS = 1e6
@@ -339,11 +339,13 @@ def _sampled_epsilon(rate: float, noise: float, rounds: int, inverse: float, ste
     """Return epsilon of `rounds` sampled rounds and one Gaussian of variance 1 / `inverse`, at this step."""
     from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 
-    composed = _round_loss(rate, noise, step).self_compose(rounds)
+    loss_distribution = _round_loss(rate, noise, step).self_compose(rounds)
     if inverse:
-        composed = composed.compose(from_gaussian_mechanism(inverse**-0.5, value_discretization_interval=step))
+        loss_distribution = loss_distribution.compose(
+            from_gaussian_mechanism(inverse**-0.5, value_discretization_interval=step)
+        )
     with np.errstate(over="ignore"):  # a ratio of masses that overflows is larger than any loss
-        return float(composed.get_epsilon_for_delta(delta))
+        return float(loss_distribution.get_epsilon_for_delta(delta))
 
 
 def epsilon_of_sgd(rate: float, noise: float, steps: int, delta: float) -> float:
@@ -383,15 +385,15 @@ def usage_told(demand: Mapping[str, Tensor], privacy: Privacy) -> dict[str, Tens
     if privacy.usage == "coarse":
         return {block: _upper_half(n_E) for block, n_E in demand.items()}
     generator, std = fresh_generator(), privacy.usage_noise * math.sqrt(2 * len(demand))
-    told = {}
+    usage = {}
     for block, n_E in demand.items():
         share_E = n_E.double() / (float(n_E.sum()) or 1.0)
         share_E = share_E + std * torch.randn(share_E.shape, generator=generator, dtype=torch.float64)
-        told[block] = (share_E.clamp(min=0) * TOKENS).round().to(n_E.dtype)
-    return told
+        usage[block] = (share_E.clamp(min=0) * TOKENS).round().to(n_E.dtype)
+    return usage
 
 
 def _upper_half(n_E: Tensor) -> Tensor:
-    told = torch.zeros_like(n_E)
-    told[n_E.argsort(descending=True, stable=True)[: max(len(n_E) // 2, 1)]] = 1
-    return told
+    mask_E = torch.zeros_like(n_E)
+    mask_E[n_E.argsort(descending=True, stable=True)[: max(len(n_E) // 2, 1)]] = 1
+    return mask_E

@@ -59,8 +59,8 @@ def _by_onednn(product: Callable[..., Tensor], *tensors: Tensor, **how: Any) -> 
 
 def _quick(n: int, x: int, y: int, like: Tensor) -> bool:
     """Return True if oneDNN should compute a product of n rows with a matrix [X, Y], or the sum over n rows of such."""
-    few = n < 8 or x * y < LARGE or min(x, y) < NARROW
-    return not few and like.dtype == torch.float32 and like.device.type == "cpu" and faster()
+    too_small = n < 8 or x * y < LARGE or min(x, y) < NARROW
+    return not too_small and like.dtype == torch.float32 and like.device.type == "cpu" and faster()
 
 
 def _pieces(n: int, room: int) -> Iterator[tuple[int, int]]:
@@ -91,12 +91,12 @@ def rows(
     """
     n = len(x_NX) if n is None else n
     if not _quick(n, *b_XY.shape, x_NX):
-        x_NX, here = (x_NX, out) if n == len(x_NX) else (x_NX[:n], out[:n])
-        _rows(x_NX, b_XY, here, here if add is out else add, alpha)
+        x_NX, out_rows = (x_NX, out) if n == len(x_NX) else (x_NX[:n], out[:n])
+        _rows(x_NX, b_XY, out_rows, out_rows if add is out else add, alpha)
         return out
     for start, end in _pieces(n, len(x_NX)):
-        here = out[start:end]
-        _rows(x_NX[start:end], b_XY, here, here if add is out else add, alpha, end - start in SIZES)
+        out_rows = out[start:end]
+        _rows(x_NX[start:end], b_XY, out_rows, out_rows if add is out else add, alpha, end - start in SIZES)
     return out
 
 
@@ -114,14 +114,14 @@ def inner(left_NX: Tensor, right_NY: Tensor, alpha: float = 1.0) -> Tensor:
 
 
 def _rows(x_NX: Tensor, b_XY: Tensor, out: Tensor, add: Tensor | None, alpha: float, by_onednn: bool = False) -> None:
-    product, tensors, how = torch.mm, (x_NX, b_XY), {"out": out}
+    product, tensors, options = torch.mm, (x_NX, b_XY), {"out": out}
     if add is not None or alpha != 1:
         product, tensors = torch.addmm, (out if add is None else add, x_NX, b_XY)
-        how |= {"alpha": alpha, "beta": 0 if add is None else 1}
+        options |= {"alpha": alpha, "beta": 0 if add is None else 1}
     if by_onednn:
-        _by_onednn(product, *tensors, **how)
+        _by_onednn(product, *tensors, **options)
     else:
-        product(*tensors, **how)
+        product(*tensors, **options)
 
 
 class _Linear(torch.autograd.Function):

@@ -54,9 +54,9 @@ class RunDirectory:
             CheckpointError: if the folder is not a run, or contains a symbolic link.
         """
         refuse_links(self.path)
-        inside = sorted(str(path.parent) for path in self.path.glob("*/config.json"))
-        if inside and not self.exists():
-            raise CheckpointError(f"{self.path} is a comparison; name one of its runs: {', '.join(inside)}")
+        runs = sorted(str(path.parent) for path in self.path.glob("*/config.json"))
+        if runs and not self.exists():
+            raise CheckpointError(f"{self.path} is a comparison; name one of its runs: {', '.join(runs)}")
         try:
             config = json.loads((self.path / "config.json").read_text())
             experiment, status = config["experiment"], config["status"]
@@ -69,11 +69,13 @@ class RunDirectory:
         path = self.path
         if path.is_dir():
             return f"{path} is not a run directory: config.json {type(error).__name__}"
-        near = [folder for folder in (Path("runs") / path.name, path.parent / "runs" / path.name) if folder.is_dir()]
-        others = [config.parent for root in (path.parent, Path("runs")) for config in root.glob("*/config.json")]
-        alike = difflib.get_close_matches(path.name, [folder.name for folder in others])
-        near += [folder for folder in others if folder.name in alike]
-        hint = f"; did you mean {near[0]}?" if near else ""
+        candidates = [
+            folder for folder in (Path("runs") / path.name, path.parent / "runs" / path.name) if folder.is_dir()
+        ]
+        runs = [config.parent for root in (path.parent, Path("runs")) for config in root.glob("*/config.json")]
+        similar_names = difflib.get_close_matches(path.name, [folder.name for folder in runs])
+        candidates += [folder for folder in runs if folder.name in similar_names]
+        hint = f"; did you mean {candidates[0]}?" if candidates else ""
         return f"{path} is not a run directory: it does not exist{hint}"
 
     def partition(self) -> dict[str, Any]:
@@ -101,8 +103,8 @@ class RunDirectory:
 
     def structure(self) -> dict[str, Any]:
         """Return which client holds which experts, see `engine.structure.fold`; also of a run of an earlier version."""
-        old = self.path / OLD_STRUCTURE
-        if old.exists() and not (self.path / STRUCTURE).exists():
+        old_path = self.path / OLD_STRUCTURE
+        if old_path.exists() and not (self.path / STRUCTURE).exists():
             return fold([]) | self._read(OLD_STRUCTURE)
         return fold(_lines(self.path / STRUCTURE))
 
@@ -146,8 +148,8 @@ class RunDirectory:
         Raises:
             ConfigError: if the folder cannot be created.
         """
-        missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
-        before = set(self.path.iterdir()) if not missing else set()
+        missing_folders = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        former_entries = set(self.path.iterdir()) if not missing_folders else set()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -160,7 +162,7 @@ class RunDirectory:
                 raise
             except Exception:
                 if not any((self.path / name).exists() for name in ("metrics.jsonl", "privacy.jsonl", "checkpoints")):
-                    self._remove(before, missing)
+                    self._remove(former_entries, missing_folders)
                 raise
 
     def _remove(self, before: set[Path], made: Sequence[Path]) -> None:
@@ -199,18 +201,20 @@ class RunDirectory:
         Raises:
             CheckpointError: if a record of an earlier round is missing or cannot be read.
         """
-        if (old := self.path / OLD_STRUCTURE).exists():
-            convert(old, first)
+        if (old_path := self.path / OLD_STRUCTURE).exists():
+            convert(old_path, first)
         for name in ("metrics.jsonl", "events.jsonl", STRUCTURE):
             path = self.path / name
             if path.exists():
                 lines = path.read_bytes().splitlines(keepends=True)
-                kept = [line for i, line in enumerate(lines, 1) if _is_committed(path, i, line, len(lines), first)]
-                write_atomic(path, b"".join(kept))
-        recorded = [record["round"] for record in self.rounds()]
-        if recorded != list(range(1, first)):
+                committed_lines = [
+                    line for i, line in enumerate(lines, 1) if _is_committed(path, i, line, len(lines), first)
+                ]
+                write_atomic(path, b"".join(committed_lines))
+        numbers = [record["round"] for record in self.rounds()]
+        if numbers != list(range(1, first)):
             raise CheckpointError(
-                f"{self.path / 'metrics.jsonl'} tells of the rounds {recorded}, committed are 1 to {first - 1}: a part "
+                f"{self.path / 'metrics.jsonl'} tells of the rounds {numbers}, committed are 1 to {first - 1}: a part "
                 "of it is lost; put the file back"
             )
 

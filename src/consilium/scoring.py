@@ -63,10 +63,10 @@ def assess(
         return _teacher_forced(model, data, context, setup.evaluation_rows, sizes, tap)
     size = setup.evaluation_rows
     if isinstance(data, TensorSplit) and tap is None:
-        (places,) = first_ranked(model, [data], setup.fit, context, size)
+        (label_indices,) = first_ranked(model, [data], setup.fit, context, size)
         if by_label:
-            return _by_label([model.labels[i] for i in places], data.texts)
-        return {"score": score_places(model, data, places, context)}
+            return _by_label([model.labels[i] for i in label_indices], data.texts)
+        return {"score": score_places(model, data, label_indices, context)}
     predictions = []
     model.eval()
     order = data.order()
@@ -93,9 +93,9 @@ def assess(
 
 
 def _by_label(predictions: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
-    found = recalls(predictions, targets)
-    told = {f"recall {label}": value for label, value in found.items()}
-    return {"score": score("accuracy", predictions, targets), "balanced": balanced(found), **told}
+    recall_by_label = recalls(predictions, targets)
+    scores = {f"recall {label}": value for label, value in recall_by_label.items()}
+    return {"score": score("accuracy", predictions, targets), "balanced": balanced(recall_by_label), **scores}
 
 
 def first_ranked(
@@ -105,15 +105,15 @@ def first_ranked(
     counts = [len(split) for split in splits]
     if all(split.x is splits[0].x for split in splits):  # Splits of one data set are predicted in one pass.
         splits = [replace(splits[0], index=torch.cat([split.index for split in splits]))]
-    ranked = torch.cat([_ranked(model, split, config, context, size) for split in splits])
-    return [places.tolist() for places in ranked.split(counts)]
+    predictions = torch.cat([_ranked(model, split, config, context, size) for split in splits])
+    return [indices.tolist() for indices in predictions.split(counts)]
 
 
 def _ranked(model: SplitModel, data: TensorSplit, config: Fit, context: ClientContext, size: int) -> Tensor:
     if context.meet:
-        done = context.meet(predict_jobs, PredictJob(model, data, config, context, size))
-        if done is not None:
-            return done
+        predictions = context.meet(predict_jobs, PredictJob(model, data, config, context, size))
+        if predictions is not None:
+            return predictions
     model.eval()
     logits = partial(even_logits, model) if evened(model, context) else model
     with torch.inference_mode(), config.lowered(context.device):
@@ -151,17 +151,17 @@ def even(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     A CPU's libraries compile kernels for every number of rows, and clients differ in the size of their last batch.
     """
-    more = -len(next(iter(batch.values()))) % EVEN
-    return {key: torch.cat([t, t[-1:].expand(more, *t.shape[1:])]) if more else t for key, t in batch.items()}
+    padding = -len(next(iter(batch.values()))) % EVEN
+    return {key: torch.cat([t, t[-1:].expand(padding, *t.shape[1:])]) if padding else t for key, t in batch.items()}
 
 
 def even_logits(model: SplitModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return a model's logits and labels of a batch, computed on the padded batch."""
-    labels, filled = batch["labels"], even(batch)
-    if (rows := len(filled["labels"])) == len(labels):
+    labels, full_batch = batch["labels"], even(batch)
+    if (rows := len(full_batch["labels"])) == len(labels):
         return model(batch)
     with padded(torch.arange(rows) < len(labels)):
-        logits, _ = model(filled)
+        logits, _ = model(full_batch)
     return logits[: len(labels)], labels
 
 
@@ -176,7 +176,7 @@ def _teacher_forced(
     """
     model.eval()
     order = sorted(range(len(data)), key=lambda i: len(data.sources[i]) + len(data.targets[i]))
-    hits = tokens = written = 0
+    hits = tokens = byte_count = 0
     loss = 0.0
     with torch.inference_mode():
         for batch in read_batches(data, size, context, order):
@@ -184,13 +184,13 @@ def _teacher_forced(
                 logits, labels = model(batch)
             hits += int((logits.argmax(-1) == labels).sum())
             tokens += labels.numel()
-            written += int(bytes_V[labels].sum())
+            byte_count += int(bytes_V[labels].sum())
             loss += F.cross_entropy(logits.float(), labels, reduction="sum").item()
             del logits
     if not tokens:
         raise DataError("nothing to score: no token of these rows is predicted; raise fit.target_length")
     scores = {"score": hits / tokens, "perplexity": math.exp(min(loss / tokens, 700.0))}
-    return scores | ({"bits_per_byte": loss / math.log(2) / written} if written else {})
+    return scores | ({"bits_per_byte": loss / math.log(2) / byte_count} if byte_count else {})
 
 
 def profile(setup: Setup, model: TaskModel, data: Encoded, context: ClientContext, rows: int) -> tuple[Params, Params]:

@@ -24,10 +24,10 @@ def changed(experiment: Experiment, settings: Mapping[str, str]) -> Experiment:
     tree: dict[str, Any] = {}
     for name, text in settings.items():
         *groups, field = name.replace("-", "_").split(".")
-        place = tree
+        branch = tree
         for group in groups:
-            place = place.setdefault(group, {})
-        place[field] = _value(text)
+            branch = branch.setdefault(group, {})
+        branch[field] = _value(text)
     return merged(experiment, tree)
 
 
@@ -49,12 +49,12 @@ def _merge(saved: Mapping[str, Any], part: Any, where: str) -> dict[str, Any]:
         raise ConfigError(f"{where or 'the file'} is {part!r}; it must hold settings by name")
     if part.get("type", saved.get("type")) != saved.get("type"):
         return dict(part)
-    found = dict(saved)
+    merged_settings = dict(saved)
     for key, value in part.items():
         inner = saved.get(key)
         name = f"{where}.{key}" if where else str(key)
-        found[key] = _merge(inner, value, name) if isinstance(inner, Mapping) else value
-    return found
+        merged_settings[key] = _merge(inner, value, name) if isinstance(inner, Mapping) else value
+    return merged_settings
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -66,13 +66,13 @@ def read_settings(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        found = yaml.safe_load(path.read_text())  # JSON is YAML
+        settings = yaml.safe_load(path.read_text())  # JSON is YAML
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as YAML or JSON: {type(error).__name__}") from error
-    if not isinstance(found, dict):
-        kind = type(found).__name__
+    if not isinstance(settings, dict):
+        kind = type(settings).__name__
         raise ConfigError(f"{path} holds a {kind}; it must hold settings by name, e.g. fit: {{lr: 0.001}}")
-    return found
+    return settings
 
 
 def read_variant(text: str) -> tuple[str, dict[str, str]]:
@@ -85,13 +85,13 @@ def read_variant(text: str) -> tuple[str, dict[str, str]]:
         ConfigError: for an option without "=".
     """
     name, *options = text.split(":")
-    found = {}
+    option_values = {}
     for option in options:
         field, equals, value = option.partition("=")
         if not (field and equals):
             raise ConfigError(f"{text!r} is no method with options; write NAME:option=value, e.g. HFedMoE:beta=0")
-        found[field] = value
-    return name, found
+        option_values[field] = value
+    return name, option_values
 
 
 def read_sweep(text: str) -> tuple[str, list[str]]:
@@ -101,12 +101,12 @@ def read_sweep(text: str) -> tuple[str, list[str]]:
         ConfigError: if it names no setting, no value, or a value twice.
     """
     name, _, values = text.partition("=")
-    found = [value.strip() for value in values.split(",") if value.strip()]
-    if not name or not found:
+    value_list = [value.strip() for value in values.split(",") if value.strip()]
+    if not name or not value_list:
         raise ConfigError(f"--sweep is {text!r}; write a setting and its values, e.g. fit.lr=1e-4,1e-3")
-    if len(set(found)) < len(found):
+    if len(set(value_list)) < len(value_list):
         raise ConfigError(f"--sweep names a value twice: {text}")
-    return name, found
+    return name, value_list
 
 
 def suffix_of(settings: Mapping[str, str]) -> str:
@@ -132,8 +132,8 @@ def _value(text: str) -> Any:
 
 def sweeps(texts: Sequence[str]) -> list[dict[str, str]]:
     """Return every combination of the values of several sweeps, as settings; [{}] without any."""
-    found: list[dict[str, str]] = [{}]
+    combinations: list[dict[str, str]] = [{}]
     for text in texts:
         name, values = read_sweep(text)
-        found = [{**one, name: value} for one in found for value in values]
-    return found
+        combinations = [{**combination, name: value} for combination in combinations for value in values]
+    return combinations

@@ -133,8 +133,8 @@ class Setup(Planner):
         params: Params = {}
         for task, labels in self.heads.items():
             head = initial(lambda labels=labels: nn.Linear(width, len(labels)), self.seed, "head", task, width)
-            for place, label in enumerate(labels):
-                params |= {f"head.{task}.{label}.{leaf}": head[leaf][place].clone() for leaf in ("weight", "bias")}
+            for i, label in enumerate(labels):
+                params |= {f"head.{task}.{label}.{leaf}": head[leaf][i].clone() for leaf in ("weight", "bias")}
         return params
 
     @property
@@ -181,9 +181,9 @@ class Setup(Planner):
 
     def public_usage(self, *seed: str) -> dict[str, Tensor]:
         """Return block -> share of public tokens per expert [E], from the model's card; random if the card has none."""
-        known, rng = self.model.public_usage(), torch.Generator().manual_seed(derive_seed(self.seed, *seed))
+        card_usage, rng = self.model.public_usage(), torch.Generator().manual_seed(derive_seed(self.seed, *seed))
         return {
-            block: torch.tensor(known[block]) if block in known else torch.rand(total, generator=rng)
+            block: torch.tensor(card_usage[block]) if block in card_usage else torch.rand(total, generator=rng)
             for block, total in self.model.counts.items()
         }
 
@@ -269,15 +269,15 @@ class Setup(Planner):
         lora = self.fit.lora
         rank = lora.rank if client is None else self.rank_of(client)
         base = {key: tensor for key, tensor in chosen.items() if is_folded(key)}
-        sent = {}
+        params = {}
         for key, tensor in ((key, tensor) for key, tensor in chosen.items() if key not in base):
             if is_adapter(key):
                 if lora.private and key.endswith(lora.private):
                     continue
                 if rank < lora.rank:
                     tensor = tensor[:rank] if key.endswith("_A") else tensor[:, :rank].contiguous()
-            sent[key] = tensor
-        groups = {"params": sent, "base": base} if base else {"params": sent}
+            params[key] = tensor
+        groups = {"params": params, "base": base} if base else {"params": params}
         return groups, {"halves": True} if lora.rule == "alternate" else {}
 
     def leaving(self, params: Params, model: TaskModel | SplitModel, context: ClientContext) -> Params:
@@ -292,11 +292,13 @@ class Setup(Planner):
         if not lora.rank or lora.rule in PAIRWISE or lora.rule == "mean":
             return params
         if lora.rule == "share_a":
-            own = {key: t for key, t in params.items() if is_adapter(key) and key.endswith(lora.private)}
-            context.private.params = {**context.private.params, **own}
-            return {key: t for key, t in params.items() if key not in own}
-        trains = tuple({n.rsplit(".", 1)[1] for n, half in model.adapters.named().items() if half.requires_grad})
-        return {key: t for key, t in params.items() if not is_adapter(key) or key.endswith(trains)}
+            private_params = {key: t for key, t in params.items() if is_adapter(key) and key.endswith(lora.private)}
+            context.private.params = {**context.private.params, **private_params}
+            return {key: t for key, t in params.items() if key not in private_params}
+        trained_suffixes = tuple(
+            {n.rsplit(".", 1)[1] for n, half in model.adapters.named().items() if half.requires_grad}
+        )
+        return {key: t for key, t in params.items() if not is_adapter(key) or key.endswith(trained_suffixes)}
 
     def both_halves(self, params: Params, own: Params) -> Params:
         """Return parameters completed by the halves of adapters that are not sent.
@@ -304,13 +306,13 @@ class Setup(Planner):
         Args:
             own: the client's halves (`ClientContext.private`); missing halves take their initial values.
         """
-        missing = self.fit.lora.private
-        if not missing:
+        private_suffix = self.fit.lora.private
+        if not private_suffix:
             return params
-        sent = [key for key in params if is_adapter(key) and not key.endswith(missing)]
-        names = [key[: -len(missing)] + missing for key in sent]
-        begin = {} if all(name in params or name in own for name in names) else self.initial_adapters()
-        return {name: own.get(name, begin.get(name)) for name in names} | params
+        adapter_names = [key for key in params if is_adapter(key) and not key.endswith(private_suffix)]
+        names = [key[: -len(private_suffix)] + private_suffix for key in adapter_names]
+        defaults = {} if all(name in params or name in own for name in names) else self.initial_adapters()
+        return {name: own.get(name, defaults.get(name)) for name in names} | params
 
     def slice_scalars(self, held: ExpertSet) -> dict[str, Scalar]:
         """Return the scalars of a payload that name the experts of a sub-MoE and the scale of its gates."""
@@ -356,11 +358,11 @@ class Setup(Planner):
         if not 1 <= rank <= lora.rank:
             raise PayloadError(f"adapters of rank {rank} were sent; fit.lora.rank is {lora.rank}")
         load_flat(add_lora(model, lora.at(rank)), params, held)
-        trains = lora.trains(context.round)
+        trained_suffixes = lora.trains(context.round)
         if lora.rule == "alternate" and not any(t.any() for key, t in params.items() if key.endswith(".lora_B")):
-            trains = ("lora_B",)  # A has no gradient before B changes from zero
+            trained_suffixes = ("lora_B",)  # A has no gradient before B changes from zero
         for name, half in model.adapters.named().items():
-            half.requires_grad_(name.endswith(trains))
+            half.requires_grad_(name.endswith(trained_suffixes))
         return model
 
     def build_sent(self, payload: Payload, context: ClientContext) -> TaskModel | SplitModel:
@@ -386,13 +388,15 @@ class Setup(Planner):
         """
         lora = self.fit.lora
         if self.privacy.noise:
-            kept = (lora.private,) if lora.private else ()
-            sent = {key: t for key, t in previous.items() if not (is_adapter(key) and key.endswith(kept))}
-            return PrivateMean(self.privacy, sent, self.cohort)
+            private_suffixes = (lora.private,) if lora.private else ()
+            shared_params = {
+                key: t for key, t in previous.items() if not (is_adapter(key) and key.endswith(private_suffixes))
+            }
+            return PrivateMean(self.privacy, shared_params, self.cohort)
         mean = WeightedMean()
         if lora.rank:
-            anew = (round,) if lora.rule == "stack" else ()
-            mean = AdapterMean(lora.rule, lora.scale, lambda: self.initial_adapters(*anew))
+            seed_parts = (round,) if lora.rule == "stack" else ()
+            mean = AdapterMean(lora.rule, lora.scale, lambda: self.initial_adapters(*seed_parts))
         return mean if self.merging.plain else RobustMean(self.merging, previous, mean)
 
     @property

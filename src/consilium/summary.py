@@ -29,9 +29,9 @@ def best_round(
     """
     tasks: dict[str, list[float]] = {}
     for info in infos:
-        told = record["clients"].get(info.id)
-        if told and not told["rejected"] and told["validation"] is not None and not record.get("abandoned"):
-            tasks.setdefault(info.task, []).append(told["validation"])
+        report = record["clients"].get(info.id)
+        if report and not report["rejected"] and report["validation"] is not None and not record.get("abandoned"):
+            tasks.setdefault(info.task, []).append(report["validation"])
     if not tasks:
         return best
     score = sum(sum(values) / len(values) for values in tasks.values()) / len(tasks)
@@ -47,33 +47,41 @@ def summarise(prepared: Prepared, folder: RunDirectory, store: ClientStore, writ
         writing: seconds spent on writing the last round's files.
     """
     rounds = list(folder.rounds())
-    tested = [record for record in rounds if record["test"] is not None]
-    if not tested:
+    tested_rounds = [record for record in rounds if record["test"] is not None]
+    if not tested_rounds:
         raise RoundError(
             f"the budget of privacy ended before a round counted and was scored; see {folder.path}/privacy.jsonl"
         )
-    last, infos, server = tested[-1], prepared.infos, prepared.server
-    held = server.structure() or {}
+    last_record, infos, server = tested_rounds[-1], prepared.infos, prepared.server
+    experts_by_client = server.structure() or {}
     tasks = {}
     for task in sorted({info.task for info in infos}):
-        members = [info.id for info in infos if info.task == task and info.id in last["test"]]
-        tasks[task] = {"metric": prepared.metrics[task], "score": last["scores"].get(task), "clients": len(members)}
-    away = prepared.roster is not None  # states stay at the sites
-    peaks: dict[str, int] = {}
+        members = [info.id for info in infos if info.task == task and info.id in last_record["test"]]
+        tasks[task] = {
+            "metric": prepared.metrics[task],
+            "score": last_record["scores"].get(task),
+            "clients": len(members),
+        }
+    states_are_remote = prepared.roster is not None  # states stay at the sites
+    peak_bytes: dict[str, int] = {}
     for record in rounds:
         for client, values in record["clients"].items():
-            peaks[client] = max(peaks.get(client, 0), values["peak_bytes_model"] or 0)
+            peak_bytes[client] = max(peak_bytes.get(client, 0), values["peak_bytes_model"] or 0)
     clients = {}
     for info in infos:
         lack = server.unable(info)
         clients[info.id] = {
             "task": info.task,
-            "test": last["test"].get(info.id),
+            "test": last_record["test"].get(info.id),
             "memory_bytes": info.memory_bytes,
-            "experts": [len(ids) for ids in held[info.id].values()] if info.id in held else None,
-            "peak_bytes_model": peaks.get(info.id) or None,
+            "experts": [len(ids) for ids in experts_by_client[info.id].values()]
+            if info.id in experts_by_client
+            else None,
+            "peak_bytes_model": peak_bytes.get(info.id) or None,
             "reason": f"cannot hold the model: {lack}" if lack else None,
-            "state": checksum(store.load(info.id).params) if info.id in store.versions and not away else None,
+            "state": checksum(store.load(info.id).params)
+            if info.id in store.versions and not states_are_remote
+            else None,
         }
     counts = [r["experts_mean"] for r in rounds if r["experts_mean"] is not None]
     seconds = {
@@ -85,11 +93,11 @@ def summarise(prepared: Prepared, folder: RunDirectory, store: ClientStore, writ
         "seed": prepared.experiment.seed,
         "rounds": len(rounds),
         "tasks": tasks,
-        "mean": last["scores"].get("mean"),
+        "mean": last_record["scores"].get("mean"),
         **_papers_metric(rounds),
         **({"simple": simple} if (simple := _simple(prepared)) else {}),
         "clients": clients,
-        "coverage": f"{len(last['test'])}/{len(infos)}",
+        "coverage": f"{len(last_record['test'])}/{len(infos)}",
         "skipped": dict(prepared.partition["skipped"]),
         "bytes_down": sum(r["bytes_down"] for r in rounds),
         "bytes_up": sum(r["bytes_up"] for r in rounds),
@@ -123,9 +131,9 @@ def _papers_metric(rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """
     key = "test before aggregation"
     means = [
-        sum(told) / len(told)
+        sum(scores) / len(scores)
         for record in rounds
-        if (told := [_plausible(c["report"][key]) for c in record["clients"].values() if key in c.get("report", {})])
+        if (scores := [_plausible(c["report"][key]) for c in record["clients"].values() if key in c.get("report", {})])
     ]
     return {"best_round_before_aggregation": max(means)} if means else {}
 

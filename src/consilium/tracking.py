@@ -42,8 +42,8 @@ PROJECT = "consilium"
 
 def parameters(experiment: Experiment) -> dict[str, bool | int | float | str]:
     """Return the experiment as flat hyper-parameters, named like the command's flags: "algorithm.K", "fit.lr"."""
-    found = flat_fields(to_json(experiment))
-    return {name: v if isinstance(v, bool | int | float | str) else json.dumps(v) for name, v in found.items()}
+    values = flat_fields(to_json(experiment))
+    return {name: v if isinstance(v, bool | int | float | str) else json.dumps(v) for name, v in values.items()}
 
 
 def measures(record: Mapping[str, Any], spent: int) -> dict[str, float]:
@@ -52,18 +52,18 @@ def measures(record: Mapping[str, Any], spent: int) -> dict[str, float]:
     Args:
         spent: bytes of all rounds up to and including this one.
     """
-    found: dict[str, float | None] = {f"scores/{task}": score for task, score in (record["scores"] or {}).items()}
-    found |= {f"test/{client}": score for client, score in (record["test"] or {}).items()}
+    values: dict[str, float | None] = {f"scores/{task}": score for task, score in (record["scores"] or {}).items()}
+    values |= {f"test/{client}": score for client, score in (record["test"] or {}).items()}
     losses = []
-    for client, told in record["clients"].items():
-        found |= {f"validation/{client}": told["validation"], f"loss/{client}": told["train_loss"]}
-        found |= {f"experts/{client}": told["experts"]}
-        losses += [] if told["train_loss"] is None else [told["train_loss"]]
-    found |= {"loss/mean": statistics.fmean(losses) if losses else None, "experts/mean": record["experts_mean"]}
-    found |= {"bytes/down": record["bytes_down"], "bytes/up": record["bytes_up"], "bytes/total": spent}
-    found |= {f"seconds/{part}": seconds for part, seconds in record["seconds"].items()}
-    found["memory/process"] = record["peak_rss_bytes"]
-    return {one_line(name, 200): float(value) for name, value in found.items() if value is not None}
+    for client, report in record["clients"].items():
+        values |= {f"validation/{client}": report["validation"], f"loss/{client}": report["train_loss"]}
+        values |= {f"experts/{client}": report["experts"]}
+        losses += [] if report["train_loss"] is None else [report["train_loss"]]
+    values |= {"loss/mean": statistics.fmean(losses) if losses else None, "experts/mean": record["experts_mean"]}
+    values |= {"bytes/down": record["bytes_down"], "bytes/up": record["bytes_up"], "bytes/total": spent}
+    values |= {f"seconds/{part}": seconds for part, seconds in record["seconds"].items()}
+    values["memory/process"] = record["peak_rss_bytes"]
+    return {one_line(name, 200): float(value) for name, value in values.items() if value is not None}
 
 
 class Tracker(Protocol):
@@ -116,17 +116,21 @@ class MLflow:
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
-        where = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve().parent / 'mlflow.db'}"
-        self.client = MlflowClient(token.get("uri") or where)
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve().parent / 'mlflow.db'}"
+        self.client = MlflowClient(token.get("uri") or uri)
         if not token:
-            found = self.client.get_experiment_by_name(PROJECT)
-            place = (folder.resolve().parent / "mlartifacts").as_uri()
-            kind = found.experiment_id if found else self.client.create_experiment(PROJECT, artifact_location=place)
-            run = self.client.create_run(kind, run_name=experiment.name)
-            token = {"uri": where, "run": run.info.run_id}
-            told = [Param(key, str(value)) for key, value in parameters(experiment).items()]
-            for start in range(0, len(told), 100):  # the server limits the number per request
-                self.client.log_batch(token["run"], params=told[start : start + 100])
+            project = self.client.get_experiment_by_name(PROJECT)
+            artifacts = (folder.resolve().parent / "mlartifacts").as_uri()
+            experiment_id = (
+                project.experiment_id
+                if project
+                else self.client.create_experiment(PROJECT, artifact_location=artifacts)
+            )
+            run = self.client.create_run(experiment_id, run_name=experiment.name)
+            token = {"uri": uri, "run": run.info.run_id}
+            params = [Param(key, str(value)) for key, value in parameters(experiment).items()]
+            for start in range(0, len(params), 100):  # the server limits the number per request
+                self.client.log_batch(token["run"], params=params[start : start + 100])
         else:
             self.client.update_run(token["run"], status="RUNNING")
         self.token = token
@@ -135,9 +139,9 @@ class MLflow:
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())
-        told = [Metric(re.sub(r"[^\w./ :-]", "_", name), v, now, number) for name, v in values.items()]
-        for start in range(0, len(told), 1000):
-            self.client.log_batch(self.token["run"], metrics=told[start : start + 1000])
+        metrics = [Metric(re.sub(r"[^\w./ :-]", "_", name), v, now, number) for name, v in values.items()]
+        for start in range(0, len(metrics), 1000):
+            self.client.log_batch(self.token["run"], metrics=metrics[start : start + 1000])
 
     def artefact(self, path: Path) -> None:
         self.client.log_artifact(self.token["run"], str(path))
@@ -207,12 +211,14 @@ class Tracking:
     def __init__(self, folder: Path, names: Sequence[str] = ()) -> None:
         refuse_links(folder)
         self.folder, self.trackers, self.finished = folder, {}, False
-        saved = folder / FILE
+        state_path = folder / FILE
         try:
-            self.state = json.loads(saved.read_text()) if saved.is_file() else {}
+            self.state = json.loads(state_path.read_text()) if state_path.is_file() else {}
             self.names = named(",".join(dict.fromkeys([*self.state, *names])))
         except (ValueError, TypeError, RecursionError) as error:
-            raise ConfigError(f"{saved} cannot be read ({type(error).__name__}); remove it to track anew") from error
+            raise ConfigError(
+                f"{state_path} cannot be read ({type(error).__name__}); remove it to track anew"
+            ) from error
         self.trackers: dict[str, Tracker] = {}
         self.spent = 0
 

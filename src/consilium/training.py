@@ -145,12 +145,12 @@ def fit(
     """
     epochs = config.epochs if epochs is None else epochs
     rates = rates or {"head.": config.head_lr, "": config.lr}
-    alone = correct is None and choose is None and objective is None and not anchored
-    if context.meet and alone and isinstance(model, SplitModel):
-        done = context.meet(fit_jobs, FitJob(model, data, config, context, epochs, rates))
-        if done is not None:
-            return Fitted(*done)
-    began = time.perf_counter()
+    is_plain_fit = correct is None and choose is None and objective is None and not anchored
+    if context.meet and is_plain_fit and isinstance(model, SplitModel):
+        result = context.meet(fit_jobs, FitJob(model, data, config, context, epochs, rates))
+        if result is not None:
+            return Fitted(*result)
+    start_time = time.perf_counter()
     experts = None if choose is None else Experts(model)
     if experts is None:
         trainable = {path: p for path, p in parameters(model).items() if p.requires_grad}
@@ -160,16 +160,16 @@ def fit(
     def descend(tensors: Mapping[str, Tensor]) -> torch.optim.Optimizer:
         return _anchored(config.descent(tensors, rates), anchored)
 
-    low = any(p.dtype.itemsize < 4 for p in trainable.values())
-    if low:
+    low_precision = any(p.dtype.itemsize < 4 for p in trainable.values())
+    if low_precision:
         start = {} if start is None else start
         start |= unpack(table(model), start)  # also add single experts
         descent = MasterOptimizer(trainable, descend, start)
         start.clear()
     else:
         descent = descend(trainable)
-    forget = descent.forget if low else partial(_forget, descent)
-    weights = descent.masters if low else trainable
+    forget = descent.forget if low_precision else partial(_forget, descent)
+    weights = descent.masters if low_precision else trainable
     if config.rows == "packed":
         data = Packed.of(data, config.max_length + config.target_length)
     if isinstance(data, TensorSplit):
@@ -180,33 +180,33 @@ def fit(
     if config.gradient_checkpointing:
         model.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    lowered = config.lowered(context.device)
+    autocast = config.lowered(context.device)
     fill = evened(model, context)
-    if fill and alone and config.plain and config.precision == "bfloat16":
-        optimizing = Masters(model, descent.param_groups)
+    if fill and is_plain_fit and config.plain and config.precision == "bfloat16":
+        optimizer_context = Masters(model, descent.param_groups)
     else:
-        optimizing = nullcontext(descent)
+        optimizer_context = nullcontext(descent)
     losses: list[Tensor] = []
-    trained: dict[tuple[str, int], int] = {}  # (block, index) -> number of batches; the most recently trained are last
-    drawn = seeded(derive_seed(context.seed, "fit"))
-    with drawn, Tap(model) as tap, experts or nullcontext(), optimizing as optimizer:
+    counts: dict[tuple[str, int], int] = {}  # (block, index) -> number of batches; the most recently trained are last
+    random_state = seeded(derive_seed(context.seed, "fit"))
+    with random_state, Tap(model) as tap, experts or nullcontext(), optimizer_context as optimizer:
         for rows in data.epochs(epochs, config.batch_size, generator):
             optimizer.zero_grad()  # so memory never holds gradients and activations at once
             batch = data.batch(rows, context.device)
             context.work.read(tokens_in(batch))
             context.work.step()
             if objective is not None:
-                with lowered:
+                with autocast:
                     loss = objective(model, batch)
             else:
-                with tap.batch(batch), lowered:
+                with tap.batch(batch), autocast:
                     logits, labels = even_logits(model, batch) if fill else model(batch)
                 loss = config.cross_entropy(logits, labels)
                 del logits  # the graph keeps what it needs of the logits
                 if config.balance:
                     loss = loss + config.balance * tap.balance_loss()
                 if choose is not None:
-                    _admit(choose(tap), experts, tap, trained, forget)
+                    _admit(choose(tap), experts, tap, counts, forget)
             loss.backward()
             if correct is not None:
                 correct(trainable, weights)
@@ -218,37 +218,39 @@ def fit(
             context.progress(len(losses), total)
         optimizer.zero_grad()  # the code that follows needs no gradients
     mean = torch.stack(losses).mean().item() if losses else float("nan")
-    shares = {} if experts is None else {block: torch.zeros(len(ids)).long() for block, ids in experts.places.items()}
-    for (block, place), batches in trained.items():
-        shares[block][place] = batches
-    masters = _by_path(model, descent.masters) if low else {}
-    return Fitted(mean, len(losses), time.perf_counter() - began, shares, masters)
+    expert_batches = (
+        {} if experts is None else {block: torch.zeros(len(ids)).long() for block, ids in experts.places.items()}
+    )
+    for (block, place), batches in counts.items():
+        expert_batches[block][place] = batches
+    masters = _by_path(model, descent.masters) if low_precision else {}
+    return Fitted(mean, len(losses), time.perf_counter() - start_time, expert_batches, masters)
 
 
 def _by_path(model: TaskModel, masters: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the masters by the paths of the model's parameters, with single experts stacked; `masters` is emptied."""
-    found = {}
+    masters_by_path = {}
     for path, name in table(model).items():
         if path in masters:
-            found[path] = masters.pop(path)
+            masters_by_path[path] = masters.pop(path)
         elif not isinstance(name, str) and name[0] in masters:
-            found[path] = torch.stack([masters.pop(key) for key in name])
+            masters_by_path[path] = torch.stack([masters.pop(key) for key in name])
         elif isinstance(name, str) and name in masters:
-            found[path] = masters.pop(name)
-    return found
+            masters_by_path[path] = masters.pop(name)
+    return masters_by_path
 
 
 def _anchored(optimizer: torch.optim.Optimizer, mu: float) -> torch.optim.Optimizer:
     """Return the optimizer; with mu > 0 each of its steps is followed by a proximal step, see `fit`."""
     if mu:
-        begun = {p: p.detach().clone() for group in optimizer.param_groups for p in group["params"]}
+        anchors = {p: p.detach().clone() for group in optimizer.param_groups for p in group["params"]}
 
         @torch.no_grad()
         def draw(stepped: torch.optim.Optimizer, *_: object) -> None:
             for group in stepped.param_groups:
                 for p in group["params"]:
                     if p.grad is not None:
-                        p.lerp_(begun[p], group["lr"] * mu / (1 + group["lr"] * mu))
+                        p.lerp_(anchors[p], group["lr"] * mu / (1 + group["lr"] * mu))
 
         optimizer.register_step_post_hook(draw)
     return optimizer
@@ -314,20 +316,20 @@ def local_round(
         train_loss, steps, experts, footprint (bytes by the memory model), seconds_evaluate, cut (training examples
         longer than max_length or target_length), perplexity and bits_per_byte (if the metric is of tokens).
     """
-    held, outside, base = experts_from_scalars(payload.scalars), payload.group("router"), payload.group("base")
-    footprint = setup.admit(context, held, references=references, trained=learning)
+    experts, router_params, base = experts_from_scalars(payload.scalars), payload.group("router"), payload.group("base")
+    footprint = setup.admit(context, experts, references=references, trained=learning)
     params = setup.both_halves(payload.group("params"), context.private.params)
     model = setup.build_sent(payload, context)
     del payload  # the payload is a full copy of the weights, unless the caller still holds it
-    start = local(model, params, held) if model.dtype.itemsize < 4 else None
+    start = local(model, params, experts) if model.dtype.itemsize < 4 else None
     if prepare is not None:
         prepare(model)
     train, validation = setup.encode(context, context.data.train), None
     if setup.fit.personal == "best":
         validation = setup.encode(context, context.data.validation)
-        keep_better(context, assess(model, validation, context, setup), {**outside, **base, **params}, held)
+        keep_better(context, assess(model, validation, context, setup), {**router_params, **base, **params}, experts)
     del params
-    fitted = fit(
+    run = fit(
         model,
         train,
         setup.fit,
@@ -337,28 +339,28 @@ def local_round(
         start=start,
         anchored=anchored,
     )
-    began = time.perf_counter()
-    with Tap(model, held, outside, setup.model.counts) as tap:
+    evaluation_start = time.perf_counter()
+    with Tap(model, experts, router_params, setup.model.counts) as tap:
         if isinstance(setup.model, Cohort):
-            scores, told = _after_training(model, context, setup)
+            scores, report = _after_training(model, context, setup)
         else:
             validation = validation or setup.encode(context, context.data.validation)
-            scores, told = assess(model, validation, context, setup, tap if usage else None), {}
-    seconds_evaluate = time.perf_counter() - began
-    groups: dict[str, Params] = {"params": flatten(model, held, fitted.masters)}  # after evaluation needed its memory
+            scores, report = assess(model, validation, context, setup, tap if usage else None), {}
+    seconds_evaluate = time.perf_counter() - evaluation_start
+    groups: dict[str, Params] = {"params": flatten(model, experts, run.masters)}  # after evaluation needed its memory
     if setup.fit.personal == "best":
-        keep_better(context, scores, {**outside, **base, **groups["params"]}, held)
+        keep_better(context, scores, {**router_params, **base, **groups["params"]}, experts)
     groups["params"] = setup.leaving(groups["params"], model, context)
     if usage:
         groups |= {"demand": tap.usage.demand, "served": tap.usage.served}
     if choose is not None:
-        groups["trained"] = dict(fitted.trained)
-    counts = counts_of(held) if held else setup.model.counts
+        groups["trained"] = dict(run.trained)
+    counts = counts_of(experts) if experts else setup.model.counts
     scalars = {
-        **reply_scalars(context, fitted, scores, train.cut, seconds_evaluate),
+        **reply_scalars(context, run, scores, train.cut, seconds_evaluate),
         **({"experts": sum(counts.values())} if counts else {}),
         **footprint,
-        **told,
+        **report,
     }
     return model, Payload(groups, scalars)
 
@@ -395,10 +397,10 @@ def trained(
 ) -> dict[str, Scalar]:
     """Train and validate the model of a method that builds it itself; return the scalars of `local_round`'s reply."""
     train = setup.encode(context, context.data.train)
-    fitted = fit(model, train, setup.fit, context, correct, objective=objective, rates=rates)
+    result = fit(model, train, setup.fit, context, correct, objective=objective, rates=rates)
     start = time.perf_counter()
-    scores, told = _after_training(model, context, setup)
-    return {**reply_scalars(context, fitted, scores, train.cut, time.perf_counter() - start), **told}
+    scores, report = _after_training(model, context, setup)
+    return {**reply_scalars(context, result, scores, train.cut, time.perf_counter() - start), **report}
 
 
 def _after_training(
@@ -413,11 +415,11 @@ def _after_training(
     """
     validation, test = (setup.encode(context, split) for split in (context.data.validation, context.data.test))
     size = setup.evaluation_rows
-    places, others = first_ranked(model, [validation, test], setup.fit, context, size)
-    right = (torch.tensor(others) == test.y[test.index].cpu()).float()
-    means = [part.mean() for part in right.split(setup.fit.batch_size)]
-    told = {"report/test before aggregation": torch.stack(means).mean().item()}
-    return {"score": score_places(model, validation, places, context)}, told
+    label_indices, test_indices = first_ranked(model, [validation, test], setup.fit, context, size)
+    hits = (torch.tensor(test_indices) == test.y[test.index].cpu()).float()
+    means = [part.mean() for part in hits.split(setup.fit.batch_size)]
+    report = {"report/test before aggregation": torch.stack(means).mean().item()}
+    return {"score": score_places(model, validation, label_indices, context)}, report
 
 
 def local_test(
@@ -438,10 +440,10 @@ def local_test(
         return model
 
     def best() -> TaskModel | SplitModel:
-        task, kept = context.data.task.name, context.best
-        held = experts_from_scalars(kept.scalars)
-        sent = setup.sub_moe(kept.params, task, held)
-        return built(Payload({**sent.groups, "params": select(kept.params, task, held)}, sent.scalars))
+        task, state = context.data.task.name, context.best
+        experts = experts_from_scalars(state.scalars)
+        mixture = setup.sub_moe(state.params, task, experts)
+        return built(Payload({**mixture.groups, "params": select(state.params, task, experts)}, mixture.scalars))
 
     return tested_beside_best(setup, context, lambda: built(payload), best)
 
@@ -461,12 +463,12 @@ def tested_beside_best(
         return reply
     validation = assess(model, setup.encode(context, context.data.validation), context, setup)
     scores, measure = reply.scalars, "bits_per_byte" if "bits_per_byte" in validation else "score"
-    reached = validation[measure]
+    personal_validation = validation[measure]
     if context.best.params and not is_better(validation, context):
         del model
         scores = tested(setup, best(), context).scalars
-        reached = float(context.best.scalars[measure])
-    personal = {"personal": scores["score"], "personal_validation": reached}
+        personal_validation = float(context.best.scalars[measure])
+    personal = {"personal": scores["score"], "personal_validation": personal_validation}
     if "bits_per_byte" in scores:
         personal["personal_bits_per_byte"] = scores["bits_per_byte"]
     return Payload(scalars={**reply.scalars, **personal, "seconds_evaluate": time.perf_counter() - start})

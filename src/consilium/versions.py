@@ -39,7 +39,7 @@ def git_revision() -> str | None:
     """
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD", f"HEAD:./{Path(__file__).name}"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.split()[0] if done.returncode == 0 else None
+    return result.stdout.split()[0] if result.returncode == 0 else None

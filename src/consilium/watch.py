@@ -45,8 +45,8 @@ def at_a_time(experiments: Sequence[Experiment]) -> int:
     A process holds the libraries, four times the model (the server's, the mean that it forms, a checkpoint being
     written, the client's being built) and what the largest client needs to train by the memory model.
     """
-    at_once = cores() // max(e.threads for e in experiments)
-    return max(1, min(at_once, int(0.9 * free_memory()) // max(map(_process_bytes, experiments))))
+    core_limit = cores() // max(e.threads for e in experiments)
+    return max(1, min(core_limit, int(0.9 * free_memory()) // max(map(_process_bytes, experiments))))
 
 
 def _process_bytes(experiment: Experiment) -> int:
@@ -85,14 +85,14 @@ class Terminal:
             f": {type(experiment.algorithm).__name__}, {experiment.rounds} rounds"
             + (f", continuing with round {first}" if first > 1 else ""),
         )
-        each = f"{min(sizes)} to {max(sizes)}" if min(sizes) < max(sizes) else str(min(sizes))
-        say(f"  {len(sizes)} clients, tasks {', '.join(tasks)}, {each} training examples each")
+        example_counts = f"{min(sizes)} to {max(sizes)}" if min(sizes) < max(sizes) else str(min(sizes))
+        say(f"  {len(sizes)} clients, tasks {', '.join(tasks)}, {example_counts} training examples each")
         counts = setup.model.counts
         memories = sorted({info.memory_bytes for info in setup.clients if info.memory_bytes})
         devices = ", ".join(human(m) for m in memories) or "not limited"
         experts = f"{sum(counts.values())} experts in {len(counts)} layers; " if counts else ""
-        needs = f"training all needs {human(setup.footprint(counts).total)}; " if counts else ""
-        say(f"  model {experiment.model.path}: {experts}{needs}devices: {devices}")
+        memory_note = f"training all needs {human(setup.footprint(counts).total)}; " if counts else ""
+        say(f"  model {experiment.model.path}: {experts}{memory_note}devices: {devices}")
         if counts and not memories and experiment.algorithm.chooses_by_memory():
             name = type(experiment.algorithm).__name__
             note = (
@@ -103,8 +103,8 @@ class Terminal:
         if warning := experiment.privacy.delta_warning(len(sizes)):
             say(f"  warning: {warning}")
         self._names = dict(federation.names) if federation else {}
-        shown = (one_line(self._names.get(info.id, info.id), 200) for info in setup.clients)
-        self._width = min(max((len(name) for name in shown), default=0), 40)
+        display_names = (one_line(self._names.get(info.id, info.id), 200) for info in setup.clients)
+        self._width = min(max((len(name) for name in display_names), default=0), 40)
         for client, reason in federation.skipped.items() if federation else ():
             say(f"  skipped {federation.names.get(client, client)}: {reason}")
         for note in federation.notes if federation else ():
@@ -138,46 +138,50 @@ class Terminal:
             )
 
     def rounded(self, record: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> None:
-        say, more = self._say, ""
+        say, problems = self._say, ""
         record, events = renamed(record, self._names), renamed(list(events), self._names)
         if self.console.is_terminal:
             self._details(record, events)
         else:
-            more = self._summed(record, events)
+            problems = self._summed(record, events)
         scores = record["scores"] or {}
         test = "  ".join(f"{task} {score:.3f}" for task, score in scores.items())
         stage = f" (stage {record['stage']})" if record["stage"] else ""
-        abandoned = f"  abandoned: {record['abandoned']}" if record.get("abandoned") else ""
+        abandoned_note = f"  abandoned: {record['abandoned']}" if record.get("abandoned") else ""
         say(
             (f"round {record['round']}", "bold"),
             f"{stage}: {len(record['clients'])} clients",
             f", {len(record['unable'])} unable" if record["unable"] else "",
             (f"  test {test}" if test else "", "green"),
-            (f"  {kept}" if (kept := self._kept(record)) else "", "yellow"),
-            f"  {record['seconds']['round']:.1f} s{more}{abandoned}",
+            (f"  {kept_note}" if (kept_note := self._kept(record)) else "", "yellow"),
+            f"  {record['seconds']['round']:.1f} s{problems}{abandoned_note}",
         )
         if self._bars:
-            self._bars.update(self._tasks["rounds"], completed=record["round"] - bool(abandoned))
+            self._bars.update(self._tasks["rounds"], completed=record["round"] - bool(abandoned_note))
 
     def _kept(self, record: Mapping[str, Any]) -> str:
         """Return how many parts of the model a robust rule left unchanged; "" if it changed all of them."""
-        told = record.get("server") or {}
-        kept = int(told.get("experts_kept") or 0) + int(told.get("others_kept") or 0)
-        return f"{kept} of {int(told['parts'])} parts kept: too few contributors" if kept and told.get("parts") else ""
+        report = record.get("server") or {}
+        count = int(report.get("experts_kept") or 0) + int(report.get("others_kept") or 0)
+        return (
+            f"{count} of {int(report['parts'])} parts kept: too few contributors"
+            if count and report.get("parts")
+            else ""
+        )
 
     def _summed(self, record: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> str:
         """Return the problems of a round for the end of its line in a log; metrics.jsonl has the details."""
         clients = record["clients"]
-        lost = {"rejected": [c for c in clients.values() if c["rejected"]], "missing": record.get("missing")}
-        lost |= {"failed": record.get("errors")}
-        said = [f"{len(who)} {what}" for what, who in lost.items() if who]
-        cut = [name for name, c in clients.items() if c.get("cut") and name not in self._cut]
-        self._cut.update(cut)
-        if cut:
-            examples = (sum(clients[name][key] for name in cut) for key in ("cut", "examples"))
-            said.append("{} of {} examples cut to fit.max_length, fit.target_length".format(*examples))
-        benched = [f"{e['client']} benched: {e['reason']}" for e in events if e["event"] == "benched"]
-        return "".join(f"  {words}" for words in [*said, *benched])
+        failures = {"rejected": [c for c in clients.values() if c["rejected"]], "missing": record.get("missing")}
+        failures |= {"failed": record.get("errors")}
+        phrases = [f"{len(who)} {outcome}" for outcome, who in failures.items() if who]
+        cut_clients = [name for name, c in clients.items() if c.get("cut") and name not in self._cut]
+        self._cut.update(cut_clients)
+        if cut_clients:
+            examples = (sum(clients[name][key] for name in cut_clients) for key in ("cut", "examples"))
+            phrases.append("{} of {} examples cut to fit.max_length, fit.target_length".format(*examples))
+        bench_notes = [f"{e['client']} benched: {e['reason']}" for e in events if e["event"] == "benched"]
+        return "".join(f"  {words}" for words in [*phrases, *bench_notes])
 
     def _details(self, record: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> None:
         """Print a line per client, and the events of each client."""
@@ -192,23 +196,23 @@ class Terminal:
             )
             if c.get("cut") and client not in self._cut:
                 self._cut.add(client)
-                cut = f"{c['cut']} of {c['examples']} examples cut to fit.max_length, fit.target_length"
-                say(f"  {client:{self._width}} {cut}")
+                cut_note = f"{c['cut']} of {c['examples']} examples cut to fit.max_length, fit.target_length"
+                say(f"  {client:{self._width}} {cut_note}")
             if c["rejected"]:
                 say(f"  {client:{self._width}} left out of this round: {c['rejected']}", style="red")
-        for what, key in (("missing", "missing"), ("missing", "untested"), ("failed", "errors")):
+        for outcome, key in (("missing", "missing"), ("missing", "untested"), ("failed", "errors")):
             for client, reason in record.get(key, {}).items():
-                say(f"  {client:{self._width}} {what}: {reason}", style="red")
+                say(f"  {client:{self._width}} {outcome}: {reason}", style="red")
         for client, rounds in record.get("late", {}).items():
-            late = f"late: its answer of round {', '.join(map(str, rounds))} is not used"
-            say(f"  {client:{self._width}} {late}", style="red")
+            late_note = f"late: its answer of round {', '.join(map(str, rounds))} is not used"
+            say(f"  {client:{self._width}} {late_note}", style="red")
         for event in events:
             if event["event"] == "benched":
                 say(f"  {event['client']:{self._width}} benched, not selected any more: {event['reason']}", style="red")
                 continue
             if event["event"] != "structure":
-                more = f" to {event['experts']} experts" if "experts" in event else ""
-                say(f"  {event['event']} {event['client']}{more}", style="cyan")
+                size_note = f" to {event['experts']} experts" if "experts" in event else ""
+                say(f"  {event['event']} {event['client']}{size_note}", style="cyan")
 
     def __enter__(self) -> "Terminal":
         return self
@@ -282,19 +286,19 @@ class Comparison:
             ConfigError: if a directory holds another experiment, or one of the experiments cannot run.
             ConsiliumError: in the end, if runs failed, with the last line that each printed.
         """
-        failed: list[str] = []
-        waiting = [folder for folder, experiment in self.planned.items() if not self._finished(folder, experiment)]
-        with self.console.status(f"Reading data and model for {len(waiting)} runs (the first time, a minute or two)"):
-            self._check_new(waiting)
-        running: dict[Path, subprocess.Popen] = {}
+        failures: list[str] = []
+        queue = [folder for folder, experiment in self.planned.items() if not self._finished(folder, experiment)]
+        with self.console.status(f"Reading data and model for {len(queue)} runs (the first time, a minute or two)"):
+            self._check_new(queue)
+        processes: dict[Path, subprocess.Popen] = {}
         columns = (
             TextColumn("{task.description:16}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[at]}", markup=False),
         )
-        hidden = not self.console.is_terminal
-        with Progress(*columns, TimeRemainingColumn(), console=self.console, disable=hidden) as bars:
+        is_hidden = not self.console.is_terminal
+        with Progress(*columns, TimeRemainingColumn(), console=self.console, disable=is_hidden) as bars:
             tasks = {
                 folder: bars.add_task(one_line(folder.name, 200), total=experiment.rounds, at="")
                 for folder, experiment in self.planned.items()
@@ -303,41 +307,41 @@ class Comparison:
                 self._followed[folder] = _Followed(folder / "metrics.jsonl")
                 self._show(bars, task, folder, None)  # rounds from before this comparison was started
             try:
-                while waiting or running:
-                    while waiting and len(running) < self.jobs:
-                        folder = waiting.pop(0)
-                        running[folder] = self._start(folder)
+                while queue or processes:
+                    while queue and len(processes) < self.jobs:
+                        folder = queue.pop(0)
+                        processes[folder] = self._start(folder)
                     time.sleep(0.2)
-                    for folder, process in list(running.items()):
-                        ended = process.poll() is not None
+                    for folder, process in list(processes.items()):
+                        has_ended = process.poll() is not None
                         self._show(bars, tasks[folder], folder, self.rounded)
-                        if ended:
-                            if reason := self._failure(folder, running.pop(folder)):
-                                failed.append(reason)
+                        if has_ended:
+                            if reason := self._failure(folder, processes.pop(folder)):
+                                failures.append(reason)
                             self._say(reason or f"{folder.name}: finished")
             finally:
-                for process in running.values():
+                for process in processes.values():
                     process.terminate()
-                for process in running.values():
+                for process in processes.values():
                     process.wait()
-        if failed:
-            more = f"{len(failed)} of {len(self.planned)} runs failed: " if len(failed) > 1 else ""
-            raise ConsiliumError(more + "; ".join(failed))
+        if failures:
+            prefix = f"{len(failures)} of {len(self.planned)} runs failed: " if len(failures) > 1 else ""
+            raise ConsiliumError(prefix + "; ".join(failures))
 
     def _finished(self, folder: Path, experiment: Experiment) -> bool:
         if not (folder / "config.json").exists():
             return False
-        saved = RunDirectory(folder).config()
-        if from_json(saved["experiment"]) != experiment:
+        config = RunDirectory(folder).config()
+        if from_json(config["experiment"]) != experiment:
             raise ConfigError(f"{folder} holds another experiment; choose another --name or --out, or delete it")
-        return saved["status"] == "finished"
+        return config["status"] == "finished"
 
     def _check_new(self, waiting: Sequence[Path]) -> None:
-        first: dict[Algorithm, Path] = {}  # seeds change the data, but hardly whether a method can run on it
+        folders: dict[Algorithm, Path] = {}  # seeds change the data, but hardly whether a method can run on it
         for folder in waiting:
             if not (folder / "config.json").exists():
-                first.setdefault(self.planned[folder].algorithm, folder)
-        for folder in first.values():
+                folders.setdefault(self.planned[folder].algorithm, folder)
+        for folder in folders.values():
             try:
                 prepare(self.planned[folder])
             except ConsiliumError as error:
@@ -348,18 +352,18 @@ class Comparison:
         if (folder / "config.json").exists():
             command = ["resume", str(folder)]
         else:
-            saved = json.dumps(to_json(self.planned[folder]))
-            write_atomic(folder / "experiment.json", saved.encode())
+            description = json.dumps(to_json(self.planned[folder]))
+            write_atomic(folder / "experiment.json", description.encode())
             command = ["run", str(folder / "experiment.json"), "--out", str(folder.parent)]
-        each = cores() // self.jobs  # a run of small models uses as many workers
-        threads = {"OMP_NUM_THREADS": str(max(self.planned[folder].threads, each))}
+        thread_count = cores() // self.jobs  # a run of small models uses as many workers
+        thread_settings = {"OMP_NUM_THREADS": str(max(self.planned[folder].threads, thread_count))}
         with open_here(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, "ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "consilium", *command, *self.flags],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **threads},
+                env={**os.environ, **thread_settings},
                 start_new_session=True,  # Ctrl-C reaches only this process, which passes it on once
             )
 
@@ -370,19 +374,19 @@ class Comparison:
         if not process.returncode:
             return None
         lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
-        last = lines[-1] if lines else "no output"
-        return f"{folder.name} failed with code {process.returncode} ({last}); see {folder}/log.txt"
+        last_line = lines[-1] if lines else "no output"
+        return f"{folder.name} failed with code {process.returncode} ({last_line}); see {folder}/log.txt"
 
     def _show(
         self, bars: Progress, task: Any, folder: Path, rounded: Callable[[str, Mapping[str, Any]], None] | None
     ) -> None:
-        followed = self._followed[folder]
-        for record in followed.new():
-            if rounded and record["round"] > followed.told:
+        metrics_log = self._followed[folder]
+        for record in metrics_log.new():
+            if rounded and record["round"] > metrics_log.told:
                 rounded(folder.name, record)
-            followed.told = max(followed.told, record["round"])
-            scored = {"at": f"test {record['scores']['mean']:.3f}"} if record["scores"] else {}
-            bars.update(task, completed=record["round"], **scored)
+            metrics_log.told = max(metrics_log.told, record["round"])
+            score_column = {"at": f"test {record['scores']['mean']:.3f}"} if record["scores"] else {}
+            bars.update(task, completed=record["round"], **score_column)
 
 
 @dataclass

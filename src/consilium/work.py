@@ -67,11 +67,11 @@ def check_settings(owner: Any, prefix: str = "") -> None:
     Raises:
         ConfigError: for a number outside its range, or a value that is none of its field's literals.
     """
-    for declared in fields(owner):
-        value, name = getattr(owner, declared.name), f"{prefix}{declared.name}"
-        if (allowed := _literals(type(owner)).get(declared.name)) and value not in allowed:
-            raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
-        within = declared.metadata.get("within")
+    for dataclass_field in fields(owner):
+        value, name = getattr(owner, dataclass_field.name), f"{prefix}{dataclass_field.name}"
+        if (literals := _literals(type(owner)).get(dataclass_field.name)) and value not in literals:
+            raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(map(str, literals))}")
+        within = dataclass_field.metadata.get("within")
         for item in value if isinstance(value, tuple) else (value,):
             if within and isinstance(item, int | float) and not _inside(item, within):
                 raise ConfigError(f"{name} is {value}; it must be {_allowed_values(item, within)}")
@@ -86,22 +86,22 @@ def _literals(kind: type) -> dict[str, tuple[Any, ...]]:
 @lru_cache
 def _ends(within: str) -> tuple[bool, float, float, bool]:
     """Parse a range into (lower end is included, lower end, upper end, upper end is included)."""
-    found = _RANGE.fullmatch(within)
-    if not found or not -math.inf < float(found[2]) < float(found[3]) < math.inf:
+    match = _RANGE.fullmatch(within)
+    if not match or not -math.inf < float(match[2]) < float(match[3]) < math.inf:
         raise ValueError(f"within is {within!r}; it must be a finite range, e.g. '(0, 1]'")
-    return found[1] == "[", float(found[2]), float(found[3]), found[4] == "]"
+    return match[1] == "[", float(match[2]), float(match[3]), match[4] == "]"
 
 
 def _inside(value: float, within: str) -> bool:
-    closed, low, high, shut = _ends(within)
-    return (value >= low if closed else value > low) and (value <= high if shut else value < high)
+    low_closed, low, high, high_closed = _ends(within)
+    return (value >= low if low_closed else value > low) and (value <= high if high_closed else value < high)
 
 
 def _allowed_values(value: float, within: str) -> str:
     """Describe the range for a message: only the lower end if the value violates it and the upper end is far away."""
-    closed, low, high, _ = _ends(within)
+    low_closed, low, high, _ = _ends(within)
     if value <= low and high >= 1e4:
-        return f"at least {low:g}" if closed else f"greater than {low:g}"
+        return f"at least {low:g}" if low_closed else f"greater than {low:g}"
     return f"within {within}"
 
 
@@ -172,11 +172,11 @@ class Work:
 
     def check_time(self) -> None:
         """Raise BudgetError if the time is over."""
-        passed = time.monotonic() - self.start
-        if passed > self.deadline:
+        elapsed_seconds = time.monotonic() - self.start
+        if elapsed_seconds > self.deadline:
             steps = f"{self.done} of {self.planned} steps"
             raise BudgetError(f"the round's deadline of {self.deadline:g} s has passed after {steps}")
-        if passed > self.seconds:
+        if elapsed_seconds > self.seconds:
             raise BudgetError(f"the work takes more than {self.seconds:g} s, {_allowed(self.seconds, 'seconds')}")
 
     def hold(self, need: int, what: str) -> None:

@@ -121,8 +121,8 @@ def affinities(usage: Mapping[ClientId, Scores], floor: float) -> dict[ClientId,
     rows = rows - rows.mean(0)
     rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
     cosines = (rows @ rows.T).clamp_min(0.0).fill_diagonal_(1.0)
-    alike = floor + (1 - floor) * cosines.square()
-    return {a: dict(zip(names, row, strict=True)) for a, row in zip(names, alike.tolist(), strict=True)}
+    affinity = floor + (1 - floor) * cosines.square()
+    return {a: dict(zip(names, row, strict=True)) for a, row in zip(names, affinity.tolist(), strict=True)}
 
 
 # --- the server half ----------------------------------------------------------------------------------------------
@@ -160,12 +160,12 @@ class AffinityMoEServer(Server):
 
     def configure(self, round: int, clients: Sequence[ClientInfo]) -> dict[ClientId, Payload]:
         if not self.map:
-            able = [client for client in clients if self.unable(client) is None]
-            if able:
-                return {c.id: self._task(c) for c in able}
+            able_clients = [client for client in clients if self.unable(client) is None]
+            if able_clients:
+                return {c.id: self._task(c) for c in able_clients}
             self._cut({}, {}, {})
-        chosen = self.setup.sampling.choose(clients, round, self.setup.seed)
-        return {client.id: self.deliver(client) for client in chosen}
+        participants = self.setup.sampling.choose(clients, round, self.setup.seed)
+        return {client.id: self.deliver(client) for client in participants}
 
     def _task(self, client: ClientInfo) -> Payload:
         experts = sum(self.setup.fitting(client).values())
@@ -197,10 +197,10 @@ class AffinityMoEServer(Server):
         usage, contribution, losses = {}, {}, {}
         public = self._public()
         for client, reply in replies:
-            told = [_normalised(reply.groups[group]) for group in MEASURES if reply.groups.get(group)]
-            if len(told) == 1:
-                told = [{b: p_E + NEXT * public[b] for b, p_E in told[0].items()}] * 2
-            usage[client], contribution[client] = told
+            measures = [_normalised(reply.groups[group]) for group in MEASURES if reply.groups.get(group)]
+            if len(measures) == 1:
+                measures = [{b: p_E + NEXT * public[b] for b, p_E in measures[0].items()}] * 2
+            usage[client], contribution[client] = measures
             losses[client] = reply.group("losses")["shapes"].double()
         self._cut(usage, contribution, losses)
         return {"profiled": float(len(usage)), "shape": float(self.shape)}
@@ -216,22 +216,22 @@ class AffinityMoEServer(Server):
         A client without a measurement is given the mean of the measured clients, or the public usage if there are none.
         """
         setup, method, public = self.setup, self.algorithm, self._public()
-        means = [_mean(list(found.values())) or public for found in (usage, contribution)]
+        means = [_mean(list(measurements.values())) or public for measurements in (usage, contribution)]
         if losses and method.budget == "searched":
             self.shape = int(torch.stack(list(losses.values())).mean(0).argmin())
         for client in setup.clients:
             self.shares[client.id] = usage.get(client.id, means[0])
-            ranked = {
+            scores_by_choice = {
                 "contribution": contribution.get(client.id, means[1]),
                 "usage": self.shares[client.id],
                 "public": public,
             }
             counts = setup.fitting(client, shapes(len(setup.model.counts))[self.shape])
             if method.choice == "random":
-                held = random_choice(setup, client.id, counts)
+                experts = random_choice(setup, client.id, counts)
             else:
-                held = most(ranked[method.choice], counts)
-            self.map[client.id], self.states[client.id] = held, select(self.params, client.task, held)
+                experts = most(scores_by_choice[method.choice], counts)
+            self.map[client.id], self.states[client.id] = experts, select(self.params, client.task, experts)
             source = "measured" if client.id in usage else "estimated"
             self.log.append(
                 {"event": "structure", "client": client.id, "experts": sum(counts.values()), "source": source}
@@ -251,32 +251,32 @@ class AffinityMoEServer(Server):
         sums: dict[ClientId, Params] = {client: {} for client in (*self.states, "")}
         weights: dict[ClientId, dict[str, float]] = {client: {} for client in sums}
         for client, reply in replies:
-            n_j, sent = float(reply.scalars["num_examples"]), self.states[client]
+            n_j, client_state = float(reply.scalars["num_examples"]), self.states[client]
             for key, tensor in reply.group("params").items():
-                change = tensor.double() - sent[key].double()
-                for other, total in sums.items():
-                    if other and key not in self.states[other]:
+                change = tensor.double() - client_state[key].double()
+                for receiver, total in sums.items():
+                    if receiver and key not in self.states[receiver]:
                         continue
-                    weight = n_j * (self.alike[other][client] if other else 1.0)
+                    weight = n_j * (self.alike[receiver][client] if receiver else 1.0)
                     if weight:
                         total[key] = total[key].add_(change, alpha=weight) if key in total else change * weight
-                        weights[other][key] = weights[other].get(key, 0.0) + weight
+                        weights[receiver][key] = weights[receiver].get(key, 0.0) + weight
         for client, total in sums.items():
             state = self.states[client] if client else self.params
             for key, change in total.items():
                 change /= weights[client][key]
                 state[key] = (state[key].double() + change).to(state[key].dtype)
-        alike = [s for a, row in self.alike.items() for b, s in row.items() if a != b]
-        return {"likeness": sum(alike) / max(len(alike), 1)}
+        likenesses = [s for a, row in self.alike.items() for b, s in row.items() if a != b]
+        return {"likeness": sum(likenesses) / max(len(likenesses), 1)}
 
     def deliver(self, client: ClientInfo) -> Payload:
-        held = self.map.get(client.id)
-        state = {**absent_rows(self.params, held), **self.states[client.id]} if held else self.params
-        sent = self.setup.sub_moe(state, client.task, held)
-        return Payload(sent.groups, {**sent.scalars, "stage": "training"})
+        experts = self.map.get(client.id)
+        state = {**absent_rows(self.params, experts), **self.states[client.id]} if experts else self.params
+        payload = self.setup.sub_moe(state, client.task, experts)
+        return Payload(payload.groups, {**payload.scalars, "stage": "training"})
 
     def structure(self) -> ExpertMap | None:
-        return {client: dict(held) for client, held in self.map.items()} or None
+        return {client: dict(experts) for client, experts in self.map.items()} or None
 
     def usage(self) -> dict[ClientId, dict[str, list[float]]]:
         return {client: {b: p_E.tolist() for b, p_E in p.items()} for client, p in self.shares.items()}
@@ -288,15 +288,15 @@ class AffinityMoEServer(Server):
     def state(self) -> Payload:
         states = {f"{client}/{key}": t for client, params in self.states.items() for key, t in params.items()}
         shares = {f"{client}/{block}": p for client, blocks in self.shares.items() for block, p in blocks.items()}
-        rest = {"map": self.map, "shape": self.shape, "log": self.log}
-        return Payload({"params": self.params, "states": states, "shares": shares}, {"affinity": json.dumps(rest)})
+        record = {"map": self.map, "shape": self.shape, "log": self.log}
+        return Payload({"params": self.params, "states": states, "shares": shares}, {"affinity": json.dumps(record)})
 
     def restore(self, state: Payload) -> None:
         self.params = state.group("params")
         self.states, self.shares = _by_client(state.group("states")), _by_client(state.group("shares"))
-        rest = json.loads(str(state.scalars["affinity"]))
-        self.map = {c: {block: tuple(ids) for block, ids in held.items()} for c, held in rest["map"].items()}
-        self.shape, self.log = rest["shape"], rest["log"]
+        record = json.loads(str(state.scalars["affinity"]))
+        self.map = {c: {block: tuple(ids) for block, ids in experts.items()} for c, experts in record["map"].items()}
+        self.shape, self.log = record["shape"], record["log"]
         self.alike = self._affinities() if self.shares else {}
 
 
@@ -306,15 +306,15 @@ def _normalised(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _mean(found: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {block: torch.stack([one[block] for one in found]).mean(0) for block in found[0]} if found else {}
+    return {block: torch.stack([scores[block] for scores in found]).mean(0) for block in found[0]} if found else {}
 
 
 def _by_client(tensors: Params) -> dict[ClientId, dict[str, Tensor]]:
-    found: dict[ClientId, dict[str, Tensor]] = {}
+    client_tensors: dict[ClientId, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         client, _, name = key.partition("/")
-        found.setdefault(client, {})[name] = tensor
-    return found
+        client_tensors.setdefault(client, {})[name] = tensor
+    return client_tensors
 
 
 # --- the client half ----------------------------------------------------------------------------------------------
@@ -328,8 +328,8 @@ class AffinityMoEClient(Client):
         self.algorithm = algorithm
         # Only one measure is sent in reduced form: a second would reveal more than one upper half and would spend the
         # epsilon of the noise twice.
-        main = "contribution" if algorithm.choice == "contribution" else "demand"
-        self.reveals = {group: Reveal("usage", "less" if group == main else "nothing") for group in MEASURES}
+        main_measure = "contribution" if algorithm.choice == "contribution" else "demand"
+        self.reveals = {group: Reveal("usage", "less" if group == main_measure else "nothing") for group in MEASURES}
         self.reveals["losses"] = Reveal("score", "less")
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
@@ -347,16 +347,16 @@ class AffinityMoEClient(Client):
         model = setup.build(params, context)
         demand, contribution = profile(setup, model, setup.encode(context, context.data.train), context, rows)
         del model
-        tried = shapes(len(setup.model.counts))
-        losses = torch.zeros(len(tried))
+        candidates = shapes(len(setup.model.counts))
+        losses = torch.zeros(len(candidates))
         if self.algorithm.budget == "searched":
-            others = {"usage": demand, "public": setup.public_usage("no usage")}
-            ranked = others.get(self.algorithm.choice, contribution)
+            scores_by_choice = {"usage": demand, "public": setup.public_usage("no usage")}
+            expert_scores = scores_by_choice.get(self.algorithm.choice, contribution)
             validation = setup.encode(context, context.data.validation)
-            for place, shape in enumerate(tried):
-                held = most(ranked, setup.spread(total, shape))
-                sub = setup.build_sent(setup.sub_moe(params, context.data.task.name, held), context)
-                losses[place] = mean_loss(setup, sub, validation, context, rows)
+            for place, shape in enumerate(candidates):
+                experts = most(expert_scores, setup.spread(total, shape))
+                sub_model = setup.build_sent(setup.sub_moe(params, context.data.task.name, experts), context)
+                losses[place] = mean_loss(setup, sub_model, validation, context, rows)
         scalars = {
             "num_examples": context.info.num_examples,
             "experts": sum(setup.model.counts.values()),

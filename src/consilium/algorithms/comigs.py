@@ -106,21 +106,28 @@ class CoMiGSClient(Client):
         params = {**self._private(context), **payload.group("params")}
         slots, models = (GENERAL, *self.algorithm.specialist_names), self.models
         rows = models.rows(context)
-        last = max(1, round(self.algorithm.held_out * len(rows)))
-        first = range(max(len(rows) - last, 1))
+        router_row_count = max(1, round(self.algorithm.held_out * len(rows)))
+        adapter_rows = range(max(len(rows) - router_row_count, 1))
         model = models.build(params, context, slots, frozen=lambda key: key.endswith(".route"))
-        fitted, _ = models.train(model, context, rows=first, assessed=False)
-        learned = models.flatten(model, fitted.masters)
-        router = models.build(learned, context, slots, frozen=lambda key: not key.endswith(".route"))
-        apart = replace(context, seed=derive_seed(context.seed, "router"))
-        fitted_router, told = models.train(
-            router, apart, epochs=self.algorithm.router_epochs, rows=range(len(rows) - last, len(rows)), heads=False
+        model_fit, _ = models.train(model, context, rows=adapter_rows, assessed=False)
+        trained_params = models.flatten(model, model_fit.masters)
+        router = models.build(trained_params, context, slots, frozen=lambda key: not key.endswith(".route"))
+        router_context = replace(context, seed=derive_seed(context.seed, "router"))
+        router_fit, scalars = models.train(
+            router,
+            router_context,
+            epochs=self.algorithm.router_epochs,
+            rows=range(len(rows) - router_row_count, len(rows)),
+            heads=False,
         )
-        flat = models.flatten(router, fitted_router.masters)
-        sent = {key: t for key, t in flat.items() if key in payload.group("params")}
-        context.state.params = {key: t for key, t in flat.items() if key not in sent and not key.startswith("head.")}
+        flat_params = models.flatten(router, router_fit.masters)
+        shared_params = {key: t for key, t in flat_params.items() if key in payload.group("params")}
+        context.state.params = {
+            key: t for key, t in flat_params.items() if key not in shared_params and not key.startswith("head.")
+        }
         return Payload(
-            {"params": sent}, {**told, "train_loss": fitted.loss, "steps": fitted.steps + fitted_router.steps}
+            {"params": shared_params},
+            {**scalars, "train_loss": model_fit.loss, "steps": model_fit.steps + router_fit.steps},
         )
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
@@ -131,13 +138,15 @@ class CoMiGSClient(Client):
         """Return the client's specialists and router, or the common initial ones before its first training."""
         if context.state.params:
             return context.state.params
-        own: Params = {}
+        private_params: Params = {}
         for path, (x, y) in self.models.paths.items():
             for name in self.algorithm.specialist_names:
                 a, b = initial_pair(x, y, self.algorithm.r, _rng(self.setup, path, name))
-                own |= {f"{path}.pairs.{name}.a": a, f"{path}.pairs.{name}.b": b}
-            own[f"{path}.route"] = initial_route(1 + self.algorithm.specialists, x, _rng(self.setup, path, "route"))
-        return own
+                private_params |= {f"{path}.pairs.{name}.a": a, f"{path}.pairs.{name}.b": b}
+            private_params[f"{path}.route"] = initial_route(
+                1 + self.algorithm.specialists, x, _rng(self.setup, path, "route")
+            )
+        return private_params
 
 
 def _rng(setup: Setup, path: str, name: str) -> torch.Generator:

@@ -66,21 +66,25 @@ class DittoClient(Client):
         self.lam = lam
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
-        held = experts_from_scalars(payload.scalars)
-        received = self.setup.both_halves(payload.group("params"), context.private.params)
+        experts = experts_from_scalars(payload.scalars)
+        common_params = self.setup.both_halves(payload.group("params"), context.private.params)
         _, reply = local_round(self.setup, payload, context, references=REFERENCES)
-        own = Payload({**payload.groups, "params": context.state.params or received}, payload.scalars)
-        apart = replace(context, seed=derive_seed(context.seed, "personal"), private=ClientState())
-        _, personal = local_round(
+        personal_payload = Payload({**payload.groups, "params": context.state.params or common_params}, payload.scalars)
+        personal_context = replace(context, seed=derive_seed(context.seed, "personal"), private=ClientState())
+        _, personal_reply = local_round(
             self.setup,
-            own,
-            apart,
-            lambda model: proximal(model, self.lam, local(model, received, held)),
+            personal_payload,
+            personal_context,
+            lambda model: proximal(model, self.lam, local(model, common_params, experts)),
             references=REFERENCES,
         )
-        context.state.params = {**own.group("params"), **personal.group("params"), **apart.private.params}
-        return Payload(reply.groups, {**reply.scalars, "validation": personal.scalars["validation"]})
+        context.state.params = {
+            **personal_payload.group("params"),
+            **personal_reply.group("params"),
+            **personal_context.private.params,
+        }
+        return Payload(reply.groups, {**reply.scalars, "validation": personal_reply.scalars["validation"]})
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
-        own = context.state.params or payload.group("params")
-        return local_test(self.setup, Payload({**payload.groups, "params": own}, payload.scalars), context)
+        personal_params = context.state.params or payload.group("params")
+        return local_test(self.setup, Payload({**payload.groups, "params": personal_params}, payload.scalars), context)

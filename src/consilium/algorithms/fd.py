@@ -74,24 +74,28 @@ class FDServer(PrototypeServer):
         self.sent: dict[str, Params] = {}  # label -> client -> [C]
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
-        heard: dict[str, Params] = defaultdict(dict)
+        vectors_by_label: dict[str, Params] = defaultdict(dict)
         for client, reply in replies:
             for label, vector in reply.group("prototypes").items():
-                heard[label][client] = vector
-        self.sent = {**self.sent, **heard}
-        self.params = self.params | {label: _mean(vectors) for label, vectors in heard.items()}
+                vectors_by_label[label][client] = vector
+        self.sent = {**self.sent, **vectors_by_label}
+        self.params = self.params | {label: _mean(vectors) for label, vectors in vectors_by_label.items()}
         return {}
 
     def deliver(self, client: ClientInfo) -> Payload:
-        others = {
+        vectors_by_label = {
             label: {c: t for c, t in vectors.items() if self.own or c != client.id}
             for label, vectors in sorted(self.sent.items())
         }
-        return Payload({"prototypes": {label: _mean(vectors) for label, vectors in others.items() if vectors}})
+        return Payload(
+            {"prototypes": {label: _mean(vectors) for label, vectors in vectors_by_label.items() if vectors}}
+        )
 
     def state(self) -> Payload:
-        flat = {f"{client}/{label}": t for label, vectors in self.sent.items() for client, t in vectors.items()}
-        return Payload({"params": self.params, "sent": flat})
+        vectors_by_key = {
+            f"{client}/{label}": t for label, vectors in self.sent.items() for client, t in vectors.items()
+        }
+        return Payload({"params": self.params, "sent": vectors_by_key})
 
     def restore(self, state: Payload) -> None:
         self.params, self.sent = state.group("params"), defaultdict(dict)
@@ -115,7 +119,7 @@ class FDClient(Client):
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         model = self.setup.build(self.setup.own_params(context), context)
-        told = trained(
+        scalars = trained(
             self.setup,
             model,
             context,
@@ -123,7 +127,7 @@ class FDClient(Client):
         )
         context.state.params = flatten(model)
         means, _ = class_means(model, self.setup, context, lambda x: self._output(model.head(model.backbone(x))))
-        return Payload({"prototypes": means}, told)
+        return Payload({"prototypes": means}, scalars)
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         return tested(self.setup, self.setup.build(self.setup.own_params(context), context), context)
@@ -144,11 +148,11 @@ def taught(logits: Params, model: SplitModel, algorithm: FD, supervised: Supervi
 
     def objective(model: SplitModel, batch: dict[str, Tensor]) -> Tensor:
         z, y = model(batch)
-        loss, known = supervised(z, y), known_C[y]
-        if not known.any():
+        loss, mask_B = supervised(z, y), known_C[y]
+        if not mask_B.any():
             return loss
-        teacher, student = teacher_CC[y][known], z[known]
-        apart = {"mse": F.mse_loss, "kl": lambda z, t: kl(t, z), "ce": F.cross_entropy}[algorithm.distance]
-        return loss + algorithm.gamma * apart(student, teacher) * known.float().mean()
+        teacher, student = teacher_CC[y][mask_B], z[mask_B]
+        distance = {"mse": F.mse_loss, "kl": lambda z, t: kl(t, z), "ce": F.cross_entropy}[algorithm.distance]
+        return loss + algorithm.gamma * distance(student, teacher) * mask_B.float().mean()
 
     return objective

@@ -157,28 +157,28 @@ def reverse_selection(
             f"{experts} experts with {choices} clients each are {experts * choices} places, but {clients} clients need "
             f"{sum(least)}; raise E or choices, or lower top_k"
         )
-    per_expert = [choices] * experts
-    ranked = scores_EK.topk(choices, dim=1).values.sum(1).argsort(stable=True).tolist()
-    for i in range(max(sum(per_expert) - sum(most), 0)):
-        per_expert[ranked[i % experts]] -= 1
+    clients_per_expert = [choices] * experts
+    expert_order = scores_EK.topk(choices, dim=1).values.sum(1).argsort(stable=True).tolist()
+    for i in range(max(sum(clients_per_expert) - sum(most), 0)):
+        clients_per_expert[expert_order[i % experts]] -= 1
     cells = experts * clients
     rows = np.kron(np.eye(experts), np.ones((1, clients)))
     columns = np.kron(np.ones((1, experts)), np.eye(clients))
-    solved = linprog(
+    solution = linprog(
         -scores_EK.double().numpy().reshape(cells),
         A_ub=np.vstack([columns, -columns]),
         b_ub=np.concatenate([np.asarray(most), -np.asarray(least)]),
         A_eq=rows,
-        b_eq=np.asarray(per_expert),
+        b_eq=np.asarray(clients_per_expert),
         bounds=(0, 1),
         method="highs-ds",
     )
-    if not solved.success:
-        raise ConfigError(f"no assignment of {experts} experts to {clients} clients: {solved.message}")
-    x_EK = torch.as_tensor(solved.x.reshape(experts, clients))
+    if not solution.success:
+        raise ConfigError(f"no assignment of {experts} experts to {clients} clients: {solution.message}")
+    x_EK = torch.as_tensor(solution.x.reshape(experts, clients))
     if not torch.allclose(x_EK, x_EK.round(), atol=1e-6):
         raise RuntimeError("the linear programme ended between vertices, which a b-matching does not have")
-    return x_EK.round().bool(), per_expert
+    return x_EK.round().bool(), clients_per_expert
 
 
 # --- the server half --------------------------------------------------------------------------------------------------
@@ -222,67 +222,69 @@ class FedAMoLEServer(Server):
         return next((n for n in counts if self.models.lacks(client, n + 1) is None), self.algorithm.top_k)
 
     def configure(self, round: int, clients: Sequence[ClientInfo]) -> dict[ClientId, Payload]:
-        able = [client for client in clients if client.id in self.held]
-        chosen = self.setup.sampling.choose(able, round, self.setup.seed)
-        return {client.id: self.deliver(client) for client in chosen}
+        able_clients = [client for client in clients if client.id in self.held]
+        participants = self.setup.sampling.choose(able_clients, round, self.setup.seed)
+        return {client.id: self.deliver(client) for client in participants}
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
-        mean, answered = self.setup.mean(self.params), 0
-        told: dict[str, list[tuple[float, Tensor]]] = {}
+        mean, reply_count = self.setup.mean(self.params), 0
+        weighted_embeddings: dict[str, list[tuple[float, Tensor]]] = {}
         for client, reply in replies:
             weight = float(reply.scalars["num_examples"]) if self.algorithm.weight == "examples" else 1.0
             mean.add(reply.group("params"), weight)
             self.tokens[client] = reply.group("token")
             for key, tensor in reply.group("experts").items():
-                told.setdefault(key, []).append((weight, tensor.double()))
-            answered += 1
+                weighted_embeddings.setdefault(key, []).append((weight, tensor.double()))
+            reply_count += 1
         self.params = mean.mean(self.params)
-        for key, found in told.items():
+        for key, pairs in weighted_embeddings.items():
             path, _, name = key.rpartition("/")
-            total = sum(weight for weight, _ in found)
-            self.experts[path] = self.experts[path] | {name: (sum(w * t for w, t in found) / total).float()}
-        if answered and self.algorithm.assign != "static" and round != self.setup.rounds:
+            total = sum(weight for weight, _ in pairs)
+            self.experts[path] = self.experts[path] | {name: (sum(w * t for w, t in pairs) / total).float()}
+        if reply_count and self.algorithm.assign != "static" and round != self.setup.rounds:
             self._assign(round)
-        held = [len(names) for own in self.held.values() for names in own.values()]
-        return {"held": sum(held) / max(len(held), 1), **mean.told()}
+        expert_counts = [len(names) for names_by_layer in self.held.values() for names in names_by_layer.values()]
+        return {"held": sum(expert_counts) / max(len(expert_counts), 1), **mean.told()}
 
     def _assign(self, round: int) -> None:
         """Assign the experts of every layer to clients by reverse selection."""
         algorithm, clients = self.algorithm, [c.id for c in self.able]
         least, most = [algorithm.top_k] * len(clients), [self.most[c] for c in clients]
-        held: dict[ClientId, dict[str, list[str]]] = {client: {} for client in clients}
-        fewer = 0
+        assignment: dict[ClientId, dict[str, list[str]]] = {client: {} for client in clients}
+        short_experts = 0
         for path in self.models.paths:
             s_EK = self._scores(path, clients, round)
             if algorithm.even:
-                each = len(self.names) * min(algorithm.choices, len(clients)) / len(clients)
+                experts_per_client = len(self.names) * min(algorithm.choices, len(clients)) / len(clients)
                 room = [self.most[c] for c in clients]
-                least = [max(algorithm.top_k, min(math.floor(each), most_k)) for most_k in room]
-                most = [max(algorithm.top_k, min(math.ceil(each), most_k)) for most_k in room]
-            x_EK, per_expert = reverse_selection(s_EK, algorithm.choices, least, most)
-            fewer += sum(n < min(algorithm.choices, len(clients)) for n in per_expert)
+                least = [max(algorithm.top_k, min(math.floor(experts_per_client), most_k)) for most_k in room]
+                most = [max(algorithm.top_k, min(math.ceil(experts_per_client), most_k)) for most_k in room]
+            x_EK, clients_per_expert = reverse_selection(s_EK, algorithm.choices, least, most)
+            short_experts += sum(n < min(algorithm.choices, len(clients)) for n in clients_per_expert)
             for k, client in enumerate(clients):
-                held[client][path] = [self.names[e] for e in x_EK[:, k].nonzero().flatten().tolist()]
-        self.held = held
-        if fewer:
-            self.log.append({"event": "fewer places", "client": "", "experts": fewer})
+                assignment[client][path] = [self.names[e] for e in x_EK[:, k].nonzero().flatten().tolist()]
+        self.held = assignment
+        if short_experts:
+            self.log.append({"event": "fewer places", "client": "", "experts": short_experts})
 
     def _scores(self, path: str, clients: Sequence[ClientId], round: int) -> Tensor:
         """Return S [E, K] of a layer, float64; the scores are random until the first embeddings are known."""
-        known = [client for client in clients if client in self.tokens]
-        if not known or self.algorithm.assign == "random":
+        known_clients = [client for client in clients if client in self.tokens]
+        if not known_clients or self.algorithm.assign == "random":
             rng = torch.Generator().manual_seed(derive_seed(self.setup.seed, "FedAMoLE", path, "scores", round))
             s_EK = torch.rand(len(self.names), len(clients), generator=rng, dtype=torch.float64)
         else:
             zero = torch.zeros(self.algorithm.r, dtype=torch.float64)
-            tokens = {client: self.tokens[client][path].double() for client in known}
-            middle = torch.stack(list(tokens.values())).mean(0)
-            token_KR = torch.stack([tokens.get(client, middle) for client in clients])
-            found = self.experts[path]
-            s_EK = scores(torch.stack([found[n].double() if n in found else zero for n in self.names]), token_KR)
+            tokens = {client: self.tokens[client][path].double() for client in known_clients}
+            mean_token = torch.stack(list(tokens.values())).mean(0)
+            token_KR = torch.stack([tokens.get(client, mean_token) for client in clients])
+            embeddings = self.experts[path]
+            s_EK = scores(
+                torch.stack([embeddings[n].double() if n in embeddings else zero for n in self.names]), token_KR
+            )
         if self.algorithm.keep:
-            had = [[float(n in self.held[c].get(path, ())) for c in clients] for n in self.names]
-            s_EK = s_EK + self.algorithm.keep * torch.tensor(had, dtype=torch.float64)
+            membership = [[float(n in self.held[c].get(path, ())) for c in clients] for n in self.names]
+            s_EK = s_EK + self.algorithm.keep * torch.tensor(membership, dtype=torch.float64)
         return s_EK
 
     def deliver(self, client: ClientInfo) -> Payload:
@@ -294,15 +296,15 @@ class FedAMoLEServer(Server):
 
     def expects(self, client: ClientInfo, sent: Payload) -> dict[str, dict[str, Like]]:
         like = Like((self.algorithm.r,), torch.float32)
-        held = {path: names_of(sent.group("params"), path) for path in self.models.paths}
-        experts = {f"{path}/{name}": like for path, names in held.items() for name in names if name != SHARED}
-        return {**super().expects(client, sent), "token": dict.fromkeys(held, like), "experts": experts}
+        names_by_layer = {path: names_of(sent.group("params"), path) for path in self.models.paths}
+        experts = {f"{path}/{name}": like for path, names in names_by_layer.items() for name in names if name != SHARED}
+        return {**super().expects(client, sent), "token": dict.fromkeys(names_by_layer, like), "experts": experts}
 
     def state(self) -> Payload:
-        tokens = {f"{client}/{path}": t for client, own in self.tokens.items() for path, t in own.items()}
-        experts = {f"{path}/{name}": t for path, own in self.experts.items() for name, t in own.items()}
-        rest = json.dumps({"held": self.held, "log": self.log})
-        return Payload({"params": self.params, "tokens": tokens, "experts": experts}, {"amole": rest})
+        tokens = {f"{client}/{path}": t for client, embeddings in self.tokens.items() for path, t in embeddings.items()}
+        experts = {f"{path}/{name}": t for path, embeddings in self.experts.items() for name, t in embeddings.items()}
+        record_json = json.dumps({"held": self.held, "log": self.log})
+        return Payload({"params": self.params, "tokens": tokens, "experts": experts}, {"amole": record_json})
 
     def restore(self, state: Payload) -> None:
         self.params, self.tokens = state.group("params"), {}
@@ -313,8 +315,8 @@ class FedAMoLEServer(Server):
         for key, tensor in state.group("experts").items():
             path, _, name = key.rpartition("/")
             self.experts[path][name] = tensor
-        rest = json.loads(str(state.scalars["amole"]))
-        self.held, self.log = rest["held"], rest["log"]
+        record = json.loads(str(state.scalars["amole"]))
+        self.held, self.log = record["held"], record["log"]
 
     def events(self) -> list[dict[str, Any]]:
         log, self.log = self.log, []
@@ -337,14 +339,14 @@ class FedAMoLEClient(Client):
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         model = self.models.build(payload.group("params"), context)
-        fitted, told = self.models.train(model, context, self.algorithm.decay)
+        fit_result, scalars = self.models.train(model, context, self.algorithm.decay)
         token, experts = {}, {}
         for path, mixture in self.models.measured(model, context, self.algorithm.rows).items():
             means = {name: (total / mixture.count).float() for name, total in mixture.sums.items()}
             token[path] = means.pop("token")
             experts |= {f"{path}/{name}": mean for name, mean in means.items()}
-        params = self.models.flatten(model, fitted.masters)
-        return Payload({"params": params, "token": token, "experts": experts}, told)
+        params = self.models.flatten(model, fit_result.masters)
+        return Payload({"params": params, "token": token, "experts": experts}, scalars)
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         return self.models.score(payload.group("params"), context)

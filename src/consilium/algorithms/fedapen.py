@@ -79,14 +79,14 @@ class FedAPENClient(Client):
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         model = self._model(payload, context)
-        kept, rest = self._slices(context)
+        weight_split, rest_context = self._slices(context)
         if context.state.params:
-            self._learn(model, kept, context)
-        told = trained(self.setup, model, rest, self.objective)
+            self._learn(model, weight_split, context)
+        scalars = trained(self.setup, model, rest_context, self.objective)
         params = flatten(model)
         context.state.params = {key: t for key, t in params.items() if not key.startswith(SMALL)}
-        told |= {"report/ensemble weight": float(model.backbone.share)}
-        return Payload({"params": {key: t for key, t in params.items() if key.startswith(SMALL)}}, told)
+        scalars |= {"report/ensemble weight": float(model.backbone.share)}
+        return Payload({"params": {key: t for key, t in params.items() if key.startswith(SMALL)}}, scalars)
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         model = self._model(payload, context)
@@ -99,13 +99,18 @@ class FedAPENClient(Client):
 
         The ensemble's loss is a part of both. It is added once, since its gradient reaches the weights of both models.
         """
-        own, small, y = model(batch)[0], model.backbone.small(batch["x"]), batch["labels"]
+        own_logits, small_logits, y = model(batch)[0], model.backbone.small(batch["x"]), batch["labels"]
         supervised = self.setup.fit.cross_entropy
-        loss = supervised(own, y) + kl(small.detach(), own) + supervised(small, y) + kl(own.detach(), small)
+        loss = (
+            supervised(own_logits, y)
+            + kl(small_logits.detach(), own_logits)
+            + supervised(small_logits, y)
+            + kl(own_logits.detach(), small_logits)
+        )
         if not self.algorithm.ensemble:
             return loss
         share = model.backbone.share
-        return loss + supervised(share * own + (1 - share) * small, y)
+        return loss + supervised(share * own_logits + (1 - share) * small_logits, y)
 
     def _slices(self, context: ClientContext) -> tuple[TensorSplit, ClientContext]:
         """Return the rows on which the weight is learned, and a context with the other training rows.
@@ -116,21 +121,23 @@ class FedAPENClient(Client):
         n = min(max(1, round(self.algorithm.slice * len(train))), len(train) - 1)
         seed = derive_seed(self.setup.seed, "slice", context.info.id)
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-        kept, rest = (replace(train, index=train.index[part]) for part in (order[:n], order[n:]))
-        return kept, replace(context, data=replace(context.data, train=rest))
+        weight_split, rest_split = (replace(train, index=train.index[part]) for part in (order[:n], order[n:]))
+        return weight_split, replace(context, data=replace(context.data, train=rest_split))
 
     def _learn(self, model: SplitModel, kept: TensorSplit, context: ClientContext) -> None:
         (batch,) = read_batches(kept, len(kept), context)
         model.eval()
         with torch.no_grad():
-            own, small = model.head(model.backbone(batch["x"])), model.backbone.small(batch["x"])
-        share = learned_share(own, small, batch["labels"], float(model.backbone.share), self.algorithm, context.work)
+            own_logits, small_logits = model.head(model.backbone(batch["x"])), model.backbone.small(batch["x"])
+        share = learned_share(
+            own_logits, small_logits, batch["labels"], float(model.backbone.share), self.algorithm, context.work
+        )
         model.backbone.share.fill_(share)
 
     def _model(self, payload: Payload, context: ClientContext) -> SplitModel:
-        small = payload.group("params")
-        begun: Params = {} if context.state.params else {"share": torch.tensor(0.5)}
-        return pair_model(self.setup, {**small, **begun}, context, Weighted, Ensemble)
+        shared_params = payload.group("params")
+        initial_buffers: Params = {} if context.state.params else {"share": torch.tensor(0.5)}
+        return pair_model(self.setup, {**shared_params, **initial_buffers}, context, Weighted, Ensemble)
 
 
 class Weighted(Pair):
@@ -145,11 +152,11 @@ class Ensemble(SplitModel):
     """A model that returns z_own in training and lambda z_own + (1 - lambda) z_small in evaluation."""
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        own, labels = super().forward(batch)
+        own_logits, labels = super().forward(batch)
         if self.training:
-            return own, labels
+            return own_logits, labels
         share = self.backbone.share
-        return share * own + (1 - share) * self.backbone.small(batch["x"]), labels
+        return share * own_logits + (1 - share) * self.backbone.small(batch["x"]), labels
 
 
 def learned_share(

@@ -77,14 +77,14 @@ class FedAvgServer(Server):
         return self.held
 
     def unable(self, client: ClientInfo) -> str | None:
-        held = self.held_by(client)
-        counts = counts_of(held) if held else self.setup.model.counts
+        experts = self.held_by(client)
+        counts = counts_of(experts) if experts else self.setup.model.counts
         return self.setup.lacks(client, counts, references=self.references)
 
     def configure(self, round: int, clients: Sequence[ClientInfo]) -> dict[ClientId, Payload]:
-        able = [client for client in clients if self.unable(client) is None]
-        chosen = self.setup.sampling.choose(able, round, self.setup.seed)
-        return {client.id: self.deliver(client) for client in chosen}
+        able_clients = [client for client in clients if self.unable(client) is None]
+        participants = self.setup.sampling.choose(able_clients, round, self.setup.seed)
+        return {client.id: self.deliver(client) for client in participants}
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
         mean = self.setup.mean(self.params, round)
@@ -138,12 +138,14 @@ def common_experts(
     if experts == "fit":
         if all(c.memory_bytes is None for c in setup.clients):
             return None
-        fitting = [n for c in setup.clients if (n := setup.largest_uniform(c.memory_bytes, references=references))]
-        if not fitting:
-            largest = max(setup.clients, key=lambda c: c.memory_bytes or 0)
-            lack = setup.lacks(largest, setup.least, references=references)
-            raise BudgetError(f"no device can hold one expert per layer, not even {largest.id}: {lack}")
-        experts = min(fitting)
+        fitting_counts = [
+            n for c in setup.clients if (n := setup.largest_uniform(c.memory_bytes, references=references))
+        ]
+        if not fitting_counts:
+            largest_client = max(setup.clients, key=lambda c: c.memory_bytes or 0)
+            lack = setup.lacks(largest_client, setup.least, references=references)
+            raise BudgetError(f"no device can hold one expert per layer, not even {largest_client.id}: {lack}")
+        experts = min(fitting_counts)
     if not totals:
         raise ConfigError(f"experts is {experts!r}, but {setup.model.path} has no experts; leave it at 'all'")
     least, total = setup.model.family.least, max(totals.values())

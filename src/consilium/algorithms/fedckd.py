@@ -90,23 +90,27 @@ class FedCKDClient(Client):
         if method.anneal and self.setup.rounds:
             share = (1 + math.cos(math.pi * min(context.round / self.setup.rounds, 1.0))) / 2
         teachers = [(method.lam_g, params), (share * method.lam_h, context.state.params)]
-        frozen = [(weight, self._teacher(of, context)) for weight, of in teachers if weight and of]
+        teacher_models = [
+            (weight, self._teacher(teacher_params, context))
+            for weight, teacher_params in teachers
+            if weight and teacher_params
+        ]
         cross_entropy = self.setup.fit.cross_entropy
 
         def objective(model: SplitModel, batch: Mapping[str, Tensor]) -> Tensor:
             logits, labels = model(batch)
             with torch.no_grad():
-                said = [(weight, teacher(batch)[0]) for weight, teacher in frozen]
-            return cross_entropy(logits, labels) + distilled(logits, said, method.tau)
+                teacher_logits = [(weight, teacher(batch)[0]) for weight, teacher in teacher_models]
+            return cross_entropy(logits, labels) + distilled(logits, teacher_logits, method.tau)
 
-        told = trained(self.setup, model, context, objective if frozen else None)
+        scalars = trained(self.setup, model, context, objective if teacher_models else None)
         trained_params = flatten(model)
         context.state.params = trained_params
-        return Payload({"params": trained_params}, told)
+        return Payload({"params": trained_params}, scalars)
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
-        own = context.state.params if self.algorithm.deploy == "trained" else {}
-        return tested(self.setup, self.setup.build(own or payload.group("params"), context), context)
+        trained_params = context.state.params if self.algorithm.deploy == "trained" else {}
+        return tested(self.setup, self.setup.build(trained_params or payload.group("params"), context), context)
 
     def _teacher(self, params: Params, context: ClientContext) -> SplitModel:
         return self.setup.build(params, context).requires_grad_(False).eval()

@@ -127,10 +127,10 @@ class FedGHClient(Client):
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         model = self._model(payload, context)
-        told = trained(self.setup, model, context)
+        scalars = trained(self.setup, model, context)
         context.state.params = flatten(model)
         prototypes, _ = class_means(model, self.setup, context)
-        return Payload({"prototypes": prototypes}, told)
+        return Payload({"prototypes": prototypes}, scalars)
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         return tested(self.setup, self._model(payload, context), context)

@@ -87,10 +87,10 @@ class FedKD(Algorithm):
 
         These are small_0 if `exchange` is "changes", else zeros.
         """
-        begun = small_params(setup)
+        base_params = small_params(setup)
         if self.exchange != "changes":
-            begun = {key: torch.zeros_like(t) for key, t in begun.items()}
-        return begun, checksum(begun)
+            base_params = {key: torch.zeros_like(t) for key, t in base_params.items()}
+        return base_params, checksum(base_params)
 
     def server(self, setup: Setup) -> Server:
         return FedKDServer(setup, self)
@@ -116,17 +116,17 @@ class FedKDServer(Server):
 
     def configure(self, round: int, clients: Sequence[ClientInfo]) -> dict[ClientId, Payload]:
         self.round = round
-        sent = self.deliver(clients[0])
-        return {c.id: sent for c in self.setup.sampling.choose(clients, round, self.setup.seed)}
+        payload = self.deliver(clients[0])
+        return {c.id: payload for c in self.setup.sampling.choose(clients, round, self.setup.seed)}
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
-        changes = self.algorithm.exchange == "changes"
-        previous = {key: torch.zeros_like(t) for key, t in self.params.items()} if changes else self.params
-        mean = self.setup.mean(previous)
+        sends_changes = self.algorithm.exchange == "changes"
+        base_params = {key: torch.zeros_like(t) for key, t in self.params.items()} if sends_changes else self.params
+        mean = self.setup.mean(base_params)
         for _, reply in replies:
             mean.add(restored(reply), reply.scalars["num_examples"])
-        merged = mean.mean(previous)
-        self.averaging.params = plus(self.params, merged) if changes else merged
+        mean_result = mean.mean(base_params)
+        self.averaging.params = plus(self.params, mean_result) if sends_changes else mean_result
         return mean.told()
 
     def deliver(self, client: ClientInfo) -> Payload:
@@ -173,16 +173,16 @@ class FedKDClient(Client):
         self.algorithm = algorithm
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
-        received = self._small(payload)
-        model = self._model(received, context)
-        told = trained(self.setup, model, context, partial(adaptive, supervised=self.setup.fit.cross_entropy))
+        shared_params = self._small(payload)
+        model = self._model(shared_params, context)
+        scalars = trained(self.setup, model, context, partial(adaptive, supervised=self.setup.fit.cross_entropy))
         params = flatten(model)
         context.state.params = {key: t for key, t in params.items() if not key.startswith(SMALL)}
-        small = {key: t for key, t in params.items() if key.startswith(SMALL)}
+        small_tensors = {key: t for key, t in params.items() if key.startswith(SMALL)}
         if self.algorithm.exchange == "changes":
-            small = plus(small, received, -1)
-        groups, shapes = compressed(small, float(payload.scalars["energy"]))
-        return Payload(groups, {**told, **shapes})
+            small_tensors = plus(small_tensors, shared_params, -1)
+        groups, shapes = compressed(small_tensors, float(payload.scalars["energy"]))
+        return Payload(groups, {**scalars, **shapes})
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         return tested(self.setup, self._model(self._small(payload), context), context)
@@ -199,15 +199,15 @@ class FedKDClient(Client):
             PayloadError: if the server's shared model starts from other weights, or if names or shapes differ from
                 those of the shared model. Shapes are checked before any factors are multiplied.
         """
-        begun, mark = self.begun
+        base_params, mark = self.begun
         if payload.scalars["begun"] != mark:
             raise PayloadError(
                 "the shared model begins otherwise here than at the server, by another version of torch or another "
                 'experiment: install the same, or use FedKD(exchange="weights")'
             )
-        if fault := misfit(payload, begun):
+        if fault := misfit(payload, base_params):
             raise PayloadError(fault)
-        return plus(begun, restored(payload))
+        return plus(base_params, restored(payload))
 
     def _model(self, small: Params, context: ClientContext) -> SplitModel:
         if not context.state.params:  # the client initialises W itself, from the run's seed
@@ -233,9 +233,13 @@ def adaptive(model: SplitModel, batch: dict[str, Tensor], supervised: Supervised
     """
     pair, y = model.backbone, batch["labels"]
     h_own, h_small = pair.private(batch["x"]), pair.small.extractor(batch["x"])
-    own, small = model.head(h_own), pair.small.head(h_small)
-    ce_own, ce_small = supervised(own, y), supervised(small, y)
-    mutual = kl(small.detach(), own) + kl(own.detach(), small) + F.mse_loss(pair.hidden(h_small), h_own)
+    own_logits, small_logits = model.head(h_own), pair.small.head(h_small)
+    ce_own, ce_small = supervised(own_logits, y), supervised(small_logits, y)
+    mutual = (
+        kl(small_logits.detach(), own_logits)
+        + kl(own_logits.detach(), small_logits)
+        + F.mse_loss(pair.hidden(h_small), h_own)
+    )
     return ce_own + ce_small + mutual / (ce_own + ce_small).detach()
 
 
@@ -253,18 +257,18 @@ def compressed(params: Params, energy: float) -> tuple[dict[str, Params], dict[s
         The groups "params" (whole tensors) and "factors" (`<key>/u` [m, K], `/s` [K], `/v` [K, n]), and the scalars
         "shape <key>" with the shapes of the factored tensors.
     """
-    whole, factors, shapes = {}, {}, {}
+    whole_params, factors, shapes = {}, {}, {}
     for key, tensor in params.items():
         if tensor.ndim >= 2:
             u, s, v = torch.linalg.svd(tensor.flatten(1), full_matrices=False)
-            kept = s.double().square().cumsum(0)
-            k = min(int((kept < energy * kept[-1]).sum()) + 1, len(s))
+            cumulative_energy = s.double().square().cumsum(0)
+            k = min(int((cumulative_energy < energy * cumulative_energy[-1]).sum()) + 1, len(s))
             if k * (len(u) + v.shape[1] + 1) < tensor.numel():
                 factors |= {f"{key}/u": u[:, :k].contiguous(), f"{key}/s": s[:k].clone(), f"{key}/v": v[:k].clone()}
                 shapes[f"shape {key}"] = list(tensor.shape)
                 continue
-        whole[key] = tensor
-    return {"params": whole, "factors": factors}, shapes
+        whole_params[key] = tensor
+    return {"params": whole_params, "factors": factors}, shapes
 
 
 def misfit(payload: Payload, params: Params) -> str | None:
@@ -272,18 +276,25 @@ def misfit(payload: Payload, params: Params) -> str | None:
 
     The payload must hold the names and shapes of `params` in the format of `compressed`.
     """
-    whole, factors = payload.group("params"), payload.group("factors")
-    said = {name.removeprefix("shape "): s for name, s in payload.scalars.items() if name.startswith("shape ")}
-    if unknown := sorted((said.keys() | whole.keys()) - params.keys()):
-        return f"{unknown[0]} was not asked for: the shared model has no such parameter"
-    for key, old in params.items():
-        found = [factors[f"{key}/{x}"] for x in "usv" if f"{key}/{x}" in factors]
-        if key in whole and not found and key not in said and whole[key].shape == old.shape:
+    whole_params, factors = payload.group("params"), payload.group("factors")
+    reported_shapes = {
+        name.removeprefix("shape "): s for name, s in payload.scalars.items() if name.startswith("shape ")
+    }
+    if unknown_keys := sorted((reported_shapes.keys() | whole_params.keys()) - params.keys()):
+        return f"{unknown_keys[0]} was not asked for: the shared model has no such parameter"
+    for key, param in params.items():
+        key_factors = [factors[f"{key}/{x}"] for x in "usv" if f"{key}/{x}" in factors]
+        if (
+            key in whole_params
+            and not key_factors
+            and key not in reported_shapes
+            and whole_params[key].shape == param.shape
+        ):
             continue
-        if key in whole or len(found) < 3 or said.get(key) != list(old.shape):
+        if key in whole_params or len(key_factors) < 3 or reported_shapes.get(key) != list(param.shape):
             return f"params {key} is neither whole nor three factors and their shape"
-        shapes, rank = [tuple(t.shape) for t in found], len(found[1]) if found[1].ndim else 0
-        if shapes != [(len(old), rank), (rank,), (rank, old[0].numel())]:
+        shapes, rank = [tuple(t.shape) for t in key_factors], len(key_factors[1]) if key_factors[1].ndim else 0
+        if shapes != [(len(param), rank), (rank,), (rank, param[0].numel())]:
             return f"factors of {key} do not agree in ranks and shape: {shapes}"
     return None
 

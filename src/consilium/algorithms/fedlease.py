@@ -101,8 +101,8 @@ def distances(b_K: Sequence[Sequence[Tensor]]) -> np.ndarray:
         b_K: client -> layer -> B.
     """
     layers = []
-    for of_layer in zip(*b_K, strict=True):
-        flat_KX = torch.stack([b.double().flatten() for b in of_layer])
+    for layer_matrices in zip(*b_K, strict=True):
+        flat_KX = torch.stack([b.double().flatten() for b in layer_matrices])
         unit_KX = flat_KX / flat_KX.norm(dim=1, keepdim=True).clamp(min=1e-30)
         layers.append(1 - unit_KX @ unit_KX.t())
     d_KK = torch.stack(layers).mean(0).clamp(min=0)
@@ -124,14 +124,14 @@ def clusters(d_KK: np.ndarray, most: int) -> list[int]:
     clients = len(d_KK)
     if clients < 3:
         return list(range(max(clients - 1, 1))) + [0] * (clients > 1)
-    best, found = -2.0, [0] * clients
+    best_quality, best_labels = -2.0, [0] * clients
     for m in range(2, min(most, clients - 1) + 1):
         labels = AgglomerativeClustering(m, metric="precomputed", linkage="average").fit_predict(d_KK)
         quality = silhouette_score(d_KK, labels, metric="precomputed")
-        if quality > best + 1e-12:
-            best, found = quality, labels.tolist()
-    order = {label: i for i, label in enumerate(dict.fromkeys(found))}
-    return [order[label] for label in found]
+        if quality > best_quality + 1e-12:
+            best_quality, best_labels = quality, labels.tolist()
+    order = {label: i for i, label in enumerate(dict.fromkeys(best_labels))}
+    return [order[label] for label in best_labels]
 
 
 class FedLEASEServer(Server):
@@ -171,25 +171,25 @@ class FedLEASEServer(Server):
         return self.models.lacks(client, self.algorithm.M_max)
 
     def configure(self, round: int, clients: Sequence[ClientInfo]) -> dict[ClientId, Payload]:
-        able = [client for client in clients if self.unable(client) is None]
-        chosen = self.setup.sampling.choose(able, round, self.setup.seed)
-        return {client.id: self.deliver(client) for client in chosen}
+        able_clients = [client for client in clients if self.unable(client) is None]
+        participants = self.setup.sampling.choose(able_clients, round, self.setup.seed)
+        return {client.id: self.deliver(client) for client in participants}
 
     def deliver(self, client: ClientInfo) -> Payload:
-        own, heads = self.cluster.get(client.id), heads_of(self.params, client.task)
-        names = (OWN,) if own is None else tuple(f"e{m}" for m in range(self.M))
+        cluster, heads = self.cluster.get(client.id), heads_of(self.params, client.task)
+        names = (OWN,) if cluster is None else tuple(f"e{m}" for m in range(self.M))
         keys = [f"{path}.pairs.{name}.{leaf}" for path in self.models.paths for name in names for leaf in "ab"]
         return Payload(
             {"params": heads | {key: self.params[key] for key in keys}},
-            {"M": 0 if own is None else self.M, "own": OWN if own is None else f"e{own}"},
+            {"M": 0 if cluster is None else self.M, "own": OWN if cluster is None else f"e{cluster}"},
         )
 
     def expects(self, client: ClientInfo, sent: Payload) -> dict[str, dict[str, Like]]:
-        own, params = str(sent.scalars["own"]), super().expects(client, sent)["params"]
-        return {"params": {k: like for k, like in params.items() if k.startswith("head.") or f".pairs.{own}." in k}}
+        slot, params = str(sent.scalars["own"]), super().expects(client, sent)["params"]
+        return {"params": {k: like for k, like in params.items() if k.startswith("head.") or f".pairs.{slot}." in k}}
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
-        mean, answered, begun = self.setup.mean(self.params), 0, bool(self.cluster)
+        mean, reply_count, has_clusters = self.setup.mean(self.params), 0, bool(self.cluster)
         for client, reply in replies:
             params, n_k = reply.group("params"), reply.scalars["num_examples"]
             if client not in self.cluster:
@@ -197,10 +197,10 @@ class FedLEASEServer(Server):
                 self.examples[client] = int(n_k)
                 params = heads_of(params)
             mean.add(params, n_k)
-            answered += 1
+            reply_count += 1
         self.params = mean.mean(self.params)
-        self.rounds += bool(answered)
-        if begun:
+        self.rounds += bool(reply_count)
+        if has_clusters:
             self._join()
         elif self.rounds >= self.algorithm.warmup and len(self.adapters) > 1:
             self._cluster()
@@ -222,10 +222,11 @@ class FedLEASEServer(Server):
     def _join(self) -> None:
         """Add each client with a late warm-up to the cluster with the nearest members on average."""
         for client in sorted(self.adapters.keys() - self.cluster.keys()):
-            known = sorted(self.cluster)
-            d = distances([self._b(client), *(self._b(other) for other in known)])[0, 1:]
+            clustered_clients = sorted(self.cluster)
+            d = distances([self._b(client), *(self._b(other) for other in clustered_clients)])[0, 1:]
             means = [
-                np.mean([d[i] for i, other in enumerate(known) if self.cluster[other] == m]) for m in range(self.M)
+                np.mean([d[i] for i, other in enumerate(clustered_clients) if self.cluster[other] == m])
+                for m in range(self.M)
             ]
             self.cluster[client] = int(np.argmin(means))
             self.log.append({"event": "cluster", "client": client, "experts": self.cluster[client]})
@@ -234,18 +235,18 @@ class FedLEASEServer(Server):
         return [self.adapters[client][f"{path}.pairs.{OWN}.b"] for path in self.models.paths]
 
     def state(self) -> Payload:
-        adapters = {f"{client}/{key}": t for client, own in self.adapters.items() for key, t in own.items()}
-        rest = {"cluster": self.cluster, "examples": self.examples, "rounds": self.rounds, "log": self.log}
-        return Payload({"params": self.params, "adapters": adapters}, {"lease": json.dumps(rest)})
+        adapters = {f"{client}/{key}": t for client, adapter in self.adapters.items() for key, t in adapter.items()}
+        record = {"cluster": self.cluster, "examples": self.examples, "rounds": self.rounds, "log": self.log}
+        return Payload({"params": self.params, "adapters": adapters}, {"lease": json.dumps(record)})
 
     def restore(self, state: Payload) -> None:
         self.params, self.adapters = state.group("params"), {}
         for key, tensor in state.group("adapters").items():
             client, _, name = key.partition("/")
             self.adapters.setdefault(client, {})[name] = tensor
-        rest: Mapping[str, Any] = json.loads(str(state.scalars["lease"]))
+        record: Mapping[str, Any] = json.loads(str(state.scalars["lease"]))
         self.cluster, self.examples, self.rounds, self.log = (
-            rest[name] for name in ("cluster", "examples", "rounds", "log")
+            record[name] for name in ("cluster", "examples", "rounds", "log")
         )
 
     def events(self) -> list[dict[str, Any]]:
@@ -261,19 +262,23 @@ class FedLEASEClient(Client):
         algorithm.models(setup, 0)
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
-        own, experts = str(payload.scalars["own"]), int(payload.scalars["M"])
+        slot, experts = str(payload.scalars["own"]), int(payload.scalars["M"])
         models, params, slots = self._ready(payload, context)
 
         def is_frozen(key: str) -> bool:
-            return ".pairs." in key and f".pairs.{own}." not in key
+            return ".pairs." in key and f".pairs.{slot}." not in key
 
         model = models.build(params, context, slots, is_frozen)
-        fitted, told = models.train(model, context)
-        flat = models.flatten(model, fitted.masters)
-        sent = {key: t for key, t in flat.items() if key.startswith("head.") or f".pairs.{own}." in key}
-        kept = {key: t for key, t in flat.items() if key.endswith(".route")} if experts else sent
-        context.state.params, context.state.scalars = kept, {"M": experts, "own": own}
-        return Payload({"params": sent}, told)
+        fit_result, scalars = models.train(model, context)
+        flat_params = models.flatten(model, fit_result.masters)
+        shared_params = {
+            key: t for key, t in flat_params.items() if key.startswith("head.") or f".pairs.{slot}." in key
+        }
+        state_params = (
+            {key: t for key, t in flat_params.items() if key.endswith(".route")} if experts else shared_params
+        )
+        context.state.params, context.state.scalars = state_params, {"M": experts, "own": slot}
+        return Payload({"params": shared_params}, scalars)
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         models, params, slots = self._ready(payload, context)
@@ -281,14 +286,14 @@ class FedLEASEClient(Client):
 
     def _ready(self, payload: Payload, context: ClientContext) -> tuple[MixedModels, Params, list[str]]:
         """Return the builder of the model, its parameters and the slots of its routers."""
-        own, experts, params = str(payload.scalars["own"]), int(payload.scalars["M"]), payload.group("params")
+        slot, experts, params = str(payload.scalars["own"]), int(payload.scalars["M"]), payload.group("params")
         models, state = self.algorithm.models(self.setup, experts), context.state
-        if experts and (experts > self.algorithm.M_max or own not in [f"e{m}" for m in range(experts)]):
-            raise PayloadError(f"the server sent {experts} clusters and the own expert {shown(own)}")
+        if experts and (experts > self.algorithm.M_max or slot not in [f"e{m}" for m in range(experts)]):
+            raise PayloadError(f"the server sent {experts} clusters and the own expert {shown(slot)}")
         if not experts:  # in the warm-up a client continues from the adapter that it kept
             return models, {**params, **(state.params if state.scalars.get("M") == 0 else {})}, []
-        slots = [f"e{m}" for m in range(experts)] + [own] * (experts - 1)
-        if (state.scalars.get("M"), state.scalars.get("own")) == (experts, own):
+        slots = [f"e{m}" for m in range(experts)] + [slot] * (experts - 1)
+        if (state.scalars.get("M"), state.scalars.get("own")) == (experts, slot):
             return models, {**params, **state.params}, slots
         routes = {}
         for path, (x, _) in models.paths.items():

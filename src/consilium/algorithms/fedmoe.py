@@ -137,8 +137,8 @@ class FedMoE(Algorithm):
         return True
 
     def reads(self) -> frozenset[str]:
-        used = {"usage"} if self.stage2 or self.stage1 != "none" else set()
-        return frozenset(used | ({"validation scores"} if self.stage2 else set()))
+        inputs = {"usage"} if self.stage2 or self.stage1 != "none" else set()
+        return frozenset(inputs | ({"validation scores"} if self.stage2 else set()))
 
     def server(self, setup: Setup) -> Server:
         return FedMoEServer(setup, self)
@@ -160,12 +160,12 @@ def structure_at(p: Usage, theta: float, least: int = 1) -> Held:
         theta: share of the usage to cover, in [0, 1].
         least: fewest experts of a layer.
     """
-    held = {}
+    structure = {}
     for block, p_E in p.items():
         order = p_E.argsort(descending=True, stable=True)
-        reached = int((p_E[order].cumsum(0) < theta - 1e-9).sum())
-        held[block] = tuple(sorted(order[: max(reached + 1, least)].tolist()))
-    return held
+        count = int((p_E[order].cumsum(0) < theta - 1e-9).sum())
+        structure[block] = tuple(sorted(order[: max(count + 1, least)].tolist()))
+    return structure
 
 
 def largest_structure(p: Usage, fits: Callable[[Mapping[str, int]], bool], least: int = 1) -> Held:
@@ -179,19 +179,19 @@ def largest_structure(p: Usage, fits: Callable[[Mapping[str, int]], bool], least
     Raises:
         BudgetError: if not even `least` experts per layer fit.
     """
-    low, high = 0.0, 1.0
-    best = structure_at(p, low, least)
-    if not fits(counts_of(best)):
+    low_theta, high_theta = 0.0, 1.0
+    best_structure = structure_at(p, low_theta, least)
+    if not fits(counts_of(best_structure)):
         raise BudgetError(f"{_per_layer(least)} does not fit")
-    if fits(counts_of(full := structure_at(p, high, least))):
-        return full
+    if fits(counts_of(full_structure := structure_at(p, high_theta, least))):
+        return full_structure
     for _ in range(40):
-        theta = (low + high) / 2
+        theta = (low_theta + high_theta) / 2
         if fits(counts_of(candidate := structure_at(p, theta, least))):
-            low, best = theta, candidate
+            low_theta, best_structure = theta, candidate
         else:
-            high = theta
-    return best
+            high_theta = theta
+    return best_structure
 
 
 def similarity(p_k: Usage, p_a: Usage) -> float:
@@ -283,17 +283,17 @@ class FedMoEServer(Server):
 
     def configure(self, round: int, clients: Sequence[ClientInfo]) -> dict[ClientId, Payload]:
         if self.stage == "one":
-            able = [client for client in clients if self.unable(client) is None]
-            if able:
-                return {client.id: self._profiled(client) for client in able}
+            able_clients = [client for client in clients if self.unable(client) is None]
+            if able_clients:
+                return {client.id: self._profiled(client) for client in able_clients}
             self._set_structures()
-        chosen = self.setup.sampling.choose(clients, round, self.setup.seed)
-        return {client.id: self._sub_moe(client) for client in chosen}
+        participants = self.setup.sampling.choose(clients, round, self.setup.seed)
+        return {client.id: self._sub_moe(client) for client in participants}
 
     def _profiled(self, client: ClientInfo) -> Payload:
         """Return the full MoE, which a client measures in stage one."""
-        sent = self.setup.sub_moe(self.params, client.task, None, client)
-        return Payload(sent.groups, {**sent.scalars, "stage": "one"})
+        payload = self.setup.sub_moe(self.params, client.task, None, client)
+        return Payload(payload.groups, {**payload.scalars, "stage": "one"})
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
         if self.stage == "one":
@@ -311,8 +311,8 @@ class FedMoEServer(Server):
         self.params = mean.mean(self.params)
         for client, accuracy in scores.items():
             self._follow(client, accuracy)
-        held = [sum(counts_of(h).values()) for h in self.map.values()]
-        return {"experts": sum(held) / len(held), **mean.told()}
+        expert_counts = [sum(counts_of(experts).values()) for experts in self.map.values()]
+        return {"experts": sum(expert_counts) / len(expert_counts), **mean.told()}
 
     def deliver(self, client: ClientInfo) -> Payload:
         return self.setup.sub_moe(self.params, client.task, self.map.get(client.id), client)
@@ -333,23 +333,23 @@ class FedMoEServer(Server):
         return {**params, **dict.fromkeys(self.algorithm.asks(), counts)}
 
     def objection(self, client: ClientInfo, sent: Payload, reply: Payload) -> str | None:
-        needed = self.algorithm.stage2 and sent.scalars["stage"] == "two"
-        return "validation is missing" if needed and "validation" not in reply.scalars else None
+        needs_validation = self.algorithm.stage2 and sent.scalars["stage"] == "two"
+        return "validation is missing" if needs_validation and "validation" not in reply.scalars else None
 
     def _sub_moe(self, client: ClientInfo) -> Payload:
-        sent = self.deliver(client)
-        absent = absent_rows(self.params, self.map[client.id])
-        return Payload({**sent.groups, "router": absent}, {**sent.scalars, "stage": "two"})
+        payload = self.deliver(client)
+        router_rows = absent_rows(self.params, self.map[client.id])
+        return Payload({**payload.groups, "router": router_rows}, {**payload.scalars, "stage": "two"})
 
     def _weight(self, reply: Payload) -> float | Callable[[str], float]:
         n_k = float(reply.scalars["num_examples"])
         if self.algorithm.weight == "examples":
             return n_k
-        served = reply.group("served")
+        token_counts = reply.group("served")
 
         def weight(key: str) -> float:
             place = expert_of(key) or router_row_of(key)
-            return n_k if place is None else float(served[place[0]][place[1]])
+            return n_k if place is None else float(token_counts[place[0]][place[1]])
 
         return weight
 
@@ -367,19 +367,19 @@ class FedMoEServer(Server):
         for client in self.setup.clients:
             if client.id not in self.p:
                 self.p[client.id] = self._estimate(client)
-            allowed = self.algorithm.alpha
+            memory_share = self.algorithm.alpha
 
-            def fits(counts: Mapping[str, int], client: ClientInfo = client, share: float = allowed) -> bool:
+            def fits(counts: Mapping[str, int], client: ClientInfo = client, share: float = memory_share) -> bool:
                 return client.memory_bytes is None or (
                     self.setup.footprint(counts).total <= share * client.memory_bytes
                 )
 
             try:
-                held = largest_structure(self.p[client.id], fits, self._least)
+                structure = largest_structure(self.p[client.id], fits, self._least)
             except BudgetError:  # the smallest sub-MoE fits M_k, as checked at the start, but not alpha * M_k
-                held = structure_at(self.p[client.id], 0.0, self._least)
-            self.map[client.id] = held
-            self._note("structure", client.id, experts=sum(counts_of(held).values()),
+                structure = structure_at(self.p[client.id], 0.0, self._least)
+            self.map[client.id] = structure
+            self._note("structure", client.id, experts=sum(counts_of(structure).values()),
                        source="measured" if client.id in self.measured else "estimated")  # fmt: skip
 
     def _estimate(self, client: ClientInfo) -> dict[str, Tensor]:
@@ -426,53 +426,57 @@ class FedMoEServer(Server):
             if progress.frozen:
                 self._note("freeze", client)
             return
-        held = self._adjusted(client)
-        if held != self.map[client]:
-            progress.before, self.map[client] = self.map[client], held
+        structure = self._adjusted(client)
+        if structure != self.map[client]:
+            progress.before, self.map[client] = self.map[client], structure
 
     def _adjusted(self, client: ClientId) -> Held:
         """Return the structure after growing or shrinking towards the client's neighbours (Eq 4 to 6)."""
-        known = {a: p for a, p in self.p.items() if a in self.map}
-        sims = similar(client, known, self.algorithm.K)
+        usage_by_client = {a: p for a, p in self.p.items() if a in self.map}
+        sims = similar(client, usage_by_client, self.algorithm.K)
         if not any(sims.values()):
             return self.map[client]
-        own = sum(counts_of(self.map[client]).values())
-        mean = sum(sum(counts_of(self.map[a]).values()) for a in sims) / len(sims)
-        n = _round_half_away(mean - own)
-        wanted = p_hat(sims, known)
+        old_count = sum(counts_of(self.map[client]).values())
+        mean_count = sum(sum(counts_of(self.map[a]).values()) for a in sims) / len(sims)
+        n = _round_half_away(mean_count - old_count)
+        target_scores = p_hat(sims, usage_by_client)
         if self.algorithm.rank == "layer":
-            wanted = z_scores(wanted)
-        held = self._grown(client, wanted, n) if n > 0 else self._shrunk(client, wanted, -n)
-        after = sum(counts_of(held).values())
-        if after != own:
-            self._note("grow" if after > own else "shrink", client, experts=after, neighbours=sorted(sims))
-        return held
+            target_scores = z_scores(target_scores)
+        structure = self._grown(client, target_scores, n) if n > 0 else self._shrunk(client, target_scores, -n)
+        new_count = sum(counts_of(structure).values())
+        if new_count != old_count:
+            self._note(
+                "grow" if new_count > old_count else "shrink", client, experts=new_count, neighbours=sorted(sims)
+            )
+        return structure
 
     def _grown(self, client: ClientId, wanted: Usage, n: int) -> Held:
-        held = {block: set(ids) for block, ids in self.map[client].items()}
-        outside = [(b, j) for b, p_E in wanted.items() for j in range(len(p_E)) if j not in held[b]]
+        structure = {block: set(ids) for block, ids in self.map[client].items()}
+        candidates = [(b, j) for b, p_E in wanted.items() for j in range(len(p_E)) if j not in structure[b]]
         info = self._info(client)
-        for block, j in sorted(outside, key=lambda e: -float(wanted[e[0]][e[1]]))[:n]:
-            held[block].add(j)
-            if self.setup.lacks(info, counts_of(held)):
-                held[block].discard(j)
+        for block, j in sorted(candidates, key=lambda e: -float(wanted[e[0]][e[1]]))[:n]:
+            structure[block].add(j)
+            if self.setup.lacks(info, counts_of(structure)):
+                structure[block].discard(j)
                 break
-        return {block: tuple(sorted(ids)) for block, ids in held.items()}
+        return {block: tuple(sorted(ids)) for block, ids in structure.items()}
 
     def _shrunk(self, client: ClientId, wanted: Usage, m: int) -> Held:
-        held = {block: set(ids) for block, ids in self.map[client].items()}
-        own = self.p[client]
-        inside = [(b, j) for b, ids in self.map[client].items() for j in ids]
-        floors = {b: self.algorithm.floor * float(own[b][list(ids)].sum()) for b, ids in self.map[client].items()}
-        removed = 0
-        for block, j in sorted(inside, key=lambda e: float(wanted[e[0]][e[1]])):
-            rest = held[block] - {j}
-            if removed == m:
+        structure = {block: set(ids) for block, ids in self.map[client].items()}
+        client_usage = self.p[client]
+        candidates = [(b, j) for b, ids in self.map[client].items() for j in ids]
+        floors = {
+            b: self.algorithm.floor * float(client_usage[b][list(ids)].sum()) for b, ids in self.map[client].items()
+        }
+        removed_count = 0
+        for block, j in sorted(candidates, key=lambda e: float(wanted[e[0]][e[1]])):
+            remaining = structure[block] - {j}
+            if removed_count == m:
                 break
-            if len(rest) >= self._least and float(own[block][list(rest)].sum()) >= floors[block]:
-                held[block] = rest
-                removed += 1
-        return {block: tuple(sorted(ids)) for block, ids in held.items()}
+            if len(remaining) >= self._least and float(client_usage[block][list(remaining)].sum()) >= floors[block]:
+                structure[block] = remaining
+                removed_count += 1
+        return {block: tuple(sorted(ids)) for block, ids in structure.items()}
 
     # the record
 
@@ -484,20 +488,20 @@ class FedMoEServer(Server):
         return log
 
     def structure(self) -> ExpertMap | None:
-        return {client: dict(held) for client, held in self.map.items()} or None
+        return {client: dict(experts) for client, experts in self.map.items()} or None
 
     def usage(self) -> dict[ClientId, dict[str, list[float]]]:
         return {client: {b: p_E.tolist() for b, p_E in p.items()} for client, p in self.p.items()}
 
     def state(self) -> Payload:
         p = {f"{client}/{block}": p_E for client, blocks in self.p.items() for block, p_E in blocks.items()}
-        rest = {
+        record = {
             "map": self.map,
             "measured": self.measured,
             "progress": {client: asdict(progress) for client, progress in self.progress.items()},
             "log": self.log,
         }
-        return Payload({"params": self.params, "p": p}, {"fedmoe": json.dumps(rest)})
+        return Payload({"params": self.params, "p": p}, {"fedmoe": json.dumps(record)})
 
     def restore(self, state: Payload) -> None:
         self.params = state.group("params")
@@ -506,14 +510,14 @@ class FedMoEServer(Server):
         self.p = {
             client: {b: p[f"{client}/{b}"] for b in blocks} for client in sorted({key.split("/")[0] for key in p})
         }
-        rest = json.loads(str(state.scalars["fedmoe"]))
-        self.map = {client: _held(held) for client, held in rest["map"].items()}
-        self.measured = rest["measured"]
+        record = json.loads(str(state.scalars["fedmoe"]))
+        self.map = {client: _held(experts) for client, experts in record["map"].items()}
+        self.measured = record["measured"]
         self.progress = {
             client: _Progress(**{**fields, "before": _held(fields["before"])})
-            for client, fields in rest["progress"].items()
+            for client, fields in record["progress"].items()
         }
-        self.log = rest["log"]
+        self.log = record["log"]
 
 
 def _held(held: Mapping[str, Sequence[int]] | None) -> Held | None:
@@ -539,8 +543,8 @@ class FedMoEClient(Client):
         if payload.scalars["stage"] == "one":
             return self._profile(payload, context)
         reply = local_round(self.setup, payload, context, usage=True)[1]
-        unasked = {"demand", "served"} - set(self.algorithm.asks())
-        return Payload({k: group for k, group in reply.groups.items() if k not in unasked}, reply.scalars)
+        unasked_groups = {"demand", "served"} - set(self.algorithm.asks())
+        return Payload({k: group for k, group in reply.groups.items() if k not in unasked_groups}, reply.scalars)
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         return local_test(self.setup, payload, context)
@@ -557,8 +561,8 @@ class FedMoEClient(Client):
                 with seeded(derive_seed(context.seed, "lora")):
                     add_expert_lora(model, self.algorithm.lora_rank)
             train = setup.encode(context, context.data.train)
-            fitted = fit(model, train, setup.fit, context, epochs=self.algorithm.stage1_epochs)
-            scalars |= {"train_loss": fitted.loss, "steps": fitted.steps, "cut": train.cut}
+            fit_result = fit(model, train, setup.fit, context, epochs=self.algorithm.stage1_epochs)
+            scalars |= {"train_loss": fit_result.loss, "steps": fit_result.steps, "cut": train.cut}
         start = time.perf_counter()
         with Tap(model, counts=setup.model.counts) as tap:
             validation = setup.encode(context, context.data.validation)

@@ -66,14 +66,18 @@ class FedMRL(Algorithm):
             ConfigError: if the small model's representation is wider than that of a client's own model.
         """
         d1 = self.d1 or max(1, setup.model.width // 5)
-        narrow = replace(setup, model=replace(setup.model, width=d1))
-        model, shape = narrow.model, setup.shape
-        small = model.width_of(model.small, shape)
-        least = min(setup.model.width_of(name, shape) for name in model.architectures)
-        if small > least:
-            said = f"d1 is {d1}" if small == d1 else f"the representation of {model.small} has {small} numbers"
-            raise ConfigError(f"{said}; it must be at most {least}, the width of the clients' own representations")
-        return narrow
+        narrow_setup = replace(setup, model=replace(setup.model, width=d1))
+        model, shape = narrow_setup.model, setup.shape
+        small_width = model.width_of(model.small, shape)
+        smallest_width = min(setup.model.width_of(name, shape) for name in model.architectures)
+        if small_width > smallest_width:
+            reason = (
+                f"d1 is {d1}" if small_width == d1 else f"the representation of {model.small} has {small_width} numbers"
+            )
+            raise ConfigError(
+                f"{reason}; it must be at most {smallest_width}, the width of the clients' own representations"
+            )
+        return narrow_setup
 
 
 class FedMRLClient(Client):
@@ -85,27 +89,31 @@ class FedMRLClient(Client):
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         model = self._model(payload, context)
-        told = trained(self.setup, model, context, partial(coarse_and_fine, supervised=self.setup.fit.cross_entropy))
+        scalars = trained(self.setup, model, context, partial(coarse_and_fine, supervised=self.setup.fit.cross_entropy))
         params = flatten(model)
         context.state.params = {key: t for key, t in params.items() if not key.startswith(SMALL)}
-        return Payload({"params": {key: t for key, t in params.items() if key.startswith(SMALL)}}, told)
+        return Payload({"params": {key: t for key, t in params.items() if key.startswith(SMALL)}}, scalars)
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         return tested(self.setup, self._model(payload, context), context)
 
     def _model(self, payload: Payload, context: ClientContext) -> SplitModel:
-        own = context.state.params or self._initial(context)
-        return self.setup.split_model(lambda: self._nested(context), {**own, **payload.group("params")}, context)
+        client_params = context.state.params or self._initial(context)
+        return self.setup.split_model(
+            lambda: self._nested(context), {**client_params, **payload.group("params")}, context
+        )
 
     def _nested(self, context: ClientContext) -> "Nested":
-        small = self.narrow.model.extractor(self.narrow.model.small, self.setup.shape)
-        private = self.setup.model.extractor(context.info.architecture, self.setup.shape)
-        return Nested(private, small, len(context.data.task.labels))
+        small_extractor = self.narrow.model.extractor(self.narrow.model.small, self.setup.shape)
+        private_extractor = self.setup.model.extractor(context.info.architecture, self.setup.shape)
+        return Nested(private_extractor, small_extractor, len(context.data.task.labels))
 
     def _initial(self, context: ClientContext) -> Params:
-        begun = initial(lambda: self._nested(context), self.setup.seed, "FedMRL", context.info.architecture)
-        own = {k if k.startswith("head.") else f"private.{k}": t for k, t in self.setup.own_params(context).items()}
-        return {**{k: t for k, t in begun.items() if k.startswith("projector.")}, **own}
+        initial_params = initial(lambda: self._nested(context), self.setup.seed, "FedMRL", context.info.architecture)
+        client_params = {
+            k if k.startswith("head.") else f"private.{k}": t for k, t in self.setup.own_params(context).items()
+        }
+        return {**{k: t for k, t in initial_params.items() if k.startswith("projector.")}, **client_params}
 
 
 class Nested(nn.Module):
@@ -127,6 +135,6 @@ class Nested(nn.Module):
 
 def coarse_and_fine(model: SplitModel, batch: dict[str, Tensor], supervised: Supervised = F.cross_entropy) -> Tensor:
     """Return the CE of the small header on R_c plus the CE of the client's own header on R."""
-    r, y, small = model.backbone(batch["x"]), batch["labels"], model.backbone.small
-    coarse = small["head"](r[:, : small["extractor"].width])
-    return supervised(coarse, y) + supervised(model.head(r), y)
+    r, y, small_modules = model.backbone(batch["x"]), batch["labels"], model.backbone.small
+    coarse_logits = small_modules["head"](r[:, : small_modules["extractor"].width])
+    return supervised(coarse_logits, y) + supervised(model.head(r), y)

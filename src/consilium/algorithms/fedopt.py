@@ -126,21 +126,21 @@ class FedOptServer(FedAvgServer):
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
         mean = self.setup.mean(self.params)
-        merged = averaged(self.params, replies, mean)
-        start = self.algorithm.tau**2
+        mean_params = averaged(self.params, replies, mean)
+        initial_moment = self.algorithm.tau**2
         params, m, v = dict(self.params), dict(self.m), dict(self.v)
-        for key, new in merged.items():
-            old = self.params[key]
-            if new is old:  # no client has returned this tensor
+        for key, new_tensor in mean_params.items():
+            old_tensor = self.params[key]
+            if new_tensor is old_tensor:  # no client has returned this tensor
                 continue
             if key.endswith(("running_mean", "running_var")):
-                params[key] = new
+                params[key] = new_tensor
                 continue
-            first = m[key] if key in m else torch.zeros_like(old, dtype=torch.float64)
-            second = v[key] if key in v else torch.full_like(old, start, dtype=torch.float64)
-            change, first, second = self.algorithm.step(new.double() - old.double(), first, second)
-            params[key] = (old.double() + change).to(old.dtype)
-            m[key], v[key] = first, second  # kept in float64, in which the square of a huge change is finite
+            moment1 = m[key] if key in m else torch.zeros_like(old_tensor, dtype=torch.float64)
+            moment2 = v[key] if key in v else torch.full_like(old_tensor, initial_moment, dtype=torch.float64)
+            change, moment1, moment2 = self.algorithm.step(new_tensor.double() - old_tensor.double(), moment1, moment2)
+            params[key] = (old_tensor.double() + change).to(old_tensor.dtype)
+            m[key], v[key] = moment1, moment2  # kept in float64, in which the square of a huge change is finite
         self.params, self.m, self.v = params, m, v
         return mean.told()
 

@@ -77,11 +77,11 @@ def pruned(importance: Mapping[str, Mapping[int, float]], fraction: float) -> Un
         importance: layer -> unit -> importance.
         fraction: share of the units of each layer to prune, in [0, 1).
     """
-    kept = {}
-    for layer, own in importance.items():
-        order = sorted(own, key=lambda unit: (-own[unit], unit))
-        kept[layer] = sorted(order[: max(1, len(order) - int(fraction * len(order)))])
-    return kept
+    units = {}
+    for layer, unit_importance in importance.items():
+        order = sorted(unit_importance, key=lambda unit: (-unit_importance[unit], unit))
+        units[layer] = sorted(order[: max(1, len(order) - int(fraction * len(order)))])
+    return units
 
 
 def expanded(units: Units, others: Mapping[str, Mapping[int, float]], size: Any, budget: int) -> Units:
@@ -98,16 +98,16 @@ def expanded(units: Units, others: Mapping[str, Mapping[int, float]], size: Any,
     Returns:
         Layer -> units, ascending.
     """
-    grown = {layer: list(ids) for layer, ids in units.items()}
-    ranked = []
-    for layer, known in others.items():
-        mean = sum(known.values()) / max(len(known), 1) or 1.0
-        ranked += [(s / mean, layer, unit) for unit, s in known.items() if unit not in grown[layer]]
-    for _, layer, unit in sorted(ranked, key=lambda item: (-item[0], item[1], item[2])):
-        tried = {**grown, layer: sorted([*grown[layer], unit])}
-        if size(tried) <= budget:
-            grown = tried
-    return grown
+    new_units = {layer: list(ids) for layer, ids in units.items()}
+    candidates = []
+    for layer, unit_importance in others.items():
+        mean = sum(unit_importance.values()) / max(len(unit_importance), 1) or 1.0
+        candidates += [(s / mean, layer, unit) for unit, s in unit_importance.items() if unit not in new_units[layer]]
+    for _, layer, unit in sorted(candidates, key=lambda item: (-item[0], item[1], item[2])):
+        candidate = {**new_units, layer: sorted([*new_units[layer], unit])}
+        if size(candidate) <= budget:
+            new_units = candidate
+    return new_units
 
 
 class FedPEServer(SubNetServer):
@@ -141,75 +141,81 @@ class FedPEServer(SubNetServer):
         return None if "validation" in reply.scalars else "validation is missing"
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
-        told: dict[ClientId, float] = {}
+        validation_scores: dict[ClientId, float] = {}
 
         def noted() -> Iterable[tuple[ClientId, Payload]]:
             for client, reply in replies:
                 self._note(client, reply.group("saliency"))
-                told[client] = float(reply.scalars["validation"])
+                validation_scores[client] = float(reply.scalars["validation"])
                 yield client, reply
 
         self.params = self.merged(noted())
-        for client in sorted(told):
-            self._change(client, told[client], round)
+        for client in sorted(validation_scores):
+            self._change(client, validation_scores[client], round)
         self.round = round + 1
-        held = [params_of(self.links, units) for units in self.held.values()]
-        return {"parameters": sum(held) / max(len(held), 1)}
+        parameter_counts = [params_of(self.links, units) for units in self.held.values()]
+        return {"parameters": sum(parameter_counts) / max(len(parameter_counts), 1)}
 
     def _note(self, client: ClientId, importance: Mapping[str, Tensor]) -> None:
         """Update the moving averages of a client's importances; a unit that is new starts at the reported value."""
-        before, now = self.known.get(client, {}), {}
+        old_importance, new_importance = self.known.get(client, {}), {}
         for layer, ids in self.held[client].items():
-            old = before.get(layer, {})
-            now[layer] = {
-                u: FORGET * old[u] + (1 - FORGET) * s if u in old else s
+            old_values = old_importance.get(layer, {})
+            new_importance[layer] = {
+                u: FORGET * old_values[u] + (1 - FORGET) * s if u in old_values else s
                 for u, s in zip(ids, importance[layer].tolist(), strict=True)
             }
-        self.known = self.known | {client: now}
+        self.known = self.known | {client: new_importance}
 
     def _change(self, client: ClientId, validation: float, round: int) -> None:
         """Undo the client's last change if its validation score fell too far; otherwise prune and expand."""
-        algorithm, judged = self.algorithm, self.judged.get(client, {"factor": 1.0})
+        algorithm, judgement = self.algorithm, self.judged.get(client, {"factor": 1.0})
         event = None
-        if "units" in judged and validation < judged["score"] - algorithm.eps:
-            units, judged, event = judged["units"], {"factor": judged["factor"] / 2}, "rollback"
+        if "units" in judgement and validation < judgement["score"] - algorithm.eps:
+            units, judgement, event = judgement["units"], {"factor": judgement["factor"] / 2}, "rollback"
         else:
             horizon = max(self.setup.rounds, 1)
             decay = (1 + math.cos(math.pi * min(round / horizon, 1.0))) / 2 if self.setup.rounds else 1.0
-            units = pruned(self.known[client], algorithm.rho * judged["factor"] * decay)
+            units = pruned(self.known[client], algorithm.rho * judgement["factor"] * decay)
             if algorithm.expand:
                 units = expanded(units, self._others(client), lambda u: params_of(self.links, u), self.budget[client])
             if units != self.held[client]:
-                before, after = (sum(map(len, u.values())) for u in (self.held[client], units))
-                judged = {**judged, "score": validation, "units": self.held[client]}
-                event = "grow" if after >= before else "shrink"
+                old_count, new_count = (sum(map(len, u.values())) for u in (self.held[client], units))
+                judgement = {**judgement, "score": validation, "units": self.held[client]}
+                event = "grow" if new_count >= old_count else "shrink"
         if event:
             self.log.append({"event": event, "client": client, "experts": sum(map(len, units.values()))})
-        self.held, self.judged = self.held | {client: units}, self.judged | {client: judged}
+        self.held, self.judged = self.held | {client: units}, self.judged | {client: judgement}
 
     def _others(self, client: ClientId) -> dict[str, dict[int, float]]:
         """Return layer -> unit -> mean importance to the other clients that have the unit."""
-        found: dict[str, dict[int, list[float]]] = {link.name: {} for link in self.links[:-1]}
+        importances: dict[str, dict[int, list[float]]] = {link.name: {} for link in self.links[:-1]}
         for other in sorted(self.known.keys() - {client}):
-            for layer, own in self.known[other].items():
-                for unit, s in own.items():
-                    found[layer].setdefault(unit, []).append(s)
-        return {layer: {u: sum(s) / len(s) for u, s in own.items()} for layer, own in found.items()}
+            for layer, unit_values in self.known[other].items():
+                for unit, s in unit_values.items():
+                    importances[layer].setdefault(unit, []).append(s)
+        return {
+            layer: {u: sum(s) / len(s) for u, s in unit_values.items()} for layer, unit_values in importances.items()
+        }
 
     def events(self) -> list[dict[str, Any]]:
         log, self.log = self.log, []
         return log
 
     def state(self) -> Payload:
-        known = {c: {layer: list(own.items()) for layer, own in of.items()} for c, of in self.known.items()}
-        rest = {"held": self.held, "known": known, "judged": self.judged, "log": self.log, "round": self.round}
-        return Payload({"params": self.params}, {"pe": json.dumps(rest)})
+        importances = {
+            c: {layer: list(unit_values.items()) for layer, unit_values in layers.items()}
+            for c, layers in self.known.items()
+        }
+        record = {"held": self.held, "known": importances, "judged": self.judged, "log": self.log, "round": self.round}
+        return Payload({"params": self.params}, {"pe": json.dumps(record)})
 
     def restore(self, state: Payload) -> None:
-        self.params, rest = state.group("params"), json.loads(str(state.scalars["pe"]))
-        self.held, self.judged, self.log, self.round = (rest[k] for k in ("held", "judged", "log", "round"))
+        self.params, record = state.group("params"), json.loads(str(state.scalars["pe"]))
+        self.held, self.judged, self.log, self.round = (record[k] for k in ("held", "judged", "log", "round"))
         self.known = {
-            c: {layer: {int(u): s for u, s in own} for layer, own in of.items()} for c, of in rest["known"].items()
+            c: {layer: {int(u): s for u, s in unit_values} for layer, unit_values in layers.items()}
+            for c, layers in record["known"].items()
         }
 
 
@@ -233,6 +239,6 @@ class FedPEClient(SubNetClient):
                     p = trainable[f"{layer}.{leaf}"]
                     total += (p.detach() * p.grad).reshape(len(p), -1).sum(1).abs().cpu()
 
-        told = trained(self.setup, model, context, correct=measure)
+        scalars = trained(self.setup, model, context, correct=measure)
         saliency = {layer: total / max(batches, 1) for layer, total in sums.items()}
-        return Payload({"params": flatten(model), "saliency": saliency}, told)
+        return Payload({"params": flatten(model), "saliency": saliency}, scalars)

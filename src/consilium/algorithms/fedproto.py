@@ -128,7 +128,7 @@ class FedProtoClient(Client):
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         model = self.setup.build(self.setup.own_params(context), context)
-        told = trained(
+        scalars = trained(
             self.setup,
             model,
             context,
@@ -136,7 +136,7 @@ class FedProtoClient(Client):
         )
         context.state.params = flatten(model)
         prototypes, counts = class_means(model, self.setup, context)
-        return Payload({"prototypes": prototypes, **({"counts": counts} if self.counts else {})}, told)
+        return Payload({"prototypes": prototypes, **({"counts": counts} if self.counts else {})}, scalars)
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         model = self.setup.build(self.setup.own_params(context), context)
@@ -183,9 +183,9 @@ def class_means(
             one_hot_CB = F.one_hot(y, len(model.labels)).T.double()
             sums_CD = sums_CD + one_hot_CB @ of(batch["x"]).double().cpu()
             counts_C += torch.bincount(y, minlength=len(counts_C))
-    seen = counts_C.nonzero().flatten().tolist()
-    means = {model.labels[c]: (sums_CD[c] / counts_C[c]).float() for c in seen}
-    return means, {model.labels[c]: counts_C[c].clone() for c in seen}
+    classes = counts_C.nonzero().flatten().tolist()
+    means = {model.labels[c]: (sums_CD[c] / counts_C[c]).float() for c in classes}
+    return means, {model.labels[c]: counts_C[c].clone() for c in classes}
 
 
 class Nearest(nn.Module):
@@ -196,8 +196,8 @@ class Nearest(nn.Module):
 
     def __init__(self, prototypes: Params, labels: tuple[str, ...]):
         super().__init__()
-        nowhere = torch.full_like(next(iter(prototypes.values())), float("inf"))
-        self.register_buffer("points_CD", torch.stack([prototypes.get(label, nowhere) for label in labels]))
+        infinite_point = torch.full_like(next(iter(prototypes.values())), float("inf"))
+        self.register_buffer("points_CD", torch.stack([prototypes.get(label, infinite_point) for label in labels]))
 
     def forward(self, features_BD: Tensor) -> Tensor:
         return -(features_BD.unsqueeze(1) - self.points_CD).square().sum(-1)

@@ -64,10 +64,10 @@ class FedProxClient(Client):
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         # At mu = 0 no pull is added: with a zero gradient, Adam's momentum would move experts that no token reached.
-        mu, step = self.algorithm.mu, self.algorithm.pull == "step"
-        pull = (lambda model: proximal(model, mu)) if mu and not step else None
-        anchored = mu if step else 0.0
-        return local_round(self.setup, payload, context, pull, references=REFERENCES, anchored=anchored)[1]
+        mu, is_step = self.algorithm.mu, self.algorithm.pull == "step"
+        pull = (lambda model: proximal(model, mu)) if mu and not is_step else None
+        step_mu = mu if is_step else 0.0
+        return local_round(self.setup, payload, context, pull, references=REFERENCES, anchored=step_mu)[1]
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         return local_test(self.setup, payload, context)
@@ -81,15 +81,15 @@ def proximal(model: TaskModel, mu: float, anchor: Mapping[str, torch.Tensor] | N
         mu: weight of the proximal term, >= 0.
         anchor: path -> w^t; None: the current weights of the model.
     """
-    received = {path: p.detach().clone() for path, p in parameters(model).items() if p.requires_grad}
+    anchor_weights = {path: p.detach().clone() for path, p in parameters(model).items() if p.requires_grad}
     if anchor is not None:
-        received = {path: anchor[path].detach().to(p.device, copy=True) for path, p in received.items()}
+        anchor_weights = {path: anchor[path].detach().to(p.device, copy=True) for path, p in anchor_weights.items()}
 
     def correct(trainable: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:
         for path, p in trainable.items():
-            if received[path].dtype != weights[path].dtype:  # take the float32 masters, which have not moved yet
-                received[path] = weights[path].detach().clone()
-            pull = weights[path].detach() - received[path]
+            if anchor_weights[path].dtype != weights[path].dtype:  # take the float32 masters, which have not moved yet
+                anchor_weights[path] = weights[path].detach().clone()
+            pull = weights[path].detach() - anchor_weights[path]
             p.grad = pull.mul_(mu).to(p.dtype) if p.grad is None else p.grad.add_(pull, alpha=mu)
 
     return correct

@@ -65,8 +65,8 @@ class FedPer(Algorithm):
 
     def is_private(self, key: str) -> bool:
         """Return whether a flat name belongs to the personal part."""
-        head, row = key.startswith("head."), router_row_of(key) is not None
-        return (head and self.private != "router") or (row and self.private != "head")
+        is_head, is_router_row = key.startswith("head."), router_row_of(key) is not None
+        return (is_head and self.private != "router") or (is_router_row and self.private != "head")
 
 
 @dataclass(frozen=True)
@@ -102,17 +102,21 @@ class PersonalClient(Client):
         self.algorithm = algorithm
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
-        is_private, held = self.algorithm.is_private, experts_from_scalars(payload.scalars)
-        mine = self._mine(payload, context)
+        is_private, experts = self.algorithm.is_private, experts_from_scalars(payload.scalars)
+        client_payload = self._mine(payload, context)
         if self.algorithm.head_epochs:
-            first = replace(self.setup, fit=replace(self.setup.fit, epochs=self.algorithm.head_epochs))
-            apart = replace(context, seed=derive_seed(context.seed, "head"))
-            learned = local_round(first, mine, apart, frozen(held, lambda key: not is_private(key)))[1].group("params")
-            own = {key: t for key, t in learned.items() if is_private(key)}
-            mine = Payload({**mine.groups, "params": mine.group("params") | own}, payload.scalars)
-            _, reply = local_round(self.setup, mine, context, frozen(held, is_private))
+            head_setup = replace(self.setup, fit=replace(self.setup.fit, epochs=self.algorithm.head_epochs))
+            head_context = replace(context, seed=derive_seed(context.seed, "head"))
+            trained_params = local_round(
+                head_setup, client_payload, head_context, frozen(experts, lambda key: not is_private(key))
+            )[1].group("params")
+            private_params = {key: t for key, t in trained_params.items() if is_private(key)}
+            client_payload = Payload(
+                {**client_payload.groups, "params": client_payload.group("params") | private_params}, payload.scalars
+            )
+            _, reply = local_round(self.setup, client_payload, context, frozen(experts, is_private))
         else:
-            _, reply = local_round(self.setup, mine, context)
+            _, reply = local_round(self.setup, client_payload, context)
         params = reply.group("params")
         context.state.params = {key: t for key, t in params.items() if is_private(key)}
         return Payload({"params": {key: t for key, t in params.items() if not is_private(key)}}, reply.scalars)
@@ -135,11 +139,11 @@ def frozen(held: ExpertSet | None, still: Callable[[str], bool]) -> Callable[[Ta
 
     def make(model: TaskModel) -> Correct:
         names = table(model, held)
-        first = {path: name if isinstance(name, str) else name[0] for path, name in names.items()}
+        first_names = {path: name if isinstance(name, str) else name[0] for path, name in names.items()}
 
         def correct(trainable: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
             for path, p in trainable.items():
-                if still(first[path]):
+                if still(first_names[path]):
                     p.grad = None
 
         return correct

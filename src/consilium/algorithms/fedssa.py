@@ -70,7 +70,8 @@ class FedSSAServer(Server):
     def configure(self, round: int, clients: list[ClientInfo]) -> dict[ClientId, Payload]:
         self.rounds = round - 1
         return {
-            c: Payload(sent.groups, {"t": round - 1}) for c, sent in self.averaging.configure(round, clients).items()
+            c: Payload(payload.groups, {"t": round - 1})
+            for c, payload in self.averaging.configure(round, clients).items()
         }
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
@@ -100,19 +101,19 @@ class FedSSAClient(Client):
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         model = self._model(payload, context)
-        told = trained(self.setup, model, context)
+        scalars = trained(self.setup, model, context)
         context.state.params = flatten(model)
         rows = {key: context.state.params[key] for key in own_rows(context)}
-        return Payload({"params": rows}, told)
+        return Payload({"params": rows}, scalars)
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         return tested(self.setup, self._model(payload, context), context)
 
     def _model(self, payload: Payload, context: ClientContext) -> SplitModel:
-        own, received = self.setup.own_params(context), payload.group("params")
+        client_params, server_params = self.setup.own_params(context), payload.group("params")
         mu = self.algorithm.mu(int(payload.scalars["t"]))
-        mixed = {key: mu * own[key] + (1 - mu) * received[key] for key in own_rows(context)}
-        return self.setup.build({**own, **mixed}, context)
+        mixed_rows = {key: mu * client_params[key] + (1 - mu) * server_params[key] for key in own_rows(context)}
+        return self.setup.build({**client_params, **mixed_rows}, context)
 
 
 def own_rows(context: ClientContext) -> list[str]:

@@ -82,17 +82,17 @@ class FedTGPServer(Server):
         if not pairs:
             return {}
         self.known |= {label for label, _ in pairs}
-        places = {label: i for i, label in enumerate(sorted(self.known))}
-        sent_ND = torch.stack([t for _, t in pairs])
-        y_N = torch.tensor([places[label] for label, _ in pairs])
-        delta = margin(sent_ND, y_N, self.algorithm.tau, self.algorithm.gap)
+        class_indices = {label: i for i, label in enumerate(sorted(self.known))}
+        prototypes_ND = torch.stack([t for _, t in pairs])
+        y_N = torch.tensor([class_indices[label] for label, _ in pairs])
+        delta = margin(prototypes_ND, y_N, self.algorithm.tau, self.algorithm.gap)
         module = self._module()
         optimizer = torch.optim.SGD(module.parameters(), lr=self.algorithm.eta_s or self.setup.fit.lr)
         generator = torch.Generator().manual_seed(derive_seed(self.setup.seed, "FedTGP", round))
         for _ in range(self.algorithm.server_epochs):
             for rows in torch.randperm(len(y_N), generator=generator).split(self.setup.fit.batch_size):
                 optimizer.zero_grad()
-                contrast(sent_ND[rows], y_N[rows], self._prototypes(module), delta).backward()
+                contrast(prototypes_ND[rows], y_N[rows], self._prototypes(module), delta).backward()
                 optimizer.step()
         self.params = {key: t.detach().clone() for key, t in module.named_parameters()}
         return {"margin": delta}
@@ -141,10 +141,10 @@ def margin(sent_ND: Tensor, y_N: Tensor, tau: float, gap: str = "largest") -> fl
     means = torch.stack([sent_ND[y_N == c].mean(0) for c in y_N.unique().tolist()])
     if len(means) == 1:
         return 0.0
-    apart_CC = torch.cdist(means, means)
+    distances_CC = torch.cdist(means, means)
     if gap == "nearest":
-        apart_CC = apart_CC.fill_diagonal_(torch.inf).min(1).values
-    return min(apart_CC.max().item(), tau)
+        distances_CC = distances_CC.fill_diagonal_(torch.inf).min(1).values
+    return min(distances_CC.max().item(), tau)
 
 
 def contrast(sent_BD: Tensor, y_B: Tensor, prototypes_CD: Tensor, delta: float) -> Tensor:
@@ -152,5 +152,5 @@ def contrast(sent_BD: Tensor, y_B: Tensor, prototypes_CD: Tensor, delta: float) 
 
     It is the cross-entropy of the negative distances, after delta is added to the distance to a prototype's own class.
     """
-    apart_BC = torch.cdist(sent_BD, prototypes_CD)
-    return F.cross_entropy(-(apart_BC + delta * F.one_hot(y_B, len(prototypes_CD))), y_B)
+    distances_BC = torch.cdist(sent_BD, prototypes_CD)
+    return F.cross_entropy(-(distances_BC + delta * F.one_hot(y_B, len(prototypes_CD))), y_B)

@@ -134,31 +134,31 @@ class FlameServer(FedAvgServer):
     """A FedAvg server that sends each client its k and weights experts by activation."""
 
     def __init__(self, setup: Setup, algorithm: FLAME):
-        nested = algorithm.experts == "memory"
-        super().__init__(setup, None if nested else common_experts(setup, algorithm.experts))
+        by_memory = algorithm.experts == "memory"
+        super().__init__(setup, None if by_memory else common_experts(setup, algorithm.experts))
         self.algorithm = algorithm
-        ordered = sorted(setup.clients, key=lambda c: c.id)
-        self.map: ExpertMap = {c.id: _nested(setup, c) for c in ordered} if nested else {}
-        self.k = {client.id: self._active(client, place) for place, client in enumerate(ordered)}
+        clients = sorted(setup.clients, key=lambda c: c.id)
+        self.map: ExpertMap = {c.id: _nested(setup, c) for c in clients} if by_memory else {}
+        self.k = {client.id: self._active(client, index) for index, client in enumerate(clients)}
         self.served: dict[ClientId, dict[str, Tensor]] = {}
 
     def _active(self, client: ClientInfo, place: int) -> int:
         """Return k_k, the active experts per token of a client."""
-        setup, given = self.setup, self.algorithm.k
-        full = int(getattr(setup.model.config, "num_experts_per_tok", 1))
-        if given:
-            return min(given[place % len(given)], full)
+        setup, active_counts = self.setup, self.algorithm.k
+        full_k = int(getattr(setup.model.config, "num_experts_per_tok", 1))
+        if active_counts:
+            return min(active_counts[place % len(active_counts)], full_k)
         if client.memory_bytes is None:
-            return full
+            return full_k
         share = client.memory_bytes / setup.footprint(setup.model.counts).total
-        return max(1, round(full * min(share, 1.0)))
+        return max(1, round(full_k * min(share, 1.0)))
 
     def held_by(self, client: ClientInfo) -> ExpertSet | None:
         return self.map.get(client.id, self.held)
 
     def deliver(self, client: ClientInfo) -> Payload:
-        sent = super().deliver(client)
-        return Payload(sent.groups, {**sent.scalars, "k": self.k[client.id]})
+        payload = super().deliver(client)
+        return Payload(payload.groups, {**payload.scalars, "k": self.k[client.id]})
 
     def expects(self, client: ClientInfo, sent: Payload) -> dict[str, dict[str, Like]]:
         counts = {block: Like((n,), torch.int64, 0, MOST) for block, n in self.setup.model.counts.items()}
@@ -176,12 +176,19 @@ class FlameServer(FedAvgServer):
         return dict(self.map) or None
 
     def usage(self) -> dict[ClientId, dict[str, list[float]]]:
-        found = {client: shares(served) for client, served in self.served.items() if served}
-        return {client: {block: p_E.tolist() for block, p_E in own.items()} for client, own in found.items()}
+        usage_by_client = {client: shares(counts) for client, counts in self.served.items() if counts}
+        return {
+            client: {block: p_E.tolist() for block, p_E in usage_by_block.items()}
+            for client, usage_by_block in usage_by_client.items()
+        }
 
     def state(self) -> Payload:
-        served = {f"{client}/{block}": n for client, own in self.served.items() for block, n in own.items()}
-        return Payload({"params": self.params, "served": served})
+        served_counts = {
+            f"{client}/{block}": n_E
+            for client, counts_by_block in self.served.items()
+            for block, n_E in counts_by_block.items()
+        }
+        return Payload({"params": self.params, "served": served_counts})
 
     def restore(self, state: Payload) -> None:
         super().restore(state)
@@ -196,17 +203,17 @@ def activation_weight(reply: Payload, k: int, t: float) -> float | Callable[[str
 
     w_ke = n_k (a_ke / S_k)^t, see the module. With t = 0 the result is the number n_k.
     """
-    n_k, served = float(reply.scalars["num_examples"]), reply.group("served")
+    n_k, served_counts = float(reply.scalars["num_examples"]), reply.group("served")
     if not t:
         return n_k
-    tokens = {block: max(float(n_E.sum()) / k, 1.0) for block, n_E in served.items()}
+    tokens = {block: max(float(n_E.sum()) / k, 1.0) for block, n_E in served_counts.items()}
 
     def weight(key: str) -> float:
         place = expert_of(key) or router_row_of(key)
         if place is None:
             return n_k
         block, e = place
-        return n_k * min(float(served[block][e]) / tokens[block], 1.0) ** t
+        return n_k * min(float(served_counts[block][e]) / tokens[block], 1.0) ** t
 
     return weight
 
@@ -229,36 +236,38 @@ class FlameClient(Client):
         }
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
-        k, held, algorithm = int(payload.scalars["k"]), experts_from_scalars(payload.scalars), self.algorithm
+        k, expert_ids, algorithm = int(payload.scalars["k"]), experts_from_scalars(payload.scalars), self.algorithm
 
         def prepare(model: TaskModel) -> None:
             self._own(k, context, model)
             algorithm.prepare(model)
 
         correct = (
-            partial(algorithm.correct, held=held, k=k) if isinstance(algorithm, UBSMoE) and algorithm.pseudo else None
+            partial(algorithm.correct, held=expert_ids, k=k)
+            if isinstance(algorithm, UBSMoE) and algorithm.pseudo
+            else None
         )
-        asked = bool(algorithm.t)
-        model, reply = local_round(self.setup, payload, context, correct, usage=asked, prepare=prepare)
+        needs_usage = bool(algorithm.t)
+        model, reply = local_round(self.setup, payload, context, correct, usage=needs_usage, prepare=prepare)
         if algorithm.scale:
             scales = {f"{KEPT}{block}": value for block, value in scales_of(model).items()}
             context.private.params = {**context.private.params, **scales}
         params = {key: t for key, t in reply.group("params").items() if not key.endswith(f".{SCALE}")}
-        groups = {"params": params, **({"served": reply.group("served")} if asked else {})}
+        groups = {"params": params, **({"served": reply.group("served")} if needs_usage else {})}
         return Payload(groups, reply.scalars)
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
-        own = local_test(self.setup, payload, context, partial(self._own, int(payload.scalars["k"]), context))
-        full = local_test(self.setup, payload, context)
-        told = {"full_k": full.scalars["score"]}
-        if "bits_per_byte" in full.scalars:
-            told["full_k_bits_per_byte"] = full.scalars["bits_per_byte"]
-        seconds = own.scalars["seconds_evaluate"] + full.scalars["seconds_evaluate"]
-        return Payload(scalars={**own.scalars, **told, "seconds_evaluate": seconds})
+        reply = local_test(self.setup, payload, context, partial(self._own, int(payload.scalars["k"]), context))
+        full_reply = local_test(self.setup, payload, context)
+        full_scores = {"full_k": full_reply.scalars["score"]}
+        if "bits_per_byte" in full_reply.scalars:
+            full_scores["full_k_bits_per_byte"] = full_reply.scalars["bits_per_byte"]
+        seconds = reply.scalars["seconds_evaluate"] + full_reply.scalars["seconds_evaluate"]
+        return Payload(scalars={**reply.scalars, **full_scores, "seconds_evaluate": seconds})
 
     def _own(self, k: int, context: ClientContext, model: TaskModel) -> None:
         """Apply the client's k and scales to a model in place."""
         activate(model, k)
         if self.algorithm.scale:
-            kept = context.private.params.items()
-            add_scales(model, {key.removeprefix(KEPT): t for key, t in kept if key.startswith(KEPT)})
+            private_items = context.private.params.items()
+            add_scales(model, {key.removeprefix(KEPT): t for key, t in private_items if key.startswith(KEPT)})

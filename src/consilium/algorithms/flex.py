@@ -80,13 +80,13 @@ class FLExServer(FedAvgServer):
         super().__init__(setup, params={key: t for key, t in setup.initial_params().items() if is_trunk(key)})
 
     def unable(self, client: ClientInfo) -> str | None:
-        if client.memory_bytes is None or (needed := need(self.setup)) <= client.memory_bytes:
+        if client.memory_bytes is None or (nbytes := need(self.setup)) <= client.memory_bytes:
             return None
-        return f"needs {human(needed)}, has {human(client.memory_bytes)}, lacks {human(needed - client.memory_bytes)}"
+        return f"needs {human(nbytes)}, has {human(client.memory_bytes)}, lacks {human(nbytes - client.memory_bytes)}"
 
     def deliver(self, client: ClientInfo) -> Payload:
-        sent = self.setup.sub_moe(self.params, client.task, None)
-        return Payload({"params": sent.group("params")})
+        payload = self.setup.sub_moe(self.params, client.task, None)
+        return Payload({"params": payload.group("params")})
 
 
 class FLExClient(Client):
@@ -104,27 +104,29 @@ class FLExClient(Client):
         setup = self.setup
         context.work.hold(need(setup), "a model with one expert more in every layer")
         base = setup.model.load()
-        own = context.state.params or self._begin(base, payload, context)
-        model = self._build(base, own, payload, context)
+        client_params = context.state.params or self._begin(base, payload, context)
+        model = self._build(base, client_params, payload, context)
         del base
         train, validation = (setup.encode(context, part) for part in (context.data.train, context.data.validation))
         if setup.fit.personal == "best":
-            keep_better(context, assess(model, validation, context, setup), {**own, **payload.group("params")}, None)
-        fitted = fit(model, train, setup.fit, context, self._only_the_grafted(model))
-        began = time.perf_counter()
+            keep_better(
+                context, assess(model, validation, context, setup), {**client_params, **payload.group("params")}, None
+            )
+        fit_result = fit(model, train, setup.fit, context, self._only_the_grafted(model))
+        start = time.perf_counter()
         scores = assess(model, validation, context, setup)
-        flat = flatten(model, self.held, fitted.masters)
-        grafted = {key: t for key, t in flat.items() if self._grafted(key)}
-        sent = {key: t.float() for key, t in flat.items() if is_trunk(key)}
-        context.state.params = {key: t.float() for key, t in grafted.items()}
+        flat_params = flatten(model, self.held, fit_result.masters)
+        grafted_params = {key: t for key, t in flat_params.items() if self._grafted(key)}
+        trunk_params = {key: t.float() for key, t in flat_params.items() if is_trunk(key)}
+        context.state.params = {key: t.float() for key, t in grafted_params.items()}
         if setup.fit.personal == "best":
-            keep_better(context, scores, {**sent, **context.state.params}, None)
+            keep_better(context, scores, {**trunk_params, **context.state.params}, None)
         scalars = {
-            **reply_scalars(context, fitted, scores, train.cut, time.perf_counter() - began),
+            **reply_scalars(context, fit_result, scores, train.cut, time.perf_counter() - start),
             "experts": sum(map(len, self.held.values())),
             "footprint": need(setup),
         }
-        return Payload({"params": sent}, scalars)
+        return Payload({"params": trunk_params}, scalars)
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         setup = self.setup
@@ -132,13 +134,13 @@ class FLExClient(Client):
         base = setup.model.load()
 
         def delivered() -> TaskModel:
-            own = context.state.params or self._begin(base, payload, context)
-            return self._build(base, own, payload, context)
+            client_params = context.state.params or self._begin(base, payload, context)
+            return self._build(base, client_params, payload, context)
 
         def best() -> TaskModel:
-            kept = context.best.params.items()
-            trunk = Payload({"params": {key: t for key, t in kept if is_trunk(key)}})
-            return self._build(base, {key: t for key, t in kept if not is_trunk(key)}, trunk, context)
+            best_items = context.best.params.items()
+            trunk = Payload({"params": {key: t for key, t in best_items if is_trunk(key)}})
+            return self._build(base, {key: t for key, t in best_items if not is_trunk(key)}, trunk, context)
 
         return tested_beside_best(setup, context, delivered, best)
 
@@ -153,13 +155,15 @@ class FLExClient(Client):
         model = setup.build(base | payload.group("params"), context)
         rows = setup.encode(context, context.data.train)
         _, contribution = profile(setup, model, rows, context, self.algorithm.rows)
-        own = {}
+        client_params = {}
         for block, n in setup.model.counts.items():
-            best = int(contribution[block].argmax())
+            best_id = int(contribution[block].argmax())
             for infix in ("experts", "router"):
-                prefix = f"{block}.{infix}.{best}."
-                own |= {f"{block}.{infix}.{n}.{k[len(prefix) :]}": t for k, t in base.items() if k.startswith(prefix)}
-        return own
+                prefix = f"{block}.{infix}.{best_id}."
+                client_params |= {
+                    f"{block}.{infix}.{n}.{k[len(prefix) :]}": t for k, t in base.items() if k.startswith(prefix)
+                }
+        return client_params
 
     def _build(self, base: Params, own: Params, payload: Payload, context: ClientContext) -> TaskModel:
         source, task = self.setup.model, context.data.task
@@ -170,15 +174,15 @@ class FLExClient(Client):
     def _only_the_grafted(self, model: TaskModel) -> Correct:
         """Return a correction that clears the gradients of all experts and router rows but the last of each layer."""
         names = table(model, self.held)
-        modules: set[str] = set()
-        fused: set[str] = set()
+        module_paths: set[str] = set()
+        fused_paths: set[str] = set()
         for path, name in names.items():
-            first = name if isinstance(name, str) else name[0]
-            if isinstance(name, tuple) and not is_trunk(first) and not first.startswith("head."):
-                fused.add(path)
+            first_name = name if isinstance(name, str) else name[0]
+            if isinstance(name, tuple) and not is_trunk(first_name) and not first_name.startswith("head."):
+                fused_paths.add(path)
             elif isinstance(name, str) and not is_trunk(name) and not self._grafted(name):
-                modules.add(path)
-        return partial(_keep_last, fused, modules)
+                module_paths.add(path)
+        return partial(_keep_last, fused_paths, module_paths)
 
 
 def _keep_last(
@@ -188,5 +192,5 @@ def _keep_last(
         if path in modules:
             p.grad = None
         elif path in fused and p.grad is not None:
-            along = 0 if p.shape[0] > 1 else 1  # rows of a [1, E]
-            p.grad.narrow(along, 0, p.shape[along] - 1).zero_()
+            dim = 0 if p.shape[0] > 1 else 1  # rows of a [1, E]
+            p.grad.narrow(dim, 0, p.shape[dim] - 1).zero_()

@@ -96,14 +96,14 @@ def merged_expert(params: Mapping[str, Tensor], block: str, ids: Sequence[int], 
     """
     weight_N = usage_E[list(ids)].double()
     weight_N = weight_N / weight_N.sum() if float(weight_N.sum()) > 0 else torch.full_like(weight_N, 1 / len(ids))
-    place = ids[int(weight_N.argmax())]
-    merged = {}
+    expert_id = ids[int(weight_N.argmax())]
+    merged_params = {}
     for infix in ("experts", "router"):
-        prefix = f"{block}.{infix}.{place}."
+        prefix = f"{block}.{infix}.{expert_id}."
         for key in [key for key in params if key.startswith(prefix)]:
             stack = [params[f"{block}.{infix}.{e}.{key[len(prefix) :]}"].double() for e in ids]
-            merged[key] = sum(w * t for w, t in zip(weight_N.tolist(), stack, strict=True)).to(params[key].dtype)
-    return merged
+            merged_params[key] = sum(w * t for w, t in zip(weight_N.tolist(), stack, strict=True)).to(params[key].dtype)
+    return merged_params
 
 
 def chosen_experts(utility_E: Tensor, tried_E: Tensor, n: int, explore: float, rng: torch.Generator) -> tuple[int, ...]:
@@ -117,9 +117,9 @@ def chosen_experts(utility_E: Tensor, tried_E: Tensor, n: int, explore: float, r
         rng: generator for the ties.
     """
     order = torch.randperm(len(tried_E), generator=rng)
-    seldom = order[tried_E[order].argsort(stable=True)][: round(explore * n)].tolist()
-    rest = [e for e in utility_E.argsort(descending=True, stable=True).tolist() if e not in seldom]
-    return tuple(sorted([*seldom, *rest[: n - len(seldom)]]))
+    least_trained_ids = order[tried_E[order].argsort(stable=True)][: round(explore * n)].tolist()
+    other_ids = [e for e in utility_E.argsort(descending=True, stable=True).tolist() if e not in least_trained_ids]
+    return tuple(sorted([*least_trained_ids, *other_ids[: n - len(least_trained_ids)]]))
 
 
 class FluxServer(FedAvgServer):
@@ -134,9 +134,9 @@ class FluxServer(FedAvgServer):
             raise ConfigError(f"fit.lora.rank is {setup.fit.lora.rank}; Flux merges whole experts: set it to 0")
         super().__init__(setup)
         self.algorithm = algorithm
-        public = setup.public_usage("no usage")
+        public_usage = setup.public_usage("no usage")
         self.usage_of: dict[ClientId, dict[str, Tensor]] = {}
-        self.public = {block: p_E.double() / float(p_E.sum()) for block, p_E in public.items()}
+        self.public = {block: p_E.double() / float(p_E.sum()) for block, p_E in public_usage.items()}
         self.utility: dict[ClientId, dict[str, Tensor]] = {}
         self.tried: dict[ClientId, dict[str, Tensor]] = {}
         self.room = {c.id: setup.fitting(c, share=algorithm.share) for c in setup.clients}
@@ -146,35 +146,35 @@ class FluxServer(FedAvgServer):
 
     def _choose(self, client: ClientId, round: int) -> None:
         """Choose the experts that a client trains next."""
-        held, counts = {}, self.setup.model.counts
+        expert_ids, counts = {}, self.setup.model.counts
         for block, room in self.room[client].items():
             total = counts[block]
             usage_E = self.usage_of.get(client, self.public)[block]
-            tried_E = self.tried.get(client, {}).get(block, torch.zeros(total))
-            known_E = self.utility.get(client, {}).get(block, torch.zeros(total))
-            scale = float(known_E.max()) / float(usage_E.max()) if float(known_E.max()) > 0 else 1.0
-            utility_E = torch.where(tried_E > 0, known_E.double(), usage_E * scale)
+            rounds_E = self.tried.get(client, {}).get(block, torch.zeros(total))
+            past_utility_E = self.utility.get(client, {}).get(block, torch.zeros(total))
+            scale = float(past_utility_E.max()) / float(usage_E.max()) if float(past_utility_E.max()) > 0 else 1.0
+            utility_E = torch.where(rounds_E > 0, past_utility_E.double(), usage_E * scale)
             rng = torch.Generator().manual_seed(derive_seed(self.setup.seed, "Flux", client, block, round))
-            trains = room if room >= total else max(room - 1, 1)
-            held[block] = chosen_experts(utility_E, tried_E, trains, self.algorithm.explore, rng)
-        self.map = self.map | {client: held}
+            trained_count = room if room >= total else max(room - 1, 1)
+            expert_ids[block] = chosen_experts(utility_E, rounds_E, trained_count, self.algorithm.explore, rng)
+        self.map = self.map | {client: expert_ids}
 
     def unable(self, client: ClientInfo) -> str | None:
         return self.setup.lacks(client, self.setup.least)
 
     def deliver(self, client: ClientInfo) -> Payload:
-        usage, params, held = self.usage_of.get(client.id, self.public), dict(self.params), {}
-        merged = {}
-        for block, trains in self.map[client.id].items():
-            rest = [e for e in range(self.setup.model.counts[block]) if e not in trains]
-            held[block], merged[f"{MERGED}{block}"] = trains, -1
-            if rest and len(trains) < self.room[client.id][block]:
-                expert = merged_expert(self.params, block, rest, usage[block])
-                params |= expert
-                place = next(place for key in expert if (place := expert_of(key)))[1]
-                held[block], merged[f"{MERGED}{block}"] = tuple(sorted([*trains, place])), place
-        sent = self.setup.sub_moe(params, client.task, held, client)
-        return Payload(sent.groups, {**sent.scalars, **merged})
+        usage, params, expert_ids = self.usage_of.get(client.id, self.public), dict(self.params), {}
+        merged_scalars = {}
+        for block, trained_ids in self.map[client.id].items():
+            other_ids = [e for e in range(self.setup.model.counts[block]) if e not in trained_ids]
+            expert_ids[block], merged_scalars[f"{MERGED}{block}"] = trained_ids, -1
+            if other_ids and len(trained_ids) < self.room[client.id][block]:
+                expert_params = merged_expert(self.params, block, other_ids, usage[block])
+                params |= expert_params
+                place = next(place for key in expert_params if (place := expert_of(key)))[1]
+                expert_ids[block], merged_scalars[f"{MERGED}{block}"] = tuple(sorted([*trained_ids, place])), place
+        payload = self.setup.sub_moe(params, client.task, expert_ids, client)
+        return Payload(payload.groups, {**payload.scalars, **merged_scalars})
 
     def expects(self, client: ClientInfo, sent: Payload) -> dict[str, dict[str, Like]]:
         params = super().expects(client, sent)["params"]
@@ -186,56 +186,69 @@ class FluxServer(FedAvgServer):
         }
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
-        mean, answered = self.setup.mean(self.params, round), []
+        mean, clients = self.setup.mean(self.params, round), []
         for client, reply in replies:
             mean.add(reply.group("params"), reply.scalars["num_examples"])
             self.usage_of = self.usage_of | {client: shares(reply.group("demand"))}
             self._follow(client, reply.group("utility"))
-            answered.append(client)
+            clients.append(client)
         self.params = mean.mean(self.params)
-        for client in answered:
+        for client in clients:
             self._choose(client, round)
         return mean.told()
 
     def _follow(self, client: ClientId, told: Params) -> None:
         """Update the utilities and training counts of the experts that a client has trained."""
-        utility, tried = {}, {}
-        for block, trains in self.map[client].items():
+        utility, rounds = {}, {}
+        for block, trained_ids in self.map[client].items():
             total = self.setup.model.counts[block]
             mask_E = torch.zeros(total, dtype=torch.bool)
-            mask_E[list(trains)] = True
-            old_E = self.utility.get(client, {}).get(block, torch.zeros(total))
-            before_E = self.tried.get(client, {}).get(block, torch.zeros(total))
-            new_E = torch.where(before_E > 0, (old_E + told[block]) / 2, told[block])
-            utility[block], tried[block] = torch.where(mask_E, new_E, old_E), before_E + mask_E.float()
-        self.utility, self.tried = self.utility | {client: utility}, self.tried | {client: tried}
+            mask_E[list(trained_ids)] = True
+            old_utility_E = self.utility.get(client, {}).get(block, torch.zeros(total))
+            old_rounds_E = self.tried.get(client, {}).get(block, torch.zeros(total))
+            new_utility_E = torch.where(old_rounds_E > 0, (old_utility_E + told[block]) / 2, told[block])
+            utility[block], rounds[block] = (
+                torch.where(mask_E, new_utility_E, old_utility_E),
+                old_rounds_E + mask_E.float(),
+            )
+        self.utility, self.tried = self.utility | {client: utility}, self.tried | {client: rounds}
 
     def structure(self) -> ExpertMap:
         return dict(self.map)
 
     def usage(self) -> dict[ClientId, dict[str, list[float]]]:
-        return {client: {block: p_E.tolist() for block, p_E in own.items()} for client, own in self.usage_of.items()}
+        return {
+            client: {block: p_E.tolist() for block, p_E in usage_by_block.items()}
+            for client, usage_by_block in self.usage_of.items()
+        }
 
     def state(self) -> Payload:
         tables = {"usage": self.usage_of, "utility": self.utility, "tried": self.tried}
         groups = {
-            name: {f"{client}/{block}": t for client, own in found.items() for block, t in own.items()}
-            for name, found in tables.items()
+            name: {
+                f"{client}/{block}": t
+                for client, tensors_by_block in tensors_by_client.items()
+                for block, t in tensors_by_block.items()
+            }
+            for name, tensors_by_client in tables.items()
         }
         return Payload({"params": self.params, **groups}, {"flux": json.dumps(self.map)})
 
     def restore(self, state: Payload) -> None:
         super().restore(state)
-        found: list[dict[ClientId, dict[str, Any]]] = []
+        tables: list[dict[ClientId, dict[str, Any]]] = []
         for name in ("usage", "utility", "tried"):
-            of: dict[ClientId, dict[str, Any]] = {}
+            tensors_by_client: dict[ClientId, dict[str, Any]] = {}
             for key, tensor in state.group(name).items():
                 client, _, block = key.partition("/")
-                of.setdefault(client, {})[block] = tensor
-            found.append(of)
-        self.usage_of, self.utility, self.tried = found
-        held = json.loads(str(state.scalars["flux"]))
-        self.map = {client: {block: tuple(ids) for block, ids in own.items()} for client, own in held.items()}
+                tensors_by_client.setdefault(client, {})[block] = tensor
+            tables.append(tensors_by_client)
+        self.usage_of, self.utility, self.tried = tables
+        experts_by_client = json.loads(str(state.scalars["flux"]))
+        self.map = {
+            client: {block: tuple(ids) for block, ids in ids_by_block.items()}
+            for client, ids_by_block in experts_by_client.items()
+        }
 
 
 def _is_merged(key: str, sent: Payload) -> bool:
@@ -256,12 +269,12 @@ class FluxClient(Client):
         self.setup = setup
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
-        counts, held = self.setup.model.counts, experts_from_scalars(payload.scalars)
+        counts, expert_ids = self.setup.model.counts, experts_from_scalars(payload.scalars)
         sums = {block: torch.zeros(n) for block, n in counts.items()}
         batches = 0
 
         def make(model: TaskModel) -> Correct:
-            names = table(model, held)
+            names = table(model, expert_ids)
 
             def correct(trainable: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
                 nonlocal batches

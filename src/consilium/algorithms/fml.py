@@ -64,19 +64,23 @@ class FMLClient(Client):
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         model = pair_model(self.setup, payload.group("params"), context)
-        told = trained(self.setup, model, context, self.objective)
+        scalars = trained(self.setup, model, context, self.objective)
         params = flatten(model)
         context.state.params = {key: t for key, t in params.items() if not key.startswith(SMALL)}
-        return Payload({"params": {key: t for key, t in params.items() if key.startswith(SMALL)}}, told)
+        return Payload({"params": {key: t for key, t in params.items() if key.startswith(SMALL)}}, scalars)
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         return tested(self.setup, pair_model(self.setup, payload.group("params"), context), context)
 
     def objective(self, model: SplitModel, batch: dict[str, Tensor]) -> Tensor:
         """Return L_own + L_meme; neither loss has a gradient in the other's weights."""
-        own, meme, y = model(batch)[0], model.backbone.small(batch["x"]), batch["labels"]
-        loss_own = self.alpha * self.setup.fit.cross_entropy(own, y) + (1 - self.alpha) * kl(meme.detach(), own)
-        loss_meme = self.beta * self.setup.fit.cross_entropy(meme, y) + (1 - self.beta) * kl(own.detach(), meme)
+        own_logits, meme_logits, y = model(batch)[0], model.backbone.small(batch["x"]), batch["labels"]
+        loss_own = self.alpha * self.setup.fit.cross_entropy(own_logits, y) + (1 - self.alpha) * kl(
+            meme_logits.detach(), own_logits
+        )
+        loss_meme = self.beta * self.setup.fit.cross_entropy(meme_logits, y) + (1 - self.beta) * kl(
+            own_logits.detach(), meme_logits
+        )
         return loss_own + loss_meme
 
 
@@ -132,6 +136,8 @@ def pair_model(
         small_extractor = cohort.extractor(cohort.small, setup.shape)
         return make(cohort.extractor(name, setup.shape), small_extractor, len(context.data.task.labels))
 
-    if not (own := context.state.params):
-        own = {k if k.startswith("head.") else f"private.{k}": t for k, t in setup.own_params(context).items()}
-    return setup.split_model(backbone, {**own, **small}, context, kind)
+    if not (client_params := context.state.params):
+        client_params = {
+            k if k.startswith("head.") else f"private.{k}": t for k, t in setup.own_params(context).items()
+        }
+    return setup.split_model(backbone, {**client_params, **small}, context, kind)

@@ -129,8 +129,8 @@ class SubNetServer(FedAvgServer):
         self.algorithm, self.round = algorithm, 1
         with torch.device("meta"):
             self.links = chain(setup.model.extractor(setup.model.architectures[0], setup.shape))
-        ordered = sorted(client.id for client in setup.clients)
-        self.share = {c: algorithm.shares[i % len(algorithm.shares)] for i, c in enumerate(ordered)}
+        client_ids = sorted(client.id for client in setup.clients)
+        self.share = {c: algorithm.shares[i % len(algorithm.shares)] for i, c in enumerate(client_ids)}
 
     def units(self, client: ClientId) -> Units:
         """Return layer -> current units of a client; layers that it has in full, such as the last, are left out."""
@@ -167,10 +167,10 @@ class SubNetServer(FedAvgServer):
                 sums[key] += n_k * params[key].double()
                 counts[key] += n_k
         return {
-            key: torch.where(counts[key] > 0, sums[key] / counts[key].clamp(min=1e-30), old.double()).to(old.dtype)
+            key: torch.where(counts[key] > 0, sums[key] / counts[key].clamp(min=1e-30), value.double()).to(value.dtype)
             if counts[key].any()
-            else old
-            for key, old in self.params.items()
+            else value
+            for key, value in self.params.items()
         }
 
     def state(self) -> Payload:
@@ -189,8 +189,8 @@ class SubNetClient(Client):
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         model = self.build(payload, context)
-        told = trained(self.setup, model, context)
-        return Payload({"params": flatten(model)}, told)
+        scalars = trained(self.setup, model, context)
+        return Payload({"params": flatten(model)}, scalars)
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         return tested(self.setup, self.build(payload, context), context)

@@ -193,25 +193,25 @@ def best_experts(
     Raises:
         ConfigError: if the budget is too small for `least` in every block.
     """
-    ranked = {
+    ranking = {
         block: [e for e in score_E.argsort(descending=True, stable=True).tolist() if e in among[block]]
         for block, score_E in scores.items()
     }
-    held = {block: ids[:least] for block, ids in ranked.items()}
-    room = budget - sum(map(len, held.values()))
+    expert_ids = {block: ids[:least] for block, ids in ranking.items()}
+    room = budget - sum(map(len, expert_ids.values()))
     if room < 0:
         raise ConfigError(f"a budget of {budget} experts is too small for {len(scores)} layers with {least} each")
-    rest = [(block, e) for block, ids in ranked.items() for e in ids[least:] if scores[block][e] >= 0]
+    candidates = [(block, e) for block, ids in ranking.items() for e in ids[least:] if scores[block][e] >= 0]
     if per_layer:
         total = sum(len(score_E) for score_E in scores.values())
         rooms = {block: room * len(score_E) // total for block, score_E in scores.items()}
-        for block, e in rest:
-            if len(held[block]) < least + rooms[block]:
-                held[block].append(e)
+        for block, e in candidates:
+            if len(expert_ids[block]) < least + rooms[block]:
+                expert_ids[block].append(e)
     else:
-        for block, e in sorted(rest, key=lambda place: -float(scores[place[0]][place[1]]))[:room]:
-            held[block].append(e)
-    return {block: tuple(sorted(ids)) for block, ids in held.items()}
+        for block, e in sorted(candidates, key=lambda place: -float(scores[place[0]][place[1]]))[:room]:
+            expert_ids[block].append(e)
+    return {block: tuple(sorted(ids)) for block, ids in expert_ids.items()}
 
 
 class Selection:
@@ -234,19 +234,19 @@ class Selection:
 
     @torch.no_grad()
     def __call__(self, tap: Tap) -> Held:
-        algorithm, scores, among = self.algorithm, {}, {}
+        algorithm, scores, candidates = self.algorithm, {}, {}
         for block, gates_TE in tap.gates().items():
             gates_TE = gates_TE.cpu().double()
             self.tokens[block] = self.tokens.get(block, 0) + len(gates_TE)
             self.mass[block] = self.mass.get(block, 0) + gates_TE.sum(0)
             self.important[block] = self.important.get(block, 0) + importance(gates_TE, algorithm.lam)
-            among[block] = tap.served(block).nonzero().flatten().tolist()
+            candidates[block] = tap.served(block).nonzero().flatten().tolist()
             if algorithm.select == "random":
                 scores[block] = torch.rand(gates_TE.shape[1], generator=self.generator)
             else:
                 scores[block] = information(gates_TE, algorithm.lam, algorithm.beta, algorithm.kl)
         self.batches += 1
-        return best_experts(scores, among, self.budget, per_layer=algorithm.per_layer)
+        return best_experts(scores, candidates, self.budget, per_layer=algorithm.per_layer)
 
     def usage(self) -> dict[str, Tensor]:
         """Return u_c(e) (Eq 16): block -> float64 [E], the mean gate over all tokens; it sums to one."""
@@ -290,16 +290,16 @@ def router_weights(
         coverage: see `HFedMoE`.
     """
     dominant_CE = dominant(usage_CE, tau) & held_CE
-    most = dominant_CE.any(0).sum().clamp(min=1)  # |S_global|
+    union_size = dominant_CE.any(0).sum().clamp(min=1)  # |S_global|
     p_CE = usage_CE * importance_CE * dominant_CE
-    alpha_CE = p_CE if how == "row" else (p_CE.sum(1, keepdim=True) / most) * held_CE
+    alpha_CE = p_CE if how == "row" else (p_CE.sum(1, keepdim=True) / union_size) * held_CE
     if coverage:
-        alpha_CE = alpha_CE * dominant_CE.sum(1, keepdim=True) / most  # r(c)
+        alpha_CE = alpha_CE * dominant_CE.sum(1, keepdim=True) / union_size  # r(c)
     if how == "literal":
         return alpha_CE
     if how == "importance":
-        nobody_E = alpha_CE.sum(0) == 0
-        alpha_CE = torch.where(nobody_E, examples_C.unsqueeze(1) * held_CE, alpha_CE)
+        no_weight_E = alpha_CE.sum(0) == 0
+        alpha_CE = torch.where(no_weight_E, examples_C.unsqueeze(1) * held_CE, alpha_CE)
     return torch.nan_to_num(alpha_CE / alpha_CE.sum(0))  # 0 / 0: no client holds or dominates the row
 
 
@@ -321,7 +321,7 @@ def merged_rows(params: Params, told: Sequence[_Told], algorithm: HFedMoE) -> Pa
         weights[block] = router_weights(
             usage_CE,
             torch.stack([t.importance[block] for t in told]),
-            torch.tensor([[(block, e) in held for e in range(usage_CE.shape[1])] for held in places]),
+            torch.tensor([[(block, e) in entries for e in range(usage_CE.shape[1])] for entries in places]),
             torch.tensor([t.examples for t in told], dtype=torch.float64),
             algorithm.tau,
             algorithm.router,
@@ -330,9 +330,9 @@ def merged_rows(params: Params, told: Sequence[_Told], algorithm: HFedMoE) -> Pa
     rows = {}
     for key in sorted({key for t in told for key in t.rows}):
         block, e = router_row_of(key)
-        held = [(float(weights[block][c, e]), t.rows[key]) for c, t in enumerate(told) if key in t.rows]
-        if any(weight for weight, _ in held) or algorithm.router == "literal":
-            rows[key] = sum(weight * row.double() for weight, row in held).to(params[key].dtype)
+        entries = [(float(weights[block][c, e]), t.rows[key]) for c, t in enumerate(told) if key in t.rows]
+        if any(weight for weight, _ in entries) or algorithm.router == "literal":
+            rows[key] = sum(weight * row.double() for weight, row in entries).to(params[key].dtype)
     return rows
 
 
@@ -357,15 +357,15 @@ class HFedMoEServer(Server):
 
     def __post_init__(self) -> None:
         self.params = self.setup.initial_params()
-        for place, client in enumerate(sorted(self.setup.clients, key=lambda c: c.id)):
-            self.budgets[client.id] = budgets(self.setup, self.algorithm, client, place)
+        for index, client in enumerate(sorted(self.setup.clients, key=lambda c: c.id)):
+            self.budgets[client.id] = budgets(self.setup, self.algorithm, client, index)
 
     def configure(self, round: int, clients: Sequence[ClientInfo]) -> dict[ClientId, Payload]:
-        chosen = self.setup.sampling.choose(clients, round, self.setup.seed)
-        return {client.id: self._task(client) for client in chosen}
+        participants = self.setup.sampling.choose(clients, round, self.setup.seed)
+        return {client.id: self._task(client) for client in participants}
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
-        mean, told, trained, merged = self.setup.mean(self.params, round), [], [], set()
+        mean, router_reports, trained_counts, merged_experts = self.setup.mean(self.params, round), [], [], set()
         for client, reply in replies:
             params, weights = reply.group("params"), self._expert_weights(reply)
             examples = float(reply.scalars["num_examples"])
@@ -376,20 +376,24 @@ class HFedMoEServer(Server):
                 return examples if place is None else float(weights[place[0]][place[1]])
 
             mean.add({key: t for key, t in params.items() if key not in rows}, weight)
-            told.append(_Told(rows, reply.group("usage"), reply.group("importance"), examples))
+            router_reports.append(_Told(rows, reply.group("usage"), reply.group("importance"), examples))
             demand = reply.group("demand")  # in the order of the layers, which breaks ties
             self.demand[client] = _shares({block: demand[block] for block in self.setup.model.counts})
             batches, steps = reply.group("trained"), max(int(reply.scalars["steps"]), 1)
             self.chosen[client] = {block: batches[block].double() / steps for block in self.setup.model.counts}
-            trained.append(sum(int((n_E > 0).sum()) for n_E in batches.values()))
-            merged |= {(block, e) for block, w_E in weights.items() for e in w_E.nonzero().flatten().tolist()}
-        self.params = mean.mean(self.params) | merged_rows(self.params, told, self.algorithm)
-        counts = {"trained": sum(trained) / len(trained), "merged": float(len(merged))} if trained else {}
+            trained_counts.append(sum(int((n_E > 0).sum()) for n_E in batches.values()))
+            merged_experts |= {(block, e) for block, w_E in weights.items() for e in w_E.nonzero().flatten().tolist()}
+        self.params = mean.mean(self.params) | merged_rows(self.params, router_reports, self.algorithm)
+        counts = (
+            {"trained": sum(trained_counts) / len(trained_counts), "merged": float(len(merged_experts))}
+            if trained_counts
+            else {}
+        )
         return {**counts, **mean.told()}
 
     def deliver(self, client: ClientInfo) -> Payload:
-        held = self.resident(client)
-        return self.setup.sub_moe(self.params, client.task, held, client)
+        expert_ids = self.resident(client)
+        return self.setup.sub_moe(self.params, client.task, expert_ids, client)
 
     def resident(self, client: ClientInfo) -> Held:
         """Return the experts that this client holds now: those with the highest demand, within its forward budget.
@@ -398,14 +402,14 @@ class HFedMoEServer(Server):
         in one layer, and the device then holds fewer experts.
         """
         demand = self.demand.get(client.id) or _shares(self.setup.public_usage("no usage", client.id))
-        everything = {block: range(total) for block, total in self.setup.model.counts.items()}
-        (forward, backward), least = self.budgets[client.id], self.setup.model.family.least
+        all_ids = {block: range(total) for block, total in self.setup.model.counts.items()}
+        (forward_budget, backward_budget), least = self.budgets[client.id], self.setup.model.family.least
         while True:
-            held = best_experts(demand, everything, forward, least, self.algorithm.per_layer)
-            counts = counts_of(held)
-            if counts == self.setup.least or not self.setup.lacks(client, counts, trained=backward):
-                return held
-            forward -= 1
+            expert_ids = best_experts(demand, all_ids, forward_budget, least, self.algorithm.per_layer)
+            counts = counts_of(expert_ids)
+            if counts == self.setup.least or not self.setup.lacks(client, counts, trained=backward_budget):
+                return expert_ids
+            forward_budget -= 1
 
     def expects(self, client: ClientInfo, sent: Payload) -> dict[str, dict[str, Like]]:
         """Return the tensors that a reply must have.
@@ -427,24 +431,28 @@ class HFedMoEServer(Server):
     def objection(self, client: ClientInfo, sent: Payload, reply: Payload) -> str | None:
         if "steps" not in reply.scalars:
             return "steps is missing"
-        batches, given = reply.group("trained"), {expert_of(k) for k in sent.group("params")}
-        trained = {(block, e) for block, n_E in batches.items() for e in n_E.nonzero().flatten().tolist()}
-        if wrong := sorted(trained - given):
-            return f"expert {wrong[0][1]} of {wrong[0][0]} was trained, which the client was not given"
+        batches, sent_places = reply.group("trained"), {expert_of(k) for k in sent.group("params")}
+        trained_places = {(block, e) for block, n_E in batches.items() for e in n_E.nonzero().flatten().tolist()}
+        if foreign_places := sorted(trained_places - sent_places):
+            return (
+                f"expert {foreign_places[0][1]} of {foreign_places[0][0]} was trained, which the client was not given"
+            )
         if any(int(n_E.max()) > reply.scalars["steps"] for n_E in batches.values()):
             return "an expert was trained in more batches than there were"
-        wanted = {k for k in sent.group("params") if expert_of(k) in trained}
-        returned = {k for k in reply.group("params") if expert_of(k)}
+        expected_keys = {k for k in sent.group("params") if expert_of(k) in trained_places}
+        returned_keys = {k for k in reply.group("params") if expert_of(k)}
         if sent.scalars.get("halves"):  # one adapter of a pair returns, so compare places, not names
-            wanted, returned = ({expert_of(k) for k in keys} for keys in (wanted, returned))
-        if self.algorithm.experts == "usage" and returned != wanted:
+            expected_keys, returned_keys = ({expert_of(k) for k in keys} for keys in (expected_keys, returned_keys))
+        if self.algorithm.experts == "usage" and returned_keys != expected_keys:
             return "the experts that return are not those that were trained"
         return None
 
     def _task(self, client: ClientInfo) -> Payload:
-        sent = self.deliver(client)
-        absent = absent_rows(self.params, experts_from_scalars(sent.scalars))
-        return Payload({**sent.groups, "router": absent}, {**sent.scalars, "budget": self.budgets[client.id][1]})
+        payload = self.deliver(client)
+        absent_params = absent_rows(self.params, experts_from_scalars(payload.scalars))
+        return Payload(
+            {**payload.groups, "router": absent_params}, {**payload.scalars, "budget": self.budgets[client.id][1]}
+        )
 
     def _expert_weights(self, reply: Payload) -> Params:
         """Return block -> weight of this client in the mean of each expert, float64 [E] (Eq 17)."""
@@ -475,17 +483,21 @@ class HFedMoEServer(Server):
 
     def state(self) -> Payload:
         groups = {
-            name: {f"{client}/{block}": x_E for client, blocks in told.items() for block, x_E in blocks.items()}
-            for name, told in (("demand", self.demand), ("chosen", self.chosen))
+            name: {
+                f"{client}/{block}": x_E
+                for client, tensors_by_block in tensors_by_client.items()
+                for block, x_E in tensors_by_block.items()
+            }
+            for name, tensors_by_client in (("demand", self.demand), ("chosen", self.chosen))
         }
         return Payload({"params": self.params, **groups})
 
     def restore(self, state: Payload) -> None:
         self.params = state.group("params")
         for name in ("demand", "chosen"):
-            told, blocks = state.group(name), self.setup.model.counts
-            clients = sorted({key.split("/")[0] for key in told})
-            setattr(self, name, {client: {b: told[f"{client}/{b}"] for b in blocks} for client in clients})
+            tensors, blocks = state.group(name), self.setup.model.counts
+            clients = sorted({key.split("/")[0] for key in tensors})
+            setattr(self, name, {client: {b: tensors[f"{client}/{b}"] for b in blocks} for client in clients})
 
 
 def _lists(told: Mapping[ClientId, Mapping[str, Tensor]]) -> dict[ClientId, dict[str, list[float]]]:
@@ -518,9 +530,9 @@ def budgets(setup: Setup, algorithm: HFedMoE, client: ClientInfo, place: int) ->
             f"budget {share:g} of {total} experts is {backward}; with {layers} layers it must be at least "
             f"{layers / total:g}, one expert in each"
         )
-    hold = algorithm.resident[place % len(algorithm.resident)] if algorithm.resident else 1.0
-    least = sum(min(setup.model.family.least, n) for n in totals.values())
-    return max(round(hold * total), backward, least), backward
+    resident_share = algorithm.resident[place % len(algorithm.resident)] if algorithm.resident else 1.0
+    minimum = sum(min(setup.model.family.least, n) for n in totals.values())
+    return max(round(resident_share * total), backward, minimum), backward
 
 
 def _shares(counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -546,14 +558,14 @@ class HFedMoEClient(Client):
         self.algorithm = algorithm
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
-        held, budget = experts_from_scalars(payload.scalars), int(payload.scalars["budget"])
+        expert_ids, budget = experts_from_scalars(payload.scalars), int(payload.scalars["budget"])
         generator = torch.Generator().manual_seed(derive_seed(context.seed, "selection"))
         selection = Selection(self.algorithm, budget, generator)
         _, reply = local_round(self.setup, payload, context, usage=True, choose=selection, learning=budget)
         groups = {name: group for name, group in reply.groups.items() if name != "served"}
-        measured = {"usage": selection.usage(), "importance": selection.importance(), "trained": groups["trained"]}
-        for name, blocks in measured.items():
-            groups[name] = {block: self._spread(x_E, held[block], block) for block, x_E in blocks.items()}
+        measurements = {"usage": selection.usage(), "importance": selection.importance(), "trained": groups["trained"]}
+        for name, blocks in measurements.items():
+            groups[name] = {block: self._spread(x_E, expert_ids[block], block) for block, x_E in blocks.items()}
         if self.algorithm.experts == "usage":  # the server still has the experts that were not trained
             groups["params"] = {k: t for k, t in groups["params"].items() if _moved(k, groups["trained"])}
         return Payload(groups, reply.scalars)
@@ -563,9 +575,9 @@ class HFedMoEClient(Client):
 
     def _spread(self, values: Tensor, ids: Sequence[int], block: str) -> Tensor:
         """Return the values of the held experts at their ids among all experts of a block, zero elsewhere."""
-        full = torch.zeros(self.setup.model.counts[block], dtype=values.dtype)
-        full[list(ids)] = values
-        return full
+        all_values = torch.zeros(self.setup.model.counts[block], dtype=values.dtype)
+        all_values[list(ids)] = values
+        return all_values
 
 
 def _moved(key: str, trained: Mapping[str, Tensor]) -> bool:

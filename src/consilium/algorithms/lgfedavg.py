@@ -44,11 +44,11 @@ class LGFedAvgClient(Client):
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         model = self._model(payload, context)
-        told = trained(self.setup, model, context)
+        scalars = trained(self.setup, model, context)
         params = flatten(model)
         head = {key: t for key, t in params.items() if key.startswith("head.")}
         context.state.params = {key: t for key, t in params.items() if key not in head}
-        return Payload({"params": head}, told)
+        return Payload({"params": head}, scalars)
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         return tested(self.setup, self._model(payload, context), context)

@@ -86,8 +86,10 @@ class MixedModels:
         tokens = fit.batch_size * (lengths["max_length"] + lengths["target_length"])
         numbers = sum((x + y) * rank * (2 * pairs + (COPIES - 2) * trained) for x, y in self.paths.values())
         numbers += sum(COPIES * x * rank for x, _ in self.paths.values())
-        saved = sum(2 * x + (self.mixing.top_k + 2) * y + 3 * pairs * rank for x, y in self.paths.values())
-        return self.setup.footprint(self.setup.model.counts, "lora", rank=rank).total + 4 * (numbers + tokens * saved)
+        activations = sum(2 * x + (self.mixing.top_k + 2) * y + 3 * pairs * rank for x, y in self.paths.values())
+        return self.setup.footprint(self.setup.model.counts, "lora", rank=rank).total + 4 * (
+            numbers + tokens * activations
+        )
 
     def lacks(self, client: ClientInfo, pairs: int, trained: int | None = None) -> str | None:
         """Return why a device cannot train `pairs` adapters per layer, or None if it can."""
@@ -133,8 +135,8 @@ class MixedModels:
         mark(model, batch)
         logits, labels = model(batch)
         loss = self.setup.fit.cross_entropy(logits, labels)
-        found = [m.balance for _, m in mixtures(model) if m.balance is not None] if self.balance else []
-        return loss + self.balance * torch.stack(found).sum() if found else loss
+        balance_losses = [m.balance for _, m in mixtures(model) if m.balance is not None] if self.balance else []
+        return loss + self.balance * torch.stack(balance_losses).sum() if balance_losses else loss
 
     def rows(self, context: ClientContext) -> Encoded:
         """Return the client's training rows."""
@@ -176,16 +178,16 @@ class MixedModels:
             self._keep(context, scores, model, self.flatten(model))
         factor = decay ** max(context.round - 1, 0)
         rates = {"head.": factor * config.head_lr, "": factor * config.lr}
-        fitted = fit(model, train, config, context, epochs=epochs, objective=self.objective, rates=rates)
+        fit_result = fit(model, train, config, context, epochs=epochs, objective=self.objective, rates=rates)
         if not assessed:
-            return fitted, {}
-        began = time.perf_counter()
+            return fit_result, {}
+        start = time.perf_counter()
         scores = assess(model, validation, context, setup)
         if config.personal == "best":
-            self._keep(context, scores, model, self.flatten(model, fitted.masters))
+            self._keep(context, scores, model, self.flatten(model, fit_result.masters))
         pairs = max(len(mixture.pairs) for _, mixture in mixtures(model))
-        return fitted, {
-            **reply_scalars(context, fitted, scores, train.cut, time.perf_counter() - began),
+        return fit_result, {
+            **reply_scalars(context, fit_result, scores, train.cut, time.perf_counter() - start),
             "experts": sum(setup.model.counts.values()),
             "footprint": self.need(pairs),
         }
@@ -202,17 +204,20 @@ class MixedModels:
         def copied(path: str, tensor: Tensor) -> Tensor:
             return masters.get(path, tensor).detach().to("cpu", torch.float32, copy=True)
 
-        flat = {}
+        flat_params = {}
         for path, mixture in mixtures(model):
-            own = {f"{path}.{key}": p for key, p in mixture.named_parameters() if not key.startswith("base.")}
-            flat |= {key: copied(key, p) for key, p in own.items()}
+            mixture_params = {
+                f"{path}.{key}": p for key, p in mixture.named_parameters() if not key.startswith("base.")
+            }
+            flat_params |= {key: copied(key, p) for key, p in mixture_params.items()}
         if model.head is not None:
             for leaf in ("weight", "bias"):
                 rows = copied(f"head.{leaf}", getattr(model.head, leaf)).unbind()
-                flat |= {
-                    f"head.{model.task}.{label}.{leaf}": r.clone() for label, r in zip(model.labels, rows, strict=True)
+                flat_params |= {
+                    f"head.{model.task}.{label}.{leaf}": row.clone()
+                    for label, row in zip(model.labels, rows, strict=True)
                 }
-        return flat
+        return flat_params
 
     def score(
         self,
@@ -236,8 +241,8 @@ class MixedModels:
             return model
 
         def best() -> TaskModel:
-            models, kept = self._best(context)
-            model = models.build(context.best.params, context, kept)
+            models, best_slots = self._best(context)
+            model = models.build(context.best.params, context, best_slots)
             prepare(model)
             return model
 
@@ -247,34 +252,34 @@ class MixedModels:
         """Keep a model as the client's best if it scores best, together with the settings of its mixtures."""
         keep_better(context, scores, params, None)
         if context.best.params is params:
-            found = [mixture for _, mixture in mixtures(model)]
-            if len({mixture.slots for mixture in found}) == 1:
-                context.best.scalars["slots"] = list(found[0].slots)
-            mixing = {"top_k": self.mixing.top_k, "router": self.mixing.router, "always": list(self.always)}
-            context.best.scalars |= mixing
+            adapter_mixtures = [mixture for _, mixture in mixtures(model)]
+            if len({mixture.slots for mixture in adapter_mixtures}) == 1:
+                context.best.scalars["slots"] = list(adapter_mixtures[0].slots)
+            settings = {"top_k": self.mixing.top_k, "router": self.mixing.router, "always": list(self.always)}
+            context.best.scalars |= settings
 
     def _best(self, context: ClientContext) -> tuple["MixedModels", list[str] | None]:
         """Return the builder and the slots of the client's best model."""
-        kept = context.best.scalars
-        mixing = replace(self.mixing, top_k=kept["top_k"], router=kept["router"])
-        return replace(self, mixing=mixing, always=tuple(kept["always"])), kept.get("slots")
+        settings = context.best.scalars
+        mixing = replace(self.mixing, top_k=settings["top_k"], router=settings["router"])
+        return replace(self, mixing=mixing, always=tuple(settings["always"])), settings.get("slots")
 
     def measured(self, model: TaskModel, context: ClientContext, rows: int) -> dict[str, AdapterMixture]:
         """Run the first training rows through a model with `measure` on, and return its mixtures by path."""
         train = self.setup.encode(context, context.data.train)
-        found = dict(mixtures(model))
-        for mixture in found.values():
+        mixtures_by_path = dict(mixtures(model))
+        for mixture in mixtures_by_path.values():
             mixture.measure = True
         run_rows(self.setup, model, train, context, rows)
-        for mixture in found.values():
+        for mixture in mixtures_by_path.values():
             mixture.measure = False
-        return found
+        return mixtures_by_path
 
 
 def part(data: Encoded, rows: range) -> Encoded:
     """Return a split with the given rows only."""
-    chosen = {name: [getattr(data, name)[i] for i in rows] for name in ("sources", "targets", "texts")}
-    return replace(data, **chosen)
+    columns = {name: [getattr(data, name)[i] for i in rows] for name in ("sources", "targets", "texts")}
+    return replace(data, **columns)
 
 
 def run_rows(setup: Setup, model: TaskModel, data: object, context: ClientContext, rows: int) -> None:

@@ -66,13 +66,13 @@ class pFedAFM(Algorithm):
 
     def server(self, setup: Setup) -> Server:
         params = {f"{SHARED}{key}": tensor for key, tensor in setup.small_params().items()}
-        small = setup.model.width_of(setup.model.small, setup.shape)
-        if setup.common_width != small:
-            raise ConfigError(f"features of clients have width {setup.common_width}, of the shared model {small}")
+        small_width = setup.model.width_of(setup.model.small, setup.shape)
+        if setup.common_width != small_width:
+            raise ConfigError(f"features of clients have width {setup.common_width}, of the shared model {small_width}")
         if self.shared_alpha:
             if self.aggregation == "mean":
                 raise ConfigError("shared_alpha is a part of aggregation 'last'; set it, too")
-            params[ALPHA] = torch.ones(small)
+            params[ALPHA] = torch.ones(small_width)
         return (LastServer if self.aggregation == "last" else FedAvgServer)(setup, params=params)
 
     def client(self, setup: Setup) -> Client:
@@ -106,19 +106,19 @@ class PFedAFMClient(Client):
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         setup, model = self.setup, self._model(payload, context)
-        supervised = setup.fit.cross_entropy
+        cross_entropy = setup.fit.cross_entropy
         rows, rates = setup.encode(context, context.data.train), self._rates()
         learn(model, lambda path: not path.startswith(SHARED))
-        fit(model, rows, setup.fit, context, objective=mixed_loss(supervised), rates=rates)
+        fit(model, rows, setup.fit, context, objective=mixed_loss(cross_entropy), rates=rates)
         model.backbone.clamp()
         learn(model, lambda path: path.startswith(SHARED))
-        apart = replace(context, seed=derive_seed(context.seed, "shared"))
-        told = trained(setup, model, apart, shared_loss(supervised), rates=rates)
+        shared_context = replace(context, seed=derive_seed(context.seed, "shared"))
+        scalars = trained(setup, model, shared_context, shared_loss(cross_entropy), rates=rates)
         learn(model, lambda path: True)
         params = flatten(model)
-        sent = {key: t for key, t in params.items() if key in payload.group("params")}
-        context.state.params = {key: t for key, t in params.items() if key not in sent}
-        return Payload({"params": sent}, told)
+        shared_params = {key: t for key, t in params.items() if key in payload.group("params")}
+        context.state.params = {key: t for key, t in params.items() if key not in shared_params}
+        return Payload({"params": shared_params}, scalars)
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         return tested(self.setup, self._model(payload, context), context)
@@ -129,18 +129,18 @@ class PFedAFMClient(Client):
 
     def _model(self, payload: Payload, context: ClientContext) -> SplitModel:
         """Build the model from the received G and the client's own parameters, either kept or initial."""
-        cohort, shape, own = self.setup.model, self.setup.shape, context.state.params
-        if not own:
-            begun = self.setup.own_params(context).items()
-            own = {key if key.startswith("head.") else f"private.{key}": t for key, t in begun}
-            own[ALPHA] = torch.ones(self.setup.common_width)
+        cohort, shape, client_params = self.setup.model, self.setup.shape, context.state.params
+        if not client_params:
+            initial_items = self.setup.own_params(context).items()
+            client_params = {key if key.startswith("head.") else f"private.{key}": t for key, t in initial_items}
+            client_params[ALPHA] = torch.ones(self.setup.common_width)
 
         def make() -> nn.Module:
             return FeatureMixture(
                 cohort.extractor(context.info.architecture, shape), cohort.extractor(cohort.small, shape)
             )
 
-        return self.setup.split_model(make, {**own, **payload.group("params")}, context)
+        return self.setup.split_model(make, {**client_params, **payload.group("params")}, context)
 
 
 class FeatureMixture(nn.Module):

@@ -110,31 +110,33 @@ class PFedMoAPServer(Server):
         return self.models.lacks(client, 1)
 
     def configure(self, round: int, clients: Sequence[ClientInfo]) -> dict[ClientId, Payload]:
-        able = [client for client in clients if self.unable(client) is None]
-        chosen = self.setup.sampling.choose(able, round, self.setup.seed)
-        return {client.id: self.deliver(client) for client in chosen}
+        candidates = [client for client in clients if self.unable(client) is None]
+        participants = self.setup.sampling.choose(candidates, round, self.setup.seed)
+        return {client.id: self.deliver(client) for client in participants}
 
     def deliver(self, client: ClientInfo) -> Payload:
         params = {key: t for key, t in self.params.items() if not key.startswith("head.")}
-        near: Params = {}
-        for j, other in enumerate(self._nearest(client)):
-            near |= {key.replace(f".pairs.{OWN}.", f".pairs.near{j}."): t for key, t in self.last[other].items()}
-        return Payload({"params": {**params, **heads_of(self.params, client.task)}, "near": near})
+        neighbour_params: Params = {}
+        for j, neighbour in enumerate(self._nearest(client)):
+            neighbour_params |= {
+                key.replace(f".pairs.{OWN}.", f".pairs.near{j}."): t for key, t in self.last[neighbour].items()
+            }
+        return Payload({"params": {**params, **heads_of(self.params, client.task)}, "near": neighbour_params})
 
     def _nearest(self, client: ClientInfo) -> list[ClientId]:
         """Return the nearest other clients, as many as this client has room for; none before it has taken part."""
         if client.id not in self.last:
             return []
-        others = sorted(self.last.keys() - {client.id})
-        far = dict(zip(others, self._distances(client.id, others), strict=True))
+        other_ids = sorted(self.last.keys() - {client.id})
+        distance_by_id = dict(zip(other_ids, self._distances(client.id, other_ids), strict=True))
         room = next((n for n in range(self.algorithm.K - 1, 0, -1) if self.models.lacks(client, n + 1, 1) is None), 0)
-        return sorted(others, key=lambda other: far[other])[:room]
+        return sorted(other_ids, key=lambda other: distance_by_id[other])[:room]
 
     def _distances(self, client: ClientId, others: Sequence[ClientId]) -> list[float]:
-        mine = self.last[client]
+        client_params = self.last[client]
         if self.algorithm.distance == "l2":
             return [
-                sum(float((t.double() - self.last[o][key].double()).square().sum()) for key, t in mine.items())
+                sum(float((t.double() - self.last[o][key].double()).square().sum()) for key, t in client_params.items())
                 for o in others
             ]
         b_K = [[self.last[c][f"{path}.pairs.{OWN}.b"] for path in self.models.paths] for c in (client, *others)]
@@ -151,8 +153,8 @@ class PFedMoAPServer(Server):
         return mean.told()
 
     def state(self) -> Payload:
-        last = {f"{client}/{key}": t for client, own in self.last.items() for key, t in own.items()}
-        return Payload({"params": self.params, "last": last})
+        adapters = {f"{client}/{key}": t for client, adapter in self.last.items() for key, t in adapter.items()}
+        return Payload({"params": self.params, "last": adapters})
 
     def restore(self, state: Payload) -> None:
         super().restore(state)
@@ -173,13 +175,13 @@ class PFedMoAPClient(Client):
         models, params, slots = self._ready(payload, context)
         model = models.build(params, context, slots, is_frozen)
         self._weigh(model)
-        fitted, told = models.train(model, context)
-        flat = models.flatten(model, fitted.masters)
-        routes = {key: t for key, t in flat.items() if key.endswith(".route")}
+        fit_result, scalars = models.train(model, context)
+        flat_params = models.flatten(model, fit_result.masters)
+        routes = {key: t for key, t in flat_params.items() if key.endswith(".route")}
         if routes:
             context.state.params = routes
-        sent = payload.group("params")
-        return Payload({"params": {key: t for key, t in flat.items() if key in sent}}, told)
+        server_params = payload.group("params")
+        return Payload({"params": {key: t for key, t in flat_params.items() if key in server_params}}, scalars)
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         models, params, slots = self._ready(payload, context)
@@ -192,24 +194,24 @@ class PFedMoAPClient(Client):
 
     def _ready(self, payload: Payload, context: ClientContext) -> tuple[MixedModels, Params, list[str]]:
         """Return the builder of the model, its parameters and the slots of its gates."""
-        near = payload.group("near")
+        neighbour_params = payload.group("near")
         models = self.algorithm.models(self.setup, 0)
-        count = len(names_of(near, next(iter(models.paths))))
+        count = len(names_of(neighbour_params, next(iter(models.paths))))
         if count >= max(self.algorithm.K, 1):
             raise PayloadError(f"the server sent {count} adapters of others; K is {self.algorithm.K}")
-        params = {**payload.group("params"), **near}
+        params = {**payload.group("params"), **neighbour_params}
         if not count:
             return models, params, []
         models = self.algorithm.models(self.setup, count)
         slots = [OWN, *(f"near{j}" for j in range(count))]
         for path, (x, _) in models.paths.items():
-            kept = context.state.params.get(f"{path}.route")
-            if kept is None or len(kept) != len(slots):
+            route = context.state.params.get(f"{path}.route")
+            if route is None or len(route) != len(slots):
                 rng = torch.Generator().manual_seed(derive_seed(self.setup.seed, "pFedMoAP", path, "route"))
-                begin: Tensor = initial_route(len(slots), x, rng)
-                known = 0 if kept is None else min(len(kept), len(slots))
-                kept = begin if kept is None else torch.cat([kept[:known], begin[known:]])
-            params[f"{path}.route"] = kept
+                fresh_route: Tensor = initial_route(len(slots), x, rng)
+                overlap = 0 if route is None else min(len(route), len(slots))
+                route = fresh_route if route is None else torch.cat([route[:overlap], fresh_route[overlap:]])
+            params[f"{path}.route"] = route
         return models, params, slots
 
 

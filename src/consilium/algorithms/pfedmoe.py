@@ -120,29 +120,31 @@ class PFedMoEClient(Client):
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         model = self._model(payload, context)
-        told = trained(self.setup, model, context, rates=self.algorithm.rates(self.setup.fit.lr))
+        scalars = trained(self.setup, model, context, rates=self.algorithm.rates(self.setup.fit.lr))
         if self.algorithm.mixing in ("gate", "local"):
-            told |= gate_by_class(model, self.setup, context)
-        sent, kept = {}, {}
+            scalars |= gate_by_class(model, self.setup, context)
+        shared_params, private_params = {}, {}
         for key, tensor in flatten(model).items():
-            travels = key.startswith(SHARED) and self.algorithm.mixing != "local"
-            (sent if travels else kept)[key] = tensor
+            is_shared = key.startswith(SHARED) and self.algorithm.mixing != "local"
+            (shared_params if is_shared else private_params)[key] = tensor
         self._done(model, context)
-        context.state.params = {**kept, **sent} if self.algorithm.deploy == "trained" else kept
-        return Payload({"params": sent} if sent else {}, told)
+        context.state.params = (
+            {**private_params, **shared_params} if self.algorithm.deploy == "trained" else private_params
+        )
+        return Payload({"params": shared_params} if shared_params else {}, scalars)
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
-        own = context.state.params if self.algorithm.deploy == "trained" else {}
-        model = self._model(Payload({"params": payload.group("params") | own}), context)
-        told = tested(self.setup, model, context)
+        client_params = context.state.params if self.algorithm.deploy == "trained" else {}
+        model = self._model(Payload({"params": payload.group("params") | client_params}), context)
+        reply = tested(self.setup, model, context)
         self._done(model, context)
-        return told
+        return reply
 
     def _model(self, payload: Payload, context: ClientContext) -> SplitModel:
         """Build the model from the received G and the client's own parameters, either kept or initial."""
-        own = context.state.params or self._initial(context)
-        params, used = {**own, **payload.group("params")}, self.used.pop(_kind(context), None)
-        return self.setup.split_model(lambda: self._mixture(context), params, context, used=used)
+        client_params = context.state.params or self._initial(context)
+        params, spare_model = {**client_params, **payload.group("params")}, self.used.pop(_kind(context), None)
+        return self.setup.split_model(lambda: self._mixture(context), params, context, used=spare_model)
 
     def _done(self, model: SplitModel, context: ClientContext) -> None:
         """Keep a small model for the next client of its kind, as making another takes as long as half a step.
@@ -150,8 +152,8 @@ class PFedMoEClient(Client):
         Do so only for architectures that are known to have no state but their parameters, and not while other clients
         work on the same device (`context.meet`).
         """
-        known = {context.info.architecture, self.setup.model.small} <= ARCHITECTURES.keys()
-        if known and context.meet is None and nbytes(model.parameters()) <= SMALL:
+        is_builtin = {context.info.architecture, self.setup.model.small} <= ARCHITECTURES.keys()
+        if is_builtin and context.meet is None and nbytes(model.parameters()) <= SMALL:
             self.used[_kind(context)] = model
 
     def _mixture(self, context: ClientContext) -> "Mixture":
@@ -166,15 +168,15 @@ class PFedMoEClient(Client):
         if kind in self.begun:
             return self.begun[kind]
         setup.admit_small(lambda: self._mixture(context), context)
-        own = select(setup.initial_params(context.info), context.data.task.name)
-        heads = {key: t for key, t in own.items() if key.startswith("head.")}
+        client_params = select(setup.initial_params(context.info), context.data.task.name)
+        heads = {key: t for key, t in client_params.items() if key.startswith("head.")}
         mixture = initial(lambda: self._mixture(context), setup.seed, "pFedMoE", context.info.architecture)
-        begun = {k: t for k, t in mixture.items() if not k.startswith((SHARED, "private."))}
-        begun |= _prefixed("private.", {key: t for key, t in own.items() if key not in heads})
-        begun |= _prefixed(SHARED, setup.small_params()) | heads
-        if nbytes(begun.values()) <= SMALL:
-            self.begun[kind] = begun
-        return begun
+        params = {k: t for k, t in mixture.items() if not k.startswith((SHARED, "private."))}
+        params |= _prefixed("private.", {key: t for key, t in client_params.items() if key not in heads})
+        params |= _prefixed(SHARED, setup.small_params()) | heads
+        if nbytes(params.values()) <= SMALL:
+            self.begun[kind] = params
+        return params
 
 
 class Mixture(nn.Module):
@@ -265,19 +267,19 @@ def moments(norm: nn.Module, x: Tensor, unbiased: bool = False) -> tuple[Tensor,
         x: the batch.
         unbiased: whether the running variance moves towards the unbiased variance.
     """
-    if (real := real_rows()) is None:
-        mean, n, others = x.mean(0), len(x), max(len(x) - 1, 1)
+    if (real_B := real_rows()) is None:
+        mean, n, degrees = x.mean(0), len(x), max(len(x) - 1, 1)
         var = (x - mean).square().mean(0)  # This is several times as fast as torch's var.
     else:
-        real_B1, n = real[:, None], real.sum()
-        others = (n - 1).clamp(min=1)
+        real_B1, n = real_B[:, None], real_B.sum()
+        degrees = (n - 1).clamp(min=1)
         mean = torch.where(real_B1, x, 0).sum(0) / n
         var = torch.where(real_B1, x - mean, 0).square().sum(0) / n
         mean, var = torch.where(n > 1, mean, norm.running_mean), torch.where(n > 1, var, norm.running_var)
     with torch.no_grad():
-        told = var * n / others if unbiased else var
+        target_var = var * n / degrees if unbiased else var
         norm.running_mean += (mean - norm.running_mean) * norm.momentum
-        norm.running_var += (told - norm.running_var) * norm.momentum
+        norm.running_var += (target_var - norm.running_var) * norm.momentum
     return mean, var
 
 
@@ -290,8 +292,8 @@ class BatchNorm(nn.BatchNorm1d):
         if not self.training or (real_rows() is None and len(x) > 1):
             return super().forward(x)
         if real_rows() is None:
-            running = self.running_mean, self.running_var
-            return nn.functional.batch_norm(x, *running, self.weight, self.bias, eps=self.eps)
+            running_stats = self.running_mean, self.running_var
+            return nn.functional.batch_norm(x, *running_stats, self.weight, self.bias, eps=self.eps)
         mean, var = moments(self, x, unbiased=True)
         return (x - mean) / (var + self.eps).sqrt() * self.weight + self.bias
 
@@ -319,22 +321,25 @@ class SwitchableNorm(nn.Module):
         mean, var = self.running_mean, self.running_var
         if self.training and (len(x) > 1 or real_rows() is not None):
             mean, var = moments(self, x)
-        (mean_own, mean_batch), (var_own, var_batch) = self.mean_weight.softmax(0), self.var_weight.softmax(0)
-        own = x.mean(1, keepdim=True)
-        mean = mean_own * own + mean_batch * mean
-        var = var_own * (x - own).square().mean(1, keepdim=True) + (var_batch * var + self.eps)
+        (own_mean_weight, batch_mean_weight), (own_var_weight, batch_var_weight) = (
+            self.mean_weight.softmax(0),
+            self.var_weight.softmax(0),
+        )
+        own_mean = x.mean(1, keepdim=True)
+        mean = own_mean_weight * own_mean + batch_mean_weight * mean
+        var = own_var_weight * (x - own_mean).square().mean(1, keepdim=True) + (batch_var_weight * var + self.eps)
         return torch.addcmul(self.bias, (x - mean) * var.rsqrt(), self.weight)
 
 
 def gate_by_class(model: SplitModel, setup: Setup, context: ClientContext) -> Mapping[str, Scalar]:
     """Return the mean weight a_G of the shared extractor over the validation examples of each class, for the record."""
     data = setup.encode(context, context.data.validation)
-    filled = even if evened(model, context) else dict
+    prepare = even if evened(model, context) else dict
     model.eval()
     with torch.inference_mode(), setup.fit.lowered(context.device):
         batches = read_batches(data, setup.evaluation_rows, context)
-        told = [(model.backbone.weights(filled(b)["x"])[: len(b["labels"]), 0], b["labels"]) for b in batches]
-    a_B, y_B = map(torch.cat, zip(*told, strict=True))
+        pairs = [(model.backbone.weights(prepare(b)["x"])[: len(b["labels"]), 0], b["labels"]) for b in batches]
+    a_B, y_B = map(torch.cat, zip(*pairs, strict=True))
     return {f"report/gate {model.labels[c]}": a_B[y_B == c].mean().item() for c in y_B.unique().tolist()}
 
 

@@ -43,9 +43,9 @@ class RandomMoE(Algorithm):
         return self.experts is None and self.share == 1
 
     def server(self, setup: Setup) -> Server:
-        least, most = setup.model.family.least, max(setup.model.counts.values())
-        if self.experts is not None and not least <= self.experts <= most:
-            raise ConfigError(f"experts is {self.experts}; allowed are {least}..{most}")
+        minimum, maximum = setup.model.family.least, max(setup.model.counts.values())
+        if self.experts is not None and not minimum <= self.experts <= maximum:
+            raise ConfigError(f"experts is {self.experts}; allowed are {minimum}..{maximum}")
         return RandomMoEServer(setup, self)
 
     def client(self, setup: Setup) -> Client:

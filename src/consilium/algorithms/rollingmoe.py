@@ -61,7 +61,7 @@ class RollingServer(RandomMoEServer):
     def __init__(self, setup: Setup, algorithm: RollingMoE):
         super().__init__(setup, algorithm)
         self.step, self.round = algorithm.step, 1
-        self.sizes = {client: max(map(len, held.values())) for client, held in self.map.items()}
+        self.sizes = {client: max(map(len, expert_ids.values())) for client, expert_ids in self.map.items()}
 
     def _roll(self, round: int) -> None:
         self.round = round
@@ -73,9 +73,9 @@ class RollingServer(RandomMoEServer):
         return super().configure(round, clients)
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
-        told = super().aggregate(round, replies)
+        scalars = super().aggregate(round, replies)
         self._roll(round + 1)
-        return told
+        return scalars
 
     def state(self) -> Payload:
         return Payload({"params": self.params}, {"round": self.round})

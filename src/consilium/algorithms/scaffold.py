@@ -77,8 +77,8 @@ class SCAFFOLD(Algorithm):
             ConfigError: if momentum or weight decay is not 0.
         """
         for name in ("momentum", "weight_decay"):
-            if given := getattr(setup.fit, name):
-                raise ConfigError(f"fit.{name} is {given:g}; with SCAFFOLD it must be 0")
+            if value := getattr(setup.fit, name):
+                raise ConfigError(f"fit.{name} is {value:g}; with SCAFFOLD it must be 0")
         head_lr = setup.fit.head_lr / setup.fit.lr * self.eta_l
         return replace(setup, fit=replace(setup.fit, optimizer="sgd", lr=self.eta_l, head_lr=head_lr))
 
@@ -87,8 +87,8 @@ class ScaffoldServer(Server):
     """A server that samples clients and sends weights as FedAvg does, and control variates in addition."""
 
     def __init__(self, setup: Setup, algorithm: SCAFFOLD):
-        held = common_experts(setup, algorithm.experts, references=REFERENCES)
-        self.averaging = FedAvgServer(setup, held, references=REFERENCES)
+        expert_ids = common_experts(setup, algorithm.experts, references=REFERENCES)
+        self.averaging = FedAvgServer(setup, expert_ids, references=REFERENCES)
         self.eta_g = algorithm.eta_g
         self.control: Params = {key: torch.zeros_like(t) for key, t in self.params.items()}
         self.able = sum(self.unable(client) is None for client in setup.clients)
@@ -105,15 +105,15 @@ class ScaffoldServer(Server):
         tasks = {client.id: client.task for client in clients}
         return {
             client: Payload(
-                {**sent.groups, "control": select(self.control, tasks[client], self.averaging.held)},
-                sent.scalars,
+                {**payload.groups, "control": select(self.control, tasks[client], self.averaging.held)},
+                payload.scalars,
             )
-            for client, sent in self.averaging.configure(round, clients).items()
+            for client, payload in self.averaging.configure(round, clients).items()
         }
 
     def aggregate(self, round: int, replies: Iterable[tuple[ClientId, Payload]]) -> dict[str, float]:
         mean, sums = WeightedMean(), {}
-        before = {key: len(clients) for key, clients in self.senders.items()}
+        old_counts = {key: len(clients) for key, clients in self.senders.items()}
         for client, reply in replies:
             mean.add(reply.group("params"), 1.0)
             for key, delta in reply.group("control").items():
@@ -125,8 +125,9 @@ class ScaffoldServer(Server):
             self.params[key] = (self.params[key].double() + self.eta_g * step).to(average.dtype)
         for key, step in sums.items():
             n = len(self.senders[key]) if key in self.senders else self.able
-            known = before.get(key, 0) if key in self.senders else n  # c is the mean over `known` clients so far
-            self.control[key] = ((self.control[key].double() * known + step) / n).to(self.control[key].dtype)
+            # c is the mean over `old_count` clients so far.
+            old_count = old_counts.get(key, 0) if key in self.senders else n
+            self.control[key] = ((self.control[key].double() * old_count + step) / n).to(self.control[key].dtype)
         return {}
 
     def deliver(self, client: ClientInfo) -> Payload:
@@ -156,18 +157,18 @@ class ScaffoldClient(Client):
         self.setup = setup
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
-        held = experts_from_scalars(payload.scalars)
+        expert_ids = experts_from_scalars(payload.scalars)
         c_i = {k: torch.zeros_like(t) for k, t in payload.group("params").items()} | context.state.params
         variates = Controlled(payload.group("control"), c_i)
 
         def correct(model: TaskModel) -> Correct:
-            return variates.attach(model, held)
+            return variates.attach(model, expert_ids)
 
         model, reply = local_round(self.setup, payload, context, correct, references=REFERENCES)
-        fresh = {k: t.clone() for k, t in unpack(table(model, held), variates.mean_gradient()).items()}
+        new_c_i = {k: t.clone() for k, t in unpack(table(model, expert_ids), variates.mean_gradient()).items()}
         # Send the dtype that was received: some modules change theirs, e.g. Switch's routers are float32 after a run.
-        control = {key: (fresh[key] - c_i[key]).to(payload.groups["control"][key].dtype) for key in fresh}
-        context.state.params = fresh
+        control = {key: (new_c_i[key] - c_i[key]).to(payload.groups["control"][key].dtype) for key in new_c_i}
+        context.state.params = new_c_i
         return Payload({**reply.groups, "control": control}, reply.scalars)
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:

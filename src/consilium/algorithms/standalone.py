@@ -72,16 +72,20 @@ class StandaloneClient(Client):
         self.setup = setup
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
-        own = self._own(payload, context)
-        _, reply = local_round(self.setup, own, context)
-        context.state.params = {**own.group("params"), **reply.group("params"), **own.group("router")}
+        client_payload = self._own(payload, context)
+        _, reply = local_round(self.setup, client_payload, context)
+        context.state.params = {
+            **client_payload.group("params"),
+            **reply.group("params"),
+            **client_payload.group("router"),
+        }
         return Payload(scalars=reply.scalars)
 
     def evaluate(self, payload: Payload, context: ClientContext) -> Payload:
         return local_test(self.setup, self._own(payload, context), context)
 
     def _own(self, payload: Payload, context: ClientContext) -> Payload:
-        held = experts_from_scalars(payload.scalars)
+        expert_ids = experts_from_scalars(payload.scalars)
         params = context.state.params or self.setup.initial_params(context.info)
-        mine = self.setup.sub_moe(params, context.data.task.name, held, context.info)
-        return Payload(mine.groups, payload.scalars)
+        client_payload = self.setup.sub_moe(params, context.data.task.name, expert_ids, context.info)
+        return Payload(client_payload.groups, payload.scalars)

@@ -96,8 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = take_imports(args)
         if args[0] not in COMMANDS:
-            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            matches = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f"; did you mean {matches[0]!r}?" if matches else ""
             raise ConfigError(f"unknown command {args[0]!r}; allowed are {', '.join(COMMANDS)}{hint}")
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: say(f"warning: {message}")
@@ -120,20 +120,20 @@ def take_imports(args: Sequence[str]) -> list[str]:
 
     Both are imported later, or at once if `consilium.experiment` is already imported.
     """
-    rest, given = [], list(args)
-    while given:
-        name, _, value = given.pop(0).partition("=")
+    other_args, remaining = [], list(args)
+    while remaining:
+        name, _, value = remaining.pop(0).partition("=")
         if name not in ("--import", "--algorithm"):
-            rest.append(f"{name}={value}" if value else name)
+            other_args.append(f"{name}={value}" if value else name)
             continue
-        if not value and not given:
+        if not value and not remaining:
             raise ConfigError(f"{name} needs a value")
-        value = value or given.pop(0)
+        value = value or remaining.pop(0)
         file, colon, method = value.rpartition(":")
         if name == "--import" or (colon and file.endswith(".py")):
             add_file(Path(file if colon and file.endswith(".py") else value))
         if name == "--algorithm":
-            rest += [name, method if file.endswith(".py") else value]
+            other_args += [name, method if file.endswith(".py") else value]
     if "consilium.experiment" in sys.modules:  # it imports plugins as it is loaded, which is over by now
         import_plugins()
-    return rest
+    return other_args

@@ -57,7 +57,7 @@ class Flag:
     def frequent(self) -> bool:
         """Return whether --help shows the flag."""
         name = self.name.removeprefix("--")
-        return any(name == one or name.startswith(f"{one}.") for one in FREQUENT)
+        return any(name == prefix or name.startswith(f"{prefix}.") for prefix in FREQUENT)
 
 
 @cache
@@ -72,13 +72,13 @@ def flags_of_recipe(recipe: str, algorithm: str = "") -> list[Flag] | None:
     Args:
         algorithm: method that replaces the recipe's own; "": the recipe's own.
     """
-    found = read_catalogue()
-    if recipe not in found["recipes"] or (algorithm and algorithm not in found["algorithms"]):
+    catalogue = read_catalogue()
+    if recipe not in catalogue["recipes"] or (algorithm and algorithm not in catalogue["algorithms"]):
         return None
-    experiment = found["recipes"][recipe]["experiment"]
+    experiment = catalogue["recipes"][recipe]["experiment"]
     if algorithm and algorithm != experiment["algorithm"]["type"]:
-        experiment = {**experiment, "algorithm": found["algorithms"][algorithm]["experiment"]}
-    return list(_flags(experiment, found["fields"], "--"))
+        experiment = {**experiment, "algorithm": catalogue["algorithms"][algorithm]["experiment"]}
+    return list(_flags(experiment, catalogue["fields"], "--"))
 
 
 def _flags(saved: Mapping[str, Any], fields: Mapping[str, Any], prefix: str) -> Iterator[Flag]:
@@ -89,9 +89,9 @@ def _flags(saved: Mapping[str, Any], fields: Mapping[str, Any], prefix: str) -> 
         if isinstance(value, Mapping):
             yield from _flags(value, fields, f"{flag}.")
         else:
-            described = fields[saved["type"]][name]
+            description = fields[saved["type"]][name]
             default = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-            yield Flag(flag, described["kind"], default, described["help"])
+            yield Flag(flag, description["kind"], default, description["help"])
 
 
 def refuse_mistyped(recipe: str, args: list[str], own: Mapping[str, Any], command: str, algorithm: str = "") -> None:
@@ -106,22 +106,24 @@ def refuse_mistyped(recipe: str, args: list[str], own: Mapping[str, Any], comman
     flags = flags_of_recipe(recipe, algorithm)
     if flags is None:
         return
-    known = {flag.name for flag in flags} | own.keys() | {"--help", "-h", "--help-all", "--data.label"}
+    flag_names = {flag.name for flag in flags} | own.keys() | {"--help", "-h", "--help-all", "--data.label"}
     for arg in args:
         name = arg.split("=")[0].replace("_", "-")
-        plain = "--" + name.removeprefix("--no-") if name.startswith("--no-") else name.replace(".no-", ".")
-        if name.startswith("--") and not {name, plain} & known:
-            raise ConfigError(f"unknown argument {arg!r}; {hint_for(name, known, f'consilium {command} {recipe}')}")
+        positive_name = "--" + name.removeprefix("--no-") if name.startswith("--no-") else name.replace(".no-", ".")
+        if name.startswith("--") and not {name, positive_name} & flag_names:
+            raise ConfigError(
+                f"unknown argument {arg!r}; {hint_for(name, flag_names, f'consilium {command} {recipe}')}"
+            )
 
 
 def refuse_unknown(recipe: str) -> None:
     """Raise ConfigError for a recipe that does not exist, and name the nearest one; no recipe is imported for this."""
-    loaded = getattr(sys.modules.get("consilium.recipes"), "RECIPES", {})
-    known = {*read_catalogue()["recipes"], *loaded}
-    if recipe not in known and not recipe.endswith(".json") and not has_plugins():
-        near = difflib.get_close_matches(recipe, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"unknown recipe {recipe!r}; allowed are {', '.join(sorted(known))}{hint}")
+    loaded_recipes = getattr(sys.modules.get("consilium.recipes"), "RECIPES", {})
+    names = {*read_catalogue()["recipes"], *loaded_recipes}
+    if recipe not in names and not recipe.endswith(".json") and not has_plugins():
+        matches = difflib.get_close_matches(recipe, names, n=1)
+        hint = f"; did you mean {matches[0]!r}?" if matches else ""
+        raise ConfigError(f"unknown recipe {recipe!r}; allowed are {', '.join(sorted(names))}{hint}")
 
 
 def hint_for(name: str, known: typing.Iterable[str], prog: str) -> str:
@@ -129,8 +131,8 @@ def hint_for(name: str, known: typing.Iterable[str], prog: str) -> str:
     known = set(known)
     if difflib.get_close_matches(name, {"--algorithms", "--seeds", "--jobs", "--sweep"} - known, n=1, cutoff=0.9):
         return "that is for `consilium compare`"
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"see `{prog} --help-all`"
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {matches[0]}?" if matches else f"see `{prog} --help-all`"
 
 
 def print_flags(recipe: str, usage: str, own: Mapping[str, str], everything: bool, algorithm: str = "") -> None:
@@ -140,7 +142,7 @@ def print_flags(recipe: str, usage: str, own: Mapping[str, str], everything: boo
         own: flags of the command itself -> their help.
     """
     flags = flags_of_recipe(recipe, algorithm) or []
-    shown = [flag for flag in flags if everything or flag.frequent]
+    shown_flags = [flag for flag in flags if everything or flag.frequent]
     width = min(max(shutil.get_terminal_size().columns, 60), 120)
 
     def show(left: str, text: str) -> None:
@@ -157,11 +159,11 @@ def print_flags(recipe: str, usage: str, own: Mapping[str, str], everything: boo
     for name, text in own.items():
         show(name, text)
     print("\nthe experiment" + ("" if everything else ", its frequent flags"))
-    for flag in shown:
+    for flag in shown_flags:
         default = flag.default if len(flag.default) < 60 else f"{flag.default[:57]}..."
         show(f"{flag.name} {flag.kind}", f"{one_line(flag.help, 400)} (default: {default or 'empty'})")
-    if len(shown) < len(flags):
-        print(f"\n{len(flags) - len(shown)} more flags: --help-all")
+    if len(shown_flags) < len(flags):
+        print(f"\n{len(flags) - len(shown_flags)} more flags: --help-all")
 
 
 # --- making the catalogue ---------------------------------------------------------------------------------------------
@@ -190,34 +192,34 @@ def make_catalogue(theirs: bool = False) -> dict[str, Any]:
             _describe(kind(), fields)
             summary = (kind.__doc__ or "without a docstring").splitlines()[0]
             algorithms[name] = {"summary": summary, "experiment": to_json(kind())}
-    made = {"recipes": recipes, "algorithms": algorithms, "fields": dict(sorted(fields.items()))}
-    return json.loads(json.dumps(made).replace(f"{Path.cwd()}/", ""))  # recipes have paths relative to the cwd
+    catalogue = {"recipes": recipes, "algorithms": algorithms, "fields": dict(sorted(fields.items()))}
+    return json.loads(json.dumps(catalogue).replace(f"{Path.cwd()}/", ""))  # recipes have paths relative to the cwd
 
 
 def _describe(value: Any, fields: dict[str, Any]) -> None:
     """Add the fields of a dataclass, and of all dataclasses in its fields."""
     kind = type(value)
     hints, texts = typing.get_type_hints(kind), _helps(kind)
-    described = fields.setdefault(kind.__name__, {})
+    descriptions = fields.setdefault(kind.__name__, {})
     for field in dataclasses.fields(value):
-        inner = getattr(value, field.name)
-        if dataclasses.is_dataclass(inner):
-            _describe(inner, fields)
+        field_value = getattr(value, field.name)
+        if dataclasses.is_dataclass(field_value):
+            _describe(field_value, fields)
         else:
-            described[field.name] = {"kind": _kind(hints[field.name]), "help": texts.get(field.name, "")}
+            descriptions[field.name] = {"kind": _kind(hints[field.name]), "help": texts.get(field.name, "")}
 
 
 def _helps(kind: type) -> dict[str, str]:
     """Return field -> help, from the Args sections of the docstrings of a class and its bases."""
     from docstring_parser import DocstringStyle, parse
 
-    found: dict[str, str] = {}
+    helps: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         doc = base.__dict__.get("__doc__")
         if doc and dataclasses.is_dataclass(base):
             for parameter in parse(doc, style=DocstringStyle.GOOGLE).params:
-                found[parameter.arg_name] = " ".join((parameter.description or "").split())
-    return found
+                helps[parameter.arg_name] = " ".join((parameter.description or "").split())
+    return helps
 
 
 def _kind(hint: Any) -> str:
@@ -227,7 +229,7 @@ def _kind(hint: Any) -> str:
     if origin is typing.Literal:
         return "{" + ",".join(map(str, args)) + "}"
     if origin in (typing.Union, UnionType):
-        return "|".join(_kind(one) for one in args if one is not NoneType) + ("|None" if NoneType in args else "")
+        return "|".join(_kind(arg) for arg in args if arg is not NoneType) + ("|None" if NoneType in args else "")
     if origin is tuple:
         return f"[{_kind(args[0])} ...]"
     return "BOOL" if hint is bool else getattr(hint, "__name__", str(hint)).upper()

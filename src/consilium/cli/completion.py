@@ -42,15 +42,17 @@ def suggestions(words: Sequence[str], commands: Sequence[str]) -> list[str]:
     Args:
         words: words after `consilium`; the last one is being written, and may be empty.
     """
-    begun, before = (words[-1] if words else ""), list(words[:-1])
-    if not before:
-        found: Sequence[str] = commands
-    elif before[0] not in WITH_RECIPE:
-        found = []
-    elif len(before) == 1:
-        found = list(read_catalogue()["recipes"])
-    elif before[-1] in ("--algorithm", "--algorithms"):
-        found = list(read_catalogue()["algorithms"])
+    prefix, earlier_words = (words[-1] if words else ""), list(words[:-1])
+    if not earlier_words:
+        candidates: Sequence[str] = commands
+    elif earlier_words[0] not in WITH_RECIPE:
+        candidates = []
+    elif len(earlier_words) == 1:
+        candidates = list(read_catalogue()["recipes"])
+    elif earlier_words[-1] in ("--algorithm", "--algorithms"):
+        candidates = list(read_catalogue()["algorithms"])
     else:
-        found = [*OWN, *(flag.name for flag in flags_of_recipe(before[1]) or [])] if begun.startswith("-") else []
-    return sorted(word for word in found if word.startswith(begun))
+        candidates = (
+            [*OWN, *(flag.name for flag in flags_of_recipe(earlier_words[1]) or [])] if prefix.startswith("-") else []
+        )
+    return sorted(word for word in candidates if word.startswith(prefix))

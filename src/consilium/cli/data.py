@@ -79,30 +79,30 @@ def data_command(args: list[str]) -> None:
         """
         return dict(locals())
 
-    told = parse(parameters, args, "consilium data")
-    path, seed = told["file"], told["seed"]
-    given = {role: told[role] for role in (*NAMES, "image") if told[role]}
-    settings = {key: told[key] for key in ("clients", "partition", "alpha")}
+    options = parse(parameters, args, "consilium data")
+    path, seed = options["file"], options["seed"]
+    columns = {role: options[role] for role in (*NAMES, "image") if options[role]}
+    settings = {key: options[key] for key in ("clients", "partition", "alpha")}
     if holds_images(path):
-        settings |= {key: told[key] for key in ("classes", "pages", "axes")}
-        sheet = told["out"] or Path(f"{path.stem}-split.png")
-        sheet = sheet.with_name(f"{sheet.stem}-images.png" if told["out"] else f"{path.stem}-images.png")
-        found = preview_images(path, given, settings, told["size"], seed, sheet)
-    elif odd := [name for name in ("image", "classes", "size", "pages", "axes") if told[name]]:
-        raise ConfigError(f"--{odd[0]} is for images; {path} is a table without a column of encoded images")
+        settings |= {key: options[key] for key in ("classes", "pages", "axes")}
+        sheet = options["out"] or Path(f"{path.stem}-split.png")
+        sheet = sheet.with_name(f"{sheet.stem}-images.png" if options["out"] else f"{path.stem}-images.png")
+        data_preview = preview_images(path, columns, settings, options["size"], seed, sheet)
+    elif image_flags := [name for name in ("image", "classes", "size", "pages", "axes") if options[name]]:
+        raise ConfigError(f"--{image_flags[0]} is for images; {path} is a table without a column of encoded images")
     else:
-        dialect = Dialect(told["separator"], told["quote"], told["encoding"])
-        model = "" if told["model"] == "docstring-switch" else told["model"]
-        found = preview(
+        dialect = Dialect(options["separator"], options["quote"], options["encoding"])
+        model = "" if options["model"] == "docstring-switch" else options["model"]
+        data_preview = preview(
             path,
-            given,
-            ModelSource(told["model"]).tokenizer(),
+            columns,
+            ModelSource(options["model"]).tokenizer(),
             settings,
             seed,
             dialect,
             model,
             lambda name: find(name).make().fit,
         )
-    show(found, out)
-    target = save_picture(found, told["out"] or Path(f"{path.stem}-split.png"))
+    show(data_preview, out)
+    target = save_picture(data_preview, options["out"] or Path(f"{path.stem}-split.png"))
     print_line(out, f"picture: {target}")

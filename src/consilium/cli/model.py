@@ -65,10 +65,10 @@ def inspect_command(args: list[str]) -> None:
 
 def plan_command(args: list[str]) -> None:
     """consilium plan RECIPE|FILE.json [--algorithm NAME] [--config FILE] [flags of the experiment]"""
-    asked = read_command(args, "plan", plan_command.__doc__, {"--algorithm": "", "--config": ""})
+    command = read_command(args, "plan", plan_command.__doc__, {"--algorithm": "", "--config": ""})
     from consilium.report.forecast import print_plan
 
-    print_plan(asked.experiment, out)
+    print_plan(command.experiment, out)
 
 
 def upcycle_command(args: list[str]) -> None:
@@ -93,7 +93,7 @@ def upcycle_command(args: list[str]) -> None:
         return model, out, how, gguf
 
     model, folder, how, gguf = parse(parameters, args, "consilium upcycle")
-    with new_folder(folder) as new:
-        told = upcycle(model, new, how, gguf)
-    for line in (*told, f"see it: consilium inspect {folder}"):
+    with new_folder(folder) as new_path:
+        lines = upcycle(model, new_path, how, gguf)
+    for line in (*lines, f"see it: consilium inspect {folder}"):
         print_line(out, line)

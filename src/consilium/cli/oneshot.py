@@ -34,14 +34,14 @@ def run_one_shot(room: str, args: list[str]) -> None:
             line = f"consilium {room} {name:10} {kind.__doc__.splitlines()[0]}"
             out.print(line, markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(0)
-    kind, prog, rest = commands[args[0]], f"consilium {room} {args[0]}", args[1:]
-    recipe, rest = _recipe_first(rest) if args[0] == "train" else ("", rest)
-    options, rest = split_options(rest, {"--rows": recipe})
-    given = [arg for arg in rest if arg.startswith("--") and _is_of_experiment(arg)]
-    own, flags = _divided(rest)
-    if given and not options["--rows"]:
-        raise ConfigError(f"{given[0]} is a flag of an experiment: name a recipe by --rows first")
-    command = parse(kind, own, prog)
+    kind, prog, other_args = commands[args[0]], f"consilium {room} {args[0]}", args[1:]
+    recipe, other_args = _recipe_first(other_args) if args[0] == "train" else ("", other_args)
+    options, other_args = split_options(other_args, {"--rows": recipe})
+    experiment_flags = [arg for arg in other_args if arg.startswith("--") and _is_of_experiment(arg)]
+    own_args, flags = _divided(other_args)
+    if experiment_flags and not options["--rows"]:
+        raise ConfigError(f"{experiment_flags[0]} is a flag of an experiment: name a recipe by --rows first")
+    command = parse(kind, own_args, prog)
     rows = Rows(_rows(options["--rows"], flags, prog) if options["--rows"] else None)
     for line in command.lines(rows):
         print_line(out, line)
@@ -56,11 +56,11 @@ def _is_of_experiment(flag: str) -> bool:
 def _divided(args: list[str]) -> tuple[list[str], list[str]]:
     """Split the arguments into the command's own and those of an experiment; each flag keeps the values after it."""
     parts: dict[bool, list[str]] = {True: [], False: []}
-    foreign = False
+    is_of_experiment = False
     for arg in args:
         if arg.startswith("--"):
-            foreign = _is_of_experiment(arg)
-        parts[foreign].append(arg)
+            is_of_experiment = _is_of_experiment(arg)
+        parts[is_of_experiment].append(arg)
     return parts[False], parts[True]
 
 
@@ -79,10 +79,10 @@ def _rows(recipe: str, flags: list[str], prog: str) -> "Experiment":
     from consilium.algorithms.fedavg import FedAvg
 
     # FedAvg accepts any model, and the method itself is never used.
-    asked = read_command(
+    command = read_command(
         [recipe, *flags], prog.removeprefix("consilium "), None, {}, change=lambda e: replace(e, algorithm=FedAvg())
     )
-    return asked.experiment if recipe.endswith(".json") else of_one_client(asked.experiment, asked.flags)
+    return command.experiment if recipe.endswith(".json") else of_one_client(command.experiment, command.flags)
 
 
 def expert_command(args: list[str]) -> None:

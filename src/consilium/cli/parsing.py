@@ -94,36 +94,42 @@ def read_command(
     usage = usage or ""
     if not args:
         raise ConfigError(f"consilium {name} needs a recipe; see `consilium list`")
-    recipe, rest = args[0], args[1:]
+    recipe, other_args = args[0], args[1:]
     if recipe in ("-h", "--help", "--help-all"):
         print(f"{usage}\n\nRecipes: {', '.join(read_catalogue()['recipes'])}")
         print(f"Flags of an experiment: consilium {name} RECIPE --help")
         raise SystemExit(0)
     recipe = f"{recipe}/config.json" if (Path(recipe) / "config.json").is_file() else recipe
-    given, rest = split_options(rest, options)
-    found = frozenset(arg for arg in rest if arg in switches)
-    rest = [arg for arg in rest if arg not in found]
-    method = given.get("--algorithm", "")
-    own = {**options, **dict.fromkeys(switches, "")}
-    if recipe in read_catalogue()["recipes"] and not {"-h", "--help", "--help-all"}.isdisjoint(rest):
-        print_flags(recipe, usage, {flag: _described(flag, own) for flag in own}, "--help-all" in rest, method)
+    option_values, other_args = split_options(other_args, options)
+    active_switches = frozenset(arg for arg in other_args if arg in switches)
+    other_args = [arg for arg in other_args if arg not in active_switches]
+    method = option_values.get("--algorithm", "")
+    option_defaults = {**options, **dict.fromkeys(switches, "")}
+    if recipe in read_catalogue()["recipes"] and not {"-h", "--help", "--help-all"}.isdisjoint(other_args):
+        print_flags(
+            recipe,
+            usage,
+            {flag: _described(flag, option_defaults) for flag in option_defaults},
+            "--help-all" in other_args,
+            method,
+        )
         raise SystemExit(0)
     refuse_unknown(recipe)
-    if not given.get("--config"):  # the file may change the method, and with it the flags
-        refuse_mistyped(recipe, rest, own, name, method)
+    if not option_values.get("--config"):  # the file may change the method, and with it the flags
+        refuse_mistyped(recipe, other_args, option_defaults, name, method)
     default = named_experiment(recipe)
     if method:
         default = dataclasses.replace(default, algorithm=named_algorithm(recipe, default, method))
-    if given.get("--config"):
+    if option_values.get("--config"):
         from consilium.settings import merged, read_settings
 
-        default = merged(default, read_settings(Path(given["--config"])))
+        default = merged(default, read_settings(Path(option_values["--config"])))
     default = change(default)
     if hasattr(default.data, "target"):  # images call it label, texts and tables target: accept both
-        rest = [re.sub(r"^--data\.label(?=$|=)", "--data.target", arg) for arg in rest]
-    experiment = parse(type(default), rest, f"consilium {name} {args[0]}", default, own)
-    flags = frozenset(flags_in(rest))
-    return Command(experiment, given, found, flags)
+        other_args = [re.sub(r"^--data\.label(?=$|=)", "--data.target", arg) for arg in other_args]
+    experiment = parse(type(default), other_args, f"consilium {name} {args[0]}", default, option_defaults)
+    flags = frozenset(flags_in(other_args))
+    return Command(experiment, option_values, active_switches, flags)
 
 
 def _described(flag: str, own: Mapping[str, str]) -> str:
@@ -143,29 +149,29 @@ def named_experiment(recipe: str) -> "Experiment":
     from consilium.experiment import from_json
 
     try:
-        saved = json.loads(Path(recipe).read_text())
+        content = json.loads(Path(recipe).read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{recipe} is not a saved experiment: {type(error).__name__}") from error
-    if not isinstance(saved, dict):
-        raise ConfigError(f"{recipe} is not a saved experiment: it holds a {type(saved).__name__}")
-    return from_json(saved.get("experiment", saved))
+    if not isinstance(content, dict):
+        raise ConfigError(f"{recipe} is not a saved experiment: it holds a {type(content).__name__}")
+    return from_json(content.get("experiment", content))
 
 
 def named_algorithm(recipe: str, experiment: "Experiment", name: str) -> "Algorithm":
     """Return a method by name, as the recipe sets it up as a rival or else at its defaults."""
     from consilium.recipes import Recipe, find
 
-    found = Recipe(recipe, lambda: experiment) if recipe.endswith(".json") else find(recipe)
-    return found.algorithm(name)
+    recipe_object = Recipe(recipe, lambda: experiment) if recipe.endswith(".json") else find(recipe)
+    return recipe_object.algorithm(name)
 
 
 def split_options(args: list[str], defaults: dict[str, str]) -> tuple[dict[str, str], list[str]]:
     """Split a command's own options from the other arguments, which belong to the experiment."""
-    options, rest, i = dict(defaults), [], 0
+    options, other_args, i = dict(defaults), [], 0
     while i < len(args):
         name, has_value, value = args[i].partition("=")
         if name not in defaults:
-            rest.append(args[i])
+            other_args.append(args[i])
         elif has_value:
             options[name] = value
         elif i + 1 < len(args):
@@ -174,7 +180,7 @@ def split_options(args: list[str], defaults: dict[str, str]) -> tuple[dict[str, 
         else:
             raise ConfigError(f"{name} needs a value, e.g. {name} {defaults[name]}")
         i += 1
-    return options, rest
+    return options, other_args
 
 
 def flags_in(args: list[str]) -> set[str]:
@@ -208,21 +214,23 @@ def parse(
     extra = {"default": default} if default is not None else {}
     if own:
         words = {flag: flag if value is None else f"{flag} {value or 'X'}" for flag, value in own.items()}
-        told = "\n".join(f"{words[flag]}: {OWN[flag]}" for flag in own)
-        extra["description"] = f"The command has flags of its own, with these defaults:\n\n{told}"
-    said = io.StringIO()
+        flag_lines = "\n".join(f"{words[flag]}: {OWN[flag]}" for flag in own)
+        extra["description"] = f"The command has flags of its own, with these defaults:\n\n{flag_lines}"
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            value, unknown = tyro.cli(
+        with contextlib.redirect_stderr(stderr):
+            value, unknown_args = tyro.cli(
                 kind, args=args, prog=prog, return_unknown_args=True, config=(tyro.conf.AvoidSubcommands,), **extra
             )
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        raise ConfigError(f"{complaint(said.getvalue())}; see `{prog} --help`") from None
-    if unknown:
-        known = [*(flags_of(default) if default is not None else []), *(own or ())]
-        raise ConfigError(f"unknown argument {unknown[0]!r}; {hint_for(unknown[0].split('=')[0], known, prog)}")
+        raise ConfigError(f"{complaint(stderr.getvalue())}; see `{prog} --help`") from None
+    if unknown_args:
+        known_flags = [*(flags_of(default) if default is not None else []), *(own or ())]
+        raise ConfigError(
+            f"unknown argument {unknown_args[0]!r}; {hint_for(unknown_args[0].split('=')[0], known_flags, prog)}"
+        )
     return value
 
 
@@ -230,11 +238,11 @@ def complaint(box: str) -> str:
     """Return the first part of tyro's error box as one line: the flag, the value, and the allowed values."""
     lines = [line.strip("│ ") for line in box.splitlines()[1:]]
     parts = itertools.groupby(lines, key=lambda line: bool(line.strip("─-╰╯")))  # parts end at rules, drawn or typed
-    text = " ".join(next((part for full, part in parts if full), ())).rstrip(".")
+    text = " ".join(next((part for has_text, part in parts if has_text), ())).rstrip(".")
     if match := re.search(r"invalid choice '(.*?)' for argument '(.+?)'.*?\((.*)\)", text):
         allowed = re.findall(r"'(.*?)'", match[3])
-        near = difflib.get_close_matches(match[1], allowed, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        matches = difflib.get_close_matches(match[1], allowed, n=1)
+        hint = f"; did you mean {matches[0]!r}?" if matches else ""
         return f"{match[2]} is {match[1]!r}; allowed are {', '.join(allowed)}{hint}"
     text = text.removeprefix("Error parsing ")
     text = text.replace("invalid literal for int() with base 10:", "it must be a whole number, not")

@@ -39,8 +39,8 @@ def list_command(args: list[str]) -> None:
     catalogue = make_catalogue(theirs=True) if has_plugins() else read_catalogue()
     for title, kind in (("Recipes", "recipes"), ("Algorithms", "algorithms")):
         out.print(f"[bold]{title}[/bold]")
-        for name, described in sorted(catalogue[kind].items()):
-            out.print(f"  {name:24} {described['summary']}", highlight=False, soft_wrap=True)
+        for name, entry in sorted(catalogue[kind].items()):
+            out.print(f"  {name:24} {entry['summary']}", highlight=False, soft_wrap=True)
     out.print("[bold]Shipped models[/bold]")
     for path in sorted((Path(consilium.__file__).parent / "models").glob("*/model.safetensors")):
         out.print(f"  {path.parent.name:24} {path.stat().st_size / 1e6:.1f} MB", highlight=False)

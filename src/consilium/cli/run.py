@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 def run_command(args: list[str]) -> None:
     """consilium run RECIPE|FILE.json [--algorithm NAME] [--config FILE] [--out DIR] [--track TOOLS]
     [--quiet] [--json] [flags of the experiment]"""
-    own = {"--algorithm": "", "--config": "", "--out": "runs", "--track": ""}
-    asked = read_command(args, "run", run_command.__doc__, own, VOICE)
+    option_defaults = {"--algorithm": "", "--config": "", "--out": "runs", "--track": ""}
+    command = read_command(args, "run", run_command.__doc__, option_defaults, VOICE)
     from consilium.loop import run
 
-    experiment, folder = asked.experiment, Path(asked.options["--out"]) / asked.experiment.name
-    with speaking("--quiet" in asked.switches, "--json" in asked.switches) as lines:
-        follow(lambda watch: run(experiment, folder, watch), folder, asked.options["--track"], lines)
+    experiment, folder = command.experiment, Path(command.options["--out"]) / command.experiment.name
+    with speaking("--quiet" in command.switches, "--json" in command.switches) as lines:
+        follow(lambda watch: run(experiment, folder, watch), folder, command.options["--track"], lines)
 
 
 def resume_command(args: list[str]) -> None:
@@ -42,14 +42,14 @@ def resume_command(args: list[str]) -> None:
         """
         return run
 
-    options, rest = split_options(args, {"--track": "", "--rounds": ""})
-    quiet, as_json, rest = split_voice(rest)
-    folder = parse(parameters, rest, "consilium resume")
+    options, other_args = split_options(args, {"--track": "", "--rounds": ""})
+    quiet, as_json, other_args = split_voice(other_args)
+    folder = parse(parameters, other_args, "consilium resume")
     config = RunDirectory(folder).config()
     rounds = whole_number(options, "--rounds", 1) if options["--rounds"] else None
-    finished = config["status"] == "finished" and rounds in (None, config["experiment"].get("rounds"))
+    is_finished = config["status"] == "finished" and rounds in (None, config["experiment"].get("rounds"))
     with speaking(quiet, as_json) as lines:
-        if finished:
+        if is_finished:
             print_line(out, f"{folder} is finished")
             print_table([folder], out)
             if lines:

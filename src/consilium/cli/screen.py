@@ -71,8 +71,8 @@ def follow(work: "Callable[[Watch], Any]", folder: Path, track: str, lines: "Jso
             with Terminal(out) as terminal:
                 work(Several([terminal, *([lines] if lines else []), tracking]))
         except KeyboardInterrupt:
-            begun = (folder / "config.json").exists()
-            raise KeyboardInterrupt(f"; `consilium resume {folder}` continues the run" if begun else "") from None
+            has_config = (folder / "config.json").exists()
+            raise KeyboardInterrupt(f"; `consilium resume {folder}` continues the run" if has_config else "") from None
         tracking.report(finish([folder], None, lines))
 
 
@@ -90,12 +90,12 @@ def finish(folders: list[Path], target: Path | None = None, lines: "JsonLines | 
     if target is None:
         target = (folders[0] if len(folders) == 1 else Path(os.path.commonpath(folders))) / "report.html"
     page = write_report(folders, target)
-    several = len(folders) > 1
-    tables = [str(path) for path in table_files(page) if several and path.is_file()]
+    has_several = len(folders) > 1
+    tables = [str(path) for path in table_files(page) if has_several and path.is_file()]
     if lines:
-        told = {folder.name: json.loads((folder / "summary.json").read_text()) for folder in folders}
-        more = {"table": rows(methods(read_runs(folders))), "tables": tables} if several else {}
-        lines.line({"summary": told if several else told[folders[0].name], **more, "report": str(page)})
+        summaries = {folder.name: json.loads((folder / "summary.json").read_text()) for folder in folders}
+        extras = {"table": rows(methods(read_runs(folders))), "tables": tables} if has_several else {}
+        lines.line({"summary": summaries if has_several else summaries[folders[0].name], **extras, "report": str(page)})
     elif out.quiet:
         print(one_line(f"report: {page}", 4000))
     else:

@@ -21,24 +21,24 @@ def certificates_command(args: list[str]) -> None:
     if not args or args[0].startswith("-"):
         out.print(certificates_command.__doc__, markup=False, highlight=False)
         raise SystemExit(0) if args[:1] in (["-h"], ["--help"]) else ConfigError("name a folder for the keys")
-    options, rest = split_options(args[1:], {"--sites": "", "--hosts": ""})
-    if rest:
-        raise ConfigError(f"unknown argument {rest[0]!r}; allowed are --sites and --hosts")
+    options, other_args = split_options(args[1:], {"--sites": "", "--hosts": ""})
+    if other_args:
+        raise ConfigError(f"unknown argument {other_args[0]!r}; allowed are --sites and --hosts")
     try:
         from consilium.certificates import certificates
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is missing: pip install 'consilium[flower]'") from error
     folder, hosts = Path(args[0]), [host for host in re.split(r"[,;\s]+", options["--hosts"]) if host]
     crt = folder / "server/server.crt"
-    before = crt.read_bytes() if crt.exists() else b""
-    made_here = certificates(folder, hosts, site_names(options["--sites"]))
-    if before and crt.read_bytes() != before:
+    old_certificate = crt.read_bytes() if crt.exists() else b""
+    site_folders = certificates(folder, hosts, site_names(options["--sites"]))
+    if old_certificate and crt.read_bytes() != old_certificate:
         say(
             f"the list of hosts is another: {crt} is new, and only {folder / 'server/ca.crt'} trusts it; send it "
             "to every site in place of its ca.crt (keys stay as they are)"
         )
-    for made in made_here:
-        print_line(out, f"{made} is for that site alone: send it over a secure channel")
+    for site_folder in site_folders:
+        print_line(out, f"{site_folder} is for that site alone: send it over a secure channel")
     print_line(out, f"{folder / 'server'} is for the server")
 
 
@@ -47,10 +47,18 @@ def server_command(args: list[str]) -> None:
     [--wait S] [--out DIR] [--insecure] [flags of the experiment]"""
     if any(arg.partition("=")[0] == "--one-shot" for arg in args):
         return collect_packages(args)
-    own = {"--sites": "", "--certificates": "", "--address": "0.0.0.0:8000", "--wait": "600", "--out": "runs"}
+    option_defaults = {
+        "--sites": "",
+        "--certificates": "",
+        "--address": "0.0.0.0:8000",
+        "--wait": "600",
+        "--out": "runs",
+    }
     insecure, args = split_insecure(args)
-    asked = read_command(args, "server", server_command.__doc__, {"--algorithm": "", **own}, ("--insecure",))
-    experiment, options = asked.experiment, asked.options
+    command = read_command(
+        args, "server", server_command.__doc__, {"--algorithm": "", **option_defaults}, ("--insecure",)
+    )
+    experiment, options = command.experiment, command.options
     deployment = load_deployment()
     sites, wait = site_names(options["--sites"]), whole_number(options, "--wait", 1)
     if not sites:
@@ -67,11 +75,14 @@ def server_command(args: list[str]) -> None:
 
 def collect_packages(args: list[str]) -> None:
     """consilium server --one-shot HUB --sites A,B --certificates DIR [--address HOST:PORT] [--insecure]"""
-    own = {"--one-shot": "", "--sites": "", "--certificates": "", "--address": "0.0.0.0:8000"}
-    options, rest = split_options(args, own)
-    insecure, rest = split_insecure(rest)
-    if rest:
-        raise ConfigError(f"unknown argument {rest[0]!r}; with --one-shot allowed are {', '.join(own)} and --insecure")
+    option_defaults = {"--one-shot": "", "--sites": "", "--certificates": "", "--address": "0.0.0.0:8000"}
+    options, other_args = split_options(args, option_defaults)
+    insecure, other_args = split_insecure(other_args)
+    if other_args:
+        raise ConfigError(
+            f"unknown argument {other_args[0]!r}; with --one-shot allowed are "
+            f"{', '.join(option_defaults)} and --insecure"
+        )
     sites = site_names(options["--sites"])
     if not sites:
         raise ConfigError("--sites is empty; name the sites, e.g. --sites north,south")
@@ -88,11 +99,21 @@ def collect_packages(args: list[str]) -> None:
 def offer_package(args: list[str]) -> None:
     """consilium client --one-shot FILE --name A --server HOST:PORT --certificates DIR [--state DIR] [--port N]
     [--insecure]"""
-    own = {"--one-shot": "", "--name": "", "--server": "", "--certificates": "", "--state": "", "--port": "9094"}
-    options, rest = split_options(args, own)
-    insecure, rest = split_insecure(rest)
-    if rest:
-        raise ConfigError(f"unknown argument {rest[0]!r}; with --one-shot allowed are {', '.join(own)} and --insecure")
+    option_defaults = {
+        "--one-shot": "",
+        "--name": "",
+        "--server": "",
+        "--certificates": "",
+        "--state": "",
+        "--port": "9094",
+    }
+    options, other_args = split_options(args, option_defaults)
+    insecure, other_args = split_insecure(other_args)
+    if other_args:
+        raise ConfigError(
+            f"unknown argument {other_args[0]!r}; with --one-shot allowed are "
+            f"{', '.join(option_defaults)} and --insecure"
+        )
     load_deployment()
     from consilium.oneshot.network import offer
 
@@ -109,24 +130,24 @@ def client_command(args: list[str]) -> None:
     [flags of the experiment: --data.*, --model.*, --memory, --device]"""
     if any(arg.partition("=")[0] == "--one-shot" for arg in args):
         return offer_package(args)
-    own = {"--name": "", "--server": "", "--certificates": "", "--state": "", "--port": "9094"}
-    most = {
+    option_defaults = {"--name": "", "--server": "", "--certificates": "", "--state": "", "--port": "9094"}
+    limit_defaults = {
         f"--max-{field.replace('_', '-')}": value
         for field, value in dataclasses.asdict(load_deployment().Limits()).items()
     }
-    own |= {flag: str(value) for flag, value in most.items()}
+    option_defaults |= {flag: str(value) for flag, value in limit_defaults.items()}
     insecure, args = split_insecure(args)
-    asked = read_command(args, "client", client_command.__doc__, own, ("--insecure",))
-    experiment, options = asked.experiment, asked.options
+    command = read_command(args, "client", client_command.__doc__, option_defaults, ("--insecure",))
+    experiment, options = command.experiment, command.options
     if not args[0].endswith(".json"):
-        experiment = of_one_client(experiment, asked.flags)
+        experiment = of_one_client(experiment, command.flags)
     deployment = load_deployment()
     keys = keys_folder(options, insecure, parse_address(options["--server"], "--server"), None)
     state = Path(options["--state"] or f"site-{options['--name']}")
     limits: dict[str, Any] = {}
-    for flag, value in most.items():
-        given = options[flag] if isinstance(value, str) else number(options, flag)
-        limits[flag[6:].replace("-", "_")] = whole_number(options, flag, 1) if type(value) is int else given
+    for flag, value in limit_defaults.items():
+        limit = options[flag] if isinstance(value, str) else number(options, flag)
+        limits[flag[6:].replace("-", "_")] = whole_number(options, flag, 1) if type(value) is int else limit
     port = whole_number(options, "--port", 1)
     deployment.client(
         experiment, options["--name"], options["--server"], keys, state, port, deployment.Limits(**limits)
@@ -138,8 +159,8 @@ def of_one_client(experiment: "Experiment", given: Collection[str]) -> "Experime
     data = experiment.data
     if "--data.clients" in given or not hasattr(data, "clients") or len(getattr(data, "tasks", ())) > 1:
         return experiment
-    skewed = "--data.partition" not in given and getattr(data, "partition", "") in ("pathological", "dirichlet")
-    data = dataclasses.replace(data, clients=1, **({"partition": "iid"} if skewed else {}))
+    is_skewed = "--data.partition" not in given and getattr(data, "partition", "") in ("pathological", "dirichlet")
+    data = dataclasses.replace(data, clients=1, **({"partition": "iid"} if is_skewed else {}))
     return dataclasses.replace(experiment, data=data)
 
 

@@ -73,16 +73,16 @@ class ImageData:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path("digits") if str(self.path) == "digits" else located(self.path))
-        for name, least in (("clients", 1), ("classes", 1), ("examples", 0), ("size", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        for name, minimum in (("clients", 1), ("classes", 1), ("examples", 0), ("size", 0)):
+            if getattr(self, name) < minimum:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
         if not self.alpha > 0 or math.isinf(self.alpha):
             raise ConfigError(f"alpha is {self.alpha}; it must be a positive number")
         if self.partition not in ("pathological", "dirichlet", "iid"):
             raise ConfigError(f"partition {self.partition!r}: use pathological, dirichlet or iid")
-        for name, allowed in (("pages", PAGES), ("axes", AXES)):
-            if (given := getattr(self, name)) not in allowed:
-                raise ConfigError(f"data.{name} is {given!r}; use {', '.join(filter(None, allowed))}")
+        for name, choices in (("pages", PAGES), ("axes", AXES)):
+            if (value := getattr(self, name)) not in choices:
+                raise ConfigError(f"data.{name} is {value!r}; use {', '.join(filter(None, choices))}")
         if self.augment not in AUGMENTATIONS:
             raise ConfigError(f"augment {self.augment!r}: use {', '.join(AUGMENTATIONS)}")
         _check_shares(self.validation, self.test)
@@ -116,19 +116,19 @@ class ImageData:
         pools = [rng.permutation(n), n + rng.permutation(len(found) - n)]
         pools = [np.sort(pool[: self.examples or None]) for pool in pools if len(pool)]
         ids = client_ids(found.owners)
-        dealt = [self._deal(found, pool, task.name, ids, seed) for pool in pools]
-        clients = sorted({client for part in dealt for client in part})
-        train, *official = ({client: part.get(client, []) for client in clients} for part in dealt)
-        told = {"type": "ImageData", "path": str(self.path), "partition": "" if found.owners else self.partition}
+        partitions = [self._deal(found, pool, task.name, ids, seed) for pool in pools]
+        clients = sorted({client for part in partitions for client in part})
+        train, *official_tests = ({client: part.get(client, []) for client in clients} for part in partitions)
+        origin = {"type": "ImageData", "path": str(self.path), "partition": "" if found.owners else self.partition}
         return federation(
             torch.from_numpy(found.x),
             torch.from_numpy(found.y),
             task,
             train,
-            official[0] if official else None,
+            official_tests[0] if official_tests else None,
             (self.validation, self.test),
             seed,
-            {**told, "rows": len(found), **found.source},
+            {**origin, "rows": len(found), **found.source},
             self.augment,
             {id: name for name, id in ids.items() if id != name},
             look_alikes({"labels": found.labels, "clients": ids}),
@@ -145,14 +145,14 @@ class ImageData:
         from consilium.data.partition import class_shares, deal
 
         if found.owners:
-            held: dict[str, list[int]] = defaultdict(list)
+            rows_by_client: dict[str, list[int]] = defaultdict(list)
             for row in pool.tolist():
-                held[ids[found.owners[row]]].append(row)
-            return held
+                rows_by_client[ids[found.owners[row]]].append(row)
+            return rows_by_client
         shares = class_shares(len(found.labels), self.clients, self.partition, self.alpha, self.classes, seed)
-        dealt = [f"{task}-{i:0{max(2, len(str(self.clients - 1)))}d}" for i in range(self.clients)]
+        names = [f"{task}-{i:0{max(2, len(str(self.clients - 1)))}d}" for i in range(self.clients)]
         parts = deal(found.y[pool], shares, seed)
-        return {name: [int(pool[i]) for i in rows] for name, rows in zip(dealt, parts, strict=True)}
+        return {name: [int(pool[i]) for i in rows] for name, rows in zip(names, parts, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -200,11 +200,11 @@ class TableData:
         Raises:
             DataError: if the file, a column or a value cannot be used, or no client has enough rows.
         """
-        federation, found = self._split(seed)
+        federation, contents = self._split(seed)
         for client, data in federation.clients.items():
-            rows = found.held[client]
-            scale = Scale.of(found.columns, found.x[data.train.index.numpy()])
-            data.train.x[rows] = torch.from_numpy(scale.standardised(found.x[rows]).astype(np.float32))
+            rows = contents.held[client]
+            scale = Scale.of(contents.columns, contents.x[data.train.index.numpy()])
+            data.train.x[rows] = torch.from_numpy(scale.standardised(contents.x[rows]).astype(np.float32))
         return federation
 
     def scale(self, client: str, seed: int) -> "Scale":
@@ -213,38 +213,38 @@ class TableData:
         Raises:
             DataError: as `load`.
         """
-        federation, found = self._split(seed)
-        return Scale.of(found.columns, found.x[federation.clients[client].train.index.numpy()])
+        federation, contents = self._split(seed)
+        return Scale.of(contents.columns, contents.x[federation.clients[client].train.index.numpy()])
 
     def _split(self, seed: int) -> "tuple[Federation, _Rows]":
         """Return the clients over a tensor of zeros, and the contents of the table."""
-        found = self._read()
-        x = found.x
-        kinds, places = np.unique([found.targets[row] for row in found.used], return_inverse=True)
+        contents = self._read()
+        x = contents.x
+        labels, label_ids = np.unique([contents.targets[row] for row in contents.used], return_inverse=True)
         y = torch.full((len(x),), -1)
-        y[found.used] = torch.from_numpy(places.astype(np.int64))
-        task = Task(_task_name(self.path), "classification", tuple(str(kind) for kind in kinds), "accuracy")
+        y[contents.used] = torch.from_numpy(label_ids.astype(np.int64))
+        task = Task(_task_name(self.path), "classification", tuple(str(label) for label in labels), "accuracy")
         source = {
             "type": "TableData",
             "path": str(self.path),
             "sha256": digest(self.path),
             "rows": len(x),
-            "columns": [*found.columns],
+            "columns": [*contents.columns],
         }
-        notes = [*found.notes, *look_alikes({"labels": task.labels, "clients": found.names})]
-        made = federation(
+        notes = [*contents.notes, *look_alikes({"labels": task.labels, "clients": contents.names})]
+        table_federation = federation(
             torch.zeros(x.shape, dtype=torch.float32),
             y,
             task,
-            found.held,
+            contents.held,
             None,
             (self.validation, self.test),
             seed,
             source,
-            names={id: name for name, id in found.names.items() if id != name},
+            names={id: name for name, id in contents.names.items() if id != name},
             notes=notes,
         )
-        return made, found
+        return table_federation, contents
 
     def _read(self) -> "_Rows":
         dialect = Dialect(self.separator, self.quote, self.encoding)
@@ -255,11 +255,11 @@ class TableData:
         if self.positive:
             grades = table.numbers(self.target)
             targets = [None if math.isnan(grade) else ("no", "yes")[int(grade > 0)] for grade in grades]
-        used, notes = usable(table, {self.target: targets, self.client: owners})
-        held, _ = by_client([owners[row] for row in used])
-        held = {client: [used[i] for i in rows] for client, rows in held.items()}
-        ids = {owners[rows[0]]: client for client, rows in held.items()}
-        return _Rows(columns, matrix(table, columns), targets, used, held, ids, notes)
+        used_rows, notes = usable(table, {self.target: targets, self.client: owners})
+        rows_by_client, _ = by_client([owners[row] for row in used_rows])
+        rows_by_client = {client: [used_rows[i] for i in rows] for client, rows in rows_by_client.items()}
+        ids = {owners[rows[0]]: client for client, rows in rows_by_client.items()}
+        return _Rows(columns, matrix(table, columns), targets, used_rows, rows_by_client, ids, notes)
 
 
 @dataclass(frozen=True)
@@ -307,11 +307,11 @@ class Scale:
     @classmethod
     def of(cls, columns: Sequence[str], x: np.ndarray) -> "Scale":
         """Return the scale of rows x [n, S], in which nan stands for a missing value."""
-        known = ~np.isnan(x)
-        n = np.maximum(known.sum(0), 1)
-        mean = np.where(known, x, 0).sum(0) / n
-        deviation = np.sqrt((np.where(known, x - mean, 0) ** 2).sum(0) / n)
-        deviation = np.where(known.any(0), np.where(deviation > 0, deviation, 1), UNSEEN)
+        known_mask = ~np.isnan(x)
+        n = np.maximum(known_mask.sum(0), 1)
+        mean = np.where(known_mask, x, 0).sum(0) / n
+        deviation = np.sqrt((np.where(known_mask, x - mean, 0) ** 2).sum(0) / n)
+        deviation = np.where(known_mask.any(0), np.where(deviation > 0, deviation, 1), UNSEEN)
         return cls(tuple(columns), tuple(mean.tolist()), tuple(deviation.tolist()))
 
     @classmethod

@@ -35,19 +35,19 @@ def read_cifar(folder: Path, files: Sequence[str], label: str, size: int) -> Ima
         DataError: if a file is not a whole number of records, or a label is out of range.
         ConfigError: if `label` has another value.
     """
-    hundred = "train.bin" in files
-    if label not in ("", *_LABELS) if hundred else label:
-        allowed = f"{' or '.join(_LABELS)}" if hundred else "nothing, it has one label"
-        raise ConfigError(f"data.label is {label!r}; of {folder.name} it can be {allowed}")
-    place, listed, classes = _LABELS[label or "fine_label"] if hundred else (0, "batches.meta.txt", 10)
-    train = ["train.bin"] if hundred else sorted(f for f in files if re.fullmatch(r"data_batch_\d+\.bin", f))
-    test = [f for f in ("test.bin" if hundred else "test_batch.bin",) if f in files]
-    width = 3072 + (2 if hundred else 1)
-    parts = [_records(folder / file, width, place, classes) for file in (*train, *test)]
+    is_cifar100 = "train.bin" in files
+    if label not in ("", *_LABELS) if is_cifar100 else label:
+        choices = f"{' or '.join(_LABELS)}" if is_cifar100 else "nothing, it has one label"
+        raise ConfigError(f"data.label is {label!r}; of {folder.name} it can be {choices}")
+    label_offset, names_file, classes = _LABELS[label or "fine_label"] if is_cifar100 else (0, "batches.meta.txt", 10)
+    train = ["train.bin"] if is_cifar100 else sorted(f for f in files if re.fullmatch(r"data_batch_\d+\.bin", f))
+    test = [f for f in ("test.bin" if is_cifar100 else "test_batch.bin",) if f in files]
+    width = 3072 + (2 if is_cifar100 else 1)
+    parts = [_records(folder / file, width, label_offset, classes) for file in (*train, *test)]
     records = np.concatenate(parts)
     n = sum(len(part) for part in parts[: len(train)])
     x = np.ascontiguousarray(records[:, width - 3072 :]).reshape(-1, 3, 32, 32)
-    y, labels = labelled(records[:, place].astype(np.int64), _listed(folder / listed, classes))
+    y, labels = labelled(records[:, label_offset].astype(np.int64), _listed(folder / names_file, classes))
     return Images(resized(x, size), y, labels, n, source={"format": "CIFAR binary", "files": [*train, *test]})
 
 
@@ -56,8 +56,10 @@ def _records(path: Path, width: int, place: int, classes: int) -> np.ndarray:
     if not len(data) or len(data) % width:
         raise DataError(f"{path} has {len(data)} bytes; it must be a whole number of records of {width}: get it again")
     records = data.reshape(-1, width)
-    if (wrong := np.flatnonzero(records[:, place] >= classes)).size:
-        raise DataError(f"{path} record {wrong[0]} has label {records[wrong[0], place]}; there are 0..{classes - 1}")
+    if (invalid_rows := np.flatnonzero(records[:, place] >= classes)).size:
+        raise DataError(
+            f"{path} record {invalid_rows[0]} has label {records[invalid_rows[0], place]}; there are 0..{classes - 1}"
+        )
     return records
 
 
@@ -76,18 +78,20 @@ def read_idx(folder: Path, files: Sequence[str], size: int) -> Images:
     Raises:
         DataError: if a file is broken, of another kind or missing, or if there are two sets of names.
     """
-    found = {}
+    image_files = {}
     for file in files:
         if match := IDX.fullmatch(file):
-            found.setdefault((match["before"], "train" if match["part"] == "train" else "test"), file)
-    names = sorted({before for before, _ in found})
-    if len(names) > 1 or (names[0], "train") not in found:
-        raise DataError(f"{folder} has {', '.join(sorted(found.values()))}; give a directory with one training set")
+            image_files.setdefault((match["before"], "train" if match["part"] == "train" else "test"), file)
+    prefixes = sorted({prefix for prefix, _ in image_files})
+    if len(prefixes) > 1 or (prefixes[0], "train") not in image_files:
+        raise DataError(
+            f"{folder} has {', '.join(sorted(image_files.values()))}; give a directory with one training set"
+        )
     parts = []
     for part in ("train", "test"):
-        if file := found.get((names[0], part)):
-            beside = _beside(folder, file, files)
-            x, y = _idx(folder / file, 3), _idx(beside, 1)
+        if file := image_files.get((prefixes[0], part)):
+            labels_path = _beside(folder, file, files)
+            x, y = _idx(folder / file, 3), _idx(labels_path, 1)
             if len(x) != len(y):
                 raise DataError(f"{folder / file} has {len(x)} images, but there are {len(y)} labels of them")
             parts.append((x, y))
@@ -96,17 +100,19 @@ def read_idx(folder: Path, files: Sequence[str], size: int) -> Images:
         raise DataError(f"{folder}: images for training are {shapes[0]}, for test {shapes[1]}")
     x = np.concatenate([x for x, _ in parts])[:, None]
     y, labels = labelled(np.concatenate([y for _, y in parts]).astype(np.int64), None)
-    source = {"format": "IDX", "files": sorted(found.values())}
+    source = {"format": "IDX", "files": sorted(image_files.values())}
     return Images(resized(x, size), y, labels, len(parts[0][1]), source=source)
 
 
 def _beside(folder: Path, images: str, files: Sequence[str]) -> Path:
     """Return the path of the labels that belong to a file of images, compressed or not."""
-    plain = images.removesuffix(".gz").replace("-images-idx3", "-labels-idx1").replace("-images.idx3", "-labels.idx1")
-    for name in (plain, f"{plain}.gz"):
+    labels_name = (
+        images.removesuffix(".gz").replace("-images-idx3", "-labels-idx1").replace("-images.idx3", "-labels.idx1")
+    )
+    for name in (labels_name, f"{labels_name}.gz"):
         if name in files:
             return folder / name
-    raise DataError(f"{folder} has {images}, but not {plain} or {plain}.gz")
+    raise DataError(f"{folder} has {images}, but not {labels_name} or {labels_name}.gz")
 
 
 def _idx(path: Path, dimensions: int) -> np.ndarray:
@@ -116,15 +122,17 @@ def _idx(path: Path, dimensions: int) -> np.ndarray:
     """
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            head = file.read(4 + 4 * dimensions)
-            if len(head) < 4 + 4 * dimensions or head[:4] != bytes((0, 0, 8, dimensions)):
-                raise DataError(f"{path} is no IDX file of bytes in {dimensions} dimension(s): it begins {head[:4]!r}")
-            shape = struct.unpack(f">{dimensions}I", head[4:])
+            header = file.read(4 + 4 * dimensions)
+            if len(header) < 4 + 4 * dimensions or header[:4] != bytes((0, 0, 8, dimensions)):
+                raise DataError(
+                    f"{path} is no IDX file of bytes in {dimensions} dimension(s): it begins {header[:4]!r}"
+                )
+            shape = struct.unpack(f">{dimensions}I", header[4:])
             n = int(np.prod(shape, dtype=object))
             data = file.read(n + 1) if n <= _UNPACKED * path.stat().st_size else b""
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}; get it again") from error
     if len(data) != n or not n:
-        more = "more" if len(data) > n else str(len(data))
-        raise DataError(f"{path} announces {' x '.join(map(str, shape))} bytes and holds {more}; get it again")
+        byte_count = "more" if len(data) > n else str(len(data))
+        raise DataError(f"{path} announces {' x '.join(map(str, shape))} bytes and holds {byte_count}; get it again")
     return np.frombuffer(data, np.uint8).reshape(shape)

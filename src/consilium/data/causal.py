@@ -51,33 +51,33 @@ def encode_language(
         ConfigError: if `rows` does not fit the data.
         DataError: if a conversation cannot be rendered.
     """
-    plain = not any(split.texts)
-    check_rows(rows, plain)
-    first, end = _begin(tokenizer), tokenizer.eos_token_id
-    if plain:
+    is_plain = not any(split.texts)
+    check_rows(rows, is_plain)
+    start_ids, end_id = _begin(tokenizer), tokenizer.eos_token_id
+    if is_plain:
         width = max_length + target_length
-        whole = [[*first, *ids, end] for ids in _ids(tokenizer, split.targets)]
-        targets = _blocks(whole, width) if rows == "blocks" else [ids[:width] for ids in whole]
+        documents = [[*start_ids, *ids, end_id] for ids in _ids(tokenizer, split.targets)]
+        targets = _blocks(documents, width) if rows == "blocks" else [ids[:width] for ids in documents]
         sources: list[list[int]] = [[] for _ in targets]
-        cut = 0 if rows == "blocks" else sum(len(ids) > width for ids in whole)
+        cut_count = 0 if rows == "blocks" else sum(len(ids) > width for ids in documents)
     else:
-        asked = [json.loads(text) for text in split.texts]
-        pairs = renderings(list(zip(asked, split.targets, strict=True)), tokenizer)
-        begun = [] if tokenizer.chat_template else first  # A template writes the mark itself.
-        prompts = [begun + ids for ids in _ids(tokenizer, [prompt for prompt, _ in pairs])]
-        answers = [_ended(ids, end) for ids in _ids(tokenizer, [answer for _, answer in pairs])]
-        sources = [_end_of(ids, max_length, first) for ids in prompts]
+        conversations = [json.loads(text) for text in split.texts]
+        pairs = renderings(list(zip(conversations, split.targets, strict=True)), tokenizer)
+        prefix = [] if tokenizer.chat_template else start_ids  # A template writes the mark itself.
+        prompts = [prefix + ids for ids in _ids(tokenizer, [prompt for prompt, _ in pairs])]
+        answers = [_ended(ids, end_id) for ids in _ids(tokenizer, [answer for _, answer in pairs])]
+        sources = [_end_of(ids, max_length, start_ids) for ids in prompts]
         targets = [ids[:target_length] for ids in answers]
-        cut = sum(len(p) > max_length or len(a) > target_length for p, a in zip(prompts, answers, strict=True))
-    return Encoded(sources, targets, list(split.targets), "causal", tokenizer.pad_token_id, cut)
+        cut_count = sum(len(p) > max_length or len(a) > target_length for p, a in zip(prompts, answers, strict=True))
+    return Encoded(sources, targets, list(split.targets), "causal", tokenizer.pad_token_id, cut_count)
 
 
 def check_rows(rows: Rows, plain: bool) -> None:
     """Raise ConfigError if plain text (`plain`), or else instruction data, cannot be laid out in such rows."""
-    allowed = ("documents", "blocks", "packed") if plain else ("examples", "packed")
-    if rows not in allowed:
+    allowed_rows = ("documents", "blocks", "packed") if plain else ("examples", "packed")
+    if rows not in allowed_rows:
         kind = "plain text" if plain else "instruction data"
-        raise ConfigError(f"fit.rows is {rows!r}, which {kind} has not; allowed are {', '.join(allowed)}")
+        raise ConfigError(f"fit.rows is {rows!r}, which {kind} has not; allowed are {', '.join(allowed_rows)}")
 
 
 def rendered(
@@ -103,11 +103,12 @@ def renderings(
         return [_plainly(conversation, answer) for conversation, answer in pairs]
     jobs: list[tuple[Sequence[Mapping[str, Any]], bool]] = []
     for conversation, answer in pairs:
-        whole = [*conversation, {"role": "assistant", "content": answer}]
-        jobs += [(list(conversation), True), (whole, False)]
+        exchange = [*conversation, {"role": "assistant", "content": answer}]
+        jobs += [(list(conversation), True), (exchange, False)]
     texts = render(jobs, tokenizer)
     return [
-        _split(prompt, whole, answer) for prompt, whole, (_, answer) in zip(texts[::2], texts[1::2], pairs, strict=True)
+        _split(prompt, exchange, answer)
+        for prompt, exchange, (_, answer) in zip(texts[::2], texts[1::2], pairs, strict=True)
     ]
 
 
@@ -125,10 +126,10 @@ def _split(prompt: str, whole: str, answer: str) -> tuple[str, str]:
     """Return the prompt, and the text that the template writes after it for the answer."""
     if not whole.startswith(prompt):
         return prompt, answer
-    written = whole.removeprefix(prompt)
-    if answer not in written:  # Many templates strip messages, which would remove the indentation of code.
-        written = written.replace(answer.strip(), answer, 1)
-    return prompt, written
+    completion = whole.removeprefix(prompt)
+    if answer not in completion:  # Many templates strip messages, which would remove the indentation of code.
+        completion = completion.replace(answer.strip(), answer, 1)
+    return prompt, completion
 
 
 _PLAIN = {"system": "System", "user": "User", "assistant": "Assistant"}
@@ -188,14 +189,14 @@ class Packed:
         """Pack the examples into rows of at most `width` tokens by best fit, longest example first."""
         sizes = [len(s) + len(t) for s, t in zip(data.sources, data.targets, strict=True)]
         groups: list[list[int]] = []
-        room: list[tuple[int, int]] = []  # (tokens left, group), ascending
+        free_space: list[tuple[int, int]] = []  # (tokens left, group), ascending
         for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-            place = bisect_left(room, (sizes[i], -1))
-            left, group = room.pop(place) if place < len(room) else (width, len(groups))
+            position = bisect_left(free_space, (sizes[i], -1))
+            free_tokens, group = free_space.pop(position) if position < len(free_space) else (width, len(groups))
             if group == len(groups):
                 groups.append([])
             groups[group].append(i)
-            insort(room, (left - sizes[i], group))
+            insort(free_space, (free_tokens - sizes[i], group))
         return cls(data, groups)
 
     def __len__(self) -> int:
@@ -209,7 +210,7 @@ class Packed:
             ids.append([token for s, t in parts for token in s + t])
             # The first token of an example follows the last token of another, so it must not be predicted.
             labels.append([label for s, t in parts for label in [-100, *([-100] * len(s) + t)[1:]]])
-            positions.append([place for s, t in parts for place in range(len(s) + len(t))])
+            positions.append([position for s, t in parts for position in range(len(s) + len(t))])
         batch = {
             "input_ids": pad(ids, self.data.pad),
             "attention_mask": pad([[1] * len(row) for row in ids], 0),

@@ -50,19 +50,19 @@ class CodeData:
     test: int = 80
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.domains if name not in DOMAINS and name not in ("public", "private")]
-        if unknown or not self.domains:
+        unknown_domains = [name for name in self.domains if name not in DOMAINS and name not in ("public", "private")]
+        if unknown_domains or not self.domains:
             raise ConfigError(
-                f"data.domains has {unknown}; allowed are public, private, {', '.join(DOMAINS)}, at least one"
+                f"data.domains has {unknown_domains}; allowed are public, private, {', '.join(DOMAINS)}, at least one"
             )
         if self.partition not in ("domain", "dirichlet"):
             raise ConfigError(f"data.partition is {self.partition!r}; it must be domain or dirichlet")
         for name in ("train", "validation", "test"):
             if getattr(self, name) < 4:
                 raise ConfigError(f"data.{name} is {getattr(self, name)} kB; it must be at least 4")
-        least = len(self.chosen) if self.partition == "domain" else 1
-        if self.clients < least:
-            raise ConfigError(f"data.clients is {self.clients}; it must be at least {least}, one per domain")
+        minimum = len(self.chosen) if self.partition == "domain" else 1
+        if self.clients < minimum:
+            raise ConfigError(f"data.clients is {self.clients}; it must be at least {minimum}, one per domain")
         if not 0 < self.alpha < math.inf:
             raise ConfigError(f"data.alpha is {self.alpha}; it must be greater than 0")
 
@@ -70,7 +70,7 @@ class CodeData:
     def chosen(self) -> tuple[str, ...]:
         """Return the names of the domains, each once."""
         groups = {"public": [d.name for d in PUBLIC], "private": [d.name for d in PRIVATE]}
-        return tuple(dict.fromkeys(name for given in self.domains for name in groups.get(given, [given])))
+        return tuple(dict.fromkeys(name for entry in self.domains for name in groups.get(entry, [entry])))
 
     def load(self, seed: int) -> Federation:
         """Deal the documents to the clients. Equal seeds and installed versions give equal results.
@@ -78,7 +78,7 @@ class CodeData:
         Raises:
             DataError: if no client gets text for all of its splits.
         """
-        clients, skipped = {}, {}
+        clients, skip_reasons = {}, {}
         pools = {name: _Pool(name, seed) for name in self.chosen}
         for client, shares in self._shares(seed).items():
             rng = random.Random(f"{seed}:{client}")
@@ -87,19 +87,21 @@ class CodeData:
                 "validation": 1000 * self.validation,
                 "test": 1000 * self.test,
             }
-            parts = {split: [] for split in sizes}
+            pieces_by_split = {split: [] for split in sizes}
             for domain, share in shares.items():
                 for split, size in sizes.items():
-                    parts[split] += pools[domain].take(split, share * size)
-            short = [split for split, found in parts.items() if sum(len(t) for _, t in found) < SHORTEST[split]]
-            if short:
-                skipped[client] = f"too little text for {', '.join(short)}; ask for fewer clients"
+                    pieces_by_split[split] += pools[domain].take(split, share * size)
+            short_splits = [
+                split for split, pieces in pieces_by_split.items() if sum(len(t) for _, t in pieces) < SHORTEST[split]
+            ]
+            if short_splits:
+                skip_reasons[client] = f"too little text for {', '.join(short_splits)}; ask for fewer clients"
             else:
                 task = Task("next", "language", (), "token_accuracy")
-                clients[client] = ClientData(task, *(_split(parts[split]) for split in sizes))
+                clients[client] = ClientData(task, *(_split(pieces_by_split[split]) for split in sizes))
         if not clients:
-            raise DataError(f"no client got text ({dict(list(skipped.items())[:3])}); are the packages installed?")
-        return Federation(clients, skipped, self.source())
+            raise DataError(f"no client got text ({dict(list(skip_reasons.items())[:3])}); are the packages installed?")
+        return Federation(clients, skip_reasons, self.source())
 
     def source(self) -> dict[str, Any]:
         """Return the origin of the data for a run's records: these settings and the installed versions."""
@@ -109,18 +111,21 @@ class CodeData:
         """Return client -> domain -> share of the client's text."""
         names = self.chosen
         if self.partition == "domain":
-            owners = [names[i % len(names)] for i in range(self.clients)]
-            return {f"{name}-{owners[:i].count(name)}": {name: 1.0} for i, name in enumerate(owners)}
+            domains = [names[i % len(names)] for i in range(self.clients)]
+            return {f"{name}-{domains[:i].count(name)}": {name: 1.0} for i, name in enumerate(domains)}
         rng = random.Random(f"{seed}:shares")
         digits = max(2, len(str(self.clients - 1)))
         shares = {}
         for i in range(self.clients):
-            drawn = [rng.gammavariate(self.alpha, 1.0) for _ in names]
-            total = sum(drawn) or 1.0
+            draws = [rng.gammavariate(self.alpha, 1.0) for _ in names]
+            total = sum(draws) or 1.0
             shares[f"mix-{i:0{digits}d}"] = {
-                n: d / total for n, d in zip(names, drawn, strict=True) if d > 0.02 * total
+                n: d / total for n, d in zip(names, draws, strict=True) if d > 0.02 * total
             }
-        return {client: {n: s / sum(own.values()) for n, s in own.items()} for client, own in shares.items()}
+        return {
+            client: {n: s / sum(client_shares.values()) for n, s in client_shares.items()}
+            for client, client_shares in shares.items()
+        }
 
 
 class _Pool:
@@ -134,9 +139,9 @@ class _Pool:
         # The keys are splits, the values pieces (place, text). Training pieces of one file stay together.
         self._pieces: dict[str, list[tuple[str, str]]] = {}
         for split in ("train", "validation", "test"):
-            found = documents(domain, split)
-            random.Random(f"{seed}:{domain}:{split}").shuffle(found)
-            self._pieces[split] = [piece for d in found for piece in _chunks(d.place, d.text)]
+            split_documents = documents(domain, split)
+            random.Random(f"{seed}:{domain}:{split}").shuffle(split_documents)
+            self._pieces[split] = [piece for d in split_documents for piece in _chunks(d.place, d.text)]
             if split != "train":
                 random.Random(f"{seed}:{domain}:{split}:pieces").shuffle(self._pieces[split])
         self._next = 0
@@ -155,15 +160,15 @@ class _Pool:
 
 def _chunks(place: str, text: str) -> Iterator[tuple[str, str]]:
     """Split a document between lines into pieces of about `CHUNK` characters; yield ("place:line", text) of each."""
-    lines, first, size = [], 0, 0
+    lines, first_line, size = [], 0, 0
     for number, line in enumerate(text.splitlines(keepends=True)):
         lines.append(line)
         size += len(line)
         if size >= CHUNK:
-            yield f"{place}:{first}", "".join(lines)
-            lines, first, size = [], number + 1, 0
+            yield f"{place}:{first_line}", "".join(lines)
+            lines, first_line, size = [], number + 1, 0
     if lines:
-        yield f"{place}:{first}", "".join(lines)
+        yield f"{place}:{first_line}", "".join(lines)
 
 
 def _split(pieces: Sequence[tuple[str, str]]) -> Split:

@@ -51,29 +51,29 @@ def read_parquet(path: Path, size: int, image: str, label: str, client: str, pag
     """
     from datasets import concatenate_datasets
 
-    wanted = [column for column in (image, label, client) if column]
+    wanted_columns = [column for column in (image, label, client) if column]
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.glob("*.parquet") if not is_litter(file.name))
-    words = {file: map(part_of, re.split(r"[^a-z]+", file.stem.lower())) for file in files}
-    parts = {file: next(filter(None, found), None) for file, found in words.items()}
+    word_parts = {file: map(part_of, re.split(r"[^a-z]+", file.stem.lower())) for file in files}
+    parts = {file: next(filter(None, candidates), None) for file, candidates in word_parts.items()}
     if path.is_file() or not any(parts.values()):
         parts = dict.fromkeys(files, "train")
-    if odd := [file.name for file, part in parts.items() if part is None]:
+    if unknown_files := [file.name for file, part in parts.items() if part is None]:
         raise DataError(
-            f"{path} has {', '.join(odd)} beside train and test files; name it for one of them or remove it"
+            f"{path} has {', '.join(unknown_files)} beside train and test files; name it for one of them or remove it"
         )
     tables: dict[str, list[Any]] = {"train": [], "test": []}
     for file, part in parts.items():
-        tables[part].append(_opened(file, wanted))
+        tables[part].append(_opened(file, wanted_columns))
     try:
-        joined = {part: concatenate_datasets(rows) for part, rows in tables.items() if rows}
+        datasets_by_part = {part: concatenate_datasets(rows) for part, rows in tables.items() if rows}
     except ValueError as error:
         raise DataError(f"the files of {path} differ in their columns: {first_line(error)}") from error
     source = {"format": "Parquet", "files": [file.name for file in files]}
     if path.is_file():
         source["sha256"] = digest(path)
-    return _read(path.name, joined, size, image, label, client, source, pages)
+    return _read(path.name, datasets_by_part, size, image, label, client, source, pages)
 
 
 def _opened(path: Path, wanted: Sequence[str]) -> Any:
@@ -85,7 +85,7 @@ def _opened(path: Path, wanted: Sequence[str]) -> Any:
     if not path.is_file():
         raise DataError(f"{path} is not a file")
     refuse_pointer(path, DataError)
-    quiet = are_progress_bars_disabled()
+    bars_disabled = are_progress_bars_disabled()
     disable_progress_bars()
     try:
         check_parquet(path)
@@ -94,7 +94,7 @@ def _opened(path: Path, wanted: Sequence[str]) -> Any:
     except (DatasetGenerationError, ValueError, OSError, KeyError, pa.ArrowException) as error:
         raise DataError(f"{path.name} cannot be read as parquet: {first_line(error.__cause__ or error)}") from error
     finally:
-        if not quiet:
+        if not bars_disabled:
             enable_progress_bars()
     _check_columns(path.name, rows.column_names, wanted)
     if not len(rows):
@@ -106,8 +106,8 @@ def _check_columns(name: str, there: Sequence[str], wanted: Sequence[str]) -> No
     """Raise DataError if a wanted column is missing."""
     for column in wanted:
         if column and column not in there:
-            close = difflib.get_close_matches(column, there, 1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            matches = difflib.get_close_matches(column, there, 1)
+            hint = f" (did you mean {matches[0]!r}?)" if matches else ""
             raise DataError(f"{name} has no column {column!r}{hint}; it has {' | '.join(there)}")
 
 
@@ -117,18 +117,21 @@ def _names(name: str, column: str, values: Sequence[Any]) -> list[str]:
     Raises:
         DataError: if a value is missing, or is neither a text nor a number.
     """
-    odd = next((i for i, v in enumerate(values) if v is not None and not isinstance(v, str | int | float)), None)
-    if odd is not None:
+    invalid_row = next(
+        (i for i, v in enumerate(values) if v is not None and not isinstance(v, str | int | float)), None
+    )
+    if invalid_row is not None:
         raise DataError(
-            f"{name} column {column!r} row {odd} holds a {type(values[odd]).__name__}, not a text or number"
+            f"{name} column {column!r} row {invalid_row} holds a {type(values[invalid_row]).__name__}, not a text "
+            "or number"
         )
     names = names_of(None if v is None else str(v).lower() if isinstance(v, bool) else str(v) for v in values)
-    if empty := [row for row, found in enumerate(names) if found is None]:
+    if empty_rows := [row for row, row_name in enumerate(names) if row_name is None]:
         raise DataError(
-            f"{name} column {column!r} is empty in {len(empty)} of {len(names)} rows, first in row {empty[0]}; fill or "
-            "remove them"
+            f"{name} column {column!r} is empty in {len(empty_rows)} of {len(names)} rows, first in row "
+            f"{empty_rows[0]}; fill or remove them"
         )
-    return [found for found in names if found is not None]
+    return [row_name for row_name in names if row_name is not None]
 
 
 def read_set(path: Path, size: int, image: str, label: str, client: str, pages: Pages = "refuse") -> Images:
@@ -147,8 +150,8 @@ def _parts(name: str, found: Any) -> dict[str, Any]:
     from datasets import Dataset, concatenate_datasets
 
     splits: Mapping[str, Any] = {"train": found} if isinstance(found, Dataset) else found
-    if odd := [split for split in splits if part_of(split) is None]:
-        raise DataError(f"{name} has the split {odd[0]!r}; allowed are train, validation and test")
+    if unknown_splits := [split for split in splits if part_of(split) is None]:
+        raise DataError(f"{name} has the split {unknown_splits[0]!r}; allowed are train, validation and test")
     parts = {part: [rows for split, rows in splits.items() if part_of(split) == part] for part in ("train", "test")}
     return {part: concatenate_datasets(rows) for part, rows in parts.items() if rows}
 
@@ -169,14 +172,20 @@ def _read(
     tables = list(parts.values())
     image, label = table_of(name, tables[0], image, label, client)
     n = sum(len(rows) for rows in tables)
-    named = [(f"{name} ({part})" if len(parts) > 1 else name, rows) for part, rows in parts.items()]
-    x, counts = stack(n, (file for told, rows in named for file in _files(told, rows, image)), size, pages)
-    y = np.concatenate([_labels(told, rows, label) for told, rows in named])
-    owners = [o for told, rows in named for o in _names(told, client, rows[client][:])] if client else ()
-    places, labels = labelled(y, getattr(tables[0].features[label], "names", None))
-    chosen = {"image": image, "label": label, "client": client}
+    named_parts = [(f"{name} ({part})" if len(parts) > 1 else name, rows) for part, rows in parts.items()]
+    x, counts = stack(
+        n, (file for part_name, rows in named_parts for file in _files(part_name, rows, image)), size, pages
+    )
+    y = np.concatenate([_labels(part_name, rows, label) for part_name, rows in named_parts])
+    owners = (
+        [owner for part_name, rows in named_parts for owner in _names(part_name, client, rows[client][:])]
+        if client
+        else ()
+    )
+    label_ids, labels = labelled(y, getattr(tables[0].features[label], "names", None))
+    columns = {"image": image, "label": label, "client": client}
     owners = np.repeat(owners, counts).tolist() if client else ()
-    return Images(x, np.repeat(places, counts), labels, sum(counts[: len(parts["train"])]), owners, source | chosen)
+    return Images(x, np.repeat(label_ids, counts), labels, sum(counts[: len(parts["train"])]), owners, source | columns)
 
 
 def table_of(name: str, rows: Any, image: str = "", label: str = "", client: str = "") -> tuple[str, str]:
@@ -189,8 +198,8 @@ def table_of(name: str, rows: Any, image: str = "", label: str = "", client: str
 
     columns = rows.column_names
     _check_columns(name, columns, (image, label, client))
-    typed = [column for column in columns if isinstance(rows.features[column], Image)]
-    image = image or next(iter(typed), "") or _named(columns, _IMAGES)
+    image_columns = [column for column in columns if isinstance(rows.features[column], Image)]
+    image = image or next(iter(image_columns), "") or _named(columns, _IMAGES)
     label = label or _named(columns, _LABELS)
     for role, column in (("image", image), ("label", label)):
         if not column:
@@ -211,24 +220,27 @@ def _files(name: str, rows: Any, column: str) -> Iterator[tuple[str, BytesIO]]:
         rows = rows.select_columns([column]).cast_column(column, Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise DataError(f"{name} column {column!r} holds no encoded images: {first_line(error)}") from error
-    place = 0
+    row = 0
     for batch in rows.iter(batch_size=256):
         for value in batch[column]:
-            where = f"{name} column {column!r} row {place}"
+            location = f"{name} column {column!r} row {row}"
             if value is None or value.get("bytes") is None:
-                held = f"only names a file ({value['path']})" if value and value.get("path") else "is empty"
-                raise DataError(f"{where} {held}; write the images into the table, as datasets' to_parquet does")
-            yield where, BytesIO(value["bytes"])
-            place += 1
+                problem = f"only names a file ({value['path']})" if value and value.get("path") else "is empty"
+                raise DataError(f"{location} {problem}; write the images into the table, as datasets' to_parquet does")
+            yield location, BytesIO(value["bytes"])
+            row += 1
 
 
 def _labels(name: str, rows: Any, column: str) -> np.ndarray:
     """Return the labels as numbers [N] int64, or as names [N]."""
     values = rows[column][:]
     if all(isinstance(value, int) and not isinstance(value, bool) for value in values):
-        y, known = np.array(values, np.int64), getattr(rows.features[column], "names", None)
-        wrong = np.flatnonzero((y < 0) | (y >= (len(known) if known is not None else np.inf)))
-        if known is not None and wrong.size:
-            raise DataError(f"{name} column {column!r} row {wrong[0]} is {y[wrong[0]]}, no class of {len(known)}")
+        y, class_names = np.array(values, np.int64), getattr(rows.features[column], "names", None)
+        invalid_rows = np.flatnonzero((y < 0) | (y >= (len(class_names) if class_names is not None else np.inf)))
+        if class_names is not None and invalid_rows.size:
+            raise DataError(
+                f"{name} column {column!r} row {invalid_rows[0]} is {y[invalid_rows[0]]}, no class of "
+                f"{len(class_names)}"
+            )
         return y
     return np.array(_names(name, column, values))

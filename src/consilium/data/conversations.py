@@ -42,7 +42,7 @@ def conversation(value: Any, where: str) -> tuple[list[dict[str, Any]], int]:
         value = value["messages"]
     if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):
         raise DataError(f"{where} holds a {type(value).__name__}; it must be a list of {{role, content}}")
-    turns, empty = [], 0
+    turns, empty_count = [], 0
     for number, turn in enumerate(value):
         turn = {key: v for key, v in turn.items() if v is not None}
         if "role" not in turn and "from" in turn:
@@ -55,8 +55,8 @@ def conversation(value: Any, where: str) -> tuple[list[dict[str, Any]], int]:
         if content.strip() or turn.get("tool_calls") or turn.get("function_call"):
             turns.append(turn)
         else:
-            empty += 1
-    return turns, empty
+            empty_count += 1
+    return turns, empty_count
 
 
 def _content(value: Any, where: str) -> str:
@@ -113,7 +113,7 @@ def answer_of(value: Any, choices: Sequence[tuple[str, str]], where: str) -> str
         raise DataError(f"{where} holds a {type(value).__name__}; text, numbers and booleans are read")
     if not choices:
         return value
-    for place, (letter, text) in enumerate(choices):
-        if value in (letter, text) or (value == str(place) and value not in dict(choices)):
+    for index, (letter, text) in enumerate(choices):
+        if value in (letter, text) or (value == str(index) and value not in dict(choices)):
             return f"{letter}. {text}"
     raise DataError(f"{where} is {value!r}, which is none of the choices {', '.join(letter for letter, _ in choices)}")

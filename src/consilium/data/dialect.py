@@ -58,10 +58,10 @@ class Dialect:
                 ) from error
 
     def __str__(self) -> str:
-        shown = {"\t": "tabs", "none": "one column", "": "?"}.get(self.separator, f"'{self.separator}'")
-        between = shown if self.separator == "none" else f"fields between {shown}"
-        quoted = "quotes are ordinary characters" if self.quote == "none" else f"quoted by {self.quote}"
-        return f"{between}, {quoted}, {self.encoding}"
+        separator_name = {"\t": "tabs", "none": "one column", "": "?"}.get(self.separator, f"'{self.separator}'")
+        separation = separator_name if self.separator == "none" else f"fields between {separator_name}"
+        quoting = "quotes are ordinary characters" if self.quote == "none" else f"quoted by {self.quote}"
+        return f"{separation}, {quoting}, {self.encoding}"
 
 
 @dataclass(frozen=True)
@@ -97,18 +97,18 @@ def decode(data: bytes, name: str, encoding: str = "") -> tuple[str, str]:
         if data.startswith(mark):
             return decode(data, name, codec)
     # Without a mark, UTF-16 is recognised because every other byte of Latin text is 0.
-    for place, codec in ((1, "utf-16-le"), (0, "utf-16-be")):
-        if len(data) % 2 == 0 and data[place::2].count(0) * 5 > len(data):
+    for offset, codec in ((1, "utf-16-le"), (0, "utf-16-be")):
+        if len(data) % 2 == 0 and data[offset::2].count(0) * 5 > len(data):
             return decode(data, name, codec)
     try:
         return data.decode("utf-8"), "utf-8"
     except UnicodeDecodeError as error:
         try:
-            western = data.decode("cp1252")
+            text = data.decode("cp1252")
         except UnicodeDecodeError:
-            western = ""
-        if _is_western(western):
-            return western, "Windows-1252"
+            text = ""
+        if _is_western(text):
+            return text, "Windows-1252"
         raise DataError(
             f"{name} is not UTF-8 {_where(data, error.start)}; save it as UTF-8, or name its encoding: "
             "--data.encoding cp1252 (Western), cp1250 (Central European), cp1251 (Cyrillic), gb18030, shift_jis"
@@ -136,8 +136,8 @@ def _is_western(text: str) -> bool:
         if not c.isalpha()
     ):
         return False  # A sign in the middle of a word shows that the encoding is another one.
-    known = max(sum(letters[c] for c in alphabet) for alphabet in _ALPHABETS)
-    return bool(text) and known >= 0.98 * letters.total() and letters.keys() <= set("".join(_ALPHABETS))
+    known_count = max(sum(letters[c] for c in alphabet) for alphabet in _ALPHABETS)
+    return bool(text) and known_count >= 0.98 * letters.total() and letters.keys() <= set("".join(_ALPHABETS))
 
 
 def parse(text: str, name: str, dialect: Dialect) -> Delimited:
@@ -150,24 +150,24 @@ def parse(text: str, name: str, dialect: Dialect) -> Delimited:
         DataError: if a line has more or fewer fields than the header, a quote is not closed, a column is named twice,
             or the file has no header.
     """
-    first = 1
+    first_line = 1
     if hint := re.match(r'"?sep=(.)"?\r?\n', text):  # Excel writes this line as a hint.
-        text, first, dialect = text[hint.end() :], 2, replace(dialect, separator=dialect.separator or hint[1])
+        text, first_line, dialect = text[hint.end() :], 2, replace(dialect, separator=dialect.separator or hint[1])
     with _long_fields():
-        dialect = _recognised(text, name, dialect, first)
+        dialect = _recognised(text, name, dialect, first_line)
         rows = _rows(text, dialect)
         header = _named(name, next(rows)[1])
         lines: list[int] = []
         chunks: list[list[pa.Array]] = []
-        some: list[list[str]] = []
+        chunk: list[list[str]] = []
         for line, row in rows:
-            lines.append(line + first - 1)
-            some.append(row)
-            if len(some) * len(header) >= _CHUNK:
-                chunks.append(_arrays(some))
-                some = []
-        if some or not chunks:
-            chunks.append(_arrays(some) if some else [pa.array([], pa.large_string()) for _ in header])
+            lines.append(line + first_line - 1)
+            chunk.append(row)
+            if len(chunk) * len(header) >= _CHUNK:
+                chunks.append(_arrays(chunk))
+                chunk = []
+        if chunk or not chunks:
+            chunks.append(_arrays(chunk) if chunk else [pa.array([], pa.large_string()) for _ in header])
     columns = {column: pa.chunked_array(parts) for column, *parts in zip(header, *chunks, strict=True)}
     return Delimited(columns, lines, dialect)
 
@@ -178,22 +178,23 @@ def _arrays(rows: list[list[str]]) -> list[pa.Array]:
 
 def _named(name: str, header: list[str]) -> list[str]:
     """Return the names of the columns, stripped of surrounding blanks."""
-    names = [field.strip() or f"column {place}" for place, field in enumerate(header, 1)]
+    names = [field.strip() or f"column {position}" for position, field in enumerate(header, 1)]
     if len(set(names)) < len(names):
-        twice, _ = Counter(names).most_common(1)[0]
-        places = [place for place, other in enumerate(names, 1) if other == twice]
+        duplicate, _ = Counter(names).most_common(1)[0]
+        positions = [position for position, other_name in enumerate(names, 1) if other_name == duplicate]
         raise DataError(
-            f"{name} names the column {twice!r} twice, at places {places[0]} and {places[1]}; rename one of them"
+            f"{name} names the column {duplicate!r} twice, at places {positions[0]} and {positions[1]}; rename one "
+            "of them"
         )
     return names
 
 
 def _rows(text: str, dialect: Dialect) -> Iterator[tuple[int, list[str]]]:
     """Yield every row that is not an empty line, preceded by the line (from 1) where it begins."""
-    unused = next(chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in text)
+    unused_char = next(chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in text)
     reader = csv.reader(
         io.StringIO(text, newline=""),
-        delimiter=unused if dialect.separator == "none" else dialect.separator,
+        delimiter=unused_char if dialect.separator == "none" else dialect.separator,
         quotechar=None if dialect.quote == "none" else dialect.quote[0],
         quoting=csv.QUOTE_NONE if dialect.quote == "none" else csv.QUOTE_MINIMAL,
         escapechar="\\" if dialect.quote == _ESCAPED else None,
@@ -207,9 +208,9 @@ def _rows(text: str, dialect: Dialect) -> Iterator[tuple[int, list[str]]]:
                 yield line, row
             line = reader.line_num + 1
     except csv.Error as error:
-        open_ = "end of data" in str(error)
+        is_open = "end of data" in str(error)
         raise _BrokenQuote(
-            line, "has a quote that is not closed" if open_ else "has text behind a closing quote"
+            line, "has a quote that is not closed" if is_open else "has text behind a closing quote"
         ) from error
 
 
@@ -255,34 +256,34 @@ def _recognised(text: str, name: str, dialect: Dialect, first: int) -> Dialect:
     Raises:
         DataError: if there is none; the message names the line at which the likeliest dialect fails.
     """
-    head = re.match(r"[\r\n]*([^\r\n]*)", text)[1]  # type: ignore[index]
-    if not head.strip():
+    header_line = re.match(r"[\r\n]*([^\r\n]*)", text)[1]  # type: ignore[index]
+    if not header_line.strip():
         raise DataError(f"{name} is empty; its first line must name the columns")
-    separators = [dialect.separator] if dialect.separator else [s for s in _SEPARATORS if s in head]
+    separators = [dialect.separator] if dialect.separator else [s for s in _SEPARATORS if s in header_line]
     if re.search(r"\.(tsv|tab)(\.|$)", name.lower()) and "\t" in separators:
         separators = ["\t"]
     quotes = [dialect.quote] if dialect.quote else ['"', "none"] if '"' in text else ['"']
-    tried = [
+    trials = [
         _tried(text, replace(dialect, separator=separator, quote=quote))
         for separator in separators or ["none"]
         for quote in quotes
     ]
-    whole = [trial for trial in tried if not trial.wrong]
-    if not whole and not dialect.quote and '"' in text:
-        rare = [_SPACED] + ([_ESCAPED] if not re.search(r'\\[^"\\]', text) else [])
-        tries = [_tried(text, replace(dialect, separator=s, quote=q)) for s in separators for q in rare]
-        whole = [trial for trial in tries if not trial.wrong]
-    if not whole:
-        worst = max(tried, key=lambda trial: (trial.fields, trial.rows))
-        line, why = worst.wrong or (1, "")
+    valid_trials = [trial for trial in trials if not trial.wrong]
+    if not valid_trials and not dialect.quote and '"' in text:
+        rare_quotes = [_SPACED] + ([_ESCAPED] if not re.search(r'\\[^"\\]', text) else [])
+        rare_trials = [_tried(text, replace(dialect, separator=s, quote=q)) for s in separators for q in rare_quotes]
+        valid_trials = [trial for trial in rare_trials if not trial.wrong]
+    if not valid_trials:
+        closest_trial = max(trials, key=lambda trial: (trial.fields, trial.rows))
+        line, reason = closest_trial.wrong or (1, "")
         raise DataError(
-            f"{name} line {line + first - 1} {why} ({worst.dialect}); put texts with separators in quotes, or say how "
-            "the file is written: --data.separator, --data.quote"
+            f"{name} line {line + first - 1} {reason} ({closest_trial.dialect}); put texts with separators in "
+            "quotes, or say how the file is written: --data.separator, --data.quote"
         )
-    most = max(trial.fields for trial in whole)
-    best = [trial for trial in whole if trial.fields == most]
-    same = [trial for trial in best if trial.dialect.separator == best[0].dialect.separator]
-    return _quoting(text, same).dialect
+    max_fields = max(trial.fields for trial in valid_trials)
+    widest_trials = [trial for trial in valid_trials if trial.fields == max_fields]
+    candidates = [trial for trial in widest_trials if trial.dialect.separator == widest_trials[0].dialect.separator]
+    return _quoting(text, candidates).dialect
 
 
 def _quoting(text: str, trials: list[_Trial]) -> _Trial:
@@ -294,14 +295,14 @@ def _quoting(text: str, trials: list[_Trial]) -> _Trial:
     """
     if len(trials) == 1:
         return trials[0]
-    quoted, plain = sorted(trials, key=lambda trial: trial.dialect.quote == "none")
-    if plain.fields > 1 and plain.rows > quoted.rows:
-        return plain
-    if plain.dialect.separator == "\t":
-        for _, row in _rows(text, plain.dialect):
+    quoted_trial, plain_trial = sorted(trials, key=lambda trial: trial.dialect.quote == "none")
+    if plain_trial.fields > 1 and plain_trial.rows > quoted_trial.rows:
+        return plain_trial
+    if plain_trial.dialect.separator == "\t":
+        for _, row in _rows(text, plain_trial.dialect):
             if any('"' in field and not re.fullmatch(r'"(?:[^"]|"")*"', field) for field in row):
-                return plain
-    return quoted
+                return plain_trial
+    return quoted_trial
 
 
 @contextmanager

@@ -58,11 +58,11 @@ def answer(task: str, doc: Doc) -> str | None:
         return doc.kind if doc.kind in KINDS else None
     if doc.kind not in _CALLABLES or doc.name.rsplit(".", 1)[-1].startswith("__"):
         return None
-    parts = source.words(doc.name)
+    words = source.words(doc.name)
     if task == "verb":
-        return parts[0] if len(parts) > 1 and parts[0] in VERBS else None
+        return words[0] if len(words) > 1 and words[0] in VERBS else None
     if task == "name":
-        return " ".join(parts) if len(parts) > 1 else None
+        return " ".join(words) if len(words) > 1 else None
     return doc.summary if len(doc.body) >= 40 and len(doc.summary.split()) >= 3 else None
 
 
@@ -99,33 +99,33 @@ class DocstringData:
     smallest: int = 5
 
     def __post_init__(self) -> None:
-        unknown = [task for task in self.tasks if task not in TASKS]
-        if unknown or not self.tasks or len(set(self.tasks)) != len(self.tasks):
+        unknown_tasks = [task for task in self.tasks if task not in TASKS]
+        if unknown_tasks or not self.tasks or len(set(self.tasks)) != len(self.tasks):
             raise ConfigError(f"tasks {list(self.tasks)}: give each at most once, of {', '.join(TASKS)}")
         if len({TASKS[task][0] for task in self.tasks}) > 1:
             raise ConfigError(f"tasks {list(self.tasks)} mix classification and text-to-text; run one form at a time")
         if self.partition not in ("iid", "dirichlet", "pathological", "packages"):
             raise ConfigError(f"partition {self.partition!r}: use iid, dirichlet, pathological or packages")
         for name in ("train", "validation", "test", "labels", "topics", "smallest"):
-            least = 2 if name in ("labels", "topics") else 1
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+            minimum = 2 if name in ("labels", "topics") else 1
+            if getattr(self, name) < minimum:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
         if self.clients < len(self.tasks):
             raise ConfigError(f"{self.clients} clients for {len(self.tasks)} tasks; give at least one client per task")
         if not self.alpha > 0 or math.isinf(self.alpha):
             raise ConfigError(f"alpha is {self.alpha}; it must be a positive number")
-        strangers = sorted(set(self.packages) - set(PACKAGES))
-        if strangers or not self.packages:
-            raise ConfigError(f"packages {strangers} are unknown; use some of: {', '.join(PACKAGES)}")
+        unknown_packages = sorted(set(self.packages) - set(PACKAGES))
+        if unknown_packages or not self.packages:
+            raise ConfigError(f"packages {unknown_packages} are unknown; use some of: {', '.join(PACKAGES)}")
 
     def public(self) -> list[Doc]:
         """Return the public shard: documentation that no client holds, each text once, in a fixed order."""
-        docs, seen = [], set()
+        docs, seen_keys = [], set()
         source.warm((*PUBLIC, *PACKAGES))
         for package in (*PUBLIC, *PACKAGES):
             for doc in source.read(package):
-                if is_public(package, doc.module) and doc.key not in seen:
-                    seen.add(doc.key)
+                if is_public(package, doc.module) and doc.key not in seen_keys:
+                    seen_keys.add(doc.key)
                     docs.append(doc)
         return docs
 
@@ -133,16 +133,16 @@ class DocstringData:
         """Return the documentation that clients may hold, each text once and none public, in a fixed order."""
         source.warm((*PUBLIC, *PACKAGES))
         docs = {package: source.read(package) for package in PACKAGES}
-        seen = {key for package in PUBLIC for key in source.digests(package)}
-        seen |= {doc.key for found in docs.values() for doc in found if is_public(doc.package, doc.module)}
-        found = []
+        seen_keys = {key for package in PUBLIC for key in source.digests(package)}
+        seen_keys |= {doc.key for documents in docs.values() for doc in documents if is_public(doc.package, doc.module)}
+        documents = []
         for package in PACKAGES:
             for doc in docs[package]:
-                if doc.key not in seen:
-                    seen.add(doc.key)
+                if doc.key not in seen_keys:
+                    seen_keys.add(doc.key)
                     if package in self.packages:
-                        found.append(doc)
-        return found
+                        documents.append(doc)
+        return documents
 
     def load(self, seed: int) -> Federation:
         """Deal the documentation to the clients. Equal seeds and installed versions give equal results.
@@ -152,21 +152,23 @@ class DocstringData:
         """
         pool = self.private()
         clients: dict[str, ClientData] = {}
-        skipped: dict[str, str] = {}
+        skip_reasons: dict[str, str] = {}
         for index, task in enumerate(self.tasks):
             ids = [f"{task}-{i:02d}" for i in range(len(range(index, self.clients, len(self.tasks))))]
             rng = random.Random(f"{seed}:{task}")
             rows = [(doc, target) for doc in pool if (target := answer(task, doc)) is not None]
-            dealt = self._by_package(task, rows, ids, rng) if self.partition == "packages" else None
-            for name, held in (dealt or self._by_label(task, rows, ids, rng)).items():
-                data = self._client(task, held, rng)
-                if isinstance(data, ClientData):
-                    clients[name] = data
+            rows_by_client = self._by_package(task, rows, ids, rng) if self.partition == "packages" else None
+            for name, client_rows in (rows_by_client or self._by_label(task, rows, ids, rng)).items():
+                outcome = self._client(task, client_rows, rng)
+                if isinstance(outcome, ClientData):
+                    clients[name] = outcome
                 else:
-                    skipped[name] = data
+                    skip_reasons[name] = outcome
         if not clients:
-            raise DataError(f"no client got usable documentation ({skipped}); ask for fewer clients or more packages")
-        return Federation(clients, skipped, self.source())
+            raise DataError(
+                f"no client got usable documentation ({skip_reasons}); ask for fewer clients or more packages"
+            )
+        return Federation(clients, skip_reasons, self.source())
 
     def source(self) -> dict:
         """Return the origin of the data for a run's records: these settings and the installed versions."""
@@ -175,40 +177,48 @@ class DocstringData:
 
     def _part(self, doc: Doc) -> str:
         total = self.train + self.validation + self.test
-        place = int(doc.key[:12], 16) % total
-        return _SPLITS[(place >= self.train) + (place >= self.train + self.validation)]
+        bucket = int(doc.key[:12], 16) % total
+        return _SPLITS[(bucket >= self.train) + (bucket >= self.train + self.validation)]
 
     def _by_package(self, task: str, rows: "Rows", ids: list[str], rng: random.Random) -> dict[str, "Rows"]:
-        held = defaultdict(list)
+        rows_by_package = defaultdict(list)
         for row in rows:
-            held[row[0].package].append(row)
+            rows_by_package[row[0].package].append(row)
         if task == "topic":  # A label must be able to fill its share of every split of one client.
-            need = (self.train + self.validation + self.test) / self.labels * 0.75
-            held = {package: found for package, found in held.items() if len(found) >= need}
-            owners = _deal(sorted(held), self.labels, ids, rng)
+            min_rows = (self.train + self.validation + self.test) / self.labels * 0.75
+            rows_by_package = {
+                package: package_rows
+                for package, package_rows in rows_by_package.items()
+                if len(package_rows) >= min_rows
+            }
+            owners = _deal(sorted(rows_by_package), self.labels, ids, rng)
         else:
-            owners = _spread({package: len(found) for package, found in held.items()}, ids, rng)
-        dealt: dict[str, Rows] = {name: [] for name in ids}
+            owners = _spread(
+                {package: len(package_rows) for package, package_rows in rows_by_package.items()}, ids, rng
+            )
+        rows_by_client: dict[str, Rows] = {name: [] for name in ids}
         for package, names in owners.items():
-            mixed = rng.sample(held[package], len(held[package]))
+            shuffled_rows = rng.sample(rows_by_package[package], len(rows_by_package[package]))
             for i, name in enumerate(names):
-                dealt[name] += mixed[i :: len(names)]
-        return dealt
+                rows_by_client[name] += shuffled_rows[i :: len(names)]
+        return rows_by_client
 
     def _by_label(self, task: str, rows: "Rows", ids: list[str], rng: random.Random) -> dict[str, "Rows"]:
         from consilium.data.partition import divide
 
-        held = defaultdict(list)
+        rows_by_label = defaultdict(list)
         for row in rows:
-            held[row[0].package if TASKS[task][0] == "text-to-text" else row[1]].append(row)
+            rows_by_label[row[0].package if TASKS[task][0] == "text-to-text" else row[1]].append(row)
         if task == "topic":
-            largest = sorted(held, key=lambda package: (-len(held[package]), package))[: self.topics]
-            held = {package: held[package] for package in largest}
+            largest_packages = sorted(rows_by_label, key=lambda package: (-len(rows_by_label[package]), package))[
+                : self.topics
+            ]
+            rows_by_label = {package: rows_by_label[package] for package in largest_packages}
         size = 2 * len(ids) * (self.train + self.validation + self.test)
         pool, labels = [], []
-        for label, found in _tempered(held, size, rng):
-            pool += found
-            labels += [label] * len(found)
+        for label, label_rows in _tempered(rows_by_label, size, rng):
+            pool += label_rows
+            labels += [label] * len(label_rows)
         parts = divide(labels, len(ids), self.partition, self.alpha, self.labels, rng.randrange(2**31))
         return {name: [pool[i] for i in part] for name, part in zip(ids, parts, strict=True)}
 
@@ -221,21 +231,23 @@ class DocstringData:
             parts[self._part(row[0])].append(row)
         labels: tuple[str, ...] = ()
         for key in _SPLITS:
-            by_label = defaultdict(list)
+            rows_by_label = defaultdict(list)
             for row in parts[key]:
                 label = row[1] if form == "classification" else ""
                 if key == "train" or form != "classification" or label in labels:
-                    by_label[label].append(row)
+                    rows_by_label[label].append(row)
             if key == "train" and form == "classification":
-                by_label = {label: found for label, found in by_label.items() if len(found) >= self.smallest}
-                if len(by_label) < 2:
+                rows_by_label = {
+                    label: label_rows for label, label_rows in rows_by_label.items() if len(label_rows) >= self.smallest
+                }
+                if len(rows_by_label) < 2:
                     return f"fewer than 2 labels with {self.smallest} training examples ({len(held)} rows)"
-                labels = tuple(sorted(by_label))
-            parts[key] = [row for _, found in _tempered(by_label, quota[key], rng) for row in found]
+                labels = tuple(sorted(rows_by_label))
+            parts[key] = [row for _, label_rows in _tempered(rows_by_label, quota[key], rng) for row in label_rows]
             rng.shuffle(parts[key])
-        empty = [key for key in _SPLITS if not parts[key]]
-        if empty:
-            return f"no rows left for {', '.join(empty)} ({len(held)} rows)"
+        empty_splits = [key for key in _SPLITS if not parts[key]]
+        if empty_splits:
+            return f"no rows left for {', '.join(empty_splits)} ({len(held)} rows)"
         return ClientData(Task(task, form, labels, metric), *(_split(task, rows) for rows in parts.values()))
 
 
@@ -256,8 +268,8 @@ def _deal(packages: list[str], each: int, ids: list[str], rng: random.Random) ->
     order = rng.sample(packages, len(packages))
     for _ in range(min(each, len(packages))):
         for name in ids:
-            free = [package for package in order if name not in owners[package]]
-            owners[min(free, key=lambda package: len(owners[package]))].append(name)
+            candidates = [package for package in order if name not in owners[package]]
+            owners[min(candidates, key=lambda package: len(owners[package]))].append(name)
     return owners
 
 
@@ -284,15 +296,15 @@ def _tempered(held: Mapping[str, Rows], size: int, rng: random.Random) -> Iterab
     them equal.
     """
     counts = dict.fromkeys(sorted(held), 0)
-    left = min(size, sum(map(len, held.values())))
-    while left > 0:
-        open_ = [label for label in counts if counts[label] < len(held[label])]
-        total = sum(math.sqrt(len(held[label])) for label in open_)
-        for label in sorted(open_, key=lambda label: (len(held[label]), label)):
-            want = max(1, round(left * math.sqrt(len(held[label])) / total)) if total else 0
-            take = min(want, len(held[label]) - counts[label], left)
+    remaining = min(size, sum(map(len, held.values())))
+    while remaining > 0:
+        open_labels = [label for label in counts if counts[label] < len(held[label])]
+        total = sum(math.sqrt(len(held[label])) for label in open_labels)
+        for label in sorted(open_labels, key=lambda label: (len(held[label]), label)):
+            wanted_count = max(1, round(remaining * math.sqrt(len(held[label])) / total)) if total else 0
+            take_count = min(wanted_count, len(held[label]) - counts[label], remaining)
             total -= math.sqrt(len(held[label]))
-            counts[label] += take
-            left -= take
+            counts[label] += take_count
+            remaining -= take_count
     for label, count in counts.items():
         yield label, rng.sample(held[label], count)

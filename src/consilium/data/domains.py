@@ -113,7 +113,9 @@ class Document:
 @lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the installed packages from which texts are read."""
-    return {name: found for name in ("python", *_PACKAGES) if (found := version(name)) is not None}
+    return {
+        name: installed_version for name in ("python", *_PACKAGES) if (installed_version := version(name)) is not None
+    }
 
 
 @lru_cache(maxsize=2)
@@ -122,11 +124,11 @@ def _everything() -> dict[str, list[Document]]:
     path = cache_folder() / f"domains-{key}.json"
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        found = [Document(*row) for row in rows]
+        all_documents = [Document(*row) for row in rows]
     except (OSError, ValueError, TypeError):
-        found = list(_deduplicated())
-        store(path, [[d.domain, d.shard, d.place, d.text] for d in found])
-    return {name: [d for d in found if d.domain == name] for name in DOMAINS}
+        all_documents = list(_deduplicated())
+        store(path, [[d.domain, d.shard, d.place, d.text] for d in all_documents])
+    return {name: [d for d in all_documents if d.domain == name] for name in DOMAINS}
 
 
 def documents(domain: str, *shards: Shard) -> list[Document]:
@@ -140,18 +142,18 @@ def documents(domain: str, *shards: Shard) -> list[Document]:
 
 def _deduplicated() -> Iterator[Document]:
     """Yield every document once: first the public shards, then the clients' shards, in the order of the domains."""
-    read = {name: list(_read(domain)) for name, domain in DOMAINS.items()}
-    seen: set[int] = set()
-    for public in (True, False):
-        for found in read.values():
-            for document in found:
-                if (document.shard == "public") is not public:
+    documents_by_domain = {name: list(_read(domain)) for name, domain in DOMAINS.items()}
+    seen_hashes: set[int] = set()
+    for is_public in (True, False):
+        for domain_documents in documents_by_domain.values():
+            for document in domain_documents:
+                if (document.shard == "public") is not is_public:
                     continue
                 lines = [line for line in map(str.strip, document.text.splitlines()) if len(line) >= _SHORT]
                 hashes = [_hash(line) for line in lines]
-                known = sum(len(line) for line, h in zip(lines, hashes, strict=True) if h in seen)
-                if 2 * known <= sum(map(len, lines)):
-                    seen.update(hashes)
+                known_length = sum(len(line) for line, h in zip(lines, hashes, strict=True) if h in seen_hashes)
+                if 2 * known_length <= sum(map(len, lines)):
+                    seen_hashes.update(hashes)
                     yield document
 
 
@@ -162,16 +164,16 @@ def _hash(text: str) -> int:
 
 def _read(domain: Domain) -> Iterator[Document]:
     """Yield the documents of a domain, ordered by a hash of their names, up to `_CAPS`."""
-    taken = {"public": 0, "clients": 0}
+    sizes = {"public": 0, "clients": 0}
     files = sorted(_files(domain), key=lambda item: _hash(item[0]))
     for name, path in files:
         pieces = list(_pieces(_text(path, domain)))
-        few = len(files) < 40  # With few files, pieces instead of files are assigned to splits.
+        has_few_files = len(files) < 40  # With few files, pieces instead of files are assigned to splits.
         for number, text in enumerate(pieces):
-            shard = _shard(domain, f"{name}:{number}" if few else name)
+            shard = _shard(domain, f"{name}:{number}" if has_few_files else name)
             side = "public" if shard == "public" else "clients"
-            if taken[side] < _CAPS[side] and len(text) >= 200:
-                taken[side] += len(text)
+            if sizes[side] < _CAPS[side] and len(text) >= 200:
+                sizes[side] += len(text)
                 yield Document(domain.name, shard, f"{name}:{number}", text)
 
 
@@ -180,11 +182,11 @@ def _shard(domain: Domain, unit: str) -> Shard:
 
     The rest that is not public is split into 40 % test, 15 % validation and 45 % train.
     """
-    place = _hash(f"{domain.name}/{unit}") / 2**64
-    if place < domain.public:
+    position = _hash(f"{domain.name}/{unit}") / 2**64
+    if position < domain.public:
         return "public"
-    rest = (place - domain.public) / (1 - domain.public)
-    return "test" if rest < 0.4 else "validation" if rest < 0.55 else "train"
+    private_position = (position - domain.public) / (1 - domain.public)
+    return "test" if private_position < 0.4 else "validation" if private_position < 0.55 else "train"
 
 
 def _files(domain: Domain) -> Iterator[tuple[str, Path]]:
@@ -195,11 +197,11 @@ def _files(domain: Domain) -> Iterator[tuple[str, Path]]:
             continue
         for path in folder.rglob("*"):
             parts = path.relative_to(folder).parts
-            low = path.name.lower()
-            inside = set(parts[:-1])
-            if not low.endswith(domain.endings) or not path.is_file() or inside & set(domain.skipped):
+            lower_name = path.name.lower()
+            folder_names = set(parts[:-1])
+            if not lower_name.endswith(domain.endings) or not path.is_file() or folder_names & set(domain.skipped):
                 continue
-            if domain.tests != bool(inside & {"tests", "test"}) or (not domain.tests and inside & _SKIPPED):
+            if domain.tests != bool(folder_names & {"tests", "test"}) or (not domain.tests and folder_names & _SKIPPED):
                 continue
             yield "/".join((root.rstrip("/"), *parts)), path
 
@@ -211,15 +213,15 @@ def _folder(root: str) -> Path | None:
     """
     if root.startswith("stdlib/"):
         return Path(sysconfig.get_path("stdlib")) / root.removeprefix("stdlib/")
-    package, _, rest = root.partition("/")
+    package, _, subfolder = root.partition("/")
     for key in ("purelib", "platlib"):
         base = Path(sysconfig.get_path(key))
-        found = base / package
+        package_folder = base / package
         if package.endswith(".dist-info"):
             name = package.removesuffix(".dist-info")
-            found = next(iter(sorted(base.glob(f"{name}-*.dist-info"))), found)
-        if (found / rest).is_dir():
-            return found / rest
+            package_folder = next(iter(sorted(base.glob(f"{name}-*.dist-info"))), package_folder)
+        if (package_folder / subfolder).is_dir():
+            return package_folder / subfolder
     return None
 
 
@@ -237,9 +239,9 @@ def _text(path: Path, domain: Domain) -> str:
             tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError):
         return ""
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
-    return "\n\n".join(text for text in found if len(text) >= 80)
+    node_types = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, node_types)]
+    return "\n\n".join(text for text in docstrings if len(text) >= 80)
 
 
 def _pieces(text: str) -> Iterator[str]:

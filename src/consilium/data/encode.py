@@ -60,9 +60,9 @@ class Encoded:
             labels = pad([[-100] * len(s) + t for s, t in zip(sources, targets, strict=True)], -100)
             if not prompt:
                 sources = [s + t for s, t in zip(sources, targets, strict=True)]
-        left = prompt and self.way == "causal"
-        mask = pad([[1] * len(s) for s in sources], 0, left)
-        batch = {"input_ids": pad(sources, self.pad, left), "attention_mask": mask, "labels": labels}
+        pad_left = prompt and self.way == "causal"
+        mask = pad([[1] * len(s) for s in sources], 0, pad_left)
+        batch = {"input_ids": pad(sources, self.pad, pad_left), "attention_mask": mask, "labels": labels}
         return {key: value.to(device) for key, value in batch.items()}
 
     def epochs(self, epochs: int, batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
@@ -96,19 +96,21 @@ def encode(
     Raises:
         DataError: if a label is not in the task's label set.
     """
-    sources, cut = _truncated(tokenizer, split.texts, max_length)
+    sources, cut_rows = _truncated(tokenizer, split.texts, max_length)
     sources = [ids or [tokenizer.pad_token_id] for ids in sources]
     if way == "classification":
-        index = {label: i for i, label in enumerate(task.labels)}
-        odd = next((t for t in split.targets if t not in index), None)
-        if odd is not None:
-            raise DataError(f"label {odd!r} is not in the label set of task {task.name}: {', '.join(task.labels)}")
-        targets: list = [index[t] for t in split.targets]
+        label_ids = {label: i for i, label in enumerate(task.labels)}
+        unknown_label = next((t for t in split.targets if t not in label_ids), None)
+        if unknown_label is not None:
+            raise DataError(
+                f"label {unknown_label!r} is not in the label set of task {task.name}: {', '.join(task.labels)}"
+            )
+        targets: list = [label_ids[t] for t in split.targets]
     else:
-        end = [tokenizer.eos_token_id]
-        ids, also_cut = _truncated(tokenizer, split.targets, target_length - 1, add_special_tokens=False)
-        targets, cut = [t + end for t in ids], cut | also_cut
-    return Encoded(sources, targets, list(split.targets), way, tokenizer.pad_token_id, len(cut))
+        end_ids = [tokenizer.eos_token_id]
+        ids, cut_targets = _truncated(tokenizer, split.targets, target_length - 1, add_special_tokens=False)
+        targets, cut_rows = [t + end_ids for t in ids], cut_rows | cut_targets
+    return Encoded(sources, targets, list(split.targets), way, tokenizer.pad_token_id, len(cut_rows))
 
 
 def _truncated(
@@ -119,8 +121,8 @@ def _truncated(
     if encoded.encodings is not None:
         return encoded["input_ids"], {i for i, text in enumerate(encoded.encodings) if text.overflowing}
     # A tokenizer written in Python does not report overflow, so tokenise again without truncation.
-    whole = tokenizer(list(texts), verbose=False, **options)["input_ids"]
-    return encoded["input_ids"], {i for i, ids in enumerate(whole) if len(ids) > length}
+    full_ids = tokenizer(list(texts), verbose=False, **options)["input_ids"]
+    return encoded["input_ids"], {i for i, ids in enumerate(full_ids) if len(ids) > length}
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -130,25 +132,25 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     continuation of a word as "##".
     """
     names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    special = set(tokenizer.all_special_ids)
+    special_ids = set(tokenizer.all_special_ids)
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    byte_level = backend is not None and '"ByteLevel"' in json.dumps(json.loads(backend.to_str()).get("decoder"))
+    is_byte_level = backend is not None and '"ByteLevel"' in json.dumps(json.loads(backend.to_str()).get("decoder"))
 
     def size(name: str) -> int:
-        if byte_level:
+        if is_byte_level:
             return len(name)
         if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
             return 1
         return len(name.removeprefix("##").replace("▁", " ").encode())
 
-    return torch.tensor([0 if i in special or name is None else size(name) for i, name in enumerate(names)])
+    return torch.tensor([0 if i in special_ids or name is None else size(name) for i, name in enumerate(names)])
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor:
     """Return the rows as int64 [rows, longest], padded with `value` on the right, or on the left if `left`."""
     width = max(len(row) for row in rows)
-    padded = torch.full((len(rows), width), value, dtype=torch.int64)
+    padded_rows = torch.full((len(rows), width), value, dtype=torch.int64)
     for i, row in enumerate(rows):
-        place = slice(width - len(row), width) if left else slice(0, len(row))
-        padded[i, place] = torch.tensor(row, dtype=torch.int64)
-    return padded
+        span = slice(width - len(row), width) if left else slice(0, len(row))
+        padded_rows[i, span] = torch.tensor(row, dtype=torch.int64)
+    return padded_rows

@@ -62,9 +62,9 @@ def kind_of(path: Path) -> str:
             return path.suffix.lower()[1:]
         if _PICKLES.fullmatch(path.name.lower()):
             raise DataError(_pickled(path, [path.name]))
-        packed = path.suffix.lower() in (".gz", ".zip", ".tar", ".tgz")
+        is_packed = path.suffix.lower() in (".gz", ".zip", ".tar", ".tgz")
         raise DataError(
-            f"{path} is {'packed: unpack it, and' if packed else 'a file of no known kind;'} give {ALLOWED}"
+            f"{path} is {'packed: unpack it, and' if is_packed else 'a file of no known kind;'} give {ALLOWED}"
         )
     if not path.is_dir():
         if is_hub_name(path):
@@ -84,8 +84,8 @@ def kind_of(path: Path) -> str:
         raise DataError(_pickled(path, pickles))
     if any((path / name).is_dir() for name in names):
         return "folder"
-    found = f"holds {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" if names else "is empty"
-    raise DataError(f"{path} {found}; give {ALLOWED}")
+    contents = f"holds {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" if names else "is empty"
+    raise DataError(f"{path} {contents}; give {ALLOWED}")
 
 
 def read_images(
@@ -113,9 +113,11 @@ def read_images(
         ConfigError: if a column is given but the source is not a table, or `axes` but the source is not an .npz file.
     """
     kind = kind_of(path)
-    given = [f"data.{name}" for name, column in (("image", image), ("label", label), ("client", client)) if column]
-    if kind not in TABLES and given and (kind != "cifar" or given != ["data.label"]):
-        raise ConfigError(f"{', '.join(given)} names a column; {path.name} is no table: leave it out")
+    column_options = [
+        f"data.{name}" for name, column in (("image", image), ("label", label), ("client", client)) if column
+    ]
+    if kind not in TABLES and column_options and (kind != "cifar" or column_options != ["data.label"]):
+        raise ConfigError(f"{', '.join(column_options)} names a column; {path.name} is no table: leave it out")
     if axes and kind != "npz":
         raise ConfigError(f"data.axes is for the arrays of an .npz file; {path.name} has none: leave it out")
     match kind:
@@ -141,11 +143,11 @@ def _names(path: Path) -> list[str]:
 
 def _litter(path: Path) -> dict[str, int]:
     """Count the files and folders below a directory that `_names` leaves out; return name -> count, largest first."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for _, folders, files in os.walk(path):
-        found.update("._*" if name.startswith("._") else name for name in (*folders, *files) if is_litter(name))
+        counts.update("._*" if name.startswith("._") else name for name in (*folders, *files) if is_litter(name))
         folders[:] = [name for name in folders if not is_litter(name)]
-    return dict(found.most_common())
+    return dict(counts.most_common())
 
 
 def _pickled(path: Path, found: Sequence[str]) -> str:
@@ -164,21 +166,21 @@ def _folder(path: Path, size: int, pages: Pages) -> Images:
     """
     roots = _roots(path)
     sites = {part: [site for root in roots[part] for site in _clients(root)] for part in roots}
-    owned = {bool(client) for found in sites.values() for client, _ in found}
-    if len(owned) > 1:
+    client_flags = {bool(client) for items in sites.values() for client, _ in items}
+    if len(client_flags) > 1:
         raise DataError(f"{path} has a folder per client in one of train, validation and test, and not in another")
     parts = {
-        part: [(client, *found) for client, site in sites[part] for found in _classes(site)]
+        part: [(client, *items) for client, site in sites[part] for items in _classes(site)]
         for part in ("train", "test")
     }
     files = parts["train"] + parts["test"]
     x, counts = stack(len(files), ((str(file), file) for _, file, _ in files), size, pages)
-    places, labels = labelled(np.array([name for *_, name in files]), None)
+    label_ids, labels = labelled(np.array([name for *_, name in files]), None)
     source: dict[str, Any] = {"format": "image folder", "files": len(files)}
     if litter := _litter(path):
         source["litter"] = litter
-    owners = np.repeat([client for client, *_ in files], counts).tolist() if owned == {True} else ()
-    return Images(x, np.repeat(places, counts), labels, sum(counts[: len(parts["train"])]), owners, source)
+    owners = np.repeat([client for client, *_ in files], counts).tolist() if client_flags == {True} else ()
+    return Images(x, np.repeat(label_ids, counts), labels, sum(counts[: len(parts["train"])]), owners, source)
 
 
 def _roots(path: Path) -> dict[str, list[Path]]:
@@ -190,17 +192,17 @@ def _roots(path: Path) -> dict[str, list[Path]]:
         DataError: if there are folders of clients or classes next to folders of splits.
     """
     names = _folders(path)
-    split = {name: part_of(name) for name in names}
-    if all(split.values()):
-        roots = {part: [path / name for name in names if split[name] == part] for part in ("train", "test")}
+    part_by_name = {name: part_of(name) for name in names}
+    if all(part_by_name.values()):
+        roots = {part: [path / name for name in names if part_by_name[name] == part] for part in ("train", "test")}
         if not roots["train"]:
             raise DataError(f"{path} has folders for test alone ({', '.join(names)}); there must be one for training")
         return roots
-    called = [name for name in names if split[name] and _folders(path / name)]
-    if called and (odd := [name for name in names if not split[name]]):
+    splits = [name for name in names if part_by_name[name] and _folders(path / name)]
+    if splits and (others := [name for name in names if not part_by_name[name]]):
         raise DataError(
-            f"{path} has the folder {odd[0]} beside {called[0]}, which holds folders; if {called[0]} is a split, all "
-            "must be: train, validation and test; if it is a client, rename it"
+            f"{path} has the folder {others[0]} beside {splits[0]}, which holds folders; if {splits[0]} is a "
+            "split, all must be: train, validation and test; if it is a client, rename it"
         )
     return {"train": [path], "test": []}
 
@@ -219,21 +221,21 @@ def _clients(root: Path) -> list[tuple[str, Path]]:
 
 def _classes(root: Path) -> list[tuple[Path, str]]:
     """Return (file, class) of every image; files next to the folders of classes are ignored."""
-    found = []
+    images = []
     for name in _folders(root):
         files = [root / name / file for file in _names(root / name)]
         for file in files:
             if file.is_dir() or file.suffix.lower() not in ENDINGS:
-                what = "a folder" if file.is_dir() else "no image"
+                kind = "a folder" if file.is_dir() else "no image"
                 raise DataError(
-                    f"{file} is {what}; a folder of a class holds images alone ({' '.join(ENDINGS)}): move or remove it"
+                    f"{file} is {kind}; a folder of a class holds images alone ({' '.join(ENDINGS)}): move or remove it"
                 )
         if not files:
             raise DataError(f"{root / name} is empty; put the images of the class into it, or remove it")
-        found += [(file, name) for file in files]
-    if not found:
+        images += [(file, name) for file in files]
+    if not images:
         raise DataError(f"{root} has no folders of classes; put the images of each class into a folder of its name")
-    return found
+    return images
 
 
 def _digits(size: int) -> Images:
@@ -244,9 +246,9 @@ def _digits(size: int) -> Images:
     if size:
         raise ConfigError("data.size is for image files; the digits are 8 x 8")
     x, y = load_digits(return_X_y=True)
-    places, labels = labelled(y, None)
+    label_ids, labels = labelled(y, None)
     x = (x.reshape(-1, 1, 8, 8) / 8 - 1).astype(np.float32)
-    return Images(x, places, labels, len(y), source={"scikit-learn": __version__})
+    return Images(x, label_ids, labels, len(y), source={"scikit-learn": __version__})
 
 
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -255,23 +257,23 @@ UNFOLDED = 200
 
 
 def _npz(path: Path, size: int, axes: Axes) -> Images:
-    found = _arrays(path)
+    arrays = _arrays(path)
     for part in ("train", "test"):
-        x, y = found[f"x_{part}"], found[f"y_{part}"]
+        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
         if len(x) != len(y) or y.ndim != 1:
             raise DataError(f"{path.name}: x_{part} is {x.shape}, y_{part} {y.shape}; give one label per image")
         if x.dtype.kind == "f":
             finite(f"{path.name}: x_{part}", x)
-    if found["x_train"].shape[1:] != found["x_test"].shape[1:]:
+    if arrays["x_train"].shape[1:] != arrays["x_test"].shape[1:]:
         raise DataError(f"{path.name}: x_train and x_test differ in the shape of one image")
-    x = np.concatenate([found["x_train"], found["x_test"]])
+    x = np.concatenate([arrays["x_train"], arrays["x_test"]])
     x = _channels_first(path.name, scaled(x), axes)
     if x.dtype == np.float32:
         finite(f"{path.name}, as float32: x", x)  # A finite float64 may be too large for float32.
-    y = np.concatenate([_class_of(path.name, name, found[name]) for name in ("y_train", "y_test")])
-    places, labels = labelled(y, found.get("label_names"))
+    y = np.concatenate([_class_of(path.name, name, arrays[name]) for name in ("y_train", "y_test")])
+    label_ids, labels = labelled(y, arrays.get("label_names"))
     source = {"sha256": digest(path)}
-    return Images(resized(x, size), places, labels, len(found["y_train"]), source=source)
+    return Images(resized(x, size), label_ids, labels, len(arrays["y_train"]), source=source)
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
@@ -296,23 +298,24 @@ def _check_size(path: Path, file: Any, names: Sequence[str]) -> None:
     total = 0
     for name in names:
         entry = file.zip.getinfo(f"{name}.npy")
-        with file.zip.open(entry) as opened:
-            version = np.lib.format.read_magic(opened)
+        with file.zip.open(entry) as stream:
+            version = np.lib.format.read_magic(stream)
             header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, _, dtype = header(opened)
-            announced = opened.tell() + math.prod(shape) * dtype.itemsize
-        if announced != entry.file_size and not dtype.hasobject:  # numpy itself refuses arrays of objects.
+            shape, _, dtype = header(stream)
+            size = stream.tell() + math.prod(shape) * dtype.itemsize
+        if size != entry.file_size and not dtype.hasobject:  # numpy itself refuses arrays of objects.
             raise DataError(
-                f"{path.name}: {name} announces {announced:,} bytes, {shape} of {dtype}, and has {entry.file_size:,}"
+                f"{path.name}: {name} announces {size:,} bytes, {shape} of {dtype}, and has {entry.file_size:,}"
             )
-        total += announced
-    packed, free = path.stat().st_size, free_memory()
-    if total > max(UNFOLDED * packed, 64_000_000):
+        total += size
+    packed_size, free_bytes = path.stat().st_size, free_memory()
+    if total > max(UNFOLDED * packed_size, 64_000_000):
         raise DataError(
-            f"{path.name} has {packed:,} bytes and unpacks to {total:,}; at most {UNFOLDED} times as much is unpacked"
+            f"{path.name} has {packed_size:,} bytes and unpacks to {total:,}; at most {UNFOLDED} times as much is "
+            "unpacked"
         )
-    if total > free // 2:
-        raise DataError(f"{path.name} unpacks to {total:,} bytes; {free:,} are free, of which half may be used")
+    if total > free_bytes // 2:
+        raise DataError(f"{path.name} unpacks to {total:,} bytes; {free_bytes:,} are free, of which half may be used")
 
 
 def _class_of(name: str, array: str, y: np.ndarray) -> np.ndarray:
@@ -323,8 +326,8 @@ def _class_of(name: str, array: str, y: np.ndarray) -> np.ndarray:
     """
     if y.dtype.kind == "S":
         return np.char.decode(y, "utf-8", "replace")
-    if y.dtype.kind == "f" and len(wrong := np.flatnonzero(~np.isfinite(y) | (y != np.round(y)))):
-        raise DataError(f"{name}: {array} is {y[wrong[0]]} in row {wrong[0]}; a class must be a whole number or a text")
+    if y.dtype.kind == "f" and len(rows := np.flatnonzero(~np.isfinite(y) | (y != np.round(y)))):
+        raise DataError(f"{name}: {array} is {y[rows[0]]} in row {rows[0]}; a class must be a whole number or a text")
     return y.astype(np.int64) if y.dtype.kind == "f" else y
 
 
@@ -344,10 +347,10 @@ def _channels_first(name: str, x: np.ndarray, axes: Axes) -> np.ndarray:
         return x[:, None]
     if len(shape) != 3:
         return x
-    ends = [axis for axis, side in (("CHW", shape[0]), ("HWC", shape[2])) if side in (1, 3)]
-    if not axes and len(ends) != 1:
+    layouts = [layout for layout, side in (("CHW", shape[0]), ("HWC", shape[2])) if side in (1, 3)]
+    if not axes and len(layouts) != 1:
         raise DataError(
             f"{name}: an image is {shape}; that does not say which axis is that of the channels: give --data.axes CHW "
             "or --data.axes HWC"
         )
-    return np.ascontiguousarray(x.transpose(0, 3, 1, 2)) if (axes or ends[0]) == "HWC" else x
+    return np.ascontiguousarray(x.transpose(0, 3, 1, 2)) if (axes or layouts[0]) == "HWC" else x

@@ -105,13 +105,13 @@ class LanguageData:
         object.__setattr__(self, "path", located(self.path))
         Dialect(self.separator, self.quote, self.encoding)
         self._check_columns()
-        for name, allowed in (
+        for name, choices in (
             ("turns", ("all", "last")),
             ("metric", ("token_accuracy", "token_f1", "rouge2")),
             ("partition", ("iid", "dirichlet", "pathological")),
         ):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"data.{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}")
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"data.{name} is {getattr(self, name)!r}; allowed are {', '.join(choices)}")
         if self.text and self.metric != "token_accuracy":
             raise ConfigError(f"metric {self.metric!r} scores answers; plain text has none: use token_accuracy")
         if self.partition != "iid" and not self.client and not self.kind:
@@ -120,9 +120,9 @@ class LanguageData:
             raise ConfigError(
                 f"validation {self.validation} and test {self.test} must be above 0 and together below 1, as shares"
             )
-        for name, least in (("clients", 1), ("kinds_per_client", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        for name, minimum in (("clients", 1), ("kinds_per_client", 1)):
+            if getattr(self, name) < minimum:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
         if not self.alpha > 0 or math.isinf(self.alpha):
             raise ConfigError(f"alpha is {self.alpha}; it must be a positive number")
         if not TASK_NAME.fullmatch(self.task):
@@ -134,12 +134,12 @@ class LanguageData:
         return bool(self.text)
 
     def _check_columns(self) -> None:
-        given = [name for name in ("prompt", "response", *_OPTIONAL, "messages", "text") if getattr(self, name)]
+        roles = [name for name in ("prompt", "response", *_OPTIONAL, "messages", "text") if getattr(self, name)]
         for name in ("messages", "text"):
-            if name in given and len(given) > 1:
-                others = ", ".join(f"data.{other}" for other in given if other != name)
-                raise ConfigError(f"data.{name} stands alone; leave {others} empty")
-        if given and not {"messages", "text"} & set(given) and not (self.prompt and self.response):
+            if name in roles and len(roles) > 1:
+                other_options = ", ".join(f"data.{other}" for other in roles if other != name)
+                raise ConfigError(f"data.{name} stands alone; leave {other_options} empty")
+        if roles and not {"messages", "text"} & set(roles) and not (self.prompt and self.response):
             missing = "prompt" if not self.prompt else "response"
             raise ConfigError(f"data.{missing} is empty; name the columns of both, the prompt and the response")
 
@@ -150,60 +150,69 @@ class LanguageData:
             DataError: if the file, a column or a value cannot be used, or no client has enough rows.
             ConfigError: if no column was named.
         """
-        named = [c for c in (self.prompt, self.response, self.messages, self.text, self.client, self.kind) if c]
-        named += [column for role in _OPTIONAL if (column := getattr(self, role)) not in ("", "none")]
-        table = read_table(self.path, Dialect(self.separator, self.quote, self.encoding), named)
+        wanted_columns = [
+            c for c in (self.prompt, self.response, self.messages, self.text, self.client, self.kind) if c
+        ]
+        wanted_columns += [column for role in _OPTIONAL if (column := getattr(self, role)) not in ("", "none")]
+        table = read_table(self.path, Dialect(self.separator, self.quote, self.encoding), wanted_columns)
         if not (self.prompt or self.messages or self.text):
-            pairs = {"chosen", "rejected"} <= {column.lower() for column in table.columns}
+            has_preferences = {"chosen", "rejected"} <= {column.lower() for column in table.columns}
             raise ConfigError(
                 "name the columns: --data.prompt and --data.response, or --data.messages, or --data.text; "
                 f"{self.path.name} has {' | '.join(table.column_names)}"
-                + ("; preferences are not trained on: name the chosen answers" if pairs else "")
+                + ("; preferences are not trained on: name the chosen answers" if has_preferences else "")
             )
         columns = self.columns(table)
         examples, notes = self._examples(table, columns)
         owners: list[Any] = names_of(table.texts(self.client)) if self.client else []
         kinds: list[Any] = names_of(table.texts(self.kind)) if self.kind and not self.client else []
-        of_rows = {self.client: owners} if self.client else {self.kind: kinds} if self.kind else {}
-        used, more = usable(table, of_rows)
-        notes += more
-        used = [row for row in used if examples[row]]
-        if not used:
+        values_by_column = {self.client: owners} if self.client else {self.kind: kinds} if self.kind else {}
+        used_rows, row_notes = usable(table, values_by_column)
+        notes += row_notes
+        used_rows = [row for row in used_rows if examples[row]]
+        if not used_rows:
             raise DataError(f"{self.path.name} has no row that can be used: {'; '.join(notes)}")
-        parts, names = by_client([owners[row] for row in used]) if self.client else ({}, {})
-        parts = parts or self._divide([kinds[row] if kinds else "" for row in used], seed)
-        keys = [of_row[0][2] if of_row else "" for of_row in examples]
-        clients, skipped = {}, {}
+        parts, names = by_client([owners[row] for row in used_rows]) if self.client else ({}, {})
+        parts = parts or self._divide([kinds[row] if kinds else "" for row in used_rows], seed)
+        keys = [row_examples[0][2] if row_examples else "" for row_examples in examples]
+        clients, skip_reasons = {}, {}
         for name, part in parts.items():
-            mine = [used[i] for i in part]
-            splits = cut(mine, keys, self.validation, self.test, random.Random(f"{seed}:{name}"))
+            client_rows = [used_rows[i] for i in part]
+            splits = cut(client_rows, keys, self.validation, self.test, random.Random(f"{seed}:{name}"))
             if all(splits):
                 task = Task(self.task, "language", (), self.metric)
                 clients[name] = ClientData(task, *(_split(rows, examples) for rows in splits))
             else:
-                skipped[name] = f"{len(mine)} usable row(s), too few for training, validation and test"
+                skip_reasons[name] = f"{len(client_rows)} usable row(s), too few for training, validation and test"
         if not clients:
-            reasons = "; ".join(f"{names.get(name, name)}: {why}" for name, why in list(skipped.items())[:3])
+            reasons = "; ".join(f"{names.get(name, name)}: {reason}" for name, reason in list(skip_reasons.items())[:3])
             raise DataError(f"{self.path} has {len(table)} rows, but no client has enough of them ({reasons})")
         notes += look_alikes({"clients": {names.get(name, name) for name in parts}})
-        return Federation(clients, skipped, self.source(len(table)), names, tuple(notes))
+        return Federation(clients, skip_reasons, self.source(len(table)), names, tuple(notes))
 
     def columns(self, table: Table) -> dict[str, str]:
         """Return role -> column for every role that is used, including the columns that complete a prompt."""
-        told = {role: getattr(self, role) for role in ("prompt", "response", *_OPTIONAL, "messages", "text")}
+        columns_by_role = {role: getattr(self, role) for role in ("prompt", "response", *_OPTIONAL, "messages", "text")}
         companions = COMPANIONS.get(self.prompt.lower(), {})
-        lower = {column.lower(): column for column in table.columns}
-        taken = {*told.values(), self.client, self.kind}
+        columns_by_lowercase = {column.lower(): column for column in table.columns}
+        taken_columns = {*columns_by_role.values(), self.client, self.kind}
         for role, names in companions.items():
-            there = next((lower[name] for name in names if name in lower and lower[name] not in taken), "")
-            told[role] = told[role] or there
-        return {role: column for role, column in told.items() if column not in ("", "none")}
+            companion = next(
+                (
+                    columns_by_lowercase[name]
+                    for name in names
+                    if name in columns_by_lowercase and columns_by_lowercase[name] not in taken_columns
+                ),
+                "",
+            )
+            columns_by_role[role] = columns_by_role[role] or companion
+        return {role: column for role, column in columns_by_role.items() if column not in ("", "none")}
 
     def source(self, rows: int) -> dict[str, Any]:
         """Return the origin of the data for a run's records: the file, its sha256, the columns and the row count."""
         names = ("prompt", "response", *_OPTIONAL, "messages", "text", "client", "kind", "partition")
-        chosen = {name: getattr(self, name) for name in names}
-        return {"type": "LanguageData", "path": str(self.path), "sha256": digest(self.path), "rows": rows, **chosen}
+        settings = {name: getattr(self, name) for name in names}
+        return {"type": "LanguageData", "path": str(self.path), "sha256": digest(self.path), "rows": rows, **settings}
 
     def _divide(self, kinds: Sequence[str], seed: int) -> dict[str, list[int]]:
         from consilium.data.partition import divide
@@ -220,43 +229,48 @@ class LanguageData:
                 notes.append(
                     f"column {columns[role]!r} belongs to {self.prompt!r} and is used; --data.{role} none leaves it out"
                 )
-        spare = [c for c in table.columns if c not in (*columns.values(), self.client, self.kind)]
-        if spare:
-            notes.append(f"columns that are not used: {', '.join(spare[:12])}{', ...' if len(spare) > 12 else ''}")
+        unused_columns = [c for c in table.columns if c not in (*columns.values(), self.client, self.kind)]
+        if unused_columns:
+            notes.append(
+                "columns that are not used: "
+                f"{', '.join(unused_columns[:12])}{', ...' if len(unused_columns) > 12 else ''}"
+            )
         if self.text:
             texts = table.filled(self.text)
             notes += usable(table, {self.text: texts})[1]
             return [[("", text, text)] if text else [] for text in texts], notes
         if self.messages:
-            examples, more = self._conversations(table)
-            return examples, notes + more
+            examples, conversation_notes = self._conversations(table)
+            return examples, notes + conversation_notes
         return self._pairs(table, columns, notes), notes
 
     def _pairs(self, table: Table, columns: dict[str, str], notes: list[str]) -> list[list[Example]]:
         """Return the examples of prompts and responses, per row, and append to `notes`."""
-        asks, responses = table.cells(self.prompt), table.cells(self.response)
-        more = {role: table.filled(columns[role]) for role in ("context", "input", "system") if role in columns}
+        prompts, responses = table.cells(self.prompt), table.cells(self.response)
+        extras = {role: table.filled(columns[role]) for role in ("context", "input", "system") if role in columns}
         options = table.cells(columns["choices"]) if "choices" in columns else []
         examples: list[list[Example]] = []
-        lacking: dict[str, list[str | None]] = {self.prompt: [], self.response: []}
+        values_by_column: dict[str, list[str | None]] = {self.prompt: [], self.response: []}
         for row in range(len(table)):
-            where = f"{table.name} column {{!r}} {table.place(row)}"
-            choices = chosen(options[row], where.format(columns["choices"])) if options and options[row] else []
-            turns, prompt = self._asked(asks[row], where.format(self.prompt))
-            answer = self._answer(responses[row], choices, where.format(self.response))
-            lacking[self.prompt].append(prompt)
-            lacking[self.response].append(answer)
+            location = f"{table.name} column {{!r}} {table.place(row)}"
+            choices = chosen(options[row], location.format(columns["choices"])) if options and options[row] else []
+            turns, prompt = self._asked(prompts[row], location.format(self.prompt))
+            answer = self._answer(responses[row], choices, location.format(self.response))
+            values_by_column[self.prompt].append(prompt)
+            values_by_column[self.response].append(answer)
             if prompt is None or answer is None:
                 examples.append([])
                 continue
-            listed = "\n".join(f"{letter}. {text}" for letter, text in choices)
-            of_row = {role: values[row] for role, values in more.items()}
-            asked = "\n\n".join(part for part in (of_row.get("context"), prompt, of_row.get("input"), listed) if part)
-            if system := of_row.get("system"):
+            choice_list = "\n".join(f"{letter}. {text}" for letter, text in choices)
+            row_extras = {role: values[row] for role, values in extras.items()}
+            question = "\n\n".join(
+                part for part in (row_extras.get("context"), prompt, row_extras.get("input"), choice_list) if part
+            )
+            if system := row_extras.get("system"):
                 turns = [{"role": "system", "content": system}, *turns]
-            given = json.dumps([*turns, {"role": "user", "content": asked}], ensure_ascii=False)
-            examples.append([(given, answer, asked)])
-        notes += usable(table, lacking)[1]
+            dialogue = json.dumps([*turns, {"role": "user", "content": question}], ensure_ascii=False)
+            examples.append([(dialogue, answer, question)])
+        notes += usable(table, values_by_column)[1]
         return examples
 
     @staticmethod
@@ -284,19 +298,19 @@ class LanguageData:
     def _conversations(self, table: Table) -> tuple[list[list[Example]], list[str]]:
         """Return the examples of conversations, per row, and notes on messages and rows that were left out."""
         examples: list[list[Example]] = []
-        empty, silent = 0, []
+        empty_count, silent_rows = 0, []
         for row, value in enumerate(table.cells(self.messages)):
-            where = f"{table.name} column {self.messages!r} {table.place(row)}"
-            blank = value is None or (isinstance(value, str) and not value.strip())
-            turns, skipped = ([], 0) if blank else conversation(value, where)
+            location = f"{table.name} column {self.messages!r} {table.place(row)}"
+            is_blank = value is None or (isinstance(value, str) and not value.strip())
+            turns, skip_count = ([], 0) if is_blank else conversation(value, location)
             examples.append(self._answers(turns))
-            empty += skipped
-            silent += [] if examples[-1] else [row]
-        notes = [f"left out: {empty} empty message(s)"] if empty else []
-        if silent:
+            empty_count += skip_count
+            silent_rows += [] if examples[-1] else [row]
+        notes = [f"left out: {empty_count} empty message(s)"] if empty_count else []
+        if silent_rows:
             notes.append(
-                f"left out: {len(silent)} of {len(table)} rows of {self.messages!r} without an answer of the "
-                f"assistant, first {table.place(silent[0])}"
+                f"left out: {len(silent_rows)} of {len(table)} rows of {self.messages!r} without an answer of the "
+                f"assistant, first {table.place(silent_rows[0])}"
             )
         return examples, notes
 
@@ -306,15 +320,15 @@ class LanguageData:
         A message at the beginning of a conversation is not an answer. Neither is a tool call, or a message with the
         weight 0 in OpenAI's format.
         """
-        places = [i for i, t in enumerate(turns) if i and t["role"] == "assistant" and t["content"].strip()]
-        places = [i for i in places if not turns[i].get("tool_calls") and turns[i].get("weight", 1) != 0]
-        if not places:
+        positions = [i for i, t in enumerate(turns) if i and t["role"] == "assistant" and t["content"].strip()]
+        positions = [i for i in positions if not turns[i].get("tool_calls") and turns[i].get("weight", 1) != 0]
+        if not positions:
             return []
-        asked = json.dumps(turns[: places[0]], ensure_ascii=False)
-        chosen = places if self.turns == "all" else places[-1:]
-        return [(json.dumps(turns[:i], ensure_ascii=False), turns[i]["content"], asked) for i in chosen]
+        key = json.dumps(turns[: positions[0]], ensure_ascii=False)
+        answer_positions = positions if self.turns == "all" else positions[-1:]
+        return [(json.dumps(turns[:i], ensure_ascii=False), turns[i]["content"], key) for i in answer_positions]
 
 
 def _split(rows: Sequence[int], examples: Sequence[Sequence[Example]]) -> Split:
-    chosen = [(row, example) for row in rows for example in examples[row]]
-    return Split([e[0] for _, e in chosen], [e[1] for _, e in chosen], [str(row) for row, _ in chosen])
+    pairs = [(row, example) for row in rows for example in examples[row]]
+    return Split([e[0] for _, e in pairs], [e[1] for _, e in pairs], [str(row) for row, _ in pairs])

@@ -35,19 +35,19 @@ def name_of(value: str | None, declared: Collection[str] = ()) -> str | None:
     if value is None:
         return None
     name = unicodedata.normalize("NFC", value)
-    while name != (shorter := name.strip().strip(_AROUND)):
-        name = shorter
+    while name != (stripped_name := name.strip().strip(_AROUND)):
+        name = stripped_name
     return None if not name or (name in MISSING and name not in declared) else name
 
 
 def names_of(values: Iterable[str | None], declared: Collection[str] = ()) -> list[str | None]:
     """Return `name_of` for every value."""
-    known: dict[str | None, str | None] = {}
+    cache: dict[str | None, str | None] = {}
     names = []
     for value in values:
-        if value not in known:
-            known[value] = name_of(value, declared)
-        names.append(known[value])
+        if value not in cache:
+            cache[value] = name_of(value, declared)
+        names.append(cache[value])
     return names
 
 
@@ -69,8 +69,8 @@ def alike(names: Iterable[str]) -> list[tuple[str, ...]]:
     """Return the groups of names that differ only by case, blanks, hyphens, underscores, accents or look-alikes."""
     groups: dict[str, set[str]] = defaultdict(set)
     for name in names:
-        latin = unicodedata.normalize("NFKD", name).translate(_TWINS)
-        letters = "".join(c for c in latin if not unicodedata.combining(c) and unicodedata.category(c) != "Cf")
+        latin_name = unicodedata.normalize("NFKD", name).translate(_TWINS)
+        letters = "".join(c for c in latin_name if not unicodedata.combining(c) and unicodedata.category(c) != "Cf")
         groups["case " + re.sub(r"[\s_-]+", "", letters).casefold()].add(name)
         groups["figures " + re.sub(r"\s+", "", letters.translate(_FIGURES))].add(name)
     return sorted({tuple(sorted(group)) for group in groups.values() if len(group) > 1})
@@ -86,31 +86,31 @@ def client_ids(names: Iterable[str]) -> dict[str, str]:
         DataError: if two ids are equal nevertheless.
     """
     names = sorted(set(names))
-    readable = {name: name if CLIENT_ID.fullmatch(name) else _readable(name) for name in names}
-    counts = Counter(text.lower() for text in readable.values())
+    readable_names = {name: name if CLIENT_ID.fullmatch(name) else _readable(name) for name in names}
+    counts = Counter(text.lower() for text in readable_names.values())
     ids = {}
-    for name, text in readable.items():
-        plain = text and counts[text.lower()] == 1 and len(text) <= 64
+    for name, text in readable_names.items():
+        is_valid = text and counts[text.lower()] == 1 and len(text) <= 64
         digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-        ids[name] = text if plain else f"{text[:48].rstrip('.-') or 'client'}-{digest}"
+        ids[name] = text if is_valid else f"{text[:48].rstrip('.-') or 'client'}-{digest}"
     if len(set(ids.values())) < len(ids):
         raise DataError("a client has the name that another client's id would be; rename one of the two")
     return ids
 
 
 def _readable(name: str) -> str:
-    plain = unicodedata.normalize("NFKD", name.replace("ß", "ss").replace("ø", "o").replace("æ", "ae"))
-    plain = "".join(c for c in plain if not unicodedata.combining(c))
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip(".-")
+    text = unicodedata.normalize("NFKD", name.replace("ß", "ss").replace("ø", "o").replace("æ", "ae"))
+    text = "".join(c for c in text if not unicodedata.combining(c))
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-")
 
 
 def by_client(owners: Sequence[str]) -> tuple[dict[str, list[int]], dict[str, str]]:
     """Return client id -> indices of its rows, and client id -> name for the clients with an id unlike their name."""
     ids = client_ids(owners)
-    held: dict[str, list[int]] = defaultdict(list)
-    for place, owner in enumerate(owners):
-        held[ids[owner]].append(place)
-    return dict(sorted(held.items())), {id: name for name, id in ids.items() if id != name}
+    rows_by_client: dict[str, list[int]] = defaultdict(list)
+    for row, owner in enumerate(owners):
+        rows_by_client[ids[owner]].append(row)
+    return dict(sorted(rows_by_client.items())), {id: name for name, id in ids.items() if id != name}
 
 
 def renamed(value: Any, names: Mapping[str, str]) -> Any:

@@ -39,7 +39,7 @@ def divide(
     """
     if len(labels) < clients:
         raise DataError(f"{len(labels)} rows cannot be dealt to {clients} clients; ask for fewer clients")
-    kinds = len(set(labels))
+    label_count = len(set(labels))
     rows = Dataset.from_dict({"row": list(range(len(labels))), "label": list(labels)}).shuffle(seed=seed)
     if how == "iid":
         partitioner = IidPartitioner(num_partitions=clients)
@@ -48,8 +48,10 @@ def divide(
             clients, partition_by="label", alpha=alpha, min_partition_size=0, self_balancing=False, seed=seed
         )
     elif how == "pathological":
-        if each > kinds:
-            raise DataError(f"{each} labels per client asked for, but the data has {kinds}; ask for at most {kinds}")
+        if each > label_count:
+            raise DataError(
+                f"{each} labels per client asked for, but the data has {label_count}; ask for at most {label_count}"
+            )
         partitioner = PathologicalPartitioner(
             clients,
             partition_by="label",
@@ -93,13 +95,13 @@ def class_shares(
         raise DataError(f"partition {how!r} is unknown; use iid, dirichlet or pathological")
     if each > classes:
         raise DataError(f"{each} classes per client asked for, but the data has {classes}; ask for at most {classes}")
-    shares, holders = np.zeros((clients, classes)), np.zeros(classes, dtype=int)
+    shares, holder_counts = np.zeros((clients, classes)), np.zeros(classes, dtype=int)
     for client in range(clients):
         for _ in range(each):
-            free = np.flatnonzero(shares[client] == 0)
-            chosen = rng.choice(free[holders[free] == holders[free].min()])
-            holders[chosen] += 1
-            shares[client, chosen] = rng.uniform(0.4, 0.6)
+            free_classes = np.flatnonzero(shares[client] == 0)
+            class_index = rng.choice(free_classes[holder_counts[free_classes] == holder_counts[free_classes].min()])
+            holder_counts[class_index] += 1
+            shares[client, class_index] = rng.uniform(0.4, 0.6)
     return shares / np.maximum(shares.sum(0), np.finfo(float).tiny)
 
 
@@ -110,13 +112,13 @@ def deal(labels: Sequence[int], shares: np.ndarray, seed: int = 0) -> list[list[
         labels: class of each row, 0..classes-1.
         shares: [clients, classes], see `class_shares`.
     """
-    rng, held = np.random.default_rng(seed), [[] for _ in shares]
-    for kind in range(shares.shape[1]):
-        rows = rng.permutation(np.flatnonzero(np.asarray(labels) == kind))
-        ends = np.rint(np.cumsum(shares[:, kind]) * len(rows)).astype(int)
-        for mine, start, end in zip(held, [0, *ends[:-1]], ends, strict=True):
-            mine += rows[start:end].tolist()
-    return [sorted(mine) for mine in held]
+    rng, client_rows = np.random.default_rng(seed), [[] for _ in shares]
+    for class_index in range(shares.shape[1]):
+        rows = rng.permutation(np.flatnonzero(np.asarray(labels) == class_index))
+        ends = np.rint(np.cumsum(shares[:, class_index]) * len(rows)).astype(int)
+        for part, start, end in zip(client_rows, [0, *ends[:-1]], ends, strict=True):
+            part += rows[start:end].tolist()
+    return [sorted(part) for part in client_rows]
 
 
 def _rows(partitioner, index: int) -> list[int]:

@@ -72,11 +72,15 @@ def labelled(y: np.ndarray, names: Sequence[str] | None) -> tuple[np.ndarray, tu
         y: [N] labels.
         names: names of the classes by number; used only if every number has a name.
     """
-    kinds, places = np.unique(y, return_inverse=True)
-    named = (
-        names is not None and kinds.dtype.kind in "iu" and len(kinds) and kinds.min() >= 0 and kinds.max() < len(names)
+    values, indices = np.unique(y, return_inverse=True)
+    has_names = (
+        names is not None
+        and values.dtype.kind in "iu"
+        and len(values)
+        and values.min() >= 0
+        and values.max() < len(names)
     )
-    return places.astype(np.int64), tuple(str(names[kind]) if named else str(kind) for kind in kinds)
+    return indices.astype(np.int64), tuple(str(names[value]) if has_names else str(value) for value in values)
 
 
 def scaled(x: np.ndarray) -> np.ndarray:
@@ -119,7 +123,7 @@ def stack(
     Raises:
         DataError: if a file cannot be used, or two images differ in size; the message names the files.
     """
-    x, first, counts, end = np.empty((n, 0, 0, 0), np.uint8), "", [], 0
+    x, first_name, counts, end = np.empty((n, 0, 0, 0), np.uint8), "", [], 0
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for name, file in files:
@@ -128,11 +132,11 @@ def stack(
                 counts[-1] += 1
                 height, width = pixels.shape[-2:]
                 if not end:
-                    x, first = _room(n, pixels.shape), name
+                    x, first_name = _room(n, pixels.shape), name
                 if (height, width) != x.shape[2:]:
                     raise DataError(
-                        f"images differ in size: {first} is {x.shape[3]} x {x.shape[2]}, {name} is {width} x {height} "
-                        "(width x height); give --data.size, e.g. --data.size 32"
+                        f"images differ in size: {first_name} is {x.shape[3]} x {x.shape[2]}, {name} is {width} x "
+                        f"{height} (width x height); give --data.size, e.g. --data.size 32"
                     )
                 if len(pixels) > x.shape[1]:
                     x = x.repeat(3, axis=1)  # All images before this one were grey.
@@ -149,15 +153,15 @@ def _decode(name: str, file: Path | IO[bytes], size: int, pages: Pages) -> Itera
     try:
         with Image.open(file, formats=_FORMATS) as image:
             # The other pictures in a JPEG (MPO) are previews and gain maps, which no viewer shows.
-            places = [0] if image.format == "MPO" else _pages(image)
-            if len(places) > 1 and pages == "refuse":
+            page_indices = [0] if image.format == "MPO" else _pages(image)
+            if len(page_indices) > 1 and pages == "refuse":
                 raise DataError(
-                    f"{name} holds {len(places)} pages or frames; train with --data.pages all to take each as an image "
-                    "or --data.pages first, or save them as files of their own"
+                    f"{name} holds {len(page_indices)} pages or frames; train with --data.pages all to take each "
+                    "as an image or --data.pages first, or save them as files of their own"
                 )
-            for place in places[:1] if pages == "first" else places:
-                if place:
-                    image.seek(place)
+            for page_index in page_indices[:1] if pages == "first" else page_indices:
+                if page_index:
+                    image.seek(page_index)
                 yield _channels_first(_fitted(_as_shown(name, image), size))
     except Image.UnidentifiedImageError as error:
         raise DataError(
@@ -173,35 +177,35 @@ def _pages(image: Image.Image) -> list[int]:
     n = getattr(image, "n_frames", 1)
     if image.format != "TIFF" or n == 1:
         return list(range(n))
-    places = []
-    for place in range(n):
-        image.seek(place)
+    page_indices = []
+    for page_index in range(n):
+        image.seek(page_index)
         if not image.tag_v2.get(_SUBFILE, 0) & _NO_PAGE:
-            places.append(place)
+            page_indices.append(page_index)
     image.seek(0)
-    return places or [0]
+    return page_indices or [0]
 
 
 def _as_shown(name: str, image: Image.Image) -> Image.Image:
     """Return the current page of a file as a viewer shows it: upright, in mode L or RGB."""
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith(("I", "F")):
-        return Image.fromarray(_to_bytes(name, image, np.asarray(upright)))
-    grey = upright.mode in ("1", "L", "LA", "La")
-    if upright.has_transparency_data:
-        key = upright.info.get("transparency")
+    upright_image = ImageOps.exif_transpose(image)
+    if upright_image.mode.startswith(("I", "F")):
+        return Image.fromarray(_to_bytes(name, image, np.asarray(upright_image)))
+    is_grey = upright_image.mode in ("1", "L", "LA", "La")
+    if upright_image.has_transparency_data:
+        transparency = upright_image.info.get("transparency")
         # PIL reduces 16-bit colours to 8 bits, but not the transparent colour.
-        if isinstance(key, tuple) and max(key) > 255:
-            upright.info["transparency"] = tuple(value >> 8 for value in key)
-        clear = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
-    return upright.convert("L" if grey else "RGB")
+        if isinstance(transparency, tuple) and max(transparency) > 255:
+            upright_image.info["transparency"] = tuple(value >> 8 for value in transparency)
+        rgba_image = upright_image.convert("RGBA")
+        upright_image = Image.alpha_composite(Image.new("RGBA", rgba_image.size, "white"), rgba_image)
+    return upright_image.convert("L" if is_grey else "RGB")
 
 
 def _to_bytes(name: str, image: Image.Image, x: np.ndarray) -> np.ndarray:
     """Scale numbers of more than 8 bits [H, W], read from an image, by the range of their type to uint8."""
     tags = getattr(image, "tag_v2", {})
-    key = image.info.get("transparency")
+    transparency = image.info.get("transparency")
     if image.mode == "F":
         finite(name, x)
         if x.min() < 0 or x.max() > 1:
@@ -209,22 +213,22 @@ def _to_bytes(name: str, image: Image.Image, x: np.ndarray) -> np.ndarray:
                 f"{name} holds floating point numbers from {x.min():g} to {x.max():g}; only 0 (black) to 1 (white) "
                 "say how bright a pixel is: save it with 8 or 16 bits"
             )
-        top: float = 1
+        max_value: float = 1
     elif image.mode == "I" and image.format == "TIFF":
-        signed, bits = tags.get(_SAMPLES, (1,))[0] == 2, tags.get(_BITS, (32,))[0]
-        x = x if signed else x.view(np.uint32)
+        is_signed, bits = tags.get(_SAMPLES, (1,))[0] == 2, tags.get(_BITS, (32,))[0]
+        x = x if is_signed else x.view(np.uint32)
         if x.min() < 0:
             raise DataError(
                 f"{name} holds numbers from {x.min()} to {x.max()}; a pixel cannot be negative: save it with 8 or 16 "
                 "bits"
             )
-        top = 2 ** (bits - signed) - 1
+        max_value = 2 ** (bits - is_signed) - 1
     else:  # This is I;16 in any byte order, or PPM, which PIL scales to 65535.
-        top = 65535
-    grey = np.round(x.astype(np.float64) * (255 / top)).astype(np.uint8)
+        max_value = 65535
+    pixels = np.round(x.astype(np.float64) * (255 / max_value)).astype(np.uint8)
     if tags.get(_INVERTED) == 0:
-        grey = 255 - grey
-    return np.where(x == key, np.uint8(255), grey) if isinstance(key, int) else grey
+        pixels = 255 - pixels
+    return np.where(x == transparency, np.uint8(255), pixels) if isinstance(transparency, int) else pixels
 
 
 def finite(name: str, x: np.ndarray) -> None:
@@ -233,10 +237,10 @@ def finite(name: str, x: np.ndarray) -> None:
         # The sum is cheaper than an elementwise check. A non-finite sum may be an overflow, so check then.
         if np.isfinite(x.sum(dtype=np.float64)):
             return
-    if len(places := np.argwhere(~np.isfinite(x))):
-        place = places[0].tolist()
-        more = f", the first of {len(places)}" if len(places) > 1 else ""
-        raise DataError(f"{name} is {x[tuple(place)]} at {place}{more}; every pixel must be a finite number: mend it")
+    if len(indices := np.argwhere(~np.isfinite(x))):
+        index = indices[0].tolist()
+        note = f", the first of {len(indices)}" if len(indices) > 1 else ""
+        raise DataError(f"{name} is {x[tuple(index)]} at {index}{note}; every pixel must be a finite number: mend it")
 
 
 def _fitted(image: Image.Image, size: int) -> Image.Image:
@@ -250,11 +254,11 @@ def _channels_first(image: Image.Image) -> np.ndarray:
 
 def _room(n: int, shape: tuple[int, ...]) -> np.ndarray:
     """Allocate a uint8 array for n images of this shape; raise DataError if it exceeds the machine's memory."""
-    need, have = n * int(np.prod(shape)), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if need > have:
+    size, memory = n * int(np.prod(shape)), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
         raise DataError(
-            f"{n} images of {shape[2]} x {shape[1]} pixels take {need / 1e9:.1f} GB at once, this machine has "
-            f"{have / 1e9:.1f} GB; give --data.size, e.g. --data.size 64"
+            f"{n} images of {shape[2]} x {shape[1]} pixels take {size / 1e9:.1f} GB at once, this machine has "
+            f"{memory / 1e9:.1f} GB; give --data.size, e.g. --data.size 64"
         )
     return np.empty((n, *shape), np.uint8)
 
@@ -272,8 +276,8 @@ def resized(x: np.ndarray, size: int) -> np.ndarray:
         return x
     if x.dtype != np.uint8 or x.ndim != 4:
         raise DataError(f"data.size is for pixels (uint8) of 1 or 3 channels; these are {x.dtype} {x.shape[1:]}")
-    made = _room(len(x), (x.shape[1], size, size))
+    output = _room(len(x), (x.shape[1], size, size))
     for i, pixels in enumerate(x):
         for channel, plane in enumerate(pixels):
-            made[i, channel] = np.asarray(_fitted(Image.fromarray(plane), size))
-    return made
+            output[i, channel] = np.asarray(_fitted(Image.fromarray(plane), size))
+    return output

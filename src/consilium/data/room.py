@@ -37,10 +37,10 @@ OBJECT = 64
 
 def check_room(path: Path, size: int, what: str = "") -> None:
     """Raise DataError if the unpacked `size` of a file, in bytes, is more than half of the free memory."""
-    if size > (free := free_memory()) // 2:
+    if size > (free_bytes := free_memory()) // 2:
         raise DataError(
-            f"{path.name} has {path.stat().st_size:,} bytes and unfolds to {size:,} or more{what}; {free:,} are free, "
-            "of which half may be used. Take fewer rows or columns, or a machine with more memory"
+            f"{path.name} has {path.stat().st_size:,} bytes and unfolds to {size:,} or more{what}; {free_bytes:,} "
+            "are free, of which half may be used. Take fewer rows or columns, or a machine with more memory"
         )
 
 
@@ -51,12 +51,12 @@ def unpack(path: Path) -> bytes:
         DataError: as `check_room`, as soon as too much is unpacked.
         OSError, EOFError, ValueError, lzma.LZMAError, pa.ArrowException: if the file is not valid.
     """
-    opened = PACKED.get(path.suffix.lower())
-    if opened is None:
+    opener = PACKED.get(path.suffix.lower())
+    if opener is None:
         check_room(path, path.stat().st_size)
         return path.read_bytes()
     parts: list[bytes] = []
-    with opened(path) as file:
+    with opener(path) as file:
         while part := file.read(PART):
             parts.append(part)
             check_room(path, sum(map(len, parts)))
@@ -81,27 +81,29 @@ def check_parquet(path: Path) -> None:
         OSError, pa.ArrowException: if the file is not a Parquet file.
     """
     with pq.ParquetFile(path) as file:
-        about = file.metadata
-    columns = [about.row_group(g).column(c) for g in range(about.num_row_groups) for c in range(about.num_columns)]
-    least, most = 0, 0
+        metadata = file.metadata
+    columns = [
+        metadata.row_group(g).column(c) for g in range(metadata.num_row_groups) for c in range(metadata.num_columns)
+    ]
+    min_size, max_extra = 0, 0
     for column in columns:
-        text = column.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
-        width = OBJECT if text else WIDTHS.get(column.physical_type, 8)
-        least += max(column.num_values * width, column.total_uncompressed_size)
-        longest = column.total_uncompressed_size if text and column.has_dictionary_page else 0
-        most += column.num_values * longest
-    rows = f" in {about.num_rows:,} rows"
-    check_room(path, least, rows)
+        is_text = column.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
+        width = OBJECT if is_text else WIDTHS.get(column.physical_type, 8)
+        min_size += max(column.num_values * width, column.total_uncompressed_size)
+        max_length = column.total_uncompressed_size if is_text and column.has_dictionary_page else 0
+        max_extra += column.num_values * max_length
+    row_note = f" in {metadata.num_rows:,} rows"
+    check_room(path, min_size, row_note)
     # The upper bound assumes that the longest text is the one that is repeated, so count before refusing the file.
-    if least + most > free_memory() // 2:
-        check_room(path, least + _repeated(path, columns), rows)
+    if min_size + max_extra > free_memory() // 2:
+        check_room(path, min_size + _repeated(path, columns), row_note)
 
 
 def _repeated(path: Path, columns: list[Any]) -> int:
     """Return the total bytes of the texts in a Parquet file, which is read with each distinct value only once."""
-    texts = sorted({column.path_in_schema for column in columns if column.has_dictionary_page})
+    text_columns = sorted({column.path_in_schema for column in columns if column.has_dictionary_page})
     total = 0
-    with pq.ParquetFile(path, read_dictionary=texts) as file:
+    with pq.ParquetFile(path, read_dictionary=text_columns) as file:
         for batch in file.iter_batches(8192):
             total += sum(map(_text_bytes, batch.columns))
             check_room(path, total)

@@ -77,11 +77,11 @@ def _check_directory(path: Path) -> None:
     refuse_outside(path, DataError)
     for file in [*path.rglob("dataset_dict.json"), *path.rglob("state.json")]:
         try:
-            told = json.loads(file.read_text())
-            names = told.get("splits", []) + [entry["filename"] for entry in told.get("_data_files", [])]
+            metadata = json.loads(file.read_text())
+            names = metadata.get("splits", []) + [entry["filename"] for entry in metadata.get("_data_files", [])]
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            why = f"{file.relative_to(path)} {type(error).__name__}"
-            raise DataError(f"{path} cannot be read as a datasets directory: {why}") from error
+            reason = f"{file.relative_to(path)} {type(error).__name__}"
+            raise DataError(f"{path} cannot be read as a datasets directory: {reason}") from error
         for name in names:
             refuse_name_outside(name, file, DataError)
 
@@ -94,15 +94,15 @@ def rows_of(path: Path) -> Any:
     """
     from datasets import ClassLabel, Dataset, concatenate_datasets
 
-    found = open_set(path)
+    data_set = open_set(path)
     try:
-        rows = found if isinstance(found, Dataset) else concatenate_datasets(list(found.values()))
+        rows = data_set if isinstance(data_set, Dataset) else concatenate_datasets(list(data_set.values()))
     except ValueError as error:
         raise DataError(f"the splits of {path} differ in their columns: {first_line(error)}") from error
     names = rows.column_names
-    for name, kind in list(rows.features.items()):
-        if isinstance(kind, ClassLabel):
-            values = [None if v is None or v < 0 else kind.int2str(v) for v in rows[name][:]]
+    for name, feature in list(rows.features.items()):
+        if isinstance(feature, ClassLabel):
+            values = [None if v is None or v < 0 else feature.int2str(v) for v in rows[name][:]]
             rows = rows.remove_columns(name).add_column(name, values)
     return rows.select_columns(names)
 
@@ -110,7 +110,7 @@ def rows_of(path: Path) -> Any:
 def digest(path: Path) -> str:
     """Return the SHA-256 of a file, or of a directory's files in the order of their paths; "" for a name on the hub."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for file in files:
-        found.update(file.read_bytes())
-    return found.hexdigest() if files else ""
+        hasher.update(file.read_bytes())
+    return hasher.hexdigest() if files else ""

@@ -29,23 +29,25 @@ def simple_scores(federation: Federation) -> dict[str, dict[str, Any]] | None:
         "alone" and "pooled", each client -> "score" (accuracy) and "balanced" (mean recall of the labels), in [0, 1].
         Only clients with a task of text classification are included. None if there are no such clients, or too many.
     """
-    able = {
+    text_clients = {
         client: data
         for client, data in federation.clients.items()
         if data.task.form == "classification" and isinstance(data.train, Split) and len(data.train) and len(data.test)
     }
-    if not able or len(able) > CLIENTS:
+    if not text_clients or len(text_clients) > CLIENTS:
         return None
-    alone = {client: _scores(_fitted(data.train.texts, data.train.targets), data) for client, data in able.items()}
-    pooled: dict[str, dict[str, float]] = {}
-    for task in {data.task.name for data in able.values()}:
-        members = {client: data for client, data in able.items() if data.task.name == task}
+    alone_scores = {
+        client: _scores(_fitted(data.train.texts, data.train.targets), data) for client, data in text_clients.items()
+    }
+    pooled_scores: dict[str, dict[str, float]] = {}
+    for task in {data.task.name for data in text_clients.values()}:
+        members = {client: data for client, data in text_clients.items() if data.task.name == task}
         share = max(ROWS // len(members), 1)
         texts = [text for data in members.values() for text in data.train.texts[:share]]
         targets = [target for data in members.values() for target in data.train.targets[:share]]
         model = _fitted(texts, targets)
-        pooled |= {client: _scores(model, data) for client, data in members.items()}
-    return {"alone": alone, "pooled": {client: pooled[client] for client in alone}}
+        pooled_scores |= {client: _scores(model, data) for client, data in members.items()}
+    return {"alone": alone_scores, "pooled": {client: pooled_scores[client] for client in alone_scores}}
 
 
 def _fitted(texts: Sequence[str], targets: Sequence[str]) -> Any:
@@ -58,8 +60,8 @@ def _fitted(texts: Sequence[str], targets: Sequence[str]) -> Any:
     if len(set(targets)) == 1:
         return targets[0]
     settings: Mapping[str, Any] = {"sublinear_tf": True, "max_features": FEATURES}
-    for words in ({"ngram_range": (1, 2)}, {"analyzer": "char_wb", "ngram_range": (1, 3)}):
-        model = make_pipeline(TfidfVectorizer(**settings, **words), LogisticRegression(C=10.0, max_iter=500))
+    for word_options in ({"ngram_range": (1, 2)}, {"analyzer": "char_wb", "ngram_range": (1, 3)}):
+        model = make_pipeline(TfidfVectorizer(**settings, **word_options), LogisticRegression(C=10.0, max_iter=500))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)
@@ -71,5 +73,5 @@ def _fitted(texts: Sequence[str], targets: Sequence[str]) -> Any:
 
 def _scores(model: Any, data: ClientData) -> dict[str, float]:
     texts, targets = list(data.test.texts), list(data.test.targets)
-    told = [model] * len(texts) if isinstance(model, str) else [str(label) for label in model.predict(texts)]
-    return {"score": score("accuracy", told, targets), "balanced": balanced(recalls(told, targets))}
+    predictions = [model] * len(texts) if isinstance(model, str) else [str(label) for label in model.predict(texts)]
+    return {"score": score("accuracy", predictions, targets), "balanced": balanced(recalls(predictions, targets))}

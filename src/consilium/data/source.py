@@ -104,14 +104,14 @@ class Doc:
     @property
     def key(self) -> str:
         """Return a digest of the normalised text; documents with equal keys are copies of each other."""
-        normal = re.sub(r"[\W_]+", " ", self.text.lower()).strip()
-        return hashlib.sha256(normal.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        normal_text = re.sub(r"[\W_]+", " ", self.text.lower()).strip()
+        return hashlib.sha256(normal_text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def words(name: str) -> list[str]:
     """Split an identifier into lower-case words: `_get_HTTPServer2` -> get, http, server2."""
-    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|_+", " ", name.rsplit(".", 1)[-1])
-    return spaced.lower().split()
+    spaced_name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|_+", " ", name.rsplit(".", 1)[-1])
+    return spaced_name.lower().split()
 
 
 _NAMES = "|".join(sorted({re.escape(n) for n in (*PUBLIC, *PACKAGES, *_OTHER_NAMES)}, key=len, reverse=True))
@@ -127,13 +127,15 @@ def mask(text: str, name: str) -> str:
         name: name of the documented object.
     """
     text = _RULE.sub(" ", " ".join(text.split()))[: 2 * TEXT_CHARACTERS]
-    own = name.rsplit(".", 1)[-1]
+    short_name = name.rsplit(".", 1)[-1]
     # The plain searches avoid compiling a pattern per name, because most texts do not mention their own name.
-    if len(own) > 2 and own in text:
-        text = re.sub(rf"(?<!\w){re.escape(own)}(?!\w)", "NAME", text)
-    parts = words(own)
-    if parts and any(near in text for near in (f"_{parts[0]}", f"{parts[0]}_", f"{parts[0]}(")):
-        verb = re.escape(parts[0])
+    if len(short_name) > 2 and short_name in text:
+        text = re.sub(rf"(?<!\w){re.escape(short_name)}(?!\w)", "NAME", text)
+    name_words = words(short_name)
+    if name_words and any(
+        fragment in text for fragment in (f"_{name_words[0]}", f"{name_words[0]}_", f"{name_words[0]}(")
+    ):
+        verb = re.escape(name_words[0])
         text = re.sub(rf"(?<!\w)(?:\w+_{verb}|(?:\w+_)?{verb}_\w+|{verb}(?=\())(?!\w)", "NAME", text)
     if not _FIRST_WORDS.isdisjoint(re.findall(r"\w+", text.lower())):
         text = _PACKAGE.sub("PKG", text)
@@ -187,15 +189,15 @@ def _document(node: ast.AST, kind: str, package: str, module: str, name: str, li
     text = ast.get_docstring(node)
     if not text or len(text) < 30 or len(text.split()) < 4:
         return
-    masked = mask(text, name or module)
-    if len(masked.split()) < 4:
+    masked_text = mask(text, name or module)
+    if len(masked_text.split()) < 4:
         return
     summary = " ".join(text.strip().split("\n\n", 1)[0].split())[:200]
     body = ""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and len(node.body) > 1:
         start = node.body[1].lineno - 1
         body = "\n".join(lines[start : node.end_lineno])[:BODY_CHARACTERS]
-    yield Doc(package, module, name, kind, masked, summary, body)
+    yield Doc(package, module, name, kind, masked_text, summary, body)
 
 
 def version(package: str) -> str | None:
@@ -218,7 +220,7 @@ def _root(package: str) -> Path | None:
 
 
 def _parse(package: str) -> list[Doc]:
-    root, found, seen = _root(package), [], set()
+    root, unique_docs, seen_keys = _root(package), [], set()
     if root is None:
         return []
     for path in sorted(root.rglob("*.py")):
@@ -231,10 +233,10 @@ def _parse(package: str) -> list[Doc]:
         except (SyntaxError, ValueError, RecursionError, OSError):
             continue  # The file is for another version of Python, or a template, so it cannot be read.
         for doc in docs:
-            if doc.key not in seen:  # Copies inside a package are kept once.
-                seen.add(doc.key)
-                found.append(doc)
-    return found
+            if doc.key not in seen_keys:  # Copies inside a package are kept once.
+                seen_keys.add(doc.key)
+                unique_docs.append(doc)
+    return unique_docs
 
 
 def cache_folder() -> Path:
@@ -243,8 +245,8 @@ def cache_folder() -> Path:
 
 
 def _cache(package: str, ending: str) -> Path:
-    python = platform.python_version()
-    return cache_folder() / f"docs-{package}-{version(package)}-py{python}-v{_FORMAT}.{ending}"
+    python_version = platform.python_version()
+    return cache_folder() / f"docs-{package}-{version(package)}-py{python_version}-v{_FORMAT}.{ending}"
 
 
 def read(package: str) -> list[Doc]:
@@ -269,8 +271,8 @@ def read(package: str) -> list[Doc]:
 
 def warm(packages: Sequence[str]) -> None:
     """Cache the packages that are not cached yet, with one process per core; `read` handles packages that fail here."""
-    missing = [p for p in packages if version(p) is not None and not _cache(p, "json").exists()]
-    workers = min(len(missing), cores())
+    missing_packages = [p for p in packages if version(p) is not None and not _cache(p, "json").exists()]
+    workers = min(len(missing_packages), cores())
     if workers < 2:
         return
 
@@ -278,7 +280,7 @@ def warm(packages: Sequence[str]) -> None:
         subprocess.run([sys.executable, "-m", __spec__.name, package], capture_output=True, check=False)
 
     with ThreadPoolExecutor(workers) as threads:
-        list(threads.map(cache, missing))
+        list(threads.map(cache, missing_packages))
 
 
 def digests(package: str) -> list[str]:

@@ -74,10 +74,10 @@ class Table:
         """Raise DataError if a column is missing or the table has no rows; the message lists the columns."""
         for column in columns:
             if column not in self.columns:
-                close = difflib.get_close_matches(column, self.columns, 1)
-                hint = f" (did you mean {close[0]!r}?)" if close else ""
-                there = " | ".join([*self.columns][:40]) + (" | ..." if len(self.columns) > 40 else "")
-                raise DataError(f"{self.name} has no column {column!r}{hint}; it has {there}")
+                matches = difflib.get_close_matches(column, self.columns, 1)
+                hint = f" (did you mean {matches[0]!r}?)" if matches else ""
+                column_list = " | ".join([*self.columns][:40]) + (" | ..." if len(self.columns) > 40 else "")
+                raise DataError(f"{self.name} has no column {column!r}{hint}; it has {column_list}")
         if not self.rows:
             raise DataError(f"{self.name} has no rows")
 
@@ -121,17 +121,18 @@ class Table:
         else:
             texts = [(text or "").strip() for text in self.texts(column)]
             numbers = np.full(len(texts), math.nan)
-            comma = any("," in text for text in texts) and self._decimal_comma(texts)
+            decimal_comma = any("," in text for text in texts) and self._decimal_comma(texts)
             for row, text in enumerate(texts):
                 if text and text not in MISSING:
                     try:
-                        plain = not comma and "," not in text and "_" not in text
-                        numbers[row] = float(text) if plain else number_of(text, comma)
+                        is_plain = not decimal_comma and "," not in text and "_" not in text
+                        numbers[row] = float(text) if is_plain else number_of(text, decimal_comma)
                     except ValueError as error:
-                        why = " (is that comma or point a decimal one?)" if "may be" in str(error) else ""
-                        where = f"{self.name} column {column!r}"
+                        hint = " (is that comma or point a decimal one?)" if "may be" in str(error) else ""
+                        location = f"{self.name} column {column!r}"
                         raise DataError(
-                            f"{where} does not hold numbers: {self.place(row)} has {text!r}{why}; leave the column out"
+                            f"{location} does not hold numbers: {self.place(row)} has {text!r}{hint}; leave the "
+                            "column out"
                         ) from error
         if np.isinf(numbers).any():
             row = int(np.flatnonzero(np.isinf(numbers))[0])
@@ -147,8 +148,8 @@ class Table:
         texts = list(texts)
         if any(re.fullmatch(r"[+-]?\d*,(\d{1,2}|\d{4,})", text) for text in texts):
             return True
-        points = any(re.fullmatch(r"[+-]?(\d*|\d{1,3}(,\d{3})+)\.(\d{1,2}|\d{4,})", text) for text in texts)
-        return self.form.startswith("fields between ';'") and not points
+        has_points = any(re.fullmatch(r"[+-]?(\d*|\d{1,3}(,\d{3})+)\.(\d{1,2}|\d{4,})", text) for text in texts)
+        return self.form.startswith("fields between ';'") and not has_points
 
 
 def number_of(text: str, comma: bool) -> float:
@@ -162,15 +163,15 @@ def number_of(text: str, comma: bool) -> float:
     """
     if "_" in text:  # Python's float would accept underscores.
         raise ValueError("no number")
-    decimal, between = (",", ".") if comma else (".", ",")
-    if between not in text:
-        return float(text.replace(decimal, "."))
-    grouped = rf"[+-]?\d{{1,3}}({re.escape(between)}\d{{3}})+"
-    if re.fullmatch(rf"{grouped}{re.escape(decimal)}\d*|{grouped}{re.escape(between)}\d{{3}}", text):
-        return float(text.replace(between, "").replace(decimal, "."))
+    decimal_mark, group_mark = (",", ".") if comma else (".", ",")
+    if group_mark not in text:
+        return float(text.replace(decimal_mark, "."))
+    grouping = rf"[+-]?\d{{1,3}}({re.escape(group_mark)}\d{{3}})+"
+    if re.fullmatch(rf"{grouping}{re.escape(decimal_mark)}\d*|{grouping}{re.escape(group_mark)}\d{{3}}", text):
+        return float(text.replace(group_mark, "").replace(decimal_mark, "."))
     if comma and re.fullmatch(r"[+-]?\d*\.(\d{1,2}|\d{4,})", text):
         return float(text)
-    raise ValueError("may be two" if re.fullmatch(grouped, text) else "no number")
+    raise ValueError("may be two" if re.fullmatch(grouping, text) else "no number")
 
 
 def read_table(path: Path, dialect: Dialect | None = None, wanted: Iterable[str] = ()) -> Table:
@@ -223,8 +224,8 @@ def _file(path: Path, dialect: Dialect) -> Table:
         raise DataError(f"{path.name} cannot be read as {kind[1:]}: {first_line(error)}") from error
     if kind in _JSON:
         return _json(path.name, text)
-    found = parse(text, path.name, replace(dialect, encoding=encoding))
-    return Table(path.name, found.columns, len(found.lines), str(found.dialect), found.lines)
+    delimited = parse(text, path.name, replace(dialect, encoding=encoding))
+    return Table(path.name, delimited.columns, len(delimited.lines), str(delimited.dialect), delimited.lines)
 
 
 def parts_of(path: Path) -> list[Path]:
@@ -246,18 +247,18 @@ def _folder(path: Path, dialect: Dialect) -> Table:
         raise DataError(f"{path} is a folder without files of rows, or of more than one kind; give {_READABLE}")
     tables = []
     for file in files:
-        table, told = _file(file, dialect), {}
+        table, folder_columns = _file(file, dialect), {}
         for part in file.relative_to(path).parts[:-1]:
-            column, equal, value = part.partition("=")
-            told |= {column: [value] * len(table)} if equal else {}
-        tables.append(replace(table, columns={**table.columns, **told}))
-    first = tables[0]
+            column, separator, value = part.partition("=")
+            folder_columns |= {column: [value] * len(table)} if separator else {}
+        tables.append(replace(table, columns={**table.columns, **folder_columns}))
+    first_table = tables[0]
     for file, table in zip(files, tables, strict=True):
-        if set(table.columns) != set(first.columns):
-            odd = sorted(set(table.columns) ^ set(first.columns))
-            raise DataError(f"{file.name} and {files[0].name} of {path} differ in the column {odd[0]!r}")
-    columns = {column: [cell for table in tables for cell in table.cells(column)] for column in first.columns}
-    return Table(path.name, columns, sum(map(len, tables)), f"{len(files)} files of {first.form}")
+        if set(table.columns) != set(first_table.columns):
+            odd_columns = sorted(set(table.columns) ^ set(first_table.columns))
+            raise DataError(f"{file.name} and {files[0].name} of {path} differ in the column {odd_columns[0]!r}")
+    columns = {column: [cell for table in tables for cell in table.cells(column)] for column in first_table.columns}
+    return Table(path.name, columns, sum(map(len, tables)), f"{len(files)} files of {first_table.form}")
 
 
 def _of_arrow(name: str, table: pa.Table, form: str) -> Table:
@@ -265,25 +266,25 @@ def _of_arrow(name: str, table: pa.Table, form: str) -> Table:
     if len(set(table.column_names)) < len(table.column_names):
         raise DataError(f"{name} names a column twice; rename one of the two")
     columns: dict[str, pa.ChunkedArray | list[Cell]] = dict(zip(table.column_names, table.columns, strict=True))
-    told = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
-    for column, kind in ((told.get("info") or {}).get("features") or {}).items():
-        if isinstance(kind, dict) and kind.get("_type") == "ClassLabel" and column in columns:
-            names = kind["names"]
+    metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    for column, feature in ((metadata.get("info") or {}).get("features") or {}).items():
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and column in columns:
+            names = feature["names"]
             columns[column] = [
-                names[int(place)] if place.isdecimal() and int(place) < len(names) else None
-                for place in map(str, table[column].to_pylist())
+                names[int(index)] if index.isdecimal() and int(index) < len(names) else None
+                for index in map(str, table[column].to_pylist())
             ]
     return Table(name, columns, table.num_rows, form)
 
 
 def _cells(values: pa.ChunkedArray) -> list[Cell]:
     """Convert Arrow's values to cells."""
-    kind = values.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    arrow_type = values.type
+    if pa.types.is_string(arrow_type) or pa.types.is_large_string(arrow_type):
         return values.to_pylist()
-    if pa.types.is_dictionary(kind):
-        return _cells(pa.chunked_array([chunk.dictionary_decode() for chunk in values.chunks], kind.value_type))
-    if pa.types.is_float32(kind) or pa.types.is_float16(kind):
+    if pa.types.is_dictionary(arrow_type):
+        return _cells(pa.chunked_array([chunk.dictionary_decode() for chunk in values.chunks], arrow_type.value_type))
+    if pa.types.is_float32(arrow_type) or pa.types.is_float16(arrow_type):
         numbers = values.to_numpy(zero_copy_only=False)
         return [None if np.isnan(x) else str(x) for x in numbers]
     return [_cell(value) for value in values.to_pylist()]
@@ -316,8 +317,10 @@ def _excel(path: Path) -> Table:
         sheets = {}
         for sheet in book.worksheets:
             rows = [[_excel_cell(value) for value in row] for row in sheet.iter_rows(values_only=True)]
-            if numbered := [(line, row) for line, row in enumerate(rows, 1) if any(cell is not None for cell in row)]:
-                sheets[sheet.title] = numbered
+            if numbered_rows := [
+                (line, row) for line, row in enumerate(rows, 1) if any(cell is not None for cell in row)
+            ]:
+                sheets[sheet.title] = numbered_rows
         book.close()
     except (BadZipFile, KeyError, ValueError, TypeError) as error:
         raise DataError(f"{path.name} cannot be read as an Excel workbook: {first_line(error)}") from error
@@ -330,15 +333,15 @@ def _excel(path: Path) -> Table:
     header = rows.pop(0)[1]
     while header and header[-1] is None:
         header.pop()
-    names = [(cell or "").strip() or f"column {place}" for place, cell in enumerate(header, 1)]
+    names = [(cell or "").strip() or f"column {position}" for position, cell in enumerate(header, 1)]
     if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"{path.name} names the column {twice!r} twice; rename one of them")
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{path.name} names the column {duplicate!r} twice; rename one of them")
     for line, row in rows:
         if any(cell is not None for cell in row[len(names) :]):
             raise DataError(f"{path.name} line {line} has more cells than the header, which has {len(names)}")
         row += [None] * (len(names) - len(row))
-    columns: dict[str, Any] = {name: [row[place] for _, row in rows] for place, name in enumerate(names)}
+    columns: dict[str, Any] = {name: [row[position] for _, row in rows] for position, name in enumerate(names)}
     return Table(path.name, columns, len(rows), f"Excel, sheet {title!r}", [line for line, _ in rows])
 
 
@@ -372,11 +375,11 @@ def _json(name: str, text: str) -> Table:
 
 def _parsed(name: str, text: str, line: int = 0) -> Any:
     def paired(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-            raise DataError(f"{name}{f' line {line}' if line else ''} names {twice!r} twice in one object")
-        return found
+        entries = dict(pairs)
+        if len(entries) < len(pairs):
+            duplicate = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+            raise DataError(f"{name}{f' line {line}' if line else ''} names {duplicate!r} twice in one object")
+        return entries
 
     try:
         return json.loads(
@@ -396,10 +399,10 @@ def _parsed(name: str, text: str, line: int = 0) -> Any:
 
 def _objects(name: str, rows: Any, form: str, lines: Sequence[int]) -> Table:
     """Make a table from a list of objects; a key that an object lacks is null in its row."""
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         if not isinstance(row, dict):
-            where = f"line {lines[place]}" if lines else f"entry {place + 1}"
-            raise DataError(f"{name} cannot be read as json: {where} is a {type(row).__name__}, not an object")
+            location = f"line {lines[index]}" if lines else f"entry {index + 1}"
+            raise DataError(f"{name} cannot be read as json: {location} is a {type(row).__name__}, not an object")
     keys = dict.fromkeys(key for row in rows for key in row)
     columns: dict[str, Any] = {key: [_json_cell(row.get(key)) for row in rows] for key in keys}
     return Table(name, columns, len(rows), form, lines)
@@ -429,8 +432,8 @@ def _object(name: str, found: Any) -> Table:
             if not isinstance(xs, list) or not isinstance(ys, list) or len(xs) != len(ys):
                 raise DataError(f"{name}: user {user!r} has no lists x and y of equal length, as LEAF's JSON has")
             for x, y in zip(xs, ys, strict=True):
-                flat = isinstance(x, list) and not any(isinstance(v, list | dict) for v in x)
-                rows.append({"user": user, **({f"x{i}": v for i, v in enumerate(x)} if flat else {"x": x}), "y": y})
+                is_flat = isinstance(x, list) and not any(isinstance(v, list | dict) for v in x)
+                rows.append({"user": user, **({f"x{i}": v for i, v in enumerate(x)} if is_flat else {"x": x}), "y": y})
         return _objects(name, rows, "LEAF's JSON", ())
     arrays = [v for v in found.values() if isinstance(v, list)] if isinstance(found, dict) else []
     if len(arrays) == 1 and arrays[0] and all(isinstance(row, dict) for row in arrays[0]):

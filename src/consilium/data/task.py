@@ -111,13 +111,13 @@ class ClientData:
     test: "Split | TensorSplit"
 
     def __post_init__(self) -> None:
-        empty = [name for name, split in self.splits() if not len(split)]
-        if empty:
-            raise DataError(f"no examples for {', '.join(empty)}; a client needs some in every split")
+        empty_splits = [name for name, split in self.splits() if not len(split)]
+        if empty_splits:
+            raise DataError(f"no examples for {', '.join(empty_splits)}; a client needs some in every split")
         if self.task.form == "classification":
-            strangers = {t for _, split in self.splits() for t in split.targets} - set(self.task.labels)
-            if strangers:
-                raise DataError(f"labels {sorted(strangers)} are not among {list(self.task.labels)}")
+            unknown_labels = {t for _, split in self.splits() for t in split.targets} - set(self.task.labels)
+            if unknown_labels:
+                raise DataError(f"labels {sorted(unknown_labels)} are not among {list(self.task.labels)}")
 
     def splits(self) -> "list[tuple[str, Split | TensorSplit]]":
         """Return the three splits with their names, in the order train, validation, test."""
@@ -233,9 +233,9 @@ def pooled(federation: Federation, task: str) -> ClientData:
     """
     members = [data for data in federation.clients.values() if data.task.name == task]
     if not members:
-        have = sorted({data.task.name for data in federation.clients.values()})
-        raise DataError(f"no client has task {task!r}; tasks here: {', '.join(have)}")
-    first = members[0].task
+        task_names = sorted({data.task.name for data in federation.clients.values()})
+        raise DataError(f"no client has task {task!r}; tasks here: {', '.join(task_names)}")
+    first_task = members[0].task
     labels = tuple(sorted({label for data in members for label in data.task.labels}))
     splits = []
     for key in ("train", "validation", "test"):
@@ -247,7 +247,7 @@ def pooled(federation: Federation, task: str) -> ClientData:
                 [r for part in parts for r in part.rows],
             )
         )
-    return ClientData(Task(first.name, first.form, labels, first.metric), *splits)
+    return ClientData(Task(first_task.name, first_task.form, labels, first_task.metric), *splits)
 
 
 def score(metric: Metric, predictions: Sequence[str], targets: Sequence[str]) -> float:
@@ -281,10 +281,10 @@ def score(metric: Metric, predictions: Sequence[str], targets: Sequence[str]) ->
 
 def recalls(predictions: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
     """Return the recall of each label in `targets`: the share of its examples with a correct prediction, in [0, 1]."""
-    found: dict[str, list[float]] = {}
+    hits: dict[str, list[float]] = {}
     for prediction, target in zip(predictions, targets, strict=True):
-        found.setdefault(target, []).append(float(prediction == target))
-    return {label: sum(found[label]) / len(found[label]) for label in sorted(found)}
+        hits.setdefault(target, []).append(float(prediction == target))
+    return {label: sum(hits[label]) / len(hits[label]) for label in sorted(hits)}
 
 
 def balanced(found: Mapping[str, float]) -> float:
@@ -300,10 +300,10 @@ def token_f1(prediction: str, target: str) -> float:
     p, t = _words(prediction), _words(target)
     if not p or not t:
         return float(p == t)
-    same = sum((Counter(p) & Counter(t)).values())
-    if same == 0:
+    overlap = sum((Counter(p) & Counter(t)).values())
+    if overlap == 0:
         return 0.0
-    precision, recall = same / len(p), same / len(t)
+    precision, recall = overlap / len(p), overlap / len(t)
     return 2 * precision * recall / (precision + recall)
 
 

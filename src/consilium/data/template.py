@@ -49,27 +49,27 @@ def render(jobs: Sequence[tuple[Conversation, bool]], tokenizer: "PreTrainedToke
     Raises:
         DataError: if the template refuses a conversation, takes too long, needs too much memory or writes too much.
     """
-    told = {
+    settings = {
         "template": tokenizer.get_chat_template(),
         "tokens": {name: _plain(value) for name, value in tokenizer.special_tokens_map.items()},
         "seconds": SECONDS,
         "longest": LONGEST,
     }
-    written: list[str] = []
+    rendered_texts: list[str] = []
     for start in range(0, len(jobs), AT_ONCE):
-        part = jobs[start : start + AT_ONCE]
-        answer = _process.ask({**told, "jobs": part})
-        written += answer["texts"]
+        batch = jobs[start : start + AT_ONCE]
+        answer = _process.ask({**settings, "jobs": batch})
+        rendered_texts += answer["texts"]
         if "error" in answer:
-            roles = ", ".join(str(turn["role"]) for turn in part[len(answer["texts"])][0])
+            roles = ", ".join(str(turn["role"]) for turn in batch[len(answer["texts"])][0])
             raise DataError(
                 one_line(f"the tokenizer's chat template {answer['error'].replace('ROLES', one_line(roles, 200))}", 800)
             )
-    return written
+    return rendered_texts
 
 
 def _plain(value: Any) -> Any:
-    return [str(one) for one in value] if isinstance(value, list | tuple) else str(value)
+    return [str(item) for item in value] if isinstance(value, list | tuple) else str(value)
 
 
 class _Process:
@@ -96,13 +96,13 @@ class _Process:
                     texts.append(answer["text"])
             except BrokenPipeError:
                 pass
-            code = process.wait()
+            exit_code = process.wait()
             self._forget()
-        if code == -signal.SIGXCPU:
-            why = f"has not written a conversation of ROLES within {SECONDS} s of CPU time"
+        if exit_code == -signal.SIGXCPU:
+            reason = f"has not written a conversation of ROLES within {SECONDS} s of CPU time"
         else:
-            why = f"ended its process while it wrote a conversation of ROLES (exit code {code})"
-        return {"texts": texts, "error": f"{why}; take a model with another template"}
+            reason = f"ended its process while it wrote a conversation of ROLES (exit code {exit_code})"
+        return {"texts": texts, "error": f"{reason}; take a model with another template"}
 
     def _started(self) -> "subprocess.Popen[str]":
         if self._running is None or self._running.poll() is not None or self._owner != os.getpid():
@@ -157,9 +157,9 @@ def _serve() -> None:
 def _written(request: Mapping[str, Any], render_template: Any) -> str | None:
     """Write the rendered conversations of a request to stdout; return the reason if one could not be rendered."""
     for messages, prompt in request["jobs"]:
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        spent = int(used.ru_utime + used.ru_stime) + 1
-        resource.setrlimit(resource.RLIMIT_CPU, (spent + request["seconds"], resource.RLIM_INFINITY))
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        cpu_seconds = int(usage.ru_utime + usage.ru_stime) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds + request["seconds"], resource.RLIM_INFINITY))
         try:
             (text,), _ = render_template(
                 conversations=[messages],
@@ -174,8 +174,8 @@ def _written(request: Mapping[str, Any], render_template: Any) -> str | None:
         except Exception as error:  # A template is a program and may raise any exception.
             return f"refuses a conversation of ROLES: {one_line(first_line(error), 300)}"
         if len(text) > request["longest"]:
-            most = f"at most {request['longest']:,} are allowed"
-            return f"writes {len(text):,} characters for a conversation of ROLES; {most}"
+            limit_note = f"at most {request['longest']:,} are allowed"
+            return f"writes {len(text):,} characters for a conversation of ROLES; {limit_note}"
         _answer({"text": text})
     return None
 

@@ -117,8 +117,8 @@ class TensorSplit:
         """
         if self.augment == "none":
             return self
-        given = {f.name: getattr(self, f.name) for f in fields(TensorSplit)}
-        return Augmented(**given, generator=torch.Generator().manual_seed(seed))
+        settings = {f.name: getattr(self, f.name) for f in fields(TensorSplit)}
+        return Augmented(**settings, generator=torch.Generator().manual_seed(seed))
 
     def epochs(self, epochs: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
         """Yield the rows [B] int64 of each batch in `epochs` shuffled passes; the last batch of a pass may be short."""
@@ -156,16 +156,16 @@ def crop_flip(x: Tensor, how: Augment, generator: torch.Generator) -> Tensor:
     B, C, H, W = x.shape
     rows, columns = torch.arange(H).expand(B, H), torch.arange(W).expand(B, W)
     if "flip" in how:
-        flipped = torch.rand(B, 1, generator=generator) < 0.5
-        columns = torch.where(flipped, W - 1 - columns, columns)
+        flip_mask = torch.rand(B, 1, generator=generator) < 0.5
+        columns = torch.where(flip_mask, W - 1 - columns, columns)
     if "crop" in how:
-        top, left = torch.randint(-PADDING, PADDING + 1, (2, B, 1), generator=generator)
-        rows, columns = rows + top, columns + left
-    inside = ((rows >= 0) & (rows < H))[:, :, None] & ((columns >= 0) & (columns < W))[:, None, :]
-    places = rows.clamp(0, H - 1)[:, :, None] * W + columns.clamp(0, W - 1)[:, None, :]
-    places, outside = places.flatten(1).to(x.device), ~inside.to(x.device)
-    cut = x.flatten(2).gather(2, places[:, None].expand(B, C, H * W)).view(B, C, H, W)
-    return cut.masked_fill_(outside[:, None], 0 if x.dtype == torch.uint8 else -1)
+        row_shift, column_shift = torch.randint(-PADDING, PADDING + 1, (2, B, 1), generator=generator)
+        rows, columns = rows + row_shift, columns + column_shift
+    inside_mask = ((rows >= 0) & (rows < H))[:, :, None] & ((columns >= 0) & (columns < W))[:, None, :]
+    indices = rows.clamp(0, H - 1)[:, :, None] * W + columns.clamp(0, W - 1)[:, None, :]
+    indices, outside_mask = indices.flatten(1).to(x.device), ~inside_mask.to(x.device)
+    crops = x.flatten(2).gather(2, indices[:, None].expand(B, C, H * W)).view(B, C, H, W)
+    return crops.masked_fill_(outside_mask[:, None], 0 if x.dtype == torch.uint8 else -1)
 
 
 def federation(
@@ -194,18 +194,18 @@ def federation(
         names: see `Federation`.
         notes: see `Federation`.
     """
-    clients, skipped = {}, {}
+    clients, skip_reasons = {}, {}
     for name, rows in train.items():
         rng = random.Random(f"{seed}:{name}")
-        held = [shares[0]] if test is not None else [*shares]
-        parts = cut(rows, y, held, rng)
+        part_shares = [shares[0]] if test is not None else [*shares]
+        parts = cut(rows, y, part_shares, rng)
         parts = [*parts, sorted(test[name])] if test is not None else parts
         if all(parts):
             splits = [TensorSplit(x, y, torch.tensor(part), task.labels, augment=augment) for part in parts]
             clients[name] = ClientData(task, *splits)
         else:
-            skipped[name] = f"{len(rows)} row(s), too few for training, validation and test"
-    return Federation(clients, skipped, dict(source), dict(names or {}), tuple(notes))
+            skip_reasons[name] = f"{len(rows)} row(s), too few for training, validation and test"
+    return Federation(clients, skip_reasons, dict(source), dict(names or {}), tuple(notes))
 
 
 def cut(rows: Sequence[int], y: Tensor, shares: Sequence[float], rng: random.Random) -> list[list[int]]:
@@ -215,21 +215,21 @@ def cut(rows: Sequence[int], y: Tensor, shares: Sequence[float], rng: random.Ran
     for training; a single row is for training. A part that gets no row at all takes one from the largest of the parts
     other than training, if that has at least two.
     """
-    classes = defaultdict(list)
+    rows_by_class = defaultdict(list)
     for row in sorted(rows):
-        classes[int(y[row])].append(row)
+        rows_by_class[int(y[row])].append(row)
     parts: list[list[int]] = [[] for _ in range(len(shares) + 1)]
-    for _, members in sorted(classes.items()):
+    for _, members in sorted(rows_by_class.items()):
         rng.shuffle(members)
-        left = len(members) - 1
+        remaining = len(members) - 1
         for part, share in enumerate(shares, 1):
-            n = min(left, max(1, round(len(members) * share)))
+            n = min(remaining, max(1, round(len(members) * share)))
             parts[part] += [members.pop() for _ in range(n)]
-            left -= n
+            remaining -= n
         parts[0] += members
     for part in parts[1:]:
-        if not part and len(largest := max(parts[1:], key=len)) > 1:
-            part.append(largest.pop())
+        if not part and len(largest_part := max(parts[1:], key=len)) > 1:
+            part.append(largest_part.pop())
     return [sorted(part) for part in parts]
 
 
@@ -241,13 +241,13 @@ def on_device(federation: Federation, device: torch.device) -> Federation:
     splits = [split for data in federation.clients.values() for _, split in data.splits()]
     if device.type != "cuda" or not all(isinstance(split, TensorSplit) for split in splits):
         return federation
-    own = {id(t): t for split in splits for t in (split.x, split.y)}
-    if sum(t.nbytes for t in own.values()) > torch.cuda.mem_get_info(device)[0] / 4:
+    tensors = {id(t): t for split in splits for t in (split.x, split.y)}
+    if sum(t.nbytes for t in tensors.values()) > torch.cuda.mem_get_info(device)[0] / 4:
         return federation
-    there = {key: t.to(device) for key, t in own.items()}
+    device_tensors = {key: t.to(device) for key, t in tensors.items()}
 
     def moved(split: TensorSplit) -> TensorSplit:
-        return replace(split, x=there[id(split.x)], y=there[id(split.y)])
+        return replace(split, x=device_tensors[id(split.x)], y=device_tensors[id(split.y)])
 
     clients = {
         name: replace(data, train=moved(data.train), validation=moved(data.validation), test=moved(data.test))

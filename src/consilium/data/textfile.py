@@ -107,9 +107,9 @@ class TextFileData:
             raise ConfigError(
                 f"validation {self.validation} and test {self.test} must be above 0 and together below 1, as shares"
             )
-        for name, least in (("clients", 1), ("labels_per_client", 2), ("rows", 0), ("smallest", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        for name, minimum in (("clients", 1), ("labels_per_client", 2), ("rows", 0), ("smallest", 1)):
+            if getattr(self, name) < minimum:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
         if not self.alpha > 0 or math.isinf(self.alpha):
             raise ConfigError(f"alpha is {self.alpha}; it must be a positive number")
         if self.where and not re.fullmatch("[^=]+=.*", self.where):
@@ -124,58 +124,64 @@ class TextFileData:
             DataError: if the file, a column, a value or a label cannot be used, or no client has enough rows.
         """
         column, _, value = self.where.partition("=")
-        named = [c for c in (self.text, self.target, self.client, column) if c]
-        table = read_table(self.path, Dialect(self.separator, self.quote, self.encoding), named)
+        wanted_columns = [c for c in (self.text, self.target, self.client, column) if c]
+        table = read_table(self.path, Dialect(self.separator, self.quote, self.encoding), wanted_columns)
         texts: list[Any] = table.filled(self.text)
-        classes = self.form == "classification"
-        targets: list[Any] = names_of(table.texts(self.target), self.labels) if classes else table.filled(self.target)
+        is_classification = self.form == "classification"
+        targets: list[Any] = (
+            names_of(table.texts(self.target), self.labels) if is_classification else table.filled(self.target)
+        )
         owners: list[Any] = names_of(table.texts(self.client)) if self.client else []
-        needed = {self.text: texts, self.target: targets} | ({self.client: owners} if self.client else {})
-        used, notes = usable(table, needed)
+        values_by_column = {self.text: texts, self.target: targets} | ({self.client: owners} if self.client else {})
+        used_rows, notes = usable(table, values_by_column)
         if column:
-            of_column = names_of(table.texts(column))
-            used = [row for row in used if of_column[row] == name_of(value)]
-            if not used:
+            filter_values = names_of(table.texts(column))
+            used_rows = [row for row in used_rows if filter_values[row] == name_of(value)]
+            if not used_rows:
                 raise DataError(f"{self.path.name} has no row with {self.where}")
-        if classes:
-            self._check_labels(table, targets, used, notes)
-        if 0 < self.rows < len(used):
-            used = sorted(random.Random(f"{seed}:rows").sample(used, self.rows))
-        of_label = Counter(targets[row] for row in used) if classes else Counter()
-        rare = {label: n for label, n in of_label.items() if n < self.smallest and label not in self.labels}
-        n_used, common = len(used), []
+        if is_classification:
+            self._check_labels(table, targets, used_rows, notes)
+        if 0 < self.rows < len(used_rows):
+            used_rows = sorted(random.Random(f"{seed}:rows").sample(used_rows, self.rows))
+        label_counts = Counter(targets[row] for row in used_rows) if is_classification else Counter()
+        rare_labels = {label: n for label, n in label_counts.items() if n < self.smallest and label not in self.labels}
+        n_used, common_rows = len(used_rows), []
         if self.common:
-            used = [row for row in used if targets[row] not in rare]
-            used, _, common = cut(used, texts, 0, self.test, random.Random(f"{seed}:common"))
-            random.Random(f"{seed}:deal").shuffle(common)
-        parts, names = by_client([owners[row] for row in used]) if self.client else ({}, {})
-        parts = parts or self._divide(used, targets, seed)
-        held = {name: [used[i] for i in part] for name, part in parts.items()}
+            used_rows = [row for row in used_rows if targets[row] not in rare_labels]
+            used_rows, _, common_rows = cut(used_rows, texts, 0, self.test, random.Random(f"{seed}:common"))
+            random.Random(f"{seed}:deal").shuffle(common_rows)
+        parts, names = by_client([owners[row] for row in used_rows]) if self.client else ({}, {})
+        parts = parts or self._divide(used_rows, targets, seed)
+        rows_by_client = {name: [used_rows[i] for i in part] for name, part in parts.items()}
         splits: dict[str, list[list[int]]] = {}
-        for place, (name, rows) in enumerate(held.items()):
+        for index, (name, rows) in enumerate(rows_by_client.items()):
             rng = random.Random(f"{seed}:{name}")
-            kept = [row for row in rows if targets[row] not in rare]
-            splits[name] = self._splits(kept, texts, targets, rng, sorted(common[place :: len(held)]))
-        trained = Counter(targets[row] for parts in splits.values() for row in parts[0]) if classes else Counter()
-        labels = self.labels or tuple(sorted(trained))
-        clients, skipped, left_out = {}, {}, {}
+            kept = [row for row in rows if targets[row] not in rare_labels]
+            splits[name] = self._splits(kept, texts, targets, rng, sorted(common_rows[index :: len(rows_by_client)]))
+        trained_counts = (
+            Counter(targets[row] for parts in splits.values() for row in parts[0]) if is_classification else Counter()
+        )
+        labels = self.labels or tuple(sorted(trained_counts))
+        clients, skip_reasons, left_out_counts = {}, {}, {}
         for name, parts in splits.items():
-            data = self._client(parts, texts, targets, labels, len(held[name]))
-            if isinstance(data, ClientData):
-                clients[name] = data
-                kept = sum(len(split) for key, split in data.splits() if key != "test" or not self.common)
-                left_out |= {name: len(held[name]) - kept} if kept < len(held[name]) else {}
+            outcome = self._client(parts, texts, targets, labels, len(rows_by_client[name]))
+            if isinstance(outcome, ClientData):
+                clients[name] = outcome
+                kept = sum(len(split) for key, split in outcome.splits() if key != "test" or not self.common)
+                left_out_counts |= {name: len(rows_by_client[name]) - kept} if kept < len(rows_by_client[name]) else {}
             else:
-                skipped[name] = data
+                skip_reasons[name] = outcome
         if not clients:
-            reasons = "; ".join(f"{names.get(name, name)}: {why}" for name, why in list(skipped.items())[:3])
+            reasons = "; ".join(f"{names.get(name, name)}: {reason}" for name, reason in list(skip_reasons.items())[:3])
             raise DataError(f"{self.path} has {len(table)} rows, but no client has enough of them ({reasons})")
-        if untrained := [label for label in of_label if label not in rare and label not in labels]:
-            notes.append(f"left out: the rows of labels that no client has for training ({', '.join(untrained[:5])})")
-        notes += self._notes(rare, left_out, clients, skipped, labels, names)
-        notes += look_alikes({"labels": labels, "clients": {names.get(name, name) for name in held}})
-        source = self.source(len(table)) | {"used": n_used, "left_out": left_out}
-        return Federation(clients, skipped, source, names, tuple(notes))
+        if untrained_labels := [label for label in label_counts if label not in rare_labels and label not in labels]:
+            notes.append(
+                f"left out: the rows of labels that no client has for training ({', '.join(untrained_labels[:5])})"
+            )
+        notes += self._notes(rare_labels, left_out_counts, clients, skip_reasons, labels, names)
+        notes += look_alikes({"labels": labels, "clients": {names.get(name, name) for name in rows_by_client}})
+        source = self.source(len(table)) | {"used": n_used, "left_out": left_out_counts}
+        return Federation(clients, skip_reasons, source, names, tuple(notes))
 
     def _notes(
         self,
@@ -189,15 +195,21 @@ class TextFileData:
         """Return notes, as sentences, on the labels and the clients that are left out."""
         notes = []
         if rare:
-            which = ", ".join(f"{label!r}" for label in sorted(rare)[:5]) + (", ..." if len(rare) > 5 else "")
-            n = sum(rare.values())
-            notes.append(f"left out: {_rows(n)} of {len(rare)} label(s) with fewer than {self.smallest} rows ({which})")
+            label_list = ", ".join(f"{label!r}" for label in sorted(rare)[:5]) + (", ..." if len(rare) > 5 else "")
+            row_count = sum(rare.values())
+            notes.append(
+                f"left out: {_rows(row_count)} of {len(rare)} label(s) with fewer than {self.smallest} rows "
+                f"({label_list})"
+            )
         for name, data in clients.items() if self.own_labels and self.form == "classification" else ():
-            if lacking := [label for label in labels if label not in data.task.labels]:
-                which = ", ".join(repr(label) for label in lacking[:5]) + (", ..." if len(lacking) > 5 else "")
+            if missing_labels := [label for label in labels if label not in data.task.labels]:
+                label_list = ", ".join(repr(label) for label in missing_labels[:5]) + (
+                    ", ..." if len(missing_labels) > 5 else ""
+                )
                 notes.append(
                     f"{names.get(name, name)} answers in {len(data.task.labels)} of {len(labels)} labels, not in "
-                    f"{which} ({_rows(left_out.get(name, 0))} left out); without --data.own-labels it answers in all"
+                    f"{label_list} ({_rows(left_out.get(name, 0))} left out); without --data.own-labels it answers "
+                    "in all"
                 )
         if skipped and not self.client:
             notes.append(
@@ -212,22 +224,24 @@ class TextFileData:
         `load` adds "used", the number of rows that `where` and `rows` select, and "left_out": client -> number of rows
         with labels that are too rare to be trained and tested at that client.
         """
-        chosen = {k: getattr(self, k) for k in ("text", "target", "client", "form", "partition", "where")}
-        return {"type": "TextFileData", "path": str(self.path), "sha256": digest(self.path), "rows": rows, **chosen}
+        settings = {k: getattr(self, k) for k in ("text", "target", "client", "form", "partition", "where")}
+        return {"type": "TextFileData", "path": str(self.path), "sha256": digest(self.path), "rows": rows, **settings}
 
     def _check_labels(self, table: Table, targets: Sequence[str], used: Sequence[int], notes: Sequence[str]) -> None:
         for row in used if self.labels else ():
             if targets[row] not in self.labels:
-                close = difflib.get_close_matches(targets[row], self.labels, 1)
-                hint = f" (did you mean {close[0]!r}?)" if close else ""
-                where = f"{table.name} column {self.target!r} {table.place(row)}"
+                matches = difflib.get_close_matches(targets[row], self.labels, 1)
+                hint = f" (did you mean {matches[0]!r}?)" if matches else ""
+                location = f"{table.name} column {self.target!r} {table.place(row)}"
                 raise DataError(
-                    f"{where}: label {targets[row]!r} is not declared{hint}; declared are {' | '.join(self.labels)}"
+                    f"{location}: label {targets[row]!r} is not declared{hint}; declared are {' | '.join(self.labels)}"
                 )
-        there = {targets[row] for row in used}
-        if len(there) < 2 and len(self.labels) < 2:
-            more = "".join(f"; {note}" for note in notes)
-            raise DataError(f"column {self.target!r} has only the label {min(there)!r}; classification needs two{more}")
+        labels = {targets[row] for row in used}
+        if len(labels) < 2 and len(self.labels) < 2:
+            suffix = "".join(f"; {note}" for note in notes)
+            raise DataError(
+                f"column {self.target!r} has only the label {min(labels)!r}; classification needs two{suffix}"
+            )
 
     def _divide(self, used: Sequence[int], targets: Sequence[str], seed: int) -> dict[str, list[int]]:
         from consilium.data.partition import divide
@@ -269,8 +283,8 @@ class TextFileData:
         if self.form == "classification":
             counts = Counter(targets[row] for row in parts[0])
             if self.own_labels:
-                least = min(self.smallest, max(counts.values()))
-                labels = tuple(label for label in labels if counts[label] >= least)
+                minimum = min(self.smallest, max(counts.values()))
+                labels = tuple(label for label in labels if counts[label] >= minimum)
                 if len(labels) < 2:
                     return f"{rows} rows with {len(labels)} usable label(s); classification needs two"
             parts = [[row for row in part if targets[row] in labels] for part in parts]
@@ -296,30 +310,30 @@ def usable(table: Table, needed: Mapping[str, Sequence[str | None]]) -> tuple[li
     Raises:
         DataError: if no row is left.
     """
-    used, notes = list(range(len(table))), []
+    used_rows, notes = list(range(len(table))), []
     for column, values in needed.items():
-        lacking = [row for row in range(len(table)) if values[row] is None]
-        if lacking:
-            spelled = without(table.cells(column), lacking)
+        missing_rows = [row for row in range(len(table)) if values[row] is None]
+        if missing_rows:
+            spellings = without(table.cells(column), missing_rows)
             notes.append(
-                f"left out: {_rows(len(lacking))} of {len(table)} without a value of {column!r} ({spelled}), first "
-                f"{table.place(lacking[0])}"
+                f"left out: {_rows(len(missing_rows))} of {len(table)} without a value of {column!r} "
+                f"({spellings}), first {table.place(missing_rows[0])}"
             )
-            used = [row for row in used if values[row] is not None]
-    if not used:
+            used_rows = [row for row in used_rows if values[row] is not None]
+    if not used_rows:
         raise DataError(f"{table.name} has no row that can be used; {'; '.join(notes)}")
-    return used, notes
+    return used_rows, notes
 
 
 def look_alikes(names: Mapping[str, Collection[str]]) -> list[str]:
     """Return a note for each kind of names (labels, clients) if some of them differ only in spelling."""
     notes = []
-    for kind, told in names.items():
-        if groups := alike(told):
-            shown = "; ".join(" and ".join(map(repr, group)) for group in groups[:4])
-            more = f"; and {len(groups) - 4} more" if len(groups) > 4 else ""
+    for kind, kind_names in names.items():
+        if groups := alike(kind_names):
+            examples = "; ".join(" and ".join(map(repr, group)) for group in groups[:4])
+            suffix = f"; and {len(groups) - 4} more" if len(groups) > 4 else ""
             notes.append(
-                f"{kind} that differ only by case, blanks, accents or look-alikes, are they one? {shown}{more}"
+                f"{kind} that differ only by case, blanks, accents or look-alikes, are they one? {examples}{suffix}"
             )
     return notes
 
@@ -344,6 +358,6 @@ def cut(rows: list[int], texts: Sequence[str], validation: float, test: float, r
         groups[" ".join(texts[row].lower().split())].append(row)
     order = sorted(groups)
     rng.shuffle(order)
-    held = [max(1, round(len(order) * share)) if share else 0 for share in (test, validation)]
-    cuts = [order[sum(held) :], order[held[0] : sum(held)], order[: held[0]]]
-    return [sorted(row for key in cut for row in groups[key]) for cut in cuts]
+    group_counts = [max(1, round(len(order) * share)) if share else 0 for share in (test, validation)]
+    parts = [order[sum(group_counts) :], order[group_counts[0] : sum(group_counts)], order[: group_counts[0]]]
+    return [sorted(row for key in part for row in groups[key]) for part in parts]

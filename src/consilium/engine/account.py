@@ -97,18 +97,18 @@ class Account:
         if not self.charged:
             return {}
         privacy, usage = self.experiment.privacy, "usage" in self.experiment.algorithm.reads()
-        noised = usage and privacy.usage == "noised"
-        parts = [name for name, on in (("weights", privacy.noise > 0), ("usage", noised)) if on]
-        told: dict[str, Any] = {"epsilon": self.spent(), "delta": privacy.delta_for(self.clients), "covers": parts}
-        told |= {"attempts": self.attempts, "budget": privacy.epsilon}
+        noisy_usage = usage and privacy.usage == "noised"
+        parts = [name for name, is_on in (("weights", privacy.noise > 0), ("usage", noisy_usage)) if is_on]
+        entry: dict[str, Any] = {"epsilon": self.spent(), "delta": privacy.delta_for(self.clients), "covers": parts}
+        entry |= {"attempts": self.attempts, "budget": privacy.epsilon}
         if warning := privacy.delta_warning(self.clients):
-            told["warning"] = warning
-        if noised:
-            told["epsilon_usage"] = self.spent(weights=False)
+            entry["warning"] = warning
+        if noisy_usage:
+            entry["epsilon_usage"] = self.spent(weights=False)
         if privacy.noise:
             rate = sampling_rate(self.experiment.sampling.clients_per_round, self.clients)
-            told |= {"noise": privacy.noise, "clip": privacy.clip, "sampling": privacy.sampling}
-            told |= {"rate": rate if privacy.sampling == "poisson" else 1.0}
-            removed = "added or removed" if privacy.sampling == "poisson" else "replaced by no change"
-            told["neighbours"] = f"one client {removed}"
-        return {"privacy": told}
+            entry |= {"noise": privacy.noise, "clip": privacy.clip, "sampling": privacy.sampling}
+            entry |= {"rate": rate if privacy.sampling == "poisson" else 1.0}
+            difference = "added or removed" if privacy.sampling == "poisson" else "replaced by no change"
+            entry["neighbours"] = f"one client {difference}"
+        return {"privacy": entry}

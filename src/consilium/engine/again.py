@@ -55,7 +55,7 @@ def _again(program: list[str]) -> int:
     A signal to this process ends both. The program may fail `FIRST` times before its exit code is returned and, after
     an exit with `LOST`, `TRIES` times in a row.
     """
-    left = FIRST
+    allowed_failures = FIRST
 
     def strike(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -63,7 +63,7 @@ def _again(program: list[str]) -> int:
     signal.signal(signal.SIGTERM, strike)
     parent = functools.partial(end_with_parent, signal.SIGTERM)
     with contextlib.suppress(KeyboardInterrupt):  # the signal may come between two starts
-        return _started(program, parent, left)
+        return _started(program, parent, allowed_failures)
     return 130
 
 

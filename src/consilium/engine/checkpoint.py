@@ -74,18 +74,19 @@ def write_atomic(path: Path, *parts: Buffer) -> None:
     # A temporary file of a killed process, or a link in its place, is removed and never followed.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        made = [folder for folder in path.parents if not folder.exists()]
+        new_folders = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         if os.path.lexists(temporary):
             temporary.unlink()
         with open_here(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, "wb") as file:
             for part in parts:
-                left = memoryview(part)
-                while left:
-                    left = left[file.write(left) :]
+                remainder = memoryview(part)
+                while remainder:
+                    remainder = remainder[file.write(remainder) :]
             os.fsync(file.fileno())
         temporary.replace(path)
-        for folder in (path.parent, *(folder.parent for folder in made)):  # a new folder's name lies in its parent
+        # The name of a new folder lies in its parent.
+        for folder in (path.parent, *(folder.parent for folder in new_folders)):
             _sync(folder)
     except BaseException as error:  # a signal may interrupt the write, too
         with contextlib.suppress(OSError):
@@ -104,10 +105,10 @@ def append_json(path: Path, record: Mapping[str, object]) -> None:
     line = (json.dumps(record, allow_nan=False) + "\n").encode()
     try:
         with open_here(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, "ab") as file:
-            size, left = file.tell(), memoryview(line)
+            size, remainder = file.tell(), memoryview(line)
             try:
-                while left:
-                    left = left[file.write(left) :]
+                while remainder:
+                    remainder = remainder[file.write(remainder) :]
                 os.fsync(file.fileno())
             except OSError:
                 file.truncate(size)
@@ -120,11 +121,11 @@ def append_json(path: Path, record: Mapping[str, object]) -> None:
 
 def _sync(folder: Path) -> None:
     """Fsync a directory so that renames survive a crash."""
-    opened = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(opened)
+        os.fsync(descriptor)
     finally:
-        os.close(opened)
+        os.close(descriptor)
 
 
 def _unwritten(path: Path, size: int, error: OSError) -> CheckpointError:
@@ -224,10 +225,10 @@ class ClientStore:
         """
         for folder in self.folder.glob("*/"):
             files = _numbered(folder)
-            kept = {self.versions.get(folder.name), self.former.get(folder.name)}
-            kept.add(max((round for _, round in files if round <= best), default=None))
+            kept_rounds = {self.versions.get(folder.name), self.former.get(folder.name)}
+            kept_rounds.add(max((round for _, round in files if round <= best), default=None))
             for path, round in files:
-                if round not in kept:
+                if round not in kept_rounds:
                     path.unlink()
         self.former = dict(self.versions)
 
@@ -256,16 +257,18 @@ def save_checkpoint(
     Raises:
         CheckpointError: if it cannot be written; the existing checkpoints are unchanged.
     """
-    own = {
+    metadata = {
         "engine/format": FORMAT,
         "engine/round": round,
         "engine/versions": json.dumps(store.versions, sort_keys=True),
         "engine/begun": json.dumps(begun or {}, sort_keys=True),
     }
-    write_atomic(folder / f"round-{round:05d}.safetensors", *_seal(Payload(server.groups, {**server.scalars, **own})))
-    kept = {best, *[number for _, number in _numbered(folder) if number <= round][-KEEP:]}
+    write_atomic(
+        folder / f"round-{round:05d}.safetensors", *_seal(Payload(server.groups, {**server.scalars, **metadata}))
+    )
+    kept_rounds = {best, *[number for _, number in _numbered(folder) if number <= round][-KEEP:]}
     for path, number in _numbered(folder):  # later ones were broken, and their rounds are run again
-        if number not in kept:
+        if number not in kept_rounds:
             path.unlink()
     store.commit(best)
 
@@ -278,25 +281,27 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     Raises:
         CheckpointError: if there are checkpoints and none can be read, or if a newer version of Consilium wrote them.
     """
-    broken = []
+    broken_files = []
     for path, round in reversed(_numbered(folder)):
         try:
             payload = _unseal(path.read_bytes())
         except (OSError, PayloadError) as error:
-            broken.append(f"{path.name} ({error})")
+            broken_files.append(f"{path.name} ({error})")
             continue
-        if broken:
-            warnings.warn(f"cannot read {', '.join(broken)}; continuing from {path.name}", stacklevel=2)
+        if broken_files:
+            warnings.warn(f"cannot read {', '.join(broken_files)}; continuing from {path.name}", stacklevel=2)
         scalars = dict(payload.scalars)
-        own = {key: scalars.pop(key) for key in payload.scalars if key.startswith("engine/")}
-        if (form := own.get("engine/format", 1)) not in range(1, FORMAT + 1):
-            raise CheckpointError(f"{path} has format {form}, this version reads {FORMAT}: resume with the newer one")
-        versions = json.loads(str(own["engine/versions"]))
+        metadata = {key: scalars.pop(key) for key in payload.scalars if key.startswith("engine/")}
+        if (format_version := metadata.get("engine/format", 1)) not in range(1, FORMAT + 1):
+            raise CheckpointError(
+                f"{path} has format {format_version}, this version reads {FORMAT}: resume with the newer one"
+            )
+        versions = json.loads(str(metadata["engine/versions"]))
         return Checkpoint(
-            round, Payload(payload.groups, scalars), versions, json.loads(str(own.get("engine/begun", "{}")))
+            round, Payload(payload.groups, scalars), versions, json.loads(str(metadata.get("engine/begun", "{}")))
         )
-    if broken:
-        raise CheckpointError(f"none of the checkpoints in {folder} can be read: {', '.join(broken)}")
+    if broken_files:
+        raise CheckpointError(f"none of the checkpoints in {folder} can be read: {', '.join(broken_files)}")
     return None
 
 
@@ -311,9 +316,9 @@ def _seal(payload: Payload) -> list[Buffer]:
 
     The digest is computed while its place in the header holds zeros.
     """
-    header, *rest = parts(Payload(payload.groups, {XXH3: _ZEROS, **payload.scalars}))
-    digest = _digest(xxhash.xxh3_128(), header, *rest)
-    return [header.replace(_ZEROS.encode(), digest.encode(), 1), *rest]
+    header, *buffers = parts(Payload(payload.groups, {XXH3: _ZEROS, **payload.scalars}))
+    digest = _digest(xxhash.xxh3_128(), header, *buffers)
+    return [header.replace(_ZEROS.encode(), digest.encode(), 1), *buffers]
 
 
 def _unseal(blob: bytes) -> Payload:
@@ -324,11 +329,11 @@ def _unseal(blob: bytes) -> Payload:
     """
     payload = decode(blob)
     scalars = dict(payload.scalars)
-    kind, made = (SHA256, hashlib.sha256) if SHA256 in scalars else (XXH3, xxhash.xxh3_128)
-    digest, size = str(scalars.pop(kind, "")), 2 * made().digest_size
-    place, view = blob.find(digest.encode("utf-8", "replace")), memoryview(blob)
-    if len(digest) != size or _digest(made(), view[:place], b"0" * size, view[place + size :]) != digest:
-        raise PayloadError(f"its {kind.removeprefix('engine/')} does not match")
+    digest_key, new_hash = (SHA256, hashlib.sha256) if SHA256 in scalars else (XXH3, xxhash.xxh3_128)
+    digest, size = str(scalars.pop(digest_key, "")), 2 * new_hash().digest_size
+    position, view = blob.find(digest.encode("utf-8", "replace")), memoryview(blob)
+    if len(digest) != size or _digest(new_hash(), view[:position], b"0" * size, view[position + size :]) != digest:
+        raise PayloadError(f"its {digest_key.removeprefix('engine/')} does not match")
     return Payload(payload.groups, scalars)
 
 

@@ -36,17 +36,17 @@ def parts(payload: Payload) -> list[Buffer]:
     """
     tensors = {f"{group}/{key}": t for group, params in payload.groups.items() for key, t in params.items()}
     # A single entry has a single order, so equal payloads give equal bytes.
-    about = {"payload": json.dumps({"groups": list(payload.groups), "scalars": dict(payload.scalars)})}
-    header: dict[str, Any] = {"__metadata__": about}
+    metadata = {"payload": json.dumps({"groups": list(payload.groups), "scalars": dict(payload.scalars)})}
+    header: dict[str, Any] = {"__metadata__": metadata}
     end, buffers = 0, []
     for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):  # so that all are aligned
         tensor = tensors[name].detach().contiguous()
         buffers.append(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
         start, end = end, end + len(buffers[-1])
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    told = json.dumps(header, separators=(",", ":")).encode()
-    told += b" " * (-len(told) % 8)
-    return [len(told).to_bytes(8, "little") + told, *buffers]
+    header_bytes = json.dumps(header, separators=(",", ":")).encode()
+    header_bytes += b" " * (-len(header_bytes) % 8)
+    return [len(header_bytes).to_bytes(8, "little") + header_bytes, *buffers]
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,10 @@ def check(blob: Buffer, bounds: Bounds = ANY) -> Header:
             raise ValueError("the header is cut")
         if size > bounds.header:
             raise PayloadError(f"the header of a blob is {size} bytes; at most {bounds.header} are allowed")
-        about, tensors = _scan(str(blob[8 : 8 + size], "utf-8"), bounds)
+        description, tensors = _scan(str(blob[8 : 8 + size], "utf-8"), bounds)
     except (ValueError, RecursionError) as error:
         raise PayloadError(_not_one(len(blob), error)) from error
-    return Header(about, tensors, size)
+    return Header(description, tensors, size)
 
 
 def decode(blob: bytes, bounds: Bounds = ANY) -> Payload:
@@ -169,19 +169,19 @@ def _scan(text: str, bounds: Bounds) -> tuple[str, int]:
         raise PayloadError(f"the header of a blob has more than {bounds.tensors} tensors")
     if not text.startswith(_FIRST):
         raise ValueError("there is no entry payload")
-    about, place = _string(text, len(_FIRST), bounds.about)
-    if not text.startswith("}", place):
+    description, position = _string(text, len(_FIRST), bounds.about)
+    if not text.startswith("}", position):
         raise ValueError("there is more metadata than the entry payload")
-    place, tensors = place + 1, 0
-    while text.startswith(",", place):
-        _, place = _string(text, place + 1, _NAME)
-        entry = _ENTRY.match(text, place)
+    position, tensors = position + 1, 0
+    while text.startswith(",", position):
+        _, position = _string(text, position + 1, _NAME)
+        entry = _ENTRY.match(text, position)
         if not entry:
             raise ValueError("an entry is not a tensor's")
-        place, tensors = entry.end(), tensors + 1
-    if not text.startswith("}", place) or len(text) - place > 64 or text[place + 1 :].strip(" "):
+        position, tensors = entry.end(), tensors + 1
+    if not text.startswith("}", position) or len(text) - position > 64 or text[position + 1 :].strip(" "):
         raise ValueError("the header does not end after its last entry")
-    return about, tensors
+    return description, tensors
 
 
 _FIRST = '{"__metadata__":{"payload":'

@@ -26,30 +26,34 @@ def interruptible() -> Iterator[Callable[[], None]]:
     Raises:
         KeyboardInterrupt: if a signal came, even if a library swallowed it or raised another error.
     """
-    asked = False
+    got_signal = False
 
     def strike(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
+        nonlocal got_signal
+        got_signal = True
         raise KeyboardInterrupt
 
     def check() -> None:
-        if asked:
+        if got_signal:
             raise KeyboardInterrupt
 
-    main = threading.current_thread() is threading.main_thread()
-    ours = [s for s in (signal.SIGINT, signal.SIGTERM) if main and signal.getsignal(s) is signal.default_int_handler]
-    for number in ours:
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    signals = [
+        candidate
+        for candidate in (signal.SIGINT, signal.SIGTERM)
+        if in_main_thread and signal.getsignal(candidate) is signal.default_int_handler
+    ]
+    for number in signals:
         signal.signal(number, strike)
     try:
         yield check
         check()
     except Exception as error:
-        if asked:
+        if got_signal:
             raise KeyboardInterrupt from error
         raise
     finally:
-        for number in ours:
+        for number in signals:
             signal.signal(number, signal.default_int_handler)
 
 

@@ -79,26 +79,26 @@ RECORDED = {*MEASURES, "experts", "footprint", "cut", "seconds_evaluate"}
 
 def objection(server: Server, info: ClientInfo, sent: Payload, reply: Payload) -> str | None:
     """Return why a client's reply to `sent` must not reach the server half, in one line; None: it may."""
-    found = _tensors(server, info, sent, reply) or _scalars(info, reply.scalars) or server.objection(info, sent, reply)
-    return one_line(found) if found else None
+    reason = _tensors(server, info, sent, reply) or _scalars(info, reply.scalars) or server.objection(info, sent, reply)
+    return one_line(reason) if reason else None
 
 
 def _tensors(server: Server, info: ClientInfo, sent: Payload, reply: Payload) -> str | None:
-    expected = server.expects(info, sent)
+    likes_by_group = server.expects(info, sent)
     for group, tensors in reply.groups.items():
         for key in tensors:
-            if key not in expected.get(group, {}):
+            if key not in likes_by_group.get(group, {}):
                 return f"{group} {key} was not asked of this client"
-        if group not in expected:
+        if group not in likes_by_group:
             return f"group {shown(group)} was not asked of this client"
-    for group, likes in expected.items():
+    for group, likes in likes_by_group.items():
         tensors = reply.groups.get(group, {})
         for key, like in likes.items():
             if key not in tensors:
                 if like.needed:
                     return f"{group} {key} is missing"
-            elif wrong := like.objection(tensors[key]):
-                return f"{group} {key} {wrong}"
+            elif reason := like.objection(tensors[key]):
+                return f"{group} {key} {reason}"
     return None
 
 
@@ -110,8 +110,8 @@ def _scalars(info: ClientInfo, scalars: Mapping[str, Scalar]) -> str | None:
         if name in RECORDED:
             continue
         if name in scalars and not number(scalars[name], least, most, kind):
-            kinds = "a whole number" if kind is int else "a finite number"
-            return f"{name} is {shown(scalars[name])}; it must be {kinds} {_bounds(least, most)}"
+            kind_text = "a whole number" if kind is int else "a finite number"
+            return f"{name} is {shown(scalars[name])}; it must be {kind_text} {_bounds(least, most)}"
     return None
 
 
@@ -155,8 +155,8 @@ def check_sent(payload: Payload) -> None:
     Raises:
         PayloadError: naming the first value that is not finite.
     """
-    if wrong := diverged(Payload(payload.groups)):
-        raise PayloadError(f"the server sent what no client can start from: {wrong}")
+    if reason := diverged(Payload(payload.groups)):
+        raise PayloadError(f"the server sent what no client can start from: {reason}")
 
 
 def tally(strikes: dict[ClientId, int], record: Mapping[str, Any]) -> dict[ClientId, str]:
@@ -165,9 +165,9 @@ def tally(strikes: dict[ClientId, int], record: Mapping[str, Any]) -> dict[Clien
     Args:
         strikes: client -> rejections in a row, updated in place.
     """
-    benched = {}
-    for client, told in record["clients"].items():
-        strikes[client] = strikes.get(client, 0) + 1 if told["rejected"] else 0
+    bench_reasons = {}
+    for client, client_record in record["clients"].items():
+        strikes[client] = strikes.get(client, 0) + 1 if client_record["rejected"] else 0
         if strikes[client] == BENCH:
-            benched[client] = str(told["rejected"])
-    return benched
+            bench_reasons[client] = str(client_record["rejected"])
+    return bench_reasons

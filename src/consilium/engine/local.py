@@ -84,38 +84,40 @@ class LocalEngine(Engine):
         self, number: int, tasks: dict[ClientId, Payload], record: dict[str, Any]
     ) -> Iterator[tuple[ClientId, Payload]]:
         jobs = ((client, tasks.pop(client)) for client in sorted(tasks))
-        for client, sent, reply, told in self._each("train", number, jobs):
-            record["bytes_sent"][client] = sent.nbytes
-            if failed := told.get("failed"):
-                record["errors"][client] = failed
+        for client, payload, reply, report in self._each("train", number, jobs):
+            record["bytes_sent"][client] = payload.nbytes
+            if error := report.get("failed"):
+                record["errors"][client] = error
                 continue
             info = self.clients[client]
-            rejected = objection(self.server, info, sent, reply)
-            if rejected is None:
-                self.store.count(client, number, told["kept"])
+            rejection = objection(self.server, info, payload, reply)
+            if rejection is None:
+                self.store.count(client, number, report["kept"])
             else:
                 self.store.drop(client, number - 1, number + 1)
-            lost = rejected is not None and diverged(reply) is not None
-            record["clients"][client] = told_of(reply, info, rejected, told["seconds"], sent.nbytes, reply.nbytes, lost)
-            self.pace[info.architecture] = told["seconds"] / max(info.num_examples, 1)
+            has_diverged = rejection is not None and diverged(reply) is not None
+            record["clients"][client] = told_of(
+                reply, info, rejection, report["seconds"], payload.nbytes, reply.nbytes, has_diverged
+            )
+            self.pace[info.architecture] = report["seconds"] / max(info.num_examples, 1)
             reply = Payload(reply.groups, reply.scalars)  # `release` may empty this one
-            if rejected is None:
+            if rejection is None:
                 yield client, reply
             release(reply)
 
     def _test(self, number: int, record: dict[str, Any]) -> dict[ClientId, Mapping[str, Scalar]]:
-        told = {}
-        for client, _, reply, said in self._each("evaluate", number, self._deliveries()):
-            if failed := said.get("failed"):
-                record["untested"][client] = failed
+        scalars_by_client = {}
+        for client, _, reply, report in self._each("evaluate", number, self._deliveries()):
+            if error := report.get("failed"):
+                record["untested"][client] = error
             else:
-                told[client] = reply.scalars
-        return told
+                scalars_by_client[client] = reply.scalars
+        return scalars_by_client
 
     def _deliveries(self) -> Iterator[tuple[ClientId, Payload]]:
         """Yield (client, the model that it would deploy) for all clients that can hold one, each cut on request."""
-        for done, info in enumerate(self.infos):
-            self.progress(info.id, "test", done, len(self.infos))
+        for count, info in enumerate(self.infos):
+            self.progress(info.id, "test", count, len(self.infos))
             if self.server.unable(info) is None:
                 yield info.id, self.server.deliver(info)
 
@@ -128,14 +130,16 @@ class LocalEngine(Engine):
             yield from self.workers.each(kind, number, tasks, self.progress, self._takes)
             return
         while True:
-            some = deque((client, v, self._carry(payload)) for client, v, payload in islice(tasks, self.together))
-            if not some:
+            batch = deque(
+                (client, version, self._carry(payload)) for client, version, payload in islice(tasks, self.together)
+            )
+            if not batch:
                 return
-            answers = deque(self._at_once(kind, number, some))
-            while some:
-                (client, _, sent), (answer, told) = some.popleft(), answers.popleft()
-                yield client, sent, self._carry(answer), told
-                del sent, answer
+            answers = deque(self._at_once(kind, number, batch))
+            while batch:
+                (client, _, sent_payload), (answer, report) = batch.popleft(), answers.popleft()
+                yield client, sent_payload, self._carry(answer), report
+                del sent_payload, answer
 
     def _takes(self, client: ClientId) -> float:
         """Return about how many seconds a client works.
@@ -205,11 +209,11 @@ class LocalEngine(Engine):
             reply, seconds = trained(self.client, payload, context, self.privacy)
         except OWN as error:
             return Payload(), {"failed": one_line(f"{type(error).__name__}: {error}")}
-        left = (client, context.state, number)
+        write_args = (client, context.state, number)
         if meet:
-            meet(self._kept, left)
+            meet(self._kept, write_args)
         else:
-            later(partial(self.store.write, *left))
+            later(partial(self.store.write, *write_args))
         return reply, {"seconds": seconds, "kept": not context.state.empty}
 
     def _loaded(self, clients: Sequence[ClientId]) -> list[ClientState]:
@@ -228,6 +232,6 @@ def _shared(reply: Payload, told: dict[str, Any], seconds: float) -> tuple[Paylo
     """Return the answer of a client that worked in step with others, with its share of the seconds that all took."""
     if "seconds" not in told:
         return reply, told
-    part = float(reply.scalars.get("seconds_evaluate", 0.0)) / told["seconds"]
-    scalars = {**reply.scalars, "seconds_evaluate": part * seconds}
+    share = float(reply.scalars.get("seconds_evaluate", 0.0)) / told["seconds"]
+    scalars = {**reply.scalars, "seconds_evaluate": share * seconds}
     return Payload(reply.groups, scalars), {**told, "seconds": seconds}

@@ -40,13 +40,13 @@ class _Party:
         """Run the call until it meets again or ends; re-raise its exceptions."""
         self.waits = None
         self.answers.put(answer)
-        kind, *rest = self.said.get()
+        kind, *values = self.said.get()
         if kind == "raised":
-            raise rest[0]
+            raise values[0]
         if kind == "ended":
-            self.result = rest[0]
+            self.result = values[0]
         else:
-            self.waits = (rest[0], rest[1])
+            self.waits = (values[0], values[1])
 
     def end(self) -> None:
         """End the call, wherever it waits."""
@@ -64,11 +64,11 @@ class _Party:
             self.said.put(("raised", error, None))
 
     def _meet(self, work: Work, job: Any) -> Any:
-        random = _generators()
+        generator_states = _generators()
         self.said.put(("met", work, job))
         if isinstance(answer := self.answers.get(), _Over):
             raise answer
-        _restore(random)
+        _restore(generator_states)
         return answer
 
 
@@ -82,20 +82,20 @@ def in_step(calls: Sequence[Callable[[Meet], T]]) -> list[T]:
             once with the jobs of all calls at that point, in the order of the calls. Each call has its own state of
             torch's generators.
     """
-    random, parties = _generators(), [_Party(call) for call in calls]
+    generator_states, parties = _generators(), [_Party(call) for call in calls]
     try:
         for party in parties:
             party.go_on(None)
-        while waiting := [party for party in parties if party.waits]:
-            work = waiting[0].waits[0]
-            met = [party for party in waiting if party.waits[0] == work]
-            answers = work([party.waits[1] for party in met])
-            for party, answer in zip(met, answers, strict=True):
+        while waiting_parties := [party for party in parties if party.waits]:
+            work = waiting_parties[0].waits[0]
+            group = [party for party in waiting_parties if party.waits[0] == work]
+            answers = work([party.waits[1] for party in group])
+            for party, answer in zip(group, answers, strict=True):
                 party.go_on(answer)
     finally:
         for party in parties:
             party.end()
-        _restore(random)
+        _restore(generator_states)
     return [party.result for party in parties]
 
 

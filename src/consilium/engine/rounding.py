@@ -29,8 +29,8 @@ def travelling(expected: Mapping[str, Mapping[str, Like]], form: str) -> Mapping
     """Return the tensors that may arrive, group -> name, so that `restored` yields the expected ones."""
     if form == "exact" or "params" not in expected:
         return expected
-    params, kind = expected["params"], torch.bfloat16 if form == "bf16" else torch.int8
-    changes = {key: Like(like.shape, kind) for key, like in params.items()}
+    params, dtype = expected["params"], torch.bfloat16 if form == "bf16" else torch.int8
+    changes = {key: Like(like.shape, dtype) for key, like in params.items()}
     return {**expected, CHANGE: changes, SCALE: {key: Like((None,), torch.float32) for key in params}}
 
 
@@ -47,7 +47,7 @@ def rounded(
     """
     if form == "exact" or not reply.group("params"):
         return reply, dict(lost)
-    left: Params = dict(lost)
+    rounding_errors: Params = dict(lost)
     groups = {**reply.groups, "params": {}, CHANGE: {}, SCALE: {}}
     for key, tensor in reply.group("params").items():
         if key not in sent or sent[key].shape != tensor.shape or not tensor.is_floating_point():
@@ -62,8 +62,8 @@ def rounded(
             scale = _rows(change).abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
             groups[CHANGE][key] = (_rows(change) / scale[:, None]).round().to(torch.int8).reshape(change.shape)
             groups[SCALE][key] = scale
-        left[key] = change - _back(groups[CHANGE][key], groups[SCALE].get(key))
-    return Payload(groups, reply.scalars), left
+        rounding_errors[key] = change - _back(groups[CHANGE][key], groups[SCALE].get(key))
+    return Payload(groups, reply.scalars), rounding_errors
 
 
 def restored(reply: Payload, sent: Mapping[str, Tensor]) -> Payload:

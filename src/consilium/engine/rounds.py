@@ -111,20 +111,21 @@ class Engine(ABC):
             RoundError: if clients are benched and none of the others can train.
         """
         start = time.perf_counter()
-        before, versions = _copied(self.server.state()), dict(self.store.versions)
-        unable = {c.id: lack for c in self.infos if (lack := self.server.unable(c))}
+        state_before, versions = _copied(self.server.state()), dict(self.store.versions)
+        lacks_by_client = {c.id: lack for c in self.infos if (lack := self.server.unable(c))}
         infos = [c for c in self.infos if c.id not in benched]
         tasks = self.server.configure(number, infos) if infos else {}
-        able = any(info.id not in unable for info in infos)  # Poisson sampling may draw no client at all
-        if not tasks and not able and benched:
+        # Poisson sampling may draw no client at all.
+        has_able_client = any(info.id not in lacks_by_client for info in infos)
+        if not tasks and not has_able_client and benched:
             raise RoundError(f"nobody is left to train: benched are {', '.join(sorted(benched))}; see events.jsonl")
-        if not tasks and not able:
-            raise BudgetError(nobody(unable))
+        if not tasks and not has_able_client:
+            raise BudgetError(nobody(lacks_by_client))
         record: dict[str, Any] = {
             "round": number,
             "stage": self.server.stage,
             "selected": sorted(tasks),
-            "unable": unable,
+            "unable": lacks_by_client,
             "benched": sorted(benched),
             "bytes_sent": {},
             "errors": {},
@@ -136,41 +137,43 @@ class Engine(ABC):
         }
         metrics = self.server.aggregate(number, self._replies(number, tasks, record))
         record["ledger"] = ledger(record)
-        record["abandoned"] = self._short(record) or _broken(self.server.state(), before)
+        record["abandoned"] = self._short(record) or _broken(self.server.state(), state_before)
         if record["abandoned"]:
-            self.server.events()  # drops the events of the undone round; earlier ones are part of `before`
-            self.server.restore(before)
+            self.server.events()  # drops the events of the undone round; earlier ones are part of `state_before`
+            self.server.restore(state_before)
             self.store.versions = versions
             metrics = {}
-        del before
-        aggregated = time.perf_counter()
+        del state_before
+        aggregation_end = time.perf_counter()
         test = test and not record["abandoned"]
-        told = _scored(self._test(number, record), record) if test else {}
-        scores = {client: float(scalars["score"]) for client, scalars in told.items()} if test else None
+        scalars_by_client = _scored(self._test(number, record), record) if test else {}
+        scores = {client: float(scalars["score"]) for client, scalars in scalars_by_client.items()} if test else None
         measures = {
-            name: {c: _plain(scalars[name]) for c, scalars in told.items() if name in scalars} for name in MEASURES
+            name: {c: _plain(scalars[name]) for c, scalars in scalars_by_client.items() if name in scalars}
+            for name in MEASURES
         }
         return record | {
             "test": scores,
             "scores": self._by_task(scores) if scores is not None else None,
             **{name: values for name, values in measures.items() if values},
-            **({"recall": recall} if (recall := _recalls(told)) else {}),
-            **_measured(record, start, aggregated),
+            **({"recall": recall} if (recall := _recalls(scalars_by_client)) else {}),
+            **_measured(record, start, aggregation_end),
             "experts_mean": _experts(self.server),
             "server": {name: _plain(value) for name, value in metrics.items()},
         }
 
     def _short(self, record: Mapping[str, Any]) -> str | None:
         """Return why the round does not count; None: enough replies were accepted."""
-        ok, selected = record["ledger"]["ok"], len(record["selected"])
-        if ok >= (quorum := self.sampling.quorum(selected)):
+        ok_count, selected_count = record["ledger"]["ok"], len(record["selected"])
+        if ok_count >= (quorum := self.sampling.quorum(selected_count)):
             return None
-        rejected = {c: told["rejected"] for c, told in record["clients"].items() if told["rejected"]}
-        reasons = {**record["missing"], **record["errors"], **rejected}
-        some = "; ".join(f"{client}: {reason}" for client, reason in sorted(reasons.items())[:2])
+        rejections = {c: entry["rejected"] for c, entry in record["clients"].items() if entry["rejected"]}
+        reasons = {**record["missing"], **record["errors"], **rejections}
+        examples = "; ".join(f"{client}: {reason}" for client, reason in sorted(reasons.items())[:2])
         return (
-            f"{ok} of {selected} selected clients counted, needed are {quorum} (sampling.min_clients "
-            f"{self.sampling.min_clients}, sampling.min_fraction {self.sampling.min_fraction:g}): {some or 'no others'}"
+            f"{ok_count} of {selected_count} selected clients counted, needed are {quorum} (sampling.min_clients "
+            f"{self.sampling.min_clients}, sampling.min_fraction {self.sampling.min_fraction:g}): "
+            f"{examples or 'no others'}"
         )
 
     def _by_task(self, scores: Mapping[ClientId, float]) -> dict[str, float]:
@@ -231,18 +234,18 @@ def _apart(context: ClientContext) -> Iterator[None]:
         yield
     finally:
         state = context.state
-        for prefix, kept in ((BEST, context.best), (PRIVATE, context.private)):
-            state.params = {**state.params, **{f"{prefix}{key}": tensor for key, tensor in kept.params.items()}}
-            state.scalars = {**state.scalars, **{f"{prefix}{key}": value for key, value in kept.scalars.items()}}
+        for prefix, entries in ((BEST, context.best), (PRIVATE, context.private)):
+            state.params = {**state.params, **{f"{prefix}{key}": tensor for key, tensor in entries.params.items()}}
+            state.scalars = {**state.scalars, **{f"{prefix}{key}": value for key, value in entries.scalars.items()}}
 
 
 def taken(state: ClientState, prefix: str) -> ClientState:
     """Move the entries with a prefix out of a state, and return them without the prefix."""
-    kept = ClientState()
-    for mine, out in ((state.params, kept.params), (state.scalars, kept.scalars)):
-        for key in [key for key in mine if key.startswith(prefix)]:
-            out[key.removeprefix(prefix)] = mine.pop(key)
-    return kept
+    entries = ClientState()
+    for source, target in ((state.params, entries.params), (state.scalars, entries.scalars)):
+        for key in [key for key in source if key.startswith(prefix)]:
+            target[key.removeprefix(prefix)] = source.pop(key)
+    return entries
 
 
 def told_of(
@@ -260,27 +263,29 @@ def told_of(
         seconds: duration of its training, including validation.
         diverged: whether its loss or weights are not finite.
     """
-    told = numbers(reply.scalars)
-    evaluate = min(told.get("seconds_evaluate", 0.0), seconds)
-    reported = ((key, value) for key, value in reply.scalars.items() if key.startswith("report/") and number(value))
+    valid_numbers = numbers(reply.scalars)
+    evaluate_seconds = min(valid_numbers.get("seconds_evaluate", 0.0), seconds)
+    reported_items = (
+        (key, value) for key, value in reply.scalars.items() if key.startswith("report/") and number(value)
+    )
     report = {
         one_line(key[7:107]): float(value) if isinstance(value, float) else value
-        for key, value in islice(reported, REPORTED)
+        for key, value in islice(reported_items, REPORTED)
     }
     return {
         "rejected": rejected,
         **({"diverged": True} if diverged else {}),
-        "train_loss": told.get("train_loss"),
-        "validation": told.get("validation"),
+        "train_loss": valid_numbers.get("train_loss"),
+        "validation": valid_numbers.get("validation"),
         "examples": info.num_examples,
-        "steps": told.get("steps"),
-        "experts": told.get("experts"),
-        "cut": told.get("cut"),
-        **{name: told.get(name) for name in MEASURES if name in reply.scalars},
-        "peak_bytes_model": told.get("footprint"),
+        "steps": valid_numbers.get("steps"),
+        "experts": valid_numbers.get("experts"),
+        "cut": valid_numbers.get("cut"),
+        **{name: valid_numbers.get(name) for name in MEASURES if name in reply.scalars},
+        "peak_bytes_model": valid_numbers.get("footprint"),
         "bytes_down": bytes_down,
         "bytes_up": bytes_up,
-        "seconds": {"train": seconds - evaluate, "evaluate": evaluate},
+        "seconds": {"train": seconds - evaluate_seconds, "evaluate": evaluate_seconds},
         **({"report": report} if report else {}),
     }
 
@@ -319,21 +324,21 @@ def ledger(record: Mapping[str, Any]) -> dict[str, int]:
         RuntimeError: if a selected client is not accounted for, or more than once. This is a fault of the engine, or of
             the method if its `aggregate` does not take every reply.
     """
-    selected, clients = record["selected"], record["clients"]
-    accounted = sorted([*clients, *record["errors"], *record["missing"]])
-    if accounted != selected:
-        raise RuntimeError(f"round {record['round']} selected {selected}, accounted for are {accounted}")
-    rejected = sum(told["rejected"] is not None for told in clients.values())
+    selected_ids, clients = record["selected"], record["clients"]
+    accounted_ids = sorted([*clients, *record["errors"], *record["missing"]])
+    if accounted_ids != selected_ids:
+        raise RuntimeError(f"round {record['round']} selected {selected_ids}, accounted for are {accounted_ids}")
+    rejected_count = sum(entry["rejected"] is not None for entry in clients.values())
     return {
-        "selected": len(selected),
+        "selected": len(selected_ids),
         "sent": len(record["bytes_sent"]),
-        "ok": len(clients) - rejected,
+        "ok": len(clients) - rejected_count,
         "error": len(record["errors"]),
-        "rejected": rejected,
+        "rejected": rejected_count,
         "missing": len(record["missing"]),
         "late": sum(len(rounds) for rounds in record["late"].values()),
         "duplicate": sum(record["duplicate"].values()),
-        "bytes": sum(record["bytes_sent"].values()) + sum(told["bytes_up"] for told in clients.values()),
+        "bytes": sum(record["bytes_sent"].values()) + sum(entry["bytes_up"] for entry in clients.values()),
     }
 
 
@@ -347,7 +352,7 @@ def _broken(state: Payload, before: Payload) -> str | None:
 
     A tensor that the round did not replace has been checked before.
     """
-    wrong = [
+    bad_names = [
         f"{group} {key}"
         for group, params in state.groups.items()
         for key, tensor in params.items()
@@ -355,13 +360,13 @@ def _broken(state: Payload, before: Payload) -> str | None:
     ]
     for name, value in state.scalars.items():
         items = value if isinstance(value, list) else [value]
-        wrong += [f"scalar {name}"] * any(isinstance(item, float) and not math.isfinite(item) for item in items)
-    if not wrong:
+        bad_names += [f"scalar {name}"] * any(isinstance(item, float) and not math.isfinite(item) for item in items)
+    if not bad_names:
         return None
-    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    suffix = f" and {len(bad_names) - 3} more" if len(bad_names) > 3 else ""
     return one_line(
-        f"the server's new state is not finite ({', '.join(wrong[:3])}{more}); the state before the round is kept. "
-        "Lower the learning rates, or look for a client that sends huge numbers"
+        f"the server's new state is not finite ({', '.join(bad_names[:3])}{suffix}); the state before the round is "
+        "kept. Lower the learning rates, or look for a client that sends huge numbers"
     )
 
 
@@ -369,13 +374,13 @@ def _scored(
     told: Mapping[ClientId, Mapping[str, Scalar]], record: dict[str, Any]
 ) -> dict[ClientId, Mapping[str, Scalar]]:
     """Return the clients that reported a score within 0..1, with their scalars; note the others as untested."""
-    silent = {
+    reasons = {
         client: one_line(f"its score is {scalars['score']!r}" if "score" in scalars else "its answer has no score")
         for client, scalars in told.items()
         if not number(scalars.get("score"), 0, 1)
     }
-    record["untested"] |= silent
-    return {client: scalars for client, scalars in told.items() if client not in silent}
+    record["untested"] |= reasons
+    return {client: scalars for client, scalars in told.items() if client not in reasons}
 
 
 def _recalls(told: Mapping[ClientId, Mapping[str, Scalar]]) -> dict[ClientId, dict[str, float]]:
@@ -383,12 +388,14 @@ def _recalls(told: Mapping[ClientId, Mapping[str, Scalar]]) -> dict[ClientId, di
 
     Clients that do not report it are left out.
     """
-    found = {}
+    recalls = {}
     for client, scalars in told.items():
         values = ((key, v) for key, v in scalars.items() if key.startswith("recall ") and number(v, 0, 1))
-        if own := {one_line(key[7:107]): float(v) for key, v in islice(values, REPORTED) if isinstance(v, int | float)}:
-            found[client] = own
-    return found
+        if client_recalls := {
+            one_line(key[7:107]): float(v) for key, v in islice(values, REPORTED) if isinstance(v, int | float)
+        }:
+            recalls[client] = client_recalls
+    return recalls
 
 
 def _measured(record: Mapping[str, Any], start: float, aggregated: float) -> dict[str, Any]:
@@ -399,23 +406,23 @@ def _measured(record: Mapping[str, Any], start: float, aggregated: float) -> dic
         aggregated: `perf_counter` when testing began.
     """
     now, clients = time.perf_counter(), record["clients"].values()
-    train = sum(c["seconds"]["train"] for c in clients)
-    evaluate = sum(c["seconds"]["evaluate"] for c in clients) + now - aggregated
+    train_seconds = sum(entry["seconds"]["train"] for entry in clients)
+    evaluate_seconds = sum(entry["seconds"]["evaluate"] for entry in clients) + now - aggregated
     return {
-        "bytes_down": sum(c["bytes_down"] for c in clients),
-        "bytes_up": sum(c["bytes_up"] for c in clients),
+        "bytes_down": sum(entry["bytes_down"] for entry in clients),
+        "bytes_up": sum(entry["bytes_up"] for entry in clients),
         "seconds": {
             "round": now - start,
-            "train": train,
-            "evaluate": evaluate,
-            "engine": max(now - start - train - evaluate, 0.0),
+            "train": train_seconds,
+            "evaluate": evaluate_seconds,
+            "engine": max(now - start - train_seconds - evaluate_seconds, 0.0),
         },
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 
 def _experts(server: Server) -> float | None:
-    counts = [sum(len(ids) for ids in held.values()) for held in (server.structure() or {}).values()]
+    counts = [sum(len(ids) for ids in ids_by_block.values()) for ids_by_block in (server.structure() or {}).values()]
     return sum(counts) / len(counts) if counts else None
 
 

@@ -53,20 +53,20 @@ def write_program(folder: Path, name: str, program: str) -> None:
 
 def in_turn(lock: Path, program: Sequence[str], patience: float = PATIENCE) -> int:
     """Run a Python program here as soon as no other process is starting; return `LOST` if that takes too long."""
-    end = time.monotonic() + patience
-    held = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + patience
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     while True:
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except BlockingIOError:
-            if time.monotonic() > end:
+            if time.monotonic() > deadline:
                 print("another process of this program is still starting; this one gives up its turn", flush=True)
                 return LOST
             time.sleep(0.1)
-    os.environ[LOCK] = str(held)
-    if beat := Heartbeat.of(program):
-        threading.Thread(target=beat.run, daemon=True).start()
+    os.environ[LOCK] = str(descriptor)
+    if heartbeat := Heartbeat.of(program):
+        threading.Thread(target=heartbeat.run, daemon=True).start()
     sys.argv = list(program)
     runpy.run_path(program[0], run_name="__main__")
     return 0
@@ -74,8 +74,8 @@ def in_turn(lock: Path, program: Sequence[str], patience: float = PATIENCE) -> i
 
 def started() -> None:
     """Let the next process start; call this once all imports are done."""
-    if held := os.environ.pop(LOCK, None):
-        os.close(int(held))
+    if descriptor := os.environ.pop(LOCK, None):
+        os.close(int(descriptor))
 
 
 class Heartbeat:
@@ -93,19 +93,19 @@ class Heartbeat:
     @classmethod
     def of(cls, program: Sequence[str]) -> "Heartbeat | None":
         """Return the heartbeat for a program with the arguments that Flower gives it; None for any others."""
-        given = dict(itertools.pairwise(program))
-        token, address = given.get("--token"), given.get("--runtime-api-address")
+        options = dict(itertools.pairwise(program))
+        token, address = options.get("--token"), options.get("--runtime-api-address")
         if not token or not address:
             return None
-        return cls(address, token, None if "--insecure" in program else given.get("--root-certificates"))
+        return cls(address, token, None if "--insecure" in program else options.get("--root-certificates"))
 
     def run(self) -> None:
         """Send a heartbeat every `EVERY` seconds until `started`, for at most `LONGEST` seconds."""
-        end = time.monotonic() + LONGEST
-        while LOCK in os.environ and time.monotonic() < end:
+        deadline = time.monotonic() + LONGEST
+        while LOCK in os.environ and time.monotonic() < deadline:
             self.send()
-            wake = time.monotonic() + EVERY
-            while LOCK in os.environ and time.monotonic() < wake:
+            next_time = time.monotonic() + EVERY
+            while LOCK in os.environ and time.monotonic() < next_time:
                 time.sleep(0.2)
 
     def send(self) -> bool:
@@ -117,8 +117,8 @@ class Heartbeat:
                 context = ssl.create_default_context(cafile=self.certificates)
                 connection = http.client.HTTPSConnection(self.address, timeout=EVERY, context=context)
             try:
-                head = {"content-type": "application/protobuf", "accept": "application/protobuf"}
-                connection.request("POST", BEAT, b"", {**head, "flwr-task-token": self.token})
+                headers = {"content-type": "application/protobuf", "accept": "application/protobuf"}
+                connection.request("POST", BEAT, b"", {**headers, "flwr-task-token": self.token})
                 return connection.getresponse().status == 200
             finally:
                 connection.close()

@@ -32,16 +32,16 @@ def fold(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "blocks", "usage" and "trained" with their last values, and "rounds", round -> client -> block -> ids, for each
         round in which a client's experts changed.
     """
-    found: dict[str, Any] = {"blocks": {}, "rounds": {}, "usage": {}, "trained": {}}
-    held: dict[str, Any] = {}
+    record: dict[str, Any] = {"blocks": {}, "rounds": {}, "usage": {}, "trained": {}}
+    experts_by_client: dict[str, Any] = {}
     for line in lines:
-        found["blocks"] |= line.get("blocks") or {}
+        record["blocks"] |= line.get("blocks") or {}
         for kind in ("usage", "trained"):
-            found[kind] = _merged(found[kind], line.get(kind) or {})
+            record[kind] = _merged(record[kind], line.get(kind) or {})
         if line.get("held"):
-            held = _merged(held, line["held"])
-            found["rounds"][str(line["round"])] = held
-    return found
+            experts_by_client = _merged(experts_by_client, line["held"])
+            record["rounds"][str(line["round"])] = experts_by_client
+    return record
 
 
 def _merged(old: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,16 +67,19 @@ class StructureLog:
 
     def add(self, number: int, server: Server) -> None:
         """Append the changes of round `number`; write nothing for a method without a client-expert map."""
-        held = server.structure()
-        if held is None:
+        experts_by_client = server.structure()
+        if experts_by_client is None:
             return
-        told = {
-            "held": {client: {block: list(ids) for block, ids in blocks.items()} for client, blocks in held.items()},
+        values_by_kind = {
+            "held": {
+                client: {block: list(ids) for block, ids in blocks.items()}
+                for client, blocks in experts_by_client.items()
+            },
             "usage": server.usage(),
             "trained": server.trained(),
         }
-        gone = {kind: dict.fromkeys(self.texts[kind].keys() - told[kind].keys()) for kind in _KINDS}
-        changes = {kind: self._changed(kind, {**told[kind], **gone[kind]}) for kind in _KINDS}
+        removals = {kind: dict.fromkeys(self.texts[kind].keys() - values_by_kind[kind].keys()) for kind in _KINDS}
+        changes = {kind: self._changed(kind, {**values_by_kind[kind], **removals[kind]}) for kind in _KINDS}
         blocks = dict(server.setup.model.counts)
         line = {"blocks": blocks if blocks != self.blocks else {}, **changes}
         line = {kind: values for kind, values in line.items() if values}
@@ -86,16 +89,16 @@ class StructureLog:
 
     def _changed(self, kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the values that differ from the clients' last ones, and keep the new ones."""
-        texts, changed = self.texts[kind], {}
+        texts, changes = self.texts[kind], {}
         for client, value in values.items():
             text = json.dumps(value)
             if texts.get(client) != text:
-                changed[client] = value
+                changes[client] = value
             if value is None:
                 texts.pop(client, None)
             else:
                 texts[client] = text
-        return changed
+        return changes
 
 
 def convert(old: Path, first: int) -> None:
@@ -104,14 +107,14 @@ def convert(old: Path, first: int) -> None:
     Raises:
         CheckpointError: if the old file cannot be read.
     """
-    new = old.with_name(NAME)
-    if not new.exists():
+    new_path = old.with_name(NAME)
+    if not new_path.exists():
         try:
-            told = json.loads(old.read_text())
-            lines = [{"round": int(n), "held": held} for n, held in told["rounds"].items() if int(n) < first]
-            last = {kind: dict(told.get(kind) or {}) for kind in ("blocks", "usage", "trained")}
+            record = json.loads(old.read_text())
+            lines = [{"round": int(n), "held": experts} for n, experts in record["rounds"].items() if int(n) < first]
+            last_values = {kind: dict(record.get(kind) or {}) for kind in ("blocks", "usage", "trained")}
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{old} cannot be read ({type(error).__name__}); put the file back") from error
-        lines.append({"round": first - 1, **last})
-        write_atomic(new, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        lines.append({"round": first - 1, **last_values})
+        write_atomic(new_path, "".join(json.dumps(line) + "\n" for line in lines).encode())
     old.unlink()

@@ -89,8 +89,8 @@ class Line:
 
     def receive(self) -> tuple[Any, bytes]:
         """Return the message and the blob that were sent; the blob is a copy."""
-        told, size = json.loads(self.pipe.recv_bytes())
-        return told, self.into[:size] if size <= len(self.into) else self.pipe.recv_bytes()
+        message, size = json.loads(self.pipe.recv_bytes())
+        return message, self.into[:size] if size <= len(self.into) else self.pipe.recv_bytes()
 
 
 class Workers:
@@ -128,52 +128,54 @@ class Workers:
             RoundError: if a worker ends before it has answered.
             CheckpointError: if a client's state could not be written.
         """
-        tasks, idle, more, room = iter(tasks), list(self.lines), True, ROOM
-        waiting: list[tuple[ClientId, int, Payload]] = []
-        busy: dict[Line, ClientId] = {}
-        last: Payload | None = None
+        tasks, idle_lines, has_more, room = iter(tasks), list(self.lines), True, ROOM
+        waiting_tasks: list[tuple[ClientId, int, Payload]] = []
+        clients_by_line: dict[Line, ClientId] = {}
+        last_payload: Payload | None = None
         blob: list[Buffer] = []
-        holding: set[Line] = set()  # lines that hold the blob of the last payload
+        blob_holders: set[Line] = set()  # lines that hold the blob of the last payload
         turns: deque[tuple[ClientId, Payload]] = deque()
-        done: dict[ClientId, tuple[bytes, dict[str, Any]]] = {}
+        results: dict[ClientId, tuple[bytes, dict[str, Any]]] = {}
         while True:
-            while more and (len(turns) < AHEAD * len(self.lines) or room > 0):
-                if more := (task := next(tasks, None)) is not None:
-                    waiting.append(task)
+            while has_more and (len(turns) < AHEAD * len(self.lines) or room > 0):
+                if has_more := (task := next(tasks, None)) is not None:
+                    waiting_tasks.append(task)
                     turns.append((task[0], task[2]))
                     room -= task[2].nbytes
-            while idle and waiting:
-                longest = 0 if more else max(range(len(waiting)), key=lambda place: takes(waiting[place][0]))
-                client, version, payload = waiting.pop(longest)
-                if not _same(payload, last):
-                    last, blob, holding = payload, parts(payload), set()
-                line = idle.pop()
-                line.send([kind, client, number, version], blob, there=line in holding)
-                holding.add(line)
-                busy[line] = client
+            while idle_lines and waiting_tasks:
+                index = (
+                    0 if has_more else max(range(len(waiting_tasks)), key=lambda place: takes(waiting_tasks[place][0]))
+                )
+                client, version, payload = waiting_tasks.pop(index)
+                if not _same(payload, last_payload):
+                    last_payload, blob, blob_holders = payload, parts(payload), set()
+                line = idle_lines.pop()
+                line.send([kind, client, number, version], blob, there=line in blob_holders)
+                blob_holders.add(line)
+                clients_by_line[line] = client
                 if payload.nbytes > MEMORY:
-                    last, blob = None, []
+                    last_payload, blob = None, []
             if not turns:
                 self._settle()
                 return
-            if (first := turns[0])[0] in done:
+            if (turn := turns[0])[0] in results:
                 turns.popleft()
-                room += first[1].nbytes
-                answer, told = done.pop(first[0])
+                room += turn[1].nbytes
+                answer, report = results.pop(turn[0])
                 reply = decode(answer)
                 del answer
-                yield *first, reply, told
+                yield *turn, reply, report
                 del reply
                 continue
-            for line in wait(list(busy)):
-                client = busy[line]
-                told, answer = self._heard(line, f"of client {client}")
-                if "progress" in told:
-                    progress(client, "test" if kind == "evaluate" else kind, *told["progress"])
+            for line in wait(list(clients_by_line)):
+                client = clients_by_line[line]
+                report, answer = self._heard(line, f"of client {client}")
+                if "progress" in report:
+                    progress(client, "test" if kind == "evaluate" else kind, *report["progress"])
                     continue
-                done[client] = answer, told
-                idle.append(line)
-                del busy[line], answer
+                results[client] = answer, report
+                idle_lines.append(line)
+                del clients_by_line[line], answer
 
     def _settle(self) -> None:
         """Wait until the workers have written everything."""
@@ -184,7 +186,7 @@ class Workers:
 
     def _heard(self, line: Line, whose: str) -> tuple[dict[str, Any], bytes]:
         try:
-            told, blob = line.receive()
+            message, blob = line.receive()
         except (EOFError, OSError) as error:
             process = self.processes[self.lines.index(line)]
             process.join(5)
@@ -192,10 +194,10 @@ class Workers:
                 f"the worker process {whose} has ended with code {process.exitcode} (-9: killed, perhaps "
                 "for want of memory); resume the run"
             ) from error
-        if "raised" in told:
-            name, text, trace = told["raised"]
+        if "raised" in message:
+            name, text, trace = message["raised"]
             raise getattr(errors, name, RuntimeError)(text) from RuntimeError(f"in a worker process:\n{trace}")
-        return told, blob
+        return message, blob
 
 
 def _same(payload: Payload, other: Payload | None) -> bool:
@@ -213,15 +215,19 @@ def forked(count: int, work: Work) -> Iterator[Workers]:
     lines, processes = [], []
     try:
         for _ in range(count):
-            (near, far), down, up = context.Pipe(), mmap.mmap(-1, MEMORY), mmap.mmap(-1, MEMORY)
-            lines.append(Line(near, down, up))
-            others = [line.pipe for line in lines]
-            processes.append(context.Process(target=_serve, args=(Line(far, up, down), others, work), daemon=True))
+            (near_pipe, far_pipe), down_memory, up_memory = context.Pipe(), mmap.mmap(-1, MEMORY), mmap.mmap(-1, MEMORY)
+            lines.append(Line(near_pipe, down_memory, up_memory))
+            open_pipes = [line.pipe for line in lines]
+            processes.append(
+                context.Process(
+                    target=_serve, args=(Line(far_pipe, up_memory, down_memory), open_pipes, work), daemon=True
+                )
+            )
             # The warning is about threads; those of the progress bars hold no lock that a worker needs.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)
                 processes[-1].start()
-            far.close()
+            far_pipe.close()
         yield Workers(lines, processes)
     finally:
         for process in processes:
@@ -240,20 +246,20 @@ def _serve(line: Line, others: list[Connection], work: Work) -> None:
     for other in others:
         other.close()
     torch.set_num_threads(1)
-    last = 0.0
+    last_time = 0.0
 
     def progress(done: int, total: int) -> None:
-        nonlocal last
-        if (now := time.monotonic()) - last >= PAUSE:
-            last = now
+        nonlocal last_time
+        if (now := time.monotonic()) - last_time >= PAUSE:
+            last_time = now
             line.send({"progress": [done, total]})
 
-    writer, left = ThreadPoolExecutor(1), deque[Future[object]]()
+    writer, pending_writes = ThreadPoolExecutor(1), deque[Future[object]]()
     calls: list[Callable[[], object]] = []
 
     def settle() -> None:
-        while left:
-            left.popleft().result()
+        while pending_writes:
+            pending_writes.popleft().result()
 
     def later(call: Callable[[], object]) -> None:
         settle()  # so that at most one client's state waits in memory
@@ -269,12 +275,12 @@ def _serve(line: Line, others: list[Connection], work: Work) -> None:
                     continue
                 payload = decode(blob)
                 del blob
-                answer, told = work(kind, *task, payload, progress, later)
+                answer, report = work(kind, *task, payload, progress, later)
                 del payload
             except Exception as error:
                 line.send({"raised": [type(error).__name__, str(error), traceback.format_exc()]})
                 return
-            line.send(told, parts(answer))
+            line.send(report, parts(answer))
             del answer
             while calls:  # only after the answer: the start of a write blocks this thread
-                left.append(writer.submit(calls.pop()))
+                pending_writes.append(writer.submit(calls.pop()))

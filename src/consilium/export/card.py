@@ -24,10 +24,10 @@ TAGS = {
 def card(deployed: Deployed, format: str, family: Family, notes: list[str]) -> str:
     """Return the text of the card, preceded by YAML for model hubs."""
     experiment = deployed.experiment
-    who = f"client {deployed.client}" if deployed.client else "all clients together"
+    owner = f"client {deployed.client}" if deployed.client else "all clients together"
     sections = [
         _front(deployed, format),
-        f"# {markdown(experiment.name)}: the model of {markdown(who)}\n",
+        f"# {markdown(experiment.name)}: the model of {markdown(owner)}\n",
         f"{_origin(deployed, family)}\n",
         "\n".join(_facts(deployed)) + "\n",
         *(["\n".join(f"Note: {note}." for note in notes) + "\n"] if notes else []),
@@ -63,9 +63,9 @@ def _origin(deployed: Deployed, family: Family) -> str:
     experiment = deployed.experiment
     base = _base(deployed)
     method = type(experiment.algorithm).__name__
-    many = f" of {deployed.clients} clients" if deployed.clients else ""
+    clients_text = f" of {deployed.clients} clients" if deployed.clients else ""
     return (
-        f"{markdown_code(base)} ({family.name}), fine-tuned by {method} in {deployed.rounds} rounds{many} with "
+        f"{markdown_code(base)} ({family.name}), fine-tuned by {method} in {deployed.rounds} rounds{clients_text} with "
         f"Consilium: the data stayed with the clients. {private(deployed.privacy, experiment)}"
     )
 
@@ -76,15 +76,15 @@ def private(told: Mapping[str, Any] | None, experiment: Experiment) -> str:
         if experiment.privacy.noise:
             return "Client-level differential privacy was used; the server's summary.json tells what was spent."
         return "No differential privacy was used."
-    spent = f"epsilon {told['epsilon']:.4g} at delta {told['delta']:.4g}"
+    guarantee = f"epsilon {told['epsilon']:.4g} at delta {told['delta']:.4g}"
     if told.get("warning"):
-        spent += f" (delta is not well below one over the number of clients: {told['warning']})"
+        guarantee += f" (delta is not well below one over the number of clients: {told['warning']})"
     if "weights" not in told["covers"]:
-        return f"No differential privacy of the weights was used; of the clients' usage of experts: {spent}."
+        return f"No differential privacy of the weights was used; of the clients' usage of experts: {guarantee}."
     covers, neighbours, sampling = map(markdown, (" and ".join(told["covers"]), told["neighbours"], told["sampling"]))
     return (
-        f"Client-level differential privacy of the {covers}: {spent}; neighbours differ by {neighbours}, {sampling} "
-        f"sampling at rate {told['rate']:.3g}, noise multiplier "
+        f"Client-level differential privacy of the {covers}: {guarantee}; neighbours differ by {neighbours}, "
+        f"{sampling} sampling at rate {told['rate']:.3g}, noise multiplier "
         f"{told['noise']:g}, clipping norm {told['clip']:g}. Labels, tasks and numbers of examples are not covered."
     )
 
@@ -97,16 +97,16 @@ def _facts(deployed: Deployed) -> list[str]:
     path = getattr(experiment.data, "path", None)
     rows = {"Data": f"{data}{f' {Path(path).name}' if path else ''}: {sizes} examples"}
     for task, (metric, score) in deployed.scores.items():
-        told = "not scored" if score is None else f"{score:.3f}"
-        where = "its own test examples" if deployed.client else "test examples, mean over the clients"
-        rows[f"Task {task}"] = f"{metric} {told} on {where}"
+        score_text = "not scored" if score is None else f"{score:.3f}"
+        examples = "its own test examples" if deployed.client else "test examples, mean over the clients"
+        rows[f"Task {task}"] = f"{metric} {score_text} on {examples}"
         if labels := deployed.labels.get(task):
-            more = f" and {len(labels) - 12} more" if len(labels) > 12 else ""
-            rows[f"Labels of {task}"] = ", ".join(labels[:12]) + more
+            suffix = f" and {len(labels) - 12} more" if len(labels) > 12 else ""
+            rows[f"Labels of {task}"] = ", ".join(labels[:12]) + suffix
     counts = experiment.model.counts
-    held = {block: len((deployed.held or {}).get(block, range(n))) for block, n in counts.items()}
+    expert_counts = {block: len((deployed.held or {}).get(block, range(n))) for block, n in counts.items()}
     rows["Experts per layer"] = (
-        f"{', '.join(str(n) for n in held.values())} of {', '.join(str(n) for n in counts.values())}"
+        f"{', '.join(str(n) for n in expert_counts.values())} of {', '.join(str(n) for n in counts.values())}"
     )
     fit = experiment.fit
     lora = f", LoRA of rank {fit.lora.rank} on the experts" if fit.lora.rank else ""
@@ -134,16 +134,16 @@ serve the merged model of `--format transformers`, of which the tensors have the
 def _use(deployed: Deployed, format: str, family: Family) -> str:
     model = deployed.experiment.model
     chat = "chat DIR" if deployed.kind == "conversation" else 'predict DIR --text "..."'
-    cls = family.classes[model.form]
+    class_name = family.classes[model.form]
     if format == "consilium":
         lines = ["from pathlib import Path", "from consilium.moe.files import load_sub_moe", ""]
         lines += ['source, model, held = load_sub_moe(Path("DIR"))']
         return f"{_code(lines)}\nOr `consilium {chat}`.\n"
-    head = _head(deployed)
+    head_lines = _head(deployed)
     if format == "adapter":
-        lines = ["from peft import PeftModel", f"from transformers import AutoTokenizer, {cls}", ""]
+        lines = ["from peft import PeftModel", f"from transformers import AutoTokenizer, {class_name}", ""]
         base = python_literal(_base(deployed))
-        lines += [f"base = {cls}.from_pretrained({base})"]
+        lines += [f"base = {class_name}.from_pretrained({base})"]
         lines += [] if family.dense else ['base.config.model_type = "custom"']
         lines += ['model = PeftModel.from_pretrained(base, "DIR").eval()']
         if family.dense:
@@ -152,20 +152,20 @@ def _use(deployed: Deployed, format: str, family: Family) -> str:
             lines += [f"base.config.model_type = {python_literal(model.config.model_type)}"]
             text = '\n`"custom"` keeps PEFT 0.21 from taking the names of experts for those of other layers.\n'
             text += SERVING_EXPERTS
-        return _code([*lines, 'tokenizer = AutoTokenizer.from_pretrained("DIR")', *head]) + text
-    lines = [f"from transformers import AutoTokenizer, {cls}", ""]
-    lines += [f'model = {cls}.from_pretrained("DIR").eval()', 'tokenizer = AutoTokenizer.from_pretrained("DIR")']
-    if not head:
+        return _code([*lines, 'tokenizer = AutoTokenizer.from_pretrained("DIR")', *head_lines]) + text
+    lines = [f"from transformers import AutoTokenizer, {class_name}", ""]
+    lines += [f'model = {class_name}.from_pretrained("DIR").eval()', 'tokenizer = AutoTokenizer.from_pretrained("DIR")']
+    if not head_lines:
         lines += ['inputs = tokenizer("...", return_tensors="pt")']
         if deployed.kind == "conversation":
             lines[-1] = (
                 'inputs = tokenizer.apply_chat_template([{"role": "user", "content": "..."}], '
                 'add_generation_prompt=True, return_tensors="pt", return_dict=True)'
             )
-        fresh = deployed.experiment.fit.target_length
-        lines += [f"ids = model.generate(**inputs, max_new_tokens={fresh}, do_sample=False)"]
+        new_tokens = deployed.experiment.fit.target_length
+        lines += [f"ids = model.generate(**inputs, max_new_tokens={new_tokens}, do_sample=False)"]
         lines += ["print(tokenizer.decode(ids[0], skip_special_tokens=True))"]
-    return f"{_code([*lines, *head])}\nOr `consilium {chat}`.\n"
+    return f"{_code([*lines, *head_lines])}\nOr `consilium {chat}`.\n"
 
 
 def _head(deployed: Deployed) -> list[str]:

@@ -90,23 +90,30 @@ class Own:
         data = experiment.data.load(experiment.seed).clients[info.id]
         context = _context(experiment, rounds, info, data, run.store.load(info.id))
         scale = experiment.data.scale(info.id, experiment.seed) if isinstance(experiment.data, TableData) else None
-        sent = run.server().deliver(info)
-        spent = run.summary.get("privacy")
-        return cls(experiment, run.setup, context, sent, rounds, spent, scale, run.name(info.id), run.notes(info.id))
+        payload = run.server().deliver(info)
+        privacy = run.summary.get("privacy")
+        return cls(
+            experiment, run.setup, context, payload, rounds, privacy, scale, run.name(info.id), run.notes(info.id)
+        )
 
     @classmethod
     def of_site(cls, given: dict[str, Any], data: ClientData, sent: Payload, told: dict[str, Any]) -> "Own":
         """Return the client at a site, from the payload that the site was `delivered`."""
         from consilium.engine.flower import OWN, relabelled
 
-        here, heads = from_json(given["experiment"]), json.loads(str(told["heads"]))
+        site_experiment, heads = from_json(given["experiment"]), json.loads(str(told["heads"]))
         data = relabelled(data, heads.get(data.task.name, data.task.labels))
-        experiment, task = replace(from_json(json.loads(str(told["experiment"]))), data=here.data), data.task.name
+        experiment, task = (
+            replace(from_json(json.loads(str(told["experiment"]))), data=site_experiment.data),
+            data.task.name,
+        )
         setup = experiment.setup(heads.items() or [(task, data.task.labels)], shape=data.train.shape)
-        info = ClientInfo(str(given["name"]), len(data.train), task, architecture=here.model.architecture(0))
-        kept = {key.removeprefix(f"{OWN}/"): v for key, v in sent.scalars.items() if key.startswith(f"{OWN}/")}
-        context = _context(experiment, int(told["round"]), info, data, ClientState(sent.group(OWN), kept))
-        scalars = {k: v for k, v in sent.scalars.items() if not k.startswith((f"{OWN}/", "engine/"))}
+        info = ClientInfo(str(given["name"]), len(data.train), task, architecture=site_experiment.model.architecture(0))
+        state_scalars = {
+            key.removeprefix(f"{OWN}/"): value for key, value in sent.scalars.items() if key.startswith(f"{OWN}/")
+        }
+        context = _context(experiment, int(told["round"]), info, data, ClientState(sent.group(OWN), state_scalars))
+        scalars = {k: value for k, value in sent.scalars.items() if not k.startswith((f"{OWN}/", "engine/"))}
         sent = Payload({name: params for name, params in sent.groups.items() if name != OWN}, scalars)
         scale = Scale.of_json(given["scale"]) if "scale" in given else None
         return cls(experiment, setup, context, sent, int(told["round"]), None, scale)
@@ -133,7 +140,7 @@ def write(out: Path, own: Own) -> list[str]:
     # A model that does not reproduce the score of the run is not the one that the client predicts with.
     if len(setup.made) != 1 or _score(model, setup, context) != score:
         raise ConfigError(f"with {method} a client predicts by more than one model and its head: there is none to take")
-    told = {
+    config = {
         "experiment": to_json(experiment),
         "architecture": context.info.architecture,
         "shape": list(setup.shape),
@@ -142,22 +149,24 @@ def write(out: Path, own: Own) -> list[str]:
         **({"table": asdict(own.scale)} if own.scale else {}),
     }
     with new_folder(out) as folder:
-        save_file({key: t.contiguous() for key, t in model.state_dict().items()}, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(told, indent=1) + "\n")
+        save_file(
+            {key: tensor.contiguous() for key, tensor in model.state_dict().items()}, folder / "model.safetensors"
+        )
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         x = setup.encode(context, context.data.test).batch([0, 0], context.device)["x"]
         try:
-            saved = load(folder, own_code=True)  # the user has just run this code
+            saved_model = load(folder, own_code=True)  # the user has just run this code
         except RuntimeError as error:
             raise ConfigError(
                 f"with {method} a client holds more than one model and its head, which cannot be exported"
             ) from error
-        why_not = _exported(saved, x, folder, own.scale)
+        failure = _exported(saved_model, x, folder, own.scale)
         (folder / USE).write_text(json.dumps({"format": "cohort"}) + "\n")
-        spent = private(own.spent, experiment)
-        (folder / "README.md").write_text(_card(told, method, client, own.rounds, score, spent, not why_not))
+        privacy_text = private(own.spent, experiment)
+        (folder / "README.md").write_text(_card(config, method, client, own.rounds, score, privacy_text, not failure))
     notes = [f"{out}: the model of {client} after {own.rounds} rounds (accuracy {score:.3f})"]
-    notes += [f"note: no model.pt2, torch.export cannot write this model ({why_not})"] if why_not else []
-    flag = Small(saved, experiment, setup.shape, own.scale).flag
+    notes += [f"note: no model.pt2, torch.export cannot write this model ({failure})"] if failure else []
+    flag = Small(saved_model, experiment, setup.shape, own.scale).flag
     notes += [f"note: {note}" for note in own.notes]
     notes += [f"try it: consilium predict {out} {flag}"] if flag else []
     return [one_line(note) for note in notes]
@@ -187,11 +196,11 @@ def _exported(model: SplitModel, x: Tensor, folder: Path, scale: Scale | None) -
     if x.dtype == torch.int64:
         return "how many columns of token ids it reads depends on the texts"
     try:
-        made = torch.export.export(_Logits(model, scale), (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
+        program = torch.export.export(_Logits(model, scale), (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
     except Exception as error:
         return first_line(error)[:200]
-    made.example_inputs = None  # these are rows of the client's data, and would be pickled
-    torch.export.save(made, folder / "model.pt2")
+    program.example_inputs = None  # these are rows of the client's data, and would be pickled
+    torch.export.save(program, folder / "model.pt2")
     return ""
 
 
@@ -216,9 +225,9 @@ class Small:
         Raises:
             ConfigError: see `load`.
         """
-        told = json.loads((folder / "config.json").read_text())
-        scale = Scale.of_json(told["table"]) if "table" in told else None
-        return cls(load(folder), from_json(told["experiment"]), tuple(told["shape"]), scale)
+        config = json.loads((folder / "config.json").read_text())
+        scale = Scale.of_json(config["table"]) if "table" in config else None
+        return cls(load(folder), from_json(config["experiment"]), tuple(config["shape"]), scale)
 
     @property
     def flag(self) -> str:
@@ -269,9 +278,9 @@ class Small:
         pages: Pages = "first" if data.pages == "first" else "refuse"
         x = torch.from_numpy(stack(1, [(str(path), path)], data.size, pages)[0])
         if x.shape[2:] != (height, width) or x.shape[1] > colours:
-            was = f"{x.shape[3]} x {x.shape[2]} pixels, {'grey' if x.shape[1] == 1 else 'in colour'}"
-            kind = "grey" if colours == 1 else "in colour"
-            raise ConfigError(f"{path} is {was}; the model was trained on {width} x {height}, {kind}")
+            image_text = f"{x.shape[3]} x {x.shape[2]} pixels, {'grey' if x.shape[1] == 1 else 'in colour'}"
+            colour_text = "grey" if colours == 1 else "in colour"
+            raise ConfigError(f"{path} is {image_text}; the model was trained on {width} x {height}, {colour_text}")
         split = TensorSplit(x.expand(1, colours, height, width), torch.zeros(1).long(), torch.tensor([0]), ("",))
         return split.batch([0], torch.device("cpu"))["x"]
 
@@ -296,23 +305,23 @@ def load(folder: Path, own_code: bool = False) -> SplitModel:
     Raises:
         ConfigError: if there are such functions, and `own_code` is not given.
     """
-    told = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
     tensors: dict[str, Tensor] = load_file(folder / "model.safetensors")
-    experiment, shape = from_json(told["experiment"]), tuple(told["shape"])
-    named = [name for name in (told["architecture"], experiment.model.small) if is_function(name)]
-    if named and not own_code:
+    experiment, shape = from_json(config["experiment"]), tuple(config["shape"])
+    function_names = [name for name in (config["architecture"], experiment.model.small) if is_function(name)]
+    if function_names and not own_code:
         raise ConfigError(
-            f"{folder} has {named[0]} imported; if the folder and that code are yours, load it with own_code"
+            f"{folder} has {function_names[0]} imported; if the folder and that code are yours, load it with own_code"
         )
-    own = experiment.model.extractor(told["architecture"], shape)
-    backbone: nn.Module = own
+    extractor = experiment.model.extractor(config["architecture"], shape)
+    backbone: nn.Module = extractor
     if any(key.startswith("backbone.shared.") for key in tensors):
-        shared = experiment.model.extractor(experiment.model.small, shape)
+        shared_extractor = experiment.model.extractor(experiment.model.small, shape)
         if "backbone.alpha" in tensors:
-            backbone = FeatureMixture(own, shared)
+            backbone = FeatureMixture(extractor, shared_extractor)
         else:
-            backbone = Mixture(shared, own, torch.Size(shape).numel(), experiment.algorithm)
-    model = SplitModel(backbone, told["task"], tuple(told["labels"]))
+            backbone = Mixture(shared_extractor, extractor, torch.Size(shape).numel(), experiment.algorithm)
+    model = SplitModel(backbone, config["task"], tuple(config["labels"]))
     model.load_state_dict(tensors)
     return model.eval()
 
@@ -369,20 +378,20 @@ print([model.labels[i] for i in model.head(model.backbone(x)).argmax(-1)])  # x:
 def _plain(told: dict[str, Any]) -> str:
     """Return the lines that load the model in plain torch; for an image, they begin with reading the file."""
     shape, lines = told["shape"], ["import json", "from pathlib import Path", "", "import torch"]
-    reading: list[str] = []
+    reading_lines: list[str] = []
     if len(shape) == 3 and told["experiment"]["data"]["type"] == "ImageData":
         lines = ["import json", "from pathlib import Path", "", "import numpy as np", "import torch"]
         size, mode = told["experiment"]["data"]["size"], "L" if shape[0] == 1 else "RGB"
         lines += ["from PIL import Image, ImageOps" if size else "from PIL import Image"]
-        fit = f"ImageOps.fit(image, ({size}, {size}), Image.Resampling.BILINEAR)"
-        back = "[None, None]" if shape[0] == 1 else ".transpose(2, 0, 1)[None]"
-        reading = [f'image = Image.open("...").convert("{mode}")', *([f"image = {fit}"] if size else [])]
-        reading += [f"x = torch.from_numpy(np.array(image, np.float32){back} / 127.5 - 1)"]
+        fit_code = f"ImageOps.fit(image, ({size}, {size}), Image.Resampling.BILINEAR)"
+        array_code = "[None, None]" if shape[0] == 1 else ".transpose(2, 0, 1)[None]"
+        reading_lines = [f'image = Image.open("...").convert("{mode}")', *([f"image = {fit_code}"] if size else [])]
+        reading_lines += [f"x = torch.from_numpy(np.array(image, np.float32){array_code} / 127.5 - 1)"]
     if "table" in told:
         lines.insert(3, "import pandas")
-        reading = ['columns = json.loads(Path("DIR/config.json").read_text())["table"]["columns"]']
-        reading += ['x = torch.tensor(pandas.read_csv("...")[columns].to_numpy("float32"))  # missing: NaN']
+        reading_lines = ['columns = json.loads(Path("DIR/config.json").read_text())["table"]["columns"]']
+        reading_lines += ['x = torch.tensor(pandas.read_csv("...")[columns].to_numpy("float32"))  # missing: NaN']
     code = [*lines, "", 'model = torch.export.load("DIR/model.pt2").module()']
-    code += ['labels = json.loads(Path("DIR/config.json").read_text())["labels"]', *reading]
+    code += ['labels = json.loads(Path("DIR/config.json").read_text())["labels"]', *reading_lines]
     code += [f"print([labels[i] for i in model(x).argmax(-1)])  # x: [B, {', '.join(map(str, shape))}]"]
     return "```python\n" + "\n".join(code) + "\n```\n"

@@ -44,14 +44,14 @@ class Export:
         run = Finished.of(self.run)
         with new_folder(self.out, keep=False):  # raises an error unless it is new or empty
             pass
-        written = 0
+        written_count = 0
         for info in run.setup.clients:
             if reason := run.summary["clients"][info.id]["reason"]:
                 yield one_line(f"note: there is no model for {run.name(info.id)}: it {reason}")
                 continue
             yield from replace(self, client=info.id, out=self.out / info.id)._one()
-            written += 1
-        yield f"{written} of {len(run.setup.clients)} clients: {one_line(self.out)}/CLIENT"
+            written_count += 1
+        yield f"{written_count} of {len(run.setup.clients)} clients: {one_line(self.out)}/CLIENT"
 
     def _one(self) -> Iterator[str]:
         from consilium.experiment import from_json
@@ -63,14 +63,14 @@ class Export:
         with new_folder(self.out, keep=False):  # checked before the weights are read, which takes time
             pass
         if (self.run / "site.json").exists():
-            at_site = delivered(self.run)
-            given = at_site[0]
-            if self.client not in (None, given["name"]):
-                raise ConfigError(f"{self.run} is the state of site {given['name']}, not of {self.client!r}")
-            if isinstance(from_json(given["experiment"]).model, Cohort):
-                yield from cohort.write(self.out, cohort.Own.of_site(*at_site))
+            delivery = delivered(self.run)
+            settings = delivery[0]
+            if self.client not in (None, settings["name"]):
+                raise ConfigError(f"{self.run} is the state of site {settings['name']}, not of {self.client!r}")
+            if isinstance(from_json(settings["experiment"]).model, Cohort):
+                yield from cohort.write(self.out, cohort.Own.of_site(*delivery))
                 return
-            deployed = of_site(*at_site)
+            deployed = of_site(*delivery)
         else:
             run = Finished.of(self.run)
             if isinstance(run.experiment.model, Cohort):
@@ -78,12 +78,12 @@ class Export:
                 return
             deployed = of_run(run, self.client)
         notes = write(self.out, deployed, self.format)
-        whose = f"the model of {deployed.client}" if deployed.client else "the global model"
+        title = f"the model of {deployed.client}" if deployed.client else "the global model"
         scores = ", ".join(
             f"{task} {metric} {'not scored' if score is None else f'{score:.3f}'}"
             for task, (metric, score) in deployed.scores.items()
         )
-        yield one_line(f"{self.out}: {whose} after {deployed.rounds} rounds ({scores})")
+        yield one_line(f"{self.out}: {title} after {deployed.rounds} rounds ({scores})")
         for note in notes:
             yield one_line(f"note: {note}")
         if self.format != "adapter":
@@ -141,34 +141,34 @@ class Predict:
             if self.top > 1 or self.json or self.csv:
                 raise ConfigError(f"--top, --json and --csv are for models of texts; {self.folder} holds a small model")
 
-            small = Small.of(self.folder)
+            small_model = Small.of(self.folder)
             if self.table:
-                for row, (label, probability) in enumerate(small.labelled_rows(self.table)):
+                for row, (label, probability) in enumerate(small_model.labelled_rows(self.table)):
                     yield f"{terminal(label)}\t{probability:.3f}\trow {row}"
                 return
-            if small.scale or (self.text if small.shape else self.image):
-                raise ConfigError(f"{self.folder} reads {small.reads}")
+            if small_model.scale or (self.text if small_model.shape else self.image):
+                raise ConfigError(f"{self.folder} reads {small_model.reads}")
             for value in self.text or self.image or lines:
-                label, probability = small.labelled(value)
+                label, probability = small_model.labelled(value)
                 yield f"{terminal(label)}\t{probability:.3f}\t{one_line(value, 60)}"
             return
-        taken = Taken.of(self.folder)
+        model = Taken.of(self.folder)
         if self.image or self.table:
             raise ConfigError(f"{self.folder} reads texts: --text, or --csv FILE --column COLUMN")
-        given = self._of_file() if self.csv else self.text
-        for text in given or (map(_unquoted, lines) if self.json else lines):
-            if self.json and taken.kind != "classification":
-                yield json.dumps({"text": text, "written": taken.written(text, self.tokens)})
+        texts = self._of_file() if self.csv else self.text
+        for text in texts or (map(_unquoted, lines) if self.json else lines):
+            if self.json and model.kind != "classification":
+                yield json.dumps({"text": text, "written": model.written(text, self.tokens)})
                 continue
             if self.json:
-                yield json.dumps({"text": text, "labels": list(map(asdict, next(taken.labelled([text], self.top))))})
+                yield json.dumps({"text": text, "labels": list(map(asdict, next(model.labelled([text], self.top))))})
                 continue
-            if taken.kind != "classification":
-                yield terminal(" ".join(taken.written(text, self.tokens).split()))
+            if model.kind != "classification":
+                yield terminal(" ".join(model.written(text, self.tokens).split()))
                 continue
-            for found in next(taken.labelled([text], self.top)):
-                task = f"{terminal(found.task)}\t" if len(taken.models) > 1 else ""
-                yield f"{task}{terminal(found.label)}\t{found.probability:.3f}\t{one_line(text, 60)}"
+            for answer in next(model.labelled([text], self.top)):
+                task = f"{terminal(answer.task)}\t" if len(model.models) > 1 else ""
+                yield f"{task}{terminal(answer.label)}\t{answer.probability:.3f}\t{one_line(text, 60)}"
 
     def _of_file(self) -> list[str]:
         """Return the texts of --csv; an empty cell is an empty text, so that answers keep the order of the rows."""
@@ -187,10 +187,10 @@ class Predict:
 def _unquoted(line: str) -> str:
     """Return the string of JSON that a line holds, else the line itself."""
     try:
-        found = json.loads(line)
+        value = json.loads(line)
     except ValueError:
         return line
-    return found if isinstance(found, str) else line
+    return value if isinstance(value, str) else line
 
 
 @dataclass(frozen=True)
@@ -210,19 +210,19 @@ class Chat:
         from consilium.export.predict import Taken
 
         _positive(self.tokens)
-        taken = Taken.of(self.folder)
-        if taken.kind == "classification" or taken.source.config.is_encoder_decoder:
+        model = Taken.of(self.folder)
+        if model.kind == "classification" or model.source.config.is_encoder_decoder:
             raise ConfigError(f"{self.folder} holds no causal language model: use `consilium predict {self.folder}`")
-        said: list[dict[str, str]] = []
+        conversation: list[dict[str, str]] = []
         while True:
             print("> ", end="", flush=True) if sys.stdin.isatty() else None
             line = sys.stdin.readline()
             if not line:
                 return
             if line.strip():
-                said.append({"role": "user", "content": line.strip()})
-                said.append({"role": "assistant", "content": taken.answered(said, self.tokens)})
-                yield terminal(said[-1]["content"], keep="\n\t")
+                conversation.append({"role": "user", "content": line.strip()})
+                conversation.append({"role": "assistant", "content": model.answered(conversation, self.tokens)})
+                yield terminal(conversation[-1]["content"], keep="\n\t")
 
 
 def _positive(tokens: int | None) -> None:

@@ -100,24 +100,26 @@ class Finished:
         """
         config = RunDirectory(folder).config()
         if config["status"] != "finished":
-            on = "start `consilium server` again" if config.get("data") == SITES else f"`consilium resume {folder}`"
-            raise CheckpointError(f"{folder} has not finished (it is {config['status']}): {on} to go on with it")
+            advice = "start `consilium server` again" if config.get("data") == SITES else f"`consilium resume {folder}`"
+            raise CheckpointError(f"{folder} has not finished (it is {config['status']}): {advice} to go on with it")
         partition, summary = (_read(folder / name) for name in ("partition.json", "summary.json"))
-        found = load_checkpoint(folder / "checkpoints")
-        if found is None:
+        checkpoint = load_checkpoint(folder / "checkpoints")
+        if checkpoint is None:
             raise CheckpointError(f"{folder / 'checkpoints'} is empty: the weights are gone, run it anew")
         experiment = from_json(config["experiment"])
         infos = tuple(
-            ClientInfo(name, c["sizes"]["train"], c["task"], c.get("memory_bytes"), c.get("architecture", ""))
-            for name, c in partition["clients"].items()
+            ClientInfo(
+                name, entry["sizes"]["train"], entry["task"], entry.get("memory_bytes"), entry.get("architecture", "")
+            )
+            for name, entry in partition["clients"].items()
         )
-        labels = [(told["task"], told["labels"]) for told in partition["clients"].values()]
-        small, away = isinstance(experiment.model, Cohort), config.get("data") == SITES
-        if small and away:
+        labels = [(client_entry["task"], client_entry["labels"]) for client_entry in partition["clients"].values()]
+        is_cohort, at_sites = isinstance(experiment.model, Cohort), config.get("data") == SITES
+        if is_cohort and at_sites:
             raise ConfigError(f"the small models of {folder} are at its sites: export them there, from their --state")
-        setup = experiment.setup(labels, infos, experiment.data.load(experiment.seed).shape if small else ())
-        store = ClientStore(folder / "clients", found[2])
-        return cls(folder, experiment, partition, summary, setup, store, away, found[1])
+        setup = experiment.setup(labels, infos, experiment.data.load(experiment.seed).shape if is_cohort else ())
+        store = ClientStore(folder / "clients", checkpoint[2])
+        return cls(folder, experiment, partition, summary, setup, store, at_sites, checkpoint[1])
 
     def server(self) -> Any:
         """Return the server half as it ended."""
@@ -132,8 +134,8 @@ class Finished:
     def notes(self, client: str | None) -> tuple[str, ...]:
         """Return the notes on the reading of the data; of the notes on clients' own labels, only those of `client`."""
         notes = self.partition.get("notes") or []
-        own = f"{self.name(client)} answers in " if client else "\0"
-        return tuple(note for note in notes if " answers in " not in note or note.startswith(own))
+        prefix = f"{self.name(client)} answers in " if client else "\0"
+        return tuple(note for note in notes if " answers in " not in note or note.startswith(prefix))
 
     def info(self, client: str) -> ClientInfo:
         """Return the client with a name or id.
@@ -144,8 +146,8 @@ class Finished:
         infos = {self.name(info.id): info for info in self.setup.clients}
         client = self.name(client)
         if client not in infos:
-            near = difflib.get_close_matches(client, infos, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            matches = difflib.get_close_matches(client, infos, n=1)
+            hint = f"; did you mean {matches[0]}?" if matches else ""
             raise ConfigError(f"{self.folder} has no client {client!r}; it has {', '.join(infos)}{hint}")
         if reason := self.summary["clients"][infos[client].id]["reason"]:
             raise ConfigError(f"there is no model for {client}: it {reason}")
@@ -158,21 +160,25 @@ def of_run(run: Finished, client: str | None) -> Deployed:
     Raises:
         ConfigError: for an unknown client (naming all), or if there is no such model.
     """
-    server, summary, told = run.server(), run.summary, run.partition["clients"]
+    server, summary, client_entries = run.server(), run.summary, run.partition["clients"]
     metrics = {task: (values["metric"], values["score"]) for task, values in summary["tasks"].items()}
     name = type(run.experiment.algorithm).__name__
     if client is None:
         if run.experiment.fit.lora.rank and run.experiment.fit.lora.rule == "share_a":
-            raise ConfigError(f"with fit.lora.rule share_a there is no global model; name a client: {', '.join(told)}")
+            raise ConfigError(
+                f"with fit.lora.rule share_a there is no global model; name a client: {', '.join(client_entries)}"
+            )
         if not server.params:
-            raise ConfigError(f"{name} has no global model; name a client, --client: {', '.join(map(run.name, told))}")
-        labels, params, held, scores, members = run.setup.heads, server.params, None, metrics, list(told)
+            raise ConfigError(
+                f"{name} has no global model; name a client, --client: {', '.join(map(run.name, client_entries))}"
+            )
+        labels, params, experts, scores, members = run.setup.heads, server.params, None, metrics, list(client_entries)
         gates = Gates()
     else:
         info = run.info(client)
         client = info.id
         payload = server.deliver(info)
-        held = experts_from_scalars(payload.scalars)
+        experts = experts_from_scalars(payload.scalars)
         shared_a = run.experiment.fit.lora.rank and run.experiment.fit.lora.rule == "share_a"
         if (not payload.groups or shared_a) and run.away:
             raise ConfigError(
@@ -182,26 +188,28 @@ def of_run(run: Finished, client: str | None) -> Deployed:
         state = ClientState() if run.away else run.store.load(client)
         params = _params(payload, state, run.setup)
         if not params:
-            payload = Payload(run.setup.sub_moe(run.setup.initial_params(), info.task, held).groups, payload.scalars)
+            payload = Payload(run.setup.sub_moe(run.setup.initial_params(), info.task, experts).groups, payload.scalars)
             params = payload.group("params")
         gates = _gates(run.experiment, payload, params)
-        labels = {info.task: tuple(told[client]["labels"])} if told[client]["labels"] else {}
+        labels = {info.task: tuple(client_entries[client]["labels"])} if client_entries[client]["labels"] else {}
         scores, members = {info.task: (metrics[info.task][0], summary["clients"][client]["test"])}, [client]
     if isinstance(run.experiment.model, ModelSource):
         params = run.experiment.model.round(params)
-    sizes = {key: sum(told[c]["sizes"][key] for c in members) for key in ("train", "validation", "test")}
-    spent = summary.get("privacy", {})
+    sizes = {
+        key: sum(client_entries[member]["sizes"][key] for member in members) for key in ("train", "validation", "test")
+    }
+    privacy = summary.get("privacy", {})
     return Deployed(
         run.experiment,
         run.name(client) if client else "",
         labels,
         params,
-        held,
+        experts,
         scores,
         sizes,
-        len(told),
+        len(client_entries),
         summary["rounds"],
-        spent,
+        privacy,
         gates,
         run.notes(client),
     )
@@ -221,7 +229,7 @@ def delivered(folder: Path) -> tuple[dict[str, Any], ClientData, Payload, dict[s
     from consilium.engine.flower.site import FLOWERS
 
     refuse_links(folder, FLOWERS)
-    given, data = read_site(folder / "site.json")
+    settings, data = read_site(folder / "site.json")
     try:
         payload = decode((folder / DELIVERED).read_bytes())
     except FileNotFoundError as error:
@@ -230,7 +238,12 @@ def delivered(folder: Path) -> tuple[dict[str, Any], ClientData, Payload, dict[s
         ) from error
     except PayloadError as error:
         raise CheckpointError(f"{folder / DELIVERED} cannot be read: {error}") from error
-    return given, data, payload, {key[7:]: v for key, v in payload.scalars.items() if key.startswith("engine/")}
+    return (
+        settings,
+        data,
+        payload,
+        {key[7:]: value for key, value in payload.scalars.items() if key.startswith("engine/")},
+    )
 
 
 def of_site(given: dict[str, Any], data: ClientData, payload: Payload, told: dict[str, Any]) -> Deployed:
@@ -243,19 +256,21 @@ def of_site(given: dict[str, Any], data: ClientData, payload: Payload, told: dic
 
     if not any(payload.groups.values()):
         raise ConfigError(f"{given['name']} has no model yet: with its method a site has none before it has trained")
-    own = from_json(given["experiment"])
+    site_experiment = from_json(given["experiment"])
     # The server's settings count, and data and model are where the site has them.
-    experiment = replace(from_json(json.loads(str(told["experiment"]))), data=own.data, model=own.model)
+    experiment = replace(
+        from_json(json.loads(str(told["experiment"]))), data=site_experiment.data, model=site_experiment.model
+    )
     labels = {data.task.name: data.task.labels} if data.task.labels else {}
     setup = experiment.setup([(data.task.name, data.task.labels)])
     params = _params(payload, ClientState(payload.group(OWN)), setup)
-    held = experts_from_scalars(payload.scalars)
+    experts = experts_from_scalars(payload.scalars)
     return Deployed(
         experiment=experiment,
         client=str(given["name"]),
         labels=labels,
-        params=own.model.round(params),
-        held=held,
+        params=site_experiment.model.round(params),
+        held=experts,
         scores={data.task.name: (data.task.metric, float(told["score"]))},
         sizes={key: len(split) for key, split in data.splits()},
         clients=0,
@@ -269,15 +284,15 @@ def _params(payload: Payload, state: ClientState, setup: Setup) -> Params:
 
     Weights that an engine has put into the client's state are left out.
     """
-    own = {key: tensor for key, tensor in state.params.items() if not key.startswith("engine/")}
-    params = payload.group("base") | (payload.group("params") or own)
+    client_params = {key: tensor for key, tensor in state.params.items() if not key.startswith("engine/")}
+    params = payload.group("base") | (payload.group("params") or client_params)
     return setup.both_halves(params, taken(state, PRIVATE).params) if params else params
 
 
 def _gates(experiment: Experiment, payload: Payload, params: Params) -> Gates:
     """Return the scale of the gates; a client that keeps its model keeps the rows of absent experts with it."""
-    held = experts_from_scalars(payload.scalars)
-    rows = payload.group("router") or (absent_rows(params, held) if held else {})
+    experts = experts_from_scalars(payload.scalars)
+    rows = payload.group("router") or (absent_rows(params, experts) if experts else {})
     return gates_from_scalars(experiment.fit.gates, payload.scalars, rows)
 
 

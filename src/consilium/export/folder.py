@@ -62,16 +62,16 @@ def new_folder(out: Path, keep: bool = True) -> Iterator[Path]:
         raise ConfigError(f"{out} is not empty: choose another --out, or remove it first")
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        made = Path(mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+        temporary = Path(mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
     except OSError as error:
         raise ConfigError(f"{out} cannot be made: {error.strerror}; choose another --out") from error
     try:
-        yield made
+        yield temporary
         if keep:
-            _share(made)
-            made.replace(out.absolute())
+            _share(temporary)
+            temporary.replace(out.absolute())
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _share(folder: Path) -> None:
@@ -144,7 +144,7 @@ def _plain(folder: Path, deployed: Deployed) -> list[str]:
     source = deployed.experiment.model
     model = source.build(_whole(deployed), "", (), deployed.held, deployed.gates)
     try:
-        config, longest = uniform(fold_gates(model))
+        config, length = uniform(fold_gates(model))
     except ModelError as error:
         raise ConfigError(f"{error}; use --format consilium, which keeps every layer as it is") from error
     backbone = model.backbone  # `uniform` may have replaced it by a wider one
@@ -154,24 +154,24 @@ def _plain(folder: Path, deployed: Deployed) -> list[str]:
     with quietly():
         backbone.save_pretrained(folder)
     _heads(folder, deployed, text_config(config).hidden_size)
-    notes, rounded = [], source.dtype != "float32"
-    if any(c != 1 for c in deployed.gates.scale.values()):
+    notes, is_rounded = [], source.dtype != "float32"
+    if any(factor != 1 for factor in deployed.gates.scale.values()):
         notes.append(
             "the constants that keep the gates of a slice on the scale of the full model (fit.gates) were "
-            "multiplied into the experts" + (f", which rounds them to {source.dtype}" if rounded else "")
+            "multiplied into the experts" + (f", which rounds them to {source.dtype}" if is_rounded else "")
         )
-    if longest is not None:
+    if length is not None:
         notes.append(
-            f"the layers serve up to {longest} to {config.expert_capacity} tokens per expert, and the configuration "
-            f"has the largest: the same model for texts of up to {longest} tokens"
+            f"the layers serve up to {length} to {config.expert_capacity} tokens per expert, and the configuration "
+            f"has the largest: the same model for texts of up to {length} tokens"
         )
-    if (wide := text_config(config).hidden_size) != text_config(source.config).hidden_size:
+    if (width := text_config(config).hidden_size) != text_config(source.config).hidden_size:
         notes.append(
-            f"the hidden size is {wide} in place of {text_config(source.config).hidden_size}, so that layers with "
+            f"the hidden size is {width} in place of {text_config(source.config).hidden_size}, so that layers with "
             "different numbers of experts could be filled up to one number; the logits are the same"
-            + (f" but for the rounding of {source.dtype}" if rounded else "")
+            + (f" but for the rounding of {source.dtype}" if is_rounded else "")
         )
-    if deployed.experiment.fit.lora.rank and rounded:
+    if deployed.experiment.fit.lora.rank and is_rounded:
         notes.append(f"the adapters were merged into weights of {source.dtype}, which rounds them")
     return notes
 
@@ -187,13 +187,13 @@ def _adapters(folder: Path, deployed: Deployed) -> list[str]:
             f"the rule {lora.rule!r} changed the base itself, so adapters alone are not the model: use --format "
             "transformers"
         )
-    held = deployed.held
-    if held is not None and any(len(ids) < source.counts[block] for block, ids in held.items()):
+    experts = deployed.held
+    if experts is not None and any(len(ids) < source.counts[block] for block, ids in experts.items()):
         raise ConfigError(
             f"adapters fit the whole base, and {deployed.client} holds a part of its experts: use --format transformers"
         )
     model = source.build(source.load() | deployed.params, "", ())
-    rank = next(len(t) for key, t in deployed.params.items() if is_adapter(key) and key.endswith("_A"))
+    rank = next(len(tensor) for key, tensor in deployed.params.items() if is_adapter(key) and key.endswith("_A"))
     load_flat(add_lora(model, replace(lora.at(rank), base="full")), deployed.params)
     save_adapters(model, folder, source.path)
     if lora.router and not source.family.dense:
@@ -204,15 +204,15 @@ def _adapters(folder: Path, deployed: Deployed) -> list[str]:
 
 def _add_routers(folder: Path, model: TaskModel) -> None:
     """Add routers that were trained in full as PEFT's `modules_to_save`."""
-    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    told, tensors = json.loads(config.read_text()), load_file(weights)
+    config_path, weights_path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    config, tensors = json.loads(config_path.read_text()), load_file(weights_path)
     paths = [f"{block}.{model.family.router}" for block in model.blocks()]
     for path in paths:
         router = model.backbone.get_submodule(path)
         for name, tensor in router.state_dict().items():
             tensors[f"base_model.model.{path}.{name}"] = tensor.detach().cpu().contiguous()
-    config.write_text(json.dumps({**told, "modules_to_save": paths}, indent=2) + "\n")
-    save_file(tensors, weights, {"format": "pt"})
+    config_path.write_text(json.dumps({**config, "modules_to_save": paths}, indent=2) + "\n")
+    save_file(tensors, weights_path, {"format": "pt"})
 
 
 def _sub_moe(folder: Path, deployed: Deployed) -> list[str]:
@@ -221,8 +221,8 @@ def _sub_moe(folder: Path, deployed: Deployed) -> list[str]:
         raise ConfigError("a directory with a keep-map has one task: name a client, --client")
     task, labels = next(iter(deployed.labels.items()), ("", ()))
     model = source.build(_whole(deployed), task, labels, deployed.held, deployed.gates)
-    held = deployed.held or {block: tuple(range(n)) for block, n in source.counts.items()}
-    save_sub_moe(folder, source, model, held)
+    experts = deployed.held or {block: tuple(range(n)) for block, n in source.counts.items()}
+    save_sub_moe(folder, source, model, experts)
     return ["plain transformers cannot read it: consilium.moe.files.load_sub_moe does"]
 
 
@@ -237,8 +237,8 @@ def _heads(folder: Path, deployed: Deployed, width: int) -> None:
         tensors[f"{task}.weight"] = nn.functional.pad(weight_CD, (0, width - weight_CD.shape[1]))
     if tensors:
         save_file(tensors, folder / "head.safetensors", {"format": "pt"})
-        told = {task: list(labels) for task, labels in deployed.labels.items()}
-        (folder / "labels.json").write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+        labels_by_task = {task: list(labels) for task, labels in deployed.labels.items()}
+        (folder / "labels.json").write_text(json.dumps(labels_by_task, indent=1, ensure_ascii=False) + "\n")
 
 
 def _generation(location: str, revision: str | None, config: object) -> GenerationConfig:

@@ -80,7 +80,7 @@ class Taken:
     def labelled(self, texts: Sequence[str], top: int = 1) -> Iterator[list[Labelled]]:
         """Yield, for each text, the `top` most probable labels of every task that the model has."""
         for text in texts:
-            yield [found for task, model in self.models.items() for found in self._label(task, model, text, top)]
+            yield [answer for task, model in self.models.items() for answer in self._label(task, model, text, top)]
 
     @torch.inference_mode()
     def _label(self, task: str, model: TaskModel, text: str, top: int) -> list[Labelled]:
@@ -92,12 +92,12 @@ class Taken:
 
     def _task_batch(self, model: TaskModel, text: str) -> dict[str, torch.Tensor]:
         """Return a text as a batch, cut to `max_length` as in training; batches always have labels, so it has some."""
-        classify, seq2seq = bool(model.labels), model.encoder_decoder
-        way = "classification" if classify else "seq2seq" if seq2seq else "causal"
-        form = "classification" if classify else "text-to-text"
+        is_classifier, seq2seq = bool(model.labels), model.encoder_decoder
+        kind = "classification" if is_classifier else "seq2seq" if seq2seq else "causal"
+        form = "classification" if is_classifier else "text-to-text"
         task = Task(model.task, form, model.labels, "accuracy")
-        split = Split([text], [model.labels[0] if classify else ""])
-        encoded = encode(split, task, self.source.tokenizer(), way, self.max_length, self.target_length)
+        split = Split([text], [model.labels[0] if is_classifier else ""])
+        encoded = encode(split, task, self.source.tokenizer(), kind, self.max_length, self.target_length)
         return encoded.batch([0], CPU, prompt=True)
 
     def written(self, text: str, tokens: int | None = None) -> str:
@@ -134,8 +134,8 @@ def _with_heads(folder: Path, source: ModelSource, tasks: dict[str, list[str]]) 
     models = {}
     for task, labels in tasks.items():
         rows = {
-            f"head.{task}.{label}.{leaf}": heads[f"{task}.{leaf}"][place]
-            for place, label in enumerate(labels)
+            f"head.{task}.{label}.{leaf}": heads[f"{task}.{leaf}"][row]
+            for row, label in enumerate(labels)
             for leaf in ("weight", "bias")
         }
         models[task] = source.build(params | rows, task, tuple(labels))

@@ -90,11 +90,11 @@ class Cohort:
             raise ConfigError("model.architectures is empty; name at least one")
         for name in (*self.architectures, self.small):
             if name not in ARCHITECTURES and not encoders.is_function(name) and not encoders.is_model(name):
-                known = ", ".join(ARCHITECTURES)
-                raise ConfigError(f"architecture {name!r} is unknown; allowed are {known}, or {encoders.FORMS}")
-        for name, least in (("width", 1), ("kernel", 1), ("padding", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"model.{name} is {getattr(self, name)}; it must be at least {least}")
+                choices = ", ".join(ARCHITECTURES)
+                raise ConfigError(f"architecture {name!r} is unknown; allowed are {choices}, or {encoders.FORMS}")
+        for name, minimum in (("width", 1), ("kernel", 1), ("padding", 0)):
+            if getattr(self, name) < minimum:
+                raise ConfigError(f"model.{name} is {getattr(self, name)}; it must be at least {minimum}")
 
     @property
     def world(self) -> str:
@@ -177,8 +177,8 @@ def initial(make: Callable[[], nn.Module], *seed: Any) -> Params:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(*seed))
         module = make()
-    found = dict(module.named_parameters()) | {k: t for k, t in module.named_buffers() if t.is_floating_point()}
-    return {key: tensor.detach().clone() for key, tensor in found.items()}
+    tensors = dict(module.named_parameters()) | {k: t for k, t in module.named_buffers() if t.is_floating_point()}
+    return {key: tensor.detach().clone() for key, tensor in tensors.items()}
 
 
 class CNN(nn.Sequential):

@@ -84,10 +84,12 @@ def extractor(name: str, shape: tuple[int, ...]) -> nn.Module:
 def _own(name: str, shape: tuple[int, ...]) -> nn.Module:
     make = _imported(name)
     try:
-        made = make(shape)
+        result = make(shape)
     except Exception as error:
         raise ConfigError(f"{name}({shape}) failed with {type(error).__name__}: {error}") from error
-    module, width = made if isinstance(made, tuple) and len(made) == 2 else (made, getattr(made, "width", None))
+    module, width = (
+        result if isinstance(result, tuple) and len(result) == 2 else (result, getattr(result, "width", None))
+    )
     if not isinstance(module, nn.Module):
         raise ConfigError(
             f"{name} returned a {type(module).__name__}; it must return a torch module, or (module, width)"
@@ -112,9 +114,9 @@ def _imported(name: str) -> Callable[[tuple[int, ...]], Any]:
         ) from error
     make = getattr(module, function, None)
     if not callable(make):
-        what = "has no function" if make is None else f"has a {type(make).__name__} and no function"
+        problem = "has no function" if make is None else f"has a {type(make).__name__} and no function"
         raise ConfigError(
-            f"{path} {what} {function!r}; give a function from the shape of one example to a torch module"
+            f"{path} {problem} {function!r}; give a function from the shape of one example to a torch module"
         )
     return make
 
@@ -122,29 +124,31 @@ def _imported(name: str) -> Callable[[tuple[int, ...]], Any]:
 def _check(name: str, module: nn.Module, shape: tuple[int, ...]) -> None:
     """Raise ConfigError unless a module is float32, has no tied or lazy tensors and returns shape [B, width]."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    if lazy := [key for key, t in tensors if is_lazy(t)]:
+    if lazy_keys := [key for key, t in tensors if is_lazy(t)]:
         raise ConfigError(
-            f"{name}: {lazy[0]} is lazy; give the sizes of all layers, the shape of an example is {shape}"
+            f"{name}: {lazy_keys[0]} is lazy; give the sizes of all layers, the shape of an example is {shape}"
         )
-    if odd := [(key, t.dtype) for key, t in tensors if t.is_floating_point() and t.dtype != torch.float32]:
-        raise ConfigError(f"{name}: {odd[0][0]} is {odd[0][1]}; it must be torch.float32")
+    if wrong_dtypes := [(key, t.dtype) for key, t in tensors if t.is_floating_point() and t.dtype != torch.float32]:
+        raise ConfigError(f"{name}: {wrong_dtypes[0][0]} is {wrong_dtypes[0][1]}; it must be torch.float32")
     if len([*module.named_parameters()]) != len([*module.named_parameters(remove_duplicate=False)]):
         raise ConfigError(f"{name}: a parameter has two names; tied parameters would be averaged twice: use one module")
     if any(t.is_meta for _, t in tensors):
         return
     examples = torch.zeros(2, *shape) if shape else torch.ones(2, 4, dtype=torch.int64)
-    training = module.training
+    was_training = module.training
     try:
         with torch.no_grad():
-            out = module.eval()(examples)
+            output = module.eval()(examples)
     except Exception as error:
         raise ConfigError(
             f"{name}: its module cannot take {tuple(examples.shape)}, two examples: {type(error).__name__}: {error}"
         ) from error
-    module.train(training)
-    if not isinstance(out, Tensor) or out.shape != (2, module.width):
-        what = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ConfigError(f"{name}: two examples give {what}; with width {module.width} it must be (2, {module.width})")
+    module.train(was_training)
+    if not isinstance(output, Tensor) or output.shape != (2, module.width):
+        result = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ConfigError(
+            f"{name}: two examples give {result}; with width {module.width} it must be (2, {module.width})"
+        )
 
 
 # --- transformers models ----------------------------------------------------------------------------------------------
@@ -152,19 +156,19 @@ def _check(name: str, module: nn.Module, shape: tuple[int, ...]) -> None:
 
 def _encoder(name: str, shape: tuple[int, ...]) -> nn.Module:
     config = _config(name)
-    images, texts = (
+    takes_images, takes_texts = (
         type(config) in mapping
         for mapping in (
             transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
             transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
         )
     )
-    if not images and (not texts or getattr(config, "is_encoder_decoder", False)):
+    if not takes_images and (not takes_texts or getattr(config, "is_encoder_decoder", False)):
         raise ModelError(f"model {name!r} is {config.model_type}, which is no encoder of images or texts")
-    if len(shape) not in ((3,) if images else (0,)):
-        takes = "images (channels, height, width)" if images else "texts"
-        raise ModelError(f"model {name!r} takes {takes}, the examples are {f'of shape {shape}' if shape else 'texts'}")
-    if images:
+    if len(shape) not in ((3,) if takes_images else (0,)):
+        inputs = "images (channels, height, width)" if takes_images else "texts"
+        raise ModelError(f"model {name!r} takes {inputs}, the examples are {f'of shape {shape}' if shape else 'texts'}")
+    if takes_images:
         return ImageEncoder(_model(name, config), shape, _preprocessing(name, config))
     return TextEncoder(_model(name, config))
 
@@ -196,16 +200,16 @@ def _model(name: str, config: Any) -> nn.Module:
             model = transformers.AutoModel.from_config(config, dtype=torch.float32)
         model.tie_weights()
         return _without_pooling(model)
-    safe = {"use_safetensors": True, "trust_remote_code": False}
+    load_options = {"use_safetensors": True, "trust_remote_code": False}
     with quietly():
         model, info = _read(
             name,
             lambda: transformers.AutoModel.from_pretrained(
-                name, config=config, dtype=torch.float32, output_loading_info=True, **safe
+                name, config=config, dtype=torch.float32, output_loading_info=True, **load_options
             ),
         )
-    own = {key for key, _ in _without_pooling(model).named_parameters()}
-    if missing := sorted(own & set(info["missing_keys"])):
+    encoder_keys = {key for key, _ in _without_pooling(model).named_parameters()}
+    if missing := sorted(encoder_keys & set(info["missing_keys"])):
         raise ModelError(f"model {name!r} lacks {len(missing)} weights of its encoder, e.g. {missing[0]!r}")
     return model.eval()
 
@@ -232,15 +236,16 @@ def _preprocessing_of(name: str) -> dict[str, Any]:
 
 def _preprocessing(name: str, config: Any) -> dict[str, Any]:
     """Return "size" (H, W) or None for any, and "mean" and "std" of pixels in [0, 1], one number or one per channel."""
-    told = _preprocessing_of(name)
-    size = told.get("crop_size") if told.get("do_center_crop") else None
-    size = getattr(config, "image_size", None) or size or (told.get("size") if told.get("do_resize") else None)
+    settings = _preprocessing_of(name)
+    size = settings.get("crop_size") if settings.get("do_center_crop") else None
+    size = getattr(config, "image_size", None) or size or (settings.get("size") if settings.get("do_resize") else None)
     if isinstance(size, dict):
         size = [size.get(key, size.get("shortest_edge")) for key in ("height", "width")]
     size = [size, size] if isinstance(size, int) else size
-    normalised = told.get("do_normalize", True)
+    is_normalised = settings.get("do_normalize", True)
     mean, std = (
-        told.get(key, 0.5) if normalised else other for key, other in (("image_mean", 0.0), ("image_std", 1.0))
+        settings.get(key, 0.5) if is_normalised else identity
+        for key, identity in (("image_mean", 0.0), ("image_std", 1.0))
     )
     return {"size": size and tuple(size), "mean": mean, "std": std}
 
@@ -276,8 +281,8 @@ class ImageEncoder(nn.Module):
             scale, shift = (x.new_tensor(numbers).view(-1, 1, 1) for numbers in (self.scale, self.shift))
             x = torch.addcmul(shift, x, scale)
         output = self.model(pixel_values=x.expand(-1, self.channels, -1, -1))
-        pooled = getattr(output, "pooler_output", None)
-        return output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
+        pooled_output = getattr(output, "pooler_output", None)
+        return output.last_hidden_state[:, 0] if pooled_output is None else pooled_output.flatten(1)
 
 
 class TextEncoder(nn.Module):
@@ -301,12 +306,12 @@ class TextEncoder(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         mask = ids != self.pad
-        longest = int((mask.any(0) * torch.arange(1, ids.shape[1] + 1, device=ids.device)).amax().clamp(min=1))
-        if self.limit is not None and longest > self.limit:
+        length = int((mask.any(0) * torch.arange(1, ids.shape[1] + 1, device=ids.device)).amax().clamp(min=1))
+        if self.limit is not None and length > self.limit:
             raise ModelError(
-                f"a text has {longest} tokens, {self.model.config.model_type} reads {self.limit}; lower fit.max_length"
+                f"a text has {length} tokens, {self.model.config.model_type} reads {self.limit}; lower fit.max_length"
             )
-        ids, mask = ids[:, :longest], mask[:, :longest]
+        ids, mask = ids[:, :length], mask[:, :length]
         hidden = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         weights = mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
@@ -323,18 +328,20 @@ def one_tokenizer(names: tuple[str, ...]) -> PreTrainedTokenizerBase:
     models = [name for name in dict.fromkeys(names) if is_model(name)]
     if not models:
         raise ConfigError(f"no architecture of {', '.join(names)} has a tokenizer; texts need a transformers encoder")
-    found = {
+    tokenizers = {
         n: _read(n, lambda n=n: transformers.AutoTokenizer.from_pretrained(n, trust_remote_code=False)) for n in models
     }
-    first, tokenizer = next(iter(found.items()))
-    for name, other in found.items():
-        if other.get_vocab() != tokenizer.get_vocab() or other.pad_token_id != tokenizer.pad_token_id:
+    first_name, tokenizer = next(iter(tokenizers.items()))
+    for name, candidate in tokenizers.items():
+        if candidate.get_vocab() != tokenizer.get_vocab() or candidate.pad_token_id != tokenizer.pad_token_id:
             raise ConfigError(
-                f"{first} and {name} have different tokenizers; all encoders must read the same token ids"
+                f"{first_name} and {name} have different tokenizers; all encoders must read the same token ids"
             )
-        if len(other) > (words := _config(name).vocab_size):
-            raise ConfigError(f"the tokenizer of {name} has {len(other)} tokens, its model {words}; they are no pair")
-        if other.pad_token_id is None or _config(name).pad_token_id != other.pad_token_id:
-            ids = f"{other.pad_token_id}, its configuration {_config(name).pad_token_id}"
+        if len(candidate) > (vocab_size := _config(name).vocab_size):
+            raise ConfigError(
+                f"the tokenizer of {name} has {len(candidate)} tokens, its model {vocab_size}; they are no pair"
+            )
+        if candidate.pad_token_id is None or _config(name).pad_token_id != candidate.pad_token_id:
+            ids = f"{candidate.pad_token_id}, its configuration {_config(name).pad_token_id}"
             raise ConfigError(f"the tokenizer of {name} pads with {ids}; they must be the same number")
     return tokenizer

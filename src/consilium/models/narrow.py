@@ -54,11 +54,11 @@ def chain(module: nn.Module) -> tuple[Link, ...]:
     links: list[Link] = []
     for name, layer in module.named_children():
         if isinstance(layer, nn.Conv2d | nn.Linear):
-            before = links[-1] if links else None
-            out, read = layer.weight.shape[:2]
-            places = read // before.units if before and isinstance(layer, nn.Linear) else 1
-            inside = layer.weight[0, 0].numel() * places if before else layer.weight[0].numel()
-            links.append(Link(name, out, before.name if before else "", places, inside))
+            previous_link = links[-1] if links else None
+            out_units, in_units = layer.weight.shape[:2]
+            places = in_units // previous_link.units if previous_link and isinstance(layer, nn.Linear) else 1
+            inside = layer.weight[0, 0].numel() * places if previous_link else layer.weight[0].numel()
+            links.append(Link(name, out_units, previous_link.name if previous_link else "", places, inside))
         elif any(True for _ in layer.parameters()):
             raise ConfigError(
                 f"{type(layer).__name__} in a model of which sub-networks are taken; allowed are Conv2d, Linear"
@@ -70,21 +70,21 @@ def _places(link: Link, units: Units) -> Tensor | None:
     """Return the indices of a layer's inputs that belong to the kept units, or None for all inputs."""
     if link.before not in units:
         return None
-    kept = torch.tensor(units[link.before])
-    return (kept[:, None] * link.places + torch.arange(link.places)).flatten()
+    unit_ids = torch.tensor(units[link.before])
+    return (unit_ids[:, None] * link.places + torch.arange(link.places)).flatten()
 
 
 def cut(params: Mapping[str, Tensor], links: Sequence[Link], units: Units) -> Params:
     """Return the parameters of a sub-network; uncut tensors and names outside the chain (heads) are not copied."""
-    sub = dict(params)
+    sub_params = dict(params)
     for link in links:
-        weight, bias, read = params[f"{link.name}.weight"], params[f"{link.name}.bias"], _places(link, units)
+        weight, bias, input_indices = params[f"{link.name}.weight"], params[f"{link.name}.bias"], _places(link, units)
         if link.name in units:
-            kept = torch.tensor(units[link.name])
-            weight, bias = weight[kept], bias[kept]
-        sub[f"{link.name}.weight"] = weight if read is None else weight[:, read].contiguous()
-        sub[f"{link.name}.bias"] = bias
-    return sub
+            unit_ids = torch.tensor(units[link.name])
+            weight, bias = weight[unit_ids], bias[unit_ids]
+        sub_params[f"{link.name}.weight"] = weight if input_indices is None else weight[:, input_indices].contiguous()
+        sub_params[f"{link.name}.bias"] = bias
+    return sub_params
 
 
 def put(sums: Params, counts: Params, sub: Mapping[str, Tensor], links: Sequence[Link], units: Units, w: float) -> None:
@@ -99,33 +99,35 @@ def put(sums: Params, counts: Params, sub: Mapping[str, Tensor], links: Sequence
         w: the weight.
     """
     for link in links:
-        read = _places(link, units)
-        kept = torch.tensor(units[link.name]) if link.name in units else torch.arange(link.units)
+        input_indices = _places(link, units)
+        unit_ids = torch.tensor(units[link.name]) if link.name in units else torch.arange(link.units)
         for leaf in ("weight", "bias"):
             key = f"{link.name}.{leaf}"
-            if leaf == "bias" or read is None:
-                sums[key].index_add_(0, kept, sub[key].double(), alpha=w)
-                counts[key].index_add_(0, kept, torch.ones_like(sub[key], dtype=torch.float64), alpha=w)
+            if leaf == "bias" or input_indices is None:
+                sums[key].index_add_(0, unit_ids, sub[key].double(), alpha=w)
+                counts[key].index_add_(0, unit_ids, torch.ones_like(sub[key], dtype=torch.float64), alpha=w)
             else:
-                rows_OX, count_OX = sums[key].index_select(0, kept), counts[key].index_select(0, kept)
-                rows_OX.index_add_(1, read, sub[key].double(), alpha=w)
-                count_OX.index_add_(1, read, torch.ones_like(sub[key], dtype=torch.float64), alpha=w)
-                sums[key][kept], counts[key][kept] = rows_OX, count_OX
+                rows_OX, count_OX = sums[key].index_select(0, unit_ids), counts[key].index_select(0, unit_ids)
+                rows_OX.index_add_(1, input_indices, sub[key].double(), alpha=w)
+                count_OX.index_add_(1, input_indices, torch.ones_like(sub[key], dtype=torch.float64), alpha=w)
+                sums[key][unit_ids], counts[key][unit_ids] = rows_OX, count_OX
 
 
 def narrowed(module: nn.Sequential, units: Units) -> nn.Sequential:
     """Replace the layers of a model in place by new ones of the sub-network's widths, and return the model."""
     for link in chain(module):
         layer = module.get_submodule(link.name)
-        out = len(units.get(link.name, range(link.units)))
-        read = _places(link, units)
+        out_units = len(units.get(link.name, range(link.units)))
+        input_indices = _places(link, units)
         if isinstance(layer, nn.Conv2d):
-            inputs = layer.in_channels if read is None else len(read)
-            new = nn.Conv2d(inputs, out, layer.kernel_size, layer.stride, layer.padding, device=layer.weight.device)
+            inputs = layer.in_channels if input_indices is None else len(input_indices)
+            new_layer = nn.Conv2d(
+                inputs, out_units, layer.kernel_size, layer.stride, layer.padding, device=layer.weight.device
+            )
         else:
-            inputs = layer.in_features if read is None else len(read)
-            new = nn.Linear(inputs, out, device=layer.weight.device)
-        module[int(link.name)] = new
+            inputs = layer.in_features if input_indices is None else len(input_indices)
+            new_layer = nn.Linear(inputs, out_units, device=layer.weight.device)
+        module[int(link.name)] = new_layer
     return module
 
 
@@ -133,8 +135,8 @@ def params_of(links: Sequence[Link], units: Units) -> int:
     """Return the number of parameters of a sub-network, without heads."""
     total = 0
     for link in links:
-        out = len(units.get(link.name, range(link.units)))
-        read = len(units[link.before]) if link.before in units else None
-        before = next((other.units for other in links if other.name == link.before), 1)
-        total += out * (link.inside * (before if read is None else read) + 1)
+        out_units = len(units.get(link.name, range(link.units)))
+        input_count = len(units[link.before]) if link.before in units else None
+        previous_units = next((other.units for other in links if other.name == link.before), 1)
+        total += out_units * (link.inside * (previous_units if input_count is None else input_count) + 1)
     return total

@@ -58,11 +58,11 @@ def add_scales(model: TaskModel, scales: Params) -> TaskModel:
 
 def scales_of(model: TaskModel) -> Params:
     """Return the trained scalars by block, as copies on the CPU."""
-    found = {}
+    scales = {}
     for name, block in model.blocks().items():
-        value = block.get_submodule(model.family.experts).get_parameter(SCALE)
-        found[name] = value.detach().to("cpu", torch.float32, copy=True)
-    return found
+        parameter = block.get_submodule(model.family.experts).get_parameter(SCALE)
+        scales[name] = parameter.detach().to("cpu", torch.float32, copy=True)
+    return scales
 
 
 def balance_routing(model: TaskModel, candidates: int, reach: float, momentum: float) -> TaskModel:
@@ -77,13 +77,13 @@ def balance_routing(model: TaskModel, candidates: int, reach: float, momentum: f
         momentum: momentum of the usage u: u <- momentum u + (1 - momentum) shares.
     """
     family = model.family
-    simple = family.correction is None and family.score == "softmax" and not family.groups and family.least == 1
-    if not simple or family.dispatch or (family.logits, family.routed) != (0, 2):
+    takes_largest = family.correction is None and family.score == "softmax" and not family.groups and family.least == 1
+    if not takes_largest or family.dispatch or (family.logits, family.routed) != (0, 2):
         return model
-    normal = family.normalised
+    normalises = family.normalised
     for block in model.blocks().values():
         router = block.get_submodule(family.router)
-        router.register_forward_hook(Balanced(candidates, reach, momentum, normal))
+        router.register_forward_hook(Balanced(candidates, reach, momentum, normalises))
     return model
 
 
@@ -102,17 +102,17 @@ class Balanced:
         if not router.training:
             return output
         logits_TE, gates_TK = output[0].float(), output[WEIGHTS]
-        experts, k = logits_TE.shape[-1], gates_TK.shape[-1]
-        u_E = torch.full((experts,), 1 / experts, device=logits_TE.device) if self.u is None else self.u
-        change_E = self.reach * torch.tanh(1 / (experts * u_E.clamp(min=1e-6)) - 1)
-        near = logits_TE.topk(min(max(self.candidates or 2 * k, k), experts), dim=-1).indices
-        allowed_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(-1, near, True)
-        moved_TE = (logits_TE + change_E).masked_fill(~allowed_TE, float("-inf"))
-        best = moved_TE.softmax(-1).topk(k, dim=-1)
-        weights = best.values / best.values.sum(-1, keepdim=True) if self.normal else best.values
-        share_E = torch.bincount(best.indices.flatten(), minlength=experts).float() / best.indices.numel()
+        n_experts, k = logits_TE.shape[-1], gates_TK.shape[-1]
+        u_E = torch.full((n_experts,), 1 / n_experts, device=logits_TE.device) if self.u is None else self.u
+        change_E = self.reach * torch.tanh(1 / (n_experts * u_E.clamp(min=1e-6)) - 1)
+        candidate_ids = logits_TE.topk(min(max(self.candidates or 2 * k, k), n_experts), dim=-1).indices
+        candidates_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(-1, candidate_ids, True)
+        changed_logits_TE = (logits_TE + change_E).masked_fill(~candidates_TE, float("-inf"))
+        top_k = changed_logits_TE.softmax(-1).topk(k, dim=-1)
+        weights = top_k.values / top_k.values.sum(-1, keepdim=True) if self.normal else top_k.values
+        share_E = torch.bincount(top_k.indices.flatten(), minlength=n_experts).float() / top_k.indices.numel()
         self.u = self.momentum * u_E + (1 - self.momentum) * share_E
-        return (output[0], weights.to(gates_TK.dtype), best.indices, *output[3:])
+        return (output[0], weights.to(gates_TK.dtype), top_k.indices, *output[3:])
 
 
 def fill_gradients(model: TaskModel, held: ExpertSet | None, factor: float):
@@ -125,24 +125,24 @@ def fill_gradients(model: TaskModel, held: ExpertSet | None, factor: float):
 
     @torch.no_grad()
     def correct(trainable: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-        apart: dict[tuple[str, str], list[Tensor]] = {}
+        parameters_by_tensor: dict[tuple[str, str], list[Tensor]] = {}
         for path, p in trainable.items():
             name = names[path]
             place = expert_of(name if isinstance(name, str) else name[0])
             if place is None:
                 continue
             if isinstance(name, str):
-                apart.setdefault((place[0], name.split(f".experts.{place[1]}.", 1)[1]), []).append(p)
+                parameters_by_tensor.setdefault((place[0], name.split(f".experts.{place[1]}.", 1)[1]), []).append(p)
             elif p.grad is not None:
-                reached = p.grad.flatten(1).any(1)
-                if reached.any() and not reached.all():
-                    p.grad[~reached] = factor * p.grad[reached].mean(0)
-        for members in apart.values():
-            reached = [p for p in members if p.grad is not None and p.grad.any()]
-            if reached:
-                mean = factor * torch.stack([p.grad for p in reached]).mean(0)
+                reached_experts = p.grad.flatten(1).any(1)
+                if reached_experts.any() and not reached_experts.all():
+                    p.grad[~reached_experts] = factor * p.grad[reached_experts].mean(0)
+        for members in parameters_by_tensor.values():
+            reached_experts = [p for p in members if p.grad is not None and p.grad.any()]
+            if reached_experts:
+                mean = factor * torch.stack([p.grad for p in reached_experts]).mean(0)
                 for p in members:
-                    if all(p is not other for other in reached):
+                    if all(p is not other for other in reached_experts):
                         p.grad = mean.clone()
 
     return correct

@@ -32,12 +32,12 @@ def _peft_keys(model: TaskModel) -> Iterator[tuple[str, list[str]]]:
         path = f"base_model.model.{block}.{family.experts}"
         targets = [t for t in family.lora_targets if f"{block}.experts.0.{t}" in names]
         for depth, target in enumerate(reversed(targets)):
-            flat = [f"{block}.experts.{place}.{target}" for place in places]
+            adapter_names = [f"{block}.experts.{place}.{target}" for place in places]
             if family.layout == "modules":
                 for place in places:
-                    yield f"{path}.{family.module.format(place)}.{target}", [flat[place]]
+                    yield f"{path}.{family.module.format(place)}.{target}", [adapter_names[place]]
             else:
-                yield path + ".base_layer" * depth, flat
+                yield path + ".base_layer" * depth, adapter_names
 
 
 def save_adapters(model: TaskModel, folder: Path, base: str = "") -> None:
@@ -49,9 +49,9 @@ def save_adapters(model: TaskModel, folder: Path, base: str = "") -> None:
     from peft import LoraConfig
 
     adapters, tensors = model.adapters.named(), {}
-    for key, flat in _peft_keys(model):
-        a_ERX = torch.stack([adapters[f"{name}.lora_A"].detach() for name in flat])
-        b_EYR = torch.stack([adapters[f"{name}.lora_B"].detach() for name in flat])
+    for key, adapter_names in _peft_keys(model):
+        a_ERX = torch.stack([adapters[f"{name}.lora_A"].detach() for name in adapter_names])
+        b_EYR = torch.stack([adapters[f"{name}.lora_B"].detach() for name in adapter_names])
         tensors[f"{key}.lora_A.weight"] = a_ERX.flatten(0, 1).cpu().contiguous()
         tensors[f"{key}.lora_B.weight"] = b_EYR.permute(1, 2, 0).flatten(1).cpu().contiguous()
     rank = next(iter(adapters.values())).shape[0]
@@ -72,23 +72,27 @@ def load_adapters(model: TaskModel, folder: Path, router: bool = True) -> TaskMo
     """
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
-    odd = [key for key in ("use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern") if config.get(key)]
-    if config.get("peft_type") != "LORA" or odd:
-        raise ModelError(f"{str(folder)!r} is not plain LoRA ({', '.join(odd) or config.get('peft_type')})")
-    named = config.get("target_parameters") or [re.sub(r".*\\\.", "", str(config.get("target_modules")))]
-    targets = tuple(t for t in model.family.lora_targets if any(re.search(rf"\b{t}\b", name) for name in named))
+    unsupported_keys = [
+        key for key in ("use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern") if config.get(key)
+    ]
+    if config.get("peft_type") != "LORA" or unsupported_keys:
+        raise ModelError(
+            f"{str(folder)!r} is not plain LoRA ({', '.join(unsupported_keys) or config.get('peft_type')})"
+        )
+    target_names = config.get("target_parameters") or [re.sub(r".*\\\.", "", str(config.get("target_modules")))]
+    targets = tuple(t for t in model.family.lora_targets if any(re.search(rf"\b{t}\b", name) for name in target_names))
     add_lora(model, Lora(config["r"], config["lora_alpha"], targets, router))
-    adapters, used = model.adapters.named(), set()
-    for key, flat in _peft_keys(model):
+    adapters, used_keys = model.adapters.named(), set()
+    for key, adapter_names in _peft_keys(model):
         try:
             a, b = tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"]
-            a_ERX, b_EYR = a.view(len(flat), config["r"], -1), b.view(len(b), config["r"], -1).permute(2, 0, 1)
-            for i, name in enumerate(flat):
+            a_ERX, b_EYR = a.view(len(adapter_names), config["r"], -1), b.view(len(b), config["r"], -1).permute(2, 0, 1)
+            for i, name in enumerate(adapter_names):
                 adapters[f"{name}.lora_A"].data.copy_(a_ERX[i])
                 adapters[f"{name}.lora_B"].data.copy_(b_EYR[i])
         except (KeyError, RuntimeError, IndexError) as error:
             raise ModelError(f"{str(folder)!r} does not fit the model at {key!r}: {error}") from error
-        used |= {f"{key}.lora_A.weight", f"{key}.lora_B.weight"}
-    if odd := sorted(set(tensors) - used):
-        raise ModelError(f"{str(folder)!r} adapts more than experts, e.g. {odd[0]!r}")
+        used_keys |= {f"{key}.lora_A.weight", f"{key}.lora_B.weight"}
+    if unsupported_keys := sorted(set(tensors) - used_keys):
+        raise ModelError(f"{str(folder)!r} adapts more than experts, e.g. {unsupported_keys[0]!r}")
     return model

@@ -79,11 +79,11 @@ def _first(name: str | tuple[str, ...]) -> str:
 
 
 def _split(key: str, infix: str) -> tuple[str, int] | None:
-    block, found, rest = key.partition(infix)
+    block, separator, rest = key.partition(infix)
     if block.startswith("head."):  # The name of a label may look like anything.
         return None
     number = rest.split(".", 1)[0]
-    return (block, int(number)) if found and number.isdecimal() else None
+    return (block, int(number)) if separator and number.isdecimal() else None
 
 
 def select(params: Mapping[str, Tensor], task: str, held: ExpertSet | None = None) -> Params:
@@ -94,16 +94,16 @@ def select(params: Mapping[str, Tensor], task: str, held: ExpertSet | None = Non
     Args:
         held: block -> ids of the client's experts; None: every expert.
     """
-    chosen = {}
+    selection = {}
     for key, tensor in params.items():
         if key.startswith("head."):
-            wanted = key.startswith(f"head.{task}.")
+            is_needed = key.startswith(f"head.{task}.")
         else:
             place = None if held is None else (expert_of(key) or router_row_of(key))
-            wanted = place is None or place[1] in held.get(place[0], ())
-        if wanted:
-            chosen[key] = tensor
-    return chosen
+            is_needed = place is None or place[1] in held.get(place[0], ())
+        if is_needed:
+            selection[key] = tensor
+    return selection
 
 
 def _at(block: nn.Module, path: str) -> Tensor:
@@ -134,8 +134,8 @@ def table(model: TaskModel, held: ExpertSet | None = None) -> Table:
         names[path] = _flat_name(path, tensor, model.family, held)
     for path in model.adapters.named() if model.adapters is not None else ():
         names[path] = path
-        if found := expert_of(path):
-            block, place = found
+        if block_and_place := expert_of(path):
+            block, place = block_and_place
             names[path] = path.replace(f".experts.{place}.", f".experts.{held[block][place]}.", 1)
     if model.head is not None:
         for leaf in ("weight", "bias"):
@@ -190,8 +190,8 @@ def pack(names: Table, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for path, name in names.items():
         try:
             tensors[path] = flat[name] if isinstance(name, str) else torch.stack([flat[n] for n in name])
-        except KeyError as missing:
-            raise ModelError(f"the parameters lack {missing.args[0]!r}, which {path!r} of the model needs") from None
+        except KeyError as error:
+            raise ModelError(f"the parameters lack {error.args[0]!r}, which {path!r} of the model needs") from None
     return tensors
 
 
@@ -200,12 +200,12 @@ def parameters(model: TaskModel) -> dict[str, nn.Parameter]:
 
     The head's parameters are called `head.weight` and `head.bias`. Adapters have their flat names with local places.
     """
-    found = dict(model.backbone.named_parameters())
+    parameter_by_path = dict(model.backbone.named_parameters())
     if model.head is not None:
-        found |= {f"head.{leaf}": p for leaf, p in model.head.named_parameters()}
+        parameter_by_path |= {f"head.{leaf}": p for leaf, p in model.head.named_parameters()}
     if model.adapters is not None:
-        found |= model.adapters.named()
-    return found
+        parameter_by_path |= model.adapters.named()
+    return parameter_by_path
 
 
 def tensors(model: TaskModel) -> dict[str, Tensor]:
@@ -225,8 +225,8 @@ def tensors(model: TaskModel) -> dict[str, Tensor]:
 def local(model: TaskModel, flat: Mapping[str, Tensor], held: ExpertSet | None = None) -> dict[str, Tensor]:
     """Return path -> value of every parameter in `flat`, in the dtype that it has there; see `load_flat`."""
     names, paths = table(model, held), parameters(model)
-    wanted = {p: n for p, n in names.items() if p in paths and (model.adapters is None or travels(_first(n)))}
-    return pack(wanted, flat)
+    parameter_names = {p: n for p, n in names.items() if p in paths and (model.adapters is None or travels(_first(n)))}
+    return pack(parameter_names, flat)
 
 
 def flatten(model: TaskModel, held: ExpertSet | None = None, masters: dict[str, Tensor] | None = None) -> Params:
@@ -242,21 +242,21 @@ def flatten(model: TaskModel, held: ExpertSet | None = None, masters: dict[str, 
             in float32.
     """
     family = model.family
-    masters, finer = ({}, False) if masters is None else (masters, bool(masters))
-    own = f".{family.correction}" if family is not None and family.correction else None
+    masters, in_float32 = ({}, False) if masters is None else (masters, bool(masters))
+    correction_suffix = f".{family.correction}" if family is not None and family.correction else None
     names = table(model, held)
-    form = torch.contiguous_format  # This also gives a row of one element a stride of 1.
+    memory_format = torch.contiguous_format  # This also gives a row of one element a stride of 1.
     flat: Params = {}
     for path, t in tensors(model).items():
         if model.adapters is not None and not travels(_first(names[path])):
             continue
         t = masters.pop(path, t).detach()
-        if finer:
+        if in_float32:
             t = t.to(torch.float32)
-        elif not own or not path.endswith(own):
+        elif not correction_suffix or not path.endswith(correction_suffix):
             t = t.to(model.dtype)
-        here = unpack(names, {path: t.cpu()})  # A few large transfers from a GPU are faster than many small ones.
-        flat |= {key: part.to("cpu", copy=True, memory_format=form) for key, part in here.items()}
+        parts = unpack(names, {path: t.cpu()})  # A few large transfers from a GPU are faster than many small ones.
+        flat |= {key: part.to("cpu", copy=True, memory_format=memory_format) for key, part in parts.items()}
     return flat
 
 
@@ -273,10 +273,10 @@ def load_flat(model: TaskModel, flat: Mapping[str, Tensor], held: ExpertSet | No
     names = table(model, held)
     if model.adapters is not None:
         names = {path: name for path, name in names.items() if travels(_first(name))}
-    packed = pack(names, flat)
-    fresh: dict[int, nn.Parameter] = {}
-    for path, parameter in ((path, t) for path, t in tensors(model).items() if path in packed):
-        tensor = packed[path]
+    tensor_by_path = pack(names, flat)
+    new_parameters: dict[int, nn.Parameter] = {}
+    for path, parameter in ((path, t) for path, t in tensors(model).items() if path in tensor_by_path):
+        tensor = tensor_by_path[path]
         if parameter.shape == tensor.shape[::-1] and tensor.shape[1:] == (1,):  # Stacked rows of a tensor [1, E].
             tensor = tensor.view(parameter.shape)
         if parameter.shape != tensor.shape:
@@ -286,12 +286,12 @@ def load_flat(model: TaskModel, flat: Mapping[str, Tensor], held: ExpertSet | No
             tensor = tensor if parameter.is_meta else tensor.to(parameter.device, copy=True)
             setattr(model.backbone.get_submodule(owner), name, tensor)
         elif parameter.is_meta:
-            owned = tensor if isinstance(names[path], tuple) else tensor.clone()
-            fresh[id(parameter)] = nn.Parameter(owned, requires_grad=parameter.requires_grad)
+            value = tensor if isinstance(names[path], tuple) else tensor.clone()
+            new_parameters[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
         else:
             parameter.data.copy_(tensor)
-    for module in model.modules() if fresh else ():
+    for module in model.modules() if new_parameters else ():
         for name, parameter in list(module._parameters.items()):
-            if parameter is not None and id(parameter) in fresh:
-                setattr(module, name, fresh[id(parameter)])
+            if parameter is not None and id(parameter) in new_parameters:
+                setattr(module, name, new_parameters[id(parameter)])
     return model

@@ -68,8 +68,8 @@ def bytes_of(size: str | int) -> int:
     Raises:
         ConfigError: if the size has another form or is not greater than 0.
     """
-    found = _SIZE.fullmatch(str(size)) if isinstance(size, (str, int)) else None
-    number = float(found[1]) * _UNITS[found[2].upper()] if found else 0.0
+    match = _SIZE.fullmatch(str(size)) if isinstance(size, (str, int)) else None
+    number = float(match[1]) * _UNITS[match[2].upper()] if match else 0.0
     number = round(number) if number < 2**63 else 0
     if number < 1:
         raise ConfigError(
@@ -220,31 +220,34 @@ class MemoryModel:
         """
         weights = self.bytes(counts)
         sizes = self.expert_params
-        learning = weights if mode == "full" else 0
+        gradients = weights if mode == "full" else 0
         if mode in ("lora", "peft"):
             sizes = {block: rank * size for block, size in self.adapter_params.items()}
             adapters = self.itemsize * (sum(n * sizes[b] for b, n in counts.items()) + rank * self.linear_sides)
             routers = self.itemsize * sum(n * self.row_params[b] for b, n in counts.items())
             weights += adapters
-            learning = adapters + (routers if mode == "lora" else 0)
-        copies = references * (learning or weights)
-        masters = learning * 4 // self.itemsize if self.itemsize < 4 else 0
-        if trained is not None and learning and sizes:
-            idle = max(sum(counts.values()) - trained, 0)
-            learning -= self.itemsize * idle * min(sizes.values())
+            gradients = adapters + (routers if mode == "lora" else 0)
+        copies = references * (gradients or weights)
+        masters = gradients * 4 // self.itemsize if self.itemsize < 4 else 0
+        if trained is not None and gradients and sizes:
+            idle_experts = max(sum(counts.values()) - trained, 0)
+            gradients -= self.itemsize * idle_experts * min(sizes.values())
         batch = (batch_size, max_length, target_length)
-        active = self._activations(counts, mode, batch, gradient_checkpointing, learning, trained is not None)
-        moments = (2 if optimizer == "adamw" else int(momentum > 0)) * learning * 4 // self.itemsize
+        activations = self._activations(counts, mode, batch, gradient_checkpointing, gradients, trained is not None)
+        moments = (2 if optimizer == "adamw" else int(momentum > 0)) * gradients * 4 // self.itemsize
         copies = copies * 4 // self.itemsize
-        all_learn = trained is None or trained >= sum(counts.values())
-        plain = all_learn and not gradient_checkpointing  # The other cases count the first layer, where they peak.
-        between = min(learning, active) // (2 * sum(stack.layers for stack in self.stacks)) if plain else 0
-        absent = 4 * sum((self.counts[b] - n) * self.row_params[b] for b, n in counts.items())
+        trains_all = trained is None or trained >= sum(counts.values())
+        # The other cases count the first layer, where they peak.
+        counts_between = trains_all and not gradient_checkpointing
+        between = (
+            min(gradients, activations) // (2 * sum(stack.layers for stack in self.stacks)) if counts_between else 0
+        )
+        absent_rows = 4 * sum((self.counts[b] - n) * self.row_params[b] for b, n in counts.items())
         if masters:  # The optimiser converts gradients to float32, one chunk at a time.
-            learning += 4 * min(CHUNK, learning // self.itemsize)
-        live = weights + absent + masters + moments + copies + max(learning, active) + between
-        overhead = OVERHEAD + live // SLACK
-        return Footprint(weights, learning, moments, copies, active, between, overhead, absent, masters)
+            gradients += 4 * min(CHUNK, gradients // self.itemsize)
+        peak_bytes = weights + absent_rows + masters + moments + copies + max(gradients, activations) + between
+        overhead = OVERHEAD + peak_bytes // SLACK
+        return Footprint(weights, gradients, moments, copies, activations, between, overhead, absent_rows, masters)
 
     def _activations(
         self,
@@ -257,17 +260,23 @@ class MemoryModel:
     ) -> int:
         """Return the peak bytes of saved tensors, temporaries and the gradients that coexist with them."""
         forward, backward = self._logits(mode, *batch)
-        saved, last, layers, largest = self._layers(counts, mode, batch, chosen)
+        ends, last_layer, all_layers, largest_layer = self._layers(counts, mode, batch, chosen)
         if mode == "forward":
-            return saved + max(largest, forward)
+            return ends + max(largest_layer, forward)
         if checkpointing:  # All layers' inputs are saved; one layer is recomputed while others have gradients.
-            layers = sum(stack.layers * n for stack, n in self._lengths(batch)) * batch[0] * self.width * self.itemsize
-            last = max(last, largest + gradients - gradients // sum(stack.layers for stack in self.stacks))
-        active = saved + layers + max(last, forward, backward)
+            all_layers = (
+                sum(stack.layers * n for stack, n in self._lengths(batch)) * batch[0] * self.width * self.itemsize
+            )
+            last_layer = max(
+                last_layer, largest_layer + gradients - gradients // sum(stack.layers for stack in self.stacks)
+            )
+        peak = ends + all_layers + max(last_layer, forward, backward)
         if chosen:  # The peak may be in the first layer, when the gradients of all other layers are present.
-            first = largest + last + gradients - gradients // sum(stack.layers for stack in self.stacks)
-            active = max(active, first)
-        return active
+            first_layer = (
+                largest_layer + last_layer + gradients - gradients // sum(stack.layers for stack in self.stacks)
+            )
+            peak = max(peak, first_layer)
+        return peak
 
     def _lengths(self, batch: tuple[int, int, int]) -> list[tuple[Stack, int]]:
         """Return every stack with the length n of its sequences."""
@@ -284,28 +293,34 @@ class MemoryModel:
         parts = self.parts[mode]
         block = parts.chosen if chosen else parts.sparse
         B, S, _ = batch
-        ends = last = layers = largest = 0
+        ends = last_layer = layers = largest_layer = 0
         for stack, n in self._lengths(batch):
-            decoder = stack is not self.stacks[0]
+            is_decoder = stack is not self.stacks[0]
             attention, dense = parts.attention(B, n, S), parts.dense(B, n, S)
-            cross = parts.cross(B, n, S) if decoder else 0
-            sparse = [block(B, n, S, min(self.top_k, counts[b]), counts[b]) for b in stack.blocks]
+            cross = parts.cross(B, n, S) if is_decoder else 0
+            sparse_sizes = [block(B, n, S, min(self.top_k, counts[b]), counts[b]) for b in stack.blocks]
             if mode == "peft":
-                sparse = [size + self._merged(b, counts[b]) for size, b in zip(sparse, stack.blocks, strict=True)]
+                sparse_sizes = [
+                    size + self._merged(b, counts[b]) for size, b in zip(sparse_sizes, stack.blocks, strict=True)
+                ]
             ends += parts.ends(B, n, S)
             if chosen or mode == "lora":
-                last = max(last, parts.expert(B, n, S))
+                last_layer = max(last_layer, parts.expert(B, n, S))
             else:
-                last = parts.last(B, n, S, min(self.top_k, counts[stack.blocks[-1]]) if stack.blocks else 0)
-            layers += stack.layers * (attention + cross) + (stack.layers - len(sparse)) * dense + sum(sparse)
+                last_layer = parts.last(B, n, S, min(self.top_k, counts[stack.blocks[-1]]) if stack.blocks else 0)
+            layers += (
+                stack.layers * (attention + cross) + (stack.layers - len(sparse_sizes)) * dense + sum(sparse_sizes)
+            )
             if (
-                mode in ("lora", "peft") and not decoder and stack.blocks
+                mode in ("lora", "peft") and not is_decoder and stack.blocks
             ):  # Nothing requires a gradient before the first adapter.
                 layers -= stack.before * (attention + dense) + attention * (stack.before < stack.layers)
-            forwards = max(sparse, default=0) if len(sparse) == stack.layers else max(dense, *sparse, 0)
-            together = max(attention, cross, forwards) if mode == "forward" else attention + cross + forwards
-            largest = max(largest, together)
-        return tuple(self.itemsize * size for size in (ends, last, layers, largest))
+            feed_forward = (
+                max(sparse_sizes, default=0) if len(sparse_sizes) == stack.layers else max(dense, *sparse_sizes, 0)
+            )
+            layer_size = max(attention, cross, feed_forward) if mode == "forward" else attention + cross + feed_forward
+            largest_layer = max(largest_layer, layer_size)
+        return tuple(self.itemsize * size for size in (ends, last_layer, layers, largest_layer))
 
     def _merged(self, block: str, experts: int) -> int:
         """Return the elements of the sums W + B A, which adapters on fused experts keep until the block's backward."""
@@ -313,12 +328,13 @@ class MemoryModel:
 
     def _logits(self, mode: Mode, B: int, S: int, T: int) -> tuple[int, int]:
         """Return the bytes of logits at the end of the forward pass, and in the backward pass."""
-        target = self.itemsize * B * T * self.vocabulary
-        wide = max(self.itemsize, 4) * B * T * self.vocabulary  # The loss is computed in float32.
-        copied = wide if self.itemsize < 4 else 0
-        forward = max(2 * target if len(self.stacks) == 2 else target, target + copied + wide)  # all and selected ones
+        logits = self.itemsize * B * T * self.vocabulary
+        float32_logits = max(self.itemsize, 4) * B * T * self.vocabulary  # The loss is computed in float32.
+        float32_copy = float32_logits if self.itemsize < 4 else 0
+        # all and selected ones
+        forward = max(2 * logits if len(self.stacks) == 2 else logits, logits + float32_copy + float32_logits)
         matrix = self.itemsize * self.vocabulary * self.width if mode == "full" else 0
-        return forward, max(3 * wide, target + matrix)
+        return forward, max(3 * float32_logits, logits + matrix)
 
 
 @lru_cache(maxsize=8)
@@ -331,8 +347,8 @@ def _built(source: ModelSource) -> MemoryModel:
     for path, parameter in parameters(model).items():
         name = names[path]
         shape = tuple(parameter.shape[1:] if isinstance(name, tuple) else parameter.shape)
-        first = name[0] if isinstance(name, tuple) else name
-        if expert := expert_of(first):
+        first_name = name[0] if isinstance(name, tuple) else name
+        if expert := expert_of(first_name):
             block = expert[0]
             if expert[1] == 0:
                 sizes["experts"][block] += prod(shape)
@@ -341,7 +357,7 @@ def _built(source: ModelSource) -> MemoryModel:
                 dense += prod(shape) * (len(name) - counts[block])
                 sizes["stacked"][block] = max(sizes["stacked"][block], prod(shape))
                 continue
-        elif row := router_row_of(first):
+        elif row := router_row_of(first_name):
             sizes["rows"][row[0]] += prod(shape)
             dense += prod(shape) * (len(name) - counts[row[0]])  # Rows that follow those of experts are in the trunk.
             continue
@@ -371,16 +387,16 @@ def _built(source: ModelSource) -> MemoryModel:
 
 def _chunk(config: Any) -> int:
     """Return the number of tokens that state space or linear attention layers compute at once, or 1 without these."""
-    linear = LINEAR if "linear" in repr(getattr(config, "layer_types", None)) else 1
-    return next((int(n) for name in CHUNKS if (n := getattr(config, name, None))), linear)
+    default = LINEAR if "linear" in repr(getattr(config, "layer_types", None)) else 1
+    return next((int(n) for name in CHUNKS if (n := getattr(config, name, None))), default)
 
 
 def _parts(source: ModelSource) -> Mapping[Mode, Parts]:
     """Return the memory of the layers: counted if `PARTS` has the model type, otherwise measured on a tiny model."""
-    narrow = int(source.torch_dtype.itemsize < 4)
+    below_32_bits = int(source.torch_dtype.itemsize < 4)
     if source.config.model_type in PARTS:
-        return PARTS[source.config.model_type](source.config, narrow)
-    return measured_parts(source.config, source.family, narrow)
+        return PARTS[source.config.model_type](source.config, below_32_bits)
+    return measured_parts(source.config, source.family, below_32_bits)
 
 
 def _stacks(config: Any, form: str, blocks: tuple[str, ...]) -> tuple[Stack, ...]:
@@ -389,8 +405,8 @@ def _stacks(config: Any, form: str, blocks: tuple[str, ...]) -> tuple[Stack, ...
     if form == "text-to-text" and config.is_encoder_decoder:
         layers.append(config.num_decoder_layers)
     stacks = []
-    for i, number in enumerate(layers):
-        own = tuple(b for b in blocks if b.startswith("decoder.") == bool(i))
-        before = int(re.search(r"\.(\d+)(?:\.|$)", own[0])[1]) if own else number
-        stacks.append(Stack(number, own, before))
+    for i, n_layers in enumerate(layers):
+        stack_blocks = tuple(b for b in blocks if b.startswith("decoder.") == bool(i))
+        layers_before = int(re.search(r"\.(\d+)(?:\.|$)", stack_blocks[0])[1]) if stack_blocks else n_layers
+        stacks.append(Stack(n_layers, stack_blocks, layers_before))
     return tuple(stacks)

@@ -78,9 +78,9 @@ class ModelSource:
     gguf: str = ""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("form", get_args(Form)), ("dtype", ("float32", "bfloat16"))):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"model.{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}")
+        for name, choices in (("form", get_args(Form)), ("dtype", ("float32", "bfloat16"))):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"model.{name} is {getattr(self, name)!r}; allowed are {', '.join(choices)}")
 
     @property
     def world(self) -> str:
@@ -90,9 +90,9 @@ class ModelSource:
     @property
     def dense(self) -> bool:
         """Return True if the model is known to have no experts, without asking a hub."""
-        local = self.gguf or self.path in shipped() or (Path(self.path).expanduser() / "config.json").is_file()
+        is_local = self.gguf or self.path in shipped() or (Path(self.path).expanduser() / "config.json").is_file()
         try:  # A hub is only asked once the model is read.
-            return bool(local) and not has_experts(self._stored)
+            return bool(is_local) and not has_experts(self._stored)
         except ModelError:  # The same error is raised again when the model is read.
             return False
 
@@ -118,13 +118,13 @@ class ModelSource:
                 "e.g. ibm-granite/granite-3.1-1b-a400m-instruct for a CPU or allenai/OLMoE-1B-7B-0924 for a GPU; the "
                 "page docs/models.md says which model is for what"
             )
-        local = Path(self.path).expanduser()
-        if local.is_dir():
-            if not (local / "config.json").exists():
+        folder = Path(self.path).expanduser()
+        if folder.is_dir():
+            if not (folder / "config.json").exists():
                 raise ModelError(f"model directory {self.path!r} has no config.json")
-            check_folder(local)
-            return str(local)
-        if local.is_absolute() or self.path.startswith((".", "~")) or self.path.count("/") != 1:
+            check_folder(folder)
+            return str(folder)
+        if folder.is_absolute() or self.path.startswith((".", "~")) or self.path.count("/") != 1:
             raise ModelError(
                 f"model {self.path!r} is neither a directory, a shipped model ({', '.join(shipped()) or 'none'}) "
                 "nor a hub name of the form owner/name"
@@ -134,10 +134,10 @@ class ModelSource:
     @cached_property
     def config(self) -> Any:
         """Return the transformers configuration of the trained model; `resize` raises its vocabulary size if needed."""
-        stored = self._stored
-        if not self.resize or (rows := self._tokens) <= text_config(stored).vocab_size:
-            return stored
-        config = copy.deepcopy(stored)
+        stored_config = self._stored
+        if not self.resize or (rows := self._tokens) <= text_config(stored_config).vocab_size:
+            return stored_config
+        config = copy.deepcopy(stored_config)
         text_config(config).vocab_size = rows
         return config
 
@@ -158,10 +158,10 @@ class ModelSource:
             config = transformers.AutoConfig.from_pretrained(self.location, trust_remote_code=False, **self._where)
         except (OSError, ValueError) as error:
             raise ModelError(f"model {self.path!r} cannot be read: {first_line(error)}") from error
-        fitting = fitting_config(config)
-        if fitting is not config and getattr(config, "quantization_config", None):
-            fitting.quantization_config = config.quantization_config
-        return fitting
+        class_config = fitting_config(config)
+        if class_config is not config and getattr(config, "quantization_config", None):
+            class_config.quantization_config = config.quantization_config
+        return class_config
 
     @property
     def quantised(self) -> bool:
@@ -241,14 +241,14 @@ class ModelSource:
         """
         if not shares_gates(self.family):
             return {}
-        known, top_k = self._card.get("gates_public", {}), experts_per_token(self.config)
+        card_scales, top_k = self._card.get("gates_public", {}), experts_per_token(self.config)
         scales = {}
         for block, ids in held.items():
             total = self.counts[block]
             if len(ids) < total:
-                measured = known.get(block, ())
-                found = len(measured) == total
-                scales[block] = measured[len(ids) - 1] if found else default_scale(len(ids), total, top_k)
+                block_scales = card_scales.get(block, ())
+                is_complete = len(block_scales) == total
+                scales[block] = block_scales[len(ids) - 1] if is_complete else default_scale(len(ids), total, top_k)
         return scales
 
     @cached_property
@@ -277,9 +277,11 @@ class ModelSource:
 
     def round(self, params: Mapping[str, Tensor]) -> Params:
         """Convert flat parameters to the dtype in which the model computes; a correction bias keeps its own."""
-        leaf = f".{self.family.correction.rsplit('.', 1)[-1]}" if self.family.correction else None
-        exact = {key for key in params if leaf and key.endswith(leaf) and router_row_of(key)}
-        return {key: t if key in exact else t.to(self.torch_dtype) for key, t in params.items()}
+        correction_suffix = f".{self.family.correction.rsplit('.', 1)[-1]}" if self.family.correction else None
+        correction_keys = {
+            key for key in params if correction_suffix and key.endswith(correction_suffix) and router_row_of(key)
+        }
+        return {key: t if key in correction_keys else t.to(self.torch_dtype) for key, t in params.items()}
 
     def skeleton(self, task: str, labels: tuple[str, ...]) -> TaskModel:
         """Return the full model on the meta device, with shapes and names but no memory."""
@@ -323,40 +325,40 @@ class ModelSource:
             ModelError: if there are no safetensors, if the checkpoint lacks weights the form needs, or if the model
                 does not behave as its family says.
         """
-        cls, some = getattr(transformers, self.family.classes[self.form]), None
-        if held is not None and held != all_experts(whole := self.skeleton("", ())):
-            some = checked(held, counts_of(all_experts(whole)), self.family)
-        quantised = reading(self._found, self.path)
-        if some is None or self.gguf or quantised:
-            backbone = self._read(cls, self.location, **self._where, **quantised)
-            if quantised:  # Some weights have another dtype than requested.
+        cls, subset = getattr(transformers, self.family.classes[self.form]), None
+        if held is not None and held != all_experts(full_model := self.skeleton("", ())):
+            subset = checked(held, counts_of(all_experts(full_model)), self.family)
+        quantisation_args = reading(self._found, self.path)
+        if subset is None or self.gguf or quantisation_args:
+            backbone = self._read(cls, self.location, **self._where, **quantisation_args)
+            if quantisation_args:  # Some weights have another dtype than requested.
                 for parameter in backbone.parameters():
                     parameter.data = parameter.data.to(self.torch_dtype)
             self._verify(backbone)
         else:
-            state = held_weights(self.location, self.revision, whole, some)
-            backbone = self._read(sliced(cls, self.family, some), None, state_dict=state)
+            state = held_weights(self.location, self.revision, full_model, subset)
+            backbone = self._read(sliced(cls, self.family, subset), None, state_dict=state)
         if (rows := text_config(self.config).vocab_size) > text_config(self._stored).vocab_size:
             _add_rows(backbone, rows)
         model = TaskModel(backbone, self.family, "", (), self.torch_dtype)
-        if some is None or not (self.gguf or quantised):
+        if subset is None or not (self.gguf or quantisation_args):
             return flatten(model, held)
-        return flatten(slice_experts(model, some), some)
+        return flatten(slice_experts(model, subset), subset)
 
     def _read(self, cls: Any, where: str | None, **how: Any) -> Any:
         """Load a model with `from_pretrained` of a class."""
-        plain = {} if self.gguf else {"use_safetensors": True}
+        format_args = {} if self.gguf else {"use_safetensors": True}
         config = copy.deepcopy(self._found if "quantization_config" in how else self._stored)
         try:
             with quietly():
-                backbone, info = cls.from_pretrained(
+                backbone, loading_info = cls.from_pretrained(
                     where, config=config, dtype=self.torch_dtype, trust_remote_code=False, output_loading_info=True,
-                    **plain, **how,
+                    **format_args, **how,
                 )  # fmt: skip
         except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(f"model {self.path!r} cannot be loaded: {first_line(error)}") from error
-        if info["missing_keys"]:
-            missing = sorted(info["missing_keys"])
+        if loading_info["missing_keys"]:
+            missing = sorted(loading_info["missing_keys"])
             raise ModelError(
                 f"model {self.path!r} has no weights for {self.form}: {len(missing)} are missing, e.g. {missing[0]!r}"
             )
@@ -381,8 +383,8 @@ _VERIFIED: set[tuple[str, str, str]] = set()
 @torch.no_grad()
 def _add_rows(backbone: "transformers.PreTrainedModel", rows: int) -> None:
     """Add rows to the input and output embeddings, each the mean of the existing rows."""
-    old = backbone.get_input_embeddings().weight.shape[0]
+    n_old_rows = backbone.get_input_embeddings().weight.shape[0]
     backbone.resize_token_embeddings(rows, mean_resizing=False)
     for module in {backbone.get_input_embeddings(), backbone.get_output_embeddings()} - {None}:
         for parameter in module.parameters():  # weight [V, D], perhaps bias [V]
-            parameter[old:] = parameter[:old].float().mean(0).to(parameter.dtype)
+            parameter[n_old_rows:] = parameter[:n_old_rows].float().mean(0).to(parameter.dtype)

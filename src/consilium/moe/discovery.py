@@ -33,7 +33,7 @@ def classes_of(config: PretrainedConfig) -> dict[str, str]:
     """Return the transformers class for each form of task; {} if there is none for text."""
     from transformers.models.auto import modeling_auto as auto  # slow to import
 
-    found = {}
+    class_by_form = {}
     for form, names in (
         ("text-to-text", (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
                           auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)),
@@ -41,15 +41,15 @@ def classes_of(config: PretrainedConfig) -> dict[str, str]:
     ):  # fmt: skip
         name = next((names[config.model_type] for names in names if config.model_type in names), None)
         if isinstance(name, str) and hasattr(transformers, name):
-            found[form] = name
-    return found
+            class_by_form[form] = name
+    return class_by_form
 
 
 def fitting_config(config: PretrainedConfig) -> PretrainedConfig:
     """Return the configuration that the text class of a model takes: the given one, or its text part."""
     name = classes_of(config).get("text-to-text")
-    expected = getattr(transformers, name).config_class if name else None
-    if expected is not None and not isinstance(config, expected):
+    config_class = getattr(transformers, name).config_class if name else None
+    if config_class is not None and not isinstance(config, config_class):
         return config.get_text_config()
     return config
 
@@ -62,15 +62,15 @@ def has_experts(config: PretrainedConfig) -> bool:
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    most = _most_experts(config)
-    if most == 1 and config.model_type in CONFIG_MAPPING_NAMES:
+    n_experts = _most_experts(config)
+    if n_experts == 1 and config.model_type in CONFIG_MAPPING_NAMES:
         return _most_experts(transformers.AutoConfig.for_model(config.model_type)) > 1
-    return most > 1
+    return n_experts > 1
 
 
 def _most_experts(config: PretrainedConfig) -> int:
-    text = config.get_text_config()
-    parts = [text, *(part for part in vars(text).values() if isinstance(part, PretrainedConfig))]
+    text_part = config.get_text_config()
+    parts = [text_part, *(part for part in vars(text_part).values() if isinstance(part, PretrainedConfig))]
     numbers = [getattr(part, name, None) for part in parts for name in EXPERTS]
     return max((n for n in numbers if isinstance(n, int)), default=0)
 
@@ -91,9 +91,9 @@ def family_of(config: PretrainedConfig | str) -> Family:
             raise ModelError(
                 f"model type {config!r} is not known to transformers {transformers.__version__}"
             ) from error
-    kind = config.model_type
-    if kind in REFUSED:
-        raise ModelError(f"model type {kind!r} cannot be federated: {REFUSED[kind]}")
+    model_type = config.model_type
+    if model_type in REFUSED:
+        raise ModelError(f"model type {model_type!r} cannot be federated: {REFUSED[model_type]}")
     return _discover(Key(config)) if has_experts(config) else _dense(Key(config))
 
 
@@ -117,13 +117,13 @@ class Key:
 @lru_cache(maxsize=128)
 def _discover(key: Key) -> Family:
     config = key.config
-    kind, row = config.model_type, ROWS.get(config.model_type, {})
-    name = row.get("name", NAMES.get(kind, kind))
+    model_type, row = config.model_type, ROWS.get(config.model_type, {})
+    name = row.get("name", NAMES.get(model_type, model_type))
     if "block" in row:
-        return Family(model_type=kind, stated=tuple(row), **row)
+        return Family(model_type=model_type, stated=tuple(row), **row)
     classes = dict(row.get("classes", classes_of(config)))
     if not classes:
-        raise ModelError(f"model type {kind!r} cannot be federated: transformers has no text class for it")
+        raise ModelError(f"model type {model_type!r} cannot be federated: transformers has no text class for it")
     form = "text-to-text" if "text-to-text" in classes else "classification"
     try:
         with quietly(), torch.random.fork_rng(devices=[]):
@@ -131,11 +131,11 @@ def _discover(key: Key) -> Family:
             model = twin(shrink(config), getattr(transformers, classes[form]))
             return Finder(model, config, name, classes, row).family()
     except ModelError as error:
-        raise ModelError(f"model type {kind!r} cannot be federated: {error}") from error
+        raise ModelError(f"model type {model_type!r} cannot be federated: {error}") from error
     except Exception as error:
-        said = f"{type(error).__name__}: {first_line(error)}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise ModelError(
-            f"model type {kind!r} cannot be federated: a tiny model of it does not run ({said})"
+            f"model type {model_type!r} cannot be federated: a tiny model of it does not run ({reason})"
         ) from error
 
 
@@ -143,28 +143,28 @@ def _discover(key: Key) -> Family:
 def _dense(key: Key) -> Family:
     """Return the family of a dense causal language model: its linear layers and the final scaling of its logits."""
     config = key.config
-    kind = config.model_type
-    neither = (
-        f"model type {kind!r} is neither a mixture of experts (its configuration names no routed experts) nor a causal "
-        "language model"
+    model_type = config.model_type
+    refusal = (
+        f"model type {model_type!r} is neither a mixture of experts (its configuration names no routed experts) nor "
+        "a causal language model"
     )
     from transformers.models.auto import modeling_auto as auto
 
-    if kind not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "is_encoder_decoder", False):
-        raise ModelError(neither)
+    if model_type not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "is_encoder_decoder", False):
+        raise ModelError(refusal)
     classes = classes_of(config)
-    family = Family(kind, kind, "", "", (), "", "fused", classes)
+    family = Family(model_type, model_type, "", "", (), "", "fused", classes)
     try:
         with quietly(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = twin(shrink(config), getattr(transformers, classes["text-to-text"]))
-            found = Finder(model, config, kind, classes, {})
+            finder = Finder(model, config, model_type, classes, {})
     except Exception as error:
-        said = f"{type(error).__name__}: {first_line(error)}"
-        raise ModelError(f"model type {kind!r}: a tiny model of it does not run ({said})") from error
-    if not found.causal():
-        raise ModelError(neither)
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ModelError(f"model type {model_type!r}: a tiny model of it does not run ({reason})") from error
+    if not finder.causal():
+        raise ModelError(refusal)
     targets = dict.fromkeys(path.rpartition(".")[2] for path, _ in linear_layers(model))
     if not targets:
-        raise ModelError(f"model type {kind!r} has no linear layers (torch.nn.Linear) that adapters could change")
-    return replace(family, lora_targets=tuple(targets), **found.finish())
+        raise ModelError(f"model type {model_type!r} has no linear layers (torch.nn.Linear) that adapters could change")
+    return replace(family, lora_targets=tuple(targets), **finder.finish())

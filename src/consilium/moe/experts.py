@@ -67,12 +67,12 @@ class Experts:
         }
         self._active: Active | None = None
         self._before: list[tuple[nn.Module, Callable[..., Tensor] | None]] = []
-        own, views = _expert_tensors(model)
-        self.leaves = {name: tensor for name, tensor in (own | views).items() if tensor.requires_grad}
+        expert_params, views = _expert_tensors(model)
+        self.leaves = {name: tensor for name, tensor in (expert_params | views).items() if tensor.requires_grad}
         self._of: dict[tuple[str, int], list[Tensor]] = {}
         for name, leaf in self.leaves.items():
             self._of.setdefault(expert_of(name), []).append(leaf)
-        tensors = own | views | {name: packed for name, (packed, _) in model.quantised.items()}
+        tensors = expert_params | views | {name: packed for name, (packed, _) in model.quantised.items()}
         self._compute = _compute_inputs if model.family.inputs else compute
         self._layers = [_layer(self, model, block, tensors) for block in self.places]
 
@@ -90,12 +90,14 @@ class Experts:
     @active.setter
     def active(self, active: Active | None) -> None:
         for block, places in (active or {}).items():
-            have = self.places.get(block)
-            if have is None:
+            block_places = self.places.get(block)
+            if block_places is None:
                 raise ModelError(f"{block!r} is not a sparse block of the model; it has {', '.join(self.places)}")
-            odd = sorted(set(places) - set(have))
-            if odd:
-                raise ModelError(f"{block} has no expert in place {odd[0]}; its places are 0..{len(have) - 1}")
+            unknown_places = sorted(set(places) - set(block_places))
+            if unknown_places:
+                raise ModelError(
+                    f"{block} has no expert in place {unknown_places[0]}; its places are 0..{len(block_places) - 1}"
+                )
         self._active = None if active is None else {block: frozenset(places) for block, places in active.items()}
 
     def of(self, block: str, place: int) -> list[Tensor]:
@@ -140,41 +142,42 @@ class Experts:
 def _expert_tensors(model: TaskModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return flat local name -> tensor of every expert: modules' parameters, and leaves cut from fused tensors."""
     names = table(model)
-    own, fused = {}, {}  # The first has parameters of modules and adapters, the second has fused tensors.
+    # The first has parameters of modules and adapters, the second has fused tensors.
+    expert_params, fused_params = {}, {}
     for path, parameter in parameters(model).items():
         name = names[path]
         if isinstance(name, str):
             if expert_of(name):
-                own[name] = parameter
+                expert_params[name] = parameter
         elif expert_of(name[0]):
-            fused[path] = parameter
+            fused_params[path] = parameter
     views = {}
-    for path, parameter in fused.items():
+    for path, parameter in fused_params.items():
         for name, view in unpack(names, {path: parameter.detach()}).items():
             if expert_of(name):
                 views[name] = view.requires_grad_(parameter.requires_grad)
-    return own, views
+    return expert_params, views
 
 
 def _layer(owner: Experts, model: TaskModel, block: str, tensors: Mapping[str, Tensor]) -> Layer:
     family = model.family
     module: Any = model.blocks()[block].get_submodule(family.experts)
-    modules = family.layout == "modules"
-    inner = module.get_submodule(family.module.format(0)) if modules else module
-    flat: list[Tensor] = []
+    as_modules = family.layout == "modules"
+    inner = module.get_submodule(family.module.format(0)) if as_modules else module
+    layer_tensors: list[Tensor] = []
 
     def index(name: str) -> int | None:
         if name not in tensors:
             return None
-        flat.append(tensors[name])
-        return len(flat) - 1
+        layer_tensors.append(tensors[name])
+        return len(layer_tensors) - 1
 
     def linear(place: int, target: str) -> Linear:
         name = f"{block}.experts.{place}.{target}"
-        weight, bias = (f"{name}.weight", f"{name}.bias") if modules else (name, f"{name}_bias")
+        weight, bias = (f"{name}.weight", f"{name}.bias") if as_modules else (name, f"{name}_bias")
         a, b = index(f"{name}.lora_A"), index(f"{name}.lora_B")
         state = model.quantised[weight][1] if weight in model.quantised else None
-        transposed = not modules and is_transposed(module, family)
+        transposed = not as_modules and is_transposed(module, family)
         matrix = tensors[weight] if state is None else state
         return Linear(
             weight=index(weight),
@@ -189,19 +192,19 @@ def _layer(owner: Experts, model: TaskModel, block: str, tensors: Mapping[str, T
 
     pairs = [tuple(linear(place, target) for target in family.lora_targets) for place in owner.places[block]]
     first, second = zip(*pairs, strict=True)
-    fused = not modules and first[0].state is None and second[0].state is None
+    is_fused = not as_modules and first[0].state is None and second[0].state is None
     return Layer(
         module=module,
         keep=owner.keep,
         reached=partial(owner.reaches, block),
         dispatch=family.dispatch,
         skips=family.extra > 0 and hasattr(module, "identity_expert"),
-        dropout=inner.dropout.p if modules else 0.0,
-        tensors=tuple(flat),
+        dropout=inner.dropout.p if as_modules else 0.0,
+        tensors=tuple(layer_tensors),
         first=first,
         second=second,
-        activation=_activation(inner if modules else module),
-        whole=tuple(getattr(module, target).detach() for target in family.lora_targets) if fused else (),
+        activation=_activation(inner if as_modules else module),
+        whole=tuple(getattr(module, target).detach() for target in family.lora_targets) if is_fused else (),
         record=partial(owner.record, block) if block in owner.contributions else None,
     )
 
@@ -224,8 +227,8 @@ def is_transposed(module: Any, family: Family) -> bool:
     """Return True if fused weights are [E, in, out], as stated by the module or else inferred from their shapes."""
     if hasattr(module, "is_transposed"):
         return bool(module.is_transposed)
-    first, second = (getattr(module, target).shape for target in family.lora_targets)
-    return first[1] == second[2] and first[2] != second[1]
+    first_shape, second_shape = (getattr(module, target).shape for target in family.lora_targets)
+    return first_shape[1] == second_shape[2] and first_shape[2] != second_shape[1]
 
 
 def _compute_inputs(layer: Layer, given: Tensor) -> Tensor:
@@ -235,10 +238,10 @@ def _compute_inputs(layer: Layer, given: Tensor) -> Tensor:
 
     Tokens that did not choose an expert are rows of zeros. They are skipped, and their output is zero.
     """
-    experts = len(layer.first)
+    n_experts = len(layer.first)
     rows_SD = given.reshape(-1, given.shape[-1])
-    place_S = torch.arange(experts, device=given.device).repeat_interleave(len(rows_SD) // experts)
+    place_S = torch.arange(n_experts, device=given.device).repeat_interleave(len(rows_SD) // n_experts)
     chosen_S = rows_SD.detach().ne(0).any(-1)
-    routed_S1 = place_S.masked_fill(~chosen_S, experts)[:, None]
+    routed_S1 = place_S.masked_fill(~chosen_S, n_experts)[:, None]
     layer = replace(layer, dispatch=False)
     return compute(layer, rows_SD, routed_S1, rows_SD.new_ones(len(rows_SD), 1))

@@ -219,10 +219,10 @@ def blocks(model: nn.Module, family: Family) -> dict[str, nn.Module]:
     """
     if family.dense:
         return {}
-    found = {name: module for name, module in model.named_modules() if _is_block(name, module, family)}
-    if not found:
+    sparse_blocks = {name: module for name, module in model.named_modules() if _is_block(name, module, family)}
+    if not sparse_blocks:
         raise ModelError(f"this {family.name} model has no sparse layer, so there are no experts to federate")
-    return found
+    return sparse_blocks
 
 
 def _is_block(name: str, module: nn.Module, family: Family) -> bool:
@@ -241,14 +241,14 @@ TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_t
 
 def experts_per_token(config: Any) -> int:
     """Return the number of experts per token that a configuration names; 1 if it names none."""
-    text = config if getattr(config, "is_encoder_decoder", False) else config.get_text_config()
-    found = next((value for name in TOP_K if isinstance(value := getattr(text, name, None), int)), 1)
-    return int(found)
+    text_part = config if getattr(config, "is_encoder_decoder", False) else config.get_text_config()
+    count = next((value for name in TOP_K if isinstance(value := getattr(text_part, name, None), int)), 1)
+    return int(count)
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Yield path and module of the linear layers inside the layers of a model, without the output layer."""
     for path, module in model.named_modules():
-        inside = any(part.isdecimal() for part in path.split("."))
-        if isinstance(module, nn.Linear) and inside and module is not model.get_output_embeddings():
+        is_in_layer = any(part.isdecimal() for part in path.split("."))
+        if isinstance(module, nn.Linear) and is_in_layer and module is not model.get_output_embeddings():
             yield path, module

@@ -43,7 +43,7 @@ def save_sub_moe(folder: Path, source: ModelSource, model: TaskModel, held: Expe
     source.config.save_pretrained(folder)
     source.tokenizer().save_pretrained(folder)
     save_file(params, folder / WEIGHTS)
-    told = {
+    keep_map = {
         "form": source.form,
         "dtype": source.dtype,
         "task": model.task,
@@ -51,7 +51,7 @@ def save_sub_moe(folder: Path, source: ModelSource, model: TaskModel, held: Expe
         "experts": {block: list(ids) for block, ids in held.items()},
         "gates": {"kind": gates.kind, "scale": dict(gates.scale)},
     }
-    (folder / MAP).write_text(json.dumps(told, indent=1) + "\n")
+    (folder / MAP).write_text(json.dumps(keep_map, indent=1) + "\n")
 
 
 def load_sub_moe(folder: Path) -> tuple[ModelSource, TaskModel, dict[str, tuple[int, ...]]]:
@@ -63,29 +63,29 @@ def load_sub_moe(folder: Path) -> tuple[ModelSource, TaskModel, dict[str, tuple[
         ModelError: if a file is missing or broken, if the map does not fit the configuration, or if the weights hold
             other experts than the map names.
     """
-    told = _map(folder)
+    keep_map = _map(folder)
     try:
-        source = ModelSource(str(folder.resolve()), told["form"], told["dtype"])
-        keep = {block: tuple(ids) for block, ids in told["experts"].items()}
-        task, labels = told["task"], tuple(told["labels"])
-        gates = _gates(told.get("gates", {"kind": "slice", "scale": {}}))
+        source = ModelSource(str(folder.resolve()), keep_map["form"], keep_map["dtype"])
+        named_experts = {block: tuple(ids) for block, ids in keep_map["experts"].items()}
+        task, labels = keep_map["task"], tuple(keep_map["labels"])
+        gates = _gates(keep_map.get("gates", {"kind": "slice", "scale": {}}))
     except (KeyError, TypeError, ValueError, AttributeError, ConfigError, PayloadError) as error:
         raise ModelError(
             f"{folder / MAP} is no keep-map ({type(error).__name__}: {error}); save the model anew"
         ) from error
-    held = checked(keep, source.counts, source.family)
+    experts = checked(named_experts, source.counts, source.family)
     try:
         params = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{folder / WEIGHTS} cannot be read: {first_line(error)}") from error
-    stored = {place for key in params if (place := expert_of(key))}
-    named = {(block, i) for block, ids in held.items() for i in ids}
-    if odd := sorted(stored ^ named):
-        block, i = odd[0]
-        where = "the weights but not in the map" if (block, i) in stored else "the map but not in the weights"
-        raise ModelError(f"expert {i} of {block} is in {where} of {folder}; they are not of the same model")
-    gates = replace(gates, rows=absent_rows(params, held))
-    return source, source.build(params, task, labels, held, gates), held
+    stored_pairs = {place for key in params if (place := expert_of(key))}
+    named_pairs = {(block, i) for block, ids in experts.items() for i in ids}
+    if differences := sorted(stored_pairs ^ named_pairs):
+        block, i = differences[0]
+        location = "the weights but not in the map" if (block, i) in stored_pairs else "the map but not in the weights"
+        raise ModelError(f"expert {i} of {block} is in {location} of {folder}; they are not of the same model")
+    gates = replace(gates, rows=absent_rows(params, experts))
+    return source, source.build(params, task, labels, experts, gates), experts
 
 
 def _gates(told: Mapping[str, Any]) -> Gates:
@@ -97,9 +97,9 @@ def _gates(told: Mapping[str, Any]) -> Gates:
 
 def _map(folder: Path) -> dict[str, Any]:
     try:
-        told = json.loads((folder / MAP).read_text())
+        keep_map = json.loads((folder / MAP).read_text())
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder} holds no sub-MoE: {MAP} cannot be read ({type(error).__name__})") from error
-    if not isinstance(told, dict):
-        raise ModelError(f"{folder / MAP} is no keep-map: it holds a {type(told).__name__}; save the model anew")
-    return told
+    if not isinstance(keep_map, dict):
+        raise ModelError(f"{folder / MAP} is no keep-map: it holds a {type(keep_map).__name__}; save the model anew")
+    return keep_map

@@ -31,8 +31,8 @@ def gguf_place(path: str, gguf: str) -> tuple[str, str]:
         raise ModelError(f"model.gguf is {gguf!r}, which is neither a file nor one in {path!r}")
     if importlib.util.find_spec("gguf") is None:
         raise ModelError("reading GGUF files needs the gguf package: pip install 'consilium[gguf]'")
-    with file.open("rb") as opened:
-        if opened.read(4) != b"GGUF":
+    with file.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
             raise ModelError(f"{file} is no GGUF file: it does not begin with 'GGUF'")
     return str(file.parent), file.name
 
@@ -43,10 +43,14 @@ def reading(config: Any, path: str) -> dict[str, Any]:
     Raises:
         ModelError: if the kind of quantisation is not supported; the message says what to do.
     """
-    told = getattr(config, "quantization_config", None)
-    if not told:
+    quantisation = getattr(config, "quantization_config", None)
+    if not quantisation:
         return {}
-    method = told.get("quant_method") if isinstance(told, dict) else getattr(told, "quant_method", None)
+    method = (
+        quantisation.get("quant_method")
+        if isinstance(quantisation, dict)
+        else getattr(quantisation, "quant_method", None)
+    )
     method = str(getattr(method, "value", method))
     if method not in DEQUANTISED:
         raise ModelError(

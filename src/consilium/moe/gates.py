@@ -183,13 +183,13 @@ def fold_gates(model: TaskModel) -> TaskModel:
     if gates is None or gates.kind == "slice" or not shares_gates(model.family):
         return model
     counts, total = counts_of(all_experts(model)), int(getattr(model.config, model.family.number))
-    cut = [name for name, n in counts.items() if n < total]
-    if gates.kind in NEED_ROWS and cut:
+    sliced_blocks = [name for name, n in counts.items() if n < total]
+    if gates.kind in NEED_ROWS and sliced_blocks:
         raise ModelError(
-            f"the gates of {cut[0]} depend on the router rows of experts that are not held (fit.gates is "
+            f"the gates of {sliced_blocks[0]} depend on the router rows of experts that are not held (fit.gates is "
             f"{gates.kind!r}), and no configuration of {model.family.name} can say so"
         )
-    for name in cut:
+    for name in sliced_blocks:
         block = model.blocks()[name]
         router, experts = block.get_submodule(model.family.router), block.get_submodule(model.family.experts)
         for key, hook in list(router._forward_hooks.items()):
@@ -220,13 +220,11 @@ def measure_scales(
     if not shares_gates(model.family):
         return {}
     training, k = model.training, experts_per_token(model.config)
-    choices = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     counts = counts_of(all_experts(model))
-    subsets = {
-        (block, n): _choices(total, n, draws, choices) for block, total in counts.items() for n in range(1, total)
-    }
-    whole = dict.fromkeys(counts, 0.0)
-    kept = dict.fromkeys(subsets, 0.0)
+    subsets = {(block, n): _choices(total, n, draws, rng) for block, total in counts.items() for n in range(1, total)}
+    full_sums = dict.fromkeys(counts, 0.0)
+    subset_sums = dict.fromkeys(subsets, 0.0)
     model.eval()
     with Tap(model) as tap:
         for batch in batches:
@@ -234,15 +232,15 @@ def measure_scales(
                 model(batch)
             for block, p_TE in tap.gates().items():
                 p_TE = p_TE.clamp_min(1e-30)  # Shares among n experts stay defined if a token all but excludes them.
-                whole[block] += float(p_TE.topk(k, dim=-1).values.sum())
+                full_sums[block] += float(p_TE.topk(k, dim=-1).values.sum())
                 for n in range(1, counts[block]):
                     for ids in subsets[block, n]:
                         p_TN = p_TE[:, ids.to(p_TE.device)]
                         best_TK = p_TN.topk(min(k, n), dim=-1).values
-                        kept[block, n] += float((best_TK.sum(-1) / p_TN.sum(-1)).sum()) / len(subsets[block, n])
+                        subset_sums[block, n] += float((best_TK.sum(-1) / p_TN.sum(-1)).sum()) / len(subsets[block, n])
     model.train(training)
     return {
-        block: [round(whole[block] / kept[block, n], 4) for n in range(1, total)] + [1.0]
+        block: [round(full_sums[block] / subset_sums[block, n], 4) for n in range(1, total)] + [1.0]
         for block, total in counts.items()
     }
 
@@ -288,16 +286,16 @@ class _Shared:
         self.kind, self.logits, self.top_k = kind, logits, top_k
 
     def __call__(self, router: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        held, gates = output[self.logits], output[WEIGHTS]
-        hidden = args[0].reshape(*held.shape[:-1], -1).to(held.dtype)
-        bias = None if router.absent_bias is None else router.absent_bias.to(held.dtype)
-        absent = F.linear(hidden, router.absent_weight.to(held.dtype), bias).float()
-        held = held.float()
+        held_logits, gates = output[self.logits], output[WEIGHTS]
+        hidden = args[0].reshape(*held_logits.shape[:-1], -1).to(held_logits.dtype)
+        bias = None if router.absent_bias is None else router.absent_bias.to(held_logits.dtype)
+        absent_logits = F.linear(hidden, router.absent_weight.to(held_logits.dtype), bias).float()
+        held_logits = held_logits.float()
         if self.kind == "full":
-            factor = (held.logsumexp(-1) - absent.logsumexp(-1)).sigmoid()
+            factor = (held_logits.logsumexp(-1) - absent_logits.logsumexp(-1)).sigmoid()
         else:
-            whole = torch.cat([held, absent], -1).softmax(-1).topk(self.top_k, dim=-1).values.sum(-1)
-            kept = held.softmax(-1).topk(gates.shape[-1], dim=-1).values.sum(-1)
-            factor = whole / kept
+            full_mass = torch.cat([held_logits, absent_logits], -1).softmax(-1).topk(self.top_k, dim=-1).values.sum(-1)
+            held_mass = held_logits.softmax(-1).topk(gates.shape[-1], dim=-1).values.sum(-1)
+            factor = full_mass / held_mass
         gates = (gates * factor.unsqueeze(-1)).to(gates.dtype)
         return (*output[:WEIGHTS], gates, *output[WEIGHTS + 1 :])

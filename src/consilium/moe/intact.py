@@ -46,19 +46,19 @@ def _check_size(path: Path) -> None:
     """Raise ModelError if the size of a safetensors file differs from the size that its header announces."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(_LENGTH.size)
-        length = _LENGTH.unpack(start)[0] if len(start) == _LENGTH.size else 0
-        begin = _LENGTH.size + length
-        if size < _LENGTH.size or size < begin:
-            expected = f"a header of {length} bytes" if length else "a header"
-            raise ModelError(f"{path} is cut off: it has {size} bytes, too few for {expected}; get it again")
+        length_bytes = file.read(_LENGTH.size)
+        length = _LENGTH.unpack(length_bytes)[0] if len(length_bytes) == _LENGTH.size else 0
+        data_start = _LENGTH.size + length
+        if size < _LENGTH.size or size < data_start:
+            requirement = f"a header of {length} bytes" if length else "a header"
+            raise ModelError(f"{path} is cut off: it has {size} bytes, too few for {requirement}; get it again")
         try:
             header = json.loads(file.read(length))
-            end = begin + max(
-                (told["data_offsets"][1] for key, told in header.items() if key != "__metadata__"), default=0
+            end = data_start + max(
+                (entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0
             )
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
             raise ModelError(f"{path} is no safetensors file ({type(error).__name__}): get it again") from error
     if size != end:
-        what = "cut off" if size < end else "too long"
-        raise ModelError(f"{path} is {what}: its header announces {end} bytes, it has {size}; get it again")
+        defect = "cut off" if size < end else "too long"
+        raise ModelError(f"{path} is {defect}: its header announces {end} bytes, it has {size}; get it again")

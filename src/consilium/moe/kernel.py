@@ -78,8 +78,8 @@ class Linear:
         rows(x_NX, self.matrix(tensors).t(), out, n, None if self.bias is None else tensors[self.bias])
         if self.lora is not None:
             a_RX, b_YR = (tensors[i] for i in self.lora)
-            own = out[:n]
-            rows(_down(x_NX[:n], a_RX.t()), b_YR.t(), own, add=own, alpha=self.scale)
+            out_rows = out[:n]
+            rows(_down(x_NX[:n], a_RX.t()), b_YR.t(), out_rows, add=out_rows, alpha=self.scale)
 
     def backward(
         self,
@@ -162,7 +162,7 @@ class Layer:
     def at_once(self) -> bool:
         """Return True if all experts are computed at once; `grouped_mm` needs rows of a multiple of 16 bytes."""
         sides = [n for weight in self.whole for n in weight.shape[1:]]
-        ranks = [self.tensors[one.lora[0]].shape[0] for one in (self.first[0], self.second[0]) if one.lora]
+        ranks = [self.tensors[linear.lora[0]].shape[0] for linear in (self.first[0], self.second[0]) if linear.lora]
         return bool(self.whole) and self.whole[0].device.type in GROUPED and all(n % 8 == 0 for n in sides + ranks)
 
     def act(self, h_NH: Tensor, members: Members, seed: int | None) -> Tensor:
@@ -182,12 +182,12 @@ def _through(
 ) -> Tensor:
     """Apply the first or second projection of each expert to its own slots, [N, Y], in the order of `members`."""
     linears = (layer.first, layer.second)[which]
-    like = linears[0]
-    x_NX = x_NX.to(like.dtype)
+    first_linear = linears[0]
+    x_NX = x_NX.to(first_linear.dtype)
     if layer.at_once:
         y_NY = _all_through(linears, layer.whole[which], x_NX, members, tensors)
         return y_NY if out is None else out.copy_(y_NY)
-    y_NY = x_NX.new_empty(len(x_NX), like.width) if out is None else out
+    y_NY = x_NX.new_empty(len(x_NX), first_linear.width) if out is None else out
     for place, start, end in members:  # The order matters: the next expert overwrites rows written beyond a slot range.
         linears[place].forward(x_NX[start:], end - start, tensors, y_NY[start:])
     return y_NY
@@ -216,15 +216,15 @@ def _back(
     x_NX, w_N1 = x_NX.to(dtype), None if w_N1 is None else w_N1.to(dtype)
     if layer.at_once:
         return _all_back(linears, layer.whole[which], g_NY, x_NX, w_N1, members, tensors, grads, to_input)
-    to_x = torch.empty_like(x_NX) if to_input else None
+    grad_x = torch.empty_like(x_NX) if to_input else None
     for place, start, end in members:  # The order matters, as in `_through`.
         linear, w = linears[place], None if w_N1 is None else w_N1[start:end]
-        here = None if to_x is None else to_x[start:]
-        linear.backward(g_NY[start:], x_NX[start:], w, end - start, tensors, grads, here)
+        out = None if grad_x is None else grad_x[start:]
+        linear.backward(g_NY[start:], x_NX[start:], w, end - start, tensors, grads, out)
         if linear.bias in grads:
             g = g_NY[start:end]
             grads[linear.bias] = (g if w is None else g * w).sum(0).to(dtype)
-    return to_x
+    return grad_x
 
 
 def _ends(members: Members, device: torch.device, experts: int = 0) -> Tensor:
@@ -236,7 +236,7 @@ def _ends(members: Members, device: torch.device, experts: int = 0) -> Tensor:
 
 def _stack(linears: Sequence[Linear], tensors: Tensors) -> tuple[Tensor, Tensor]:
     """Return A [E, R, X] and B [E, Y, R] of all experts."""
-    pairs = [one.lora for one in linears if one.lora is not None]
+    pairs = [linear.lora for linear in linears if linear.lora is not None]
     return torch.stack([tensors[a] for a, _ in pairs]), torch.stack([tensors[b] for _, b in pairs])
 
 
@@ -256,14 +256,14 @@ def _all_through(
     linears: tuple[Linear, ...], whole: Tensor, x_NX: Tensor, members: Members, tensors: Tensors
 ) -> Tensor:
     """Compute `Linear.forward` of all members at once."""
-    like, ends = linears[0], _ends(members, x_NX.device, len(linears))
-    y_NY = grouped_mm(x_NX, whole if like.transposed else whole.transpose(1, 2), offs=ends)
-    if like.bias is not None:
+    first_linear, ends = linears[0], _ends(members, x_NX.device, len(linears))
+    y_NY = grouped_mm(x_NX, whole if first_linear.transposed else whole.transpose(1, 2), offs=ends)
+    if first_linear.bias is not None:
         y_NY += _biases(linears, members, tensors, x_NX.device)
-    if like.lora is not None:
+    if first_linear.lora is not None:
         a_ERX, b_EYR = _stack(linears, tensors)
         u_NR = grouped_mm(x_NX, a_ERX.transpose(1, 2), offs=ends)
-        y_NY.add_(grouped_mm(u_NR, b_EYR.transpose(1, 2), offs=ends), alpha=like.scale)
+        y_NY.add_(grouped_mm(u_NR, b_EYR.transpose(1, 2), offs=ends), alpha=first_linear.scale)
     return y_NY
 
 
@@ -279,34 +279,36 @@ def _all_back(
     to_input: bool,
 ) -> Tensor | None:
     """Compute `Linear.backward` of all members at once."""
-    like, device = linears[0], g_NY.device
-    ends, own = _ends(members, device, len(linears)), _ends(members, device)
-    to_x = grouped_mm(g_NY, whole.transpose(1, 2) if like.transposed else whole, offs=ends) if to_input else None
+    first_linear, device = linears[0], g_NY.device
+    ends, member_ends = _ends(members, device, len(linears)), _ends(members, device)
+    grad_x = (
+        grouped_mm(g_NY, whole.transpose(1, 2) if first_linear.transposed else whole, offs=ends) if to_input else None
+    )
 
     def give(index: Callable[[Linear], int | None], all_of_them: Tensor) -> None:
         for (place, _, _), gradient in zip(members, all_of_them.unbind(), strict=True):
             grads[index(linears[place])] = gradient
 
-    weighted = like.weight in grads  # In this case x has already been multiplied by w.
-    if weighted:
-        left, right = (x_NX, g_NY) if like.transposed else (g_NY, x_NX)
-        give(lambda one: one.weight, grouped_mm(left.t(), right, offs=own))
-    if like.bias in grads:
+    has_weight_grad = first_linear.weight in grads  # In this case x has already been multiplied by w.
+    if has_weight_grad:
+        left, right = (x_NX, g_NY) if first_linear.transposed else (g_NY, x_NX)
+        give(lambda one: one.weight, grouped_mm(left.t(), right, offs=member_ends))
+    if first_linear.bias in grads:
         g = g_NY if w_N1 is None else g_NY * w_N1
-        total = g.new_zeros(len(members), g.shape[1], dtype=torch.float32)
-        give(lambda one: one.bias, total.index_add_(0, _owners(members, device), g.float()).to(g.dtype))
-    if like.lora is not None:
+        sums = g.new_zeros(len(members), g.shape[1], dtype=torch.float32)
+        give(lambda one: one.bias, sums.index_add_(0, _owners(members, device), g.float()).to(g.dtype))
+    if first_linear.lora is not None:
         a_ERX, b_EYR = _stack(linears, tensors)
         v_NR = grouped_mm(g_NY, b_EYR, offs=ends)
-        if to_x is not None:
-            to_x.add_(grouped_mm(v_NR, a_ERX, offs=ends), alpha=like.scale)
-        w_N1 = like.scale * (1 if weighted or w_N1 is None else w_N1)
-        if like.lora[0] in grads:
-            give(lambda one: one.lora[0], grouped_mm((v_NR * w_N1).t(), x_NX, offs=own))
-        if like.lora[1] in grads:
+        if grad_x is not None:
+            grad_x.add_(grouped_mm(v_NR, a_ERX, offs=ends), alpha=first_linear.scale)
+        w_N1 = first_linear.scale * (1 if has_weight_grad or w_N1 is None else w_N1)
+        if first_linear.lora[0] in grads:
+            give(lambda one: one.lora[0], grouped_mm((v_NR * w_N1).t(), x_NX, offs=member_ends))
+        if first_linear.lora[1] in grads:
             u_NR = grouped_mm(x_NX, a_ERX.transpose(1, 2), offs=ends)
-            give(lambda one: one.lora[1], grouped_mm(g_NY.t(), u_NR * w_N1, offs=own))
-    return to_x
+            give(lambda one: one.lora[1], grouped_mm(g_NY.t(), u_NR * w_N1, offs=member_ends))
+    return grad_x
 
 
 def compute(layer: Layer, hidden_TD: Tensor, routed: Tensor, weights_TK: Tensor) -> Tensor:
@@ -382,50 +384,50 @@ class _Compute(torch.autograd.Function):
         order_S = routed_TK.flatten().argsort(stable=True)
         counts = torch.bincount(routed_TK.flatten(), minlength=experts)[:experts].tolist()
         out_TD, weights_S = torch.zeros_like(hidden_TD), weights_TK.flatten()
-        like = layer.first[0]
-        kept = [hidden_TD.new_empty(sum(counts), like.width, dtype=like.dtype)] if keep else []
+        first_linear = layer.first[0]
+        saved_h = [hidden_TD.new_empty(sum(counts), first_linear.width, dtype=first_linear.dtype)] if keep else []
         for members, spans in _groups(counts, lambda place: True, layer.at_once):
             slots = _take(spans, order_S)
             tokens = slots // k
-            out = _take(spans, kept[0]) if keep else None  # All spans are contiguous here, so this is a view.
+            out = _take(spans, saved_h[0]) if keep else None  # All spans are contiguous here, so this is a view.
             h_NH = _through(layer, 0, hidden_TD[tokens], members, tensors, out)
             y_ND = _through(layer, 1, layer.act(h_NH, members, seed), members, tensors)
             if layer.record is not None:
                 layer.record(members, tokens, y_ND, weights_S[slots])
             out_TD.index_add_(0, tokens, (y_ND * weights_S[slots, None]).to(out_TD.dtype))
         ctx.layer, ctx.counts, ctx.seed = layer, counts, seed
-        ctx.save_for_backward(hidden_TD, weights_TK, order_S, *tensors, *kept)  # Checkpointing needs to see these.
+        ctx.save_for_backward(hidden_TD, weights_TK, order_S, *tensors, *saved_h)  # Checkpointing needs to see these.
         return out_TD
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         layer = ctx.layer
-        hidden_TD, weights_TK, order_S, *rest = ctx.saved_tensors
-        tensors, kept = tuple(rest[: len(layer.tensors)]), rest[len(layer.tensors) :]
-        needs, k = ctx.needs_input_grad[-len(tensors) :], weights_TK.shape[-1]
-        grads: Grads = {i: None for i, needed in enumerate(needs) if needed}
-        to_hidden = torch.zeros_like(hidden_TD) if ctx.needs_input_grad[0] else None
+        hidden_TD, weights_TK, order_S, *saved_tensors = ctx.saved_tensors
+        tensors, saved_h = tuple(saved_tensors[: len(layer.tensors)]), saved_tensors[len(layer.tensors) :]
+        needs_grad, k = ctx.needs_input_grad[-len(tensors) :], weights_TK.shape[-1]
+        grads: Grads = {i: None for i, is_needed in enumerate(needs_grad) if is_needed}
+        grad_hidden = torch.zeros_like(hidden_TD) if ctx.needs_input_grad[0] else None
         weights_S = weights_TK.flatten()
-        to_weights = torch.zeros_like(weights_S)
+        grad_weights = torch.zeros_like(weights_S)
         for members, spans in _groups(ctx.counts, layer.reached, layer.at_once):
             slots = _take(spans, order_S)
             tokens = slots // k
             x_ND, g_ND, w_N1 = hidden_TD[tokens], grad_TD[tokens], weights_S[slots, None]
-            h_NH = _take(spans, kept[0]) if kept else _through(layer, 0, x_ND, members, tensors)
+            h_NH = _take(spans, saved_h[0]) if saved_h else _through(layer, 0, x_ND, members, tensors)
             h_NH = h_NH.detach().requires_grad_()
             with torch.enable_grad():
                 a_NF = layer.act(h_NH, members, ctx.seed)
-            to_a = _back(layer, 1, g_ND, a_NF.detach(), w_N1, members, tensors, grads)  # This is for y unweighted.
-            to_y = (to_a * a_NF.detach()).sum(-1)
+            grad_a = _back(layer, 1, g_ND, a_NF.detach(), w_N1, members, tensors, grads)  # This is for y unweighted.
+            grad_w = (grad_a * a_NF.detach()).sum(-1)
             if layer.second[0].bias is not None and layer.at_once:
-                to_y += (g_ND * _biases(layer.second, members, tensors, g_ND.device)).sum(-1)
+                grad_w += (g_ND * _biases(layer.second, members, tensors, g_ND.device)).sum(-1)
             elif layer.second[0].bias is not None:
                 for place, start, end in members:
-                    to_y[start:end] += g_ND[start:end] @ tensors[layer.second[place].bias]
-            to_weights[slots] = to_y.to(to_weights.dtype)
-            (to_h,) = torch.autograd.grad(a_NF, h_NH, to_a.mul_(w_N1).to(a_NF.dtype))
-            to_x = _back(layer, 0, to_h, x_ND, None, members, tensors, grads, to_hidden is not None)
-            if to_hidden is not None:
-                to_hidden.index_add_(0, tokens, to_x.to(to_hidden.dtype))
-        own = (grads.get(i) for i in range(len(tensors)))
-        return to_hidden, to_weights.view_as(weights_TK), None, None, None, None, *own
+                    grad_w[start:end] += g_ND[start:end] @ tensors[layer.second[place].bias]
+            grad_weights[slots] = grad_w.to(grad_weights.dtype)
+            (grad_h,) = torch.autograd.grad(a_NF, h_NH, grad_a.mul_(w_N1).to(a_NF.dtype))
+            grad_x = _back(layer, 0, grad_h, x_ND, None, members, tensors, grads, grad_hidden is not None)
+            if grad_hidden is not None:
+                grad_hidden.index_add_(0, tokens, grad_x.to(grad_hidden.dtype))
+        tensor_grads = (grads.get(i) for i in range(len(tensors)))
+        return grad_hidden, grad_weights.view_as(weights_TK), None, None, None, None, *tensor_grads

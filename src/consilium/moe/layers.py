@@ -32,14 +32,14 @@ def spread(experts: int, counts: Mapping[str, int], least: Mapping[str, int], sh
     shape = shape or (1.0,) * len(counts)
     if len(shape) != len(counts) or not all(0 < weight < float("inf") for weight in shape):
         raise ValueError(f"layers is {shape}; give {len(counts)} positive numbers, one per sparse layer")
-    given = dict(least)
-    if experts < sum(given.values()):
-        raise ValueError(f"{experts} experts are too few: the layers need {sum(given.values())} between them")
+    allocation = dict(least)
+    if experts < sum(allocation.values()):
+        raise ValueError(f"{experts} experts are too few: the layers need {sum(allocation.values())} between them")
     weights = dict(zip(counts, shape, strict=True))
-    for _ in range(min(experts, sum(counts.values())) - sum(given.values())):
-        free = [block for block in counts if given[block] < counts[block]]
-        given[max(free, key=lambda block: weights[block] / (given[block] + 1))] += 1
-    return given
+    for _ in range(min(experts, sum(counts.values())) - sum(allocation.values())):
+        free_blocks = [block for block in counts if allocation[block] < counts[block]]
+        allocation[max(free_blocks, key=lambda block: weights[block] / (allocation[block] + 1))] += 1
+    return allocation
 
 
 def shapes(blocks: int) -> list[Shape]:
@@ -49,16 +49,16 @@ def shapes(blocks: int) -> list[Shape]:
     the rest.
     """
     groups = min(blocks, 4)
-    of_block = [block * groups // blocks for block in range(blocks)]
-    even = [(1.0,) * blocks]
-    falling: Sequence[Shape] = [tuple(float(groups - g) for g in of_block)] if groups > 2 else []
-    favoured = [
-        tuple(factor if g == chosen else 1.0 for g in of_block)
-        for chosen in range(groups)
+    group_of_block = [block * groups // blocks for block in range(blocks)]
+    even_shapes = [(1.0,) * blocks]
+    falling_shapes: Sequence[Shape] = [tuple(float(groups - g) for g in group_of_block)] if groups > 2 else []
+    favouring_shapes = [
+        tuple(factor if g == favourite else 1.0 for g in group_of_block)
+        for favourite in range(groups)
         for factor in (2.0, 4.0)
         if groups > 1
     ]
-    return [*even, *falling, *favoured]
+    return [*even_shapes, *falling_shapes, *favouring_shapes]
 
 
 def most(scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:

@@ -129,9 +129,11 @@ def _sides(model: TaskModel, targets: tuple[str, ...]) -> Iterator[tuple[str, in
     For a dense model, the name is the path of a linear layer.
     """
     family = model.family
-    odd = sorted(set(targets) - set(family.lora_targets))
-    if odd:
-        raise ConfigError(f"lora.targets has {odd[0]!r}; {family.name} has {', '.join(family.lora_targets)}")
+    unknown_targets = sorted(set(targets) - set(family.lora_targets))
+    if unknown_targets:
+        raise ConfigError(
+            f"lora.targets has {unknown_targets[0]!r}; {family.name} has {', '.join(family.lora_targets)}"
+        )
     for path, linear in linear_layers(model.backbone) if family.dense else ():
         if not targets or path.rpartition(".")[2] in targets:
             yield path, linear.in_features, linear.out_features
@@ -189,10 +191,12 @@ def add_lora(model: TaskModel, lora: Lora, seed: int = 0) -> TaskModel:
         _quantise(model)
     model.adapters = Adapters({name: tensor.to(device) for name, tensor in tensors.items()}, lora.scale)
     if model.family.dense:
-        named = model.adapters.named()
+        adapter_tensors = model.adapters.named()
         for path, linear in linear_layers(model.backbone):
-            if f"{path}.lora_A" in named:
-                linear.register_forward_hook(_Added(named[f"{path}.lora_A"], named[f"{path}.lora_B"], lora.scale))
+            if f"{path}.lora_A" in adapter_tensors:
+                linear.register_forward_hook(
+                    _Added(adapter_tensors[f"{path}.lora_A"], adapter_tensors[f"{path}.lora_B"], lora.scale)
+                )
     else:
         Experts(model, keep=True).__enter__()
     return model
@@ -220,18 +224,18 @@ def merged(model: TaskModel, base: Mapping[str, Tensor], params: Mapping[str, Te
         params: adapters, router rows and head rows.
         lora: the settings of the adapters.
     """
-    modules = model.family.layout == "modules" or model.family.dense
-    whole = folded(model, base, params)
-    whole |= {key: tensor for key, tensor in params.items() if not is_adapter(key) and not is_folded(key)}
+    as_modules = model.family.layout == "modules" or model.family.dense
+    merged_params = folded(model, base, params)
+    merged_params |= {key: tensor for key, tensor in params.items() if not is_adapter(key) and not is_folded(key)}
     if lora.base == "nf4":
-        ends = tuple(f".{target}{'.weight' if modules else ''}" for target in model.family.lora_targets)
-        for key in [key for key in whole if expert_of(key) and key.endswith(ends)]:
-            whole[key] = dequantise(*quantise(whole[key]))
+        suffixes = tuple(f".{target}{'.weight' if as_modules else ''}" for target in model.family.lora_targets)
+        for key in [key for key in merged_params if expert_of(key) and key.endswith(suffixes)]:
+            merged_params[key] = dequantise(*quantise(merged_params[key]))
     changes = {
         name: lora.scale * params[f"{name}.lora_B"].float() @ params[f"{name}.lora_A"].float()
         for name in (key.removesuffix(".lora_A") for key in params if key.endswith(".lora_A") and is_adapter(key))
     }
-    return _moved(model, whole, changes)
+    return _moved(model, merged_params, changes)
 
 
 def is_folded(key: str) -> bool:
@@ -253,14 +257,14 @@ def folded(model: TaskModel, base: Mapping[str, Tensor], params: Mapping[str, Te
 
 def _moved(model: TaskModel, whole: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> Params:
     """Return parameters with changes [Y, X] added to them, summed in float32."""
-    modules, moved = model.family.layout == "modules" or model.family.dense, dict(whole)
-    first = None if modules else next(iter(model.blocks().values())).get_submodule(model.family.experts)
-    transposed = not modules and is_transposed(first, model.family)
+    as_modules, new_params = model.family.layout == "modules" or model.family.dense, dict(whole)
+    first_experts = None if as_modules else next(iter(model.blocks().values())).get_submodule(model.family.experts)
+    transposed = not as_modules and is_transposed(first_experts, model.family)
     for name, change_YX in changes.items():
-        target = f"{name}.weight" if modules else name
-        old = moved[target]
-        moved[target] = (old.float() + (change_YX.t() if transposed else change_YX)).to(old.dtype)
-    return moved
+        target = f"{name}.weight" if as_modules else name
+        old_weight = new_params[target]
+        new_params[target] = (old_weight.float() + (change_YX.t() if transposed else change_YX)).to(old_weight.dtype)
+    return new_params
 
 
 def _quantise(model: TaskModel) -> None:
@@ -291,8 +295,8 @@ def peft_targets(model: TaskModel, targets: tuple[str, ...]) -> dict[str, object
         return {"target_modules": list(targets)}
     paths = [f"{block}.{family.experts}" for block in model.blocks()]
     if family.layout == "modules":
-        joined = "|".join(re.escape(path) for path in paths)
-        return {"target_modules": rf"({joined})\..*\.({'|'.join(targets)})"}
+        path_pattern = "|".join(re.escape(path) for path in paths)
+        return {"target_modules": rf"({path_pattern})\..*\.({'|'.join(targets)})"}
     parameters = [f"{path}.{target}" for path in paths for target in targets]
     return {"target_modules": [], "target_parameters": parameters}
 

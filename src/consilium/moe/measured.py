@@ -56,21 +56,21 @@ def measured_parts(config: PretrainedConfig, family: Family, w: int) -> dict[Mod
 def _shares(key: Key) -> dict[Mode, float]:
     family = family_of(key.config)
     text = text_config(key.config)
-    kept = {name: getattr(text, name) for name in STATES if isinstance(getattr(text, name, None), int)}
-    small = shrink(key.config, **kept)
+    state_sizes = {name: getattr(text, name) for name in STATES if isinstance(getattr(text, name, None), int)}
+    small_config = shrink(key.config, **state_sizes)
     form = "classification" if "classification" in family.classes else "text-to-text"
-    found: dict[str, float] = {}
+    share_by_mode: dict[str, float] = {}
     for mode in ("full", "lora") if family.dense else ("full", "lora", "chosen"):
         with quietly(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            backbone = twin(small, getattr(transformers, family.classes[form]))
+            backbone = twin(small_config, getattr(transformers, family.classes[form]))
             labels = ("a", "b") if form == "classification" else ()
             model = TaskModel(backbone, family, "t", labels, torch.float32).train()
             if mode == "lora":
                 add_lora(model, Lora(2))
-            found[mode] = _saved(model, mode == "chosen") / _said(model, mode)
-    most = max(1.0, *found.values()) * MARGIN
-    return {mode: most for mode in ("full", "lora", "peft", "forward")}
+            share_by_mode[mode] = _saved(model, mode == "chosen") / _said(model, mode)
+    largest_share = max(1.0, *share_by_mode.values()) * MARGIN
+    return {mode: largest_share for mode in ("full", "lora", "peft", "forward")}
 
 
 def _saved(model: TaskModel, chosen: bool) -> float:
@@ -78,34 +78,34 @@ def _saved(model: TaskModel, chosen: bool) -> float:
     ids = torch.randint(2, 100, (B, N), generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1]) if model.head is not None else ids
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    held: dict[int, Any] = {}
+    model_pointers = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    saved_storages: dict[int, Any] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = storage
+        if storage.data_ptr() not in model_pointers:
+            saved_storages[storage.data_ptr()] = storage
         return tensor
 
-    saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with Tap(model) as tap, saving, Experts(model) if chosen else nullcontext(), tap.batch(batch):
+    saving_hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with Tap(model) as tap, saving_hooks, Experts(model) if chosen else nullcontext(), tap.batch(batch):
         logits, targets = model(batch)
         loss = F.cross_entropy(logits, targets)
     del loss
-    beside = 3 * logits.numel() * 4  # These bytes belong to the logits, which are counted separately.
-    return max(sum(storage.nbytes() for storage in held.values()) - beside, 0) / 4
+    logit_bytes = 3 * logits.numel() * 4  # These bytes belong to the logits, which are counted separately.
+    return max(sum(storage.nbytes() for storage in saved_storages.values()) - logit_bytes, 0) / 4
 
 
 def _said(model: TaskModel, mode: str) -> float:
     """Return the formula's number of elements for the same pass."""
     config = model.config
     parts = decoder(config, 0)["full" if mode == "chosen" or model.family.dense else mode]
-    sparse = parts.chosen if mode == "chosen" else parts.sparse
+    sparse_cost = parts.chosen if mode == "chosen" else parts.sparse
     blocks, layers = model.blocks(), int(config.num_hidden_layers)
     k, experts = experts_per_token(config), 8
     attention, dense, ends = (part(B, N, N) for part in (parts.attention, parts.dense, parts.ends))
-    first = sparse(B, N, N, k, experts)
-    return layers * attention + max(layers - len(blocks), 0) * dense + len(blocks) * first + ends
+    sparse_size = sparse_cost(B, N, N, k, experts)
+    return layers * attention + max(layers - len(blocks), 0) * dense + len(blocks) * sparse_size + ends
 
 
 def _scale(parts: Parts, share: float) -> Parts:

@@ -88,8 +88,8 @@ class Merging:
     def needs(self) -> int:
         """Return the fewest contributors for which the rule gives a result."""
         f = self.attackers
-        least = {"mean": 1, "median": 2 * f + 1, "trimmed": 2 * f + 1, "krum": max(2 * f + 3, f + 2 + self.chosen)}
-        return least[self.rule]
+        minimums = {"mean": 1, "median": 2 * f + 1, "trimmed": 2 * f + 1, "krum": max(2 * f + 3, f + 2 + self.chosen)}
+        return minimums[self.rule]
 
 
 def group_of(key: str) -> str:
@@ -106,8 +106,8 @@ def group_of(key: str) -> str:
 
 def median_of(x_N: Tensor) -> Tensor:
     """Return the median of every coordinate; for an even number of updates, the mean of the middle two."""
-    n, ordered = len(x_N), x_N.sort(dim=0).values
-    return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+    n, sorted_N = len(x_N), x_N.sort(dim=0).values
+    return (sorted_N[(n - 1) // 2] + sorted_N[n // 2]) / 2
 
 
 def trimmed_mean(x_N: Tensor, trim: int) -> Tensor:
@@ -174,14 +174,14 @@ class RobustMean:
         """Return the new parameters; tensors with no or too few contributors are the previous ones, not copied."""
         if self._spool is None:
             return self._mean.mean(previous)
-        merged = {}
+        new_params = {}
         for group, contributors in self._spool.groups.items():
             if len(contributors) < self._merging.needs:
                 self._kept.add(group)
                 continue
             for key, x in self._merge(self._spool.keys[group], contributors).items():
-                merged[key] = x.to(previous[key].dtype)
-        return {key: merged.get(key, old) for key, old in previous.items()}
+                new_params[key] = x.to(previous[key].dtype)
+        return {key: new_params.get(key, old_tensor) for key, old_tensor in previous.items()}
 
     def told(self) -> dict[str, float]:
         """Return numbers for the record.
@@ -190,15 +190,15 @@ class RobustMean:
         value because of too few contributors. With clipping, they are also the number of clipped clients and the median
         norm of the clients' changes of trunk and heads.
         """
-        told: dict[str, float] = self._mean.told()
+        numbers: dict[str, float] = self._mean.told()
         if self._spool is not None:
             experts = sum(expert_of(group) is not None for group in self._kept)
-            told |= {"experts_kept": float(experts), "others_kept": float(len(self._kept) - experts)}
-            told["parts"] = float(len(self._spool.groups))
+            numbers |= {"experts_kept": float(experts), "others_kept": float(len(self._kept) - experts)}
+            numbers["parts"] = float(len(self._spool.groups))
         if self._merging.clip or self._merging.clip_router:
-            told["clipped"] = float(sum(self._clipped))
-            told["norm"] = median(self._norms) if self._norms else 0.0
-        return told
+            numbers["clipped"] = float(sum(self._clipped))
+            numbers["norm"] = median(self._norms) if self._norms else 0.0
+        return numbers
 
     def _merge(self, keys: list[str], contributors: list[int]) -> Params:
         """Return the rule's result for a group, float64."""
@@ -213,13 +213,13 @@ class RobustMean:
             x_NX = stack().reshape(len(contributors), -1)
             for place, x_X in enumerate(x_NX):
                 squared_NN[place] += (x_NX - x_X).square().sum(dim=1)
-        best = krum(squared_NN, f, self._merging.chosen)
-        return {key: stack()[best].mean(dim=0) for key, stack in stacks.items()}
+        selection = krum(squared_NN, f, self._merging.chosen)
+        return {key: stack()[selection].mean(dim=0) for key, stack in stacks.items()}
 
     def _clip(self, params: Mapping[str, Tensor]) -> Params:
         """Return a client's tensors; tensors with too large a change are moved towards the server's, in float64."""
-        bounds = self._merging
-        if not (bounds.clip or bounds.clip_router):
+        merging = self._merging
+        if not (merging.clip or merging.clip_router):
             return dict(params)
         squares: dict[str, float] = {}
         for key, tensor in params.items():
@@ -227,7 +227,7 @@ class RobustMean:
             squares[_clipped_with(key)] = squares.get(_clipped_with(key), 0.0) + float(change.square().sum())
         scales = {}
         for part, square in squares.items():
-            bound = bounds.clip_router if part == "router" else bounds.clip
+            bound = merging.clip_router if part == "router" else merging.clip
             scales[part] = bound / math.sqrt(square) if bound and square > bound * bound else 1.0
         self._norms.append(math.sqrt(squares.get("rest", 0.0)))
         self._clipped.append(any(scale < 1 for scale in scales.values()))
@@ -237,8 +237,8 @@ class RobustMean:
         }
 
     def _towards(self, key: str, tensor: Tensor, scale: float) -> Tensor:
-        old = self._previous[key].double()
-        return old + scale * (tensor.double() - old)
+        server_tensor = self._previous[key].double()
+        return server_tensor + scale * (tensor.double() - server_tensor)
 
 
 def _clipped_with(key: str) -> str:

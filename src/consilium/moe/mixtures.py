@@ -117,27 +117,29 @@ class AdapterMixture(nn.Module):
         y, shape = self.base(x), x.shape[:-1]
         x_TX = x.reshape(-1, x.shape[-1]).float()
         real_T = self._real(shape, x_TX)
-        read = F.dropout(x_TX, self.mixing.dropout, self.training)
-        added = self.always_weight * sum((read @ self.pairs[n].a.t()) @ self.pairs[n].b.t() for n in self.always)
+        dropout_TX = F.dropout(x_TX, self.mixing.dropout, self.training)
+        addition = self.always_weight * sum(
+            (dropout_TX @ self.pairs[n].a.t()) @ self.pairs[n].b.t() for n in self.always
+        )
         if self.route is not None:
-            added = added + self._mixed(x_TX, read, real_T)
-        if isinstance(added, float):  # There are neither adapters that are always on nor a router.
+            addition = addition + self._mixed(x_TX, dropout_TX, real_T)
+        if isinstance(addition, float):  # There are neither adapters that are always on nor a router.
             return y
-        return y + (self.mixing.scale * added).reshape(y.shape).to(y.dtype)
+        return y + (self.mixing.scale * addition).reshape(y.shape).to(y.dtype)
 
     def weights(self, x_TX: Tensor, real_T: Tensor) -> Tensor:
         """Return g [T, J], zero for slots that are not among the top k, and set `balance`."""
         z_TJ = self._logits(x_TX, real_T)
         p_TJ = z_TJ.softmax(-1)
         k = min(self.mixing.top_k, len(self.slots))
-        best = p_TJ.topk(k, dim=-1)
-        kept_TJ = torch.zeros_like(p_TJ).scatter(-1, best.indices, best.values)
-        chosen_TJ = (kept_TJ > 0)[real_T]
-        f_J = chosen_TJ.float().mean(0) / k
+        top_k = p_TJ.topk(k, dim=-1)
+        gates_TJ = torch.zeros_like(p_TJ).scatter(-1, top_k.indices, top_k.values)
+        choices_TJ = (gates_TJ > 0)[real_T]
+        f_J = choices_TJ.float().mean(0) / k
         self.balance = len(self.slots) * (p_TJ[real_T].mean(0) * f_J.detach()).sum()
         if self.measure:
-            self.used += chosen_TJ.sum(0).double().cpu()
-        return kept_TJ / kept_TJ.sum(-1, keepdim=True)
+            self.used += choices_TJ.sum(0).double().cpu()
+        return gates_TJ / gates_TJ.sum(-1, keepdim=True)
 
     def _logits(self, x_TX: Tensor, real_T: Tensor) -> Tensor:
         if self.mixing.router == "rows":
@@ -153,15 +155,15 @@ class AdapterMixture(nn.Module):
     def _mixed(self, x_TX: Tensor, read_TX: Tensor, real_T: Tensor) -> Tensor:
         """Return sum_j g_j B_e(j) A_e(j) x [T, Y], where each adapter only computes the tokens that chose it."""
         g_TJ = self.weights(x_TX, real_T)
-        added = x_TX.new_zeros(len(x_TX), self.base.weight.shape[0])
+        addition = x_TX.new_zeros(len(x_TX), self.base.weight.shape[0])
         for name in dict.fromkeys(self.slots):
             g_T = g_TJ[:, [j for j, slot in enumerate(self.slots) if slot == name]].sum(-1)
             rows = g_T.nonzero().flatten()
             if len(rows):
                 pair = self.pairs[name]
                 out = (read_TX[rows] @ pair.a.t()) @ pair.b.t()
-                added = added.index_add(0, rows, g_T[rows, None] * out)
-        return added
+                addition = addition.index_add(0, rows, g_T[rows, None] * out)
+        return addition
 
     def _real(self, shape: torch.Size, x_TX: Tensor) -> Tensor:
         """Return a mask of real tokens [T] bool; all True if `mask` is for other positions (cross attention)."""
@@ -181,20 +183,20 @@ def layers(source: ModelSource, targets: tuple[str, ...] = ()) -> Mapping[str, t
         ConfigError: if the model has none of them.
     """
     model = source.skeleton("", ())
-    inside = tuple(f"{block}." for block in model.blocks())
-    linear = {
+    block_prefixes = tuple(f"{block}." for block in model.blocks())
+    linear_sides = {
         path: (module.in_features, module.out_features)
         for path, module in model.backbone.named_modules()
-        if isinstance(module, nn.Linear) and not path.startswith(inside)
+        if isinstance(module, nn.Linear) and not path.startswith(block_prefixes)
     }
-    last = {path.rsplit(".", 1)[-1] for path in linear}
-    wanted = targets or next((names for names in ATTENTION if last.issuperset(names)), ())
-    found = {path: sides for path, sides in linear.items() if path.rsplit(".", 1)[-1] in wanted}
-    if not found:
+    last_names = {path.rsplit(".", 1)[-1] for path in linear_sides}
+    target_names = targets or next((names for names in ATTENTION if last_names.issuperset(names)), ())
+    target_sides = {path: sides for path, sides in linear_sides.items() if path.rsplit(".", 1)[-1] in target_names}
+    if not target_sides:
         raise ConfigError(
-            f"targets is {targets}, but {source.path} has no such linear layer; it has {', '.join(sorted(last))}"
+            f"targets is {targets}, but {source.path} has no such linear layer; it has {', '.join(sorted(last_names))}"
         )
-    return found
+    return target_sides
 
 
 def initial_pair(x: int, y: int, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -241,12 +243,12 @@ def attach(
     for path in paths:
         owner, _, name = path.rpartition(".")
         names = names_of(params, path)
-        chosen = slots.get(path) if isinstance(slots, Mapping) else slots
-        chosen = [n for n in names if n not in always] if chosen is None else chosen
+        layer_slots = slots.get(path) if isinstance(slots, Mapping) else slots
+        layer_slots = [n for n in names if n not in always] if layer_slots is None else layer_slots
         parent = model.backbone.get_submodule(owner)
-        mixture = AdapterMixture(getattr(parent, name), names, [n for n in always if n in names], chosen, mixing)
-        own = {key: p for key, p in mixture.named_parameters() if not key.startswith("base.")}
-        for key, parameter in own.items():
+        mixture = AdapterMixture(getattr(parent, name), names, [n for n in always if n in names], layer_slots, mixing)
+        mixture_params = {key: p for key, p in mixture.named_parameters() if not key.startswith("base.")}
+        for key, parameter in mixture_params.items():
             value = params[f"{path}.{key}"]
             if value.shape != parameter.shape:
                 raise ConfigError(f"{path}.{key} has shape {tuple(value.shape)}, it must be {tuple(parameter.shape)}")

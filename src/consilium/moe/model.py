@@ -108,27 +108,28 @@ class TaskModel(nn.Module):
         if self.head is not None:
             hidden = self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
             weights = mask.unsqueeze(-1).to(hidden.dtype)
-            pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
-            return self.head(pooled), batch["labels"]
+            mean_hidden = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+            return self.head(mean_hidden), batch["labels"]
         # No `labels` are passed, so the backbone computes no loss of its own. The cache would not be used.
         labels = batch["labels"]
         if self.encoder_decoder:
-            shifted = self.backbone.prepare_decoder_input_ids_from_labels(labels)
-            output = self.backbone(input_ids=ids, attention_mask=mask, decoder_input_ids=shifted, use_cache=False)
-            keep = labels != -100
-            return output.logits[keep], labels[keep]
-        packed = {}
+            decoder_ids = self.backbone.prepare_decoder_input_ids_from_labels(labels)
+            output = self.backbone(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids, use_cache=False)
+            label_mask = labels != -100
+            return output.logits[label_mask], labels[label_mask]
+        position_args = {}
         if "position_ids" in batch:  # They only mark the borders of examples if there is no mask.
-            mask, packed = None, {"position_ids": batch["position_ids"]}
+            mask, position_args = None, {"position_ids": batch["position_ids"]}
         if self.family.whole:
-            output = self.backbone(input_ids=ids, attention_mask=mask, use_cache=False, **packed)
-            keep = labels[:, 1:] != -100
-            return output.logits[:, :-1][keep], labels[:, 1:][keep]
-        output = trunk_of(self.backbone)(input_ids=ids, attention_mask=mask, use_cache=False, **packed)
+            output = self.backbone(input_ids=ids, attention_mask=mask, use_cache=False, **position_args)
+            label_mask = labels[:, 1:] != -100
+            return output.logits[:, :-1][label_mask], labels[:, 1:][label_mask]
+        output = trunk_of(self.backbone)(input_ids=ids, attention_mask=mask, use_cache=False, **position_args)
         hidden = output.last_hidden_state
-        keep = labels[:, 1:] != -100  # Long sequences have few predicted positions, so logits are limited to these.
-        logits = self.backbone.get_output_embeddings()(hidden[:, :-1][keep])
-        return finish_logits(logits, self.config, self.family.finish), labels[:, 1:][keep]
+        # Long sequences have few predicted positions, so logits are limited to these.
+        label_mask = labels[:, 1:] != -100
+        logits = self.backbone.get_output_embeddings()(hidden[:, :-1][label_mask])
+        return finish_logits(logits, self.config, self.family.finish), labels[:, 1:][label_mask]
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, count: Callable[[int], None] = lambda tokens: None) -> Tensor:

@@ -38,8 +38,8 @@ def sliced(cls: type, family: Family, keep: ExpertSet) -> type:
         cls.__init__(self, config, *args, **kwargs)
         slice_experts(TaskModel(self, family, "", (), self.dtype), keep)
 
-    own = {"__init__": init, "__module__": cls.__module__, "initialize_weights": lambda self: None}
-    return type(cls.__name__, (cls,), own)
+    namespace = {"__init__": init, "__module__": cls.__module__, "initialize_weights": lambda self: None}
+    return type(cls.__name__, (cls,), namespace)
 
 
 def held_weights(location: str, revision: str | None, full: TaskModel, held: ExpertSet) -> dict[str, Tensor]:
@@ -65,17 +65,20 @@ def held_weights(location: str, revision: str | None, full: TaskModel, held: Exp
             for key in tensors.keys():  # noqa: SIM118 (no dict)
                 path, _ = rename_source_key(key, renamings, converters, prefix, meta)
                 name = names.get(path)
-                first = name if isinstance(name, str) else (name or [""])[0]
-                block, number = expert_of(first) or router_row_of(first) or ("", 0)
+                first_name = name if isinstance(name, str) else (name or [""])[0]
+                block, number = expert_of(first_name) or router_row_of(first_name) or ("", 0)
                 if not block:
                     state[key] = tensors.get_tensor(key)
                 elif isinstance(name, str):  # This expert is a module of its own.
                     if number in held[block]:
-                        one, place = family.module.format(number), family.module.format(held[block].index(number))
-                        state[key.replace(f".{one}.", f".{place}.")] = tensors.get_tensor(key)
-                elif found := _NUMBER.search(key):
-                    if int(found[0]) in held[block]:
-                        state[_NUMBER.sub(str(held[block].index(int(found[0]))), key)] = tensors.get_tensor(key)
+                        old_name, new_name = (
+                            family.module.format(number),
+                            family.module.format(held[block].index(number)),
+                        )
+                        state[key.replace(f".{old_name}.", f".{new_name}.")] = tensors.get_tensor(key)
+                elif match := _NUMBER.search(key):
+                    if int(match[0]) in held[block]:
+                        state[_NUMBER.sub(str(held[block].index(int(match[0]))), key)] = tensors.get_tensor(key)
                 else:
                     state[key] = _rows(tensors.get_slice(key), len(name), held[block])
     return state
@@ -94,10 +97,10 @@ def _files(location: str, revision: str | None) -> Iterator[str]:
     from transformers.utils.hub import get_checkpoint_shard_files
 
     for name in _NAMES:
-        found = cached_file(location, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-        if found:
+        path = cached_file(location, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if path:
             if shards := name.endswith(".json"):
-                shards_of(Path(found), ModelError)
-            yield from get_checkpoint_shard_files(location, found, revision=revision)[0] if shards else [found]
+                shards_of(Path(path), ModelError)
+            yield from get_checkpoint_shard_files(location, path, revision=revision)[0] if shards else [path]
             return
     raise ModelError(f"model {location!r} has no {' or '.join(_NAMES)}; weights are read from safetensors only")

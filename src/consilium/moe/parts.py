@@ -75,8 +75,9 @@ def _switch(c: Any, w: int) -> dict[Mode, Parts]:
     """
     D, F, H, inner = c.d_model, c.d_ff, c.num_heads, c.num_heads * c.d_kv
     d, j = int(c.dropout_rate > 0), int(c.router_jitter_noise > 0)
-    trained = (3 + d + 2 * w) * D  # norm: input, scaled input, output (the input of the next matrices); dropout mask
-    frozen = (1 + d + 2 * w) * D  # input of the norm and mask: frozen weights need no input saved
+    # norm: input, scaled input, output (the input of the next matrices); dropout mask
+    trained_norm = (3 + d + 2 * w) * D
+    frozen_norm = (1 + d + 2 * w) * D  # input of the norm and mask: frozen weights need no input saved
     noise = (j + 3 * w) * D  # of the router
     scores = (1 + 2 * d) * H  # softmax, and with dropout its mask and product
     hidden = (1 + 2 * d) * F  # activation, and with dropout its mask and product
@@ -84,29 +85,29 @@ def _switch(c: Any, w: int) -> dict[Mode, Parts]:
     expert = Cost(token=6 * D + 2 * hidden + F)  # gathered, gradients of input and output; twice the inner tensors
     return {
         "full": Parts(
-            attention=Cost(token=trained + 4 * inner, pair=scores),  # queries, keys, values, attention output
-            cross=Cost(token=trained + 2 * inner, source=2 * inner, cross=scores),
-            dense=Cost(token=trained + hidden),
-            sparse=Cost(token=trained + noise, slot=slot, choice=3),  # router softmax twice, logits for the tap
+            attention=Cost(token=trained_norm + 4 * inner, pair=scores),  # queries, keys, values, attention output
+            cross=Cost(token=trained_norm + 2 * inner, source=2 * inner, cross=scores),
+            dense=Cost(token=trained_norm + hidden),
+            sparse=Cost(token=trained_norm + noise, slot=slot, choice=3),  # router softmax twice, logits for the tap
             ends=Cost(token=(3 + 2 * d + 2 * w) * D, bias=H + 2),  # norm, output, masks; position bias and buckets
             last=Cost(token=2 * D),
-            chosen=Cost(token=trained + noise, slot=4, choice=3),
+            chosen=Cost(token=trained_norm + noise, slot=4, choice=3),
             expert=expert,
         ),
         "lora": Parts(
-            attention=Cost(token=frozen + 3 * inner, pair=scores),
-            cross=Cost(token=frozen + inner, source=2 * inner, cross=scores),
-            dense=Cost(token=frozen + (1 + d) * F),
-            sparse=Cost(token=frozen + D + noise, slot=F + 4, choice=3),
+            attention=Cost(token=frozen_norm + 3 * inner, pair=scores),
+            cross=Cost(token=frozen_norm + inner, source=2 * inner, cross=scores),
+            dense=Cost(token=frozen_norm + (1 + d) * F),
+            sparse=Cost(token=frozen_norm + D + noise, slot=F + 4, choice=3),
             ends=Cost(token=(2 + d + 2 * w) * D, bias=H + 2),
-            chosen=Cost(token=frozen + D + noise, slot=4, choice=3),
+            chosen=Cost(token=frozen_norm + D + noise, slot=4, choice=3),
             expert=expert,
         ),
         "peft": Parts(
-            attention=Cost(token=frozen + 3 * inner, pair=scores),
-            cross=Cost(token=frozen + inner, source=2 * inner, cross=scores),
-            dense=Cost(token=frozen + (1 + d) * F),
-            sparse=Cost(token=frozen + D + noise, slot=slot, choice=3),
+            attention=Cost(token=frozen_norm + 3 * inner, pair=scores),
+            cross=Cost(token=frozen_norm + inner, source=2 * inner, cross=scores),
+            dense=Cost(token=frozen_norm + (1 + d) * F),
+            sparse=Cost(token=frozen_norm + D + noise, slot=slot, choice=3),
             ends=Cost(token=(2 + d + 2 * w) * D, bias=H + 2),
             last=Cost(token=4 * D + F),
         ),
@@ -140,44 +141,47 @@ def decoder(
     """
     D, H = c.hidden_size, c.num_attention_heads
     F = _inner(c)
-    shared, d = _shared(c, F), int(dropout and (getattr(c, "attention_dropout", 0.0) or 0.0) > 0)
-    wide = max(_widths(c, "intermediate_size", "ffn_hidden_size")) or F
-    plain = H if c._attn_implementation != "sdpa" or hasattr(c, "kv_lora_rank") else 0
-    scores = (1 + 2 * d) * H if plain or d else 1  # 1: the padding mask, as numbers
-    full, frozen, moved = _attention(c, w, query_norm or getattr(c, "use_qk_norm", False), copied, bool(scores > 1))
+    shared_width, d = _shared(c, F), int(dropout and (getattr(c, "attention_dropout", 0.0) or 0.0) > 0)
+    dense_width = max(_widths(c, "intermediate_size", "ffn_hidden_size")) or F
+    unfused_heads = H if c._attn_implementation != "sdpa" or hasattr(c, "kv_lora_rank") else 0
+    scores = (1 + 2 * d) * H if unfused_heads or d else 1  # 1: the padding mask, as numbers
+    trained_attention, frozen_attention, live_attention = _attention(
+        c, w, query_norm or getattr(c, "use_qk_norm", False), copied, bool(scores > 1)
+    )
     slot, choice = 2 * D + gate * F + 12, 5  # gathered, output; indices; logits, softmax, masks of groups
-    trained, still = (norm + w) * D, (1 + w) * D
+    trained_norm, frozen_norm = (norm + w) * D, (1 + w) * D
     expert = Cost(token=6 * D + (gate + 3) * F)  # gathered, gradients of input and output; twice the inner tensors
-    gated = D * hasattr(c, "shared_expert_intermediate_size")  # its output, before its own gate
+    shared_gate = D * hasattr(c, "shared_expert_intermediate_size")  # its output, before its own gate
     return {
         "full": Parts(
-            attention=Cost(token=trained + full, pair=scores),
-            sparse=Cost(token=trained + 4 * shared + gated, slot=slot, choice=choice),
-            dense=Cost(token=trained + 4 * wide),
-            ends=Cost(token=trained),
-            last=Cost(token=-trained, slot=2 * D, pair=2 * plain),  # weighted, reordered; freed before the ends
-            chosen=Cost(token=trained + 4 * shared + gated, slot=4, choice=choice),
+            attention=Cost(token=trained_norm + trained_attention, pair=scores),
+            sparse=Cost(token=trained_norm + 4 * shared_width + shared_gate, slot=slot, choice=choice),
+            dense=Cost(token=trained_norm + 4 * dense_width),
+            ends=Cost(token=trained_norm),
+            # weighted, reordered; freed before the ends
+            last=Cost(token=-trained_norm, slot=2 * D, pair=2 * unfused_heads),
+            chosen=Cost(token=trained_norm + 4 * shared_width + shared_gate, slot=4, choice=choice),
             expert=expert,
         ),
         "lora": Parts(
-            attention=Cost(token=still + frozen, pair=scores),
-            sparse=Cost(token=still + D + 3 * shared + gated, slot=2 * F + 4, choice=choice),
-            dense=Cost(token=still + 3 * wide),
-            ends=Cost(token=still + D),
-            chosen=Cost(token=still + D + 3 * shared + gated, slot=4, choice=choice),
+            attention=Cost(token=frozen_norm + frozen_attention, pair=scores),
+            sparse=Cost(token=frozen_norm + D + 3 * shared_width + shared_gate, slot=2 * F + 4, choice=choice),
+            dense=Cost(token=frozen_norm + 3 * dense_width),
+            ends=Cost(token=frozen_norm + D),
+            chosen=Cost(token=frozen_norm + D + 3 * shared_width + shared_gate, slot=4, choice=choice),
             expert=expert,
         ),
         "peft": Parts(
-            attention=Cost(token=still + frozen, pair=scores),
-            sparse=Cost(token=still + 3 * shared + gated, slot=slot, choice=choice),
-            dense=Cost(token=still + 3 * wide),
-            ends=Cost(token=still + D),
-            last=Cost(token=-still - D, slot=2 * D, pair=2 * plain),
+            attention=Cost(token=frozen_norm + frozen_attention, pair=scores),
+            sparse=Cost(token=frozen_norm + 3 * shared_width + shared_gate, slot=slot, choice=choice),
+            dense=Cost(token=frozen_norm + 3 * dense_width),
+            ends=Cost(token=frozen_norm + D),
+            last=Cost(token=-frozen_norm - D, slot=2 * D, pair=2 * unfused_heads),
         ),
         "forward": Parts(
-            attention=Cost(token=3 * D + moved, pair=3 * plain or 1),
-            sparse=Cost(token=2 * D + 3 * shared + gated, slot=3 * D + (gate - 1) * F + 12, choice=choice),
-            dense=Cost(token=3 * D + 3 * wide),
+            attention=Cost(token=3 * D + live_attention, pair=3 * unfused_heads or 1),
+            sparse=Cost(token=2 * D + 3 * shared_width + shared_gate, slot=3 * D + (gate - 1) * F + 12, choice=choice),
+            dense=Cost(token=3 * D + 3 * dense_width),
             ends=Cost(token=D),
         ),
     }
@@ -196,21 +200,21 @@ def _attention(c: Any, w: int, query_norm: bool, copied: int, scored: bool) -> t
     H = c.num_attention_heads
     if hasattr(c, "kv_lora_rank"):  # latents with their norms; combined queries and keys, values, attention output
         query, value = H * (c.qk_nope_head_dim + c.qk_rope_head_dim), H * c.v_head_dim
-        latent = c.kv_lora_rank + (getattr(c, "q_lora_rank", None) or 0)
-        saved = 2 * query + value + c.qk_rope_head_dim
-        return saved + value + (3 + w) * latent, saved + (1 + w) * latent, 4 * (query + value)
+        latent_width = c.kv_lora_rank + (getattr(c, "q_lora_rank", None) or 0)
+        saved_size = 2 * query + value + c.qk_rope_head_dim
+        return saved_size + value + (3 + w) * latent_width, saved_size + (1 + w) * latent_width, 4 * (query + value)
     size = getattr(c, "head_dim", None) or c.hidden_size // H
     query, key = H * size, (getattr(c, "num_key_value_heads", None) or H) * size
-    rotated = (3 + w) * query + w * key + H  # queries, keys and values; sums of the softmax
-    normed = query + key if query_norm else 0  # before and after the norm; if frozen, only its input
-    full = rotated + query * (1 if scored else 1 + copied) + 2 * normed
-    return full, rotated + normed + (0 if scored else query), 4 * (query + max(query, key))
+    qkv = (3 + w) * query + w * key + H  # queries, keys and values; sums of the softmax
+    norms = query + key if query_norm else 0  # before and after the norm; if frozen, only its input
+    trained_size = qkv + query * (1 if scored else 1 + copied) + 2 * norms
+    return trained_size, qkv + norms + (0 if scored else query), 4 * (query + max(query, key))
 
 
 def _widths(c: Any, *names: str) -> list[int]:
     """Return the widths that a configuration has under these names; for a list of widths, the largest counts."""
-    found = [getattr(c, name, None) for name in names]
-    return [max(value) if isinstance(value, list | tuple) else int(value) for value in found if value] or [0]
+    values = [getattr(c, name, None) for name in names]
+    return [max(value) if isinstance(value, list | tuple) else int(value) for value in values if value] or [0]
 
 
 def _inner(c: Any) -> int:
@@ -221,10 +225,10 @@ def _inner(c: Any) -> int:
 
 def _shared(c: Any, F: int) -> int:
     """Return the width of the shared experts together."""
-    counts = ("n_shared_experts", "moe_num_shared_experts", "num_shared_experts")
-    count = max(getattr(c, name, None) or 0 for name in counts)
-    own = ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size")
-    return max([*_widths(c, *own), count * F])
+    count_names = ("n_shared_experts", "moe_num_shared_experts", "num_shared_experts")
+    count = max(getattr(c, name, None) or 0 for name in count_names)
+    width_names = ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size")
+    return max([*_widths(c, *width_names), count * F])
 
 
 PARTS: dict[str, Callable[[Any, int], dict[Mode, Parts]]] = {

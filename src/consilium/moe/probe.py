@@ -67,29 +67,29 @@ def check_slices(model: nn.Module, family: Family, ids: Tensor) -> None:
     Raises:
         ModelError: if a block differs; the message names the block and the difference.
     """
-    found = blocks(model, family)
-    watched = {
+    sparse_blocks = blocks(model, family)
+    modules = {
         f"{name}|{part}": block.get_submodule(path)
-        for name, block in found.items()
+        for name, block in sparse_blocks.items()
         for part, path in (("router", family.router), ("experts", family.experts))
-    } | {f"{name}|block": block for name, block in found.items()}
+    } | {f"{name}|block": block for name, block in sparse_blocks.items()}
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if getattr(model.config, "is_encoder_decoder", False) and not type(model).__name__.endswith("EncoderModel"):
         inputs["decoder_input_ids"] = ids
-    with recorded(watched) as calls:
-        expected = model(**inputs)[0]
-    for name, block in found.items():
+    with recorded(modules) as calls:
+        output = model(**inputs)[0]
+    for name, block in sparse_blocks.items():
         if f"{name}|router" not in calls:
             raise ModelError(f"no token of a text passes its block {name}")
         total = experts_in(block, family)
-        keep = tuple(range(1, total, 2)) if total // 2 >= family.least else tuple(range(total))
-        for kept in {keep, tuple(range(total - family.least, total))}:
-            _compare(name, block, family, kept, calls)
-    if expected.dtype != torch.float32:  # Roundings add up over many layers.
+        sample_ids = tuple(range(1, total, 2)) if total // 2 >= family.least else tuple(range(total))
+        for expert_ids in {sample_ids, tuple(range(total - family.least, total))}:
+            _compare(name, block, family, expert_ids, calls)
+    if output.dtype != torch.float32:  # Roundings add up over many layers.
         return
-    with Experts(TaskModel(model, family, "", (), expected.dtype)):
-        computed = model(**inputs)[0]
-    if not _agree(computed, expected):
+    with Experts(TaskModel(model, family, "", (), output.dtype)):
+        kernel_output = model(**inputs)[0]
+    if not _agree(kernel_output, output):
         raise ModelError("its experts compute something else than two matrices with an activation between them")
 
 
@@ -97,32 +97,32 @@ def _compare(name: str, block: nn.Module, family: Family, kept: Sequence[int], c
     total = experts_in(block, family)
     if len(kept) == total:
         return
-    cut = slice_block(share_block(block), family, kept)
-    masked = _lift(share_block(block), family, kept, total)
+    sliced_block = slice_block(share_block(block), family, kept)
+    masked_block = _lift(share_block(block), family, kept, total)
     if family.dispatch:
         call = calls[f"{name}|block"]
-        with _Masked(masked.get_submodule(family.router), kept, total, family.extra):
-            whole = masked(*call.args, **call.kwargs)
-        part = cut(*call.args, **call.kwargs)
-        whole, part = (y[0] if isinstance(y, tuple) else y for y in (whole, part))
-        if not _agree(part, whole):
+        with _Masked(masked_block.get_submodule(family.router), kept, total, family.extra):
+            masked_output = masked_block(*call.args, **call.kwargs)
+        slice_output = sliced_block(*call.args, **call.kwargs)
+        masked_output, slice_output = (y[0] if isinstance(y, tuple) else y for y in (masked_output, slice_output))
+        if not _agree(slice_output, masked_output):
             raise ModelError(f"a slice of its block {name} differs from the block with its router masked")
         return
-    call, given = calls[f"{name}|router"], calls[f"{name}|experts"]
-    with _Masked(masked.get_submodule(family.router), kept, total, family.extra):
-        whole = _route(masked, block, family, call)
-    part = _route(cut, block, family, call)
-    places = torch.tensor([*kept, *range(total, total + family.extra)], device=part[family.routed].device)
-    gates = _spread(whole[family.gates], whole[family.routed], total + family.extra)
-    own = _spread(part[family.gates], part[family.routed], len(places))
-    if not _agree(own, gates[:, places]):
+    call, experts_call = calls[f"{name}|router"], calls[f"{name}|experts"]
+    with _Masked(masked_block.get_submodule(family.router), kept, total, family.extra):
+        masked_output = _route(masked_block, block, family, call)
+    slice_output = _route(sliced_block, block, family, call)
+    places = torch.tensor([*kept, *range(total, total + family.extra)], device=slice_output[family.routed].device)
+    masked_gates = _spread(masked_output[family.gates], masked_output[family.routed], total + family.extra)
+    slice_gates = _spread(slice_output[family.gates], slice_output[family.routed], len(places))
+    if not _agree(slice_gates, masked_gates[:, places]):
         raise ModelError(f"the gates of a slice of its block {name} differ from those with its router masked")
-    hidden = given.args[0] if given.args else next(iter(given.kwargs.values()))
+    hidden = experts_call.args[0] if experts_call.args else next(iter(experts_call.kwargs.values()))
     outputs = [
-        block_.get_submodule(family.experts)(
-            hidden, *(given_[i].reshape(len(hidden), -1) for i in (family.routed, family.gates))
+        variant.get_submodule(family.experts)(
+            hidden, *(routing[i].reshape(len(hidden), -1) for i in (family.routed, family.gates))
         )
-        for block_, given_ in ((cut, part), (masked, whole))
+        for variant, routing in ((sliced_block, slice_output), (masked_block, masked_output))
     ]
     if not _agree(*outputs):
         raise ModelError(f"the experts of a slice of its block {name} differ from those with its router masked")
@@ -140,24 +140,24 @@ def _lift(masked: nn.Module, family: Family, kept: Sequence[int], total: int) ->
     if family.correction is not None:
         owner, _, leaf = family.correction.rpartition(".")
         correction = attribute(masked, family.correction).detach().clone()
-        outside = [i for i in range(total) if i not in kept]
-        correction[..., outside] = float("-inf")
+        outside_ids = [i for i in range(total) if i not in kept]
+        correction[..., outside_ids] = float("-inf")
         put_tensor(masked.get_submodule(owner), leaf, correction)
     return masked
 
 
 def _route(copy: nn.Module, block: nn.Module, family: Family, call: Call) -> tuple[Any, ...]:
     """Run the router of a copy with the recorded inputs, replacing the block's own tensors by those of the copy."""
-    own = {id(attribute(block, path)): attribute(copy, path) for path in family.beside}
-    args = [own.get(id(arg), arg) for arg in call.args]
-    return copy.get_submodule(family.router)(*args, **{k: own.get(id(v), v) for k, v in call.kwargs.items()})
+    replacements = {id(attribute(block, path)): attribute(copy, path) for path in family.beside}
+    args = [replacements.get(id(arg), arg) for arg in call.args]
+    return copy.get_submodule(family.router)(*args, **{k: replacements.get(id(v), v) for k, v in call.kwargs.items()})
 
 
 def _spread(gates: Tensor, index: Tensor, total: int) -> Tensor:
     """Return gates by expert, float32 [T, E]."""
     index = index.reshape(-1, index.shape[-1])
-    empty = torch.zeros(len(index), total, device=index.device)
-    return empty.scatter_add_(1, index, gates.reshape(index.shape).float())
+    zeros = torch.zeros(len(index), total, device=index.device)
+    return zeros.scatter_add_(1, index, gates.reshape(index.shape).float())
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:
@@ -168,8 +168,8 @@ def _agree(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or not bool(a.isfinite().all()):
         return False
     largest = float(b.float().abs().max()) if b.numel() else 0.0
-    apart = (a.float() - b.float()).abs().flatten(0, -2).amax(-1) <= TOLERANCE[b.dtype] * max(largest, 1e-6)
-    return bool(apart.all()) if b.dtype == torch.float32 else float(apart.float().mean()) >= 0.8
+    is_close = (a.float() - b.float()).abs().flatten(0, -2).amax(-1) <= TOLERANCE[b.dtype] * max(largest, 1e-6)
+    return bool(is_close.all()) if b.dtype == torch.float32 else float(is_close.float().mean()) >= 0.8
 
 
 class _Masked(TorchFunctionMode):
@@ -198,7 +198,7 @@ class _Masked(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        product = func in (nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__)
-        if self.depth and product and output.shape[-1] == self.width:
+        is_product = func in (nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__)
+        if self.depth and is_product and output.shape[-1] == self.width:
             return output.index_fill(-1, self.outside.to(output.device), float("-inf"))
         return output

@@ -116,11 +116,11 @@ class Tap:
         places = len(self.held[block])
         if self.model.family.dispatch:
             return (routed.reshape(-1, places)[mask_T] > 0).sum(0)
-        chosen = routed.reshape(mask_T.shape[0], -1)[mask_T].flatten()
+        choices = routed.reshape(mask_T.shape[0], -1)[mask_T].flatten()
         if self.model.family.extra:  # A choice may be of something other than an expert, or voided by a gate of 0.
-            real = self._gates[block].reshape(mask_T.shape[0], -1)[mask_T].flatten() != 0
-            chosen = chosen[real & (chosen < places)]
-        return torch.bincount(chosen, minlength=places)
+            is_real = self._gates[block].reshape(mask_T.shape[0], -1)[mask_T].flatten() != 0
+            choices = choices[is_real & (choices < places)]
+        return torch.bincount(choices, minlength=places)
 
     def gates(self) -> dict[str, Tensor]:
         """Return block -> G_e(x_i), float32 [T, E]: the last batch's router probabilities of the experts in the model.
@@ -153,8 +153,8 @@ class Tap:
             n_experts = gates_TE.shape[-1]
             if self.model.family.dispatch:
                 logits_TE = self.logits[block][self._mask(block)]
-                chosen = logits_TE.detach().topk(self._top_k(block), dim=-1).indices.flatten()
-                count_E = torch.bincount(chosen, minlength=n_experts)
+                choices = logits_TE.detach().topk(self._top_k(block), dim=-1).indices.flatten()
+                count_E = torch.bincount(choices, minlength=n_experts)
             else:
                 count_E = self.served(block)
             share_E = count_E / max(int(count_E.sum()), 1)
@@ -172,8 +172,8 @@ class Tap:
             logits_TE = output[family.logits].reshape(-1, output[family.logits].shape[-1])
             routed = output[family.routed].detach()
             places = len(self.held[block])
-            odd = routed.shape[-1] != places if family.dispatch else routed.is_floating_point()
-            if odd or logits_TE.shape[-1] < places:
+            is_unexpected = routed.shape[-1] != places if family.dispatch else routed.is_floating_point()
+            if is_unexpected or logits_TE.shape[-1] < places:
                 raise ModelError(
                     f"the router of {block} does not answer as it does in transformers 5.23; installed is "
                     f"{transformers.__version__}: install the version in constraints.txt"
@@ -188,45 +188,49 @@ class Tap:
 
     def _count(self, block: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         mask_T = self._mask(block)
-        held = torch.tensor(self.held[block])
-        served = torch.zeros(self.counts[block], dtype=torch.int64)
-        served[held] = self.served(block).cpu().to(torch.int64)
-        ids, whole = self._whole_router(block)
-        chosen, k = _ask(whole, self._blocks[block], self.model.family, args, kwargs, len(ids))
-        chosen = chosen.reshape(mask_T.shape[0], -1)[mask_T].flatten()
-        chosen = chosen[chosen < len(ids)].cpu()
-        demand = torch.bincount(ids[chosen], minlength=self.counts[block])
+        held_ids = torch.tensor(self.held[block])
+        served_counts = torch.zeros(self.counts[block], dtype=torch.int64)
+        served_counts[held_ids] = self.served(block).cpu().to(torch.int64)
+        ids, full_router = self._whole_router(block)
+        choices, k = _ask(full_router, self._blocks[block], self.model.family, args, kwargs, len(ids))
+        choices = choices.reshape(mask_T.shape[0], -1)[mask_T].flatten()
+        choices = choices[choices < len(ids)].cpu()
+        demand = torch.bincount(ids[choices], minlength=self.counts[block])
 
         usage = self.usage
         usage.demand[block] = usage.demand.get(block, 0) + demand
-        usage.served[block] = usage.served.get(block, 0) + served
+        usage.served[block] = usage.served.get(block, 0) + served_counts
         usage.slots[block] = usage.slots.get(block, 0) + int(mask_T.sum()) * k
 
     def _whole_router(self, name: str) -> tuple[Tensor, nn.Module]:
         """Return the ids [X] of experts with a known router row, ascending, and a copied router with these rows."""
         family, block, prefix = self.model.family, self._blocks[name], f"{name}.router."
-        held = self.held[name]
+        held_ids = self.held[name]
         places = {place for key in self._outside if (place := router_row_of(key)) is not None}
-        absent = sorted(i for block_, i in places if block_ == name and i not in held)
-        ids = torch.tensor([*held, *absent])
+        absent_ids = sorted(i for block_, i in places if block_ == name and i not in held_ids)
+        ids = torch.tensor([*held_ids, *absent_ids])
         order = ids.argsort()  # Groups are defined by the ids of the full model.
-        copied = _share_router(block, family)
+        router_copy = _share_router(block, family)
         for path in family.row_paths:
             owner, _, leaf = path.rpartition(".")
-            tensor = getattr(copied.get_submodule(owner), leaf, None)
+            tensor = getattr(router_copy.get_submodule(owner), leaf, None)
             if tensor is None:
                 continue
-            dim = row_dimension(tensor, len(held))
+            dim = row_dimension(tensor, len(held_ids))
             rows = list(tensor.detach().unbind(dim))
-            here, behind = rows[: len(held)], rows[len(held) :]
+            held_rows, extra_rows = rows[: len(held_ids)], rows[len(held_ids) :]
             zero = torch.zeros_like(rows[0])
-            more = [self._outside.get(f"{prefix}{i}.{leaf}", zero).to(zero).reshape(zero.shape) for i in absent]
-            all_rows = [*here, *more]
+            absent_rows = [
+                self._outside.get(f"{prefix}{i}.{leaf}", zero).to(zero).reshape(zero.shape) for i in absent_ids
+            ]
+            all_rows = [*held_rows, *absent_rows]
             put_tensor(
-                copied.get_submodule(owner), leaf, torch.stack([*(all_rows[i] for i in order.tolist()), *behind], dim)
+                router_copy.get_submodule(owner),
+                leaf,
+                torch.stack([*(all_rows[i] for i in order.tolist()), *extra_rows], dim),
             )
-        _restore(copied, block, family, len(ids), len(ids) == self.counts[name], len(held))
-        return ids[order], copied
+        _restore(router_copy, block, family, len(ids), len(ids) == self.counts[name], len(held_ids))
+        return ids[order], router_copy
 
     def _mask(self, block: str) -> Tensor:
         side = "decoder" if block.startswith("decoder.") else "encoder"
@@ -248,21 +252,21 @@ UNLIMITED = 2**31
 
 def _share_router(block: nn.Module, family: Family) -> nn.Module:
     """Return a module with a copy of a block's router in evaluation mode, which shares its tensors but has no hooks."""
-    copied = nn.Module()
+    router_copy = nn.Module()
     router = share_block(block.get_submodule(family.router)).eval()
     router._forward_hooks.clear()
     router._forward_hooks_with_kwargs.clear()
     parents = family.router.split(".")
     if len(parents) != 1:
         raise ModelError(f"the router of {family.name} is at {family.router!r}, not in its block")
-    copied.add_module(parents[0], router)
+    router_copy.add_module(parents[0], router)
     for path in family.beside:
         tensor = getattr(block, path)
         if isinstance(tensor, nn.Parameter):
-            copied.register_parameter(path, tensor)
+            router_copy.register_parameter(path, tensor)
         else:
-            copied.register_buffer(path, tensor, persistent=False)
-    return copied
+            router_copy.register_buffer(path, tensor, persistent=False)
+    return router_copy
 
 
 def _restore(copied: nn.Module, block: nn.Module, family: Family, rows: int, complete: bool, held: int) -> None:
@@ -285,9 +289,9 @@ def _ask(
     copied: nn.Module, block: nn.Module, family: Family, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int
 ) -> tuple[Tensor, int]:
     """Return the places that a copied router chooses [.., K], and K."""
-    own = {id(getattr(block, path)): getattr(copied, path) for path in family.beside}
-    args = tuple(own.get(id(arg), arg) for arg in args)
-    output = copied.get_submodule(family.router)(*args, **{k: own.get(id(v), v) for k, v in kwargs.items()})
+    replacements = {id(getattr(block, path)): getattr(copied, path) for path in family.beside}
+    args = tuple(replacements.get(id(arg), arg) for arg in args)
+    output = copied.get_submodule(family.router)(*args, **{k: replacements.get(id(v), v) for k, v in kwargs.items()})
     if family.dispatch:
         k = 1 if family.top_k is None else int(attribute(copied, family.top_k))
         return output[family.logits].topk(k, dim=-1).indices, k

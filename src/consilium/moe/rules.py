@@ -88,14 +88,14 @@ class AdapterMean(WeightedMean):
         super().add({key: tensor for key, tensor in params.items() if key not in adapters}, weight)
         terms: dict[str, Term] = {}
         for key in sorted(adapters):
-            name, other = key[:-1], key[:-1] + ("B" if key.endswith("A") else "A")
-            if other not in params:
-                raise PayloadError(f"{key!r} arrived without {other!r}")
+            name, other_key = key[:-1], key[:-1] + ("B" if key.endswith("A") else "A")
+            if other_key not in params:
+                raise PayloadError(f"{key!r} arrived without {other_key!r}")
             w = weight(f"{name}A") if callable(weight) else weight
             if not 0 <= w < math.inf:
                 raise PayloadError(f"weight {w!r} of {key!r} is not a finite number >= 0")
             if w and key.endswith("A"):
-                terms[name.removesuffix(".lora_")] = (w, params[key].double(), params[other].double())
+                terms[name.removesuffix(".lora_")] = (w, params[key].double(), params[other_key].double())
         if self._rule == "pad_norm":
             norm = math.sqrt(sum(_squared_norm(a_RX, b_YR) for _, a_RX, b_YR in terms.values()))
             terms = {name: (norm or 1e-30, a_RX, b_YR) for name, (_, a_RX, b_YR) in terms.items()}
@@ -104,23 +104,23 @@ class AdapterMean(WeightedMean):
 
     def mean(self, previous: Mapping[str, Tensor]) -> Params:
         """Return the merged parameters, see `WeightedMean.mean`."""
-        counted = {key for key in self._sums if key.endswith((".lora_A", ".lora_B"))}
-        merged = super().mean(previous)
+        adapter_keys = {key for key in self._sums if key.endswith((".lora_A", ".lora_B"))}
+        merged_params = super().mean(previous)
         spectra: list[Tensor] = []
-        begin = self._begin() if self._terms and self._rule == "stack" else {}
+        fresh_adapters = self._begin() if self._terms and self._rule == "stack" else {}
         for name, terms in self._terms.items():
             a, b, w = (f"{name}.{leaf}" for leaf in ("lora_A", "lora_B", FOLDED))
             _check(name, terms, previous)
-            changed, factors = self._merged(terms, merged[a], merged[b], begin.get(a))
+            new_tensors, factors = self._merged(terms, merged_params[a], merged_params[b], fresh_adapters.get(a))
             spectra.append(spectrum(*factors))
-            for key, tensor in zip((a, b, w), changed, strict=True):
+            for key, tensor in zip((a, b, w), new_tensors, strict=True):
                 if tensor is not None:
-                    tensor = tensor + merged[key].double() if key == w else tensor
-                    merged[key] = tensor.to(previous[key].dtype)
-        if self._rule not in PAIRWISE and counted:
-            spectra = self._spectra(merged, {key[:-1] for key in counted})
+                    tensor = tensor + merged_params[key].double() if key == w else tensor
+                    merged_params[key] = tensor.to(previous[key].dtype)
+        if self._rule not in PAIRWISE and adapter_keys:
+            spectra = self._spectra(merged_params, {key[:-1] for key in adapter_keys})
         self._told = self._collapse(spectra)
-        return merged
+        return merged_params
 
     def told(self) -> dict[str, float]:
         """Return the measures of rank collapse, see the module; {} if the server has no merged update."""
@@ -131,16 +131,16 @@ class AdapterMean(WeightedMean):
     ) -> tuple[tuple[Tensor | None, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]:
         """Return new A, new B and the addition to the base (None: unchanged), and factors of the merged update."""
         total, rank = sum(w for w, _, _ in terms), len(a_RX)
-        stacked = torch.cat([a for _, a, _ in terms]), torch.cat([b * (w / total) for w, _, b in terms], dim=1)
+        factors = torch.cat([a for _, a, _ in terms]), torch.cat([b * (w / total) for w, _, b in terms], dim=1)
         if self._rule == "stack":
-            product = stacked[1] @ stacked[0]
-            start = a_RX if fresh is None else fresh
-            return (start.double(), torch.zeros_like(b_YR, dtype=torch.float64), self._scale * product), stacked
+            product = factors[1] @ factors[0]
+            new_a = a_RX if fresh is None else fresh
+            return (new_a.double(), torch.zeros_like(b_YR, dtype=torch.float64), self._scale * product), factors
         if self._rule == "svd":
-            a, b = truncated(*stacked, rank)
-            short = rank - len(a)  # The server's rank is kept; rows that no client sent are given no effect.
+            a, b = truncated(*factors, rank)
+            missing = rank - len(a)  # The server's rank is kept; rows that no client sent are given no effect.
             a = torch.cat([a, a_RX[len(a) :].double()])
-            b = torch.cat([b, torch.zeros(len(b), short, dtype=b.dtype)], dim=1)
+            b = torch.cat([b, torch.zeros(len(b), missing, dtype=b.dtype)], dim=1)
             return (a, b, None), (a, b)
         if self._rule == "rank_partition":
             a = _rows([(w, a) for w, a, _ in terms], a_RX.double())
@@ -149,30 +149,30 @@ class AdapterMean(WeightedMean):
         a = sum(_padded(a, rank) * (w / total) for w, a, _ in terms)
         b = sum(_padded(b.t(), rank) * (w / total) for w, _, b in terms).t()
         if self._rule == "residual":
-            return (a, b, self._scale * (stacked[1] @ stacked[0] - b @ a)), stacked
+            return (a, b, self._scale * (factors[1] @ factors[0] - b @ a)), factors
         return (a, b, None), (a, b)
 
     def _spectra(self, merged: Params, pairs: set[str]) -> list[Tensor]:
         """Return the spectra for rules that merge elementwise; [] for "share_a", which has no merged update."""
         if self._rule == "share_a":
             return []
-        begin = self._begin() if self._rule == "ffa" else {}
-        found = []
+        fresh_adapters = self._begin() if self._rule == "ffa" else {}
+        spectra = []
         for name in sorted(pairs):
-            a_RX = begin.get(f"{name}A", merged.get(f"{name}A"))
+            a_RX = fresh_adapters.get(f"{name}A", merged.get(f"{name}A"))
             if a_RX is not None and f"{name}B" in merged:
-                found.append(spectrum(a_RX.double(), merged[f"{name}B"].double()))
-        return found
+                spectra.append(spectrum(a_RX.double(), merged[f"{name}B"].double()))
+        return spectra
 
     def _collapse(self, spectra: list[Tensor]) -> dict[str, float]:
         spectra = [s for s in spectra if float(s.sum()) > 0]
         if not spectra:
             return {}
-        least = self._least or min(len(s) for s in spectra)
-        beyond = [float(s[least:].square().sum() / s.square().sum()) for s in spectra]
+        lowest_rank = self._least or min(len(s) for s in spectra)
+        energy_shares = [float(s[lowest_rank:].square().sum() / s.square().sum()) for s in spectra]
         return {
             "effective_rank": sum(map(effective_rank, spectra)) / len(spectra),
-            "energy_beyond": sum(beyond) / len(beyond),
+            "energy_beyond": sum(energy_shares) / len(energy_shares),
         }
 
 
@@ -218,11 +218,11 @@ def _padded(x_RX: Tensor, rank: int) -> Tensor:
 
 def _rows(terms: list[tuple[float, Tensor]], old_RX: Tensor) -> Tensor:
     """Return the weighted mean of each row over the clients that have it; rows that none has keep their old value."""
-    new = old_RX.clone()
+    mean_RX = old_RX.clone()
     for r in range(max(len(x) for _, x in terms)):
-        having = [(w, x[r]) for w, x in terms if len(x) > r]
-        new[r] = sum(w * x for w, x in having) / sum(w for w, _ in having)
-    return new
+        weighted_rows = [(w, x[r]) for w, x in terms if len(x) > r]
+        mean_RX[r] = sum(w * x for w, x in weighted_rows) / sum(w for w, _ in weighted_rows)
+    return mean_RX
 
 
 def _check(name: str, terms: list[Term], previous: Mapping[str, Tensor]) -> None:

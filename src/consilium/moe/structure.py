@@ -94,15 +94,15 @@ class Finder:
 
     def causal(self) -> bool:
         """Return True if logits do not depend on later positions."""
-        other = self.ids.clone()
-        other[:, -1] = (other[:, -1] + 1) % int(self.config.get_text_config().vocab_size)
+        other_ids = self.ids.clone()
+        other_ids[:, -1] = (other_ids[:, -1] + 1) % int(self.config.get_text_config().vocab_size)
         with torch.no_grad():
-            logits = self.model(input_ids=other, attention_mask=torch.ones_like(other)).logits
+            logits = self.model(input_ids=other_ids, attention_mask=torch.ones_like(other_ids)).logits
         return _close(logits[:, :-1], self.output.logits[:, :-1])
 
     def _row(self, family: Family) -> Family:
-        known = {field.name for field in fields(Family)}
-        return replace(family, stated=tuple(self.row), **{k: v for k, v in self.row.items() if k in known})
+        field_names = {field.name for field in fields(Family)}
+        return replace(family, stated=tuple(self.row), **{k: v for k, v in self.row.items() if k in field_names})
 
     def _pair(self) -> tuple[_Call, _Call]:
         """Return the calls of the first experts and of their router."""
@@ -110,11 +110,18 @@ class Finder:
             indices = [a for a in call.args if _is_index(a)]
             if indices and _stacked(call.module):
                 parent = call.path.rpartition(".")[0]
-                for other in self.calls:
-                    beside = other.path.startswith(f"{parent}.") and other.path != call.path
-                    if beside and isinstance(other.output, tuple) and any(_same(indices[0], o) for o in other.output):
-                        if all(t.is_floating_point() for t in (*other.module.parameters(), *other.module.buffers())):
-                            return call, other
+                for other_call in self.calls:
+                    is_sibling = other_call.path.startswith(f"{parent}.") and other_call.path != call.path
+                    if (
+                        is_sibling
+                        and isinstance(other_call.output, tuple)
+                        and any(_same(indices[0], o) for o in other_call.output)
+                    ):
+                        if all(
+                            t.is_floating_point()
+                            for t in (*other_call.module.parameters(), *other_call.module.buffers())
+                        ):
+                            return call, other_call
                         break  # It looks up experts in a table by token; such a block is kept whole.
                 else:
                     raise ModelError("its experts are chosen by the block itself, outside of a router module")
@@ -137,10 +144,12 @@ class Finder:
         ]
         if len(correction) > 1:
             raise ModelError(f"it has more than one tensor that corrects choices: {', '.join(correction)}")
-        used = {part for call in self.calls if type(call.module) is type(owner) for part in call.path.split(".")}
-        idle = [n for n, m in self.model.named_modules() if type(m) is type(owner) and _holds(m, paths)]
-        idle = [n for n in idle if n not in {call.path for call in self.calls}]
-        outside = {part for n in idle for part in n.split(".") if part not in used and not part.isdecimal()}
+        used_parts = {part for call in self.calls if type(call.module) is type(owner) for part in call.path.split(".")}
+        idle_names = [n for n, m in self.model.named_modules() if type(m) is type(owner) and _holds(m, paths)]
+        idle_names = [n for n in idle_names if n not in {call.path for call in self.calls}]
+        outside_parts = {
+            part for n in idle_names for part in n.split(".") if part not in used_parts and not part.isdecimal()
+        }
         return Family(
             name=self.name,
             model_type=self.config.model_type,
@@ -160,7 +169,7 @@ class Finder:
             number=self._number(),
             top_k=_top_k(owner, paths["router"], router),
             groups=bool(getattr(router.module, "num_group", None) and hasattr(router.module, "topk_group")),
-            outside=tuple(sorted(outside)),
+            outside=tuple(sorted(outside_parts)),
             **_positions(router, total, extra),
         )
 
@@ -174,12 +183,12 @@ class Finder:
             return {}
         hidden = next(c.output for c in reversed(self.calls) if c.module is trunk_of(self.model))
         with torch.no_grad():
-            raw = self.model.get_output_embeddings()(hidden[0])
+            raw_logits = self.model.get_output_embeddings()(hidden[0])
             config = self.config.get_text_config()
-            named = [names for names in FINISH if all(getattr(config, name, None) is not None for name in names)]
-            for fields_ in (*sorted(named, key=len, reverse=True), ()):
-                if _close(finish_logits(raw, config, fields_), self.output.logits):
-                    return {"finish": fields_, "packs": self._packs()}
+            field_groups = [names for names in FINISH if all(getattr(config, name, None) is not None for name in names)]
+            for field_names in (*sorted(field_groups, key=len, reverse=True), ()):
+                if _close(finish_logits(raw_logits, config, field_names), self.output.logits):
+                    return {"finish": field_names, "packs": self._packs()}
         return {"whole": True}
 
     def _packs(self) -> bool:
@@ -189,10 +198,10 @@ class Finder:
         positions = torch.arange(length).repeat(len(self.ids))[None]
         try:
             with torch.no_grad():
-                packed = self.model(input_ids=row, position_ids=positions, use_cache=False).logits
+                logits = self.model(input_ids=row, position_ids=positions, use_cache=False).logits
         except Exception:
             return False
-        return _close(packed.view(*self.output.logits.shape), self.output.logits)
+        return _close(logits.view(*self.output.logits.shape), self.output.logits)
 
     def _behaviour(self, family: Family, call: _Call) -> dict[str, Any]:
         """Return the score function, and whether gates depend on experts that were not chosen."""
@@ -203,9 +212,9 @@ class Finder:
         logits = logits.clamp_min(1e-30).log() if family.probabilities else logits
         index = outputs[family.routed].reshape(len(logits), -1)
         gates = outputs[family.gates].reshape(index.shape).float()
-        found = [name for name, score in SCORES.items() if _proportional(gates, score(logits).gather(-1, index))]
+        score_names = [name for name, score in SCORES.items() if _proportional(gates, score(logits).gather(-1, index))]
         owner = self.model.get_submodule(_block_of(call.path, family))
-        return {"score": found[0] if found else "softmax", "normalised": _independent(owner, family, call)}
+        return {"score": score_names[0] if score_names else "softmax", "normalised": _independent(owner, family, call)}
 
     def _least(self, family: Family) -> dict[str, Any]:
         """Return the fewest experts that the router can rank."""
@@ -257,12 +266,12 @@ def _rows(
     """
     tensors = {**dict(router.named_parameters()), **dict(router.named_buffers())}
     matrices = {n: t for n, t in tensors.items() if t.ndim == 2 and t.is_floating_point() and t.shape[0] >= total}
-    exact = [n for n, t in matrices.items() if len(t) == total] or [
+    matrix_names = [n for n, t in matrices.items() if len(t) == total] or [
         n for n, t in matrices.items() if total < len(t) <= total + 4
     ]
-    if not exact:
+    if not matrix_names:
         raise ModelError("its router has no matrix with a row per expert")
-    extra = len(matrices[exact[0]]) - total
+    extra = len(matrices[matrix_names[0]]) - total
 
     def per_expert(tensor: Tensor) -> bool:
         sizes = (total, total + extra)
@@ -271,29 +280,27 @@ def _rows(
             or (tensor.ndim == 2 and tensor.shape[0] == 1 and tensor.shape[1] in sizes)
         )
 
-    rows = (exact[0], *(n for n, t in tensors.items() if per_expert(t)))
-    own = {**dict(owner.named_parameters(recurse=False)), **dict(owner.named_buffers(recurse=False))}
-    return extra, rows, tuple(n for n, t in own.items() if per_expert(t))
+    rows = (matrix_names[0], *(n for n, t in tensors.items() if per_expert(t)))
+    block_tensors = {**dict(owner.named_parameters(recurse=False)), **dict(owner.named_buffers(recurse=False))}
+    return extra, rows, tuple(n for n, t in block_tensors.items() if per_expert(t))
 
 
 def _counts(owner: nn.Module, paths: Mapping[str, str], total: int, extra: int) -> tuple[str, ...]:
-    found = []
+    count_paths = []
     for path in (paths["router"], paths["experts"], ""):
         module = owner.get_submodule(path)
         for name, value in vars(module).items():
-            counted = "expert" in name or "class" in name
-            if type(value) is int and counted and "shared" not in name and value in (total, total + extra):
-                found.append(f"{path}.{name}".lstrip("."))
-    return tuple(found)
+            is_count = "expert" in name or "class" in name
+            if type(value) is int and is_count and "shared" not in name and value in (total, total + extra):
+                count_paths.append(f"{path}.{name}".lstrip("."))
+    return tuple(count_paths)
 
 
 def _top_k(owner: nn.Module, router: str, call: _Call) -> str | None:
-    chosen = next(
-        o.shape[-1] for o in call.output if _is_index(o) or (isinstance(o, Tensor) and o.dtype == torch.int64)
-    )
+    k = next(o.shape[-1] for o in call.output if _is_index(o) or (isinstance(o, Tensor) and o.dtype == torch.int64))
     for path in (router, ""):
         for name in ("top_k", "topk", "num_experts_per_tok"):
-            if getattr(owner.get_submodule(path), name, None) == chosen:
+            if getattr(owner.get_submodule(path), name, None) == k:
                 return f"{path}.{name}".lstrip(".")
     return None
 
@@ -301,20 +308,29 @@ def _top_k(owner: nn.Module, router: str, call: _Call) -> str | None:
 def _positions(call: _Call, total: int, extra: int) -> dict[str, Any]:
     """Return the positions of logits, gates and indices in a router's output."""
     outputs = list(call.output)
-    routed = next(i for i, o in enumerate(outputs) if isinstance(o, Tensor) and o.dtype == torch.int64)
-    shape = outputs[routed].shape
-    gates = [i for i, o in enumerate(outputs) if isinstance(o, Tensor) and o.is_floating_point() and o.shape == shape]
-    logits = [
+    routed_position = next(i for i, o in enumerate(outputs) if isinstance(o, Tensor) and o.dtype == torch.int64)
+    shape = outputs[routed_position].shape
+    gate_positions = [
+        i for i, o in enumerate(outputs) if isinstance(o, Tensor) and o.is_floating_point() and o.shape == shape
+    ]
+    logit_positions = [
         i for i, o in enumerate(outputs)
-        if isinstance(o, Tensor) and o.is_floating_point() and o.shape[-1] in (total, total + extra) and i not in gates
+        if isinstance(o, Tensor) and o.is_floating_point() and o.shape[-1] in (total, total + extra)
+        and i not in gate_positions
     ]  # fmt: skip
-    if not gates or not logits:
+    if not gate_positions or not logit_positions:
         raise ModelError("its router does not give out logits [.., E] and gates [.., K]")
-    rows = outputs[logits[0]].float()
+    rows = outputs[logit_positions[0]].float()
     sums = rows.sum(-1)
     probabilities = bool((rows >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-4)
-    skips = extra > 0 and outputs[logits[0]].shape[-1] == total + extra
-    return {"skips": skips, "logits": logits[0], "gates": gates[0], "routed": routed, "probabilities": probabilities}
+    skips = extra > 0 and outputs[logit_positions[0]].shape[-1] == total + extra
+    return {
+        "skips": skips,
+        "logits": logit_positions[0],
+        "gates": gate_positions[0],
+        "routed": routed_position,
+        "probabilities": probabilities,
+    }
 
 
 def _holds(module: nn.Module, paths: Mapping[str, str]) -> bool:
@@ -330,8 +346,8 @@ def _block_of(path: str, family: Family) -> str:
 
 def _for(copy: nn.Module, block: nn.Module, family: Family, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the arguments of a router with the block's own tensors replaced by those of its copy."""
-    own = {id(attribute(block, path)): attribute(copy, path) for path in family.beside}
-    return tuple(own.get(id(arg), arg) for arg in args)
+    replacements = {id(attribute(block, path)): attribute(copy, path) for path in family.beside}
+    return tuple(replacements.get(id(arg), arg) for arg in args)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -356,19 +372,22 @@ def _proportional(gates: Tensor, scores: Tensor) -> bool:
 @torch.no_grad()
 def _independent(owner: nn.Module, family: Family, call: _Call) -> bool:
     """Return True if the gates of tokens do not change with the router row of an expert that they did not choose."""
-    before = call.output[family.routed].reshape(-1, call.output[family.routed].shape[-1])
-    gates = call.output[family.gates].reshape(before.shape)
-    seen = False
+    indices = call.output[family.routed].reshape(-1, call.output[family.routed].shape[-1])
+    gates = call.output[family.gates].reshape(indices.shape)
+    has_evidence = False
     for place in range(attribute(owner, family.row_paths[0]).shape[0] - family.extra):
         copy = share_block(owner)
         path, _, leaf = family.row_paths[0].rpartition(".")
-        moved = attribute(copy, family.row_paths[0]).detach().clone()
-        moved[place] *= 0.5
-        setattr(copy.get_submodule(path), leaf, nn.Parameter(moved, requires_grad=False))
+        router_weight = attribute(copy, family.row_paths[0]).detach().clone()
+        router_weight[place] *= 0.5
+        setattr(copy.get_submodule(path), leaf, nn.Parameter(router_weight, requires_grad=False))
         output = copy.get_submodule(family.router)(*_for(copy, owner, family, call.args))
-        after, changed = output[family.routed].reshape(before.shape), output[family.gates].reshape(before.shape)
-        still = (before != place).all(-1) & (after == before).all(-1)
-        seen |= bool(still.any())
-        if not torch.allclose(gates[still], changed[still], rtol=1e-5, atol=1e-7):
+        new_indices, new_gates = (
+            output[family.routed].reshape(indices.shape),
+            output[family.gates].reshape(indices.shape),
+        )
+        token_mask = (indices != place).all(-1) & (new_indices == indices).all(-1)
+        has_evidence |= bool(token_mask.any())
+        if not torch.allclose(gates[token_mask], new_gates[token_mask], rtol=1e-5, atol=1e-7):
             return False
-    return seen
+    return has_evidence

@@ -36,8 +36,10 @@ def checked(keep: ExpertSet, counts: Mapping[str, int], family: Family | None = 
             or if ids are not ascending, distinct and in 0 .. E-1.
     """
     if set(keep) != set(counts):
-        odd = sorted(set(keep) ^ set(counts))
-        raise ModelError(f"experts must be named for each block of the model and no other; {odd[0]!r} is not both")
+        differences = sorted(set(keep) ^ set(counts))
+        raise ModelError(
+            f"experts must be named for each block of the model and no other; {differences[0]!r} is not both"
+        )
     for block, ids in keep.items():
         if not ids:
             raise ModelError(f"{block} would keep no expert; every layer needs at least one")
@@ -84,8 +86,8 @@ def graft(model: TaskModel) -> TaskModel:
         block = model.blocks()[name]
         experts = block.get_submodule(family.experts)
         if family.layout == "modules":
-            last = experts.get_submodule(family.module.format(total - 1))
-            experts.add_module(family.module.format(total), copy.deepcopy(last))
+            last_expert = experts.get_submodule(family.module.format(total - 1))
+            experts.add_module(family.module.format(total), copy.deepcopy(last_expert))
         ids = (*range(total), total - 1)
         for path in family.row_paths:
             _select(block, path, ids, total)
@@ -116,10 +118,10 @@ def slice_block(block: nn.Module, family: Family, ids: Sequence[int]) -> nn.Modu
     for tensor in family.tensors:
         _select(experts, tensor, ids, total)
     if family.layout == "modules":
-        kept = [experts.get_submodule(family.module.format(i)) for i in ids]
+        kept_modules = [experts.get_submodule(family.module.format(i)) for i in ids]
         for place in range(total):
             delattr(experts, family.module.format(place))
-        for place, module in enumerate(kept):
+        for place, module in enumerate(kept_modules):
             experts.add_module(family.module.format(place), module)
     for path in family.counts:
         set_attribute(block, path, attribute(block, path) - total + count)
@@ -138,14 +140,16 @@ WHOLE = "_before_slicing"
 
 def settings(family: Family) -> tuple[str, ...]:
     """Return the paths of a block's settings that slicing changes."""
-    single = tuple(path for path in (family.top_k, family.capacity) if path is not None)
-    return (*family.counts, *single, *_group_settings(family))
+    scalar_paths = tuple(path for path in (family.top_k, family.capacity) if path is not None)
+    return (*family.counts, *scalar_paths, *_group_settings(family))
 
 
 def whole_settings(block: nn.Module, family: Family) -> dict[str, Any]:
     """Return the settings that a block had before slicing."""
-    before = getattr(block, WHOLE, None)
-    return dict(before) if before is not None else {path: attribute(block, path) for path in settings(family)}
+    old_settings = getattr(block, WHOLE, None)
+    return (
+        dict(old_settings) if old_settings is not None else {path: attribute(block, path) for path in settings(family)}
+    )
 
 
 def _group_settings(family: Family) -> tuple[str, ...]:
@@ -166,35 +170,37 @@ def _select(block: nn.Module, path: str, ids: Sequence[int], total: int) -> None
     if tensor is None:
         return
     dim = row_dimension(tensor, total)
-    behind = range(total, tensor.shape[dim])
-    index = torch.tensor([*ids, *behind], device=tensor.device)
+    extra_rows = range(total, tensor.shape[dim])
+    index = torch.tensor([*ids, *extra_rows], device=tensor.device)
     put_tensor(module, name, tensor.detach().index_select(dim, index))
 
 
 def put_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
     """Replace a parameter or a buffer."""
-    old = getattr(module, name)
-    setattr(module, name, nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor)
+    old_tensor = getattr(module, name)
+    setattr(
+        module, name, nn.Parameter(tensor, old_tensor.requires_grad) if isinstance(old_tensor, nn.Parameter) else tensor
+    )
     if isinstance(module, nn.Linear) and name == "weight":
         module.out_features = len(tensor)
 
 
 def attribute(block: nn.Module, path: str) -> Any:
     """Return the attribute of a block at a path of a `Family`."""
-    found: Any = block
+    value: Any = block
     for name in path.split("."):
-        found = getattr(found, name)
-    return found
+        value = getattr(value, name)
+    return value
 
 
 def set_attribute(block: nn.Module, path: str, value: int) -> None:
     """Set a number of a block; a configuration on the path is copied first, because other blocks share it."""
     owner, _, name = path.rpartition(".")
-    found: Any = block
+    target: Any = block
     for part in owner.split(".") if owner else ():
-        inner = getattr(found, part)
+        inner = getattr(target, part)
         if isinstance(inner, PretrainedConfig):
             inner = copy.copy(inner)
-            setattr(found, part, inner)
-        found = inner
-    setattr(found, name, value)
+            setattr(target, part, inner)
+        target = inner
+    setattr(target, name, value)

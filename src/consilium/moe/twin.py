@@ -84,22 +84,22 @@ def _parts(config: PretrainedConfig) -> dict[str, PretrainedConfig]:
 
 
 def _small(config: PretrainedConfig, changes: dict[str, Any]) -> dict[str, Any]:
-    given = config.to_dict()
-    layers = next((name for name in _LAYERS if isinstance(given.get(name), int)), None)
-    total = given[layers] if layers else 0
-    kept = _kept_layers(given, total)
+    fields = config.to_dict()
+    layer_field = next((name for name in _LAYERS if isinstance(fields.get(name), int)), None)
+    total = fields[layer_field] if layer_field else 0
+    layer_ids = _kept_layers(fields, total)
     small: dict[str, Any] = {}
-    for name, value in given.items():
+    for name, value in fields.items():
         if isinstance(value, list) and total > 1 and len(value) == total:
-            places = value == list(range(total))  # A list of layer numbers is renumbered.
-            small[name] = list(range(len(kept))) if places else [value[i] for i in kept]
+            is_numbering = value == list(range(total))  # A list of layer numbers is renumbered.
+            small[name] = list(range(len(layer_ids))) if is_numbering else [value[i] for i in layer_ids]
         elif name == "per_layer_config" and value:
-            small[name] = {new: _sizes(value[old], given) for new, old in _pairs(kept, value)}
-        elif name in _LAYERS and layers:
-            small[name] = min(len(kept), value)
+            small[name] = {new_id: _sizes(value[old_id], fields) for new_id, old_id in _pairs(layer_ids, value)}
+        elif name in _LAYERS and layer_field:
+            small[name] = min(len(layer_ids), value)
         elif not name.startswith("_") and name not in ("model_type", "transformers_version"):
             small[name] = _size(name, value)
-    small = _consistent(small, given) | changes
+    small = _consistent(small, fields) | changes
     return {name: value for name, value in small.items() if name not in _parts(config)}
 
 
@@ -109,26 +109,26 @@ def _kept_layers(given: dict[str, Any], total: int) -> list[int]:
     parts = given.get("per_layer_config") or {}
     kinds: dict[str, list[int]] = {}
     for i in range(total):
-        named = [value[i] for value in lists if isinstance(value[i], str | bool) or value[i] in (0, 1)]
-        kinds.setdefault(repr((named, i in parts or str(i) in parts)), []).append(i)
-    most = 2 if len(kinds) < LAYERS else 1
-    kept = {i for layers in kinds.values() for i in layers[:most]} if len(kinds) > 1 else set()
-    kept |= set([i for i in range(total) if i not in kept][: max(min(LAYERS, total) - len(kept), 0)])
-    return sorted(kept)
+        layer_values = [value[i] for value in lists if isinstance(value[i], str | bool) or value[i] in (0, 1)]
+        kinds.setdefault(repr((layer_values, i in parts or str(i) in parts)), []).append(i)
+    per_kind = 2 if len(kinds) < LAYERS else 1
+    layer_ids = {i for layers in kinds.values() for i in layers[:per_kind]} if len(kinds) > 1 else set()
+    layer_ids |= set([i for i in range(total) if i not in layer_ids][: max(min(LAYERS, total) - len(layer_ids), 0)])
+    return sorted(layer_ids)
 
 
 def _pairs(kept: list[int], parts: dict[Any, Any]) -> list[tuple[int, Any]]:
     """Return (new number, key) of the kept layers that have a configuration of their own."""
     keys = {int(key): key for key in parts}
-    return [(new, keys[old]) for new, old in enumerate(kept) if old in keys]
+    return [(new_id, keys[old_id]) for new_id, old_id in enumerate(kept) if old_id in keys]
 
 
 def _sizes(part: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Return the small sizes of a layer with a configuration of its own, within the whole configuration `given`."""
-    small = _consistent({name: _size(name, value) for name, value in part.items()}, part)
+    sizes = _consistent({name: _size(name, value) for name, value in part.items()}, part)
     if part.get("head_dim") and part["head_dim"] == given.get("qk_nope_head_dim", 0) + given.get("qk_rope_head_dim", 0):
-        small["head_dim"] = _size("qk_nope_head_dim", given["qk_nope_head_dim"]) + HEAD
-    return small
+        sizes["head_dim"] = _size("qk_nope_head_dim", given["qk_nope_head_dim"]) + HEAD
+    return sizes
 
 
 def _size(name: str, value: Any) -> Any:
@@ -143,8 +143,8 @@ def _size(name: str, value: Any) -> Any:
         return 4
     if name in _AT_MOST:
         return min(value, _AT_MOST[name])
-    most = next((most for end, most in _ENDS if name.endswith(end)), None)
-    return value if most is None else min(value, most)
+    limit = next((limit for end, limit in _ENDS if name.endswith(end)), None)
+    return value if limit is None else min(value, limit)
 
 
 def _consistent(small: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -154,9 +154,9 @@ def _consistent(small: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         if small.get("topk_group"):
             small["topk_group"] = min(small["topk_group"], max(groups // 2, 1))
     if "qk_nope_head_dim" in small and "qk_rope_head_dim" in small:
-        both = given["qk_nope_head_dim"] + given["qk_rope_head_dim"]
+        key_width = given["qk_nope_head_dim"] + given["qk_rope_head_dim"]
         for name in ("qk_head_dim", "head_dim"):
-            if given.get(name) == both:
+            if given.get(name) == key_width:
                 small[name] = small["qk_nope_head_dim"] + small["qk_rope_head_dim"]
     rope = small.get("rope_parameters")
     for part in [rope, *rope.values()] if isinstance(rope, dict) else ():

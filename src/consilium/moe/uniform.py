@@ -55,40 +55,40 @@ def uniform(model: TaskModel) -> tuple[Any, int | None]:
     Raises:
         ModelError: if no configuration gives this model; the message gives the reason.
     """
-    family, whole, blocks = model.family, copy.deepcopy(model.backbone.config), model.blocks()
-    config = text_config(whole)
+    family, full_config, blocks = model.family, copy.deepcopy(model.backbone.config), model.blocks()
+    config = text_config(full_config)
     counts = counts_of(all_experts(model))
-    most = max(counts.values())
-    _check_others(model, most)
-    setattr(config, family.number, most)
+    n_experts = max(counts.values())
+    _check_others(model, n_experts)
+    setattr(config, family.number, n_experts)
     if family.top_k is not None:
         name = next(name for name in TOP_K if isinstance(getattr(config, name, None), int))
         setattr(config, name, max(attribute(block, family.top_k) for block in blocks.values()))
     if family.groups:
         config.n_group, config.topk_group = _groups(model)
-    longest = None
+    token_limit = None
     if family.capacity is not None:
-        served = {attribute(block, family.capacity) for block in blocks.values()}
-        config.expert_capacity = max(served)
-        longest = min(served) if len(served) > 1 else None
-    if min(counts.values()) < most:
+        capacities = {attribute(block, family.capacity) for block in blocks.values()}
+        config.expert_capacity = max(capacities)
+        token_limit = min(capacities) if len(capacities) > 1 else None
+    if min(counts.values()) < n_experts:
         if family.extra:
             raise ModelError(
                 f"the layers hold different numbers of experts, and the router of {family.name} has rows behind theirs"
             )
-        biased = _biased(family, min(counts.values()) < getattr(config, "num_experts_per_tok", 1))
-        if not biased and not widens(model):
-            told = ", ".join(str(n) for n in counts.values())
+        has_bias = _biased(family, min(counts.values()) < getattr(config, "num_experts_per_tok", 1))
+        if not has_bias and not widens(model):
+            count_list = ", ".join(str(n) for n in counts.values())
             raise ModelError(
-                f"the layers hold {told} experts, and a {family.name} configuration has one number: its routers have "
-                "no bias and its output is tied to its embeddings, so that an expert that fills up could be chosen"
+                f"the layers hold {count_list} experts, and a {family.name} configuration has one number: its routers "
+                "have no bias and its output is tied to its embeddings, so that an expert that fills up could be chosen"
             )
         config.router_bias = True  # Switch needs this; other families do not read it.
         for name, block in blocks.items():
-            _fill(block, family, counts[name], most)
-        if not biased:
+            _fill(block, family, counts[name], n_experts)
+        if not has_bias:
             widen(model, config, counts)
-    return whole, longest
+    return full_config, token_limit
 
 
 def can_fill(model: TaskModel) -> bool:
@@ -102,11 +102,11 @@ def _check_others(model: TaskModel, most: int) -> None:
     for name, module in model.backbone.named_modules():
         if type(module).__name__ == family.block and name not in model.blocks() and family.layout == "fused":
             experts = getattr(module, family.experts, None)
-            whole = len(getattr(experts, family.tensors[0])) if experts is not None else most
-            if whole not in (most, most + family.extra):
+            n_experts = len(getattr(experts, family.tensors[0])) if experts is not None else most
+            if n_experts not in (most, most + family.extra):
                 raise ModelError(
-                    f"{name} chooses its {whole} experts by token and keeps them all, the other layers hold {most}, "
-                    "and a configuration has one number"
+                    f"{name} chooses its {n_experts} experts by token and keeps them all, the other layers hold "
+                    f"{most}, and a configuration has one number"
                 )
 
 
@@ -123,8 +123,8 @@ def _groups(model: TaskModel) -> tuple[int, int]:
     pairs = {(router.num_group or 1, router.topk_group or 1) for router in routers}
     if len(pairs) == 1:
         return pairs.pop()
-    free = getattr(model.config, "topk_method", "") == "greedy"
-    if not free and any(total != chosen for total, chosen in pairs):
+    is_greedy = getattr(model.config, "topk_method", "") == "greedy"
+    if not is_greedy and any(n_groups != n_chosen for n_groups, n_chosen in pairs):
         raise ModelError(
             f"some layers hold all experts and choose among {max(pairs)[0]} groups of them, the others have one group; "
             "a configuration has one number"
@@ -141,15 +141,15 @@ def _fill(block: nn.Module, family: Family, count: int, most: int) -> None:
         if tensor is None:  # Routers of Switch have no bias at first.
             tensor = nn.Parameter(torch.zeros(count, dtype=module.weight.dtype))
         # A bias is [E] or, in Ernie, [1, E]; a weight is [E, D].
-        grown = _grown(tensor, tensor.ndim - 1, most, LOW) if "bias" in name else _grown(tensor, 0, most, 0.0)
-        setattr(module, name, nn.Parameter(grown, False) if isinstance(tensor, nn.Parameter) else grown)
+        padded_tensor = _grown(tensor, tensor.ndim - 1, most, LOW) if "bias" in name else _grown(tensor, 0, most, 0.0)
+        setattr(module, name, nn.Parameter(padded_tensor, False) if isinstance(tensor, nn.Parameter) else padded_tensor)
     for name in family.tensors:
         setattr(experts, name, nn.Parameter(_grown(getattr(experts, name), 0, most, 0.0), False))
     for place in range(count, most) if family.layout == "modules" else ():
-        empty = copy.deepcopy(experts.get_submodule(family.module.format(0)))
-        for parameter in empty.parameters():
+        empty_expert = copy.deepcopy(experts.get_submodule(family.module.format(0)))
+        for parameter in empty_expert.parameters():
             parameter.data.zero_()
-        experts.add_module(family.module.format(place), empty)
+        experts.add_module(family.module.format(place), empty_expert)
 
 
 def _grown(tensor: torch.Tensor, dim: int, most: int, value: float) -> torch.Tensor:

@@ -124,23 +124,29 @@ def upcycle(path: str, folder: Path, how: Upcycling, gguf: str = "") -> list[str
     _configuration(source.config, _family(source.config), how)  # This refuses a model before its weights are read.
     tokenizer = source.tokenizer()
     model = dense_model(source)
-    made, family = convert(model, how, [_branch(source, branch, model) for branch in how.branches])
+    mixture, family = convert(model, how, [_branch(source, branch, model) for branch in how.branches])
     if model.generation_config is not None:
-        made.generation_config = model.generation_config
-    sparse = blocks(made, family)
-    made.save_pretrained(folder)
+        mixture.generation_config = model.generation_config
+    sparse_blocks = blocks(mixture, family)
+    mixture.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    k = getattr(made.config, "num_experts_per_tok", 1)
-    kind, named = source.config.model_type, " + ".join((path, *how.branches))
-    told = [f"{named}: {kind} as {family.name}, {how.experts} experts in {len(sparse)} layers, top-{k}"]
-    (folder / "README.md").write_text(_card(path, told[0], how))
+    k = getattr(mixture.config, "num_experts_per_tok", 1)
+    model_type, model_names = source.config.model_type, " + ".join((path, *how.branches))
+    summary = [
+        f"{model_names}: {model_type} as {family.name}, {how.experts} experts in {len(sparse_blocks)} layers, top-{k}"
+    ]
+    (folder / "README.md").write_text(_card(path, summary[0], how))
     if family.top_k is None:
-        (folder / "card.json").write_text(json.dumps({"gates_public": _scales(sparse, how.experts)}, indent=1) + "\n")
+        (folder / "card.json").write_text(
+            json.dumps({"gates_public": _scales(sparse_blocks, how.experts)}, indent=1) + "\n"
+        )
     if k == 1 and family.top_k is not None:
-        told.append("of one expert the normalised weight is 1: routers learn from the balance loss alone")
+        summary.append("of one expert the normalised weight is 1: routers learn from the balance loss alone")
     if family.top_k is None:
-        told.append("Switch weighs an expert by its probability: logits are near the dense model's, not equal to them")
-    return told
+        summary.append(
+            "Switch weighs an expert by its probability: logits are near the dense model's, not equal to them"
+        )
+    return summary
 
 
 def convert(dense: Any, how: Upcycling, branches: Sequence[Mapping[str, Tensor]] = ()) -> tuple[Any, Family]:
@@ -159,10 +165,10 @@ def convert(dense: Any, how: Upcycling, branches: Sequence[Mapping[str, Tensor]]
     config = _configuration(dense.config, family, how)
     cls = getattr(transformers, family.classes["text-to-text"])
     with init_empty_weights(include_buffers=False), no_init_weights():
-        made = cls._from_config(config, dtype=dense.dtype)
-    made.load_state_dict(_weights([dense.state_dict(), *branches], made, family, how), assign=True)
-    made.tie_weights()
-    return made, family
+        mixture = cls._from_config(config, dtype=dense.dtype)
+    mixture.load_state_dict(_weights([dense.state_dict(), *branches], mixture, family, how), assign=True)
+    mixture.tie_weights()
+    return mixture, family
 
 
 # --- configurations ---------------------------------------------------------------------------------------------------
@@ -184,45 +190,55 @@ ELSEWHERE |= {"id2label", "label2id", "problem_type", "task_specific_params", "n
 
 
 def _family(dense: Any) -> Family:
-    kind = dense.model_type
+    model_type = dense.model_type
     if has_experts(dense):
-        raise ModelError(f"model type {kind!r} is a mixture of experts already: use it as it is")
-    if kind not in FAMILY_OF:
-        raise ModelError(f"model type {kind!r} fits no family here; dense models that do: {', '.join(FAMILY_OF)}")
-    if kind == "llama" and dense.attention_bias:
+        raise ModelError(f"model type {model_type!r} is a mixture of experts already: use it as it is")
+    if model_type not in FAMILY_OF:
+        raise ModelError(f"model type {model_type!r} fits no family here; dense models that do: {', '.join(FAMILY_OF)}")
+    if model_type == "llama" and dense.attention_bias:
         return family_of("granitemoe")
-    return family_of(FAMILY_OF[kind])
+    return family_of(FAMILY_OF[model_type])
 
 
 def _configuration(dense: Any, family: Family, how: Upcycling) -> Any:
     """Return the configuration of the mixture: all settings of the dense one, and its experts."""
-    switch = family.top_k is None
-    every = how.every or (2 if switch else 1)
-    given = dense.to_dict()
-    known = AutoConfig.for_model(family.model_type).to_dict()
-    own = _own(dense, family, every)
+    is_switch = family.top_k is None
+    every = how.every or (2 if is_switch else 1)
+    dense_settings = dense.to_dict()
+    family_settings = AutoConfig.for_model(family.model_type).to_dict()
+    new_settings = _own(dense, family, every)
     if every > 1 and family.model_type in ("mixtral", "granitemoe", "flex_olmo"):
         raise ConfigError(f"every is {every}, but all layers of {family.name} are sparse; leave it at 1")
-    if switch and how.top_k not in (None, 1):
+    if is_switch and how.top_k not in (None, 1):
         raise ConfigError(f"top_k is {how.top_k}, but {family.name} takes one expert per token; leave it at 1")
-    _refuse(dense, given, family, known.keys() | own.keys())
-    kept = {key: value for key, value in given.items() if key in known and key not in ELSEWHERE}
-    routing = {family.number: how.experts} | ({} if switch else {"num_experts_per_tok": how.top_k or 2})
-    return AutoConfig.for_model(family.model_type, **kept | own | routing)
+    _refuse(dense, dense_settings, family, family_settings.keys() | new_settings.keys())
+    shared_settings = {
+        key: value for key, value in dense_settings.items() if key in family_settings and key not in ELSEWHERE
+    }
+    routing = {family.number: how.experts} | ({} if is_switch else {"num_experts_per_tok": how.top_k or 2})
+    return AutoConfig.for_model(family.model_type, **shared_settings | new_settings | routing)
 
 
 def _refuse(dense: Any, given: Mapping[str, Any], family: Family, places: set[str]) -> None:
     """Raise ModelError for settings of the dense configuration that the family's configuration cannot express."""
-    layers = {kind for kind in given.get("layer_types") or () if kind != "full_attention"}
-    if layers and family.model_type != "qwen2_moe":
-        raise ModelError(f"some layers have {layers.pop()}, and {family.name} has one kind of attention for all layers")
+    layer_kinds = {kind for kind in given.get("layer_types") or () if kind != "full_attention"}
+    if layer_kinds and family.model_type != "qwen2_moe":
+        raise ModelError(
+            f"some layers have {layer_kinds.pop()}, and {family.name} has one kind of attention for all layers"
+        )
     if getattr(dense, "is_gated_act", False):
         raise ModelError(f"its feed-forward networks are gated (as in T5 1.1), and those of {family.name} are not")
-    plain = type(dense)().to_dict()
-    unplaced = {"layer_types", "max_window_layers", "feed_forward_proj", "scale_decoder_outputs", "classifier_dropout"}
+    default_settings = type(dense)().to_dict()
+    exempt_keys = {
+        "layer_types",
+        "max_window_layers",
+        "feed_forward_proj",
+        "scale_decoder_outputs",
+        "classifier_dropout",
+    }
     for key, value in given.items():
         # Settings that the model's own class does not know have no effect; configurations on the hub contain many.
-        if key in plain.keys() - places - ELSEWHERE - unplaced and value != plain[key]:
+        if key in default_settings.keys() - places - ELSEWHERE - exempt_keys and value != default_settings[key]:
             raise ModelError(f"its configuration says {key} = {value!r}, for which {family.name} has no place")
 
 
@@ -236,14 +252,14 @@ def _own(dense: Any, family: Family, every: int) -> dict[str, Any]:
         return _granite(dense)
     if family.model_type == "switch_transformers":
         return _switch(dense, every)
-    own = {
+    settings = {
         "moe_intermediate_size": dense.intermediate_size,
         "decoder_sparse_step": every,
         "norm_topk_prob": True,
     }
     if family.model_type == "qwen2_moe":
-        return own | {"shared_expert_intermediate_size": SHARED}
-    return own | {"head_dim": dense.head_dim}
+        return settings | {"shared_expert_intermediate_size": SHARED}
+    return settings | {"head_dim": dense.head_dim}
 
 
 def _granite(dense: Any) -> dict[str, Any]:
@@ -279,13 +295,15 @@ def dense_model(source: ModelSource) -> Any:
     cls = transformers.T5ForConditionalGeneration if encoder_decoder else transformers.AutoModelForCausalLM
     try:
         with quietly():
-            plain = {"gguf_file": gguf_place(source.path, source.gguf)[1]} if source.gguf else {"use_safetensors": True}
-            model, info = cls.from_pretrained(
-                source.location, dtype="auto", trust_remote_code=False, output_loading_info=True, **plain
+            file_args = (
+                {"gguf_file": gguf_place(source.path, source.gguf)[1]} if source.gguf else {"use_safetensors": True}
+            )
+            model, loading_info = cls.from_pretrained(
+                source.location, dtype="auto", trust_remote_code=False, output_loading_info=True, **file_args
             )
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"model {source.path!r} cannot be loaded: {first_line(error)}") from error
-    if missing := sorted(info["missing_keys"]):
+    if missing := sorted(loading_info["missing_keys"]):
         raise ModelError(f"model {source.path!r} lacks {len(missing)} weights, e.g. {missing[0]!r}")
     return model
 
@@ -301,12 +319,16 @@ def _branch(source: ModelSource, path: str, first: Any) -> dict[str, Tensor]:
         raise ModelError(
             f"branch {path!r} is a {branch.config.model_type}, and {source.path!r} a {first.config.model_type}"
         )
-    state, own = dense_model(branch).state_dict(), first.state_dict()
-    shapes, others = ({name: tensor.shape for name, tensor in one.items()} for one in (own, state))
-    odd = sorted(name for name, _ in shapes.items() ^ others.items())
-    if odd:
-        raise ModelError(f"branch {path!r} and {source.path!r} differ in {odd[0]!r}: give models of one configuration")
-    return {name: tensor.to(own[name].dtype) for name, tensor in state.items()}
+    branch_state, first_state = dense_model(branch).state_dict(), first.state_dict()
+    first_shapes, branch_shapes = (
+        {name: tensor.shape for name, tensor in weights.items()} for weights in (first_state, branch_state)
+    )
+    differences = sorted(name for name, _ in first_shapes.items() ^ branch_shapes.items())
+    if differences:
+        raise ModelError(
+            f"branch {path!r} and {source.path!r} differ in {differences[0]!r}: give models of one configuration"
+        )
+    return {name: tensor.to(first_state[name].dtype) for name, tensor in branch_state.items()}
 
 
 def _weights(states: list[Mapping[str, Tensor]], made: Any, family: Family, how: Upcycling) -> dict[str, Tensor]:
@@ -315,15 +337,15 @@ def _weights(states: list[Mapping[str, Tensor]], made: Any, family: Family, how:
     Raises:
         ModelError: if a tensor of the dense model is missing or not used; the message names it.
     """
-    dense, used = states[0], set()
+    dense_state, used_names = states[0], set()
 
     def taken(name: str) -> Tensor:
-        if name not in dense:
+        if name not in dense_state:
             raise ModelError(f"the dense model has no {name!r}, which {family.name} needs")
-        used.add(name)
+        used_names.add(name)
         if len(states) == 1:
-            return dense[name]
-        return torch.stack([state[name].float() for state in states]).mean(0).to(dense[name].dtype)
+            return dense_state[name]
+        return torch.stack([state[name].float() for state in states]).mean(0).to(dense_state[name].dtype)
 
     def each(name: str) -> list[Tensor]:
         taken(name)
@@ -336,8 +358,10 @@ def _weights(states: list[Mapping[str, Tensor]], made: Any, family: Family, how:
     for name in made.state_dict():
         if name not in weights:  # A dense layer of Switch has its network under another name.
             weights[name] = taken(name.replace(".mlp.", ".DenseReluDense.") if family.top_k is None else name)
-    if left := sorted(dense.keys() - used):
-        raise ModelError(f"{family.name} has no place for {len(left)} tensors of the dense model, e.g. {left[0]!r}")
+    if unused_names := sorted(dense_state.keys() - used_names):
+        raise ModelError(
+            f"{family.name} has no place for {len(unused_names)} tensors of the dense model, e.g. {unused_names[0]!r}"
+        )
     return weights
 
 
@@ -362,9 +386,9 @@ def _decoder_block(
     rng = torch.Generator().manual_seed(derive_seed(how.seed, "upcycle", path, "shared"))
     for name, tensor in block.state_dict().items():
         if name.startswith("shared_expert"):  # gate_proj and up_proj are random, so that down_proj has a gradient.
-            drawn = torch.randn(tensor.shape, generator=rng) * 0.02
-            zero = name.endswith("down_proj.weight") or name.startswith("shared_expert_gate")
-            weights[f"{path}.{name}"] = (torch.zeros(tensor.shape) if zero else drawn).to(gate.dtype)
+            noise = torch.randn(tensor.shape, generator=rng) * 0.02
+            is_zero = name.endswith("down_proj.weight") or name.startswith("shared_expert_gate")
+            weights[f"{path}.{name}"] = (torch.zeros(tensor.shape) if is_zero else noise).to(gate.dtype)
     return weights
 
 
@@ -388,8 +412,8 @@ def _copy(tensor: Tensor, how: Upcycling, name: str) -> Tensor:
     if not how.noise:
         return tensor.clone()
     rng = torch.Generator().manual_seed(derive_seed(how.seed, "upcycle", name))
-    drawn = torch.randn(tensor.shape, generator=rng)
-    return (tensor.float() + how.noise * tensor.float().std() * drawn).to(tensor.dtype)
+    noise = torch.randn(tensor.shape, generator=rng)
+    return (tensor.float() + how.noise * tensor.float().std() * noise).to(tensor.dtype)
 
 
 def _router(path: str, how: Upcycling, std: float, like: Tensor) -> Tensor:

@@ -61,20 +61,22 @@ def widen(model: TaskModel, config: Any, counts: Mapping[str, int]) -> None:
         config: a configuration with that number; it gets the new sizes.
         counts: block -> the number of experts before padding.
     """
-    old, width, eps = model.backbone, config.hidden_size, config.rms_norm_eps
-    _grow(config, old)
-    mean_free = any(isinstance(norm, nn.LayerNorm) for norm in old.modules())
+    old_backbone, width, eps = model.backbone, config.hidden_size, config.rms_norm_eps
+    _grow(config, old_backbone)
+    mean_free = any(isinstance(norm, nn.LayerNorm) for norm in old_backbone.modules())
     config.rms_norm_eps = eps * width / config.hidden_size / (1 if mean_free else 2)
     with init_empty_weights(include_buffers=False), no_init_weights():
-        new = type(old)._from_config(config, dtype=model.dtype)
-    shapes = {name: tensor.shape for name, tensor in new.state_dict().items()}
-    embedding = next(name for name, module in new.named_modules() if module is new.get_input_embeddings())
-    before = {name: tensor.detach() for name, tensor in old.state_dict().items()}
+        new_backbone = type(old_backbone)._from_config(config, dtype=model.dtype)
+    shapes = {name: tensor.shape for name, tensor in new_backbone.state_dict().items()}
+    embedding = next(
+        name for name, module in new_backbone.named_modules() if module is new_backbone.get_input_embeddings()
+    )
+    old_state = {name: tensor.detach() for name, tensor in old_backbone.state_dict().items()}
     if mean_free:
-        before |= _centred(before, f"{embedding}.weight")
-    state = {name: _padded(tensor, shapes[name]) for name, tensor in before.items()}
-    norms = dict(old.named_modules())
-    for path, norm in new.named_modules():
+        old_state |= _centred(old_state, f"{embedding}.weight")
+    state = {name: _padded(tensor, shapes[name]) for name, tensor in old_state.items()}
+    norms = dict(old_backbone.named_modules())
+    for path, norm in new_backbone.named_modules():
         if (_is_rms(norm) or isinstance(norm, nn.LayerNorm)) and _eps(norm) != _eps(norms[path]):
             _rescale(state, path, norms[path], norm)
     if not mean_free:
@@ -83,9 +85,9 @@ def widen(model: TaskModel, config: Any, counts: Mapping[str, int]) -> None:
     for block, count in counts.items():
         state[f"{_beside(block)}.{'bias' if mean_free else 'weight'}"][width] = GAIN
         state[f"{block}.{model.family.router}.weight"][count:, width] = -ROW
-    new.load_state_dict(state, assign=True)
-    new.tie_weights()
-    model.backbone = new
+    new_backbone.load_state_dict(state, assign=True)
+    new_backbone.tie_weights()
+    model.backbone = new_backbone
 
 
 def _grow(config: Any, backbone: nn.Module) -> None:
@@ -93,9 +95,9 @@ def _grow(config: Any, backbone: nn.Module) -> None:
     width, heads = config.hidden_size, config.num_attention_heads
     norms = {path.rpartition(".")[2]: module for path, module in backbone.named_modules()}
     if "q_norm" in norms and norms["q_norm"].weight.numel() == width:
-        shared = heads // config.num_key_value_heads
-        config.hidden_size += shared * (width // heads)
-        config.num_attention_heads += shared
+        query_group = heads // config.num_key_value_heads
+        config.hidden_size += query_group * (width // heads)
+        config.num_attention_heads += query_group
         config.num_key_value_heads += 1
         return
     if getattr(config, "kv_lora_rank", None) is None:  # The heads of latent attention have sizes of their own.
@@ -105,11 +107,11 @@ def _grow(config: Any, backbone: nn.Module) -> None:
 
 def _rescale(state: dict[str, Tensor], path: str, old: nn.Module, new: nn.Module) -> None:
     """Scale weights so that the new norm, of another width or epsilon, gives the output of the old one."""
-    n, wide = old.weight.numel(), new.weight.numel()
-    state[f"{path}.weight"] *= math.sqrt(n / wide)
+    old_width, new_width = old.weight.numel(), new.weight.numel()
+    state[f"{path}.weight"] *= math.sqrt(old_width / new_width)
     parent, _, name = path.rpartition(".")
     if name in ("q_norm", "k_norm"):
-        scale = math.sqrt(_eps(new) * wide / (_eps(old) * n))
+        scale = math.sqrt(_eps(new) * new_width / (_eps(old) * old_width))
         for leaf in ("weight", "bias"):
             key = f"{parent}.{name[0]}_proj.{leaf}"
             if key in state:
@@ -118,13 +120,13 @@ def _rescale(state: dict[str, Tensor], path: str, old: nn.Module, new: nn.Module
 
 def _centred(state: Mapping[str, Tensor], embedding: str) -> dict[str, Tensor]:
     """Return the weights that write to the hidden state, changed so that their output has mean 0 over coordinates."""
-    centred = {embedding: state[embedding] - state[embedding].mean(1, keepdim=True)}
+    new_tensors = {embedding: state[embedding] - state[embedding].mean(1, keepdim=True)}
     for name, tensor in state.items():
         if name.rpartition(".")[0].endswith("o_proj"):  # [D, in], or a bias [D]
-            centred[name] = tensor - tensor.mean(0, keepdim=True)
+            new_tensors[name] = tensor - tensor.mean(0, keepdim=True)
         elif name.endswith("experts.down_proj"):  # [E, D, I]
-            centred[name] = tensor - tensor.mean(1, keepdim=True)
-    return centred
+            new_tensors[name] = tensor - tensor.mean(1, keepdim=True)
+    return new_tensors
 
 
 def _is_rms(norm: nn.Module | None) -> bool:
@@ -137,9 +139,9 @@ def _eps(norm: nn.Module) -> float:
 
 def _padded(tensor: Tensor, shape: torch.Size) -> Tensor:
     """Return a copy with zeros at the ends of its dimensions."""
-    grown = tensor.new_zeros(shape)
-    grown[tuple(slice(n) for n in tensor.shape)] = tensor
-    return grown
+    padded_tensor = tensor.new_zeros(shape)
+    padded_tensor[tuple(slice(n) for n in tensor.shape)] = tensor
+    return padded_tensor
 
 
 def _before(backbone: nn.Module, block: str) -> nn.Module | None:

@@ -63,19 +63,19 @@ class Adapted(nn.Module):
 
 def target_modules(model: TaskModel, targets: Targets) -> dict[str, tuple[int, int]]:
     """Return path -> (X, Y) of the modules that get adapters, in the order of the model."""
-    found: dict[str, tuple[int, int]] = {}
+    shapes: dict[str, tuple[int, int]] = {}
     backbone, width = model.backbone, model.config.hidden_size
     sparse = Base.sparse(model) if model.family.block else {}
     head = backbone.get_output_embeddings()
     for path, module in backbone.named_modules():
-        inside = any(path.startswith(f"{block}.") for block in sparse)
-        linear = isinstance(module, nn.Linear) and module is not head and not inside
-        block = path in sparse or (path.endswith(".mlp") and not inside)
-        if linear and targets != "blocks":
-            found[path] = (module.in_features, module.out_features)
+        is_inside = any(path.startswith(f"{block}.") for block in sparse)
+        is_linear = isinstance(module, nn.Linear) and module is not head and not is_inside
+        block = path in sparse or (path.endswith(".mlp") and not is_inside)
+        if is_linear and targets != "blocks":
+            shapes[path] = (module.in_features, module.out_features)
         if block and targets != "linear":
-            found[path] = (width, width)
-    return found
+            shapes[path] = (width, width)
+    return shapes
 
 
 def initial_pairs(model: TaskModel, targets: Targets, rank: int, alpha: float, seed: int) -> dict[str, Pair]:
@@ -95,13 +95,13 @@ def initial_pairs(model: TaskModel, targets: Targets, rank: int, alpha: float, s
 
 def attach(model: TaskModel, pairs: Mapping[str, Sequence[Pair]]) -> dict[str, Adapted]:
     """Attach adapters to modules of a live model, in place, and return path -> module with adapters."""
-    placed: dict[str, Adapted] = {}
+    modules: dict[str, Adapted] = {}
     for path in sorted(pairs, key=len, reverse=True):  # modules inside of an adapted block come first
         parent, _, name = path.rpartition(".")
         owner = model.backbone.get_submodule(parent)
-        placed[path] = Adapted(getattr(owner, name), pairs[path])
-        setattr(owner, name, placed[path])
-    return {path: placed[path] for path in pairs}
+        modules[path] = Adapted(getattr(owner, name), pairs[path])
+        setattr(owner, name, modules[path])
+    return {path: modules[path] for path in pairs}
 
 
 def deltas(pairs: Sequence[Pair]) -> Iterator[Tensor]:

@@ -130,8 +130,8 @@ def _check_open(model_type: str, name: str) -> None:
 
 def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return path -> tensor of all parameters without a gradient, and of all floating-point buffers."""
-    found = {path: p for path, p in model.named_parameters() if not p.requires_grad}
-    return found | {path: b for path, b in model.named_buffers() if b.is_floating_point()}
+    frozen_params = {path: p for path, p in model.named_parameters() if not p.requires_grad}
+    return frozen_params | {path: b for path, b in model.named_buffers() if b.is_floating_point()}
 
 
 def digest_of(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> str:

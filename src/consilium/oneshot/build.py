@@ -87,14 +87,18 @@ def kind_of(packages: Mapping[str, Package], router: Router, fitted: bool = Fals
     if len(kinds) != 1:
         raise PackageError(f"the sites' packages are of {len(kinds)} kinds; name sites of one kind by --sites")
     kind = kinds.pop()
-    allowed = EXPERT_ROUTERS if kind == "expert" else ADAPTER_ROUTERS
-    if router not in allowed:
-        raise PackageError(f"router {router} is not for packages of kind {kind}; allowed are {', '.join(allowed)}")
-    needed = {"phatgoose": "gate", "ridge": "" if fitted else "moment"}.get(router)
-    lacking = [site for site, package in packages.items() if needed and not package.part(needed)]
-    if lacking:
-        how = "--kind gated" if needed == "gate" else "--moments"
-        raise PackageError(f"router {router} needs what {', '.join(lacking)} did not train: use {how} at the site")
+    allowed_routers = EXPERT_ROUTERS if kind == "expert" else ADAPTER_ROUTERS
+    if router not in allowed_routers:
+        raise PackageError(
+            f"router {router} is not for packages of kind {kind}; allowed are {', '.join(allowed_routers)}"
+        )
+    needed_part = {"phatgoose": "gate", "ridge": "" if fitted else "moment"}.get(router)
+    lacking_sites = [site for site, package in packages.items() if needed_part and not package.part(needed_part)]
+    if lacking_sites:
+        flag = "--kind gated" if needed_part == "gate" else "--moments"
+        raise PackageError(
+            f"router {router} needs what {', '.join(lacking_sites)} did not train: use {flag} at the site"
+        )
     return kind
 
 
@@ -102,11 +106,11 @@ def fit_ridge(
     packages: Mapping[str, Package], building: Building, public: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Return module or block -> W [X + 1, classes] of the ridge router; the first class is the public rows, if any."""
-    found: dict[str, dict[str, Tensor]] = {}
+    moments_by_path: dict[str, dict[str, Tensor]] = {}
     for site, package in packages.items():
         for path, moment in package.part("moment").items():
-            found.setdefault(path, {} if public is None else {"": public[path]})[site] = moment
-    return {path: routers.solve_ridge(moments, building.strength) for path, moments in sorted(found.items())}
+            moments_by_path.setdefault(path, {} if public is None else {"": public[path]})[site] = moment
+    return {path: routers.solve_ridge(moments, building.strength) for path, moments in sorted(moments_by_path.items())}
 
 
 def moved_apart(packages: Mapping[str, Package], building: Building) -> Mapping[str, Package]:
@@ -116,7 +120,7 @@ def moved_apart(packages: Mapping[str, Package], building: Building) -> Mapping[
     """
     if building.router != "flexolmo" or not building.apart or not can_move(packages):
         return packages
-    found = {}
+    moved_packages = {}
     ways: dict[str, dict[str, Tensor]] = {}
     for site, package in sorted(packages.items()):
         for path, moment in package.part("moment").items():
@@ -128,8 +132,8 @@ def moved_apart(packages: Mapping[str, Package], building: Building) -> Mapping[
             for i, guest in enumerate(guests):
                 way_D = building.apart * ways[path][site]
                 tensors[f"{path}.guest.{i}.row"] = (guest.row_D.float() + way_D).to(guest.row_D.dtype)
-        found[site] = replace(package, tensors=tensors)
-    return found
+        moved_packages[site] = replace(package, tensors=tensors)
+    return moved_packages
 
 
 def can_move(packages: Mapping[str, Package]) -> bool:
@@ -150,8 +154,8 @@ def assemble(
         return _with_experts(base, packages, building, fitted)
     model = base.model()
     pairs = _pairs(packages)
-    placed = attach(model, {path: list(own.values()) for path, own in pairs.items()})
-    for path, module in placed.items():
+    modules = attach(model, {path: list(site_pairs.values()) for path, site_pairs in pairs.items()})
+    for path, module in modules.items():
         module.weigh = _weigh(path, pairs[path], packages, building, fitted)
         module.requires_grad_(False)
     return model
@@ -159,11 +163,11 @@ def assemble(
 
 def _pairs(packages: Mapping[str, Package]) -> dict[str, dict[str, Pair]]:
     """Return module -> site -> adapter, sorted, of the sites that have an adapter there."""
-    found: dict[str, dict[str, Pair]] = {}
+    pairs_by_path: dict[str, dict[str, Pair]] = {}
     for site, package in sorted(packages.items()):
         for path, pair in package.pairs().items():
-            found.setdefault(path, {})[site] = pair
-    return dict(sorted(found.items()))
+            pairs_by_path.setdefault(path, {})[site] = pair
+    return dict(sorted(pairs_by_path.items()))
 
 
 def _weigh(
@@ -197,8 +201,8 @@ def _with_experts(
     base: Base, packages: Mapping[str, Package], building: Building, fitted: Mapping[str, Tensor]
 ) -> Frozen:
     model = base.open_model()
-    opened = open_blocks(model, _guests(packages), _checked_k(base, packages, building))
-    for path, router in opened.routers.items():
+    blocks = open_blocks(model, _guests(packages), _checked_k(base, packages, building))
+    for path, router in blocks.routers.items():
         if building.router == "ridge":
             router.adjust = _domain_score(fitted[path], packages, path, building)
     for parameter in model.parameters():
@@ -208,23 +212,23 @@ def _with_experts(
 
 def _guests(packages: Mapping[str, Package]) -> dict[str, list[Guest]]:
     """Return block -> guests of all sites, in the order of the sites' names."""
-    found: dict[str, list[Guest]] = {}
+    guests_by_block: dict[str, list[Guest]] = {}
     for _, package in sorted(packages.items()):
         for path, guests in package.guests().items():
-            found.setdefault(path, []).extend(guests)
-    return found
+            guests_by_block.setdefault(path, []).extend(guests)
+    return guests_by_block
 
 
 def _checked_k(base: Base, packages: Mapping[str, Package], building: Building) -> int:
     """Return the number of experts per token: by default that of the public model plus as many as one site has."""
-    own = [len(guests) for package in packages.values() for guests in package.guests().values()]
-    public = 1 if base.family is None else min(base.source.counts.values())
-    most = public + min(len(guests) for guests in _guests(packages).values())
-    k = base.top_k + max(own)
+    guest_counts = [len(guests) for package in packages.values() for guests in package.guests().values()]
+    public_count = 1 if base.family is None else min(base.source.counts.values())
+    maximum = public_count + min(len(guests) for guests in _guests(packages).values())
+    k = base.top_k + max(guest_counts)
     if building.router == "flexolmo" and building.top_k:
         k = building.top_k
-    if not 1 <= k <= most:
-        raise ConfigError(f"--top-k is {k}; it must be within 1..{most}, the experts of a layer")
+    if not 1 <= k <= maximum:
+        raise ConfigError(f"--top-k is {k}; it must be within 1..{maximum}, the experts of a layer")
     return k
 
 
@@ -235,12 +239,12 @@ def _domain_score(w_XC: Tensor, packages: Mapping[str, Package], path: str, buil
     """
     counts = [len(package.guests()[path]) for _, package in sorted(packages.items())]
     owner_G = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    first = w_XC.shape[1] - len(counts)  # 1 if the public rows are a class
+    offset = w_XC.shape[1] - len(counts)  # 1 if the public rows are a class
 
     def adjust(x_ND: Tensor) -> Tensor:
         x = torch.cat([x_ND.float(), x_ND.new_ones(len(x_ND), 1, dtype=torch.float32)], dim=1)
         score_NC = torch.log_softmax(building.sharpness * (x @ w_XC.to(x.device)), dim=-1)
-        return score_NC[:, first:][:, owner_G.to(x.device)]
+        return score_NC[:, offset:][:, owner_G.to(x.device)]
 
     return adjust
 
@@ -269,33 +273,33 @@ def write(
     fitted, packages = dict(fitted or {}), moved_apart(packages, building)
     kind = kind_of(packages, building.router)
     reasons = {"transformers": _not_plain(base, packages, building), "peft": _not_peft(packages, building)}
-    chosen: Format = form
+    output_format: Format = form
     if form == "auto":
-        chosen = next(  # type: ignore[assignment]
+        output_format = next(  # type: ignore[assignment]
             (f for f in ("transformers", "peft") if reasons[f] is None), "consilium"
         )
     elif reason := reasons.get(form):
         raise ConfigError(f"--format {form} cannot hold this model: {reason}; use --format consilium")
-    with new_folder(folder) as made:
-        if chosen == "transformers":
-            _write_plain(made, base, packages, building, fitted)
+    with new_folder(folder) as staging:
+        if output_format == "transformers":
+            _write_plain(staging, base, packages, building, fitted)
             if base.family is not None or kind == "expert":  # `consilium predict` reads mixtures of experts
-                (made / USE).write_text(json.dumps(_use(base, packages), indent=1) + "\n")
-        elif chosen == "peft":
-            _write_peft(made, base, packages)
+                (staging / USE).write_text(json.dumps(_use(base, packages), indent=1) + "\n")
+        elif output_format == "peft":
+            _write_peft(staging, base, packages)
         else:
-            _write_parts(made, packages, fitted)
-        if chosen != "peft":
-            base.source.tokenizer().save_pretrained(made)
+            _write_parts(staging, packages, fitted)
+        if output_format != "peft":
+            base.source.tokenizer().save_pretrained(staging)
         record = {
-            "format": chosen, "kind": kind, "building": asdict(building), "joint": building.router in JOINT,
+            "format": output_format, "kind": kind, "building": asdict(building), "joint": building.router in JOINT,
             "model": base.source.path, "dtype": base.source.dtype, "fingerprint": base.source.fingerprint,
             "sites": {site: {"signature": p.signature, "scale": p.scale} for site, p in sorted(packages.items())},
             **(told or {}),
         }  # fmt: skip
-        (made / BUILT).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-        (made / "README.md").write_text(_card(record))
-    return chosen
+        (staging / BUILT).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        (staging / "README.md").write_text(_card(record))
+    return output_format
 
 
 def _not_plain(base: Base, packages: Mapping[str, Package], building: Building) -> str | None:
@@ -321,15 +325,19 @@ def _not_peft(packages: Mapping[str, Package], building: Building) -> str | None
         return f"PEFT has no router of kind {building.router}"
     pairs = _pairs(packages)
     shapes = [
-        {path: (own[site].a_RX.shape, own[site].b_YR.shape) for path, own in pairs.items() if site in own}
+        {
+            path: (pairs_by_site[site].a_RX.shape, pairs_by_site[site].b_YR.shape)
+            for path, pairs_by_site in pairs.items()
+            if site in pairs_by_site
+        }
         for site in packages
     ]
     if any(shape != shapes[0] for shape in shapes):
         return "PEFT's Arrow needs the same modules and ranks at all sites"
     if len({path.rpartition(".")[2] for path in pairs} & {"mlp", "block_sparse_moe"}):
         return "PEFT adapts linear layers only, and some adapters go around whole blocks"
-    for path, own in pairs.items():
-        for site, pair in own.items():
+    for path, pairs_by_site in pairs.items():
+        for site, pair in pairs_by_site.items():
             if (error := _power_error(pair)) > PEFT_TOLERANCE:
                 return f"PEFT's {PEFT_STEPS} power iterations leave an error of about {error:.2g} at {path} of {site}"
     return None
@@ -349,9 +357,12 @@ def _write_plain(
     else:
         model = base.model()
         weights = _constants(packages, building, fitted)
-        for path, own in _pairs(packages).items():
+        for path, pairs_by_site in _pairs(packages).items():
             matrix = model.backbone.get_submodule(path).weight
-            change = sum(weights[site] * delta for site, delta in zip(own, deltas(list(own.values())), strict=True))
+            change = sum(
+                weights[site] * delta
+                for site, delta in zip(pairs_by_site, deltas(list(pairs_by_site.values())), strict=True)
+            )
             matrix.data = (matrix.float() + change).to(matrix.dtype)
     with quietly():
         model.backbone.save_pretrained(folder)
@@ -362,20 +373,20 @@ def _write_peft(folder: Path, base: Base, packages: Mapping[str, Package]) -> No
     from peft import LoraConfig
 
     for site, package in sorted(packages.items()):
-        pairs, where = package.pairs(), folder / site
+        pairs, site_folder = package.pairs(), folder / site
         rank = next(iter(pairs.values())).a_RX.shape[0]
         config = LoraConfig(
             r=rank, lora_alpha=package.scale * rank, target_modules=list(pairs), task_type="CAUSAL_LM",
             base_model_name_or_path=base.source.path, inference_mode=True,
         )  # fmt: skip
         config.target_modules = sorted(pairs)  # PEFT keeps a set, and its order differs from run to run
-        where.mkdir()
-        config.save_pretrained(str(where))
+        site_folder.mkdir()
+        config.save_pretrained(str(site_folder))
         tensors = {}
         for path, pair in pairs.items():
             tensors[f"base_model.model.{path}.lora_A.weight"] = pair.a_RX.contiguous()
             tensors[f"base_model.model.{path}.lora_B.weight"] = pair.b_YR.contiguous()
-        save_file(tensors, where / "adapter_model.safetensors", {"format": "pt"})
+        save_file(tensors, site_folder / "adapter_model.safetensors", {"format": "pt"})
 
 
 def _write_parts(folder: Path, packages: Mapping[str, Package], fitted: Mapping[str, Tensor]) -> None:
@@ -413,7 +424,7 @@ def _card(record: Mapping[str, Any]) -> str:
     building = record["building"]
     sites = sorted(record["sites"])
     k = min(building["top_k"] or _DEFAULT_K["arrow"], len(sites))
-    how = _LOADING[record["format"]].format(
+    instructions = _LOADING[record["format"]].format(
         model=record["model"], k=k, temperature=building["temperature"], sites=sites
     )
     joint = "It was fitted over all sites together: build it again after a withdrawal.\n\n" if record["joint"] else ""
@@ -421,5 +432,5 @@ def _card(record: Mapping[str, Any]) -> str:
 
 Router {building["router"]}, parts of {", ".join(sites)}, on the public model {record["model"]}.
 
-{joint}    {how}
+{joint}    {instructions}
 """

@@ -25,11 +25,11 @@ def record_of(folder: Path) -> dict[str, Any]:
         ModelError: for another folder.
     """
     try:
-        told = json.loads((folder / BUILT).read_text())
-        told["format"], told["building"], told["sites"]
+        record = json.loads((folder / BUILT).read_text())
+        record["format"], record["building"], record["sites"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder} is not what `consilium hub build` makes ({type(error).__name__})") from error
-    return told
+    return record
 
 
 def load_built(folder: Path, model: str = "") -> Frozen:
@@ -41,32 +41,32 @@ def load_built(folder: Path, model: str = "") -> Frozen:
     Raises:
         ModelError: for a folder that is no built model or broken, or another public model.
     """
-    told = record_of(folder)
+    record = record_of(folder)
     refuse_links(folder)
-    if told["format"] == "transformers":
-        return Base(ModelSource(str(folder.resolve()), "text-to-text", told["dtype"])).model()
-    base = Base(ModelSource(model or told["model"], "text-to-text", told["dtype"]))
-    if base.source.fingerprint != told["fingerprint"]:
+    if record["format"] == "transformers":
+        return Base(ModelSource(str(folder.resolve()), "text-to-text", record["dtype"])).model()
+    base = Base(ModelSource(model or record["model"], "text-to-text", record["dtype"]))
+    if base.source.fingerprint != record["fingerprint"]:
         raise ModelError(f"{base.source.path} is another model than the one that {folder} was built for")
     try:
-        tensors = _peft_tensors(folder, told) if told["format"] == "peft" else load_file(folder / PARTS)
-        building = Building(**{**told["building"], "sites": tuple(told["building"]["sites"])})
-        packages = {site: _package(site, told, tensors) for site in told["sites"]}
-        fitted = {name[1:]: tensor for name, tensor in tensors.items() if name.startswith("/")}
-        return assemble(base, packages, building, fitted)
+        tensors = _peft_tensors(folder, record) if record["format"] == "peft" else load_file(folder / PARTS)
+        building = Building(**{**record["building"], "sites": tuple(record["building"]["sites"])})
+        packages = {site: _package(site, record, tensors) for site in record["sites"]}
+        router_tensors = {name[1:]: tensor for name, tensor in tensors.items() if name.startswith("/")}
+        return assemble(base, packages, building, router_tensors)
     except (OSError, SafetensorError, TypeError, KeyError, AttributeError, PackageError) as error:
         raise ModelError(f"{folder} is broken ({type(error).__name__}: {error}); build it again") from error
 
 
 def _package(site: str, told: dict[str, Any], tensors: dict[str, Tensor]) -> Package:
-    own = {name.removeprefix(f"{site}/"): t for name, t in tensors.items() if name.startswith(f"{site}/")}
+    site_tensors = {name.removeprefix(f"{site}/"): t for name, t in tensors.items() if name.startswith(f"{site}/")}
     scale = float(told["sites"][site]["scale"])
-    return Package(site, told["kind"], "none", told["fingerprint"], "", 1, scale, tensors=own)
+    return Package(site, told["kind"], "none", told["fingerprint"], "", 1, scale, tensors=site_tensors)
 
 
 def _peft_tensors(folder: Path, told: dict[str, Any]) -> dict[str, Tensor]:
-    found = {}
+    tensors = {}
     for site in told["sites"]:
         for name, tensor in load_file(folder / site / "adapter_model.safetensors").items():
-            found[f"{site}/{name.removeprefix('base_model.model.').removesuffix('.weight')}"] = tensor
-    return found
+            tensors[f"{site}/{name.removeprefix('base_model.model.').removesuffix('.weight')}"] = tensor
+    return tensors

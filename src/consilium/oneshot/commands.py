@@ -94,10 +94,10 @@ class Train:
         key = site_key(self.key or state)
         data = site_data(rows.experiment, self.client)
         card = {name: text for name in ("about", "licence", "contact") if (text := getattr(self, name))}
-        said: list[str] = []
-        package = train(rows.experiment, self.name, self.part, state, data, card, said.append).signed(key)
+        messages: list[str] = []
+        package = train(rows.experiment, self.name, self.part, state, data, card, messages.append).signed(key)
         write_atomic(self.out, to_bytes(package))
-        yield from said[-1:]
+        yield from messages[-1:]
         size = self.out.stat().st_size
         yield f"{self.out}: {package.kind}, router part {package.router}, {package.examples} examples, {human(size)}"
 
@@ -135,10 +135,10 @@ class Memory:
         domains = Domains(rows.experiment, {package.site: data}, "train")
         base = Base(rows.experiment.model)
         for name, model in (("public model", base.model()), ("with the package", alone(base, package))):
-            found = extraction(model, domains.rows[package.site], self.prefix, self.length, self.most)
+            result = extraction(model, domains.rows[package.site], self.prefix, self.length, self.most)
             yield (
-                f"{name}: {100 * found['reproduced']:.1f} % of {found['rows']} rows reproduced over {self.length} "
-                f"tokens, at most {found['longest']} tokens"
+                f"{name}: {100 * result['reproduced']:.1f} % of {result['rows']} rows reproduced over {self.length} "
+                f"tokens, at most {result['longest']} tokens"
             )
 
 
@@ -167,8 +167,8 @@ class Init:
     def lines(self, rows: Rows) -> Iterator[str]:
         """Run the command and yield its output."""
         hub = create(self.hub, self.model, self.dtype, self.keys, self.max_bytes)
-        takes = "adapters and whole experts" if hub.layout.experts else "adapters"
-        yield f"{self.hub}: takes {takes} for {self.model} ({hub.layout.frozen[:12]})"
+        part_kinds = "adapters and whole experts" if hub.layout.experts else "adapters"
+        yield f"{self.hub}: takes {part_kinds} for {self.model} ({hub.layout.frozen[:12]})"
 
 
 @dataclass(frozen=True)
@@ -229,8 +229,8 @@ class List:
         for site, package in hub.packages().items():
             digest = file_digest(hub.path(site))[:12]
             about = f"  {one_line(package.card.get('about', ''), 60)}".rstrip()
-            told = f"{package.kind}  {package.router}  {package.examples} examples  {human(package.nbytes)}"
-            yield f"{site}  {told}  {digest}{about}"
+            summary = f"{package.kind}  {package.router}  {package.examples} examples  {human(package.nbytes)}"
+            yield f"{site}  {summary}  {digest}{about}"
         yield f"{len(hub.sites)} sites"
 
 
@@ -258,20 +258,20 @@ class Build:
         from consilium.oneshot.built import record_of
         from consilium.oneshot.evaluate import fit_router
 
-        hub, how = Hub.open(self.hub), self.how
+        hub, building = Hub.open(self.hub), self.how
         if self.again is not None:
             record = record_of(self.again)
             settings = record["building"]
             settings["sites"] = tuple(site for site in settings["sites"] if site in hub.sites)
-            how = Building(**settings)
+            building = Building(**settings)
             rows = Rows(from_json(record["rows"])) if record.get("rows") else Rows()
-        packages, base, public = hub.packages(how.sites), hub.base, rows.of(hub)
-        fitted = fit_router(base, packages, how, public)
-        told = {"rows": to_json(rows.experiment)} if rows.experiment is not None else {}
-        form = write(self.out, base, packages, how, fitted, self.format, told)
-        joint = "; fitted over all sites: build it again after a withdrawal" if how.router in JOINT else ""
-        yield f"{self.out}: {len(packages)} sites, router {how.router}, format {form}{joint}"
-        if how.router == "flexolmo" and how.apart and len(packages) > 1 and not can_move(packages):
+        packages, base, public_domains = hub.packages(building.sites), hub.base, rows.of(hub)
+        router_tensors = fit_router(base, packages, building, public_domains)
+        rows_record = {"rows": to_json(rows.experiment)} if rows.experiment is not None else {}
+        form = write(self.out, base, packages, building, router_tensors, self.format, rows_record)
+        joint = "; fitted over all sites: build it again after a withdrawal" if building.router in JOINT else ""
+        yield f"{self.out}: {len(packages)} sites, router {building.router}, format {form}{joint}"
+        if building.router == "flexolmo" and building.apart and len(packages) > 1 and not can_move(packages):
             yield (
                 "note: rows that sites trained apart are not calibrated against each other; packages trained with "
                 "--moments, at all sites, let the hub move them apart"
@@ -303,19 +303,19 @@ class Evaluate:
         hub = Hub.open(self.hub)
         domains = rows.needed(hub, "evaluate")
         base, packages = hub.base, hub.packages()
-        chosen = self.routers or fitting(packages)
-        table = matrix(base, packages, [Building(router) for router in chosen], domains, domains)
+        routers = self.routers or fitting(packages)
+        table = matrix(base, packages, [Building(router) for router in routers], domains, domains)
         means = {name: sum(scores.values()) / len(scores) for name, scores in table.items()}
-        best = self.worth or min(chosen, key=lambda router: means[f"router {router}"])
-        worth = contributions(base, packages, Building(best), domains, domains)
-        told = {"unit": domains.unit, "matrix": table, "router": best, "contributions": worth}
-        write_atomic(self.out, (json.dumps(told, indent=1) + "\n").encode())
+        best_router = self.worth or min(routers, key=lambda router: means[f"router {router}"])
+        gains_by_site = contributions(base, packages, Building(best_router), domains, domains)
+        result = {"unit": domains.unit, "matrix": table, "router": best_router, "contributions": gains_by_site}
+        write_atomic(self.out, (json.dumps(result, indent=1) + "\n").encode())
         names = list(domains.rows)
         yield f"{domains.unit}: {', '.join(names)}"
         for name, scores in table.items():
             yield f"{name}: {', '.join(f'{scores[d]:.3f}' for d in names)}"
-        for site, gains in worth.items():
-            yield f"without {site}, router {best}: {', '.join(f'{gains[d]:+.3f}' for d in names)}"
+        for site, gains in gains_by_site.items():
+            yield f"without {site}, router {best_router}: {', '.join(f'{gains[d]:+.3f}' for d in names)}"
 
 
 def fitting(packages: Any) -> tuple[Router, ...]:
@@ -323,14 +323,14 @@ def fitting(packages: Any) -> tuple[Router, ...]:
     from consilium.errors import PackageError
     from consilium.oneshot.build import kind_of
 
-    found = []
+    routers = []
     for router in ("uniform", "arrow", "phatgoose", "flexolmo", "ridge"):
         try:
             kind_of(packages, router)
         except PackageError:
             continue
-        found.append(router)
-    return tuple(found)
+        routers.append(router)
+    return tuple(routers)
 
 
 @dataclass(frozen=True)
@@ -348,9 +348,9 @@ class Check:
         from consilium.oneshot.trust import check
 
         hub = Hub.open(self.hub)
-        for found in check(hub.base, hub.packages(), rows.of(hub)):
-            said = "; ".join(found.reasons) or "nothing found"
-            yield f"{found.site}: {said} (norm {found.norm:.3g})"
+        for finding in check(hub.base, hub.packages(), rows.of(hub)):
+            summary = "; ".join(finding.reasons) or "nothing found"
+            yield f"{finding.site}: {summary} (norm {finding.norm:.3g})"
 
 
 @dataclass(frozen=True)
@@ -372,8 +372,8 @@ class Report:
         from consilium.oneshot.report import page
 
         hub = Hub.open(self.hub)
-        told = json.loads(self.scores.read_text()) if self.scores else {}
-        write_atomic(self.out, page(hub, told).encode())
+        evaluation = json.loads(self.scores.read_text()) if self.scores else {}
+        write_atomic(self.out, page(hub, evaluation).encode())
         yield f"report: {self.out}"
 
 

@@ -83,8 +83,8 @@ class Domains:
     @property
     def unit(self) -> str:
         """Return the unit of the scores."""
-        plain = all(data.task.metric == "token_accuracy" for data in self.data.values())
-        return "bits per byte" if plain else "nats per token"
+        all_plain = all(data.task.metric == "token_accuracy" for data in self.data.values())
+        return "bits per byte" if all_plain else "nats per token"
 
     def _unit(self, name: str) -> float:
         """Return the factor from nats per token to the unit."""
@@ -93,11 +93,11 @@ class Domains:
         sizes = token_bytes(self.setup.model.tokenizer())
         # The first token of a row is not predicted, because nothing comes before it, unless the row has a prompt.
         rows = self.rows[name]
-        predicted = [t if s else t[1:] for s, t in zip(rows.sources, rows.targets, strict=True)]
-        written = sum(int(sizes[torch.tensor(ids)].sum()) for ids in predicted if ids)
-        if not written:
+        target_ids = [t if s else t[1:] for s, t in zip(rows.sources, rows.targets, strict=True)]
+        byte_count = sum(int(sizes[torch.tensor(ids)].sum()) for ids in target_ids if ids)
+        if not byte_count:
             raise DataError(f"domain {name} has no text to score")
-        return sum(map(len, predicted)) / math.log(2) / written
+        return sum(map(len, target_ids)) / math.log(2) / byte_count
 
 
 def fit_router(
@@ -135,17 +135,17 @@ def _search(base: Base, packages: Mapping[str, Package], building: Building, pub
     are no cross terms.
     """
     generator = torch.Generator().manual_seed(building.seed)
-    best, least, step = torch.zeros(len(packages)), math.inf, 0.5
+    best_weights, least_loss, step = torch.zeros(len(packages)), math.inf, 0.5
     for attempt in range(building.tries):
         noise = torch.randn(len(packages), generator=generator) if attempt else torch.zeros(len(packages))
-        weights = (best + step * noise).clamp(-1.5, 1.5)
+        weights = (best_weights + step * noise).clamp(-1.5, 1.5)
         scores = public.scores(assemble(base, packages, building, {"weights": weights}))
         loss = sum(scores.values()) / len(scores) + 0.05 * float(weights.abs().mean())
-        better = loss < least
-        if better:
-            best, least = weights, loss
-        step = step * (1.5 if better else 0.9)
-    return best
+        is_better = loss < least_loss
+        if is_better:
+            best_weights, least_loss = weights, loss
+        step = step * (1.5 if is_better else 0.9)
+    return best_weights
 
 
 def matrix(
@@ -157,15 +157,15 @@ def matrix(
     told: Callable[[str], None] = lambda line: None,
 ) -> Matrix:
     """Score the public model, every package alone, and every router, on every domain."""
-    found: Matrix = {"public": domains.scores(base.model())}
+    scores: Matrix = {"public": domains.scores(base.model())}
     for site, package in packages.items():
-        found[site] = domains.scores(alone(base, package))
-        told(f"{site}: {_mean(found[site]):.3f} {domains.unit}")
+        scores[site] = domains.scores(alone(base, package))
+        told(f"{site}: {_mean(scores[site]):.3f} {domains.unit}")
     for building in buildings:
-        fitted = fit_router(base, packages, building, public)
-        found[f"router {building.router}"] = domains.scores(assemble(base, packages, building, fitted))
-        told(f"router {building.router}: {_mean(found[f'router {building.router}']):.3f} {domains.unit}")
-    return found
+        router_tensors = fit_router(base, packages, building, public)
+        scores[f"router {building.router}"] = domains.scores(assemble(base, packages, building, router_tensors))
+        told(f"router {building.router}: {_mean(scores[f'router {building.router}']):.3f} {domains.unit}")
+    return scores
 
 
 def alone(base: Base, package: Package) -> Frozen:
@@ -189,18 +189,18 @@ def contributions(
             return domains.scores(base.model())
         return domains.scores(assemble(base, members, building, fit_router(base, members, building, public)))
 
-    whole = scores(packages)
-    found = {}
+    full_scores = scores(packages)
+    gains = {}
     for site in packages:
-        without = scores({name: package for name, package in packages.items() if name != site})
-        found[site] = {name: without[name] - whole[name] for name in whole}
-    return found
+        reduced_scores = scores({name: package for name, package in packages.items() if name != site})
+        gains[site] = {name: reduced_scores[name] - full_scores[name] for name in full_scores}
+    return gains
 
 
 @torch.inference_mode()
 def ensemble(models: Sequence[TaskModel], domains: Domains) -> dict[str, float]:
     """Return domain -> score of the mean of the models' probabilities, with one forward pass per model."""
-    found = {}
+    scores = {}
     for model in models:
         model.eval()
     for name, rows in domains.rows.items():
@@ -210,11 +210,11 @@ def ensemble(models: Sequence[TaskModel], domains: Domains) -> dict[str, float]:
             for model in models:
                 logits, labels = model(batch)
                 logs.append(F.log_softmax(logits.float(), dim=-1).gather(1, labels[:, None])[:, 0])
-            mixed = torch.logsumexp(torch.stack(logs), dim=0) - math.log(len(logs))
-            total -= float(mixed.sum())
-            count += len(mixed)
-        found[name] = total / count * domains._unit(name)
-    return found
+            log_probabilities = torch.logsumexp(torch.stack(logs), dim=0) - math.log(len(logs))
+            total -= float(log_probabilities.sum())
+            count += len(log_probabilities)
+        scores[name] = total / count * domains._unit(name)
+    return scores
 
 
 def _mean(scores: Mapping[str, float]) -> float:

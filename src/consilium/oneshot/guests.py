@@ -54,9 +54,9 @@ class OpenRouter(nn.Module):
         super().__init__()
         self.router = router
         self.rows = nn.ParameterList(nn.Parameter(guest.row_D.clone()) for guest in guests)
-        given = [guest.bias for guest in guests]
-        self.biases = nn.ParameterList(nn.Parameter(b.clone()) for b in given if b is not None)
-        self._has_bias = tuple(b is not None for b in given)
+        biases = [guest.bias for guest in guests]
+        self.biases = nn.ParameterList(nn.Parameter(b.clone()) for b in biases if b is not None)
+        self._has_bias = tuple(b is not None for b in biases)
         self.adjust: Callable[[Tensor], Tensor] | None = None
         router.top_k = top_k
         if hasattr(router, "num_experts"):
@@ -64,21 +64,21 @@ class OpenRouter(nn.Module):
 
     def bias_G(self) -> Tensor:
         """Return min(b, 0) of every guest; 0 for a guest without bias."""
-        given = iter(self.biases)
+        biases = iter(self.biases)
         zero = self.router.weight.new_zeros(())
-        return torch.stack([next(given).clamp(max=0) if has else zero for has in self._has_bias])
+        return torch.stack([next(biases).clamp(max=0) if has_bias else zero for has_bias in self._has_bias])
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs of the family's router, over E + G experts."""
-        x_ND, public, guests = hidden.reshape(-1, hidden.shape[-1]), self.router.weight, len(self.rows)
-        rows = torch.cat([public, torch.stack(list(self.rows))])
+        x_ND, public_rows, guests = hidden.reshape(-1, hidden.shape[-1]), self.router.weight, len(self.rows)
+        rows = torch.cat([public_rows, torch.stack(list(self.rows))])
         state = {"weight": rows}
         if len(self.biases) or self.adjust is not None:
             added_NG = self.bias_G().to(x_ND.dtype).expand(len(x_ND), -1)
             if self.adjust is not None:
                 added_NG = added_NG + self.adjust(x_ND).to(x_ND.dtype)
             unit = torch.cat(
-                [rows.new_zeros(len(public), guests), torch.eye(guests, dtype=rows.dtype, device=rows.device)]
+                [rows.new_zeros(len(public_rows), guests), torch.eye(guests, dtype=rows.dtype, device=rows.device)]
             )
             state["weight"] = torch.cat([rows, unit], dim=1)
             x_ND = torch.cat([x_ND, added_NG], dim=1)
@@ -102,12 +102,14 @@ class OpenExperts(nn.Module):
 
     def forward(self, hidden_ND: Tensor, index_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Return the weighted sum of the chosen experts' outputs, [N, D]."""
-        public = index_NK < self.count
+        public_NK = index_NK < self.count
         out = self.experts(
-            hidden_ND, torch.where(public, index_NK, 0), torch.where(public, weights_NK, torch.zeros_like(weights_NK))
+            hidden_ND,
+            torch.where(public_NK, index_NK, 0),
+            torch.where(public_NK, weights_NK, torch.zeros_like(weights_NK)),
         )
-        for place, tensors in enumerate(self.guests):
-            token, slot = torch.where(index_NK == self.count + place)
+        for i, tensors in enumerate(self.guests):
+            token, slot = torch.where(index_NK == self.count + i)
             if len(token):
                 y_ND = self._compute(hidden_ND[token], tensors)
                 out = out.index_add(0, token, (y_ND * weights_NK[token, slot, None]).to(out.dtype))
@@ -167,9 +169,9 @@ def fuse(model: TaskModel, guests: Mapping[str, Sequence[Guest]], top_k: int) ->
         if own_bias:
             router.bias = nn.Parameter(torch.cat([router.bias, router.bias.new_tensor(biases)]), requires_grad=False)
         for name in family.tensors:
-            whole = getattr(experts, name)
-            added = torch.stack([g.tensors[name].to(whole.dtype) for g in guests[path]])
-            setattr(experts, name, nn.Parameter(torch.cat([whole, added]), requires_grad=False))
+            tensor = getattr(experts, name)
+            guest_tensor = torch.stack([g.tensors[name].to(tensor.dtype) for g in guests[path]])
+            setattr(experts, name, nn.Parameter(torch.cat([tensor, guest_tensor]), requires_grad=False))
         number = len(rows)
         for owner in (router, experts):
             if hasattr(owner, "num_experts"):

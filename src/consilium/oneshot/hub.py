@@ -48,16 +48,16 @@ class Hub:
             PackageError: if the folder is not a hub, or the hub is broken.
         """
         try:
-            told = json.loads((folder / FILE).read_text())
-            if told["format"] != FORMAT:
-                raise PackageError(f"{folder} has format {told['format']}; this version reads {FORMAT}")
+            settings = json.loads((folder / FILE).read_text())
+            if settings["format"] != FORMAT:
+                raise PackageError(f"{folder} has format {settings['format']}; this version reads {FORMAT}")
             refuse_links(folder)
-            Layout.from_json(told["layout"])
+            Layout.from_json(settings["layout"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise PackageError(
                 f"{folder} is no hub ({type(error).__name__}); make one by `consilium hub init`"
             ) from error
-        return cls(folder, told)
+        return cls(folder, settings)
 
     @cached_property
     def layout(self) -> Layout:
@@ -141,8 +141,8 @@ class Hub:
         keys = self.folder / "keys"
         if not keys.is_dir():
             return
-        known = keys / f"{package.site}.pub"
-        if not known.is_file() or known.read_text().split()[:2] != package.key.split()[:2]:
+        key_file = keys / f"{package.site}.pub"
+        if not key_file.is_file() or key_file.read_text().split()[:2] != package.key.split()[:2]:
             raise PackageError(f"{path} is not signed by the key that this hub has of site {package.site}")
 
     @contextmanager
@@ -171,18 +171,18 @@ def create(folder: Path, model: str, dtype: str, keys: Path | None, max_bytes: s
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not empty: choose another folder for the hub")
     bytes_of(max_bytes)
-    public = sorted(keys.glob("*.pub")) if keys is not None else []
-    if keys is not None and not public:
+    key_files = sorted(keys.glob("*.pub")) if keys is not None else []
+    if keys is not None and not key_files:
         raise ConfigError(f"{keys} holds no <site>.pub; it is the folder `server` of `consilium certificates`")
     source = ModelSource(model, "text-to-text", dtype)  # type: ignore[arg-type]
     layout = Layout.of(Base(source))
-    place = str(Path(model).absolute()) if Path(model).is_dir() else model
-    told = {"format": FORMAT, "model": place, "max_bytes": max_bytes, "layout": asdict(layout)}
-    for path in public:
+    model_path = str(Path(model).absolute()) if Path(model).is_dir() else model
+    settings = {"format": FORMAT, "model": model_path, "max_bytes": max_bytes, "layout": asdict(layout)}
+    for path in key_files:
         write_atomic(folder / "keys" / path.name, path.read_bytes())
     (folder / "sites").mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / FILE, (json.dumps(told, indent=1, sort_keys=True) + "\n").encode())
-    return Hub(folder, told)
+    write_atomic(folder / FILE, (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode())
+    return Hub(folder, settings)
 
 
 def tree_digest(folder: Path) -> str:

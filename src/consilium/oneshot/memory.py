@@ -42,11 +42,11 @@ def needed(base: Base, setup: Setup, training: "Training") -> int:
     config, fit = base.source.config, setup.fit
     width, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-    trained = layers * (3 * width * inner + width) * training.copies
+    parameter_count = layers * (3 * width * inner + width) * training.copies
     if training.kind != "expert":
-        trained = layers * 2 * 8 * max(width, inner) * training.rank  # at most eight modules per layer
+        parameter_count = layers * 2 * 8 * max(width, inner) * training.rank  # at most eight modules per layer
     if base.family is not None:
-        return setup.footprint(base.source.counts, "lora", rank=training.rank).total + TRAINED * trained
+        return setup.footprint(base.source.counts, "lora", rank=training.rank).total + TRAINED * parameter_count
     with init_empty_weights(include_buffers=False), no_init_weights():
         model = AutoModelForCausalLM.from_config(config)
     item = base.source.torch_dtype.itemsize
@@ -54,4 +54,4 @@ def needed(base: Base, setup: Setup, training: "Training") -> int:
     tokens = fit.batch_size * (fit.max_length + fit.target_length)
     activations = tokens * (item * layers * (16 * width + 4 * inner) + 12 * config.vocab_size)
     copies = 2 if training.kind == "expert" else 1  # the dense model, and the mixture made from it
-    return copies * weights + activations + TRAINED * trained + OVERHEAD
+    return copies * weights + activations + TRAINED * parameter_count + OVERHEAD

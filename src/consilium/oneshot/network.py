@@ -44,9 +44,11 @@ def offer(package: Path, name: str, address: str, keys: Path | None, state: Path
         ConfigError: for the package or the key of another site.
     """
     check_site(name)
-    found, blob = read_with_bytes(package)
-    if found.site != name:
-        raise ConfigError(f"{package} is the package of {found.site}, --name is {name}; they must be of one site")
+    site_package, blob = read_with_bytes(package)
+    if site_package.site != name:
+        raise ConfigError(
+            f"{package} is the package of {site_package.site}, --name is {name}; they must be of one site"
+        )
     if keys:
         check_key(keys, name)
     save_offer(state.absolute() / SETTINGS, name, blob)
@@ -133,9 +135,9 @@ class Collection:
 
     def _whole(self, site: str, part: Path, digest: str) -> str:
         with part.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+            actual_digest = hashlib.file_digest(file, "sha256").hexdigest()
         try:
-            if found != digest:
+            if actual_digest != digest:
                 raise PackageError(f"the file of {site} arrived changed")
             if read_with_bytes(part, self.hub.layout, self.hub.max_bytes)[0].site != site:
                 raise PackageError(f"{site} sent the package of another site")
@@ -161,8 +163,8 @@ def gather(collection: Collection, roster: Roster, said: Any) -> None:
     """Ask every missing site that is connected for its next piece, once each."""
     nodes = {site: node for site, node in roster.nodes().items() if site in collection.missing}
     for site, node in sorted(nodes.items()):
-        told = {"offset": collection.offset(site)}
-        for _, reply in ask(roster.grid, [node], "package", told, ANSWER, roster.poll):
+        request = {"offset": collection.offset(site)}
+        for _, reply in ask(roster.grid, [node], "package", request, ANSWER, roster.poll):
             try:
                 if reason := failed(reply):
                     raise PayloadError(f"{site} cannot hand over its package: {reason}")
@@ -183,9 +185,9 @@ def _serve(grid: Any, config: Mapping[str, Any]) -> None:
         keys = owners(Path(config["keys"]), sites) if config["keys"] else {}
         collection, roster = Collection(Hub.open(folder), sites), Roster(grid, keys=keys)
         while collection.missing:
-            before = sum(collection.offset(site) for site in collection.missing), collection.missing
+            former_state = sum(collection.offset(site) for site in collection.missing), collection.missing
             gather(collection, roster, lambda line: print_line(out, line))
-            if before == (sum(collection.offset(site) for site in collection.missing), collection.missing):
+            if former_state == (sum(collection.offset(site) for site in collection.missing), collection.missing):
                 time.sleep(POLL)
     except Exception as error:
         stop_serving(home, error, out)

@@ -106,8 +106,8 @@ class Package:
         """Return the package, signed with a secret key."""
         from consilium.certificates import public_text, sign  # imported here because it needs the extra `flower`
 
-        named = replace(self, key=public_text(key), signature="")
-        return replace(named, signature=sign(key, named.message))
+        draft = replace(self, key=public_text(key), signature="")
+        return replace(draft, signature=sign(key, draft.message))
 
     def pairs(self) -> dict[str, Pair]:
         """Return module -> adapter, for kind "adapter"."""
@@ -121,15 +121,15 @@ class Package:
 
     def guests(self) -> dict[str, list[Guest]]:
         """Return block -> experts, for kind "expert", in the order of their numbers."""
-        found: dict[str, dict[int, dict[str, Tensor]]] = {}
+        tensors_by_block: dict[str, dict[int, dict[str, Tensor]]] = {}
         for name, tensor in self.tensors.items():
-            block, infix, rest = name.partition(".guest.")
+            block, infix, suffix = name.partition(".guest.")
             if infix:
-                number, _, leaf = rest.partition(".")
-                found.setdefault(block, {}).setdefault(int(number), {})[leaf] = tensor
+                number, _, leaf = suffix.partition(".")
+                tensors_by_block.setdefault(block, {}).setdefault(int(number), {})[leaf] = tensor
         return {
             block: [_guest(dict(tensors)) for _, tensors in sorted(guests.items())]
-            for block, guests in sorted(found.items())
+            for block, guests in sorted(tensors_by_block.items())
         }
 
     @property
@@ -145,9 +145,9 @@ def _guest(tensors: dict[str, Tensor]) -> Guest:
 
 def to_bytes(package: Package) -> bytes:
     """Return the contents of the package's file."""
-    told = json.dumps(package.metadata, sort_keys=True, allow_nan=False)
+    metadata = json.dumps(package.metadata, sort_keys=True, allow_nan=False)
     tensors = {name: tensor.contiguous() for name, tensor in sorted(package.tensors.items())}
-    return save(tensors, {"consilium": told})
+    return save(tensors, {"consilium": metadata})
 
 
 def read(path: Path, layout: Layout | None = None, max_bytes: int = 8 << 30) -> Package:
@@ -186,15 +186,15 @@ def read_with_bytes(path: Path, layout: Layout | None = None, max_bytes: int = 8
 def _measured(path: Path, layout: Layout | None, max_bytes: int) -> bytes:
     """Check the file's sizes and header, then return its bytes."""
     try:
-        opened = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise PackageError(f"{path} cannot be opened: {error.strerror}") from error
-    found = os.fstat(opened)
-    if not stat.S_ISREG(found.st_mode):
-        os.close(opened)
+    file_status = os.fstat(descriptor)
+    if not stat.S_ISREG(file_status.st_mode):
+        os.close(descriptor)
         raise PackageError(f"{path} is not an ordinary file")
-    with os.fdopen(opened, "rb") as file:
-        size = found.st_size
+    with os.fdopen(descriptor, "rb") as file:
+        size = file_status.st_size
         if not _LENGTH.size <= size <= max_bytes:
             raise PackageError(f"{path} has {size} bytes; a package has {_LENGTH.size} to {max_bytes}")
         (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
@@ -212,22 +212,22 @@ def _measured(path: Path, layout: Layout | None, max_bytes: int) -> bytes:
 def _header(path: Path, text: bytes) -> dict[str, Any]:
     try:
         header = json.loads(text, object_pairs_hook=_without_repetition)
-        told = header["__metadata__"]["consilium"]
-        if len(told) > CARD:
-            raise ValueError(f"its JSON has {len(told)} characters, allowed are {CARD}")
+        metadata = header["__metadata__"]["consilium"]
+        if len(metadata) > CARD:
+            raise ValueError(f"its JSON has {len(metadata)} characters, allowed are {CARD}")
         if set(header["__metadata__"]) != {"consilium"} or len(header) - 1 > TENSORS:
             raise ValueError(f"it has other metadata, or more than {TENSORS} tensors")
-        _check_metadata(json.loads(told, object_pairs_hook=_without_repetition))
+        _check_metadata(json.loads(metadata, object_pairs_hook=_without_repetition))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise PackageError(f"{path} is no package: {one_line(error, 300) or type(error).__name__}") from error
     return header
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         raise ValueError("a name occurs twice")
-    return found
+    return mapping
 
 
 _FIELDS = {
@@ -260,66 +260,66 @@ def _check_metadata(told: Any) -> None:
 
 def _check_tensors(path: Path, header: Mapping[str, Any], room: int, layout: Layout | None) -> None:
     """Check dtype, shape and place of every tensor; places must fill the file without a gap."""
-    told = json.loads(header["__metadata__"]["consilium"])
+    metadata = json.loads(header["__metadata__"]["consilium"])
     if layout is not None:
-        _check_base(path, told, layout)
-    places = []
+        _check_base(path, metadata, layout)
+    spans = []
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         try:
             dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            fits = all(type(n) is int and n >= 1 for n in shape) and len(shape) <= 4
-            if dtype not in SIZES or not fits or end - start != SIZES[dtype] * prod(shape) or start < 0:
+            valid_shape = all(type(n) is int and n >= 1 for n in shape) and len(shape) <= 4
+            if dtype not in SIZES or not valid_shape or end - start != SIZES[dtype] * prod(shape) or start < 0:
                 raise ValueError
         except (ValueError, TypeError, KeyError) as error:
-            shown = one_line(name, 100)
+            short_name = one_line(name, 100)
             raise PackageError(
-                f"{path}: tensor {shown!r} must be F32 or BF16, not empty, and as long as its shape"
+                f"{path}: tensor {short_name!r} must be F32 or BF16, not empty, and as long as its shape"
             ) from error
-        places.append((start, end))
+        spans.append((start, end))
         if layout is not None:
-            _check_shape(path, name, shape, told, layout)
-    places.sort()
-    ends = [0, *(end for _, end in places)]
-    if [start for start, _ in places] != ends[:-1] or ends[-1] != room or not places:
+            _check_shape(path, name, shape, metadata, layout)
+    spans.sort()
+    ends = [0, *(end for _, end in spans)]
+    if [start for start, _ in spans] != ends[:-1] or ends[-1] != room or not spans:
         raise PackageError(f"{path}: its tensors overlap, leave gaps, or do not fill the file: get it again")
     if layout is not None:
-        _check_complete(path, set(header) - {"__metadata__"}, told, layout)
+        _check_complete(path, set(header) - {"__metadata__"}, metadata, layout)
 
 
 def _check_base(path: Path, told: Mapping[str, Any], layout: Layout) -> None:
-    for what, mine in (("fingerprint", layout.fingerprint), ("frozen", layout.frozen)):
-        if told[what] != mine:
+    for key, expected in (("fingerprint", layout.fingerprint), ("frozen", layout.frozen)):
+        if told[key] != expected:
             raise PackageError(
-                f"{path} was trained on another public model: {what} {one_line(told[what], 24)}, here {mine[:24]}"
+                f"{path} was trained on another public model: {key} {one_line(told[key], 24)}, here {expected[:24]}"
             )
 
 
 def _check_shape(path: Path, name: str, shape: tuple[int, ...], told: Mapping[str, Any], layout: Layout) -> None:
     """Raise PackageError unless a package of this kind may contain a tensor of that name and shape."""
     owner, _, leaf = name.rpartition(".")
-    allowed: bool
+    is_allowed: bool
     if leaf == "moment":
         sides = {layout.modules[owner][0]} if owner in layout.modules else set()
         sides |= {layout.width} if owner in layout.experts else set()
-        allowed = len(shape) == 2 and shape[0] == shape[1] and shape[0] - 1 in sides
+        is_allowed = len(shape) == 2 and shape[0] == shape[1] and shape[0] - 1 in sides
     elif told["kind"] == "adapter":
         x, y = layout.modules.get(owner, (0, 0))
         rank = shape[0] if leaf == "lora_A" else shape[-1]
         expected = {"lora_A": (rank, x), "lora_B": (y, rank)}
         if told["router"] == "vector":
             expected["gate"] = (x,)
-        allowed = x > 0 and shape == expected.get(leaf) and (leaf == "gate" or 1 <= rank <= min(x, y))
+        is_allowed = x > 0 and shape == expected.get(leaf) and (leaf == "gate" or 1 <= rank <= min(x, y))
     else:
-        block, infix, rest = name.partition(".guest.")
-        number, _, leaf = rest.partition(".")
+        block, infix, suffix = name.partition(".guest.")
+        number, _, leaf = suffix.partition(".")
         expected = dict(layout.experts.get(block, {})) | {"row": (layout.width,)}
         if told["router"] == "row+bias":
             expected["bias"] = (1,)
-        allowed = bool(infix) and block in layout.experts and number.isdecimal() and len(number) <= 3
-        allowed = allowed and str(int(number)) == number and shape == expected.get(leaf)
-    if not allowed:
+        is_allowed = bool(infix) and block in layout.experts and number.isdecimal() and len(number) <= 3
+        is_allowed = is_allowed and str(int(number)) == number and shape == expected.get(leaf)
+    if not is_allowed:
         raise PackageError(
             f"{path}: tensor {one_line(name, 100)!r} of shape {shape} does not belong into a package of kind "
             f"{told['kind']} with router part {told['router']} for this model"
@@ -328,17 +328,17 @@ def _check_shape(path: Path, name: str, shape: tuple[int, ...], told: Mapping[st
 
 def _check_complete(path: Path, names: set[str], told: Mapping[str, Any], layout: Layout) -> None:
     """Raise PackageError if a part of an adapter or of an expert is missing."""
-    needed: set[str] = set()
+    needed_names: set[str] = set()
     if told["kind"] == "adapter":
         owners = {n.rpartition(".")[0] for n in names if not n.endswith(".moment")}
         leaves = ("lora_A", "lora_B", *(("gate",) if told["router"] == "vector" else ()))
-        needed = {f"{owner}.{leaf}" for owner in owners for leaf in leaves} or {"a .lora_A"}
+        needed_names = {f"{owner}.{leaf}" for owner in owners for leaf in leaves} or {"a .lora_A"}
     else:
         counts = {int(n.partition(".guest.")[2].partition(".")[0]) for n in names if ".guest." in n}
         for block, tensors in layout.experts.items():
             leaves = (*tensors, "row", *(("bias",) if told["router"] == "row+bias" else ()))
-            needed |= {f"{block}.guest.{i}.{leaf}" for i in range(max(counts, default=0) + 1) for leaf in leaves}
-    if missing := sorted(needed - names):
+            needed_names |= {f"{block}.guest.{i}.{leaf}" for i in range(max(counts, default=0) + 1) for leaf in leaves}
+    if missing := sorted(needed_names - names):
         raise PackageError(f"{path} lacks {len(missing)} tensors, e.g. {one_line(missing[0], 100)!r}")
 
 
@@ -349,8 +349,8 @@ def _metadata(blob: bytes) -> dict[str, Any]:
 
 
 def _decoded(path: Path, blob: bytes) -> Package:
-    told = _metadata(blob)
-    fields = {name: value for name, value in told.items() if name not in ("format", "tensors")}
+    metadata = _metadata(blob)
+    fields = {name: value for name, value in metadata.items() if name not in ("format", "tensors")}
     return Package(**fields, tensors=load(blob))
 
 

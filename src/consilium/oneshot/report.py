@@ -66,11 +66,11 @@ def _sites(hub: Hub, packages: Mapping[str, Package]) -> str:
     heads += [("examples", "num"), ("size", "num"), ("validation", "num"), ("privacy", ""), ("file, sha256", "")]
     rows = []
     for site, package in packages.items():
-        told = {name: str(package.card.get(name, "not said")) for name in ("about", "licence", "contact")}
+        card_texts = {name: str(package.card.get(name, "not said")) for name in ("about", "licence", "contact")}
         rows.append(
             [
                 cell(site, tag="th"),
-                *(cell(text[:400], "wrap") for text in told.values()),
+                *(cell(text[:400], "wrap") for text in card_texts.values()),
                 cell(package.kind),
                 cell(package.router),
                 cell(f"{package.examples:,}", "num"),
@@ -85,30 +85,32 @@ def _sites(hub: Hub, packages: Mapping[str, Package]) -> str:
 
 def _validation(told: Mapping[str, Any]) -> str:
     """Return the site's own scores, before and after; other contents of this entry are not shown."""
-    own = told.get("validation")
-    values = [own.get(name) for name in ("public", "own")] if isinstance(own, dict) else []
+    scores = told.get("validation")
+    values = [scores.get(name) for name in ("public", "own")] if isinstance(scores, dict) else []
     if not values or any(not isinstance(value, int | float) for value in values):
         return "not said"
     return f"{values[0]:.3f} to {values[1]:.3f}"
 
 
 def _privacy(told: Mapping[str, Any]) -> str:
-    own = told.get("privacy")
-    if not isinstance(own, dict) or not isinstance(own.get("epsilon"), int | float):
+    promise = told.get("privacy")
+    if not isinstance(promise, dict) or not isinstance(promise.get("epsilon"), int | float):
         return "no promise"
-    return f"epsilon {own['epsilon']:.2f}, delta {own.get('delta')}, {own.get('unit')}"[:200]
+    return f"epsilon {promise['epsilon']:.2f}, delta {promise.get('delta')}, {promise.get('unit')}"[:200]
 
 
 def _matrix(scores: Mapping[str, Any]) -> str:
     domains = list(next(iter(scores["matrix"].values())))
     heads = [("model", ""), *((domain, "num") for domain in domains), ("mean", "num")]
     table_of = {name: [*(float(row[d]) for d in domains)] for name, row in scores["matrix"].items()}
-    best = [min(values[i] for values in table_of.values()) for i in range(len(domains))]
+    best_values = [min(values[i] for values in table_of.values()) for i in range(len(domains))]
     rows: list[list[Cell]] = []
     for name, values in table_of.items():
-        marks = ["num best" if value == least else "num" for value, least in zip(values, best, strict=True)]
-        own = [cell(f"{value:.3f}", mark) for value, mark in zip(values, marks, strict=True)]
-        rows.append([cell(name, tag="th"), *own, cell(f"{math.fsum(values) / len(values):.3f}", "num")])
+        marks = [
+            "num best" if value == best_value else "num" for value, best_value in zip(values, best_values, strict=True)
+        ]
+        score_cells = [cell(f"{value:.3f}", mark) for value, mark in zip(values, marks, strict=True)]
+        rows.append([cell(name, tag="th"), *score_cells, cell(f"{math.fsum(values) / len(values):.3f}", "num")])
     note = f"<p class='note'>{html(scores['unit'])}; lower is better. Marked: the best of a domain.</p>"
     return note + table(heads, rows, starred=True)
 
@@ -120,5 +122,5 @@ def _worth(scores: Mapping[str, Any]) -> str:
         [cell(site, tag="th"), *(cell(f"{float(gains[d]):+.3f}", "num") for d in domains)]
         for site, gains in scores["contributions"].items()
     ]
-    said = f"How much the score rises on each domain if a site leaves, with router {scores['router']}."
-    return f"<p class='note'>{html(said)}</p>{table(heads, rows)}"
+    note = f"How much the score rises on each domain if a site leaves, with router {scores['router']}."
+    return f"<p class='note'>{html(note)}</p>{table(heads, rows)}"

@@ -130,8 +130,8 @@ def directions(moments: Mapping[str, Tensor], strength: float) -> dict[str, Tens
     damping = strength * total.diagonal().mean() * torch.eye(len(total), dtype=torch.float64)
     common = torch.stack([m[:-1, -1] for m in means.values()]).sum(0)
     targets = torch.stack([2 * m[:-1, -1] - common for m in means.values()], dim=1)
-    solved = torch.linalg.solve(total + damping, targets).float()
-    return dict(zip(means, solved.unbind(1), strict=True))
+    solution = torch.linalg.solve(total + damping, targets).float()
+    return dict(zip(means, solution.unbind(1), strict=True))
 
 
 def ridge(w_XC: Tensor, top_k: int, sharpness: float, public: bool) -> Weigh:
@@ -157,8 +157,8 @@ def _keep_largest(values_NE: Tensor, k: int, other: float) -> Tensor:
     """Return the values with all but the k largest of every row replaced."""
     if k >= values_NE.shape[1]:
         return values_NE
-    top, index = values_NE.topk(k, dim=-1)
-    return torch.full_like(values_NE, other).scatter(-1, index, top)
+    top_values, index = values_NE.topk(k, dim=-1)
+    return torch.full_like(values_NE, other).scatter(-1, index, top_values)
 
 
 def _checked(top_k: int, sites: int) -> int:

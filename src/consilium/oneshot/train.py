@@ -167,16 +167,21 @@ class Trainer:
 
     def _open(self) -> Frozen:
         model = self.base.open_model()
-        public = bool(self.training.private.noise)  # with DP, only noised gradients may depend on the data
-        inputs, usage = ({}, {}) if public else measure_routers(model, self._batches())
+        with_dp = bool(self.training.private.noise)  # with DP, only noised gradients may depend on the data
+        inputs, usage = ({}, {}) if with_dp else measure_routers(model, self._batches())
         guests = {}
         for path, block in Base.sparse(model).items():
             router, experts = block.get_submodule(model.family.router), block.get_submodule(model.family.experts)
-            places = usage[path].argsort(descending=True, stable=True) if usage else torch.arange(len(router.weight))
+            expert_order = (
+                usage[path].argsort(descending=True, stable=True) if usage else torch.arange(len(router.weight))
+            )
             row = first_row(router.weight, inputs.get(path))
             guests[path] = [
                 Guest(
-                    {name: getattr(experts, name)[int(places[i % len(places)])] for name in model.family.tensors},
+                    {
+                        name: getattr(experts, name)[int(expert_order[i % len(expert_order)])]
+                        for name in model.family.tensors
+                    },
                     row,
                     torch.zeros((), dtype=row.dtype) if self.training.bias else None,
                 )
@@ -231,23 +236,23 @@ class Trainer:
         rates: dict[str, float],
         told: Callable[[str], None],
     ) -> None:
-        masters, done = self._resume(folder, stage)
-        if not done:
-            begun = self._loss()
-            self.best = (begun, {path: p.detach().cpu().clone() for path, p in self.trainable.items()})
+        masters, steps_done = self._resume(folder, stage)
+        if not steps_done:
+            initial_loss = self._loss()
+            self.best = (initial_loss, {path: p.detach().cpu().clone() for path, p in self.trainable.items()})
             if stage == "parts":
-                self.before = begun
+                self.before = initial_loss
         size = self.training.save_every
-        for start in range(done, len(batches), size):
+        for start in range(steps_done, len(batches), size):
             stretch = batches[start : start + size]
             loss, masters = self._stretch(stage, start, stretch, rates, masters)
             validation = self._loss()
-            done = start + len(stretch)
-            self.history.append({"stage": stage, "step": done, "train": loss, "validation": validation})
+            steps_done = start + len(stretch)
+            self.history.append({"stage": stage, "step": steps_done, "train": loss, "validation": validation})
             if self.training.private.noise or validation < self.best[0]:
                 self.best = (validation, {path: p.detach().cpu().clone() for path, p in self.trainable.items()})
-            self._save(folder, stage, done, masters)
-            told(f"{stage}: step {done} of {len(batches)}, loss {loss:.3f}, validation {validation:.3f}")
+            self._save(folder, stage, steps_done, masters)
+            told(f"{stage}: step {steps_done} of {len(batches)}, loss {loss:.3f}, validation {validation:.3f}")
         self._write(self.best[1])
 
     def _stretch(
@@ -265,9 +270,9 @@ class Trainer:
             self.rows, sources=[self.rows.sources[i] for i in order], targets=[self.rows.targets[i] for i in order]
         )
         config = replace(self.experiment.fit, epochs=1, balance=0.0, clip=self.experiment.fit.clip)
-        fitted = fit(self.model, rows, config, context, rates=rates, start=dict(masters))
+        result = fit(self.model, rows, config, context, rates=rates, start=dict(masters))
         self.model.eval()
-        return fitted.loss, fitted.masters
+        return result.loss, result.masters
 
     def _loss(self) -> float:
         """Return the mean loss on the validation data, in nats per predicted token."""
@@ -285,9 +290,9 @@ class Trainer:
     @property
     def _identity(self) -> str:
         """Return a digest of everything that a saved state depends on."""
-        told = {"experiment": to_json(self.experiment), "training": asdict(self.training), "site": self.site}
+        settings = {"experiment": to_json(self.experiment), "training": asdict(self.training), "site": self.site}
         rows = hashlib.sha256(json.dumps([self.rows.sources, self.rows.targets]).encode()).hexdigest()
-        return hashlib.sha256(json.dumps([told, rows, self.base.digest]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([settings, rows, self.base.digest]).encode()).hexdigest()
 
     def _save(self, folder: Path, stage: str, done: int, masters: dict[str, Tensor]) -> None:
         tensors = {f"now/{path}": p.detach().cpu() for path, p in self.trainable.items()}
@@ -295,11 +300,11 @@ class Trainer:
         tensors |= {f"masters/{path}": t.detach().cpu() for path, t in masters.items()}
         if stage == "gates":
             tensors |= {f"parts/{path}": t for path, t in self._parts().items()}
-        told = {
+        state = {
             "identity": self._identity, "stage": stage, "done": done, "best": self.best[0], "before": self.before,
             "history": self.history,
         }  # fmt: skip
-        blob = save({name: t.contiguous() for name, t in tensors.items()}, {"consilium": json.dumps(told)})
+        blob = save({name: t.contiguous() for name, t in tensors.items()}, {"consilium": json.dumps(state)})
         write_atomic(folder / STATE, blob)
 
     def _parts(self) -> dict[str, Tensor]:
@@ -316,22 +321,22 @@ class Trainer:
             blob = path.read_bytes()
             tensors = load(blob)
             header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
-            told = json.loads(header["__metadata__"]["consilium"])
+            state = json.loads(header["__metadata__"]["consilium"])
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read ({type(error).__name__}); remove it to begin anew") from error
-        if told["identity"] != self._identity:
+        if state["identity"] != self._identity:
             raise CheckpointError(f"{path} is of another training (settings or data differ); name another --state")
-        self.history, self.before = told["history"], told["before"]
+        self.history, self.before = state["history"], state["before"]
         group = {kind: _below(tensors, kind) for kind in ("now", "best", "masters", "parts")}
-        if told["stage"] == stage:
+        if state["stage"] == stage:
             self._write(group["now"])
-            self.best = (told["best"], group["best"])
-            return group["masters"], told["done"]
+            self.best = (state["best"], group["best"])
+            return group["masters"], state["done"]
         if stage == "parts":  # this stage is over: the second stage has begun
             for path_kind, tensor in group["parts"].items():
                 module, _, kind = path_kind.rpartition(".")
                 getattr(self.adapted[module], kind)[0].data.copy_(tensor)
-            self.best = (told["best"], {p: t.detach().cpu().clone() for p, t in self.trainable.items()})
+            self.best = (state["best"], {p: t.detach().cpu().clone() for p, t in self.trainable.items()})
             return {}, 10**12
         return {}, 0
 
@@ -348,9 +353,9 @@ class Trainer:
         router = {"adapter": "none", "gated": "vector", "expert": "row+bias" if training.bias else "row"}
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self._tensors().items()}
         if training.moments:
-            public = self.base.open_model() if kind == "expert" else self.base.model()
-            where = list(self.opened.routers) or list(self.adapted)
-            tensors |= {f"{p}.moment": t for p, t in measure(public, where, self._batches()).items()}
+            public_model = self.base.open_model() if kind == "expert" else self.base.model()
+            module_paths = list(self.opened.routers) or list(self.adapted)
+            tensors |= {f"{p}.moment": t for p, t in measure(public_model, module_paths, self._batches()).items()}
         scale = 1.0 if kind == "expert" else float(training.alpha or training.rank) / training.rank
         private = training.private
         scores = (
@@ -358,7 +363,7 @@ class Trainer:
             if private.noise
             else {"validation": {"public": self.before, "own": self.best[0], "unit": "nats per token"}}
         )
-        steps = max((told["step"] for told in self.history if told["stage"] == "parts"), default=0)
+        steps = max((record["step"] for record in self.history if record["stage"] == "parts"), default=0)
         if private.noise:
             card = {**card, "privacy": private.told(len(self.rows), self.experiment.fit.batch_size, steps)}
         settings = {
@@ -381,18 +386,18 @@ class Trainer:
         return "conversation" if any(self.data.train.texts) else "document"
 
     def _tensors(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+        tensors_by_name: dict[str, Tensor] = {}
         for path, module in self.adapted.items():
-            found |= {f"{path}.lora_A": module.a[0], f"{path}.lora_B": module.b[0]}
+            tensors_by_name |= {f"{path}.lora_A": module.a[0], f"{path}.lora_B": module.b[0]}
             if hasattr(module, "gate"):
-                found[f"{path}.gate"] = module.gate
+                tensors_by_name[f"{path}.gate"] = module.gate
         for block, router in self.opened.routers.items():
             for i, tensors in enumerate(self.opened.experts[block].guests):
-                found |= {f"{block}.guest.{i}.{name}": t for name, t in tensors.items()}
-                found[f"{block}.guest.{i}.row"] = router.rows[i]
+                tensors_by_name |= {f"{block}.guest.{i}.{name}": t for name, t in tensors.items()}
+                tensors_by_name[f"{block}.guest.{i}.row"] = router.rows[i]
                 if self.training.bias:
-                    found[f"{block}.guest.{i}.bias"] = router.biases[i].clamp(max=0).reshape(1)
-        return found
+                    tensors_by_name[f"{block}.guest.{i}.bias"] = router.biases[i].clamp(max=0).reshape(1)
+        return tensors_by_name
 
     def pairs(self) -> dict[str, Pair]:
         """Return module -> adapter with its current values."""

@@ -74,21 +74,21 @@ def check(base: Base, packages: Mapping[str, Package], public: Domains | None = 
         public: public rows; None: only norms are compared.
     """
     norms = {site: norm_of(package) for site, package in packages.items()}
-    before = public.scores(base.model()) if public else {}
-    found = []
+    public_scores = public.scores(base.model()) if public else {}
+    findings = []
     for site, package in packages.items():
-        alike = [norm for name, norm in norms.items() if packages[name].kind == package.kind]
-        reasons, usual = [], max(statistics.median(alike), 1e-12)
-        if len(alike) >= 3 and not 1 / FAR <= norms[site] / usual <= FAR:
-            reasons.append(f"its numbers are {norms[site] / usual:.2g} times as large as is usual here")
+        similar_norms = [norm for name, norm in norms.items() if packages[name].kind == package.kind]
+        reasons, median_norm = [], max(statistics.median(similar_norms), 1e-12)
+        if len(similar_norms) >= 3 and not 1 / FAR <= norms[site] / median_norm <= FAR:
+            reasons.append(f"its numbers are {norms[site] / median_norm:.2g} times as large as is usual here")
         scores = public.scores(alone(base, package)) if public else {}
         reasons += [
-            f"on public rows of {name} it scores {scores[name]:.3f}, the public model {before[name]:.3f}"
+            f"on public rows of {name} it scores {scores[name]:.3f}, the public model {public_scores[name]:.3f}"
             for name in scores
-            if not scores[name] <= WORSE * before[name]
+            if not scores[name] <= WORSE * public_scores[name]
         ]
-        found.append(Finding(site, norms[site], scores, tuple(reasons)))
-    return found
+        findings.append(Finding(site, norms[site], scores, tuple(reasons)))
+    return findings
 
 
 # --- memorised text ---------------------------------------------------------------------------------------------------
@@ -109,20 +109,26 @@ def extraction(
         "rows": number of tested rows, all long enough; "reproduced": share of them whose next `length` tokens are all
         reproduced; "longest": most tokens reproduced before the first difference.
     """
-    whole = [s + t for s, t in zip(rows.sources, rows.targets, strict=True)]
-    tried = [ids for ids in whole if len(ids) >= prefix + length][:most]
-    exact = longest = 0
+    sequences = [s + t for s, t in zip(rows.sources, rows.targets, strict=True)]
+    candidates = [ids for ids in sequences if len(ids) >= prefix + length][:most]
+    exact_count = longest_match = 0
     model.eval()
     device = next(model.parameters()).device
-    for start in range(0, len(tried), batch_size):
-        batch = torch.tensor([ids[:prefix] for ids in tried[start : start + batch_size]], device=device)
+    for start in range(0, len(candidates), batch_size):
+        batch = torch.tensor([ids[:prefix] for ids in candidates[start : start + batch_size]], device=device)
         for _ in range(length):
             logits = model.backbone(input_ids=batch, use_cache=False).logits[:, -1]
             batch = torch.cat([batch, logits.argmax(-1, keepdim=True)], dim=1)
-        for ids, written in zip(tried[start : start + batch_size], batch[:, prefix:].tolist(), strict=True):
-            same = next((i for i, (a, b) in enumerate(zip(ids[prefix:], written, strict=False)) if a != b), length)
-            longest, exact = max(longest, same), exact + (same == length)
-    return {"rows": len(tried), "reproduced": exact / len(tried) if tried else 0.0, "longest": longest}
+        for ids, output in zip(candidates[start : start + batch_size], batch[:, prefix:].tolist(), strict=True):
+            common_length = next(
+                (i for i, (a, b) in enumerate(zip(ids[prefix:], output, strict=False)) if a != b), length
+            )
+            longest_match, exact_count = max(longest_match, common_length), exact_count + (common_length == length)
+    return {
+        "rows": len(candidates),
+        "reproduced": exact_count / len(candidates) if candidates else 0.0,
+        "longest": longest_match,
+    }
 
 
 def canaries(number: int, seed: int, words: int = 6) -> list[str]:
@@ -138,19 +144,20 @@ def canaries(number: int, seed: int, words: int = 6) -> list[str]:
 def with_canaries(data: ClientData, texts: Sequence[str], copies: int) -> ClientData:
     """Return the data with canaries as further training examples, each repeated `copies` times."""
     train = data.train
-    more = [text for text in texts for _ in range(copies)]
-    prompts = [train.texts[0]] * len(more)
-    rows = [*train.rows, *[f"canary:{i}" for i in range(len(more))]] if train.rows else []
-    return replace(data, train=Split([*train.texts, *prompts], [*train.targets, *more], rows))
+    canary_texts = [text for text in texts for _ in range(copies)]
+    prompts = [train.texts[0]] * len(canary_texts)
+    rows = [*train.rows, *[f"canary:{i}" for i in range(len(canary_texts))]] if train.rows else []
+    return replace(data, train=Split([*train.texts, *prompts], [*train.targets, *canary_texts], rows))
 
 
 @torch.inference_mode()
 def exposure(model: TaskModel, tokenizer: Any, texts: Sequence[str], references: Sequence[str]) -> list[float]:
     """Return the exposure of each canary among the references: log2(references + 1) - log2(rank), in bits."""
     losses = _losses(model, tokenizer, [*texts, *references])
-    others = sorted(losses[len(texts) :])
+    reference_losses = sorted(losses[len(texts) :])
     return [
-        math.log2(len(others) + 1) - math.log2(1 + sum(other < loss for other in others))
+        math.log2(len(reference_losses) + 1)
+        - math.log2(1 + sum(reference_loss < loss for reference_loss in reference_losses))
         for loss in losses[: len(texts)]
     ]
 
@@ -158,7 +165,7 @@ def exposure(model: TaskModel, tokenizer: Any, texts: Sequence[str], references:
 def _losses(model: TaskModel, tokenizer: Any, texts: Sequence[str], batch_size: int = 16) -> list[float]:
     """Return the mean loss of each text, in nats per token."""
     model.eval()
-    device, found = next(model.parameters()).device, []
+    device, losses = next(model.parameters()).device, []
     ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     for start in range(0, len(ids), batch_size):
         part = ids[start : start + batch_size]
@@ -166,5 +173,5 @@ def _losses(model: TaskModel, tokenizer: Any, texts: Sequence[str], batch_size: 
         mask = pad([[1] * len(row) for row in part], 0).to(device)
         logits = model.backbone(input_ids=batch, attention_mask=mask, use_cache=False).logits[:, :-1]
         loss = F.cross_entropy(logits.float().transpose(1, 2), batch[:, 1:], reduction="none") * mask[:, 1:]
-        found += (loss.sum(1) / mask[:, 1:].sum(1).clamp(min=1)).tolist()
-    return found
+        losses += (loss.sum(1) / mask[:, 1:].sum(1).clamp(min=1)).tolist()
+    return losses

@@ -41,11 +41,17 @@ class Recipe:
         Raises:
             ConfigError: if the name is none of these.
         """
-        own = self.make().algorithm
-        known = {**{key: None for key in Algorithm.registry}, **self.rivals, type(own).__name__: own}
-        if name not in known:
-            raise ConfigError(f"unknown algorithm {name!r}; allowed are {', '.join(sorted(known))}{_near(name, known)}")
-        return known[name] or Algorithm.registry[name]()
+        own_algorithm = self.make().algorithm
+        algorithms = {
+            **{key: None for key in Algorithm.registry},
+            **self.rivals,
+            type(own_algorithm).__name__: own_algorithm,
+        }
+        if name not in algorithms:
+            raise ConfigError(
+                f"unknown algorithm {name!r}; allowed are {', '.join(sorted(algorithms))}{_near(name, algorithms)}"
+            )
+        return algorithms[name] or Algorithm.registry[name]()
 
 
 RECIPES: dict[str, Recipe] = {}
@@ -77,5 +83,5 @@ def find(name: str) -> Recipe:
 
 
 def _near(name: str, known: dict) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    matches = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

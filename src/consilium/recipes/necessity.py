@@ -87,12 +87,12 @@ def measure(model: ModelSource, domains: int = 12, steps: int = 40) -> Necessity
         losses["none"].append(mean_loss(setup, _without_experts(live), validation, context, ROWS))
         del live
         quarter = {block: max(total // 4, 1) for block, total in setup.model.counts.items()}
-        for key, held in (("own", most(contribution, quarter)), ("random", random_choice(setup, name, quarter))):
-            sub = setup.build_sent(setup.sub_moe(params, context.data.task.name, held), context)
-            losses[key].append(mean_loss(setup, sub, validation, context, ROWS))
+        for key, expert_ids in (("own", most(contribution, quarter)), ("random", random_choice(setup, name, quarter))):
+            sub_model = setup.build_sent(setup.sub_moe(params, context.data.task.name, expert_ids), context)
+            losses[key].append(mean_loss(setup, sub_model, validation, context, ROWS))
             per_epoch = -(-len(train) // setup.fit.batch_size)
-            fit(sub, train, setup.fit, context, epochs=max(1, round(steps / per_epoch)))
-            losses[f"{key}_tuned"].append(mean_loss(setup, sub, validation, context, ROWS))
+            fit(sub_model, train, setup.fit, context, epochs=max(1, round(steps / per_epoch)))
+            losses[f"{key}_tuned"].append(mean_loss(setup, sub_model, validation, context, ROWS))
     pairs = [_variation(usage[a], usage[b]) for i, a in enumerate(names) for b in names[:i]]
     means = {key: statistics.mean(values) for key, values in losses.items()}
     return Necessity(**means, between=statistics.mean(pairs), within=statistics.mean(halves))
@@ -132,14 +132,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure whether a language model needs its experts.")
     parser.add_argument("model", nargs="?", default="code-olmoe", help="a shipped model, a directory or a hub name")
     model = ModelSource(parser.parse_args().model, form="text-to-text")
-    told = measure(model)
-    print(f"all experts {told.whole:.3f}, none {told.none:.3f}: {told.none - told.whole:+.3f} nats per token")
-    print(f"a quarter without training: own {told.own:.3f}, random {told.random:.3f} ({told.random - told.own:+.3f})")
+    necessity = measure(model)
     print(
-        f"a quarter after 40 steps: own {told.own_tuned:.3f}, random {told.random_tuned:.3f} "
-        f"({told.random_tuned - told.own_tuned:+.3f})"
+        f"all experts {necessity.whole:.3f}, none {necessity.none:.3f}: "
+        f"{necessity.none - necessity.whole:+.3f} nats per token"
     )
-    print(f"total variation of usage: between domains {told.between:.3f}, between halves of one {told.within:.3f}")
+    print(
+        f"a quarter without training: own {necessity.own:.3f}, random {necessity.random:.3f} "
+        f"({necessity.random - necessity.own:+.3f})"
+    )
+    print(
+        f"a quarter after 40 steps: own {necessity.own_tuned:.3f}, random {necessity.random_tuned:.3f} "
+        f"({necessity.random_tuned - necessity.own_tuned:+.3f})"
+    )
+    print(
+        f"total variation of usage: between domains {necessity.between:.3f}, "
+        f"between halves of one {necessity.within:.3f}"
+    )
     source = replace(model, form="text-to-text")
     live = source.build(source.load(), "", ())
     for prompt in PROMPTS:

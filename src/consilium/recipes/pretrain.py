@@ -122,20 +122,22 @@ class Pretraining:
         torch.manual_seed(settings.seed)
         torch.set_num_threads(settings.threads)
         docs = random.Random(settings.seed).sample(docs, len(docs))
-        held = min(settings.heldout, len(docs) // 5)
-        self.tokenizer = train_tokenizer([doc.text for doc in docs[held:]], settings.vocabulary, settings.length)
-        classes = classes_of(docs[held:])
+        heldout_count = min(settings.heldout, len(docs) // 5)
+        self.tokenizer = train_tokenizer(
+            [doc.text for doc in docs[heldout_count:]], settings.vocabulary, settings.length
+        )
+        classes = classes_of(docs[heldout_count:])
         self.docs = docs
-        self.heldout = Corpus(docs[:held], self.tokenizer, settings.length, classes)
-        self.train = Corpus(docs[held:], self.tokenizer, settings.length, classes)
+        self.heldout = Corpus(docs[:heldout_count], self.tokenizer, settings.length, classes)
+        self.train = Corpus(docs[heldout_count:], self.tokenizer, settings.length, classes)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = build(settings, len(self.tokenizer)).to(self.device)
         sizes = {name: len(labels) for name, labels in classes.items()}
         self.heads = nn.ModuleDict({name: nn.Linear(settings.width, n) for name, n in sizes.items()}).to(self.device)
         self.logits = watch_routers(self.model)
-        shared = self.model.shared.weight
-        rest = [p for p in (*self.model.parameters(), *self.heads.parameters()) if p is not shared]
-        groups = [{"params": [shared], "factor": settings.embedding}, {"params": rest, "factor": 1.0}]
+        embedding = self.model.shared.weight
+        other_params = [p for p in (*self.model.parameters(), *self.heads.parameters()) if p is not embedding]
+        groups = [{"params": [embedding], "factor": settings.embedding}, {"params": other_params, "factor": 1.0}]
         self.optimizer = torch.optim.AdamW(
             groups, lr=settings.rate, betas=(0.9, 0.98), weight_decay=settings.decay, fused=True
         )
@@ -150,16 +152,16 @@ class Pretraining:
         ids = batch.ids.to(self.device)
         real = ids != PAD
         share = torch.rand(len(ids), 1, generator=self.generator) * masking
-        chosen = (torch.rand(batch.ids.shape, generator=self.generator) < share).to(self.device)
-        chosen &= real & (ids != EOS)
+        mask = (torch.rand(batch.ids.shape, generator=self.generator) < share).to(self.device)
+        mask &= real & (ids != EOS)
         self.logits.clear()
-        inputs = torch.where(chosen, MASK, ids)
+        inputs = torch.where(mask, MASK, ids)
         hidden = self.model(input_ids=inputs, attention_mask=real.long()).last_hidden_state
         parts = {}
         total = torch.zeros((), device=self.device)
-        if chosen.any():
-            scores = hidden[chosen] @ self.model.shared.weight.T
-            total = parts["mask"] = F.cross_entropy(scores.float(), ids[chosen])
+        if mask.any():
+            scores = hidden[mask] @ self.model.shared.weight.T
+            total = parts["mask"] = F.cross_entropy(scores.float(), ids[mask])
         for head, part in self._classify(self._pool(hidden, real), batch).items():
             parts[head] = part
             total = total + self.settings.classify * part
@@ -184,10 +186,10 @@ class Pretraining:
             part = self.train.take(order[start : start + batch])
             real = part.ids != PAD
             share = torch.rand(batch, 1, generator=self.generator) * (0.5 + s.masking / 2)
-            kept = real & (torch.rand(part.ids.shape, generator=self.generator) >= share)
-            kept |= real & ~kept.any(1, keepdim=True)
+            keep_mask = real & (torch.rand(part.ids.shape, generator=self.generator) >= share)
+            keep_mask |= real & ~keep_mask.any(1, keepdim=True)
             scale = torch.rsqrt(embedding.pow(2).mean(-1, keepdim=True) + 1e-6)
-            pooled = self._pool((embedding * scale)[part.ids.to(self.device)], kept.to(self.device))
+            pooled = self._pool((embedding * scale)[part.ids.to(self.device)], keep_mask.to(self.device))
             optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / total)
             optimizer.zero_grad()
             torch.stack(list(self._classify(pooled, part).values())).sum().backward()
@@ -208,23 +210,25 @@ class Pretraining:
                 parts[head] = F.cross_entropy(
                     self.heads[head](pooled).float(), targets, ignore_index=-1, label_smoothing=self.settings.smoothing
                 )
-        named = batch.words.to(self.device)
-        parts["words"] = -0.5 * (named * self.heads["words"](pooled).float().log_softmax(-1)).sum() / len(named)
+        word_targets = batch.words.to(self.device)
+        parts["words"] = (
+            -0.5 * (word_targets * self.heads["words"](pooled).float().log_softmax(-1)).sum() / len(word_targets)
+        )
         return parts
 
     def progress(self) -> float:
         """Return the share of the plan that is done, in [0, 1]."""
         s = self.settings
-        by_time = self.seconds / (60 * s.minutes) if s.minutes > 0 else 0.0
-        return min(1.0, max(by_time, self.step / s.steps if s.steps > 0 else 0.0))
+        time_share = self.seconds / (60 * s.minutes) if s.minutes > 0 else 0.0
+        return min(1.0, max(time_share, self.step / s.steps if s.steps > 0 else 0.0))
 
     def run(self, log: Callable[[str], None] = print) -> None:
         """Train to the end of the plan, and save on the way."""
-        saved, spoken, means = self.seconds, self.seconds, {}
-        begun = time.monotonic() - self.seconds  # everything counts: batches, saves and evaluations too
+        last_save, last_log, means = self.seconds, self.seconds, {}
+        start = time.monotonic() - self.seconds  # everything counts: batches, saves and evaluations too
         if self.step == 0 and self.settings.bag_epochs:
             self.warm_start()
-            log(f"bag of words: {time.monotonic() - begun:.0f} s, held out: {self.evaluate()}")
+            log(f"bag of words: {time.monotonic() - start:.0f} s, held out: {self.evaluate()}")
         self.model.train()
         while self.progress() < 1:
             order = random.Random(f"{self.settings.seed}:{self.epoch}")
@@ -232,16 +236,16 @@ class Pretraining:
                 if index < self.position:
                     continue
                 parts = self._update(batch)
-                self.seconds = time.monotonic() - begun
+                self.seconds = time.monotonic() - start
                 self.step += 1
                 self.position += 1
                 self.seen += int((batch.ids != PAD).sum())
                 means = {k: 0.98 * means.get(k, v) + 0.02 * v for k, v in parts.items()}
-                if self.step % 100 == 0 or self.seconds - spoken > 30:
-                    spoken = self.seconds
+                if self.step % 100 == 0 or self.seconds - last_log > 30:
+                    last_log = self.seconds
                     log(self._line(means))
-                if self.seconds - saved > 60 * self.settings.save_minutes:
-                    saved = self.seconds
+                if self.seconds - last_save > 60 * self.settings.save_minutes:
+                    last_save = self.seconds
                     self.save()
                     log(f"held out: {self.evaluate()}")
                 if self.progress() >= 1:
@@ -251,8 +255,8 @@ class Pretraining:
         self.save()
 
     def _update(self, batch: Batch) -> dict[str, float]:
-        done, warm = self.progress(), self.settings.warmup
-        factor = done / warm if done < warm else 0.5 * (1 + math.cos(math.pi * (done - warm) / (1 - warm)))
+        progress, warm = self.progress(), self.settings.warmup
+        factor = progress / warm if progress < warm else 0.5 * (1 + math.cos(math.pi * (progress - warm) / (1 - warm)))
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate * group["factor"] * max(factor, 1e-4)
         torch.manual_seed(self.settings.seed + 1_000_003 * self.step)  # dropout: a resumed run draws the same
@@ -266,8 +270,8 @@ class Pretraining:
     def _line(self, means: dict[str, float]) -> str:
         losses = " ".join(f"{name} {value:.3f}" for name, value in means.items())
         rate = self.seen / max(self.seconds, 1e-9)
-        where = f"step {self.step} epoch {self.epoch} {self.seconds / 60:.1f} min"
-        return f"{where} {100 * self.progress():.1f}% {losses} ({rate:.0f} tokens/s)"
+        position_text = f"step {self.step} epoch {self.epoch} {self.seconds / 60:.1f} min"
+        return f"{position_text} {100 * self.progress():.1f}% {losses} ({rate:.0f} tokens/s)"
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -276,8 +280,8 @@ class Pretraining:
         The shares are those of the least and the most used expert.
         """
         self.model.eval()
-        right, count = Counter(), Counter()
-        used = torch.zeros(self.settings.layers, self.settings.experts)
+        correct_counts, target_counts = Counter(), Counter()
+        token_counts = torch.zeros(self.settings.layers, self.settings.experts)
         for batch in self.heldout.batches(self.settings.tokens, random.Random(0)):
             ids = batch.ids.to(self.device)
             real = ids != PAD
@@ -287,20 +291,20 @@ class Pretraining:
             for head in HEADS:
                 targets = batch.targets[head].to(self.device)
                 guess = self.heads[head](pooled).argmax(-1)
-                right[head] += int(((guess == targets) & (targets >= 0)).sum())
-                count[head] += int((targets >= 0).sum())
+                correct_counts[head] += int(((guess == targets) & (targets >= 0)).sum())
+                target_counts[head] += int((targets >= 0).sum())
             for layer, logits in enumerate(self.logits):
-                used[layer] += logits[real].argmax(-1).bincount(minlength=self.settings.experts).cpu()
+                token_counts[layer] += logits[real].argmax(-1).bincount(minlength=self.settings.experts).cpu()
         self.model.train()
-        shares = used / used.sum(1, keepdim=True)
-        scores = {head: round(right[head] / max(count[head], 1), 4) for head in HEADS}
+        shares = token_counts / token_counts.sum(1, keepdim=True)
+        scores = {head: round(correct_counts[head] / max(target_counts[head], 1), 4) for head in HEADS}
         return {**scores, "least_used": round(float(shares.min()), 4), "most_used": round(float(shares.max()), 4)}
 
     def save(self) -> None:
         """Write the model (bf16) and tokenizer for `from_pretrained`, and the state to resume from."""
-        out = self.settings.out
-        out.mkdir(parents=True, exist_ok=True)
-        export(self.model, self.tokenizer, out)
+        folder = self.settings.out
+        folder.mkdir(parents=True, exist_ok=True)
+        export(self.model, self.tokenizer, folder)
         tensors = {f"model.{k}": v for k, v in self.model.named_parameters()}
         tensors |= {f"heads.{k}": v for k, v in self.heads.named_parameters()}
         names = list(tensors)
@@ -310,8 +314,8 @@ class Pretraining:
         tensors["generator"] = self.generator.get_state()
         copies = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
         place = {k: getattr(self, k) for k in ("step", "seconds", "seen", "epoch", "position")}
-        save_file(copies, out / "state.tmp", metadata={"place": json.dumps(place)})
-        (out / "state.tmp").replace(out / "state.safetensors")
+        save_file(copies, folder / "state.tmp", metadata={"place": json.dumps(place)})
+        (folder / "state.tmp").replace(folder / "state.safetensors")
 
     def resume(self) -> bool:
         """Continue from `out` if it holds a state, and return whether it does.
@@ -343,11 +347,11 @@ class Pretraining:
 
 def main(settings: Pretrain) -> None:
     """Run or resume one pretraining and print where it was saved."""
-    begun = time.monotonic()
+    start = time.monotonic()
     job = Pretraining(settings, DocstringData().public())
     count = sum(p.numel() for p in job.model.parameters())
     tokens = sum(len(row) for row in job.train.ids)
-    print(f"{len(job.docs)} public documents, {tokens} tokens, {count} parameters, {time.monotonic() - begun:.0f} s")
+    print(f"{len(job.docs)} public documents, {tokens} tokens, {count} parameters, {time.monotonic() - start:.0f} s")
     print(json.dumps({k: str(v) for k, v in asdict(settings).items()}))
     if job.resume():
         print(f"resumed at step {job.step}, {job.seconds / 60:.1f} minutes in")

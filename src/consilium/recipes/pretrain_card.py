@@ -66,8 +66,8 @@ def usage(path: Path, docs: Sequence[Doc]) -> dict[str, Tensor]:
         logits.clear()
         model(**batch)
         for name, scores in zip(names, logits, strict=True):
-            chosen = torch.nn.functional.one_hot(scores.argmax(-1), scores.shape[-1])
-            counts[name][rows] = (chosen * batch["attention_mask"][..., None]).sum(1).float()
+            choices = torch.nn.functional.one_hot(scores.argmax(-1), scores.shape[-1])
+            counts[name][rows] = (choices * batch["attention_mask"][..., None]).sum(1).float()
     return counts
 
 
@@ -109,16 +109,16 @@ def specialisation(counts: dict[str, Tensor], groups: Sequence[str]) -> dict[str
     """
     names = sorted(set(groups))
     index = torch.tensor([names.index(group) for group in groups])
-    found = {}
+    measures = {}
     for block, table in counts.items():
         per_group = torch.stack([table[index == i].sum(0) for i in range(len(names))])
-        others = per_group.sum(0, keepdim=True) - per_group
-        shares, rest = (t / t.sum(1, keepdim=True).clamp_min(1) for t in (per_group, others))
-        found[block] = {
-            "variation": round(float((shares - rest).abs().sum(1).mean() / 2), 4),
+        other_counts = per_group.sum(0, keepdim=True) - per_group
+        shares, other_shares = (t / t.sum(1, keepdim=True).clamp_min(1) for t in (per_group, other_counts))
+        measures[block] = {
+            "variation": round(float((shares - other_shares).abs().sum(1).mean() / 2), 4),
             "information": round(mutual_information(per_group), 4),
         }
-    return found
+    return measures
 
 
 def describe(settings: Card) -> dict[str, Any]:
@@ -126,11 +126,11 @@ def describe(settings: Card) -> dict[str, Any]:
     data = DocstringData()
     public, private = data.public(), data.private()
     rng = random.Random(0)
-    shown = rng.sample(public, min(settings.documents, len(public)))
-    largest = [package for package, _ in Counter(doc.package for doc in private).most_common(10)]
-    held = [doc for doc in private if doc.package in largest and answer("kind", doc)]
-    held = rng.sample(held, min(settings.documents // 2, len(held)))
-    seen, unseen = usage(settings.model, shown), usage(settings.model, held)
+    public_sample = rng.sample(public, min(settings.documents, len(public)))
+    largest_packages = [package for package, _ in Counter(doc.package for doc in private).most_common(10)]
+    client_sample = [doc for doc in private if doc.package in largest_packages and answer("kind", doc)]
+    client_sample = rng.sample(client_sample, min(settings.documents // 2, len(client_sample)))
+    public_usage, client_usage = usage(settings.model, public_sample), usage(settings.model, client_sample)
     place, parameters = {}, 0
     if (settings.model / "state.safetensors").exists():
         with safe_open(settings.model / "state.safetensors", "pt") as file:
@@ -159,13 +159,13 @@ def describe(settings: Card) -> dict[str, Any]:
         | {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers")},
         "scores": json.loads(settings.scores.read_text()) if settings.scores else None,
         "specialisation": {
-            "documents": len(held),
-            "by_package": specialisation(unseen, [doc.package for doc in held]),
-            "by_kind": specialisation(unseen, [doc.kind for doc in held]),
+            "documents": len(client_sample),
+            "by_package": specialisation(client_usage, [doc.package for doc in client_sample]),
+            "by_kind": specialisation(client_usage, [doc.kind for doc in client_sample]),
         },
-        "gates_public": gates(settings.model, shown[:SCALED]),
+        "gates_public": gates(settings.model, public_sample[:SCALED]),
         "usage_public": {
-            block: [round(x, 6) for x in (table.sum(0) / table.sum()).tolist()] for block, table in seen.items()
+            block: [round(x, 6) for x in (table.sum(0) / table.sum()).tolist()] for block, table in public_usage.items()
         },
     }
 
@@ -196,10 +196,10 @@ def readme(card: dict[str, Any]) -> str:
         for task, scores in card["scores"].items():
             lines.append(f"| {task} | " + " | ".join(f"{100 * scores[name]:.1f} %" for name in names) + " |")
         lines.append("")
-        for line, said in (("words", "bags of words"), ("n-grams", "n-grams of words and characters")):
-            behind = [t for t, scores in card["scores"].items() if scores.get("model", 1) <= scores.get(line, 0)]
-            if behind:
-                lines += [f"A linear model on {said} is as good or better on: {', '.join(behind)}.", ""]
+        for line, model_text in (("words", "bags of words"), ("n-grams", "n-grams of words and characters")):
+            tasks = [t for t, scores in card["scores"].items() if scores.get("model", 1) <= scores.get(line, 0)]
+            if tasks:
+                lines += [f"A linear model on {model_text} is as good or better on: {', '.join(tasks)}.", ""]
     lines += [
         "How differently experts are used (total variation between one group and the others, clients' texts):",
         "",

@@ -142,10 +142,10 @@ class Pretraining:
         self.experts = Experts(self.model, keep=True)
         self.trainable = self.experts.trainable(self.model)
         matrices = [p for p in self.trainable.values() if p.dim() > 1]
-        others = [p for p in self.trainable.values() if p.dim() <= 1]
+        vectors = [p for p in self.trainable.values() if p.dim() <= 1]
         groups = [
             {"params": matrices, "weight_decay": settings.decay},
-            {"params": others, "weight_decay": 0.0},
+            {"params": vectors, "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.95), fused=True)
         self.step, self.seconds = 0, 0.0
@@ -168,8 +168,8 @@ class Pretraining:
 
     def run(self, log: Callable[[str], None] = print) -> None:
         """Train to the end of the plan, and save on the way."""
-        s, mean, saved = self.settings, float("nan"), time.monotonic()
-        begun = time.monotonic() - self.seconds
+        s, mean, last_save = self.settings, float("nan"), time.monotonic()
+        start = time.monotonic() - self.seconds
         self.model.train()
         with Tap(self.model) as tap, self.experts:
             for number, ids in enumerate(self.batches()):
@@ -180,21 +180,23 @@ class Pretraining:
                 loss = self._update(ids, tap)
                 mean = loss if math.isnan(mean) else 0.98 * mean + 0.02 * loss
                 self.step += 1
-                self.seconds = time.monotonic() - begun
+                self.seconds = time.monotonic() - start
                 if self.step % 100 == 0:
                     log(f"step {self.step}/{s.steps}  loss {mean:.3f}  {self.seconds / 60:.1f} min")
-                if time.monotonic() - saved > 60 * s.save_minutes:
-                    saved = time.monotonic()
+                if time.monotonic() - last_save > 60 * s.save_minutes:
+                    last_save = time.monotonic()
                     self.save()
         self.save()
 
     def _update(self, ids: Tensor, tap: Tap) -> float:
-        s, done = self.settings, self.step / self.settings.steps
-        rise = (
-            done / s.warmup if done < s.warmup else 0.5 * (1 + math.cos(math.pi * (done - s.warmup) / (1 - s.warmup)))
+        s, progress = self.settings, self.step / self.settings.steps
+        factor = (
+            progress / s.warmup
+            if progress < s.warmup
+            else 0.5 * (1 + math.cos(math.pi * (progress - s.warmup) / (1 - s.warmup)))
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = s.rate * max(rise, 1e-3)
+            group["lr"] = s.rate * max(factor, 1e-3)
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
         self.optimizer.zero_grad()
         with tap.batch(batch):
@@ -207,8 +209,8 @@ class Pretraining:
 
     def save(self) -> None:
         """Write the model in bfloat16 and the tokenizer for `from_pretrained`, and the state to resume from."""
-        out = self.settings.out
-        out.mkdir(parents=True, exist_ok=True)
+        folder = self.settings.out
+        folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.trainable.items():
             tensors[f"model/{name}"] = parameter.detach()
@@ -216,20 +218,20 @@ class Pretraining:
                 tensors[f"{key}/{name}"] = value
         place = {"step": self.step, "seconds": self.seconds, "settings": _plan(self.settings)}
         copies = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
-        save_file(copies, out / "state.tmp", metadata={"place": json.dumps(place)})
-        self.tokenizer.save_pretrained(out)
+        save_file(copies, folder / "state.tmp", metadata={"place": json.dumps(place)})
+        self.tokenizer.save_pretrained(folder)
         for path in ("model.safetensors", "config.json"):
-            (out / path).unlink(missing_ok=True)
+            (folder / path).unlink(missing_ok=True)
         tied = self.model.backbone.all_tied_weights_keys  # not written, because `from_pretrained` ties them again
-        whole = {
+        weights = {
             key: tensor.detach().to(torch.bfloat16)
             for key, tensor in self.model.backbone.state_dict().items()
             if key not in tied
         }
-        self.model.backbone.save_pretrained(out, state_dict=whole)
-        config = json.loads((out / "config.json").read_text())
-        (out / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2) + "\n")
-        (out / "state.tmp").replace(out / "state.safetensors")
+        self.model.backbone.save_pretrained(folder, state_dict=weights)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2) + "\n")
+        (folder / "state.tmp").replace(folder / "state.safetensors")
 
     def resume(self) -> bool:
         """Continue from `out` if it holds a state, and return whether it does.
@@ -244,11 +246,13 @@ class Pretraining:
             place = json.loads(file.metadata()["place"])
         if place["settings"] != _plan(self.settings):
             raise CheckpointError(f"{path} is of a run with other settings ({place['settings']}); give another --out")
-        saved = load_file(path)
+        tensors = load_file(path)
         with torch.no_grad():
             for name, parameter in self.trainable.items():
-                parameter.copy_(saved[f"model/{name}"])
-                moments = {k: saved[f"{k}/{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in saved}
+                parameter.copy_(tensors[f"model/{name}"])
+                moments = {
+                    k: tensors[f"{k}/{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in tensors
+                }
                 if moments:
                     self.optimizer.state[parameter] = moments
         self.step, self.seconds = place["step"], place["seconds"]

@@ -37,12 +37,14 @@ class Corpus:
     """Encoded documents with their targets, in batches of texts of about equal length."""
 
     def __init__(self, docs: list[Doc], tokenizer: PreTrainedTokenizerFast, length: int, classes: dict[str, list[str]]):
-        encoded = tokenizer([doc.text for doc in docs], truncation=True, max_length=length)["input_ids"]
-        self.ids = [torch.tensor(row) for row in encoded]
+        token_ids = tokenizer([doc.text for doc in docs], truncation=True, max_length=length)["input_ids"]
+        self.ids = [torch.tensor(row) for row in token_ids]
         self.classes = classes
-        place = {head: {label: i for i, label in enumerate(labels)} for head, labels in classes.items()}
-        self.targets = {head: torch.tensor([place[head].get(answer(head, doc), -1) for doc in docs]) for head in HEADS}
-        self.words = [[place["words"][w] for w in words(doc.name) if w in place["words"]] for doc in docs]
+        label_ids = {head: {label: i for i, label in enumerate(labels)} for head, labels in classes.items()}
+        self.targets = {
+            head: torch.tensor([label_ids[head].get(answer(head, doc), -1) for doc in docs]) for head in HEADS
+        }
+        self.words = [[label_ids["words"][w] for w in words(doc.name) if w in label_ids["words"]] for doc in docs]
 
     def batches(self, tokens: int, rng: random.Random) -> Iterator[Batch]:
         """Yield the batches of one pass in random order.
@@ -68,11 +70,11 @@ class Corpus:
     def take(self, rows: list[int]) -> Batch:
         """Return the batch of the given rows."""
         ids = nn.utils.rnn.pad_sequence([self.ids[i] for i in rows], batch_first=True, padding_value=PAD)
-        named = torch.zeros(len(rows), len(self.classes["words"]))
+        word_targets = torch.zeros(len(rows), len(self.classes["words"]))
         for r, i in enumerate(rows):
             for word in self.words[i]:
-                named[r, word] = 1.0 / len(self.words[i])
-        return Batch(ids, {head: self.targets[head][rows] for head in HEADS}, named)
+                word_targets[r, word] = 1.0 / len(self.words[i])
+        return Batch(ids, {head: self.targets[head][rows] for head in HEADS}, word_targets)
 
 
 def answer(head: str, doc: Doc) -> str | None:
@@ -84,19 +86,19 @@ def answer(head: str, doc: Doc) -> str | None:
         return doc.package
     if head == "kind":
         return doc.kind
-    own = doc.name.rsplit(".", 1)[-1]
-    parts = words(own)
-    called = doc.kind in ("function", "method", "classmethod", "staticmethod")
-    return parts[0] if called and len(parts) > 1 and not own.startswith("__") else None
+    short_name = doc.name.rsplit(".", 1)[-1]
+    parts = words(short_name)
+    is_callable = doc.kind in ("function", "method", "classmethod", "staticmethod")
+    return parts[0] if is_callable and len(parts) > 1 and not short_name.startswith("__") else None
 
 
 def classes_of(docs: list[Doc]) -> dict[str, list[str]]:
     """Return the labels per head that occur often enough, and the frequent words of names."""
-    least = max(2, len(docs) // 1000)
+    minimum = max(2, len(docs) // 1000)
     classes = {}
     for head in HEADS:
         counts = Counter(answer(head, doc) for doc in docs)
-        classes[head] = sorted(k for k, n in counts.items() if k and n >= (least if head == "verb" else 2))
+        classes[head] = sorted(k for k, n in counts.items() if k and n >= (minimum if head == "verb" else 2))
     counts = Counter(w for doc in docs for w in set(words(doc.name)))
     classes["words"] = sorted(w for w, n in counts.most_common(1000) if n >= 2)
     return classes

@@ -136,8 +136,8 @@ def initialise(model: SwitchTransformersEncoderModel) -> None:
     buckets = attention._relative_position_bucket(distances, num_buckets=32, max_distance=128)
     for bucket in buckets.unique():
         d = distances[buckets == bucket].float().mean()
-        near = [-4 * (d + 1).abs().clamp(max=2), -4 * (d - 1).abs().clamp(max=2)]
-        biases = [*near, -2 * d.abs().log1p(), -d.abs().log1p()]
+        neighbour_biases = [-4 * (d + 1).abs().clamp(max=2), -4 * (d - 1).abs().clamp(max=2)]
+        biases = [*neighbour_biases, -2 * d.abs().log1p(), -d.abs().log1p()]
         for head in range(attention.n_heads):
             attention.relative_attention_bias.weight[bucket, head] = biases[head] if head < len(biases) else 0.0
 
@@ -151,8 +151,8 @@ def _sorted_experts(experts: nn.ModuleDict, hidden_TD: Tensor, chosen_T1E: Tenso
     order_T = expert_T.argsort()
     counts = expert_T.bincount(minlength=len(experts)).tolist()
     pieces = hidden_TD[order_T].split(counts)
-    done = [experts[f"expert_{e}"](piece) for e, piece in enumerate(pieces) if len(piece)]
-    sorted_TD = torch.cat(done) * weights_T1[order_T]
+    outputs = [experts[f"expert_{e}"](piece) for e, piece in enumerate(pieces) if len(piece)]
+    sorted_TD = torch.cat(outputs) * weights_T1[order_T]
     return torch.zeros_like(hidden_TD).index_copy(0, order_T, sorted_TD.to(hidden_TD.dtype))
 
 
@@ -173,10 +173,10 @@ def balance_loss(logits: Tensor, real: Tensor) -> Tensor:
         logits: [B, T, E].
         real: [B, T] bool.
     """
-    kept = logits[real].float()
-    experts = kept.shape[-1]
-    shares = F.one_hot(kept.argmax(-1), experts).float().mean(0)
-    return experts * (shares * kept.softmax(-1).mean(0)).sum()
+    token_logits = logits[real].float()
+    experts = token_logits.shape[-1]
+    shares = F.one_hot(token_logits.argmax(-1), experts).float().mean(0)
+    return experts * (shares * token_logits.softmax(-1).mean(0)).sum()
 
 
 def export(model: SwitchTransformersEncoderModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:

@@ -49,15 +49,15 @@ def traffic(runs: Sequence[RunRecord]) -> Drawing:
         axes.barh(range(len(runs)), [u for _, u in totals], 0.62, left=[d for d, _ in totals], color=color("c1"))
         _end_texts(axes, [format_bytes(d + u) for d, u in totals], [d + u for d, u in totals])
         _byte_axis(axes)
-        grow = new_figure(_WIDTH, 215, left=58, bottom=36, right=12)
-        _cumulative(grow.axes[0], runs)
-    said = ", ".join(f"{run.label} {format_bytes(d + u)}" for run, (d, u) in zip(runs, totals, strict=True))
+        growth_figure = new_figure(_WIDTH, 215, left=58, bottom=36, right=12)
+        _cumulative(growth_figure.axes[0], runs)
+    totals_text = ", ".join(f"{run.label} {format_bytes(d + u)}" for run, (d, u) in zip(runs, totals, strict=True))
     keys = [Key("server to clients (down)", "c0", "square"), Key("clients to server (up)", "c1", "square")]
     if len(runs) > 1:
         keys += [Key(run.label, "ink", f"run {i}") for i, run in zip(_styles(runs), runs, strict=True)]
-    panels = [Panel("whole run", bars, f"Bytes of the whole run: {said}.")]
+    panels = [Panel("whole run", bars, f"Bytes of the whole run: {totals_text}.")]
     if max(len(run.rounds) for run in runs) > 1:
-        panels.append(Panel("sum over the rounds", grow, "Bytes sent and received so far, by round."))
+        panels.append(Panel("sum over the rounds", growth_figure, "Bytes sent and received so far, by round."))
     return Drawing(panels, keys)
 
 
@@ -67,7 +67,7 @@ def traffic_per_client(run: RunRecord) -> Drawing:
     down, up = (_client_bytes(run, key) for key in ("bytes_down", "bytes_up"))
     if not any(down.values()) and not any(up.values()):
         raise NothingToDraw(f"{run.label} sent nothing: its rounds record no bytes per client.")
-    unable = unable_clients(run)
+    unable_reasons = unable_clients(run)
     panels = []
     for task, members in _by_task(run, rows):
         with drawing_style():
@@ -78,7 +78,7 @@ def traffic_per_client(run: RunRecord) -> Drawing:
             axes.barh(places, [up[c] for c in members], 0.66, left=[down[c] for c in members], color=color("c1"))
             sums = [down[c] + up[c] for c in members]
             texts = [
-                format_bytes(s) if s else ("cannot run" if c in unable else "took no part")
+                format_bytes(s) if s else ("cannot run" if c in unable_reasons else "took no part")
                 for c, s in zip(members, sums, strict=True)
             ]
             axes.set_xlim(0, max(down[c] + up[c] for c in rows) * 1.24)
@@ -92,53 +92,57 @@ def traffic_per_client(run: RunRecord) -> Drawing:
 
 def memory(run: RunRecord) -> Drawing:
     """Draw the memory of each client's device, and the peak memory that the method needs there."""
-    peaks, unable = _peaks(run), unable_clients(run)
+    peaks, unable_reasons = _peaks(run), unable_clients(run)
     if not any(peaks.values()) and not any(c.memory_bytes for c in run.clients.values()):
         raise NothingToDraw(f"{run.label} recorded neither device limits nor a memory estimate.")
-    needed = max([p for p in peaks.values() if p], default=0)
+    need = max([p for p in peaks.values() if p], default=0)
     limits = [c.memory_bytes or 0 for c in run.clients.values()]
-    top = min(max(limits), 2.5 * needed) if needed else max(limits)  # a huge device must not flatten all bars
-    top = max(top, needed)
+    top = min(max(limits), 2.5 * need) if need else max(limits)  # a huge device must not flatten all bars
+    top = max(top, need)
     panels = []
     for task, members in _by_task(run, list(run.order)):
         with drawing_style():
             figure = _bar_figure(members)
             axes = figure.axes[0]
             for place, client in enumerate(members):
-                _memory_bar(axes, place, peaks.get(client), run.clients[client].memory_bytes, client in unable, top)
+                _memory_bar(
+                    axes, place, peaks.get(client), run.clients[client].memory_bytes, client in unable_reasons, top
+                )
             axes.set_xlim(0, top * (1.24 if max(limits) <= top else 1.5))
             ends = [max(peaks.get(c) or 0, min(run.clients[c].memory_bytes or 0, top)) for c in members]
-            _end_texts(axes, [_memory_text(run, c, peaks.get(c), c in unable, top) for c in members], ends)
+            _end_texts(axes, [_memory_text(run, c, peaks.get(c), c in unable_reasons, top) for c in members], ends)
             _byte_axis(axes)
-        able = sum(c not in unable for c in members)
-        panels.append(Panel(f"{task} · {able} of {len(members)} can run", figure, f"Memory per client, task {task}."))
+        able_count = sum(c not in unable_reasons for c in members)
+        panels.append(
+            Panel(f"{task} · {able_count} of {len(members)} can run", figure, f"Memory per client, task {task}.")
+        )
     keys = [Key("needed at the peak", "c0", "square"), Key("device limit", "ink", "bar")]
     if max(limits) > top:
         keys.append(Key("limit beyond the scale", "ink", "right"))
-    if unable:
+    if unable_reasons:
         keys.append(Key("needs more than the device has", "c1", "hatch"))
     return Drawing(panels, keys)
 
 
 def time_split(runs: Sequence[RunRecord]) -> Drawing:
     """Draw the seconds of training, evaluation and engine of each run."""
-    split = [_seconds(run) for run in runs]
-    if not any(sum(parts.values()) for parts in split):
+    seconds_by_run = [_seconds(run) for run in runs]
+    if not any(sum(parts.values()) for parts in seconds_by_run):
         raise NothingToDraw("No round has recorded its seconds yet.")
     with drawing_style():
         figure = _bar_figure([run.label for run in runs])
         axes = figure.axes[0]
-        left = [0.0] * len(runs)
+        ends = [0.0] * len(runs)
         for part, _, role in _PARTS:
-            axes.barh(range(len(runs)), [s[part] for s in split], 0.62, left=left, color=color(role))
-            left = [at + s[part] for at, s in zip(left, split, strict=True)]
-        _end_texts(axes, [format_seconds(total) for total in left], left)
+            axes.barh(range(len(runs)), [s[part] for s in seconds_by_run], 0.62, left=ends, color=color(role))
+            ends = [end + s[part] for end, s in zip(ends, seconds_by_run, strict=True)]
+        _end_texts(axes, [format_seconds(total) for total in ends], ends)
         second_axis(axes.xaxis, axes.get_xlim()[1])
-    said = "; ".join(
+    times_text = "; ".join(
         f"{run.label}: " + ", ".join(f"{name} {format_seconds(s[part])}" for part, name, _ in _PARTS)
-        for run, s in zip(runs, split, strict=True)
+        for run, s in zip(runs, seconds_by_run, strict=True)
     )
-    panels = [Panel("whole run", figure, f"Time: {said}.")]
+    panels = [Panel("whole run", figure, f"Time: {times_text}.")]
     if len(runs) == 1 and len(runs[0].rounds) > 1:
         panels.append(_time_by_round(runs[0]))
     return Drawing(panels, [Key(name, role, "square") for _, name, role in _PARTS])
@@ -164,8 +168,8 @@ def _time_by_round(run: RunRecord) -> Panel:
 def _bar_figure(names: Sequence[str]) -> Figure:
     height = 24 if len(names) <= 5 else 19 if len(names) <= 14 else 15
     names = shorten_all(names, 14)
-    left = 12 + 6.6 * max(map(len, names))
-    figure = new_figure(_WIDTH, 34 + height * len(names), left=left, bottom=26, right=24)
+    margin = 12 + 6.6 * max(map(len, names))
+    figure = new_figure(_WIDTH, 34 + height * len(names), left=margin, bottom=26, right=24)
     axes = figure.axes[0]
     clean_axes(axes, grid="x")
     axes.set_yticks(range(len(names)), names, fontsize=10.5 if height > 15 else 10)
@@ -184,8 +188,8 @@ def _end_texts(axes: Axes, texts: Sequence[str], ends: Sequence[float]) -> None:
 
 def _memory_bar(axes: Axes, place: int, peak: float | None, limit: float | None, unable: bool, top: float) -> None:
     if peak:
-        over = {"facecolor": "none", "edgecolor": color("c1"), "hatch": "/////", "linewidth": 1.2}
-        axes.barh(place, peak, 0.62, **(over if unable else {"color": color("c0")}))
+        hatch_style = {"facecolor": "none", "edgecolor": color("c1"), "hatch": "/////", "linewidth": 1.2}
+        axes.barh(place, peak, 0.62, **(hatch_style if unable else {"color": color("c0")}))
     if limit and limit > top:
         axes.plot([top], [place], marker=">", ms=7, color=color("ink"), zorder=4)
     elif limit:
@@ -198,23 +202,25 @@ def _memory_text(run: RunRecord, client: str, peak: float | None, unable: bool, 
         return "cannot run"
     if not peak:
         return "took no part"
-    of = f" of {format_bytes(limit, trim=True)}" if limit and limit > top else ""
-    return f"{100 * peak / limit:.0f} %{of}" if limit else format_bytes(peak)
+    limit_text = f" of {format_bytes(limit, trim=True)}" if limit and limit > top else ""
+    return f"{100 * peak / limit:.0f} %{limit_text}" if limit else format_bytes(peak)
 
 
 def _peaks(run: RunRecord) -> dict[str, float | None]:
     """Return the peak bytes of the memory model per client: from the summary, else the largest value of a round."""
-    found: dict[str, float | None] = {}
+    peaks: dict[str, float | None] = {}
     for client in run.order:
-        told = number((((run.summary or {}).get("clients") or {}).get(client) or {}).get("peak_bytes_model"))
-        seen = [number(((r.get("clients") or {}).get(client) or {}).get("peak_bytes_model")) for r in run.rounds]
-        found[client] = told if told is not None else max([s for s in seen if s is not None], default=None)
+        reported = number((((run.summary or {}).get("clients") or {}).get(client) or {}).get("peak_bytes_model"))
+        round_peaks = [number(((r.get("clients") or {}).get(client) or {}).get("peak_bytes_model")) for r in run.rounds]
+        peaks[client] = (
+            reported if reported is not None else max([s for s in round_peaks if s is not None], default=None)
+        )
     for client, reason in unable_clients(run).items():
         # A client that cannot run has no peak, but the reason says what it would have needed.
-        needs = re.search(r"needs ([\d.]+) ?([kKMGT]?i?B)", reason)
-        if found.get(client) is None and needs:
-            found[client] = float(needs.group(1)) * _UNITS.get(needs.group(2), 1)
-    return found
+        match = re.search(r"needs ([\d.]+) ?([kKMGT]?i?B)", reason)
+        if peaks.get(client) is None and match:
+            peaks[client] = float(match.group(1)) * _UNITS.get(match.group(2), 1)
+    return peaks
 
 
 def _cumulative(axes: Axes, runs: Sequence[RunRecord]) -> None:
@@ -258,8 +264,8 @@ def _byte_axis(axes: Axes) -> None:
 
 
 def _total(run: RunRecord, key: str) -> float:
-    told = number((run.summary or {}).get(key))
-    return told if told is not None else sum(number(r.get(key)) or 0 for r in run.rounds)
+    reported = number((run.summary or {}).get(key))
+    return reported if reported is not None else sum(number(r.get(key)) or 0 for r in run.rounds)
 
 
 def _client_bytes(run: RunRecord, key: str) -> dict[str, float]:
@@ -269,12 +275,12 @@ def _client_bytes(run: RunRecord, key: str) -> dict[str, float]:
 
 
 def _seconds(run: RunRecord) -> dict[str, float]:
-    told = (run.summary or {}).get("seconds")
-    made: dict[str, float] = {}
+    reported = (run.summary or {}).get("seconds")
+    seconds: dict[str, float] = {}
     for part, _, _ in _PARTS:
-        value = number(told.get(part)) if isinstance(told, Mapping) else None
-        made[part] = value if value is not None else sum(_second(r, part) for r in run.rounds)
-    return made
+        value = number(reported.get(part)) if isinstance(reported, Mapping) else None
+        seconds[part] = value if value is not None else sum(_second(r, part) for r in run.rounds)
+    return seconds
 
 
 def _second(line: Mapping[str, Any], part: str) -> float:

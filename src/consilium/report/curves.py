@@ -54,20 +54,20 @@ def scores_over_rounds(runs: Sequence[RunRecord]) -> Drawing:
 
 def scores_over_bytes(runs: Sequence[RunRecord]) -> Drawing:
     """Draw the same scores over the bytes that all clients together had sent and received by then."""
-    placed = [
+    rounds_by_run = [
         _summed(run, lambda r: (number(r.get("bytes_down")) or 0) + (number(r.get("bytes_up")) or 0)) for run in runs
     ]
-    if not any(total for run in placed for total, _ in run):
+    if not any(total for run in rounds_by_run for total, _ in run):
         raise NothingToDraw("No run has sent anything yet: its rounds record no bytes.")
-    return _score_panels(runs, placed, "bytes", single_detail=False)
+    return _score_panels(runs, rounds_by_run, "bytes", single_detail=False)
 
 
 def scores_over_seconds(runs: Sequence[RunRecord]) -> Drawing:
     """Draw the same scores over the seconds that the run had taken by then."""
-    placed = [_summed(run, lambda r: number((r.get("seconds") or {}).get("round")) or 0) for run in runs]
-    if len(runs) < 2 or not any(total for run in placed for total, _ in run):
+    rounds_by_run = [_summed(run, lambda r: number((r.get("seconds") or {}).get("round")) or 0) for run in runs]
+    if len(runs) < 2 or not any(total for run in rounds_by_run for total, _ in run):
         raise NothingToDraw("There is no second run to compare with, or no round has recorded its seconds yet.")
-    return _score_panels(runs, placed, "seconds", single_detail=False)
+    return _score_panels(runs, rounds_by_run, "seconds", single_detail=False)
 
 
 def _summed(run: RunRecord, of: Callable[[Mapping[str, Any]], float]) -> Placed:
@@ -94,8 +94,8 @@ def expert_counts(run: RunRecord) -> Drawing:
     keys = [Key("one client, named at its end", "c0", "thin"), Key("mean of the task", "ink")]
     marks = (("grow", "got experts", "up"), ("shrink", "gave up experts", "down"),
              ("rollback", "change taken back", "cross"), ("freeze", "frozen from here", "hollow"))  # fmt: skip
-    seen = {event.get("event") for event in run.events}
-    return Drawing(panels, keys + [Key(text, "ink", mark) for name, text, mark in marks if name in seen])
+    event_kinds = {event.get("event") for event in run.events}
+    return Drawing(panels, keys + [Key(text, "ink", mark) for name, text, mark in marks if name in event_kinds])
 
 
 RANKS = {"effective_rank": ("effective rank", 1), "energy_beyond": ("energy beyond the smallest rank, %", 100)}
@@ -106,7 +106,7 @@ def adapter_ranks(runs: Sequence[RunRecord]) -> Drawing:
     panels = []
     styles = run_styles([run.method for run in runs])
     for name, (title, factor) in RANKS.items():
-        found = [
+        points_by_run = [
             [
                 (_number_of(line, i), factor * value)
                 for i, line in enumerate(run.rounds)
@@ -114,19 +114,19 @@ def adapter_ranks(runs: Sequence[RunRecord]) -> Drawing:
             ]
             for run in runs
         ]
-        if not any(found):
+        if not any(points_by_run):
             raise NothingToDraw("No run merges adapters by a rule that has a merged update.")
         with drawing_style():
             figure = new_figure(_WIDTH, _HEIGHT, left=42, bottom=36, right=12)
             axes = figure.axes[0]
             clean_axes(axes)
-            for style, points in zip(styles, found, strict=True):
+            for style, points in zip(styles, points_by_run, strict=True):
                 if points:
                     axes.plot(*zip(*points, strict=True), lw=2.2, ms=4.5, **series(style))
             axes.margins(x=0.03, y=0.12)
             _x_axis(axes, "round")
             axes.yaxis.set_major_locator(round_ticks(5))
-        panels.append(Panel(title, figure, _alt(title, [run.label for run in runs], found, "round")))
+        panels.append(Panel(title, figure, _alt(title, [run.label for run in runs], points_by_run, "round")))
     keys = [Key(run.label, "ink", f"run {i}") for i, run in zip(styles, runs, strict=True)] if len(runs) > 1 else []
     return Drawing(panels, keys)
 
@@ -142,26 +142,29 @@ def _score_panels(runs: Sequence[RunRecord], placed: Sequence[Placed], along: st
     """
     tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
     panels = []
-    dashed = False
-    over = has_seeds(runs)
-    names = list(dict.fromkeys(run.method for run in runs)) if over else [run.label for run in runs]
-    styles = list(range(len(names))) if over else run_styles([run.method for run in runs])
-    with_validation = along == "round" and len(runs) <= 4 and not over  # with more, thin lines bury the others
+    has_guess_line = False
+    by_method = has_seeds(runs)
+    names = list(dict.fromkeys(run.method for run in runs)) if by_method else [run.label for run in runs]
+    styles = list(range(len(names))) if by_method else run_styles([run.method for run in runs])
+    with_validation = along == "round" and len(runs) <= 4 and not by_method  # with more, thin lines bury the others
     for task in [*tasks, "mean"] if len(tasks) > 1 else tasks:
-        told = [_test_points(run, at, task) for run, at in zip(runs, placed, strict=True)]
+        points_by_run = [_test_points(run, rounds, task) for run, rounds in zip(runs, placed, strict=True)]
         groups = (
-            [[p for run, p in zip(runs, told, strict=True) if run.method == name] for name in names] if over else []
+            [[p for run, p in zip(runs, points_by_run, strict=True) if run.method == name] for name in names]
+            if by_method
+            else []
         )
         bands = [_band(group) for group in groups]
         lines = (
             [[(x, mean) for x, mean, _ in band] for band in bands]
-            if over
-            else [[(x, y) for _, x, y in points] for points in told]
+            if by_method
+            else [[(x, y) for _, x, y in points] for points in points_by_run]
         )
-        thin = [
-            _validation_points(run, at, task) if with_validation else [] for run, at in zip(runs, placed, strict=True)
+        validation_lines = [
+            _validation_points(run, rounds, task) if with_validation else []
+            for run, rounds in zip(runs, placed, strict=True)
         ]
-        if not any(lines) and not any(thin):
+        if not any(lines) and not any(validation_lines):
             continue
         with drawing_style():
             figure = new_figure(_WIDTH, _HEIGHT, left=38, bottom=36, right=12)
@@ -169,12 +172,18 @@ def _score_panels(runs: Sequence[RunRecord], placed: Sequence[Placed], along: st
             clean_axes(axes)
             if single_detail and task != "mean":
                 _each_client(axes, runs[0], placed[0], task)
-                dashed |= _guess_line(axes, runs[0], task)
+                has_guess_line |= _guess_line(axes, runs[0], task)
             for i, band in enumerate(bands):
                 _shade(axes, band, series(styles[i])["color"])
             for i, points in enumerate(lines):
-                if not over and thin[i]:
-                    axes.plot(*zip(*thin[i], strict=True), lw=1, alpha=0.75, color=series(styles[i])["color"], zorder=3)
+                if not by_method and validation_lines[i]:
+                    axes.plot(
+                        *zip(*validation_lines[i], strict=True),
+                        lw=1,
+                        alpha=0.75,
+                        color=series(styles[i])["color"],
+                        zorder=3,
+                    )
                 if points:
                     axes.plot(*zip(*points, strict=True), lw=2.2, ms=4.5, zorder=4, **series(styles[i]))
             axes.margins(x=0.03, y=0.12)
@@ -186,14 +195,14 @@ def _score_panels(runs: Sequence[RunRecord], placed: Sequence[Placed], along: st
     if not panels:
         raise NothingToDraw("No round has been evaluated yet: scores appear after the first evaluation round.")
     keys = [Key(name, "ink", f"run {i}") for i, name in zip(styles, names, strict=True)]
-    if over:
+    if by_method:
         keys.append(Key("± standard deviation over the method’s runs", "muted", "band"))
     if len(runs) == 1:
         keys = [Key("test, mean over clients", "c0", "run 0")]
         keys += [Key("test, one client", "c0", "faint")] if single_detail else []
     if with_validation:
         keys.append(Key("validation of that round's participants", "c0" if len(runs) == 1 else "muted", "thin"))
-    if dashed:
+    if has_guess_line:
         keys.append(Key("always answering the commonest label", "muted", "dots"))
     return Drawing(panels, keys)
 
@@ -220,8 +229,8 @@ def _band(told: Sequence[Sequence[tuple[float, float, float]]]) -> list[tuple[fl
     """
     by_round = [{number: (x, y) for number, x, y in points} for points in told if points]
     band = []
-    for number_ in sorted(set.intersection(*map(set, by_round))) if by_round else ():
-        xs, ys = zip(*(points[number_] for points in by_round), strict=True)
+    for round_number in sorted(set.intersection(*map(set, by_round))) if by_round else ():
+        xs, ys = zip(*(points[round_number] for points in by_round), strict=True)
         band.append((statistics.fmean(xs), statistics.fmean(ys), statistics.stdev(ys) if len(ys) > 1 else 0.0))
     return band
 
@@ -241,8 +250,8 @@ def _test_points(run: RunRecord, placed: Placed, task: str) -> list[tuple[float,
         if value is None and task != "mean":
             test = line.get("test") or {}
             values = [number(v) for c, v in test.items() if c in run.clients and run.clients[c].task == task]
-            known = [v for v in values if v is not None]
-            value = statistics.fmean(known) if known else None
+            known_values = [v for v in values if v is not None]
+            value = statistics.fmean(known_values) if known_values else None
         if value is not None:
             points.append((_number_of(line, i), x, 100 * value))
     return points
@@ -271,8 +280,8 @@ def _validation_points(run: RunRecord, placed: Placed, task: str) -> Points:
 
 def _each_client(axes: Axes, run: RunRecord, placed: Placed, task: str) -> None:
     for client in (c for c in run.order if run.clients[c].task == task):
-        found = [(x, number((line.get("test") or {}).get(client))) for x, line in placed]
-        points = [(x, 100 * v) for x, v in found if v is not None]
+        scores = [(x, number((line.get("test") or {}).get(client))) for x, line in placed]
+        points = [(x, 100 * v) for x, v in scores if v is not None]
         if points:
             axes.plot(*zip(*points, strict=True), lw=1, alpha=0.28, color=color("c0"), zorder=2)
 
@@ -285,10 +294,10 @@ def _guess_line(axes: Axes, run: RunRecord, task: str) -> bool:
     if run.metric(task) != "accuracy":
         return False
     shares = [c.commonest_label_share for c in run.clients.values() if c.task == task]
-    known = [100 * s for s in shares if s is not None]
-    if known:
-        axes.axhline(statistics.fmean(known), color=color("muted"), lw=1.2, linestyle=(0, (1.5, 2)), zorder=1)
-    return bool(known)
+    percents = [100 * s for s in shares if s is not None]
+    if percents:
+        axes.axhline(statistics.fmean(percents), color=color("muted"), lw=1.2, linestyle=(0, (1.5, 2)), zorder=1)
+    return bool(percents)
 
 
 def _counts(run: RunRecord) -> dict[str, Points]:
@@ -296,21 +305,21 @@ def _counts(run: RunRecord) -> dict[str, Points]:
 
     The values are every change in structure.json, else the counts in metrics.jsonl.
     """
-    found: dict[str, Points] = {}
+    counts: dict[str, Points] = {}
     maps = (run.structure or {}).get("rounds") or {}
     for key in sorted((k for k in maps if str(k).lstrip("-").isdigit()), key=int):
         for client, blocks in maps[key].items():
-            found.setdefault(client, []).append((int(key), sum(len(held) for held in blocks.values())))
-    if not found:
+            counts.setdefault(client, []).append((int(key), sum(len(experts) for experts in blocks.values())))
+    if not counts:
         for i, line in enumerate(run.rounds):
             for client, entry in (line.get("clients") or {}).items():
-                if (held := number(entry.get("experts"))) is not None:
-                    found.setdefault(client, []).append((_number_of(line, i), held))
+                if (experts := number(entry.get("experts"))) is not None:
+                    counts.setdefault(client, []).append((_number_of(line, i), experts))
     last = max([_number_of(line, i) for i, line in enumerate(run.rounds)], default=0)
-    for points in found.values():
+    for points in counts.values():
         if points[-1][0] < last:
             points.append((last, points[-1][1]))
-    return {c: points for c, points in found.items() if c in run.clients}
+    return {c: points for c, points in counts.items() if c in run.clients}
 
 
 def _count_panel(run: RunRecord, task: str, members: list[str], counts: dict[str, Points], last: float) -> Panel:
@@ -343,12 +352,12 @@ def _count_panel(run: RunRecord, task: str, members: list[str], counts: dict[str
 
 def _mark_events(axes: Axes, run: RunRecord, client: str, points: Points) -> None:
     for event in run.events:
-        where = number(event.get("round"))
+        round_number = number(event.get("round"))
         marker = {"grow": "^", "shrink": "v", "rollback": "x", "freeze": "o"}.get(str(event.get("event")))
-        if event.get("client") != client or where is None or marker is None:
+        if event.get("client") != client or round_number is None or marker is None:
             continue
         face = "none" if marker == "o" else color("ink")
-        axes.scatter([where], [_at(points, where)], marker=marker, s=22, linewidths=1.3, zorder=4,
+        axes.scatter([round_number], [_at(points, round_number)], marker=marker, s=22, linewidths=1.3, zorder=4,
                      facecolors=face if marker != "x" else None, color=face if marker == "x" else None,
                      edgecolors=color("ink") if marker != "x" else None)  # fmt: skip
 
@@ -363,13 +372,13 @@ def _name_line_ends(axes: Axes, ends: list[tuple[str, float]], limit: int = 11) 
     gap, heights = 12 / pixels, [y for _, y in ends]
     for _ in range(60):
         for i in range(len(heights) - 1):
-            if (lack := gap - (heights[i + 1] - heights[i])) > 1e-9:
-                heights[i] -= lack / 2
-                heights[i + 1] += lack / 2
-        if heights and (over := heights[-1] - (top - gap / 3)) > 0:
-            heights[-1] -= over
-        if heights and (under := (bottom + gap / 3) - heights[0]) > 0:
-            heights[0] += under
+            if (shortage := gap - (heights[i + 1] - heights[i])) > 1e-9:
+                heights[i] -= shortage / 2
+                heights[i + 1] += shortage / 2
+        if heights and (excess_above := heights[-1] - (top - gap / 3)) > 0:
+            heights[-1] -= excess_above
+        if heights and (excess_below := (bottom + gap / 3) - heights[0]) > 0:
+            heights[0] += excess_below
     for (client, y), height in zip(ends, heights, strict=True):
         axes.annotate(
             client,
@@ -387,17 +396,17 @@ def _name_line_ends(axes: Axes, ends: list[tuple[str, float]], limit: int = 11) 
 
 def _at(points: Points, x: float) -> float:
     """Return the value of a step function at x; before its first point, return its first value."""
-    return next((y for when, y in reversed(points) if when <= x), points[0][1])
+    return next((y for position, y in reversed(points) if position <= x), points[0][1])
 
 
 def _stage_one_end(run: RunRecord) -> float | None:
-    ones = [_number_of(line, i) for i, line in enumerate(run.rounds) if line.get("stage") == "one"]
-    return max(ones) if ones and len(ones) < len(run.rounds) else None
+    stage_one_rounds = [_number_of(line, i) for i, line in enumerate(run.rounds) if line.get("stage") == "one"]
+    return max(stage_one_rounds) if stage_one_rounds and len(stage_one_rounds) < len(run.rounds) else None
 
 
 def _number_of(line: Mapping[str, Any], index: int) -> float:
-    told = number(line.get("round"))
-    return index if told is None else told
+    round_number = number(line.get("round"))
+    return index if round_number is None else round_number
 
 
 def _alt(title: str, names: Sequence[str], lines: Sequence[Points], along: str) -> str:

@@ -26,12 +26,12 @@ def to_csv(found: Sequence[Method]) -> str:
 
     Numbers are written in full: scores in [0, 1], bytes, seconds. A cell is empty if its value is unknown.
     """
-    made = rows(found)
-    heads = list(dict.fromkeys(key for row in made for key in row))
+    records = rows(found)
+    heads = list(dict.fromkeys(key for row in records for key in row))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(map(csv_cell, heads))
-    writer.writerows([csv_cell(row.get(head)) for head in heads] for row in made)
+    writer.writerows([csv_cell(row.get(head)) for head in heads] for row in records)
     return text.getvalue()
 
 
@@ -40,27 +40,27 @@ def to_latex(found: Sequence[Method]) -> str:
 
     It holds the mean ± deviation over seeds, the best of each column in bold, and the paired test.
     """
-    shown = method_columns(found)
-    heads = [c.head[:1].upper() + c.head[1:] for c in shown]
+    columns = method_columns(found)
+    heads = [c.head[:1].upper() + c.head[1:] for c in columns]
     if reference := next((m.against.reference for m in found if m.against), ""):
         difference, p = (c for c in paired_columns(found) if c.head in ("difference", "p"))  # comments hold the rest
-        shown, heads = [*shown, difference, p], [*heads, f"Minus {reference}", "p"]
+        columns, heads = [*columns, difference, p], [*heads, f"Minus {reference}", "p"]
     lines = [f"% {line}" for line in _comment(found)]
     lines += [
-        r"\begin{tabular}{l" + "r" * (len(shown) - 1) + "}",
+        r"\begin{tabular}{l" + "r" * (len(columns) - 1) + "}",
         r"\toprule",
         " & ".join(map(latex, heads)) + r" \\",
         r"\midrule",
     ]
-    marks = {c.head: best(c, [True] * len(found)) for c in shown}
+    marks = {c.head: best(c, [True] * len(found)) for c in columns}
     for i in range(len(found)):
         cells = []
-        for column in shown:
-            value, _, spread = column.texts[i].partition(" ± ")
-            told = rf"\textbf{{{latex(value)}}}" if i in marks[column.head] else latex(value)
-            if spread and column.head not in _COST:
-                told += rf" {{\scriptsize $\pm$ {latex(spread)}}}"
-            cells.append(told)
+        for column in columns:
+            value, _, deviation = column.texts[i].partition(" ± ")
+            cell = rf"\textbf{{{latex(value)}}}" if i in marks[column.head] else latex(value)
+            if deviation and column.head not in _COST:
+                cell += rf" {{\scriptsize $\pm$ {latex(deviation)}}}"
+            cells.append(cell)
         lines.append(" & ".join(cells) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
@@ -70,15 +70,15 @@ def _comment(found: Sequence[Method]) -> list[str]:
 
     The table needs \\usepackage{booktabs}.
     """
-    several = any(m.runs > 1 for m in found)
-    said = [
+    has_several_runs = any(m.runs > 1 for m in found)
+    lines = [
         r"\usepackage{booktabs}",
-        "scores in percent" + (", mean and standard deviation over seeds" if several else ""),
+        "scores in percent" + (", mean and standard deviation over seeds" if has_several_runs else ""),
     ]
     for m in found:
         if m.against and m.against.p is not None:
-            said.append(
+            lines.append(
                 f"{m.label} against {m.against.reference}: two-sided paired t-test over {m.against.pairs} seeds, "
                 f"p {format_p(m.against.p)} (Holm); ahead on {m.against.ahead} of {m.against.of} client-seed pairs"
             )
-    return [one_line(line) for line in said]
+    return [one_line(line) for line in lines]

@@ -65,18 +65,18 @@ def forecasts(experiment: Experiment, rate: float | None = None) -> list[Forecas
     Raises:
         ConsiliumError: if the experiment cannot be run.
     """
-    found = prepare(experiment)
-    every = dataclasses.replace(experiment.sampling, clients_per_round=len(found.infos))
-    found = prepare(dataclasses.replace(experiment, sampling=every))
-    server, setup, rate = found.server, found.setup, rate or _rate()
-    unable = {info.id: server.unable(info) for info in found.infos}
-    able = [info for info in found.infos if unable[info.id] is None]
-    payloads = server.configure(1, able)
+    preparation = prepare(experiment)
+    sampling = dataclasses.replace(experiment.sampling, clients_per_round=len(preparation.infos))
+    preparation = prepare(dataclasses.replace(experiment, sampling=sampling))
+    server, setup, rate = preparation.server, preparation.setup, rate or _rate()
+    reasons = {info.id: server.unable(info) for info in preparation.infos}
+    able_infos = [info for info in preparation.infos if reasons[info.id] is None]
+    payloads = server.configure(1, able_infos)
     return [
         _forecast(setup, info, payloads[info.id], rate)
         if info.id in payloads
-        else Forecast(info.id, info.num_examples, None, None, 0, 0, 0, 0.0, unable[info.id] or "not chosen")
-        for info in found.infos
+        else Forecast(info.id, info.num_examples, None, None, 0, 0, 0, 0.0, reasons[info.id] or "not chosen")
+        for info in preparation.infos
     ]
 
 
@@ -89,8 +89,8 @@ def _forecast(setup: Setup, info: ClientInfo, payload: Payload, rate: float) -> 
         parameters = sum(t.numel() for t in payload.groups.get("params", {}).values())
         operations = 6.0 * parameters * info.num_examples * fit.epochs
         return Forecast(info.id, info.num_examples, None, None, down, up, steps, operations / rate / EFFICIENCY)
-    held = experts_from_scalars(payload.scalars)
-    counts = counts_of(held) if held else dict(setup.model.counts)
+    expert_ids = experts_from_scalars(payload.scalars)
+    counts = counts_of(expert_ids) if expert_ids else dict(setup.model.counts)
     tokens = sum(fit.lengths.values()) * info.num_examples * fit.epochs
     operations = (4.0 if fit.lora.rank else 6.0) * active_parameters(setup, counts) * tokens
     memory = setup.footprint(counts).total
@@ -113,8 +113,8 @@ def _rate() -> float:
     """Return the floating point operations per second of float32 matrix products on this machine."""
     a = torch.ones(SIDE, SIDE)
     a @ a
-    best = min(_seconds(lambda: a @ a) for _ in range(3))
-    return 2.0 * SIDE**3 / best
+    seconds = min(_seconds(lambda: a @ a) for _ in range(3))
+    return 2.0 * SIDE**3 / seconds
 
 
 def _seconds(call: object) -> float:
@@ -125,29 +125,36 @@ def _seconds(call: object) -> float:
 
 def print_plan(experiment: Experiment, out: Console) -> None:
     """Print one row per client, and the traffic and time of a run of all rounds."""
-    found = forecasts(experiment)
+    all_forecasts = forecasts(experiment)
     table = Table(box=None, padding=(0, 1), header_style="bold")
     for title in ("client", "examples", "experts", "memory", "down", "up", "steps", "time"):
         table.add_column(title, justify="left" if title == "client" else "right", no_wrap=True)
-    for one in found:
+    for forecast in all_forecasts:
         cells = [
-            str(one.experts or ""),
-            "" if one.memory is None else human(one.memory),
-            human(one.down),
-            human(one.up),
+            str(forecast.experts or ""),
+            "" if forecast.memory is None else human(forecast.memory),
+            human(forecast.down),
+            human(forecast.up),
         ]
-        told = [*cells, str(one.steps), f"{one.seconds:.1f} s"] if not one.note else ["", "", "", "", "", ""]
-        table.add_row(one.client, str(one.examples), *told)
+        row = (
+            [*cells, str(forecast.steps), f"{forecast.seconds:.1f} s"]
+            if not forecast.note
+            else ["", "", "", "", "", ""]
+        )
+        table.add_row(forecast.client, str(forecast.examples), *row)
     out.print(table)
-    for one in found:
-        if one.note:
-            out.print(f"{one.client} cannot take part: {one.note}", highlight=False, markup=False, soft_wrap=True)
-    able = [one for one in found if not one.note]
-    share = min(experiment.sampling.clients_per_round, len(able)) / max(len(able), 1)
-    moved = sum(one.down + one.up for one in able) * share * experiment.rounds
+    for forecast in all_forecasts:
+        if forecast.note:
+            out.print(
+                f"{forecast.client} cannot take part: {forecast.note}", highlight=False, markup=False, soft_wrap=True
+            )
+    able_forecasts = [forecast for forecast in all_forecasts if not forecast.note]
+    share = min(experiment.sampling.clients_per_round, len(able_forecasts)) / max(len(able_forecasts), 1)
+    traffic_bytes = sum(forecast.down + forecast.up for forecast in able_forecasts) * share * experiment.rounds
     out.print(
-        f"{experiment.rounds} rounds of {min(experiment.sampling.clients_per_round, len(able))} clients: about "
-        f"{human(round(moved))} over the network, {sum(one.seconds for one in able) * share * experiment.rounds:.0f} s "
+        f"{experiment.rounds} rounds of {min(experiment.sampling.clients_per_round, len(able_forecasts))} clients: "
+        f"about {human(round(traffic_bytes))} over the network, "
+        f"{sum(forecast.seconds for forecast in able_forecasts) * share * experiment.rounds:.0f} s "
         "of training one after the other (an estimate from the rate of matrix products here)",
         highlight=False,
         soft_wrap=True,

@@ -35,20 +35,20 @@ def gain_over_standalone(runs: Sequence[RunRecord]) -> Drawing:
     The gain is the client's test score minus its score in the run of Standalone on the same data and seed. Clients are
     sorted from the smallest gain to the largest.
     """
-    alone = {_pair(run): client_scores(run) for run in runs if run.algorithm == ALONE}
+    scores_alone = {_pair(run): client_scores(run) for run in runs if run.algorithm == ALONE}
     methods: dict[str, list[Gain]] = {}
-    seeds = len({key for key in alone if any(_pair(run) == key for run in runs if run.algorithm != ALONE)})
+    seeds = len({key for key in scores_alone if any(_pair(run) == key for run in runs if run.algorithm != ALONE)})
     for run in runs:
-        if run.algorithm != ALONE and (base := alone.get(_pair(run))):
+        if run.algorithm != ALONE and (base := scores_alone.get(_pair(run))):
             seed = f" · {run.config.get('seed')}" if seeds > 1 else ""
             scores = client_scores(run).items()
-            found = [(client + seed, 100 * (score - base[client])) for client, score in scores if client in base]
-            methods.setdefault(_name(run, runs), []).extend(found)
-    methods = {name: sorted(found, key=lambda gain: gain[1]) for name, found in methods.items() if found}
+            gains = [(client + seed, 100 * (score - base[client])) for client, score in scores if client in base]
+            methods.setdefault(_name(run, runs), []).extend(gains)
+    methods = {name: sorted(gains, key=lambda gain: gain[1]) for name, gains in methods.items() if gains}
     if not methods:
         raise NothingToDraw(f"No run of {ALONE} on the same data is compared here, so nobody's gain over it is known.")
-    ends = [abs(gain) for found in methods.values() for _, gain in found]
-    panels = [_panel(name, found, max(*ends, 1.0) * 1.04) for name, found in methods.items()]
+    ends = [abs(gain) for gains in methods.values() for _, gain in gains]
+    panels = [_panel(name, gains, max(*ends, 1.0) * 1.04) for name, gains in methods.items()]
     keys = [Key("better than alone", "c0", "square"), Key("worse than alone", "c1", "square")]
     note = "A client counts once for each seed, on which its data depends." if seeds > 1 else ""
     return Drawing(panels, [*keys, Key("mean of the clients", "ink", "dots")], note)
@@ -63,25 +63,27 @@ def _name(run: RunRecord, runs: Sequence[RunRecord]) -> str:
 
     Such runs differ in other settings.
     """
-    twins = [other for other in runs if other.algorithm == run.algorithm and _pair(other) == _pair(run)]
-    return run.label if len(twins) > 1 else run.algorithm
+    similar_runs = [
+        other_run for other_run in runs if other_run.algorithm == run.algorithm and _pair(other_run) == _pair(run)
+    ]
+    return run.label if len(similar_runs) > 1 else run.algorithm
 
 
 def _panel(name: str, found: Sequence[Gain], most: float) -> Panel:
     names, gains = [client for client, _ in found], [gain for _, gain in found]
-    mean, above = statistics.fmean(gains), sum(gain > 0 for gain in gains)
+    mean, gain_count = statistics.fmean(gains), sum(gain > 0 for gain in gains)
     with drawing_style():
         height = (19 if len(found) <= 14 else 15) if len(found) <= _NAMED else 0
         labels = dict(zip(names, shorten_all(names, 14), strict=True)) if height else {}
-        left = 12 + 6.6 * max(map(len, labels.values()), default=1)
-        figure = new_figure(_WIDTH, 44 + (height * len(found) or 250), left=left, bottom=36, right=16)
+        margin = 12 + 6.6 * max(map(len, labels.values()), default=1)
+        figure = new_figure(_WIDTH, 44 + (height * len(found) or 250), left=margin, bottom=36, right=16)
         axes = figure.axes[0]
         _bars(axes, gains, labels, most, 10.5 if height > 15 else 10)
         axes.axvline(0, color=color("muted"), lw=1, zorder=3)
         axes.axvline(mean, color=color("ink"), lw=1.4, linestyle=(0, (1.5, 2)), zorder=4)
     alt = f"Gain over Standalone by client, {name}: mean {mean:+.1f} points, from {gains[0]:+.1f} to {gains[-1]:+.1f}."
-    said = f"{round(mean, 1) + 0.0:+.1f}".replace("-", "−")  # never −0.0
-    return Panel(f"{name} · {said} points, {above} of {len(found)} gain", figure, alt)
+    mean_text = f"{round(mean, 1) + 0.0:+.1f}".replace("-", "−")  # never −0.0
+    return Panel(f"{name} · {mean_text} points, {gain_count} of {len(found)} gain", figure, alt)
 
 
 def _bars(axes: Axes, gains: Sequence[float], labels: Mapping[str, str], most: float, size: float) -> None:

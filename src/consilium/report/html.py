@@ -57,16 +57,16 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
     """
     runs, out = read_runs(run_dirs), Path(out)
     with any_glyph():
-        made = {out: render(runs)}
-    if len(runs) > 1 and (found := methods(runs)):
+        contents = {out: render(runs)}
+    if len(runs) > 1 and (method_summaries := methods(runs)):
         csv, latex = table_files(out)
-        made |= {csv: to_csv(found), latex: to_latex(found)}
+        contents |= {csv: to_csv(method_summaries), latex: to_latex(method_summaries)}
     try:
-        for path, content in made.items():
+        for path, content in contents.items():
             write_atomic(path, content.encode("utf-8", "replace"))  # a reader never sees half a page
     except CheckpointError as error:
-        why = getattr(error.__cause__, "strerror", None) or error
-        raise ConfigError(f"the report cannot be written to {out} ({why}); choose another place") from None
+        reason = getattr(error.__cause__, "strerror", None) or error
+        raise ConfigError(f"the report cannot be written to {out} ({reason}); choose another place") from None
     return out
 
 
@@ -114,19 +114,19 @@ def _title(runs: Sequence[RunRecord]) -> str:
     if len(runs) == 1:
         return f"{runs[0].algorithm}: {runs[0].path.resolve().name}"
     names = list(dict.fromkeys(run.method for run in runs))
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return f"{shown} compared" if len(names) > 1 else f"{len(runs)} runs of {shown} compared"
+    names_text = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"{names_text} compared" if len(names) > 1 else f"{len(runs)} runs of {names_text} compared"
 
 
 def _subtitle(runs: Sequence[RunRecord]) -> str:
     first = runs[0]
     tasks = ", ".join(f"{task} ({sum(c.task == task for c in first.clients.values())})" for task in first.tasks)
-    said = f"{len(first.clients)} clients; tasks and their clients: {tasks}"
+    clients_text = f"{len(first.clients)} clients; tasks and their clients: {tasks}"
     if len(runs) == 1:
         rounds = f"{len(first.rounds)} round{'s' if len(first.rounds) != 1 else ''}"
-        return f'{rounds}, {html(said)} <span class="badge">{html(first.status)}</span>'
+        return f'{rounds}, {html(clients_text)} <span class="badge">{html(first.status)}</span>'
     seeds = f" of {len({run.method for run in runs})} methods" if has_seeds(runs) else ""
-    return f"{len(runs)} runs{seeds}. {html(said)}"
+    return f"{len(runs)} runs{seeds}. {html(clients_text)}"
 
 
 def _nav(runs: Sequence[RunRecord]) -> str:
@@ -142,32 +142,32 @@ def _anchor(name: str) -> str:
 
 def _warnings(runs: Sequence[RunRecord]) -> list[str]:
     """Return the warnings that a reader needs before the numbers of the page."""
-    said = []
+    messages = []
     for run in runs:
         if not run.finished:
-            planned = run.config.get("rounds")
-            of = f" of {planned}" if isinstance(planned, int) else ""
-            said.append(
-                f"{run.label} is not finished (status: {run.status}, {len(run.rounds)}{of} rounds on record). "
+            planned_rounds = run.config.get("rounds")
+            total_text = f" of {planned_rounds}" if isinstance(planned_rounds, int) else ""
+            messages.append(
+                f"{run.label} is not finished (status: {run.status}, {len(run.rounds)}{total_text} rounds on record). "
                 "Its numbers are those of the rounds so far."
             )
-        said += [f"{run.label}: {note}." for note in run.notes]
+        messages += [f"{run.label}: {note}." for note in run.notes]
     seeds = {run.seed for run in runs} if has_seeds(runs) else {None}  # another seed partitions the data differently
-    prints = [{run.fingerprint for run in runs if seed in (None, run.seed)} for seed in seeds]
-    if any(len(found) > 1 for found in prints):
-        said.append(
+    fingerprints_by_seed = [{run.fingerprint for run in runs if seed in (None, run.seed)} for seed in seeds]
+    if any(len(fingerprints) > 1 for fingerprints in fingerprints_by_seed):
+        messages.append(
             "These runs did not use the same data (their partition fingerprints differ). Differences between their "
             "scores may come from the data alone."
         )
     if len({len(run.rounds) for run in runs}) > 1 and all(run.finished for run in runs):
         counts = ", ".join(f"{run.label} {len(run.rounds)}" for run in runs)
-        said.append(f"These runs went for different numbers of rounds: {counts}.")
+        messages.append(f"These runs went for different numbers of rounds: {counts}.")
     if len(runs) > 1 and differ_in_clients([run for run in runs if client_scores(run)]):
-        said.append(
+        messages.append(
             "These runs did not score the same clients, so their means are not over the same clients. The column "
             "“shared clients” compares them on the clients that all of them scored."
         )
-    return said
+    return messages
 
 
 def _cards_of_one(run: RunRecord, row: Result) -> str:
@@ -175,19 +175,23 @@ def _cards_of_one(run: RunRecord, row: Result) -> str:
     if len(row.tasks) != 1:
         cards.append(card("Mean score", format_score(row.mean), "mean over the tasks"))
     for task, score in row.tasks.items():
-        spread = f"± {100 * score.sd:.1f} over " if score.sd is not None else ""
-        clients = f"{spread}{score.clients} client{'s' if score.clients != 1 else ''}"
+        deviation_text = f"± {100 * score.sd:.1f} over " if score.sd is not None else ""
+        clients = f"{deviation_text}{score.clients} client{'s' if score.clients != 1 else ''}"
         cards.append(
             card(task, format_score(score.mean), f"{METRICS.get(run.metric(task), run.metric(task))}, {clients}")
         )
-    for head, found, what in (
+    for head, scores, explanation in (
         ("Balanced accuracy", balanced_scores(run), "every label counts alike"),
         ("Bag of words, alone", simple_values(run, "alone"), "a simple model of each client’s own rows"),
     ):
-        if found:
-            cards.append(card(head, format_score(statistics.fmean(found.values())), f"{what}, mean over clients"))
-    unable = len(unable_clients(run))
-    cards.append(card("Clients served", row.coverage, f"{unable} cannot run it" if unable else "all can run it"))
+        if scores:
+            cards.append(
+                card(head, format_score(statistics.fmean(scores.values())), f"{explanation}, mean over clients")
+            )
+    unable_count = len(unable_clients(run))
+    cards.append(
+        card("Clients served", row.coverage, f"{unable_count} cannot run it" if unable_count else "all can run it")
+    )
     note = f"{format_bytes(row.bytes_down)} down, {format_bytes(row.bytes_up)} up" if row.bytes_total else ""
     cards.append(card("Traffic", format_bytes(row.bytes_total), note))
     cards.append(card("Peak memory", format_bytes(row.peak_bytes), "largest client, estimated"))
@@ -208,8 +212,8 @@ def _cards_of_one(run: RunRecord, row: Result) -> str:
 
 def _cards_of_many(runs: Sequence[RunRecord], rows: Sequence[Result]) -> str:
     """Return one card per column with the winner and the next value, among the finished runs if there are any."""
-    if has_seeds(runs) and (over := methods(runs)):
-        return _cards_over_seeds(over)
+    if has_seeds(runs) and (method_summaries := methods(runs)):
+        return _cards_over_seeds(method_summaries)
     pool = [row for row in rows if row.finished] or list(rows)
     means = {row.label: row.mean for row in rows}
     score = "Best mean score"
@@ -232,10 +236,10 @@ def _cards_over_seeds(pool: Sequence[Method]) -> str:
     def known(get: Callable[[Method], Spread | None]) -> Callable[[Method], float | None]:
         return lambda m: spread.mean if (spread := get(m)) else None
 
-    shared = any(m.shared for m in pool)
-    score = known(lambda m: m.shared if shared else m.mean)
+    has_shared = any(m.shared for m in pool)
+    score = known(lambda m: m.shared if has_shared else m.mean)
     cards = [
-        _winner("Best mean, shared clients" if shared else "Best mean score", pool, score, format_score, high=True),
+        _winner("Best mean, shared clients" if has_shared else "Best mean score", pool, score, format_score, high=True),
         _winner("Serves most clients", pool, lambda m: m.served.mean, lambda n: f"{n:.3g}", high=True),
         _winner("Least traffic", pool, known(lambda m: m.bytes_total), format_bytes),
         _winner("Least peak memory", pool, known(lambda m: m.peak_bytes), format_bytes),
@@ -245,33 +249,33 @@ def _cards_over_seeds(pool: Sequence[Method]) -> str:
 
 
 def _winner(what, pool, value, show, high=False) -> str:  # type: ignore[no-untyped-def]
-    known = sorted((row for row in pool if value(row) is not None), key=value, reverse=high)
-    if not known:
+    candidates = sorted((row for row in pool if value(row) is not None), key=value, reverse=high)
+    if not candidates:
         return card(what, "–", "not recorded")
-    top = show(value(known[0]))
-    ties = [row for row in known if show(value(row)) == top]
-    if len(ties) == len(known) > 1:
-        return card(what, top, "the same for all")
-    after = next((row for row in known if row not in ties), None)
-    then = f"; next: {after.label}, {show(value(after))}" if after else ""
+    best_text = show(value(candidates[0]))
+    ties = [row for row in candidates if show(value(row)) == best_text]
+    if len(ties) == len(candidates) > 1:
+        return card(what, best_text, "the same for all")
+    runner_up = next((row for row in candidates if row not in ties), None)
+    runner_up_text = f"; next: {runner_up.label}, {show(value(runner_up))}" if runner_up else ""
     if len(ties) == 1:
-        return card(what, known[0].label, f"{top}{then}")
+        return card(what, candidates[0].label, f"{best_text}{runner_up_text}")
     names = ", ".join(row.label for row in ties) + ": " if len(ties) <= 3 else ""
-    return card(what, f"{len(ties)} tie", f"{names}{top}{then}")
+    return card(what, f"{len(ties)} tie", f"{names}{best_text}{runner_up_text}")
 
 
 def _figure(kind: FigureKind, runs: Sequence[RunRecord]) -> str:
     """Return one figure for all runs, or a box with one figure per run if the figure is about a single run."""
     if not kind.each_run or len(runs) == 1:
-        figure, drawn = one_figure(kind, runs[0] if kind.each_run else runs, "all")
-        return figure if drawn or not kind.only_if_drawn else ""
-    said, runs = _of_firsts(runs), first_runs(runs)
-    made = [(run, *one_figure(kind, run, f"run {i}", of=run.label)) for i, run in enumerate(runs)]
-    if kind.only_if_drawn and not any(drawn for _, _, drawn in made):
+        figure, is_drawn = one_figure(kind, runs[0] if kind.each_run else runs, "all")
+        return figure if is_drawn or not kind.only_if_drawn else ""
+    note, runs = _of_firsts(runs), first_runs(runs)
+    figures = [(run, *one_figure(kind, run, f"run {i}", of=run.label)) for i, run in enumerate(runs)]
+    if kind.only_if_drawn and not any(is_drawn for _, _, is_drawn in figures):
         return ""
-    made.sort(key=lambda three: not three[2])  # runs that have nothing to show come last
+    figures.sort(key=lambda three: not three[2])  # runs that have nothing to show come last
     folds = "".join(
-        fold(run.label, figure, is_open=len(runs) <= 3 or not drawn or i == 0)
-        for i, (run, figure, drawn) in enumerate(made)
+        fold(run.label, figure, is_open=len(runs) <= 3 or not is_drawn or i == 0)
+        for i, (run, figure, is_drawn) in enumerate(figures)
     )
-    return f"<figure>{caption(kind)}{said}{folds}</figure>"
+    return f"<figure>{caption(kind)}{note}{folds}</figure>"

@@ -34,8 +34,8 @@ def holds_images(path: Path) -> bool:
     if is_directory(path) or is_hub_name(path):
         from datasets import Dataset, Image
 
-        found = open_set(path)
-        features = (found if isinstance(found, Dataset) else next(iter(found.values()))).features
+        data_set = open_set(path)
+        features = (data_set if isinstance(data_set, Dataset) else next(iter(data_set.values()))).features
         return any(isinstance(kind, Image) for kind in features.values())
     if path.is_dir() and (tables := parts_of(path)):
         return all(holds_images(file) for file in tables)
@@ -70,30 +70,30 @@ def preview_images(
         ConfigError: if a role does not exist for images.
         DataError: for the same reasons as the data source.
     """
-    if odd := [role for role in given if role not in ROLES]:
-        raise ConfigError(f"--{odd[0]} is a column of texts; {path.name} holds images, with {', '.join(ROLES)}")
-    dealt = () if "client" not in given else ("clients", "partition", "alpha", "classes")
-    chosen = {key: value for key, value in settings.items() if value is not None and key not in dealt}
-    data = ImageData(path, size=size, **given, **chosen)
-    found = data.read()
-    federation = data.deal(found, seed)
+    if wrong_roles := [role for role in given if role not in ROLES]:
+        raise ConfigError(f"--{wrong_roles[0]} is a column of texts; {path.name} holds images, with {', '.join(ROLES)}")
+    split_keys = () if "client" not in given else ("clients", "partition", "alpha", "classes")
+    options = {key: value for key, value in settings.items() if value is not None and key not in split_keys}
+    data = ImageData(path, size=size, **given, **options)
+    images = data.read()
+    federation = data.deal(images, seed)
     source = federation.source
     roles = {role: source[role] for role in ROLES if source.get(role)}
-    told = {"path": str(path)} | dict(given) | {key: str(value) for key, value in chosen.items()}
-    told |= {"size": str(size)} if size else {}
+    flags = {"path": str(path)} | dict(given) | {key: str(value) for key, value in options.items()}
+    flags |= {"size": str(size)} if size else {}
     counts = counts_of(federation)
     facts = [_shape(federation), *([", ".join(f"{role}: {column}" for role, column in roles.items())] if roles else [])]
-    if left := source["rows"] - sum(sum(of_client.values()) for of_client in counts.values()):
-        facts.append(f"{left} of {source['rows']} belong to no client of this split")
-    facts += _oddities(found)
-    if sheet is not None and found.x.ndim == 4:
-        facts.append(f"images as they were read: {_draw(found, sheet)}")
+    if unassigned_rows := source["rows"] - sum(sum(of_client.values()) for of_client in counts.values()):
+        facts.append(f"{unassigned_rows} of {source['rows']} belong to no client of this split")
+    facts += _oddities(images)
+    if sheet is not None and images.x.ndim == 4:
+        facts.append(f"images as they were read: {_draw(images, sheet)}")
     return Preview(
         source["rows"],
         {},
         roles,
         "pfedmoe-images",
-        told,
+        flags,
         federation,
         counts,
         facts=tuple(facts),
@@ -105,27 +105,27 @@ def _shape(federation: Federation) -> str:
     """Return the size and channels of one image, and the format of the source."""
     source = federation.source
     colours, height, width = (1, 1, 1, *federation.shape)[-3:]
-    where = source.get("format", "arrays")
-    return f"{where}: {width} x {height} pixels, {'grey' if colours == 1 else f'{colours} channels'}"
+    source_format = source.get("format", "arrays")
+    return f"{source_format}: {width} x {height} pixels, {'grey' if colours == 1 else f'{colours} channels'}"
 
 
 def _oddities(found: Images) -> list[str]:
     """Return a line each for files that were skipped, for images that are blank and for images that are identical."""
     facts = []
-    if litter := found.source.get("litter"):
-        names = ", ".join(f"{name} ({n})" if n > 1 else name for name, n in list(litter.items())[:5])
-        facts.append(f"skipped {sum(litter.values())} of the operating system or hidden: {names}")
-    flat = found.x.reshape(len(found), -1)
-    if blank := int((flat == flat[:, :1]).all(1).sum()):
-        facts.append(f"warning: blank images (all pixels alike): {blank} of {len(found)}")
+    if skipped_files := found.source.get("litter"):
+        names = ", ".join(f"{name} ({n})" if n > 1 else name for name, n in list(skipped_files.items())[:5])
+        facts.append(f"skipped {sum(skipped_files.values())} of the operating system or hidden: {names}")
+    flat_images = found.x.reshape(len(found), -1)
+    if blank_count := int((flat_images == flat_images[:, :1]).all(1).sum()):
+        facts.append(f"warning: blank images (all pixels alike): {blank_count} of {len(found)}")
     places: dict[bytes, list[int]] = defaultdict(list)
-    for row, pixels in enumerate(flat):
+    for row, pixels in enumerate(flat_images):
         places[sha256(pixels.tobytes()).digest()].append(row)
     if copies := [rows for rows in places.values() if len(rows) > 1]:
-        torn = sum(len(rows) for rows in copies if len(set(found.y[rows].tolist())) > 1)
+        conflict_count = sum(len(rows) for rows in copies if len(set(found.y[rows].tolist())) > 1)
         facts.append(
             f"warning: images that are identical to another: {sum(map(len, copies))} of {len(found)}"
-            + (f", {torn} of them to one of another class" if torn else "")
+            + (f", {conflict_count} of them to one of another class" if conflict_count else "")
         )
     return facts
 
@@ -140,13 +140,13 @@ def _draw(found: Images, target: Path) -> Path:
     span = (0, 255) if found.x.dtype == np.uint8 else (found.x.min(), found.x.max())
     for row, kind in enumerate(classes):
         members = np.flatnonzero(found.y == kind)
-        chosen = members[np.linspace(0, len(members) - 1, min(COLUMNS, len(members))).round().astype(int)]
+        indices = members[np.linspace(0, len(members) - 1, min(COLUMNS, len(members))).round().astype(int)]
         for column, panel in enumerate(axes[row]):
             panel.set_axis_off()
-            if column < len(chosen):
-                x = found.x[chosen[column]]
-                shown = (x.transpose(1, 2, 0) - span[0]) / ((span[1] - span[0]) or 1) if len(x) == 3 else x[0]
-                panel.imshow(shown, cmap="gray", vmin=span[0], vmax=span[1], interpolation="nearest")
+            if column < len(indices):
+                x = found.x[indices[column]]
+                image = (x.transpose(1, 2, 0) - span[0]) / ((span[1] - span[0]) or 1) if len(x) == 3 else x[0]
+                panel.imshow(image, cmap="gray", vmin=span[0], vmax=span[1], interpolation="nearest")
         name = found.labels[kind][:24].replace("$", r"\$")
         axes[row, 0].text(-0.1, 0.5, name, ha="right", va="center", fontsize=8, transform=axes[row, 0].transAxes)
     return write_figure(figure, target)

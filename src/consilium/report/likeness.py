@@ -73,8 +73,8 @@ def likeness_map(run: RunRecord) -> Drawing:
     height = row_height(len(names))
     texts = shorten_all(names, 16)
     with drawing_style():
-        left = 10 + 6 * max(map(len, texts))
-        figure = new_figure(_WIDTH, _TOP + _BOTTOM + height * len(names), left, _BOTTOM, _RIGHT, _TOP)
+        margin = 10 + 6 * max(map(len, texts))
+        figure = new_figure(_WIDTH, _TOP + _BOTTOM + height * len(names), margin, _BOTTOM, _RIGHT, _TOP)
         axes = figure.axes[0]
         clean_axes(axes, grid="", size=10)
         axes.set_xlim(-0.5, len(names) - 0.5)

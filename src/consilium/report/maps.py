@@ -100,12 +100,12 @@ def _heat_map(run: RunRecord, key: str, missing: str, lead: str) -> tuple[list[P
                 ramp = LinearSegmentedColormap.from_list(theme, colors).with_extremes(bad=(0, 0, 0, 0))
                 paint(figure.axes[0], ramp(norm(np.ma.masked_invalid(table))), theme, i)
             _separate(figure.axes[0], run, rows, table.shape[1])
-        often = np.nanmean(np.nan_to_num(table), axis=0)
-        most = int(np.argmax(often))
-        alt = f"{names[block]}: expert {most} {lead.format(100 * often[most])}."
+        mean_shares = np.nanmean(np.nan_to_num(table), axis=0)
+        top_expert = int(np.argmax(mean_shares))
+        alt = f"{names[block]}: expert {top_expert} {lead.format(100 * mean_shares[top_expert])}."
         panels.append(Panel(names[block], figure, alt))
-    what = f"share of the client’s {'tokens' if key == 'usage' else 'batches'}"
-    keys = [Key(f"{what}|0|{100 * top / 4:.0f} %|{100 * top:.0f} %", "ink", "ramp")]
+    unit_text = f"share of the client’s {'tokens' if key == 'usage' else 'batches'}"
+    keys = [Key(f"{unit_text}|0|{100 * top / 4:.0f} %|{100 * top:.0f} %", "ink", "ramp")]
     return panels, keys, sorted({table.shape[1] for table in tables.values()})
 
 
@@ -133,29 +133,29 @@ def expert_map(run: RunRecord) -> Drawing:
         Key("given up", "c1", "minus"),
     ]
     rounds = f"Start: round {order[0]}. End: round {order[-1]}."
-    same = all((_same(first, last, c)) for c in rows)
-    return Drawing(panels, keys, f"{rounds} Nothing changed in between." if same else rounds)
+    is_unchanged = all((_same(first, last, c)) for c in rows)
+    return Drawing(panels, keys, f"{rounds} Nothing changed in between." if is_unchanged else rounds)
 
 
 def gate_weights(run: RunRecord) -> Drawing:
     """Draw the mean weight of the shared extractor per class and client (pFedMoE), with one panel per task."""
-    told: dict[str, dict[str, float]] = {}
+    weights_by_client: dict[str, dict[str, float]] = {}
     for line in run.rounds:
         for client, entry in (line.get("clients") or {}).items():
             report = entry.get("report") if isinstance(entry, Mapping) else None
-            known = {k[5:]: number(v) for k, v in (report or {}).items() if k.startswith("gate ")}
-            if client in run.clients and any(v is not None for v in known.values()):
-                told[client] = {label: v for label, v in known.items() if v is not None}
-    if not told:
+            weights = {k[5:]: number(v) for k, v in (report or {}).items() if k.startswith("gate ")}
+            if client in run.clients and any(v is not None for v in weights.values()):
+                weights_by_client[client] = {label: v for label, v in weights.items() if v is not None}
+    if not weights_by_client:
         raise NothingToDraw(f"{run.label} has no gate between a shared and an own extractor.")
     panels = []
     for task in run.tasks:
-        rows = [c for c in run.order if c in told and run.clients[c].task == task]
+        rows = [c for c in run.order if c in weights_by_client and run.clients[c].task == task]
         if not rows:
             continue
         labels = list(dict.fromkeys(label for c in rows for label in run.clients[c].label_counts))
-        labels += [label for c in rows for label in told[c] if label not in labels]
-        table = np.array([[told[c].get(label, np.nan) for label in labels] for c in rows])
+        labels += [label for c in rows for label in weights_by_client[c] if label not in labels]
+        table = np.array([[weights_by_client[c].get(label, np.nan) for label in labels] for c in rows])
         with drawing_style():
             figure = _grid_figure(run, rows, len(labels))
             axes = figure.axes[0]
@@ -190,23 +190,23 @@ def block_names(blocks: Sequence[str]) -> dict[str, str]:
 
 
 def _map_panel(run: RunRecord, name: str, rows: list[str], start: np.ndarray, end: np.ndarray) -> Panel:
-    kept, added, gone = start & end, end & ~start, start & ~end
+    kept_mask, added_mask, removed_mask = start & end, end & ~start, start & ~end
     with drawing_style():
         figure = _grid_figure(run, rows, end.shape[1])
         axes = figure.axes[0]
         for i, (theme, palette) in enumerate((("light", LIGHT), ("dark", DARK))):
             cells = np.zeros((*end.shape, 4))
             cells[...] = (*to_rgba(palette["grid"])[:3], 0.45)
-            cells[kept] = to_rgba(palette["kept"])
-            cells[added] = to_rgba(palette["c0"])
-            cells[gone] = (*to_rgba(palette["c1"])[:3], 0.32)
+            cells[kept_mask] = to_rgba(palette["kept"])
+            cells[added_mask] = to_rgba(palette["c0"])
+            cells[removed_mask] = (*to_rgba(palette["c1"])[:3], 0.32)
             paint(axes, cells, theme, i)
         _separate(axes, run, rows, end.shape[1])
         size = min(9.0, 0.62 * min(_cell_width(end.shape[1]), row_height(len(rows))))
-        for cells, marker, shade in ((added, "+", "panel"), (gone, "_", "c1")):
+        for cells, marker, shade in ((added_mask, "+", "panel"), (removed_mask, "_", "c1")):
             y, x = np.nonzero(cells)
             axes.plot(x, y, linestyle="none", marker=marker, ms=size, mew=1.5, color=color(shade), clip_on=False)
-    change = f"+{int(added.sum())} −{int(gone.sum())}" if added.any() or gone.any() else "±0"
+    change = f"+{int(added_mask.sum())} −{int(removed_mask.sum())}" if added_mask.any() or removed_mask.any() else "±0"
     title = f"{name}: {start.sum() / len(rows):.1f} → {end.sum() / len(rows):.1f} ({change})"
     return Panel(
         title,
@@ -219,8 +219,8 @@ def _grid_figure(run: RunRecord, rows: list[str], columns: int) -> Figure:
     """Create axes over a rows x columns grid of cells, with clients named at the left and grouped by task."""
     height = row_height(len(rows))
     names = shorten_all(rows, 13)
-    left = 10 + 6 * max(map(len, names))
-    figure = new_figure(_WIDTH, _TOP + _BOTTOM + height * len(rows), left, _BOTTOM, _RIGHT, _TOP)
+    margin = 10 + 6 * max(map(len, names))
+    figure = new_figure(_WIDTH, _TOP + _BOTTOM + height * len(rows), margin, _BOTTOM, _RIGHT, _TOP)
     axes = figure.axes[0]
     clean_axes(axes, grid="", size=10)
     axes.set_xlim(-0.5, columns - 0.5)
@@ -238,8 +238,8 @@ def _name_tasks(axes: Axes, run: RunRecord, rows: list[str], height: float) -> N
         places = [i for i, c in enumerate(rows) if run.clients[c].task == task]
         room = int(len(places) * height / 6.8)
         if places and (len(task) <= room or room >= 7):
-            where = (1, sum(places) / len(places))
-            axes.annotate(shorten(task, room), where, (5, 0), xycoords=("axes fraction", "data"),
+            position = (1, sum(places) / len(places))
+            axes.annotate(shorten(task, room), position, (5, 0), xycoords=("axes fraction", "data"),
                           textcoords="offset points", rotation=270, va="center", fontsize=10)  # fmt: skip
 
 
@@ -257,12 +257,12 @@ def _separate(axes: Axes, run: RunRecord, rows: list[str], columns: int) -> None
 
     Lines of one width form a single path, because each separate line costs 200 bytes.
     """
-    fine = [((x - 0.5, -0.5), (x - 0.5, len(rows) - 0.5)) for x in range(1, columns)]
-    fine += [((-0.5, y - 0.5), (columns - 0.5, y - 0.5)) for y in range(1, len(rows))]
+    cell_lines = [((x - 0.5, -0.5), (x - 0.5, len(rows) - 0.5)) for x in range(1, columns)]
+    cell_lines += [((-0.5, y - 0.5), (columns - 0.5, y - 0.5)) for y in range(1, len(rows))]
     tasks = [run.clients[c].task for c in rows]
-    gaps = [((-0.5, y - 0.5), (columns - 0.5, y - 0.5)) for y in range(1, len(rows)) if tasks[y] != tasks[y - 1]]
+    task_lines = [((-0.5, y - 0.5), (columns - 0.5, y - 0.5)) for y in range(1, len(rows)) if tasks[y] != tasks[y - 1]]
     hairline = min(0.9, 0.13 * _cell_width(columns))  # 128 experts make narrow cells, and these must not vanish
-    for lines, width in ((fine, hairline), (gaps, 3.2)):
+    for lines, width in ((cell_lines, hairline), (task_lines, 3.2)):
         if lines:
             points = [point for line in lines for point in line]
             path = Path(points, [Path.MOVETO, Path.LINETO] * len(lines))
@@ -279,11 +279,13 @@ def _cell_width(columns: int) -> float:
 
 
 def _held(experts: Mapping[str, Any], rows: list[str], block: str, width: int) -> np.ndarray:
-    held = {c: [e for e in (experts.get(c) or {}).get(block) or () if isinstance(e, int) and e >= 0] for c in rows}
-    width = max([width, *(max(h) + 1 for h in held.values() if h)])
+    expert_ids = {
+        c: [e for e in (experts.get(c) or {}).get(block) or () if isinstance(e, int) and e >= 0] for c in rows
+    }
+    width = max([width, *(max(h) + 1 for h in expert_ids.values() if h)])
     table = np.zeros((len(rows), width), dtype=bool)
     for i, client in enumerate(rows):
-        table[i, held[client]] = True
+        table[i, expert_ids[client]] = True
     return table
 
 
@@ -292,13 +294,13 @@ def _same(first: Mapping[str, Any], last: Mapping[str, Any], client: str) -> boo
 
 
 def _blocks(run: RunRecord, tables: Any) -> list[str]:
-    told = list((run.structure or {}).get("blocks") or ())
-    return list(dict.fromkeys([*told, *(block for table in tables for block in table)]))
+    reported_blocks = list((run.structure or {}).get("blocks") or ())
+    return list(dict.fromkeys([*reported_blocks, *(block for table in tables for block in table)]))
 
 
 def _experts(run: RunRecord, block: str) -> int:
-    told = number(((run.structure or {}).get("blocks") or {}).get(block))
-    return int(told) if told else 1
+    expert_count = number(((run.structure or {}).get("blocks") or {}).get(block))
+    return int(expert_count) if expert_count else 1
 
 
 def known_clients(table: Any, run: RunRecord) -> dict[str, Mapping[str, Any]]:

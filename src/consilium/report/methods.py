@@ -54,10 +54,14 @@ class Spread:
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Spread | None:
         """Return the spread of the known values; None if there are none."""
-        known = [v for v in values if v is not None]
+        known_values = [v for v in values if v is not None]
         return (
-            cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
-            if known
+            cls(
+                statistics.fmean(known_values),
+                statistics.stdev(known_values) if len(known_values) > 1 else None,
+                len(known_values),
+            )
+            if known_values
             else None
         )
 
@@ -134,32 +138,32 @@ def methods(runs: Sequence[RunRecord]) -> list[Method]:
             groups.setdefault(run.method, []).append(run)
     if not groups:
         return []
-    found = [_method(name, own, groups) for name, own in groups.items()]
-    adjusted = iter(_holm([m.against.p for m in found if m.against and m.against.p is not None]))
+    summaries = [_method(name, members, groups) for name, members in groups.items()]
+    adjusted = iter(_holm([m.against.p for m in summaries if m.against and m.against.p is not None]))
     return [
         replace(m, against=replace(m.against, p=next(adjusted))) if m.against and m.against.p is not None else m
-        for m in found
+        for m in summaries
     ]
 
 
 def _method(name: str, own: Sequence[RunRecord], groups: Mapping[str, Sequence[RunRecord]]) -> Method:
     results: list[Result] = [result(run) for run in own]
-    every = [run for group in groups.values() for run in group]
+    all_runs = [run for group in groups.values() for run in group]
     tasks = dict.fromkeys(task for run in own for task in run.tasks)
     scores = {task: Spread.of(r.tasks[task].mean if task in r.tasks else None for r in results) for task in tasks}
-    shared = None
-    if any(differ_in_clients(_of_seed(every, run)) for run in every):
-        shared = Spread.of(_mean_over(run, _shared(_of_seed(every, run))) for run in own)
+    shared_spread = None
+    if any(differ_in_clients(_of_seed(all_runs, run)) for run in all_runs):
+        shared_spread = Spread.of(_mean_over(run, _shared(_of_seed(all_runs, run))) for run in own)
     reference = next(iter(groups))
-    served = Spread.of(r.served for r in results)
-    assert served is not None
+    served_spread = Spread.of(r.served for r in results)
+    assert served_spread is not None
     return Method(
         label=name,
         runs=len(own),
         tasks={task: spread for task, spread in scores.items() if spread},
         mean=Spread.of(r.mean for r in results),
-        shared=shared,
-        served=served,
+        shared=shared_spread,
+        served=served_spread,
         clients=max(r.clients for r in results),
         bytes_total=Spread.of(r.bytes_total for r in results),
         peak_bytes=Spread.of(r.peak_bytes for r in results),
@@ -186,21 +190,21 @@ def _mean_over(run: RunRecord, clients: Iterable[str]) -> float | None:
 
 
 def _paired(reference: str, theirs: Sequence[RunRecord], own: Sequence[RunRecord]) -> Paired | None:
-    gaps, ahead, behind, of = [], 0, 0, 0
+    gaps, ahead_count, behind_count, pair_count = [], 0, 0, 0
     for run in own:
-        other = next((o for o in theirs if (o.seed, o.fingerprint) == (run.seed, run.fingerprint)), None)
-        clients = sorted(_shared([run, other])) if other else []
-        if other is None or not clients:
+        counterpart = next((o for o in theirs if (o.seed, o.fingerprint) == (run.seed, run.fingerprint)), None)
+        clients = sorted(_shared([run, counterpart])) if counterpart else []
+        if counterpart is None or not clients:
             continue
-        mine, its = client_scores(run), client_scores(other)
-        ahead += sum(mine[c] > its[c] for c in clients)
-        behind += sum(mine[c] < its[c] for c in clients)
-        of += len(clients)
-        gaps.append((_mean_over(run, clients) or 0.0) - (_mean_over(other, clients) or 0.0))
+        own_scores, their_scores = client_scores(run), client_scores(counterpart)
+        ahead_count += sum(own_scores[c] > their_scores[c] for c in clients)
+        behind_count += sum(own_scores[c] < their_scores[c] for c in clients)
+        pair_count += len(clients)
+        gaps.append((_mean_over(run, clients) or 0.0) - (_mean_over(counterpart, clients) or 0.0))
     if not gaps:
         return None
     low, high, p = _t_test(gaps)
-    return Paired(reference, len(gaps), statistics.fmean(gaps), low, high, p, ahead, behind, of)
+    return Paired(reference, len(gaps), statistics.fmean(gaps), low, high, p, ahead_count, behind_count, pair_count)
 
 
 def half_width(values: Sequence[float]) -> float:
@@ -219,9 +223,9 @@ def _t_test(gaps: Sequence[float]) -> tuple[float | None, float | None, float | 
         return None, None, None
     from scipy.stats import ttest_1samp  # the paired test is this test on the differences
 
-    told = ttest_1samp(gaps, 0.0)
-    interval = told.confidence_interval(0.95)
-    return float(interval.low), float(interval.high), float(told.pvalue)
+    test_result = ttest_1samp(gaps, 0.0)
+    interval = test_result.confidence_interval(0.95)
+    return float(interval.low), float(interval.high), float(test_result.pvalue)
 
 
 def _holm(ps: Sequence[float]) -> list[float]:
@@ -239,22 +243,22 @@ def _holm(ps: Sequence[float]) -> list[float]:
 def method_columns(found: Sequence[Method]) -> list[Column]:
     """Return the table over seeds as columns with one value per method; texts hold "mean ± deviation"."""
     tasks = list(dict.fromkeys(task for m in found for task in m.tasks))
-    made = [Column("method", "", tuple(None for _ in found), tuple(m.label for m in found))]
-    made.append(_texts("seeds", [str(m.runs) for m in found]))
+    columns = [Column("method", "", tuple(None for _ in found), tuple(m.label for m in found))]
+    columns.append(_texts("seeds", [str(m.runs) for m in found]))
     for task in tasks:
-        made.append(_spreads(task, "high", [m.tasks.get(task) for m in found], format_score))
+        columns.append(_spreads(task, "high", [m.tasks.get(task) for m in found], format_score))
     if len(tasks) != 1:
-        made.append(_spreads("mean", "high", [m.mean for m in found], format_score))
+        columns.append(_spreads("mean", "high", [m.mean for m in found], format_score))
     if any(m.shared for m in found):
-        made.append(_spreads("shared", "high", [m.shared for m in found], format_score))
-    made.append(
+        columns.append(_spreads("shared", "high", [m.shared for m in found], format_score))
+    columns.append(
         Column("clients", "high", tuple(m.served.mean for m in found),
                tuple(f"{m.served.mean:.3g}/{m.clients}" for m in found))
     )  # fmt: skip
-    made.append(_spreads("traffic", "low", [m.bytes_total for m in found], format_bytes))
-    made.append(_spreads("memory", "low", [m.peak_bytes for m in found], format_bytes))
-    made.append(_spreads("time", "low", [m.seconds for m in found], format_seconds))
-    return made
+    columns.append(_spreads("traffic", "low", [m.bytes_total for m in found], format_bytes))
+    columns.append(_spreads("memory", "low", [m.peak_bytes for m in found], format_bytes))
+    columns.append(_spreads("time", "low", [m.seconds for m in found], format_seconds))
+    return columns
 
 
 def paired_columns(found: Sequence[Method]) -> list[Column]:
@@ -262,14 +266,14 @@ def paired_columns(found: Sequence[Method]) -> list[Column]:
 
     The columns are the name, the difference in points, its interval, p, pairs, and clients ahead.
     """
-    against = [m.against for m in found]
+    comparisons = [m.against for m in found]
     return [
         _texts("method", [m.label for m in found]),
-        _texts("difference", [_signed(a.difference) if a else "–" for a in against]),
-        _texts("95 % interval", [_interval(a) for a in against]),
-        _texts("p", [format_p(a.p) if a else "–" for a in against]),
-        _texts("pairs", [str(a.pairs) if a else "–" for a in against]),
-        _texts("clients ahead", [f"{a.ahead}/{a.of}" if a else "–" for a in against]),
+        _texts("difference", [_signed(a.difference) if a else "–" for a in comparisons]),
+        _texts("95 % interval", [_interval(a) for a in comparisons]),
+        _texts("p", [format_p(a.p) if a else "–" for a in comparisons]),
+        _texts("pairs", [str(a.pairs) if a else "–" for a in comparisons]),
+        _texts("clients ahead", [f"{a.ahead}/{a.of}" if a else "–" for a in comparisons]),
     ]
 
 
@@ -278,7 +282,7 @@ def rows(found: Sequence[Method]) -> list[dict[str, Any]]:
 
     A key that ends in `_sd` holds the deviation over seeds.
     """
-    made = []
+    records = []
     for m in found:
         row: dict[str, Any] = {"method": m.label, "seeds": m.runs}
         spreads = {**m.tasks, "mean": m.mean, "shared": m.shared, "bytes": m.bytes_total, "memory": m.peak_bytes,
@@ -293,8 +297,8 @@ def rows(found: Sequence[Method]) -> list[dict[str, Any]]:
             "test": TEST if a and a.p is not None else None, "pairs": a.pairs if a else None,
             "ahead": a.ahead if a else None, "behind": a.behind if a else None, "of": a.of if a else None,
         }  # fmt: skip
-        made.append(row)
-    return made
+        records.append(row)
+    return records
 
 
 def format_p(p: float | None) -> str:
@@ -316,8 +320,8 @@ def _texts(head: str, texts: Sequence[str]) -> Column:
 
 
 def _spreads(head: str, good: str, spreads: Sequence[Spread | None], text: Any) -> Column:
-    said = [
+    texts = [
         text(None) if s is None else text(s.mean) + (f" ± {text(s.sd)}" if s.sd is not None else "") for s in spreads
     ]
     digits = 3 if text is format_score else 0  # compare scores as printed: invisible differences must not count
-    return Column(head, good, tuple(None if s is None else round(s.mean, digits) for s in spreads), tuple(said))
+    return Column(head, good, tuple(None if s is None else round(s.mean, digits) for s in spreads), tuple(texts))

@@ -34,25 +34,25 @@ def print_model(setup: Setup, limit: int | None, rank: int, out: Console) -> Non
 
     source, memory = setup.model, MemoryModel.of(setup.model)
     size, counts = source.torch_dtype.itemsize, memory.counts
-    whole = memory.params(counts)
+    parameter_count = memory.params(counts)
     say(f"  {source.family.name}, {source.form}", head=source.path)
-    say(f"  {whole / 1e6:,.1f} M parameters, {human(whole * size)} in {source.dtype}")
+    say(f"  {parameter_count / 1e6:,.1f} M parameters, {human(parameter_count * size)} in {source.dtype}")
     say(f"  without experts: {memory.dense_params / 1e6:,.1f} M parameters, {human(memory.dense_params * size)}")
     layers = sum(stack.layers for stack in memory.stacks)
     say(f"  {layers} layers" + (f", of which {len(counts)} are sparse:" if counts else ""))
-    for (count, each), alike in itertools.groupby(counts, key=lambda b: (counts[b], memory.expert_params[b])):
-        blocks = list(alike)
-        named = blocks[0] if len(blocks) == 1 else f"{blocks[0]} to {blocks[-1]}"
-        say(f"    {named}:")
-        say(f"    {len(blocks)} x {count} experts of {each:,} parameters, {human(each * size)} each")
+    for (count, expert_params), group in itertools.groupby(counts, key=lambda b: (counts[b], memory.expert_params[b])):
+        blocks = list(group)
+        blocks_text = blocks[0] if len(blocks) == 1 else f"{blocks[0]} to {blocks[-1]}"
+        say(f"    {blocks_text}:")
+        say(f"    {len(blocks)} x {count} experts of {expert_params:,} parameters, {human(expert_params * size)} each")
     for line in _structure(setup, memory):
         for part in textwrap.wrap(line, 78, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False):
             say(f"  {part}")
     say("")
     fit = setup.fit
     tokens = f"{fit.batch_size} x {fit.max_length} tokens" + ("" if setup.heads else f", {fit.target_length} of target")
-    how = fit.optimizer + (", checkpointing" if fit.gradient_checkpointing else "")
-    say(f" ({tokens}, {how})", head="Memory of a client")
+    settings_text = fit.optimizer + (", checkpointing" if fit.gradient_checkpointing else "")
+    say(f" ({tokens}, {settings_text})", head="Memory of a client")
     say("  experts per layer: held (rows) and trained in a batch (columns);")
     say(f"  plain: all, without a choice; LoRA: all, rank {rank}")
     out.print(_budgets(setup, limit, rank))
@@ -72,10 +72,10 @@ def _structure(setup: Setup, memory: MemoryModel) -> list[str]:
             "export: exact; adapters as PEFT's files, or merged",
         ]
     k = experts_per_token(source.config) if family.top_k else 1
-    active = memory.dense_params + sum(
+    active_params = memory.dense_params + sum(
         min(k, n) * memory.expert_params[block] + n * memory.row_params[block] for block, n in memory.counts.items()
     )
-    lines = [f"active per token: {active / 1e6:,.1f} M parameters", f"router: {_router(setup)}"]
+    lines = [f"active per token: {active_params / 1e6:,.1f} M parameters", f"router: {_router(setup)}"]
     lines.append(
         "gates: do not depend on experts that are not chosen"
         if family.normalised
@@ -111,19 +111,21 @@ def _export(setup: Setup) -> str:
 def _router(setup: Setup) -> str:
     family, config = setup.model.family, text_config(setup.model.config)
     top_k = experts_per_token(config) if family.top_k else 1
-    by = family.score if family.correction or family.score != "softmax" else "logits"
-    said = f"top-{top_k}, by {by}" + (" with a correction bias" if family.correction else "")
+    score_name = family.score if family.correction or family.score != "softmax" else "logits"
+    description = f"top-{top_k}, by {score_name}" + (" with a correction bias" if family.correction else "")
     if family.groups and config.n_group and config.n_group > 1:
-        said += f", in {config.topk_group} of {config.n_group} groups"
-    return said
+        description += f", in {config.topk_group} of {config.n_group} groups"
+    return description
 
 
 def _steps(setup: Setup) -> list[int]:
     """Return numbers of experts per layer, descending: all, a half, a quarter, an eighth, and the fewest."""
     if not setup.model.counts:
         return [0]
-    most, least = max(setup.model.counts.values()), max(setup.least.values())
-    return sorted({max(n, least) for n in (most, most // 2, most // 4, most // 8, least)}, reverse=True)
+    largest, smallest = max(setup.model.counts.values()), max(setup.least.values())
+    return sorted(
+        {max(n, smallest) for n in (largest, largest // 2, largest // 4, largest // 8, smallest)}, reverse=True
+    )
 
 
 def _counts(setup: Setup, n: int) -> dict[str, int]:
@@ -145,12 +147,12 @@ def _budgets(setup: Setup, limit: int | None, rank: int) -> Table:
     table = Table(box=None, padding=(0, 1), header_style="bold")
     for title in ("held", "plain", *map(str, trained), "LoRA"):
         table.add_column(title, justify="right", no_wrap=True)
-    for held in steps:
-        counts = _counts(setup, held)
+    for held_count in steps:
+        counts = _counts(setup, held_count)
         cells = [
-            cell(counts, "full", sum(_counts(setup, n).values())) if n <= held else "" for n in trained
+            cell(counts, "full", sum(_counts(setup, n).values())) if n <= held_count else "" for n in trained
         ]  # a client cannot train more experts than it holds
-        table.add_row(str(held), cell(counts, "full", None), *cells, cell(counts, "lora", None))
+        table.add_row(str(held_count), cell(counts, "full", None), *cells, cell(counts, "lora", None))
     return table
 
 
@@ -159,16 +161,16 @@ def _verdict(setup: Setup, limit: int, rank: int) -> list[str]:
     device, total = ClientInfo("device", 1, "task", limit), sum(setup.model.counts.values())
     if not total:
         modes = {"plainly": "full", "with LoRA": "lora"}
-        able = [name for name, mode in modes.items() if not setup.lacks(device, {}, mode, rank=rank)]
-        return [f"It can train the model {' and '.join(able)}." if able else "It cannot train the model."]
+        options = [name for name, mode in modes.items() if not setup.lacks(device, {}, mode, rank=rank)]
+        return [f"It can train the model {' and '.join(options)}." if options else "It cannot train the model."]
     try:
         forward, backward = setup.budgets(device)
         lines = [f"It can hold {forward} of {total} experts, and train {backward} of them in a batch."]
     except BudgetError as error:
         lines = [f"A {error}."]
-    plain = setup.largest_uniform(limit)
-    lines.append(f"Plainly it can train {plain or 'not even the fewest'} experts per layer.")
-    able = range(max(setup.model.counts.values()), max(setup.least.values()) - 1, -1)
-    adapted = next((n for n in able if not setup.lacks(device, _counts(setup, n), "lora", rank=rank)), None)
-    lines.append(f"With LoRA it can train {adapted or 'not even the fewest'} experts per layer.")
+    plain_count = setup.largest_uniform(limit)
+    lines.append(f"Plainly it can train {plain_count or 'not even the fewest'} experts per layer.")
+    options = range(max(setup.model.counts.values()), max(setup.least.values()) - 1, -1)
+    lora_count = next((n for n in options if not setup.lacks(device, _counts(setup, n), "lora", rank=rank)), None)
+    lines.append(f"With LoRA it can train {lora_count or 'not even the fewest'} experts per layer.")
     return lines

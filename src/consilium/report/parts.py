@@ -77,13 +77,13 @@ def one_figure(kind: FigureKind, runs: Any, salt: str, of: str = "") -> tuple[st
         salt: text that is unique on the page.
         of: label of the run, if the caption stands elsewhere; "" otherwise.
     """
-    top = "" if of else caption(kind)
+    title = "" if of else caption(kind)
     name = f'class="figure" data-name="{html(kind.name)}"' + (f' data-run="{html(of)}"' if of else "")
     try:
         drawing = kind.draw(runs)
-    except NothingToDraw as why:
-        return f'<figure {name} data-drawn="no">{top}<p class="none">{html(why)}</p></figure>', False
-    return f'<figure {name} data-drawn="yes">{top}{_body(drawing, f"{salt} {kind.name}")}</figure>', True
+    except NothingToDraw as error:
+        return f'<figure {name} data-drawn="no">{title}<p class="none">{html(error)}</p></figure>', False
+    return f'<figure {name} data-drawn="yes">{title}{_body(drawing, f"{salt} {kind.name}")}</figure>', True
 
 
 def _panel(panel: Panel, salt: str) -> str:
@@ -93,9 +93,9 @@ def _panel(panel: Panel, salt: str) -> str:
 
 def _body(drawing: Drawing, salt: str) -> str:
     panels = "".join(_panel(panel, f"{salt} {i}") for i, panel in enumerate(drawing.panels))
-    two = " two" if len(drawing.panels) in (1, 2, 4) else ""
+    width_class = " two" if len(drawing.panels) in (1, 2, 4) else ""
     note = f'<p class="note">{html(drawing.note)}</p>' if drawing.note else ""
-    return f'{legend(drawing.keys)}{note}<div class="panels{two}">{panels}</div>'
+    return f'{legend(drawing.keys)}{note}<div class="panels{width_class}">{panels}</div>'
 
 
 def legend(keys: Sequence[Key]) -> str:
@@ -107,20 +107,22 @@ def legend(keys: Sequence[Key]) -> str:
 
 def _swatch(key: Key) -> str:
     if key.mark == "ramp":
-        what, low, middle, high = (html(part) for part in key.text.split("|"))
+        title, low, middle, high = (html(part) for part in key.text.split("|"))
         scale = f'<span class="scale"><span>{low}</span><span>{middle}</span><span>{high}</span></span>'
-        return f'<span>{what}<br><span class="ramp"></span>{scale}</span>'
+        return f'<span>{title}<br><span class="ramp"></span>{scale}</span>'
     ink = f"var(--{key.role})"
-    wide = key.mark.startswith("run ") or key.mark in ("line", "thin", "faint", "dots")
-    drawn = _line(key.mark, ink) if wide else _mark(key.mark, ink)
-    width = 30 if wide else 14
-    return f'<svg width="{width}" height="14" viewBox="0 0 {width} 14" aria-hidden="true">{drawn}</svg>{html(key.text)}'
+    is_wide = key.mark.startswith("run ") or key.mark in ("line", "thin", "faint", "dots")
+    symbol = _line(key.mark, ink) if is_wide else _mark(key.mark, ink)
+    width = 30 if is_wide else 14
+    return (
+        f'<svg width="{width}" height="14" viewBox="0 0 {width} 14" aria-hidden="true">{symbol}</svg>{html(key.text)}'
+    )
 
 
 def _line(mark: str, ink: str) -> str:
-    width, faint, dash, marker = {"thin": 1.2, "faint": 1.2, "dots": 1.4}.get(mark, 2.4), "", "", ""
+    width, opacity, dash, marker = {"thin": 1.2, "faint": 1.2, "dots": 1.4}.get(mark, 2.4), "", "", ""
     if mark == "faint":
-        faint = ' stroke-opacity=".35"'
+        opacity = ' stroke-opacity=".35"'
     if mark == "dots":
         dash = ' stroke-dasharray="1.5 3"'
     if mark.startswith("run "):
@@ -129,7 +131,7 @@ def _line(mark: str, ink: str) -> str:
         style = DASHES[(index // len(SERIES)) % len(DASHES)]
         dash = f' stroke-dasharray="{" ".join(f"{1.2 * part:.1f}" for part in style[1])}"' if style != "-" else ""
         marker = f'<path d="{_SHAPES[MARKERS[index % len(MARKERS)]]}" fill="{ink}"/>'
-    return f'<path d="M1 7H29" stroke="{ink}" stroke-width="{width}"{dash}{faint} fill="none"/>{marker}'
+    return f'<path d="M1 7H29" stroke="{ink}" stroke-width="{width}"{dash}{opacity} fill="none"/>{marker}'
 
 
 _SHAPES = {

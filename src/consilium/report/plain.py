@@ -28,29 +28,32 @@ def simple_values(run: RunRecord, kind: str, value: str = "score") -> dict[str, 
         kind: "alone" or "pooled".
         value: "score" or "balanced".
     """
-    told = (run.summary or {}).get("simple")
-    found = told.get(kind) if isinstance(told, Mapping) else None
-    if not isinstance(found, Mapping):
+    simple_models = (run.summary or {}).get("simple")
+    records = simple_models.get(kind) if isinstance(simple_models, Mapping) else None
+    if not isinstance(records, Mapping):
         return {}
-    scored = client_scores(run)
-    values = {c: number(v.get(value)) for c, v in found.items() if c in scored and isinstance(v, Mapping)}
+    scores = client_scores(run)
+    values = {c: number(v.get(value)) for c, v in records.items() if c in scores and isinstance(v, Mapping)}
     return {c: v for c, v in values.items() if v is not None}
 
 
 def simple_sentence(runs: Sequence[RunRecord]) -> str:
     """Return a sentence that compares a bag of words with the first finished run that has one; "" if none has."""
     for run in runs:
-        alone, pooled = simple_values(run, "alone"), simple_values(run, "pooled")
-        if run.finished and alone:
-            own = statistics.fmean(client_scores(run)[c] for c in alone)
-            mean, gap = statistics.fmean(alone.values()), 100 * (own - statistics.fmean(alone.values()))
-            said = f"bag of words (TF-IDF and logistic regression), each client alone: {100 * mean:.1f}"
-            said += f"; {run.label} is {_apart(gap)} it"
-            if pooled:
-                best = statistics.fmean(pooled.values())
-                said += f". Trained on the rows of all clients together it reaches {100 * best:.1f}, "
-                said += f"{_apart(100 * (best - own))} {run.label}"
-            return f"{said}."
+        alone_scores, pooled_scores = simple_values(run, "alone"), simple_values(run, "pooled")
+        if run.finished and alone_scores:
+            run_mean = statistics.fmean(client_scores(run)[c] for c in alone_scores)
+            mean, gap = (
+                statistics.fmean(alone_scores.values()),
+                100 * (run_mean - statistics.fmean(alone_scores.values())),
+            )
+            sentence = f"bag of words (TF-IDF and logistic regression), each client alone: {100 * mean:.1f}"
+            sentence += f"; {run.label} is {_apart(gap)} it"
+            if pooled_scores:
+                best = statistics.fmean(pooled_scores.values())
+                sentence += f". Trained on the rows of all clients together it reaches {100 * best:.1f}, "
+                sentence += f"{_apart(100 * (best - run_mean))} {run.label}"
+            return f"{sentence}."
     return ""
 
 
@@ -68,15 +71,15 @@ def balanced_scores(run: RunRecord) -> dict[str, float]:
 
 def class_recalls(run: RunRecord) -> dict[str, tuple[float, int]]:
     """Return label -> (mean recall, number of clients) over the clients that have test examples of the label."""
-    found: dict[str, list[float]] = {}
+    recalls: dict[str, list[float]] = {}
     for line in reversed(run.rounds):
         if isinstance(line.get("recall"), Mapping):
             for client, values in line["recall"].items():
                 for label, value in values.items() if client in run.clients and isinstance(values, Mapping) else ():
-                    if (known := number(value)) is not None:
-                        found.setdefault(str(label), []).append(known)
+                    if (recall := number(value)) is not None:
+                        recalls.setdefault(str(label), []).append(recall)
             break
-    return {label: (statistics.fmean(values), len(values)) for label, values in sorted(found.items())}
+    return {label: (statistics.fmean(values), len(values)) for label, values in sorted(recalls.items())}
 
 
 def rising(run: RunRecord) -> str:
@@ -100,21 +103,21 @@ def print_clients(folder: object, console: Console) -> None:
     scores = client_scores(run)
     if not run.finished or not scores:
         return
-    shown = list(scores)[:SHOWN]
-    width = min(max(len(one_line(c)) for c in shown), 40)
-    balanced, alone = balanced_scores(run), simple_values(run, "alone")
+    clients = list(scores)[:SHOWN]
+    width = min(max(len(one_line(c)) for c in clients), 40)
+    balanced, alone_scores = balanced_scores(run), simple_values(run, "alone")
     alone_balanced = simple_values(run, "alone", "balanced")
-    tests = {c: run.clients[c].sizes.get("test") for c in shown}
-    heads = [("test", True), ("balanced", bool(balanced)), ("bag of words alone", bool(alone))]
-    said = "  ".join(f"{head:>8}" for head, is_there in heads if is_there)
-    console.print(Text(f"{'client':{width}}  {said}", "dim"))
-    for c in shown:
+    tests = {c: run.clients[c].sizes.get("test") for c in clients}
+    heads = [("test", True), ("balanced", bool(balanced)), ("bag of words alone", bool(alone_scores))]
+    head_text = "  ".join(f"{head:>8}" for head, is_there in heads if is_there)
+    console.print(Text(f"{'client':{width}}  {head_text}", "dim"))
+    for c in clients:
         parts = [f"{one_line(c)[:width]:{width}}", f"{format_score(scores[c]):>8}"]
         if balanced:
             parts.append(f"{format_score(balanced.get(c)):>8}")
-        if alone:
-            beside = f" (balanced {format_score(alone_balanced.get(c))})" if balanced else ""
-            parts.append(f"{format_score(alone.get(c)):>8}{beside}")
+        if alone_scores:
+            balanced_text = f" (balanced {format_score(alone_balanced.get(c))})" if balanced else ""
+            parts.append(f"{format_score(alone_scores.get(c)):>8}{balanced_text}")
         parts.append(f"{tests[c]} test examples" if tests[c] is not None else "")
         console.print(Text("  ".join(parts).rstrip()), soft_wrap=True)
     if len(scores) > SHOWN:

@@ -61,18 +61,22 @@ def guess(columns: Sequence[str]) -> dict[str, str]:
     Roles that a kind of data does not use are left out. A conversation is preferred to a prompt with a response, this
     to a text with a label, and this to plain text.
     """
-    found = _by_name(columns)
-    if "prompt" not in found and {"input", "response"} <= found.keys():
-        found["prompt"] = found.pop("input")
-    companions = COMPANIONS.get(found.get("prompt", "").lower(), {})
-    for needed, more in (
+    columns_by_role = _by_name(columns)
+    if "prompt" not in columns_by_role and {"input", "response"} <= columns_by_role.keys():
+        columns_by_role["prompt"] = columns_by_role.pop("input")
+    companions = COMPANIONS.get(columns_by_role.get("prompt", "").lower(), {})
+    for required_roles, optional_roles in (
         (("messages",), ()),
         (("prompt", "response"), companions),
         (("text", "label"), ()),
         (("text",), ()),
     ):
-        if all(role in found for role in needed):
-            return {role: found[role] for role in (*needed, *more, "client") if role in found}
+        if all(role in columns_by_role for role in required_roles):
+            return {
+                role: columns_by_role[role]
+                for role in (*required_roles, *optional_roles, "client")
+                if role in columns_by_role
+            }
     return {}
 
 
@@ -95,25 +99,27 @@ def _by_values(table: Rows, roles: Mapping[str, str]) -> tuple[dict[str, str], l
     Returns:
         The guessed roles, and notes on the other columns with few values.
     """
-    found, few, longest = {}, {}, 0.0
+    guesses, value_counts, max_length = {}, {}, 0.0
     for column in [c for c in table.columns if c not in roles.values()][:_COLUMNS]:
         try:
             values = [value for value in table.filled(column) if value]
         except DataError:
             continue
-        different = len({*names_of(values)} - {None})
-        length = sum(map(len, values)) / max(len(values), 1)
-        if 2 <= different <= min(_MOST_LABELS, len(table) // 3) and not _is_number(table, column):
-            few[column] = different
+        value_count = len({*names_of(values)} - {None})
+        mean_length = sum(map(len, values)) / max(len(values), 1)
+        if 2 <= value_count <= min(_MOST_LABELS, len(table) // 3) and not _is_number(table, column):
+            value_counts[column] = value_count
         elif (
             "text" not in roles
-            and length > max(longest, 20)
+            and mean_length > max(max_length, 20)
             and sum(" " in value for value in values) > len(values) / 2
         ):
-            found["text"], longest = column, length
-    if few and "label" not in roles:
-        found["label"] = min(few, key=lambda column: few[column])
-    return found, [f"{column!r} has {n} different values" for column, n in few.items() if column != found.get("label")]
+            guesses["text"], max_length = column, mean_length
+    if value_counts and "label" not in roles:
+        guesses["label"] = min(value_counts, key=lambda column: value_counts[column])
+    return guesses, [
+        f"{column!r} has {n} different values" for column, n in value_counts.items() if column != guesses.get("label")
+    ]
 
 
 def _is_number(table: Rows, column: str) -> bool:
@@ -188,23 +194,26 @@ def preview(
     dialect = dialect or Dialect()
     table = read_table(path, dialect, [column for column in given.values() if column != "none"])
     roles, advice = _roles(table, given, settings)
-    recipe, data, flags, ignored = _data(path, table, roles, settings, dialect)
+    recipe, data, flags, notes = _data(path, table, roles, settings, dialect)
     federation = data.load(seed)
-    shown = [*dict.fromkeys([*roles.values(), *table.column_names])][:_COLUMNS]
-    columns = {name: _column(table, name) for name in table.column_names if name in shown}
+    column_names = [*dict.fromkeys([*roles.values(), *table.column_names])][:_COLUMNS]
+    columns = {name: _column(table, name) for name in table.column_names if name in column_names}
     facts = [table.form]
     if len(table.columns) > len(columns):
         facts.append(f"{len(table.columns)} columns, of which {len(columns)} are shown")
-    spare = [column for column in table.columns if column not in roles.values()]
-    if spare and recipe != "pfedmoe-table" and not isinstance(data, LanguageData):  # LanguageData notes this itself
-        facts.append(f"columns that are not used: {', '.join(spare[:12])}{', ...' if len(spare) > 12 else ''}")
+    unused_columns = [column for column in table.columns if column not in roles.values()]
+    # LanguageData notes this itself.
+    if unused_columns and recipe != "pfedmoe-table" and not isinstance(data, LanguageData):
+        facts.append(
+            f"columns that are not used: {', '.join(unused_columns[:12])}{', ...' if len(unused_columns) > 12 else ''}"
+        )
     lengths = _lengths(federation, tokenizer)
     flags_of_model = {"pfedmoe-table": ("--data.no-positive",)}.get(recipe, ())
     if recipe != "pfedmoe-table":
-        needed = "" if recipe == "fedmoe-text" else "MODEL"
-        flags_of_model = ("--model.path", model or needed) if model or needed else ()
+        placeholder = "" if recipe == "fedmoe-text" else "MODEL"
+        flags_of_model = ("--model.path", model or placeholder) if model or placeholder else ()
         flags_of_model += _fits(recipe, lengths, fit_of(recipe)) if fit_of else ()
-        if needed and not model:
+        if placeholder and not model:
             advice.append("MODEL is a mixture-of-experts language model: a directory, or owner/name on the hub")
         advice.append(
             "add --memory SIZE, what a client's device holds (e.g. --memory 8GiB): without it no experts need be chosen"
@@ -220,7 +229,7 @@ def preview(
         lengths,
         tuple(facts),
         flags_of_model,
-        (*ignored, *advice),
+        (*notes, *advice),
     )
 
 
@@ -233,38 +242,38 @@ def _roles(table: Rows, given: Mapping[str, str], settings: Mapping[str, Any]) -
             "answers alone, name them: --prompt and --response, or --messages chosen"
         )
     roles, advice = dict(given), []
-    dealt = [key for key in ("clients", "partition") if settings.get(key) is not None]
+    split_keys = [key for key in ("clients", "partition") if settings.get(key) is not None]
     client = _by_name(names).get("client")
     if "client" not in given and client not in (None, *given.values()):
-        if dealt:
+        if split_keys:
             advice.append(
-                f"{client!r} may say whose a row is; --{dealt[0]} deals the rows anew (else: --client {client})"
+                f"{client!r} may say whose a row is; --{split_keys[0]} deals the rows anew (else: --client {client})"
             )
         else:
             roles["client"] = str(client)
     if not set(given) - {"client"}:
-        guessed = guess([name for name in names if name not in given.values()])
-        roles = {role: column for role, column in guessed.items() if role != "client"} | roles
+        guesses = guess([name for name in names if name not in given.values()])
+        roles = {role: column for role, column in guesses.items() if role != "client"} | roles
     kinds = {"messages", "prompt", "response", "label"}
     if not kinds & roles.keys() and not {"text"} & given.keys():
-        found, _ = _by_values(table, roles)
-        if "label" in found and ("text" in found or "text" in roles or "client" in roles):
-            roles |= found
-            n = len({*names_of(table.texts(found["label"]))} - {None})
+        value_guesses, _ = _by_values(table, roles)
+        if "label" in value_guesses and ("text" in value_guesses or "text" in roles or "client" in roles):
+            roles |= value_guesses
+            n = len({*names_of(table.texts(value_guesses["label"]))} - {None})
             advice.append(
-                f"{found['label']!r} has {n} different values and is taken for the label (else: --label COLUMN)"
+                f"{value_guesses['label']!r} has {n} different values and is taken for the label (else: --label COLUMN)"
             )
-        elif "text" in found:
-            roles |= found
+        elif "text" in value_guesses:
+            roles |= value_guesses
     elif "text" in given and not kinds & roles.keys():
-        named = _by_name(names).get("label")
-        found = {"label": named} if named else _by_values(table, roles)[0]
-        if "label" in found:
-            advice.append(f"{found['label']!r} may be the label of the text: --label {found['label']}")
-    if "client" not in roles and not dealt:
-        few = _by_values(table, {"text": "", "label": "", **roles})[1]
-        if few:
-            advice.append(f"{'; '.join(few)}: if one says whose a row is, name it: --client COLUMN")
+        label_column = _by_name(names).get("label")
+        value_guesses = {"label": label_column} if label_column else _by_values(table, roles)[0]
+        if "label" in value_guesses:
+            advice.append(f"{value_guesses['label']!r} may be the label of the text: --label {value_guesses['label']}")
+    if "client" not in roles and not split_keys:
+        notes = _by_values(table, {"text": "", "label": "", **roles})[1]
+        if notes:
+            advice.append(f"{'; '.join(notes)}: if one says whose a row is, name it: --client COLUMN")
     return {role: column for role, column in roles.items() if column != "none"}, advice
 
 
@@ -272,48 +281,58 @@ def _data(
     path: Path, table: Rows, roles: Mapping[str, str], settings: Mapping[str, Any], dialect: Dialect
 ) -> tuple[str, Any, dict[str, str], list[str]]:
     """Return the recipe, its data source, the flags that create it, and notes on settings that it does not use."""
-    dealt = {key: value for key, value in settings.items() if value is not None}
-    ignored = []
+    split_settings = {key: value for key, value in settings.items() if value is not None}
+    notes = []
     if "client" in roles:
-        ignored += [f"--{key} is ignored: the column {roles['client']!r} says whose a row is" for key in dealt]
-        dealt = {}
-    elif "alpha" in dealt and dealt.get("partition") != "dirichlet":
-        ignored.append("--alpha is ignored: it is for --partition dirichlet")
-        del dealt["alpha"]
-    if "client" not in roles and "clients" not in dealt and len(table) < 10 * _ROWS:
-        dealt["clients"] = max(1, len(table) // _ROWS)
-    read = {key: value for key in ("separator", "quote", "encoding") if (value := getattr(dialect, key))}
-    told = {key: shlex.quote(str(value)) for key, value in (dealt | read).items()}
+        notes += [f"--{key} is ignored: the column {roles['client']!r} says whose a row is" for key in split_settings]
+        split_settings = {}
+    elif "alpha" in split_settings and split_settings.get("partition") != "dirichlet":
+        notes.append("--alpha is ignored: it is for --partition dirichlet")
+        del split_settings["alpha"]
+    if "client" not in roles and "clients" not in split_settings and len(table) < 10 * _ROWS:
+        split_settings["clients"] = max(1, len(table) // _ROWS)
+    dialect_settings = {key: value for key in ("separator", "quote", "encoding") if (value := getattr(dialect, key))}
+    setting_flags = {key: shlex.quote(str(value)) for key, value in (split_settings | dialect_settings).items()}
 
     def used(**columns: str) -> dict[str, str]:
         """Return field -> column for the roles that exist."""
         return {field: roles[role] for field, role in columns.items() if role in roles}
 
     def flags(columns: Mapping[str, str]) -> dict[str, str]:
-        return {key: shlex.quote(value) for key, value in {"path": str(path), **columns}.items()} | told
+        return {key: shlex.quote(value) for key, value in {"path": str(path), **columns}.items()} | setting_flags
 
     if {"messages", "prompt", "response"} & roles.keys():
         columns = used(**{role: role for role in ("messages", *dict.fromkeys(_PROMPT), "client")})
-        return "fedmoe-instructions", LanguageData(path, **columns, **dealt, **read), flags(columns), ignored
+        return (
+            "fedmoe-instructions",
+            LanguageData(path, **columns, **split_settings, **dialect_settings),
+            flags(columns),
+            notes,
+        )
     if {"text", "label"} <= roles.keys():
         columns = used(text="text", target="label", client="client")
-        return "fedmoe-text", TextFileData(path, **columns, **dealt, **read), flags(columns), ignored
+        return "fedmoe-text", TextFileData(path, **columns, **split_settings, **dialect_settings), flags(columns), notes
     if "text" in roles:
         columns = used(text="text", client="client")
-        return "fedmoe-plaintext", LanguageData(path, **columns, **dealt, **read), flags(columns), ignored
+        return (
+            "fedmoe-plaintext",
+            LanguageData(path, **columns, **split_settings, **dialect_settings),
+            flags(columns),
+            notes,
+        )
     if {"label", "client"} <= roles.keys():
         columns = used(target="label", client="client")
-        rest = [column for column in table.columns if column not in columns.values()]
-        numbers = [column for column in rest if _is_number(table, column)]
-        of_numbers = {} if numbers == rest else {"columns": shlex.join(numbers)}
-        if of_numbers:
-            odd = [column for column in rest if column not in numbers]
-            ignored.append(f"columns that are not used, as they hold no numbers: {', '.join(odd[:12])}")
-        data = TableData(path, **columns, columns=tuple(numbers) if of_numbers else (), **read)
-        return "pfedmoe-table", data, flags(columns) | of_numbers, ignored
-    there = " | ".join(table.column_names[:_COLUMNS])
+        other_columns = [column for column in table.columns if column not in columns.values()]
+        number_columns = [column for column in other_columns if _is_number(table, column)]
+        column_flag = {} if number_columns == other_columns else {"columns": shlex.join(number_columns)}
+        if column_flag:
+            unused_columns = [column for column in other_columns if column not in number_columns]
+            notes.append(f"columns that are not used, as they hold no numbers: {', '.join(unused_columns[:12])}")
+        data = TableData(path, **columns, columns=tuple(number_columns) if column_flag else (), **dialect_settings)
+        return "pfedmoe-table", data, flags(columns) | column_flag, notes
+    column_list = " | ".join(table.column_names[:_COLUMNS])
     raise ConfigError(
-        f"cannot tell what the columns of {path.name} are for ({there}); name them: --text and --label, "
+        f"cannot tell what the columns of {path.name} are for ({column_list}); name them: --text and --label, "
         "--prompt and --response, --messages, or --text alone; of a table of numbers --label and --client"
     )
 
@@ -321,8 +340,12 @@ def _data(
 def _column(table: Rows, name: str) -> tuple[int, int, str]:
     """Return the number of empty values, the number of different ones, and the beginning of the first filled one."""
     values = [value if isinstance(value, str) else str(value) for value in table.cells(name) if value is not None]
-    filled = [value for value in values if value.strip()]
-    return len(table) - len(filled), len(set(filled)), " ".join(filled[0].split())[:40] if filled else ""
+    filled_values = [value for value in values if value.strip()]
+    return (
+        len(table) - len(filled_values),
+        len(set(filled_values)),
+        " ".join(filled_values[0].split())[:40] if filled_values else "",
+    )
 
 
 def _lengths(federation: Federation, tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[int, int, int, int]]:
@@ -333,23 +356,23 @@ def _lengths(federation: Federation, tokenizer: PreTrainedTokenizerBase) -> dict
     texts: dict[str, list[str]] = {}
     for data in federation.clients.values():
         for _, split in data.splits():
-            for given, target in zip(split.texts, split.targets, strict=True):
+            for source, target in zip(split.texts, split.targets, strict=True):
                 if data.task.form == "classification":
-                    pairs = {"text": given} if given and hasattr(split, "examples") and split.shape == () else {}
+                    pairs = {"text": source} if source and hasattr(split, "examples") and split.shape == () else {}
                 elif data.task.form == "language":
-                    pairs = {"text": target} if not given else {"prompt": given, "response": target}
+                    pairs = {"text": target} if not source else {"prompt": source, "response": target}
                 else:
-                    pairs = {"text": given, "target": target}
+                    pairs = {"text": source, "target": target}
                 for role, text in pairs.items():
                     texts.setdefault(role, []).append(text)
-    found = {}
+    lengths = {}
     for role, values in texts.items():
         values = values[:: -(-len(values) // 2000)]
         if role == "prompt":
             values = [prompt for prompt, _ in renderings([(json.loads(value), "") for value in values], tokenizer)]
         sizes = sorted(len(ids) for ids in tokenizer(values, verbose=False)["input_ids"])
-        found[role] = (sizes[0], sizes[len(sizes) // 2], sizes[int(len(sizes) * 0.95)], sizes[-1])
-    return found
+        lengths[role] = (sizes[0], sizes[len(sizes) // 2], sizes[int(len(sizes) * 0.95)], sizes[-1])
+    return lengths
 
 
 def _fits(recipe: str, lengths: Mapping[str, tuple[int, int, int, int]], fit: Fit) -> tuple[str, ...]:
@@ -367,8 +390,10 @@ def _fits(recipe: str, lengths: Mapping[str, tuple[int, int, int, int]], fit: Fi
 def counts_of(federation: Federation) -> dict[str, dict[str, int]]:
     """Return client name -> label (or "examples", if there are none) -> rows in all three splits."""
     counts = {}
-    for client, told in federation.partition()["clients"].items():
-        counts[federation.names.get(client, client)] = told["label_counts"] or {"examples": sum(told["sizes"].values())}
+    for client, entry in federation.partition()["clients"].items():
+        counts[federation.names.get(client, client)] = entry["label_counts"] or {
+            "examples": sum(entry["sizes"].values())
+        }
     return counts
 
 
@@ -383,9 +408,13 @@ def show(found: Preview, console: Console) -> None:
         say(fact)
     of_column = {column: role for role, column in found.roles.items()}
     table = Table("column", "used as", "empty", "different", "for instance", box=None)
-    for column, (empty, different, example) in found.columns.items():
+    for column, (empty_count, different_count, example) in found.columns.items():
         table.add_row(
-            Text(one_line(column)), of_column.get(column, ""), str(empty), str(different), Text(one_line(example))
+            Text(one_line(column)),
+            of_column.get(column, ""),
+            str(empty_count),
+            str(different_count),
+            Text(one_line(example)),
         )
     if found.columns:
         console.print(table)
@@ -395,17 +424,20 @@ def show(found: Preview, console: Console) -> None:
     for counts in found.counts.values():
         totals.update(counts)
     clients = list(found.counts)[:_SHOWN]
-    called = shorten_all([one_line(client) for client in clients], 40)
-    room = console.width - max(map(len, [*called, "client"])) - 10
-    shown = max(min(_SHOWN, room // 10), 2)
-    labels = [label for label, _ in totals.most_common(shown)]
+    client_names = shorten_all([one_line(client) for client in clients], 40)
+    room = console.width - max(map(len, [*client_names, "client"])) - 10
+    label_count = max(min(_SHOWN, room // 10), 2)
+    labels = [label for label, _ in totals.most_common(label_count)]
     if len(totals) > 1:
         (most, n), (least, k) = totals.most_common(1)[0], min(totals.items(), key=lambda entry: entry[1])
         say(f"{len(totals)} labels, " + (f"{k} rows each" if k == n else f"from {k} rows ({least}) to {n} ({most})"))
-    say(f"{len(found.counts)} clients, rows by label" + (f" (the {shown} largest)" if len(totals) > shown else ""))
+    say(
+        f"{len(found.counts)} clients, rows by label"
+        + (f" (the {label_count} largest)" if len(totals) > label_count else "")
+    )
     heads = (Column(Text(name)) for name in shorten_all([one_line(label) for label in labels], 9))
     split = Table(Column("client", no_wrap=True), *heads, "rows", box=None)
-    for client, name in zip(clients, called, strict=True):
+    for client, name in zip(clients, client_names, strict=True):
         counts = found.counts[client]
         cells = (str(counts.get(label, 0)) for label in labels)
         split.add_row(Text(name), *cells, str(sum(counts.values())))
@@ -414,8 +446,8 @@ def show(found: Preview, console: Console) -> None:
     if len(found.counts) > _SHOWN:
         say(f"  and {len(found.counts) - _SHOWN} more clients, counted in the last line")
     federation = found.federation
-    for client, why in federation.skipped.items():
-        say(f"skipped {federation.names.get(client, client)}: {why}")
+    for client, reason in federation.skipped.items():
+        say(f"skipped {federation.names.get(client, client)}: {reason}")
     for note in (*federation.notes, *found.advice):
         say(f"note: {note}")
     say(found.command)
@@ -438,8 +470,8 @@ def save_picture(found: Preview, target: Path) -> Path:
         (values, high, axes.yaxis, list(found.counts)),
     ):
         step = max(1, round(0.17 / size))  # names that would overlap are left out
-        shown = [one_line(name, 24) for name in names[::step]]
-        axis.set_ticks(range(0, len(cells), step), shown, fontsize=8, parse_math=False)
+        tick_labels = [one_line(name, 24) for name in names[::step]]
+        axis.set_ticks(range(0, len(cells), step), tick_labels, fontsize=8, parse_math=False)
     axes.tick_params(axis="x", rotation=60)
     if min(wide / 0.55, high / 0.25) >= 1:
         top = max(max(row) for row in values)
@@ -463,6 +495,8 @@ def write_figure(figure: Any, target: Path) -> Path:
         with any_glyph():
             figure.savefig(target, dpi=110, metadata={"Software": None} if target.suffix == ".png" else None)
     except (OSError, ValueError) as error:
-        near = difflib.get_close_matches(target.suffix, (".png", ".svg", ".pdf"), n=1)
-        raise ConfigError(f"{target} cannot be written: {error}" + (f"; use {near[0]}" if near else "")) from error
+        suffixes = difflib.get_close_matches(target.suffix, (".png", ".svg", ".pdf"), n=1)
+        raise ConfigError(
+            f"{target} cannot be written: {error}" + (f"; use {suffixes[0]}" if suffixes else "")
+        ) from error
     return target

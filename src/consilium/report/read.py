@@ -116,8 +116,8 @@ class RunRecord:
     @property
     def seed(self) -> int | None:
         """Return the seed of everything random; None if the run does not record one."""
-        told = self.config.get("seed")
-        return told if isinstance(told, int) else None
+        value = self.config.get("seed")
+        return value if isinstance(value, int) else None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -132,8 +132,8 @@ class RunRecord:
 
     def metric(self, task: str) -> str:
         """Return the name of a task's metric ("accuracy"), or "score" if the run does not record one."""
-        told = _dict(_dict(_dict(self.summary).get("tasks")).get(task)).get("metric")
-        return str(told) if told else "score"
+        name = _dict(_dict(_dict(self.summary).get("tasks")).get(task)).get("metric")
+        return str(name) if name else "score"
 
 
 def read_run(path: Path | str) -> RunRecord:
@@ -201,7 +201,7 @@ def label_runs(runs: Sequence[RunRecord]) -> list[RunRecord]:
     """
     methods, labels = _methods(runs), []
     for run, method in zip(runs, methods, strict=True):
-        seeds = [other.seed for other, name in zip(runs, methods, strict=True) if name == method]
+        seeds = [other_run.seed for other_run, name in zip(runs, methods, strict=True) if name == method]
         if len(seeds) == 1:
             labels.append(method)
         elif None not in seeds and len(set(seeds)) == len(seeds):
@@ -220,12 +220,12 @@ def _methods(runs: Sequence[RunRecord]) -> list[str]:
     kinds = [json.dumps({k: v for k, v in run.config.items() if k not in ("name", "seed")}) for run in runs]
     names: dict[tuple[str, str], str] = {}
     for run, kind in zip(runs, kinds, strict=True):
-        alike = {other for other, r in zip(kinds, runs, strict=True) if r.algorithm == run.algorithm}
+        algorithm_kinds = {other for other, r in zip(kinds, runs, strict=True) if r.algorithm == run.algorithm}
         stem = re.sub(r"-seed\d+$", "", run.path.resolve().name)
         name = stem if stem.startswith(run.algorithm) else f"{run.algorithm} ({stem})"
-        name = run.algorithm if len(alike) == 1 else name
-        taken = [other for key, other in names.items() if key != (run.algorithm, kind)]
-        names.setdefault((run.algorithm, kind), f"{name} #{len(taken) + 1}" if name in taken else name)
+        name = run.algorithm if len(algorithm_kinds) == 1 else name
+        taken_names = [other for key, other in names.items() if key != (run.algorithm, kind)]
+        names.setdefault((run.algorithm, kind), f"{name} #{len(taken_names) + 1}" if name in taken_names else name)
     return [names[run.algorithm, kind] for run, kind in zip(runs, kinds, strict=True)]
 
 
@@ -254,9 +254,9 @@ def _label_counts(raw: Json) -> dict[str, int]:
 
     The test split is preferred, because scores are measured on it.
     """
-    nested = {k: v for k, v in raw.items() if isinstance(v, Mapping)}
-    if nested:
-        raw = nested.get("test") or next(iter(nested.values()))
+    splits = {k: v for k, v in raw.items() if isinstance(v, Mapping)}
+    if splits:
+        raw = splits.get("test") or next(iter(splits.values()))
     return {str(label): int(n) for label, n in raw.items() if isinstance(n, int)}
 
 
@@ -285,7 +285,7 @@ def _json_lines(path: Path, notes: list[str]) -> list[Json]:
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
-    found = []
+    records = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -300,8 +300,8 @@ def _json_lines(path: Path, notes: list[str]) -> list[Json]:
             continue
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: line {number} cannot be read ({_why(error)}); restore the file") from None
-        found.append(_checked(value, path, f"line {number}: "))
-    return found
+        records.append(_checked(value, path, f"line {number}: "))
+    return records
 
 
 def _required_json(path: Path) -> Json:
@@ -344,12 +344,12 @@ def _checked(value: Any, path: Path, where: str = "") -> dict[str, Any]:
         ConfigError: if it does not have the shape that a run writes there.
     """
     try:
-        odd = _odd(value, _SHAPES[path.name], "")
-        if not odd:
+        problem = _odd(value, _SHAPES[path.name], "")
+        if not problem:
             return _cleaned(value)
     except RecursionError:
-        odd = "it is nested too deeply"
-    raise ConfigError(f"{path}: {where}{odd}; restore the file")
+        problem = "it is nested too deeply"
+    raise ConfigError(f"{path}: {where}{problem}; restore the file")
 
 
 _LARGEST = 2**53
@@ -368,15 +368,15 @@ def _odd(value: Any, shape: Any, name: str) -> str:
     if value is None and name:
         return ""
     kind = type(shape) if isinstance(shape, dict | list) else shape
-    fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
-    if not fits or (kind in (int, float) and not abs(value) < _LARGEST):
-        shown = type(value).__name__ if isinstance(value, dict | list) else one_line(json.dumps(value), 60)
-        return f"{one_line(name, 200) or 'it'} is {shown}; it must be {_KINDS[kind]}"
+    is_valid = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+    if not is_valid or (kind in (int, float) and not abs(value) < _LARGEST):
+        value_text = type(value).__name__ if isinstance(value, dict | list) else one_line(json.dumps(value), 60)
+        return f"{one_line(name, 200) or 'it'} is {value_text}; it must be {_KINDS[kind]}"
     items = value.items() if isinstance(shape, dict) else [("*", item) for item in value] if kind is list else []
     for key, item in items:
         inner = shape[0] if kind is list else shape.get(key, shape.get("*"))
-        if inner is not None and (odd := _odd(item, inner, name if kind is list else f"{name}.{key}".strip("."))):
-            return odd
+        if inner is not None and (problem := _odd(item, inner, name if kind is list else f"{name}.{key}".strip("."))):
+            return problem
     return ""
 
 
@@ -393,18 +393,22 @@ def _dict(value: Any) -> dict[str, Any]:
 
 
 def _not_a_run(path: Path, missing: Sequence[str]) -> str:
-    why = f"it has no {' and no '.join(missing)}" if path.is_dir() else "there is no such directory"
-    near = _runs_near(path)
-    hint = f"runs near by: {', '.join(map(str, near))}" if near else "no run is near by; start one with `consilium run`"
-    return f"{path} is not a run: {why}; {hint}"
+    problem = f"it has no {' and no '.join(missing)}" if path.is_dir() else "there is no such directory"
+    neighbours = _runs_near(path)
+    hint = (
+        f"runs near by: {', '.join(map(str, neighbours))}"
+        if neighbours
+        else "no run is near by; start one with `consilium run`"
+    )
+    return f"{path} is not a run: {problem}; {hint}"
 
 
 def _runs_near(path: Path, limit: int = 5) -> list[Path]:
     """Return runs below `path`, next to it, or in ./runs, newest first; the user probably meant one of them."""
-    found: dict[Path, float] = {}
+    times: dict[Path, float] = {}
     for folder in (path, path / "runs", path.parent, Path("runs")):
         if folder.is_dir():
             for config in folder.glob("*/config.json"):
                 if (config.parent / "partition.json").is_file():
-                    found.setdefault(config.parent, config.stat().st_mtime)
-    return sorted(found, key=found.__getitem__, reverse=True)[:limit]
+                    times.setdefault(config.parent, config.stat().st_mtime)
+    return sorted(times, key=times.__getitem__, reverse=True)[:limit]

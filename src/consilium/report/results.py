@@ -75,8 +75,8 @@ class Result:
 
     @property
     def bytes_total(self) -> int | None:
-        both = [b for b in (self.bytes_down, self.bytes_up) if b is not None]
-        return sum(both) if both else None
+        known_bytes = [b for b in (self.bytes_down, self.bytes_up) if b is not None]
+        return sum(known_bytes) if known_bytes else None
 
 
 def result(run: RunRecord) -> Result:
@@ -86,10 +86,10 @@ def result(run: RunRecord) -> Result:
     tasks = {}
     for task in run.tasks:
         values = [scores[c] for c in run.order if c in scores and run.clients[c].task == task]
-        told = number(_get(summary, "tasks", task, "score"))
-        if values or told is not None:
+        reported = number(_get(summary, "tasks", task, "score"))
+        if values or reported is not None:
             sd = statistics.stdev(values) if len(values) > 1 else None
-            mean = told if told is not None else statistics.fmean(values)
+            mean = reported if reported is not None else statistics.fmean(values)
             tasks[task] = TaskScore(mean, sd, len(values) or int(_get(summary, "tasks", task, "clients") or 0))
     mean = number(summary.get("mean"))
     if mean is None and tasks:
@@ -116,10 +116,10 @@ def result(run: RunRecord) -> Result:
 
 def client_scores(run: RunRecord) -> dict[str, float]:
     """Return the test score in [0, 1] per client, from the summary or else from the last round that tested."""
-    told = {c: number(_get(run.summary, "clients", c, "test")) for c in run.order}
-    found = {c: v for c, v in told.items() if v is not None}
-    if found:
-        return found
+    reported = {c: number(_get(run.summary, "clients", c, "test")) for c in run.order}
+    scores = {c: v for c, v in reported.items() if v is not None}
+    if scores:
+        return scores
     for line in reversed(run.rounds):
         if isinstance(line.get("test"), Mapping):
             test = {c: number(v) for c, v in line["test"].items() if c in run.clients}
@@ -131,8 +131,8 @@ def measured(run: RunRecord, name: str) -> dict[str, float]:
     """Return a measure other than the score ("bits_per_byte", ...) per client, from the last round that tested."""
     for line in reversed(run.rounds):
         if isinstance(line.get(name), Mapping):
-            found = {c: number(v) for c, v in line[name].items() if c in run.clients}
-            return {c: v for c, v in found.items() if v is not None}
+            values = {c: number(v) for c, v in line[name].items() if c in run.clients}
+            return {c: v for c, v in values.items() if v is not None}
     return {}
 
 
@@ -142,16 +142,16 @@ def unable_clients(run: RunRecord) -> dict[str, str]:
     The latest record of a client counts.
     """
     if run.summary is not None and isinstance(run.summary.get("clients"), Mapping):
-        told = {c: _get(run.summary, "clients", c, "reason") for c in run.order}
-        return {c: str(why) for c, why in told.items() if why}
-    unable: dict[str, str] = {}
+        reasons = {c: _get(run.summary, "clients", c, "reason") for c in run.order}
+        return {c: str(reason) for c, reason in reasons.items() if reason}
+    latest_reasons: dict[str, str] = {}
     for line in run.rounds:
         for client in line.get("clients") or {}:
-            unable.pop(client, None)
-        for client, why in (line.get("unable") or {}).items():
+            latest_reasons.pop(client, None)
+        for client, reason in (line.get("unable") or {}).items():
             if client in run.clients and client not in (line.get("clients") or {}):
-                unable[client] = str(why)
-    return unable
+                latest_reasons[client] = str(reason)
+    return latest_reasons
 
 
 def differ_in_clients(runs: Sequence[RunRecord]) -> bool:
@@ -165,11 +165,11 @@ def shared_mean(runs: Sequence[RunRecord]) -> list[float | None]:
     It is the fair column if the runs serve different clients.
     """
     scores = [client_scores(run) for run in runs]
-    shared = set.intersection(*(set(s) for s in scores)) if scores else set()
+    common_clients = set.intersection(*(set(s) for s in scores)) if scores else set()
     means: list[float | None] = []
     for run, score in zip(runs, scores, strict=True):
         by_task: dict[str, list[float]] = {}
-        for client in shared:
+        for client in common_clients:
             by_task.setdefault(run.clients[client].task, []).append(score[client])
         means.append(statistics.fmean(map(statistics.fmean, by_task.values())) if by_task else None)
     return means
@@ -192,25 +192,27 @@ def columns(runs: Sequence[RunRecord]) -> list[Column]:
     """Return the comparison as columns with one value per run; the first column is each run's name."""
     rows = [result(run) for run in runs]
     tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
-    made = [Column("run", "", tuple(None for _ in rows), tuple(row.label for row in rows))]
+    table_columns = [Column("run", "", tuple(None for _ in rows), tuple(row.label for row in rows))]
     for task in tasks:
         cells = [row.tasks.get(task) for row in rows]
         texts = tuple(format_score(c.mean if c else None, c.sd if c else None) for c in cells)
-        made.append(Column(task, "high", _printed([c.mean if c else None for c in cells]), texts))
+        table_columns.append(Column(task, "high", _printed([c.mean if c else None for c in cells]), texts))
     if len(tasks) != 1:
-        made.append(_column("mean", "high", _printed([row.mean for row in rows]), format_score))
+        table_columns.append(_column("mean", "high", _printed([row.mean for row in rows]), format_score))
     if differ_in_clients(runs):
-        made.append(_column("shared", "high", _printed(shared_mean(runs)), format_score))
+        table_columns.append(_column("shared", "high", _printed(shared_mean(runs)), format_score))
     for name, head in (("bits_per_byte", "bits/byte"), ("personal_bits_per_byte", "own best")):
-        means = [statistics.fmean(found.values()) if (found := measured(run, name)) else None for run in runs]
+        means = [statistics.fmean(values.values()) if (values := measured(run, name)) else None for run in runs]
         if any(value is not None for value in means):
-            made.append(_column(head, "low", _printed(means), format_bits))
+            table_columns.append(_column(head, "low", _printed(means), format_bits))
     coverage = tuple(row.coverage for row in rows)
-    made.append(Column("clients", "high", tuple(r.served / r.clients if r.clients else None for r in rows), coverage))
-    made.append(_column("traffic", "low", [row.bytes_total for row in rows], format_bytes))
-    made.append(_column("memory", "low", [row.peak_bytes for row in rows], format_bytes))
-    made.append(_column("time", "low", [row.seconds for row in rows], format_seconds))
-    return made
+    table_columns.append(
+        Column("clients", "high", tuple(r.served / r.clients if r.clients else None for r in rows), coverage)
+    )
+    table_columns.append(_column("traffic", "low", [row.bytes_total for row in rows], format_bytes))
+    table_columns.append(_column("memory", "low", [row.peak_bytes for row in rows], format_bytes))
+    table_columns.append(_column("time", "low", [row.seconds for row in rows], format_seconds))
+    return table_columns
 
 
 def best(column: Column, eligible: Sequence[bool]) -> set[int]:
@@ -219,8 +221,8 @@ def best(column: Column, eligible: Sequence[bool]) -> set[int]:
     if not column.good or len(pool) < 2:
         return set()
     top = (max if column.good == "high" else min)(column.values[i] for i in pool)
-    alike = {i for i in pool if column.values[i] == top}
-    return alike if len(alike) < len(pool) else set()
+    winners = {i for i in pool if column.values[i] == top}
+    return winners if len(winners) < len(pool) else set()
 
 
 def format_score(value: float | None, sd: float | None = None) -> str:
@@ -259,12 +261,12 @@ def format_seconds(value: float | None) -> str:
         return "–"
     if value < 9.95:
         return f"{value:.1f} s"
-    whole = round(value)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    seconds = round(value)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60}m {seconds % 60:02d}s"
+    return f"{seconds // 3600}h {seconds % 3600 // 60:02d}m"
 
 
 def number(value: Any) -> float | None:
@@ -283,23 +285,23 @@ def _column(head: str, good: str, values: Sequence[float | None], text: Any) -> 
 
 
 def _total(run: RunRecord, key: str) -> int | None:
-    told = number((run.summary or {}).get(key))
-    value = told if told is not None else _sum(r.get(key) for r in run.rounds)
+    reported = number((run.summary or {}).get(key))
+    value = reported if reported is not None else _sum(r.get(key) for r in run.rounds)
     return None if value is None else int(value)
 
 
 def _peak(run: RunRecord) -> int | None:
     """Return the largest client's peak by the memory model, in bytes, over the clients that could run."""
-    unable = unable_clients(run)
-    peaks = [number(_get(run.summary, "clients", c, "peak_bytes_model")) for c in run.order if c not in unable]
+    unable_reasons = unable_clients(run)
+    peaks = [number(_get(run.summary, "clients", c, "peak_bytes_model")) for c in run.order if c not in unable_reasons]
     peaks += [number(e.get("peak_bytes_model")) for r in run.rounds for e in (r.get("clients") or {}).values()]
-    known = [p for p in peaks if p is not None]
-    return int(max(known)) if known else None
+    known_peaks = [p for p in peaks if p is not None]
+    return int(max(known_peaks)) if known_peaks else None
 
 
 def _sum(values: Any) -> float | None:
-    known = [v for v in map(number, values) if v is not None]
-    return number(sum(known)) if known else None
+    known_values = [v for v in map(number, values) if v is not None]
+    return number(sum(known_values)) if known_values else None
 
 
 def _get(value: Any, *keys: str) -> Any:

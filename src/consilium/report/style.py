@@ -211,13 +211,13 @@ def shorten_all(texts: Sequence[str], limit: int) -> list[str]:
 
     If names would become equal, their common prefix is cut first. If they are still equal, they are numbered.
     """
-    plain = [shorten(text, limit) for text in texts]
-    if len(set(plain)) == len(set(texts)):
-        return plain
-    shared = len(os.path.commonprefix(list(texts)))  # noqa: RUF071 - a common prefix of letters is intended
-    cut = [shorten("…" + text[shared:], limit) for text in texts]
-    if len(set(cut)) == len(set(texts)):
-        return cut
+    short_texts = [shorten(text, limit) for text in texts]
+    if len(set(short_texts)) == len(set(texts)):
+        return short_texts
+    prefix_length = len(os.path.commonprefix(list(texts)))  # noqa: RUF071 - a common prefix of letters is intended
+    suffix_texts = [shorten("…" + text[prefix_length:], limit) for text in texts]
+    if len(set(suffix_texts)) == len(set(texts)):
+        return suffix_texts
     return [f"{i + 1}·{shorten(text, limit - len(str(len(texts))) - 1)}" for i, text in enumerate(texts)]
 
 
@@ -262,18 +262,18 @@ def _smaller(svg: str) -> str:
     svg = re.sub(r' transform="rotate\(-0 [^)]*\)"', "", svg)
     svg = re.sub(r'<path [^>]*style="fill: none; opacity: 0"/>', "", svg)
     svg = re.sub(r'(?<=[ "(])(-?\d+\.\d{2})\d+(?=[ ")])', r"\1", svg)
-    while (less := re.sub(r"<g/>|<g></g>|<defs></defs>|<defs/>", "", svg)) != svg:
-        svg = less
+    while (smaller_svg := re.sub(r"<g/>|<g></g>|<defs></defs>|<defs/>", "", svg)) != svg:
+        svg = smaller_svg
     return svg
 
 
 def _unique_ids(svg: str, digest: str) -> str:
     """Drop unused ids, mark the light and dark images by class, and prefix the ids that remain."""
     svg = re.sub(r'id="(light|dark)-\d+"', r'class="only-\1"', svg)
-    used = set(re.findall(r"url\(#([^)]+)\)", svg)) | set(re.findall(r'href="#([^"]+)"', svg))
+    used_ids = set(re.findall(r"url\(#([^)]+)\)", svg)) | set(re.findall(r'href="#([^"]+)"', svg))
 
     def keep(match: re.Match[str]) -> str:
-        return f' id="{digest}{match.group(1)}"' if match.group(1) in used else ""
+        return f' id="{digest}{match.group(1)}"' if match.group(1) in used_ids else ""
 
     svg = re.sub(r'\s+id="([^"]+)"', keep, svg)
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{digest}\1)", svg)

@@ -33,62 +33,62 @@ def print_table(runs: Sequence[RunRecord | Path | str], console: Console | None 
     """
     console = console or Console()
     records = label_runs([r if isinstance(r, RunRecord) else read_runs([r])[0] for r in runs])
-    shown = columns(records)
-    able = [run.finished for run in records]
-    marks = {c.head: best(c, able if any(able) else [True] * len(records)) for c in shown}
-    wide, narrow = (_table(records, shown, marks, gap) for gap in (1, 0))
+    table_columns = columns(records)
+    finished_flags = [run.finished for run in records]
+    marks = {c.head: best(c, finished_flags if any(finished_flags) else [True] * len(records)) for c in table_columns}
+    wide_table, narrow_table = (_table(records, table_columns, marks, gap) for gap in (1, 0))
     tasks = {task for run in records for task in run.tasks}
-    if _width(wide, console) <= console.width:
-        console.print(wide)
-    elif _width(narrow, console) <= console.width or len(tasks) <= 3:
-        console.print(narrow)  # long run names fold
+    if _width(wide_table, console) <= console.width:
+        console.print(wide_table)
+    elif _width(narrow_table, console) <= console.width or len(tasks) <= 3:
+        console.print(narrow_table)  # long run names fold
     else:  # many tasks get a table of their own, with one row per task
-        console.print(_table(records, [c for c in shown if c.head not in tasks], marks, 1))
-        console.print(_task_table(records, [c for c in shown if c.head in tasks], marks))
+        console.print(_table(records, [c for c in table_columns if c.head not in tasks], marks, 1))
+        console.print(_task_table(records, [c for c in table_columns if c.head in tasks], marks))
     if len(records) > 1:
         console.print(Text("* best of its column, finished runs only; ± standard deviation over clients", "dim"))
     if has_seeds(records):
         _print_methods(methods(records), console)
     for sentence in [*verdict(records), *([simple_sentence(records)] if len(records) > 1 else [])]:
         console.print(Text(one_line(sentence)))
-    if any(column.head == "shared" for column in shown):
+    if any(column.head == "shared" for column in table_columns):
         console.print(Text("shared: mean over the clients that every run scored; compare this one", "dim"))
 
 
 def _print_methods(found: Sequence[Method], console: Console) -> None:
     """Print the mean over each method's seeds, and the paired test against the first method, in 80 columns."""
-    shown = {c.head: c for c in method_columns(found)}
-    wanted = [
+    columns_by_head = {c.head: c for c in method_columns(found)}
+    heads = [
         "method",
         "seeds",
-        "mean" if "mean" in shown else list(shown)[2],
-        *(["shared"] if "shared" in shown else []),
+        "mean" if "mean" in columns_by_head else list(columns_by_head)[2],
+        *(["shared"] if "shared" in columns_by_head else []),
     ]
     if reference := next((m.against.reference for m in found if m.against), ""):
         difference, _, p, pairs = paired_columns(found)[1:5]
-        shown |= {f"minus {reference}": difference, "p": p, "pairs": pairs}
-        wanted += [f"minus {reference}", "p", "pairs"]
+        columns_by_head |= {f"minus {reference}": difference, "p": p, "pairs": pairs}
+        heads += [f"minus {reference}", "p", "pairs"]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for head in wanted:
+    for head in heads:
         table.add_column(_text(shorten(head, 16)), justify="left" if head == "method" else "right", overflow="fold")
     for i in range(len(found)):
-        table.add_row(*(_text(shown[head].texts[i]) for head in wanted))
+        table.add_row(*(_text(columns_by_head[head].texts[i]) for head in heads))
     console.print(table)
-    if "p" in wanted:
-        tested = "two-sided paired t-test on the means of each seed"
-        console.print(Text(f"minus: points; p: {tested}{', after Holm' if len(found) > 2 else ''}", "dim"))
+    if "p" in heads:
+        test_name = "two-sided paired t-test on the means of each seed"
+        console.print(Text(f"minus: points; p: {test_name}{', after Holm' if len(found) > 2 else ''}", "dim"))
 
 
 def _table(records: Sequence[RunRecord], shown: Sequence[Column], marks: Mapping[str, set[int]], gap: int) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, gap, 0, 0), pad_edge=False)
     for column in shown:
-        left = column.head == "run"
+        is_name_column = column.head == "run"
         table.add_column(
             _text(shorten(column.head, 10)),
-            justify="left" if left else "right",
+            justify="left" if is_name_column else "right",
             overflow="fold",
-            no_wrap=not left,
-            min_width=6 if left else None,
+            no_wrap=not is_name_column,
+            min_width=6 if is_name_column else None,
         )
     for i, run in enumerate(records):
         name = _text(shown[0].texts[i] if run.finished else f"{shown[0].texts[i]} (unfinished)")
@@ -113,11 +113,11 @@ def _width(table: Table, console: Console) -> int:
 
 
 def _cell(value: str, is_best: bool, marked_column: bool) -> Text:
-    head, _, spread = value.partition(" ± ")
+    head, _, deviation = value.partition(" ± ")
     room = " " if marked_column else ""
     text = Text(one_line(f"{head}*") if is_best else f"{one_line(head)}{room}", "bold" if is_best else "")
-    if spread:
-        text.append(f"\n±{one_line(spread)}{room}", "dim")
+    if deviation:
+        text.append(f"\n±{one_line(deviation)}{room}", "dim")
     return text
 
 

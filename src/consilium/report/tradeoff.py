@@ -38,21 +38,21 @@ def score_for_cost(runs: Sequence[RunRecord]) -> Drawing:
 
     The mean is over the shared clients if methods serve different ones.
     """
-    found = methods(runs)
-    shared = any(m.shared for m in found)
+    method_summaries = methods(runs)
+    has_shared = any(m.shared for m in method_summaries)
     names = list(dict.fromkeys(run.method for run in runs))
-    placed = [(names.index(m.label), m, s) for m in found if (s := m.shared if shared else m.mean)]
-    if len(placed) < 2:
+    entries = [(names.index(m.label), m, s) for m in method_summaries if (s := m.shared if has_shared else m.mean)]
+    if len(entries) < 2:
         raise NothingToDraw("Fewer than two methods have finished a run: there is nothing to weigh against each other.")
     panels = []
     for title, unit, cost, text in COSTS:
-        known = [(i, m, s, c) for i, m, s in placed if (c := cost(m))]
-        if len(known) > 1 and any(c.mean for *_, c in known):
-            panels.append(_panel(title, unit, known, text))
+        points = [(i, m, s, c) for i, m, s in entries if (c := cost(m))]
+        if len(points) > 1 and any(c.mean for *_, c in points):
+            panels.append(_panel(title, unit, points, text))
     if not panels:
         raise NothingToDraw("The runs recorded neither bytes nor seconds nor memory.")
-    keys = [Key(m.label, "ink", f"run {i}") for i, m, _ in placed]
-    note = "Scores are means over the clients that all runs scored." if shared else ""
+    keys = [Key(m.label, "ink", f"run {i}") for i, m, _ in entries]
+    note = "Scores are means over the clients that all runs scored." if has_shared else ""
     return Drawing(panels, keys, note)
 
 
@@ -79,5 +79,5 @@ def _panel(
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value, trim=True)))
         axes.set_xlabel(title)
         axes.xaxis.label.set_color(color("muted"))
-    said = "; ".join(f"{m.label} {format_score(s.mean)} for {text(c.mean)}" for _, m, s, c in known)
-    return Panel(f"mean score, %, over {title}", figure, f"Mean score over {title}: {said}.")
+    points_text = "; ".join(f"{m.label} {format_score(s.mean)} for {text(c.mean)}" for _, m, s, c in known)
+    return Panel(f"mean score, %, over {title}", figure, f"Mean score over {title}: {points_text}.")

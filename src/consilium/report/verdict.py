@@ -21,39 +21,43 @@ def verdict(runs: Sequence[RunRecord]) -> list[str]:
     percent. Differences are paired by client. Their 95 % t-intervals are over seeds if every method has several,
     otherwise over the clients of the one seed.
     """
-    finished = [run for run in runs if run.finished]
+    finished_runs = [run for run in runs if run.finished]
     groups: dict[str, dict[object, Values]] = {}
-    which = _measure(finished)
-    for run in finished:
-        groups.setdefault(run.method, {})[run.seed] = _values(run, which)
+    measure = _measure(finished_runs)
+    for run in finished_runs:
+        groups.setdefault(run.method, {})[run.seed] = _values(run, measure)
     if len(groups) < 2:
         return []
-    first, *others = groups
-    unit, sign = ("points", 100.0) if which == "score" else ("bits per byte", 1.0)
-    gaps = {name: _gaps(groups[first], groups[name], sign) for name in others}
-    gaps = {name: found for name, found in gaps.items() if found}
+    first, *rivals = groups
+    unit, sign = ("points", 100.0) if measure == "score" else ("bits per byte", 1.0)
+    gaps = {name: _gaps(groups[first], groups[name], sign) for name in rivals}
+    gaps = {name: seed_gaps for name, seed_gaps in gaps.items() if seed_gaps}
     if not gaps:
         return []
-    seeds = min(len(found) for found in gaps.values())
-    said = []
-    for name, found in gaps.items():
-        units = [statistics.fmean(values) for values in found] if seeds > 1 else found[0]
-        said.append(f"{name} {_interval(units)}")
-    own = statistics.fmean(statistics.fmean(values.values()) for values in groups[first].values()) * sign
-    better = "lower is better" if which != "score" else "higher is better"
-    what = "its clients' own best models reach" if which == "personal_bits_per_byte" else "it reaches"
-    opening = f"{first}: {what} {own:.1f} {unit}" if which == "score" else f"{first}: {what} {own:.3f} {unit}"
-    number = "differences of the others" if len(gaps) > 1 else "difference of the other"
-    one = f"{opening} on average ({better}); {number}: {', '.join(said)}."
+    seeds = min(len(seed_gaps) for seed_gaps in gaps.values())
+    intervals = []
+    for name, seed_gaps in gaps.items():
+        units = [statistics.fmean(values) for values in seed_gaps] if seeds > 1 else seed_gaps[0]
+        intervals.append(f"{name} {_interval(units)}")
+    first_mean = statistics.fmean(statistics.fmean(values.values()) for values in groups[first].values()) * sign
+    direction = "lower is better" if measure != "score" else "higher is better"
+    subject = "its clients' own best models reach" if measure == "personal_bits_per_byte" else "it reaches"
+    opening = (
+        f"{first}: {subject} {first_mean:.1f} {unit}"
+        if measure == "score"
+        else f"{first}: {subject} {first_mean:.3f} {unit}"
+    )
+    differences_text = "differences of the others" if len(gaps) > 1 else "difference of the other"
+    first_sentence = f"{opening} on average ({direction}); {differences_text}: {', '.join(intervals)}."
     if seeds > 1:
-        two = f"Differences are paired by seed and client; ± is the 95 % interval over {seeds} seeds."
+        second_sentence = f"Differences are paired by seed and client; ± is the 95 % interval over {seeds} seeds."
     else:
         clients = len(next(iter(gaps.values()))[0])
-        two = (
+        second_sentence = (
             f"± is the 95 % interval over the {clients} clients of one seed, which share a model: it does not say what "
             "another seed would give (--seeds 3 does)."
         )
-    return [one, two]
+    return [first_sentence, second_sentence]
 
 
 def _measure(runs: Sequence[RunRecord]) -> str:
@@ -69,12 +73,12 @@ def _values(run: RunRecord, which: str) -> Values:
 
 def _gaps(first: Mapping[object, Values], other: Mapping[object, Values], sign: float) -> list[list[float]]:
     """Return, seed by seed, other - first for every client that both have."""
-    found = []
+    gaps = []
     for seed in first.keys() & other.keys():
-        common = sorted(first[seed].keys() & other[seed].keys())
-        if common:
-            found.append([sign * (other[seed][client] - first[seed][client]) for client in common])
-    return found
+        clients = sorted(first[seed].keys() & other[seed].keys())
+        if clients:
+            gaps.append([sign * (other[seed][client] - first[seed][client]) for client in clients])
+    return gaps
 
 
 def _interval(values: Sequence[float]) -> str:

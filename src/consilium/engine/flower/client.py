@@ -92,15 +92,19 @@ class Site:
 @functools.lru_cache(maxsize=16)
 def simulated(experiment: str, heads: str, name: str) -> Site:
     """Return a client of a simulation, with its partition of the experiment's own data."""
-    made = from_json(json.loads(experiment))
-    torch.set_num_threads(made.threads)
-    federation = _federation(made)
+    parsed_experiment = from_json(json.loads(experiment))
+    torch.set_num_threads(parsed_experiment.threads)
+    federation = _federation(parsed_experiment)
     if name not in federation.clients:
         raise DataError(f"no client {name!r} in the data; there are {', '.join(list(federation.clients)[:5])}, ...")
-    place = list(federation.clients).index(name)
-    memory = bytes_of(made.memory[place % len(made.memory)]) if made.memory else None
-    data, architecture = federation.clients[name], made.model.architecture(place)
-    return _site(made, heads, name, data, memory, federation.fingerprint, None, architecture)
+    position = list(federation.clients).index(name)
+    memory = (
+        bytes_of(parsed_experiment.memory[position % len(parsed_experiment.memory)])
+        if parsed_experiment.memory
+        else None
+    )
+    data, architecture = federation.clients[name], parsed_experiment.model.architecture(position)
+    return _site(parsed_experiment, heads, name, data, memory, federation.fingerprint, None, architecture)
 
 
 @functools.lru_cache(maxsize=1)
@@ -126,31 +130,45 @@ def deployed(experiment: str, heads: str, settings: Path, run: str, model: str) 
         ConfigError: for a request beyond the site's limits, a model other than the site's, or a method that needs what
             the site does not disclose.
     """
-    given, data = read_site(settings)
-    own, name = from_json(given["experiment"]), str(given["name"])
-    limits = Limits(**given.get("limits", {}))
+    site_settings, data = read_site(settings)
+    site_experiment, name = from_json(site_settings["experiment"]), str(site_settings["name"])
+    limits = Limits(**site_settings.get("limits", {}))
     check_texts(experiment, heads)
-    theirs = from_json(parsed("experiment", experiment))
-    limits.check(theirs, len(data.train))
-    here = str(given.get("model", ""))
-    if model[:4] == here[:4] and model != here:  # both are of one kind: a directory's files, or a name on the hub
+    server_experiment = from_json(parsed("experiment", experiment))
+    limits.check(server_experiment, len(data.train))
+    site_model = str(site_settings.get("model", ""))
+    # They are compared if both are of one kind: a directory's files, or a name on the hub.
+    if model[:4] == site_model[:4] and model != site_model:
         raise ConfigError(
-            f"the server's model is {model[:80]}, this site's is {here[:80]}: --model.path must be the same files"
+            f"the server's model is {model[:80]}, this site's is {site_model[:80]}: --model.path must be the same files"
         )
-    small = isinstance(own.model, Cohort) and isinstance(theirs.model, Cohort)
-    privacy = theirs.privacy.at_site(own.privacy)
-    made = replace(
-        theirs, data=own.data, model=theirs.model if small else own.model, privacy=privacy, device=own.device
+    is_cohort = isinstance(site_experiment.model, Cohort) and isinstance(server_experiment.model, Cohort)
+    privacy = server_experiment.privacy.at_site(site_experiment.privacy)
+    merged_experiment = replace(
+        server_experiment,
+        data=site_experiment.data,
+        model=server_experiment.model if is_cohort else site_experiment.model,
+        privacy=privacy,
+        device=site_experiment.device,
     )
-    if small:
-        check_model(own.model, theirs.model)
+    if is_cohort:
+        check_model(site_experiment.model, server_experiment.model)
         data = relabelled(data, parsed("heads", heads).get(data.task.name, data.task.labels))
-    torch.set_num_threads(own.threads)
-    memory = bytes_of(own.memory[0]) if own.memory else None
+    torch.set_num_threads(site_experiment.threads)
+    memory = bytes_of(site_experiment.memory[0]) if site_experiment.memory else None
     if not is_run(run):
         raise PayloadError(one_line(f"the run's token is {run!r}; it must be up to 64 letters and digits"))
-    architecture = own.model.architecture(0)
-    site = _site(made, heads, name, data, memory, str(given["fingerprint"]), settings.parent / run, architecture)
+    architecture = site_experiment.model.architecture(0)
+    site = _site(
+        merged_experiment,
+        heads,
+        name,
+        data,
+        memory,
+        str(site_settings["fingerprint"]),
+        settings.parent / run,
+        architecture,
+    )
     return replace(site, limits=limits)
 
 
@@ -165,8 +183,8 @@ def _site(
     architecture: str,
 ) -> Site:
     task = data.task
-    known = parsed("heads", heads).items() or [(task.name, task.labels)]
-    setup = experiment.setup(known, shape=data.train.shape)
+    known_heads = parsed("heads", heads).items() or [(task.name, task.labels)]
+    setup = experiment.setup(known_heads, shape=data.train.shape)
     setup.check(data.task)
     client = experiment.algorithm.client(setup)
     disclosure.check(client, experiment.privacy)
@@ -195,76 +213,80 @@ def _site_of(told: dict[str, Scalar], context: Context) -> Site:
 
 def train(message: Message, context: Context) -> RecordDict:
     """Train in one round, and keep the client's state under the round's number."""
-    payload, told, (site, store, work) = _opened(message, context)
-    if told["hold"]:
-        held = Held((site.folder or Path(str(told["folder"])).parent) / "received")
-        whole = held.received(site.info.id, int(told["round"]), payload, str(told["base"]))
-        if whole is None:
+    payload, metadata, (site, store, work) = _opened(message, context)
+    if metadata["hold"]:
+        bases = Held((site.folder or Path(str(metadata["folder"])).parent) / "received")
+        whole_payload = bases.received(site.info.id, int(metadata["round"]), payload, str(metadata["base"]))
+        if whole_payload is None:
             return RecordDict({"resend": ConfigRecord({})})
-        payload = whole
+        payload = whole_payload
     state = work.state
-    lost = {key[len(LOST) :]: state.params.pop(key) for key in list(state.params) if key.startswith(LOST)}
-    sent = payload.group("params") if told["reply"] != "exact" else {}
+    rounding_errors = {key[len(LOST) :]: state.params.pop(key) for key in list(state.params) if key.startswith(LOST)}
+    sent = payload.group("params") if metadata["reply"] != "exact" else {}
     reply, seconds = trained(site.client, payload, work, site.privacy)
     del payload
-    rejected, kept = diverged(reply), False
-    if rejected is None:
-        reply, lost = rounded(reply, sent, str(told["reply"]), lost)
-        state.params |= {f"{LOST}{key}": tensor for key, tensor in lost.items()}
-        kept = store.write(site.info.id, state, int(told["round"]))
-    answer = {"rejected": rejected or "", "kept": kept, "seconds": seconds, **stamp(told)}
-    reset = store.reset.get(site.info.id, "")
-    answer["reset"] = reset and disclosure.without_paths(reset, _private(context))
-    content = to_record(reply if rejected is None else Payload(scalars=reply.scalars), answer, bool(told["zstd"]))
-    within(str(told["cap"]), content, site.info.id)
-    if rejected is None:
+    rejection, has_state = diverged(reply), False
+    if rejection is None:
+        reply, rounding_errors = rounded(reply, sent, str(metadata["reply"]), rounding_errors)
+        state.params |= {f"{LOST}{key}": tensor for key, tensor in rounding_errors.items()}
+        has_state = store.write(site.info.id, state, int(metadata["round"]))
+    answer = {"rejected": rejection or "", "kept": has_state, "seconds": seconds, **stamp(metadata)}
+    reset_reason = store.reset.get(site.info.id, "")
+    answer["reset"] = reset_reason and disclosure.without_paths(reset_reason, _private(context))
+    content = to_record(reply if rejection is None else Payload(scalars=reply.scalars), answer, bool(metadata["zstd"]))
+    within(str(metadata["cap"]), content, site.info.id)
+    if rejection is None:
         loss = reply.scalars.get("train_loss")
-        said = f"round {told['round']} of {site.rounds}: trained"
-        said += f", loss {loss:.3f}" if isinstance(loss, float) else ""
+        line = f"round {metadata['round']} of {site.rounds}: trained"
+        line += f", loss {loss:.3f}" if isinstance(loss, float) else ""
         sent = sum(len(array.data) for array in content["payload"].values())
-        _say(site, f"{said}; received {human(_size(message))}, sent {human(sent)}, {seconds:.1f} s")
+        _say(site, f"{line}; received {human(_size(message))}, sent {human(sent)}, {seconds:.1f} s")
     else:
-        _say(site, f"round {told['round']} of {site.rounds}: not sent, {rejected}")
+        _say(site, f"round {metadata['round']} of {site.rounds}: not sent, {rejection}")
     return content
 
 
 def evaluate(message: Message, context: Context) -> RecordDict:
     """Score the delivered model on the client's test data."""
-    payload, told, (site, _, work) = _opened(message, context)
+    payload, metadata, (site, _, work) = _opened(message, context)
     for key in [key for key in work.state.params if key.startswith(LOST)]:
         del work.state.params[key]
-    disclosed, answer = tested(site.client, payload, work, site.privacy)
+    disclosed_answer, answer = tested(site.client, payload, work, site.privacy)
     if site.folder is not None:
-        about = {key: told[key] for key in ("experiment", "heads", "round")} | {"score": answer.scalars["score"]}
-        scalars = {**payload.scalars, **{f"engine/{key}": value for key, value in about.items()}}
+        description = {key: metadata[key] for key in ("experiment", "heads", "round")} | {
+            "score": answer.scalars["score"]
+        }
+        scalars = {**payload.scalars, **{f"engine/{key}": value for key, value in description.items()}}
         groups = dict(payload.groups)
         if site.info.architecture or not payload.group("params"):
             groups[OWN] = work.state.params
             scalars |= {f"{OWN}/{key}": value for key, value in work.state.scalars.items()}
         write_atomic(site.folder.parent / DELIVERED, codec.encode(Payload(groups, scalars)))
         score = answer.scalars["score"]
-        said = f"round {told['round']} of {site.rounds}: the delivered model scores {score:.3f} on the test data here"
-        _say(site, f"{said}; received {human(_size(message))}")
-        if int(told["round"]) >= site.rounds:
+        line = (
+            f"round {metadata['round']} of {site.rounds}: the delivered model scores {score:.3f} on the test data here"
+        )
+        _say(site, f"{line}; received {human(_size(message))}")
+        if int(metadata["round"]) >= site.rounds:
             _say(site, f"the run is done: `consilium export {site.folder.parent} --out DIR` takes the model away")
-    return to_record(disclosed, {"rejected": ""})
+    return to_record(disclosed_answer, {"rejected": ""})
 
 
 def name(message: Message, context: Context) -> RecordDict:
     """Return the identity of this node: a partition's number, or the site's name."""
     if "site" in context.node_config:
-        own = {"name": site_name(Path(str(context.node_config["site"])))}
+        identity = {"name": site_name(Path(str(context.node_config["site"])))}
     else:
-        own = {"partition": int(context.node_config["partition-id"])}
-    return RecordDict({"engine": ConfigRecord(own)})
+        identity = {"partition": int(context.node_config["partition-id"])}
+    return RecordDict({"engine": ConfigRecord(identity)})
 
 
 def package(message: Message, context: Context) -> RecordDict:
     """Return one piece of the file that this site offers; nothing else of the site is read."""
-    told = message.content.config_records.get("engine", {})
+    metadata = message.content.config_records.get("engine", {})
     if "site" not in context.node_config:
         raise PayloadError("a simulation offers no package")
-    return RecordDict({"engine": ConfigRecord(piece(Path(str(context.node_config["site"])), told.get("offset")))})
+    return RecordDict({"engine": ConfigRecord(piece(Path(str(context.node_config["site"])), metadata.get("offset")))})
 
 
 def describe(message: Message, context: Context) -> RecordDict:
@@ -305,12 +327,12 @@ def _opened(
 
     Nothing is decoded that a site's limits do not allow.
     """
-    blobs, scalars, told = blobs_of(message.content)
-    begun = _begin(checked(told, TOLD), context)
-    if limits := begun[0].limits:
+    blobs, scalars, metadata = blobs_of(message.content)
+    session = _begin(checked(metadata, TOLD), context)
+    if limits := session[0].limits:
         limits.check_bytes(sum(map(len, blobs.values())) + size_of(scalars))
-        told = {**told, "cap": limits.cap(str(told["cap"]))}
-    return payload_of(blobs, scalars, bytes_of(str(told["cap"]))), told, begun
+        metadata = {**metadata, "cap": limits.cap(str(metadata["cap"]))}
+    return payload_of(blobs, scalars, bytes_of(str(metadata["cap"]))), metadata, session
 
 
 def _begin(told: dict[str, Scalar], context: Context) -> tuple[Site, ClientStore, ClientContext]:
@@ -362,8 +384,8 @@ def _answering(work: Callable[[Message, Context], RecordDict]) -> Callable[[Mess
         try:
             content = work(message, context)
         except Exception as error:  # Flower would send its whole text
-            whole = terminal(traceback.format_exc(), keep="\n")
-            log.warning("this site could not do what the server asked:\n%s", whole)
+            trace = terminal(traceback.format_exc(), keep="\n")
+            log.warning("this site could not do what the server asked:\n%s", trace)
             reason = one_line(disclosure.reason(error, _private(context)))
             content = RecordDict({"failed": ConfigRecord({"reason": reason})})
         return Message(content, reply_to=message)
@@ -377,9 +399,9 @@ def _private(context: Context) -> list[object]:
         return []
     settings = Path(str(context.node_config["site"]))
     with contextlib.suppress(ConsiliumError, OSError, ValueError, KeyError, TypeError):
-        own = from_json(json.loads(settings.read_text())["experiment"])
-        model = [own.model.path] if Path(own.model.path).exists() else []
-        return [settings.parent, getattr(own.data, "path", None), *model]
+        experiment = from_json(json.loads(settings.read_text())["experiment"])
+        model = [experiment.model.path] if Path(experiment.model.path).exists() else []
+        return [settings.parent, getattr(experiment.data, "path", None), *model]
     return [settings.parent]
 
 

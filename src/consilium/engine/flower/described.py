@@ -60,13 +60,13 @@ def checked_description(told: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         PayloadError: naming the first key with a value that is not allowed, and the values that are.
     """
-    described = {key: _checked(key, told.get(key)) for key in _RULES}
+    description = {key: _checked(key, told.get(key)) for key in _RULES}
     try:
-        check_labels(described["labels"])
-        Task(described["task"], described["form"], tuple(described["labels"]), described["metric"])
+        check_labels(description["labels"])
+        Task(description["task"], description["form"], tuple(description["labels"]), description["metric"])
     except DataError as error:
         raise PayloadError(str(error)) from error
-    return described
+    return description
 
 
 def checked_name(value: Any) -> str:
@@ -79,7 +79,7 @@ def checked_name(value: Any) -> str:
 
 
 def _checked(key: str, value: Any) -> Any:
-    allowed, rule = _RULES[key]
-    if not allowed(value):
+    check, rule = _RULES[key]
+    if not check(value):
         raise PayloadError(f"{key} is {shown(value)}; it must be {rule}")
     return value

@@ -121,13 +121,13 @@ class FlowerEngine(Engine):
         self, number: int, tasks: dict[ClientId, Payload], record: dict[str, Any]
     ) -> Iterator[tuple[ClientId, Payload]]:
         with tempfile.TemporaryDirectory(prefix=".replies-", dir=self.folder) as inbox:
-            arrived = self._exchange("train", number, tasks, record, Path(inbox))
-            for client in sorted(arrived):
-                reply, told = self._take(
-                    client, number, arrived.pop(client), tasks[client], record["bytes_sent"][client]
+            parked_replies = self._exchange("train", number, tasks, record, Path(inbox))
+            for client in sorted(parked_replies):
+                reply, client_record = self._take(
+                    client, number, parked_replies.pop(client), tasks[client], record["bytes_sent"][client]
                 )
-                record["clients"][client] = told
-                if told["rejected"] is None:
+                record["clients"][client] = client_record
+                if client_record["rejected"] is None:
                     yield client, reply
                 release(reply)
                 give_back()
@@ -139,34 +139,36 @@ class FlowerEngine(Engine):
 
         The version of the client's state that counts from now on is noted.
         """
-        told, info = parked.told, self.clients[client]
+        metadata, info = parked.told, self.clients[client]
         if self.wire.send != "exact":
             sent = self.held.sent(client, number, sent)
         try:
             reply = restored(parked.payload(), sent.group("params"))
-            rejected = parked.rejected or one_line(told.get("rejected") or "")
-            rejected = rejected or objection(self.server, info, sent, reply)
-            for name, expected in stamp({**self.told, "round": number}).items():
-                if not rejected and told.get(name) != expected:
-                    rejected = one_line(f"it answers {name} {shown(told.get(name))}, this is {name} {shown(expected)}")
+            rejection = parked.rejected or one_line(metadata.get("rejected") or "")
+            rejection = rejection or objection(self.server, info, sent, reply)
+            for name, expected_value in stamp({**self.told, "round": number}).items():
+                if not rejection and metadata.get(name) != expected_value:
+                    rejection = one_line(
+                        f"it answers {name} {shown(metadata.get(name))}, this is {name} {shown(expected_value)}"
+                    )
         except PayloadError as error:
-            reply, rejected = Payload(), one_line(error)
-        if rejected is None:
-            self.store.count(client, number, bool(told.get("kept")))
-        seconds = told["seconds"] if is_number(told.get("seconds"), 0, SECONDS) else 0.0
-        reset = {"state_reset": one_line(told["reset"])} if told.get("reset") else {}
-        diverged = bool(told.get("rejected"))  # the client's end rejects nothing else
-        return reply, told_of(reply, info, rejected, seconds, down, parked.size, diverged) | reset
+            reply, rejection = Payload(), one_line(error)
+        if rejection is None:
+            self.store.count(client, number, bool(metadata.get("kept")))
+        seconds = metadata["seconds"] if is_number(metadata.get("seconds"), 0, SECONDS) else 0.0
+        reset_entry = {"state_reset": one_line(metadata["reset"])} if metadata.get("reset") else {}
+        has_diverged = bool(metadata.get("rejected"))  # the client's end rejects nothing else
+        return reply, told_of(reply, info, rejection, seconds, down, parked.size, has_diverged) | reset_entry
 
     def _test(self, number: int, record: dict[str, Any]) -> dict[ClientId, Mapping[str, Scalar]]:
-        able = _Deliveries(
+        deliveries = _Deliveries(
             self.server, {c: info for c, info in self.clients.items() if self.server.unable(info) is None}
         )
-        noted = {key: {} for key in ("bytes_sent", "errors", "missing", "late", "duplicate")}
+        test_record = {key: {} for key in ("bytes_sent", "errors", "missing", "late", "duplicate")}
         with tempfile.TemporaryDirectory(prefix=".replies-", dir=self.folder) as inbox:
-            arrived = self._exchange("evaluate", number, able, noted, Path(inbox))
-        record["untested"] |= {**noted["missing"], **noted["errors"]}
-        return {client: arrived[client].scalars for client in sorted(arrived)}
+            parked_replies = self._exchange("evaluate", number, deliveries, test_record, Path(inbox))
+        record["untested"] |= {**test_record["missing"], **test_record["errors"]}
+        return {client: parked_replies[client].scalars for client in sorted(parked_replies)}
 
     def _exchange(
         self, kind: str, number: int, tasks: Mapping[ClientId, Payload], noted: dict[str, Any], inbox: Path
@@ -177,36 +179,38 @@ class FlowerEngine(Engine):
             Client -> its reply in files. `noted`, a record, lists all other clients.
         """
         nodes = self.roster.nodes()
-        end, enough = time.monotonic() + self.wire.deadline, self.wire.enough if kind == "train" else 0
-        sent = self._send(kind, number, tasks, nodes, noted)
-        arrived: dict[ClientId, _Parked] = {}
-        again: set[ClientId] = set()
-        for client, reply in arrivals(self.roster.grid, sent, end, self.roster.poll):
-            if client in arrived or client in noted["errors"] or client in noted["missing"]:
+        deadline, enough_replies = time.monotonic() + self.wire.deadline, self.wire.enough if kind == "train" else 0
+        message_ids = self._send(kind, number, tasks, nodes, noted)
+        parked_replies: dict[ClientId, _Parked] = {}
+        resend_clients: set[ClientId] = set()
+        for client, reply in arrivals(self.roster.grid, message_ids, deadline, self.roster.poll):
+            if client in parked_replies or client in noted["errors"] or client in noted["missing"]:
                 noted["duplicate"][client] = noted["duplicate"].get(client, 0) + 1
-            elif reply.has_content() and "resend" in reply.content and client not in again:
-                again.add(client)
-                sent |= self._send(kind, number, {client: tasks[client]}, nodes, noted, whole=True)
+            elif reply.has_content() and "resend" in reply.content and client not in resend_clients:
+                resend_clients.add(client)
+                message_ids |= self._send(kind, number, {client: tasks[client]}, nodes, noted, whole=True)
             else:
-                self.progress(client, "test" if kind == "evaluate" else "train", len(arrived) + 1, len(tasks))
+                self.progress(client, "test" if kind == "evaluate" else "train", len(parked_replies) + 1, len(tasks))
                 if reason := failed(reply):
-                    nobody = reply.has_error() and reply.error.code in NOBODY
-                    noted["missing" if nobody else "errors"][client] = reason
+                    is_missing = reply.has_error() and reply.error.code in NOBODY
+                    noted["missing" if is_missing else "errors"][client] = reason
                 else:
-                    arrived[client] = _park(
+                    parked_replies[client] = _park(
                         reply, inbox / client, bytes_of(self.wire.cap), self._expected(kind, client, tasks)
                     )
             del reply  # before the next is fetched
             give_back()
-            if 0 < enough <= len(arrived):
+            if 0 < enough_replies <= len(parked_replies):
                 break
-        full = 0 < enough <= len(arrived)
-        slow = f"the round had {enough} answers before (wire.enough)" if full else "no answer within {:g} s"
-        noted["missing"] |= dict.fromkeys(sent, slow.format(self.wire.deadline))
+        has_enough = 0 < enough_replies <= len(parked_replies)
+        late_reason = (
+            f"the round had {enough_replies} answers before (wire.enough)" if has_enough else "no answer within {:g} s"
+        )
+        noted["missing"] |= dict.fromkeys(message_ids, late_reason.format(self.wire.deadline))
         if kind == "train":
             self._late(number, noted)
-            self.overdue |= {identifier: (client, number) for client, identifier in sent.items()}
-        return arrived
+            self.overdue |= {identifier: (client, number) for client, identifier in message_ids.items()}
+        return parked_replies
 
     def _expected(
         self, kind: str, client: ClientId, tasks: Mapping[ClientId, Payload]
@@ -218,12 +222,12 @@ class FlowerEngine(Engine):
 
     def _late(self, number: int, noted: dict[str, Any]) -> None:
         """Note the clients that have now answered a message of an earlier round or attempt; no such answer counts."""
-        for identifier, (client, since) in list(self.overdue.items()):
+        for identifier, (client, sent_round) in list(self.overdue.items()):
             for reply in self.roster.grid.pull_message(identifier):
                 self.overdue.pop(identifier, None)
                 if not reply.has_error():
-                    noted["late"].setdefault(client, []).append(since)
-            if number - since >= LATE:
+                    noted["late"].setdefault(client, []).append(sent_round)
+            if number - sent_round >= LATE:
                 self.overdue.pop(identifier, None)
 
     def _send(
@@ -242,7 +246,7 @@ class FlowerEngine(Engine):
         Args:
             whole: send whole weights, never a change of what the client holds.
         """
-        sent: dict[ClientId, str] = {}
+        message_ids: dict[ClientId, str] = {}
         for client in sorted(tasks):
             if client not in nodes:
                 noted["missing"][client] = self.roster.refused.get(client, "not connected")
@@ -256,17 +260,17 @@ class FlowerEngine(Engine):
             size = within(self.wire.cap, message.content, client) + noted["bytes_sent"].get(client, 0)
             for identifier in self.roster.grid.push_messages([message]):
                 if identifier:
-                    sent[client], noted["bytes_sent"][client] = identifier, size
-            if client not in sent:
+                    message_ids[client], noted["bytes_sent"][client] = identifier, size
+            if client not in message_ids:
                 noted["missing"][client] = "its message was not taken"
             del message  # before the next is built
             give_back()
-        return sent
+        return message_ids
 
     def _message(
         self, kind: str, number: int, client: ClientId, node: int, payload: Payload, more: Mapping[str, Scalar]
     ) -> Message:
-        told = {
+        metadata = {
             **self.told,
             **more,
             "nonce": secrets.token_hex(16),
@@ -279,7 +283,7 @@ class FlowerEngine(Engine):
             "reply": self.wire.reply,
             "zstd": self.wire.zstd,
         }
-        content = to_record(payload, told, self.wire.zstd)
+        content = to_record(payload, metadata, self.wire.zstd)
         return Message(content, dst_node_id=node, message_type=kind, ttl=self.wire.deadline, group_id=str(number))
 
 
@@ -307,9 +311,9 @@ def _park(reply: Message, folder: Path, cap: int, expected: Mapping[str, Mapping
     expected, or exceeds `cap` bytes or the expected size, compressed or not.
     """
     try:
-        blobs, scalars, told = blobs_of(reply.content)
-        if (words := sum(len(record.deflate()) for record in reply.content.config_records.values())) > WORDS:
-            raise PayloadError(f"the reply's scalars are {human(words)}; at most {human(WORDS)} are allowed")
+        blobs, scalars, metadata = blobs_of(reply.content)
+        if (scalar_bytes := sum(len(record.deflate()) for record in reply.content.config_records.values())) > WORDS:
+            raise PayloadError(f"the reply's scalars are {human(scalar_bytes)}; at most {human(WORDS)} are allowed")
         folder.mkdir(exist_ok=True)
         files = {}
         for i, (group, blob, bounds) in enumerate(unpacked(blobs, cap, expected)):
@@ -319,4 +323,4 @@ def _park(reply: Message, folder: Path, cap: int, expected: Mapping[str, Mapping
     except PayloadError as error:
         shutil.rmtree(folder, ignore_errors=True)
         return _Parked(rejected=one_line(error))
-    return _Parked(files, scalars, told, sum(map(len, blobs.values())))
+    return _Parked(files, scalars, metadata, sum(map(len, blobs.values())))

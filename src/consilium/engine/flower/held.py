@@ -36,9 +36,9 @@ class Held:
         Bases that an attempt at this round, or at a later round that never counted, left behind are ignored: a resumed
         run continues as the first attempt did.
         """
-        for since in reversed([n for n in ClientStore(self.folder).rounds(client) if n < number]):
-            if params := self.load(client, since):
-                return since, params
+        for base_round in reversed([n for n in ClientStore(self.folder).rounds(client) if n < number]):
+            if params := self.load(client, base_round):
+                return base_round, params
         return 0, {}
 
     def load(self, client: ClientId, since: int) -> Params:
@@ -61,10 +61,10 @@ class Held:
         """
         if not payload.group("params"):
             return payload, ""
-        since, base = self.before(client, number)
-        less = rounded(payload, base, form, {})[0] if base else payload
-        self.save(client, restored(less, base).group("params"), number)
-        return less, f"{since}:{checksum(base)}" if base else ""
+        base_round, base = self.before(client, number)
+        sent_payload = rounded(payload, base, form, {})[0] if base else payload
+        self.save(client, restored(sent_payload, base).group("params"), number)
+        return sent_payload, f"{base_round}:{checksum(base)}" if base else ""
 
     def sent(self, client: ClientId, number: int, payload: Payload) -> Payload:
         """Return the payload as the client has it after `change`; the server calls this."""
@@ -78,10 +78,10 @@ class Held:
         Raises:
             PayloadError: for a change that does not fit the base.
         """
-        since, _, digest = base.partition(":")
-        params = self.load(client, int(since)) if since.isdecimal() else {}
+        round_text, _, digest = base.partition(":")
+        params = self.load(client, int(round_text)) if round_text.isdecimal() else {}
         if base and (not params or checksum(params) != digest):
             return None
-        whole = restored(payload, params)
-        self.save(client, whole.group("params"), number)
-        return whole
+        whole_payload = restored(payload, params)
+        self.save(client, whole_payload.group("params"), number)
+        return whole_payload

@@ -96,11 +96,11 @@ class Limits:
         Raises:
             ConfigError: naming the request and the limit.
         """
-        asked = [(name, cost, value) for name, cost, value in costs_of(experiment) if cost in COMPARED]
+        requests = [(name, cost, value) for name, cost, value in costs_of(experiment) if cost in COMPARED]
         fit = experiment.fit
         if fit.rows in ("examples", "documents"):  # reported before the first round; `training.fit` counts anyway
-            asked.append(("steps of a round", "steps", fit.epochs * math.ceil(examples / fit.batch_size)))
-        for name, cost, value in asked:
+            requests.append(("steps of a round", "steps", fit.epochs * math.ceil(examples / fit.batch_size)))
+        for name, cost, value in requests:
             if value is not None and not value <= getattr(self, cost):
                 raise ConfigError(
                     f"the server asks for {name} {value:g}, this site allows {getattr(self, cost):g} "
@@ -115,8 +115,8 @@ class Limits:
             own: bytes that the site's device can hold, as stated by the site; None: not stated.
             device: device that the site trains on.
         """
-        most = bytes_of(self.memory) if self.memory else own or memory_bytes(str(device))
-        return Work(self.steps, self.tokens, self.seconds, most, deadline)
+        memory_limit = bytes_of(self.memory) if self.memory else own or memory_bytes(str(device))
+        return Work(self.steps, self.tokens, self.seconds, memory_limit, deadline)
 
     def check_round(self, number: int) -> None:
         """Raise ConfigError for a round beyond the allowed number of rounds, whatever the server's experiment says."""
@@ -173,15 +173,15 @@ def prune_runs(folder: Path, current: str, days: float, most: int) -> None:
         days: allowed days since anything in a run's folder was last written.
         most: bytes that all former runs may take together.
     """
-    former = []
+    former_runs = []
     for path in folder.iterdir():
         if path.name != current and is_run(path.name) and path.is_dir() and not path.is_symlink():
             stats = [file.lstat() for file in (path, *path.rglob("*"))]
-            former.append((max(s.st_mtime for s in stats), sum(s.st_size for s in stats), path))
-    kept, oldest = 0, time.time() - 86_400 * days
-    for place, (written, size, path) in enumerate(sorted(former, reverse=True)):
-        kept += size
-        if written < oldest or kept > most or place >= FOLDERS:
+            former_runs.append((max(stat.st_mtime for stat in stats), sum(stat.st_size for stat in stats), path))
+    kept_bytes, oldest_time = 0, time.time() - 86_400 * days
+    for index, (last_write, size, path) in enumerate(sorted(former_runs, reverse=True)):
+        kept_bytes += size
+        if last_write < oldest_time or kept_bytes > most or index >= FOLDERS:
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -78,7 +78,7 @@ class Patient:
         def gave_up(_: Any) -> None:
             self.seconds = 0.0
 
-        found = RetryInvoker(
+        result = RetryInvoker(
             wait_gen_factory=lambda: exponential(max_delay=5),
             recoverable_exceptions=(httpx.HTTPStatusError, ObjectPushError),
             max_tries=None,
@@ -87,7 +87,7 @@ class Patient:
             on_giveup=gave_up,
         ).invoke(call, *args)
         self.seconds = PATIENCE
-        return found
+        return result
 
 
 class _Pull(threading.Thread):

@@ -74,8 +74,8 @@ def to_record(payload: Payload, told: Mapping[str, Scalar], compress: bool = Fal
             blob, stype = zstandard.compress(blob, 1), PACKED
         for i, start in enumerate(range(0, len(blob), PART)):
             part = blob[start : start + PART]
-            told_size = 0 if i else size  # of the whole blob, before compression: see `grid.within`
-            arrays[f"{group}/{i}" if i else group] = Array("uint8", (told_size,), stype, part)
+            whole_size = 0 if i else size  # of the whole blob, before compression: see `grid.within`
+            arrays[f"{group}/{i}" if i else group] = Array("uint8", (whole_size,), stype, part)
         del blob
     return RecordDict(
         {
@@ -93,23 +93,27 @@ def blobs_of(record: RecordDict) -> tuple[dict[str, bytes], dict[str, Scalar], d
         PayloadError: if the content is not one that `to_record` could have made.
     """
     try:
-        arrays, scalars, told = record["payload"], record["scalars"], record["engine"]
+        arrays, scalars, metadata = record["payload"], record["scalars"], record["engine"]
     except KeyError as error:
         raise PayloadError(f"a message without {error}: the other side does not speak this protocol") from error
-    if not (isinstance(arrays, ArrayRecord) and isinstance(scalars, ConfigRecord) and isinstance(told, ConfigRecord)):
+    if not (
+        isinstance(arrays, ArrayRecord) and isinstance(scalars, ConfigRecord) and isinstance(metadata, ConfigRecord)
+    ):
         raise PayloadError("a message with records of other types: the other side does not speak this protocol")
     for name, array in arrays.items():
         if array.stype not in (STYPE, PACKED):
             raise PayloadError(f"group {shown(name)} arrived as {shown(array.stype)}; it must be {STYPE}")
     parts: dict[str, list[bytes]] = {}
     for name, array in arrays.items():
-        group, _, place = name.partition("/")
-        before = parts.setdefault(group, [])
-        if place != (str(len(before)) if before else ""):
-            raise PayloadError(f"{shown(name)} is not the next part of {shown(group)}, of which {len(before)} came")
-        before.append(array.data)
+        group, _, part_number = name.partition("/")
+        group_parts = parts.setdefault(group, [])
+        if part_number != (str(len(group_parts)) if group_parts else ""):
+            raise PayloadError(
+                f"{shown(name)} is not the next part of {shown(group)}, of which {len(group_parts)} came"
+            )
+        group_parts.append(array.data)
     blobs = {group: b"".join(pieces) if len(pieces) > 1 else pieces[0] for group, pieces in parts.items()}
-    return blobs, dict(scalars), dict(told)
+    return blobs, dict(scalars), dict(metadata)
 
 
 def payload_of(blobs: Mapping[str, bytes], scalars: Mapping[str, Scalar], cap: int = 2**40) -> Payload:
@@ -136,19 +140,19 @@ def unpacked(
     Raises:
         PayloadError: for a group that is not expected, before any is decompressed, and for more bytes than are allowed.
     """
-    if expected is not None and (strange := [group for group in blobs if group not in expected]):
-        raise PayloadError(f"group {shown(strange[0])} was not asked of this client")
+    if expected is not None and (unknown_groups := [group for group in blobs if group not in expected]):
+        raise PayloadError(f"group {shown(unknown_groups[0])} was not asked of this client")
     if len(blobs) > GROUPS:
         raise PayloadError(f"the message has {len(blobs)} groups; at most {GROUPS} are allowed")
     if (size := sum(map(len, blobs.values()))) > cap:
         raise PayloadError(
             f"the payload is {human(size)}; at most {human(cap)} are allowed (wire.cap, or a site's --max-bytes)"
         )
-    left = cap
+    remaining_bytes = cap
     for group, blob in blobs.items():
         bounds = MOST if expected is None else Bounds.of(group, expected[group])
-        blob = _unfolded(group, blob, min(left, bounds.blob))
-        left -= len(blob)
+        blob = _unfolded(group, blob, min(remaining_bytes, bounds.blob))
+        remaining_bytes -= len(blob)
         yield group, blob, bounds
 
 
@@ -170,15 +174,15 @@ def _unfolded(group: str, blob: bytes, most: int) -> bytes:
     Raises:
         PayloadError: if the result would be larger, or the blob cannot be decompressed.
     """
-    packed = blob.startswith(MAGIC)
+    is_packed = blob.startswith(MAGIC)
     try:
-        size = zstandard.frame_content_size(blob) if packed else len(blob)
+        size = zstandard.frame_content_size(blob) if is_packed else len(blob)
         if not 0 <= size <= most:
             raise PayloadError(
-                f"the blob of group {shown(group)} {'unfolds to' if packed else 'is'} {size} bytes; at most {most} are "
-                "allowed"
+                f"the blob of group {shown(group)} {'unfolds to' if is_packed else 'is'} {size} bytes; at most {most} "
+                "are allowed"
             )
-        return zstandard.decompress(blob, max_output_size=size) if packed else blob
+        return zstandard.decompress(blob, max_output_size=size) if is_packed else blob
     except zstandard.ZstdError as error:
         raise PayloadError(f"a compressed blob is broken: {error}") from error
 
@@ -253,16 +257,16 @@ def from_record(record: RecordDict) -> tuple[Payload, dict[str, Scalar]]:
     Raises:
         PayloadError: if the content is not one that `to_record` could have made.
     """
-    blobs, scalars, told = blobs_of(record)
-    return payload_of(blobs, scalars), told
+    blobs, scalars, metadata = blobs_of(record)
+    return payload_of(blobs, scalars), metadata
 
 
 def _config(scalars: Mapping[str, Scalar]) -> ConfigRecord:
     for key, value in scalars.items():
         items = value if isinstance(value, list) else [value]
-        wide = [item for item in items if type(item) is int and not _LEAST <= item <= _MOST]
+        wide_integers = [item for item in items if type(item) is int and not _LEAST <= item <= _MOST]
         # One integer above 2^63 makes Flower send the whole list unsigned.
-        if wide or (max(map(_int, items), default=0) >= 2**63 and min(map(_int, items)) < 0):
+        if wide_integers or (max(map(_int, items), default=0) >= 2**63 and min(map(_int, items)) < 0):
             raise PayloadError(
                 f"scalar {shown(key)} = {shown(value)} does not fit 64 bits; send it as a float or a text"
             )

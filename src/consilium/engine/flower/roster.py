@@ -82,14 +82,14 @@ class Roster:
                 self.enter(node, strangers[node], self._name(reply))
             except PayloadError as error:
                 warnings.warn(f"a node does not say who it is: {error}", stacklevel=2)
-        found: dict[ClientId, int] = {}
+        nodes_by_client: dict[ClientId, int] = {}
         for node, key in self._online().items():
             if not (name := self.known.get(key)):
                 continue
-            if name in found:
+            if name in nodes_by_client:
                 raise RoundError(f"two nodes say that they are {name}; give every site a name of its own")
-            found[name] = node
-        return found
+            nodes_by_client[name] = node
+        return nodes_by_client
 
     def _online(self) -> dict[int, tuple[int, str]]:
         online = [node for node in self.grid.get_nodes() if not self.keys or node.public_key in self.keys]
@@ -99,11 +99,11 @@ class Roster:
     def _name(self, reply: Message) -> ClientId:
         if reason := failed(reply):
             raise PayloadError(reason)
-        told = reply.content.config_records.get("engine", {})
-        place = told.get("partition")
-        if is_number(place, 0, len(self.names) - 1, int):
-            return self.names[place]
-        return checked_name(told.get("name"))
+        identity = reply.content.config_records.get("engine", {})
+        partition = identity.get("partition")
+        if is_number(partition, 0, len(self.names) - 1, int):
+            return self.names[partition]
+        return checked_name(identity.get("name"))
 
 
 def ask(
@@ -114,13 +114,13 @@ def ask(
     Flower matches a reply to a message by the message's id, a hash of its content. The nonce, here and in every round's
     messages, keeps the id secret from other sites, which may have been sent the same content.
     """
-    sent = {}
+    message_ids = {}
     for node in nodes:
         content = RecordDict({"engine": ConfigRecord({**told, "nonce": secrets.token_hex(16)})})
         message = Message(content, dst_node_id=node, message_type=f"query.{what}", ttl=seconds)
         for identifier in grid.push_messages([message]):
-            sent[node] = identifier
-    for node, reply in arrivals(grid, sent, time.monotonic() + seconds, poll):
+            message_ids[node] = identifier
+    for node, reply in arrivals(grid, message_ids, time.monotonic() + seconds, poll):
         yield node, reply
 
 
@@ -131,16 +131,16 @@ def arrivals(grid: Patient, sent: dict[Any, str], end: float, poll: float) -> It
     may be answered twice.
     """
     while sent:
-        found = False
+        has_reply = False
         for key, identifier in list(sent.items()):
             replies = grid.pull_message(identifier)
             while replies:
-                found = True
+                has_reply = True
                 sent.pop(key, None)
                 yield key, replies.pop(0)
         if time.monotonic() > end:
             return
-        if not found:
+        if not has_reply:
             time.sleep(poll)
 
 

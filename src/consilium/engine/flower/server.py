@@ -51,13 +51,13 @@ def simulation(experiment: Experiment, clients: int) -> Iterator[Grid]:
     from flwr.simulation import run_simulation
 
     grids: Queue[Grid | BaseException] = Queue()
-    done = threading.Event()
+    end_event = threading.Event()
     server = ServerApp()
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
         grids.put(grid)
-        done.wait()
+        end_event.wait()
 
     resources = {
         "num_cpus": min(experiment.threads, cores()),
@@ -67,11 +67,11 @@ def simulation(experiment: Experiment, clients: int) -> Iterator[Grid]:
 
     def work(folder: str) -> None:
         # The folder is removed afterwards; its path must be short because of the sockets in it.
-        own = {"num_cpus": cores(), "include_dashboard": False, "_temp_dir": folder}
-        init = {} if "RAY_ADDRESS" in os.environ else own
+        local_settings = {"num_cpus": cores(), "include_dashboard": False, "_temp_dir": folder}
+        init_args = {} if "RAY_ADDRESS" in os.environ else local_settings
         try:
             run_simulation(
-                server, client_app, clients, backend_config={"client_resources": resources, "init_args": init}
+                server, client_app, clients, backend_config={"client_resources": resources, "init_args": init_args}
             )
         except BaseException as error:
             grids.put(RoundError(f"Flower's simulation has failed ({error}); see its messages above"))
@@ -92,7 +92,7 @@ def simulation(experiment: Experiment, clients: int) -> Iterator[Grid]:
                 raise grid
             yield _watched(grid, thread, grids)
         finally:
-            done.set()
+            end_event.set()
             thread.join()
 
 
@@ -134,32 +134,34 @@ def describe(
     Raises:
         RoundError: if a site is not connected, or has not answered, within `seconds`, or cannot take part.
     """
-    end = time.monotonic() + seconds
-    found: dict[ClientId, dict[str, Any]] = {}
+    deadline = time.monotonic() + seconds
+    descriptions: dict[ClientId, dict[str, Any]] = {}
     while True:
         strangers = roster.strangers()
         for node, reply in ask(roster.grid, list(strangers), "describe", told, seconds, roster.poll):
             if reply.has_error():
                 continue
-            said = reply.content.config_records.get("engine", {})
-            who = _who(roster, node, said)
+            metadata = reply.content.config_records.get("engine", {})
+            sender = _who(roster, node, metadata)
             if reason := failed(reply):
-                raise RoundError(f"{who} cannot take part: {reason}")
+                raise RoundError(f"{sender} cannot take part: {reason}")
             try:
-                described = checked_description(said)
+                description = checked_description(metadata)
             except PayloadError as error:
-                raise RoundError(f"{who} cannot take part: what it says of itself is not allowed: {error}") from error
-            name = described["name"]
+                raise RoundError(
+                    f"{sender} cannot take part: what it says of itself is not allowed: {error}"
+                ) from error
+            name = description["name"]
             if roster.enter(node, strangers[node], name) and name in sites:
-                found[name] = described
+                descriptions[name] = description
                 if came is not None:
                     came(name)
-        absent = {site: roster.refused.get(site, "") for site in sites if site not in found}
-        if not absent:
+        missing_sites = {site: roster.refused.get(site, "") for site in sites if site not in descriptions}
+        if not missing_sites:
             roster.nodes()  # raises an error for two nodes of one name
-            return {site: found[site] for site in sorted(sites)}
-        if time.monotonic() > end:
-            names = ", ".join(f"{site} ({why})" if why else site for site, why in absent.items())
+            return {site: descriptions[site] for site in sorted(sites)}
+        if time.monotonic() > deadline:
+            names = ", ".join(f"{site} ({refusal})" if refusal else site for site, refusal in missing_sites.items())
             raise RoundError(f"not connected within {seconds:g} s: {names}; start their clients, then the server again")
         time.sleep(roster.poll)
 
@@ -180,27 +182,29 @@ def one_cohort(found: Mapping[ClientId, Mapping[str, Any]]) -> tuple[int, ...]:
             architecture.
     """
     names = list(found)
-    first, told = names[0], found[names[0]]
+    first_site, first_description = names[0], found[names[0]]
     for site in names[1:]:
-        for what, hint in (("shape", "of one example"), ("task", "which is called like the data's file")):
-            here, there = found[site][what], told[what]
-            if here != there:
+        for key, hint in (("shape", "of one example"), ("task", "which is called like the data's file")):
+            site_value, first_value = found[site][key], first_description[key]
+            if site_value != first_value:
                 raise ConfigError(
-                    f"the sites {first} and {site} cannot learn together: the {what}, {hint}, is {_plain(there)} at "
-                    f"{first} and {_plain(here)} at {site}"
+                    f"the sites {first_site} and {site} cannot learn together: the {key}, {hint}, is "
+                    f"{_plain(first_value)} at {first_site} and {_plain(site_value)} at {site}"
                 )
     for site in names:
-        others = {label for other in names if other != site for label in found[other]["labels"]}
-        if others and not others & set(found[site]["labels"]):
-            other = next(name for name in names if name != site)
+        other_labels = {label for other_site in names if other_site != site for label in found[other_site]["labels"]}
+        if other_labels and not other_labels & set(found[site]["labels"]):
+            other_site = next(name for name in names if name != site)
             raise ConfigError(
                 f"site {site} has no label in common with any other: {', '.join(found[site]['labels'])}, but "
-                f"{', '.join(found[other]['labels'])} at {other}; call the classes alike"
+                f"{', '.join(found[other_site]['labels'])} at {other_site}; call the classes alike"
             )
-    for site, d in found.items():
-        if d["architecture"] not in ARCHITECTURES:
-            raise ConfigError(f"site {site} has the architecture {d['architecture']!r}, which the server does not know")
-    return tuple(int(side) for side in told["shape"])
+    for site, description in found.items():
+        if description["architecture"] not in ARCHITECTURES:
+            raise ConfigError(
+                f"site {site} has the architecture {description['architecture']!r}, which the server does not know"
+            )
+    return tuple(int(side) for side in first_description["shape"])
 
 
 def _plain(value: Any) -> str:

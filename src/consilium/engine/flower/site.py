@@ -60,12 +60,12 @@ def save_site(path: Path, name: str, experiment: Experiment, limits: Limits | No
     refuse_links(path.parent, FLOWERS)
     if path.exists():
         try:
-            former = json.loads(path.read_text())["name"]
+            former_name = json.loads(path.read_text())["name"]
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise ConfigError(f"{path} cannot be read ({type(error).__name__}); choose another --state") from error
-        if former != name:
+        if former_name != name:
             raise ConfigError(
-                f"{path.parent} is the state of site {one_line(former, 64)}, not {name}; choose another --state"
+                f"{path.parent} is the state of site {one_line(former_name, 64)}, not {name}; choose another --state"
             )
     federation = experiment.data.load(experiment.seed)
     if name not in federation.clients and len(federation.clients) != 1:
@@ -86,7 +86,7 @@ def save_site(path: Path, name: str, experiment: Experiment, limits: Limits | No
     else:
         experiment.model.check_texts(0)  # the server decides how long texts are
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    own = {
+    settings = {
         "name": name,
         "fingerprint": hmac.digest(_secret(path.parent), Federation({name: data}).fingerprint.encode(), "sha256").hex(),
         "model": experiment.model.fingerprint,
@@ -98,7 +98,7 @@ def save_site(path: Path, name: str, experiment: Experiment, limits: Limits | No
         ),
         "experiment": to_json(experiment),
     }
-    for file, content in {path: json.dumps(own).encode(), **_written(path.parent, data)}.items():
+    for file, content in {path: json.dumps(settings).encode(), **_written(path.parent, data)}.items():
         write_atomic(file, content)
         file.chmod(0o600)
 
@@ -132,13 +132,13 @@ def read_site(path: Path) -> tuple[dict[str, Any], ClientData]:
         ConfigError: if they cannot be read.
     """
     try:
-        given, data = json.loads(path.read_text()), json.loads(path.with_name("data.json").read_text())
+        settings, data = json.loads(path.read_text()), json.loads(path.with_name("data.json").read_text())
         task = Task(**{**data["task"], "labels": tuple(data["task"]["labels"])})
         if "train" in data:
-            return given, ClientData(task, *(Split(**data[key]) for key in SPLITS))
-        held = decode(path.with_name("data.safetensors").read_bytes()).group("data")
-        x, y, more = held["x"], held["y"], {"cut": data["cut"], "augment": data["augment"]}
-        return given, ClientData(task, *(TensorSplit(x, y, held[key], task.labels, **more) for key in SPLITS))
+            return settings, ClientData(task, *(Split(**data[key]) for key in SPLITS))
+        tensors = decode(path.with_name("data.safetensors").read_bytes()).group("data")
+        x, y, options = tensors["x"], tensors["y"], {"cut": data["cut"], "augment": data["augment"]}
+        return settings, ClientData(task, *(TensorSplit(x, y, tensors[key], task.labels, **options) for key in SPLITS))
     except (OSError, ValueError, KeyError, TypeError, ConsiliumError) as error:
         raise ConfigError(f"the site's settings in {path.parent} cannot be read: {type(error).__name__}") from error
 
@@ -149,13 +149,13 @@ def _written(folder: Path, data: ClientData) -> dict[Path, bytes]:
         return {folder / "data.json": json.dumps(asdict(data)).encode()}
     splits = [split for _, split in data.splits()]
     ends = torch.tensor([len(split) for split in splits]).cumsum(0).tolist()
-    held = {
+    tensors = {
         "x": torch.cat([split.x[split.index] for split in splits]),
         "y": torch.cat([split.y[split.index] for split in splits]),
         **{key: torch.arange(start, end) for key, start, end in zip(SPLITS, [0, *ends], ends, strict=False)},
     }
     return {
-        folder / "data.safetensors": encode(Payload({"data": held})),
+        folder / "data.safetensors": encode(Payload({"data": tensors})),
         folder / "data.json": json.dumps(
             {"task": asdict(data.task), "cut": data.train.cut, "augment": data.train.augment}
         ).encode(),
@@ -168,12 +168,12 @@ def relabelled(data: ClientData, labels: Sequence[str]) -> ClientData:
     Raises:
         DataError: if a label of the data is not among them.
     """
-    labels, own = tuple(labels), data.task.labels
-    if labels == own:
+    labels, site_labels = tuple(labels), data.task.labels
+    if labels == site_labels:
         return data
-    if strangers := set(own) - set(labels):
-        raise DataError(f"the labels {sorted(strangers)} are not among those of the run: {', '.join(labels)}")
-    places = torch.tensor([labels.index(label) for label in own])
+    if unknown_labels := set(site_labels) - set(labels):
+        raise DataError(f"the labels {sorted(unknown_labels)} are not among those of the run: {', '.join(labels)}")
+    places = torch.tensor([labels.index(label) for label in site_labels])
     splits = (replace(split, y=places[split.y], labels=labels) for _, split in data.splits())
     return ClientData(replace(data.task, labels=labels), *splits)
 
@@ -185,13 +185,17 @@ def check_model(own: Cohort, theirs: Cohort) -> None:
     architectures of the package's table or the site's own cohort: another name may stand for a function that is
     imported, or a model that is fetched, and only the site may decide that.
     """
-    if strange := [
+    if unknown_names := [
         name for name in theirs.architectures if name not in ARCHITECTURES and name not in own.architectures
     ]:
-        raise ConfigError(f"the server names the architecture {strange[0]!r}; a site builds those of {ALLOWED} alone")
+        raise ConfigError(
+            f"the server names the architecture {unknown_names[0]!r}; a site builds those of {ALLOWED} alone"
+        )
     for name in ("width", "small", "kernel", "padding"):
-        if (here := getattr(own, name)) != (there := getattr(theirs, name)):
-            raise ConfigError(f"model.{name} is {here} at the site and {there} at the server; it must be the same")
+        if (site_value := getattr(own, name)) != (server_value := getattr(theirs, name)):
+            raise ConfigError(
+                f"model.{name} is {site_value} at the site and {server_value} at the server; it must be the same"
+            )
     if theirs.world == "cohort" and own.path != theirs.path:
         raise ConfigError(
             f"the architecture is {own.path} at the site, and {theirs.path} is the one that the server says all have; "
