@@ -141,7 +141,7 @@ CHECKS = [
     judge.diverged, judge.check_sent, judge.tally, judge.one_line,
 ]  # fmt: skip
 EQUIVALENT = {
-    "bounded",  # spares looking for the extremes of numbers that have no bounds
+    "is_bounded",  # spares looking for the extremes of numbers that have no bounds
     "not tensor.is_floating_point()",  # whole numbers are finite: spares looking
     "bool(tensor.sum().isfinite())",  # a finite sum: spares looking at each
     "'a whole number' if kind is int else 'a finite number'",  # words

@@ -3,7 +3,7 @@
 This is a method of this project and not of a paper. It starts from FedMoE (https://arxiv.org/abs/2408.11304) and makes
 three changes. Each can be switched off:
 
-1. Choice (`choice`). In the first round each client runs the full model on a few rows of its training data and measures
+1. Choice (`choice`). In the first round each client runs the full model on rows of its training data and measures
    what each expert contributes, c_ie = mean over tokens of (gate x norm of the expert's output). It keeps the experts
    that contribute most. FedMoE ranks by how often an expert is requested, but a rare expert may matter more.
 2. Budget (`budget`). The number of experts that a layer keeps matters more than the choice of experts. A few shapes
@@ -85,7 +85,9 @@ class AffinityMoE(Algorithm):
             as FedMoE does; "self" uses the client's own changes only, so that it trains alone.
         floor: weight of a client that is not similar at all, in [0, 1]. At 0, clients that all have the same kind of
             text hardly learn from each other, because nothing tells them apart: use likeness "none" for them.
-        rows: rows of training data on which a client measures, and of validation data on which it scores shapes.
+        rows: rows of training data on which a client measures its usage of experts. Few rows make similar clients look
+            different.
+        scored: rows of validation data on which a client scores each shape.
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("moe",)
@@ -94,7 +96,8 @@ class AffinityMoE(Algorithm):
     budget: Literal["searched", "even"] = setting("searched", "free")
     likeness: Literal["usage", "none", "self"] = setting("usage", "server")
     floor: float = setting(0.0, "server", "[0, 1]")
-    rows: int = setting(8, "batch_size", "[1, 1e6]")
+    rows: int = setting(64, "batch_size", "[1, 1e6]")
+    scored: int = setting(8, "batch_size", "[1, 1e6]")
 
     def chooses_by_memory(self) -> bool:
         return True
@@ -342,10 +345,10 @@ class AffinityMoEClient(Client):
 
     def _profile(self, payload: Payload, context: ClientContext) -> Payload:
         """Measure usage and contributions on training rows, and score the shapes on validation rows."""
-        setup, rows = self.setup, self.algorithm.rows
+        setup = self.setup
         params, total = payload.group("params"), int(payload.scalars["total"])
         model = setup.build(params, context)
-        demand, contribution = profile(setup, model, setup.encode(context, context.data.train), context, rows)
+        demand, contribution = profile(setup, model, setup.encode(context, context.data.train), context, self.algorithm.rows)
         del model
         candidates = shapes(len(setup.model.counts))
         losses = torch.zeros(len(candidates))
@@ -356,7 +359,7 @@ class AffinityMoEClient(Client):
             for place, shape in enumerate(candidates):
                 experts = most(expert_scores, setup.spread(total, shape))
                 sub_model = setup.build_sent(setup.sub_moe(params, context.data.task.name, experts), context)
-                losses[place] = mean_loss(setup, sub_model, validation, context, rows)
+                losses[place] = mean_loss(setup, sub_model, validation, context, self.algorithm.scored)
         scalars = {
             "num_examples": context.info.num_examples,
             "experts": sum(setup.model.counts.values()),
