@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from consilium import training
+from consilium import scoring
 from consilium.algorithms.fedavg import FedAvg
 from consilium.algorithms.fedprox import FedProx
 from consilium.algorithms.fml import FML
@@ -108,7 +108,7 @@ def test_rows_filled_in_for_the_cpu_change_nothing(name, tmp_path, monkeypatch):
     filled, plain = (engine_of(*CASES[name], tmp_path / kind, 1) for kind in ("filled", "plain"))
     records = [filled.round(1, test=True)]
     assert seen and not any(rows % 16 for rows in seen)
-    monkeypatch.setattr(training, "EVEN", 1)
+    monkeypatch.setattr(scoring, "EVEN", 1)
     records.append(plain.round(1, test=True))
     assert any(rows % 16 for rows in seen)
     assert records[0]["test"] == records[1]["test"]

@@ -348,7 +348,9 @@ class AffinityMoEClient(Client):
         setup = self.setup
         params, total = payload.group("params"), int(payload.scalars["total"])
         model = setup.build(params, context)
-        demand, contribution = profile(setup, model, setup.encode(context, context.data.train), context, self.algorithm.rows)
+        demand, contribution = profile(
+            setup, model, setup.encode(context, context.data.train), context, self.algorithm.rows
+        )
         del model
         candidates = shapes(len(setup.model.counts))
         losses = torch.zeros(len(candidates))
