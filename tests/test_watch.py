@@ -223,7 +223,7 @@ def plan(tmp_path, monkeypatch):
     program.write_text(PROGRAM.format(python=sys.executable))
     program.chmod(0o755)
     monkeypatch.setattr(watch.sys, "executable", str(program))
-    monkeypatch.setattr(watch, "check", lambda _: None)
+    monkeypatch.setattr(watch, "prepare", lambda _: None)
 
     def plan(*names, jobs=2):
         folders = {tmp_path / name: runs.experiment(Path("a.csv"), name=name) for name in names}
