@@ -112,6 +112,7 @@ def test_three_sites_as_the_page_has_it(tmp_path, monkeypatch):
         }
 
 
+@pytest.mark.slow
 def test_small_models_of_three_sites_and_one_that_lies(tmp_path):
     """pFedMoE, every site with its own table and architecture: the bits of one machine. West's key under east's name is
     refused, and nobody's place is taken; the run goes on with west itself."""

@@ -1,5 +1,6 @@
 """Every method for mixtures of experts with adapters on the experts, under every rule: what travels, key by key."""
 
+import itertools
 import math
 from typing import get_args
 
@@ -69,8 +70,11 @@ def test_two_rounds_in_which_only_what_the_rule_merges_travels(name, rule, tmp_p
         assert any(is_adapter(key) and not torch.equal(server.params[key], before[key]) for key in before)
 
 
-@pytest.mark.parametrize("rule", sorted(ANY_RANK))
-@pytest.mark.parametrize("name", ["FedAvg", "FedMoE", "HFedMoE", "FedRep", "Standalone"])
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [("FedAvg", rule) for rule in sorted(ANY_RANK)]
+    + list(zip(["FedMoE", "HFedMoE", "FedRep", "Standalone"], itertools.cycle(sorted(ANY_RANK)))),
+)
 def test_ranks_follow_the_memory_of_the_devices(name, rule, tmp_path):
     """Two devices have room for rank 1 and rank 3 of 4 with all experts; their pairs have these shapes both ways."""
     lora = Lora(rank=4, rule=rule, ranks="memory")
