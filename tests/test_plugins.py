@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from consilium.__main__ import main
+from consilium.cli.app import take_imports
 from consilium.core import Algorithm
 from consilium.plugins import VARIABLE, import_plugins
 
@@ -100,3 +101,9 @@ def test_an_entry_point_is_imported(monkeypatch, tmp_path):
     with pytest.raises(Exception, match="entry point theirs cannot be imported"):
         import_plugins()
     assert os.environ[VARIABLE] == ""
+
+
+def test_all_other_arguments_stay_as_they_are():
+    """An empty value, too: `--data.client=` is not a flag that takes the next argument as its value."""
+    args = ["run", "r", "--data.client=", "--fit.lr", "1", "--algorithm", "FedAvg"]
+    assert take_imports(args) == args

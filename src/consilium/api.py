@@ -1,7 +1,6 @@
 """The Python counterpart of the command line: compare methods and read runs. `import consilium` exports both."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,14 +200,11 @@ def load_run(folder: Path | str) -> Run:
         CheckpointError: if the folder is not a run.
     """
     folder = Path(folder)
-    config = RunDirectory(folder).config()
-    summary, maps = _json(folder / "summary.json"), RunDirectory(folder).structure()["rounds"]
+    directory = RunDirectory(folder)
+    config = directory.config()
+    summary, maps = directory.summary(), directory.structure()["rounds"]
     experts_by_client = maps[max(maps, key=int)] if maps else {}
     experts = {
         client: {block: tuple(ids) for block, ids in blocks.items()} for client, blocks in experts_by_client.items()
     }
     return Run(folder, config["status"], config["experiment"], summary, experts, folder / "report.html")
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.is_file() else None

@@ -279,7 +279,7 @@ class Server(ABC):
 
 @dataclass(frozen=True)
 class Reveal:
-    """What a group or scalar of a reply reveals about a client's data, and how exactly the server needs it.
+    """A declaration of what a group or scalar of a reply reveals of a client's data, and how exactly it is needed.
 
     Args:
         kind: "update", models and what is computed for them; "size", numbers of examples and tokens; "cost", seconds,

@@ -158,14 +158,14 @@ def _continue(
     directory.config()
     with directory.locked(grace):
         config = directory.config()
-        experiment, summary = from_json(config["experiment"]), directory.summary()
-        is_finished = config["status"] == "finished" and summary is not None
-        if rounds is not None and rounds < (round_count := summary["rounds"] if is_finished else 1):
-            raise ConfigError(f"--rounds is {rounds}; the run has {round_count} rounds, and can only go on to more")
-        if is_finished and rounds in (None, summary["rounds"]):
-            return summary
+        experiment = from_json(config["experiment"])
+        summary = directory.summary() if config["status"] == "finished" else None
         if rounds is not None:
+            if rounds < (done := sum(1 for _ in directory.rounds())):
+                raise ConfigError(f"--rounds is {rounds}; the run has {done} rounds, and can only go on to more")
             experiment = replace(experiment, rounds=rounds)
+        if summary is not None and rounds in (None, summary["rounds"]):
+            return summary
         partition = directory.partition()
         prepared = prepare(experiment)
         check_data_unchanged(partition, prepared)

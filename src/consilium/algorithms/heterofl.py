@@ -85,7 +85,7 @@ class FedRolex(HeteroFL):
 
 @dataclass(frozen=True)
 class FedDropout(HeteroFL):
-    """Sub-networks of random units, drawn anew every round.
+    """Sub-networks of random units, drawn again in every round.
 
     Args:
         shares: see HeteroFL.

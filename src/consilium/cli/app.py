@@ -122,9 +122,10 @@ def take_imports(args: Sequence[str]) -> list[str]:
     """
     other_args, remaining = [], list(args)
     while remaining:
-        name, _, value = remaining.pop(0).partition("=")
+        arg = remaining.pop(0)
+        name, _, value = arg.partition("=")
         if name not in ("--import", "--algorithm"):
-            other_args.append(f"{name}={value}" if value else name)
+            other_args.append(arg)
             continue
         if not value and not remaining:
             raise ConfigError(f"{name} needs a value")

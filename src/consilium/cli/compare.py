@@ -1,15 +1,11 @@
 """The command `consilium compare`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from consilium.cli.catalogue import read_catalogue
 from consilium.cli.parsing import flags_in, read_command, whole_number
 from consilium.cli.screen import VOICE, finish, out, speaking, tracking_flags
 from consilium.errors import ConfigError, ConsiliumError
-
-if TYPE_CHECKING:
-    pass
 
 
 def compare_command(args: list[str]) -> None:

@@ -1,7 +1,7 @@
 """The command `consilium data`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -9,9 +9,6 @@ from consilium.cli.parsing import parse
 from consilium.cli.screen import out
 from consilium.errors import ConfigError
 from consilium.escape import print_line
-
-if TYPE_CHECKING:
-    pass
 
 
 def data_command(args: list[str]) -> None:
@@ -62,7 +59,7 @@ def data_command(args: list[str]) -> None:
             choices: column of the answers to choose from.
             messages: column of conversations.
             image: column of encoded images.
-            client: column with the client of each row; "none": the rows are partitioned anew.
+            client: column with the client of each row; "none": the rows are partitioned again.
             separator: separator of the fields of a text file, if it is not recognised: one character, or "tab".
             quote: quote around these fields: one character, or "none".
             encoding: encoding of a text file, e.g. cp1252.

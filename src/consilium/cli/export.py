@@ -1,12 +1,7 @@
 """The commands `consilium export`, `consilium predict` and `consilium chat`."""
 
-from typing import TYPE_CHECKING
-
 from consilium.cli.parsing import parse
 from consilium.escape import terminal
-
-if TYPE_CHECKING:
-    pass
 
 
 def run_exported(command: str, args: list[str]) -> None:

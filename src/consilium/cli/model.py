@@ -1,16 +1,13 @@
 """The commands `consilium inspect`, `consilium plan` and `consilium upcycle`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from consilium.cli.parsing import parse, read_command
 from consilium.cli.screen import out
 from consilium.escape import print_line
-
-if TYPE_CHECKING:
-    pass
 
 
 def inspect_command(args: list[str]) -> None:

@@ -1,17 +1,13 @@
 """The commands `consilium run` and `consilium resume`."""
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
 from consilium.cli.parsing import parse, read_command, split_options, whole_number
 from consilium.cli.screen import VOICE, follow, out, speaking, split_voice
 from consilium.escape import print_line
-
-if TYPE_CHECKING:
-    pass
 
 
 def run_command(args: list[str]) -> None:
@@ -45,7 +41,8 @@ def resume_command(args: list[str]) -> None:
     options, other_args = split_options(args, {"--track": "", "--rounds": ""})
     quiet, as_json, other_args = split_voice(other_args)
     folder = parse(parameters, other_args, "consilium resume")
-    config = RunDirectory(folder).config()
+    directory = RunDirectory(folder)
+    config = directory.config()
     rounds = whole_number(options, "--rounds", 1) if options["--rounds"] else None
     is_finished = config["status"] == "finished" and rounds in (None, config["experiment"].get("rounds"))
     with speaking(quiet, as_json) as lines:
@@ -53,7 +50,6 @@ def resume_command(args: list[str]) -> None:
             print_line(out, f"{folder} is finished")
             print_table([folder], out)
             if lines:
-                summary = json.loads((folder / "summary.json").read_text())
-                lines.line({"summary": summary, "report": str(folder / "report.html")})
+                lines.line({"summary": directory.summary(), "report": str(folder / "report.html")})
         else:
             follow(lambda watch: resume(folder, watch, rounds), folder, options["--track"], lines)

@@ -1,7 +1,6 @@
 """The output of a command: its lines, its progress, and the table and the report at the end."""
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -83,6 +82,7 @@ def finish(folders: list[Path], target: Path | None = None, lines: "JsonLines | 
         lines: lines of --json; they get the summary of the run, or of each by its name with the rows of the table.
     """
     from consilium.report import methods, print_clients, print_table, read_runs, rows, table_files, write_report
+    from consilium.rundir import RunDirectory
 
     print_table(folders, out)
     if len(folders) == 1:
@@ -93,7 +93,7 @@ def finish(folders: list[Path], target: Path | None = None, lines: "JsonLines | 
     has_several = len(folders) > 1
     tables = [str(path) for path in table_files(page) if has_several and path.is_file()]
     if lines:
-        summaries = {folder.name: json.loads((folder / "summary.json").read_text()) for folder in folders}
+        summaries = {folder.name: RunDirectory(folder).summary() for folder in folders}
         extras = {"table": rows(methods(read_runs(folders))), "tables": tables} if has_several else {}
         lines.line({"summary": summaries if has_several else summaries[folders[0].name], **extras, "report": str(page)})
     elif out.quiet:

@@ -60,9 +60,7 @@ def server_command(args: list[str]) -> None:
     )
     experiment, options = command.experiment, command.options
     deployment = load_deployment()
-    sites, wait = site_names(options["--sites"]), whole_number(options, "--wait", 1)
-    if not sites:
-        raise ConfigError("--sites is empty; name the sites, e.g. --sites north,south")
+    sites, wait = _server_sites(options), whole_number(options, "--wait", 1)
     keys = keys_folder(options, insecure, parse_address(options["--address"], "--address"), "server")
     folder = Path(options["--out"]) / experiment.name
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -76,16 +74,8 @@ def server_command(args: list[str]) -> None:
 def collect_packages(args: list[str]) -> None:
     """consilium server --one-shot HUB --sites A,B --certificates DIR [--address HOST:PORT] [--insecure]"""
     option_defaults = {"--one-shot": "", "--sites": "", "--certificates": "", "--address": "0.0.0.0:8000"}
-    options, other_args = split_options(args, option_defaults)
-    insecure, other_args = split_insecure(other_args)
-    if other_args:
-        raise ConfigError(
-            f"unknown argument {other_args[0]!r}; with --one-shot allowed are "
-            f"{', '.join(option_defaults)} and --insecure"
-        )
-    sites = site_names(options["--sites"])
-    if not sites:
-        raise ConfigError("--sites is empty; name the sites, e.g. --sites north,south")
+    options, insecure = _one_shot_options(args, option_defaults)
+    sites = _server_sites(options)
     load_deployment()  # raises if a package is missing
     from consilium.oneshot.network import collect
 
@@ -94,6 +84,26 @@ def collect_packages(args: list[str]) -> None:
         collect(Path(options["--one-shot"]), sites, options["--address"], keys, out)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("; the same command goes on collecting") from None
+
+
+def _one_shot_options(args: list[str], option_defaults: dict[str, str]) -> tuple[dict[str, str], int]:
+    """Return the options of a command with --one-shot, and how often --insecure was given."""
+    options, other_args = split_options(args, option_defaults)
+    insecure, other_args = split_insecure(other_args)
+    if other_args:
+        raise ConfigError(
+            f"unknown argument {other_args[0]!r}; with --one-shot allowed are "
+            f"{', '.join(option_defaults)} and --insecure"
+        )
+    return options, insecure
+
+
+def _server_sites(options: dict[str, str]) -> list[str]:
+    """Return the sites of a server, which needs at least one."""
+    sites = site_names(options["--sites"])
+    if not sites:
+        raise ConfigError("--sites is empty; name the sites, e.g. --sites north,south")
+    return sites
 
 
 def offer_package(args: list[str]) -> None:
@@ -107,13 +117,7 @@ def offer_package(args: list[str]) -> None:
         "--state": "",
         "--port": "9094",
     }
-    options, other_args = split_options(args, option_defaults)
-    insecure, other_args = split_insecure(other_args)
-    if other_args:
-        raise ConfigError(
-            f"unknown argument {other_args[0]!r}; with --one-shot allowed are "
-            f"{', '.join(option_defaults)} and --insecure"
-        )
+    options, insecure = _one_shot_options(args, option_defaults)
     load_deployment()
     from consilium.oneshot.network import offer
 
@@ -131,9 +135,9 @@ def client_command(args: list[str]) -> None:
     if any(arg.partition("=")[0] == "--one-shot" for arg in args):
         return offer_package(args)
     option_defaults = {"--name": "", "--server": "", "--certificates": "", "--state": "", "--port": "9094"}
+    deployment = load_deployment()
     limit_defaults = {
-        f"--max-{field.replace('_', '-')}": value
-        for field, value in dataclasses.asdict(load_deployment().Limits()).items()
+        f"--max-{field.replace('_', '-')}": value for field, value in dataclasses.asdict(deployment.Limits()).items()
     }
     option_defaults |= {flag: str(value) for flag, value in limit_defaults.items()}
     insecure, args = split_insecure(args)
@@ -141,7 +145,6 @@ def client_command(args: list[str]) -> None:
     experiment, options = command.experiment, command.options
     if not args[0].endswith(".json"):
         experiment = of_one_client(experiment, command.flags)
-    deployment = load_deployment()
     keys = keys_folder(options, insecure, parse_address(options["--server"], "--server"), None)
     state = Path(options["--state"] or f"site-{options['--name']}")
     limits: dict[str, Any] = {}

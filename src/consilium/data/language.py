@@ -43,7 +43,7 @@ class LanguageData:
 
     Args:
         path: a .csv, .tsv, .json, .jsonl, .parquet or .xlsx file (text also as .gz or .zst); a folder of such files; or
-            a directory of `datasets`, or owner/name on the hub; their splits are joined and dealt anew.
+            a directory of `datasets`, or owner/name on the hub; their splits are joined and dealt again.
         prompt: column of the prompt.
         response: column of the response to train on.
         context: column of a text that the prompt is about, put before the prompt; may be empty in a row. "": the column

@@ -30,7 +30,7 @@ class TextFileData:
 
     Args:
         path: a .csv, .tsv, .json, .jsonl, .parquet or .xlsx file (text also as .gz or .zst); a folder of such files; or
-            a directory of `datasets`, or owner/name on the hub; their splits are joined and dealt anew.
+            a directory of `datasets`, or owner/name on the hub; their splits are joined and dealt again.
         text: column of the input text.
         target: column of the label (classification; `--data.label` is accepted too) or of the answer (text-to-text).
         form: "classification" or "text-to-text".

@@ -112,10 +112,14 @@ def solve_ridge(moments: Mapping[str, Tensor], strength: float) -> Tensor:
         W, float32 [X + 1, classes]: (x, 1) W estimates, for each class, the probability that the token belongs to it.
     """
     means = [m.double() / m[-1, -1].double() for m in moments.values()]
-    total = torch.stack(means).sum(0)
+    return _damped_solution(means, [mean[:, -1] for mean in means], strength)
+
+
+def _damped_solution(matrices: Sequence[Tensor], targets: Sequence[Tensor], strength: float) -> Tensor:
+    """Solve (sum of matrices + lambda I) W = targets; returns W, float32, a column for each target."""
+    total = torch.stack(list(matrices)).sum(0)
     damping = strength * total.diagonal().mean() * torch.eye(len(total), dtype=torch.float64)
-    targets = torch.stack([mean[:, -1] for mean in means], dim=1)
-    return torch.linalg.solve(total + damping, targets).float()
+    return torch.linalg.solve(total + damping, torch.stack(list(targets), dim=1)).float()
 
 
 def directions(moments: Mapping[str, Tensor], strength: float) -> dict[str, Tensor]:
@@ -126,11 +130,9 @@ def directions(moments: Mapping[str, Tensor], strength: float) -> dict[str, Tens
         strength: as in `solve_ridge`.
     """
     means = {site: m.double() / m[-1, -1].double() for site, m in moments.items()}
-    total = torch.stack([m[:-1, :-1] for m in means.values()]).sum(0)
-    damping = strength * total.diagonal().mean() * torch.eye(len(total), dtype=torch.float64)
     common = torch.stack([m[:-1, -1] for m in means.values()]).sum(0)
-    targets = torch.stack([2 * m[:-1, -1] - common for m in means.values()], dim=1)
-    solution = torch.linalg.solve(total + damping, targets).float()
+    targets = [2 * m[:-1, -1] - common for m in means.values()]
+    solution = _damped_solution([m[:-1, :-1] for m in means.values()], targets, strength)
     return dict(zip(means, solution.unbind(1), strict=True))
 
 
