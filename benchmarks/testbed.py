@@ -72,7 +72,7 @@ METHODS: dict[str, Algorithm] = {
 """In the order in which they are run. "alone" is working alone with AffinityMoE's own sub-model, stopped early."""
 UNLIMITED = ("FedAvg, no limit",)
 Cells = Mapping[str, Result]
-GRID = (1.2e-3, 5e-4, 2e-4)
+GRID = (2.4e-3, 1.2e-3, 5e-4, 2e-4)
 SEARCH_SEED = 100
 ROUNDS = 6
 

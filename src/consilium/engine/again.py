@@ -24,6 +24,8 @@ LOST = 75
 """Exit code of a program that has come to the end of its main thread."""
 PAUSE = 5.0
 """Seconds to wait before the program is started again."""
+GRACE = 0.25
+"""Seconds that the program has to end by itself after a signal, before it is told to."""
 TRIES = 60
 """Failures in a row that are allowed after an exit with `LOST`; the program fails as long as its server does."""
 FIRST = 12
@@ -72,19 +74,26 @@ def _started(program: list[str], parent: Callable[[], None], left: int) -> int:
     while True:
         process = subprocess.Popen(command(["--once", *program]), preexec_fn=parent)
         try:
-            code = process.wait()
+            # Not `process.wait()`: interrupted at the wrong moment, it loses the exit code.
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         except KeyboardInterrupt:
-            process.terminate()
-            try:
-                return process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                return process.wait()
+            return _end(process)
+        code = process.wait()
         left = TRIES if code == LOST else left - 1
         if code <= 0 or left < 0:
             return code
         print(f"{program[0]} has stopped working; it is started again in {PAUSE:g} s, {left} times more", flush=True)
         time.sleep(PAUSE)
+
+
+def _end(process: subprocess.Popen[bytes]) -> int:
+    """End a process and return its exit code. After Ctrl-C, which reaches both processes, it ends by itself."""
+    for end_harder, seconds in ((process.terminate, GRACE), (process.kill, 20.0)):
+        try:
+            return process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            end_harder()
+    return process.wait()
 
 
 if __name__ == "__main__":
