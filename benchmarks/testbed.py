@@ -41,6 +41,7 @@ from consilium.core import Algorithm
 from consilium.data.code import CodeData
 from consilium.experiment import Experiment
 from consilium.machine import cores
+from consilium.privacy import Privacy
 from consilium.recipes.code import DEVICE, affinitymoe_code
 from consilium.report.methods import half_width
 from consilium.rundir import RunDirectory
@@ -67,10 +68,32 @@ METHODS: dict[str, Algorithm] = {
     "contribution, even": AffinityMoE(budget="even", likeness="none"),
     "AffinityMoE, even": AffinityMoE(budget="even"),
     "AffinityMoE, random": AffinityMoE(choice="random"),
+    "random, even, likeness": AffinityMoE(choice="random", budget="even"),
     "alone, even": AffinityMoE(likeness="self", budget="even"),
+    "AffinityMoE, coarse usage": AffinityMoE(),
+    "AffinityMoE, noised usage": AffinityMoE(),
 }
 """In the order in which they are run. "alone" is working alone with AffinityMoE's own sub-model, stopped early."""
 UNLIMITED = ("FedAvg, no limit",)
+PRIVACY = {
+    "AffinityMoE, coarse usage": Privacy(usage="coarse"),
+    "AffinityMoE, noised usage": Privacy(usage="noised", usage_noise=1.0),
+}
+NEAREST = {
+    "nested": "nested, budget",
+    "randomMoE, budget": "randomMoE",
+    "usage, even": "FedMoE",
+    "usage, budget": "FedMoE",
+    "contribution, even": "AffinityMoE, all alike",
+    "AffinityMoE, even": "AffinityMoE",
+    "AffinityMoE, random": "AffinityMoE",
+    "random, even, likeness": "AffinityMoE",
+    "alone, even": "alone",
+    "AffinityMoE, coarse usage": "AffinityMoE",
+    "AffinityMoE, noised usage": "AffinityMoE",
+}
+"""Method -> the one whose searched rate it takes, where it has none of its own. The search found the same rate for all
+methods that average all clients alike, and the same lower one for the two that do not."""
 Cells = Mapping[str, Result]
 GRID = (2.4e-3, 1.2e-3, 5e-4, 2e-4)
 SEARCH_SEED = 100
@@ -116,7 +139,8 @@ def experiment(setting: str, method: str, seed: int, rate: float | None = None) 
     base, data = affinitymoe_code(), SETTINGS[setting]
     if rate is not None:
         data = replace(data, test=4)  # the search goes by validation data
-    found = rates().get(setting, {}).get(method) or rates().get("C", {}).get(method) or base.fit.lr
+    tuned = rates().get(setting, {}) or rates().get("C", {})
+    found = tuned.get(method) or tuned.get(NEAREST.get(method, ""), base.fit.lr)
     name = f"{setting}-{slug(method)}-{seed}"
     return replace(
         base,
@@ -128,6 +152,7 @@ def experiment(setting: str, method: str, seed: int, rate: float | None = None) 
         rounds=ROUNDS,
         evaluate_every=ROUNDS,
         memory=() if method in UNLIMITED else (DEVICE,),
+        privacy=PRIVACY.get(method, Privacy()),
         seed=seed,
     )
 
