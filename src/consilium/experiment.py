@@ -91,6 +91,8 @@ class Experiment:
         sampling: who takes part in a round.
         rounds: communication rounds, >= 1; a first stage counts.
         memory: device memory of the clients in id order, cycled ("60MB", "12GiB"); (): no limit.
+        layers: weights of the layers with experts when a device's room is divided among them: 2 1 1 1 gives the first
+            of four layers twice as many experts as each of the others; (): the same number in every layer.
         evaluate_every: rounds between evaluations of all clients on their test data; the last round is always
             evaluated.
         completions: number of clients for which a simulation keeps completions of a test text, by the models before and
@@ -118,6 +120,7 @@ class Experiment:
     sampling: Sampling = field(default_factory=Sampling)
     rounds: int = setting(20, "rounds", "[1, 1e12]")
     memory: tuple[str, ...] = setting((), "server")
+    layers: tuple[float, ...] = setting((), "server", "(0, 1e6]")
     evaluate_every: int = setting(1, "free", "[1, 1e12]")
     completions: int = setting(0, "server", "[0, 1e6]")
     seed: int = setting(0, "free")
@@ -156,6 +159,11 @@ class Experiment:
             raise ConfigError(f"fit.precision {self.fit.precision} is for small models; use model.dtype bfloat16")
         if self.memory and isinstance(self.model, Cohort):
             raise ConfigError("memory is given, but there is no memory model of small models; leave it at ()")
+        if self.layers and (isinstance(self.model, Cohort) or len(self.layers) != len(self.model.counts)):
+            blocks = 0 if isinstance(self.model, Cohort) else len(self.model.counts)
+            raise ConfigError(
+                f"layers is {self.layers}; {self.model.path} has {blocks} layers with experts: give a weight for each"
+            )
         if self.model.world not in self.algorithm.worlds:
             raise ConfigError(
                 f"{type(self.algorithm).__name__} cannot train {self.model.path}: it is for "
@@ -256,6 +264,7 @@ class Experiment:
             self.merging,
             self.privacy,
             self.rounds,
+            self.layers,
         )
 
 

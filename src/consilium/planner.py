@@ -30,10 +30,12 @@ class Planner:
     Attributes:
         model: a mixture of experts, or a cohort of small models.
         fit: how clients train.
+        layers: weight of each sparse layer when a device's room is divided among them; (): the same for all.
     """
 
     model: ModelSource | Cohort
     fit: Fit
+    layers: Shape
 
     def rank_of(self, client: ClientInfo) -> int:
         """Return the rank of a client's adapters.
@@ -201,6 +203,8 @@ class Planner:
     def spread(self, experts: int, shape: Shape = ()) -> dict[str, int]:
         """Return experts per block, `experts` of them in all, in proportion to the shape; see `layers.spread`.
 
+        Without a shape, `layers` counts.
+
         Raises:
             BudgetError: for fewer than every block needs, see `least`.
             ConfigError: for a shape of another length.
@@ -208,7 +212,7 @@ class Planner:
         if experts < sum(self.least.values()):
             raise BudgetError(f"{experts} experts are too few: the layers need {sum(self.least.values())} between them")
         try:
-            return spread(experts, self.model.counts, self.least, shape)
+            return spread(experts, self.model.counts, self.least, shape or self.layers)
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
@@ -262,6 +266,17 @@ class Planner:
             raise BudgetError(f"{client.id} cannot train even {minimum} experts in {blocks} layers: {lack}")
         forward = _most(minimum, total, lambda n: fits(n, blocks))
         return forward, _most(blocks, forward, lambda n: fits(forward, n))
+
+    def sub_moe_counts(self, client: ClientInfo, share: float = 1.0, references: int = 0) -> dict[str, int]:
+        """Return the experts per block of the sub-MoE of a method that has no rule of its own for the layers.
+
+        It has the same number of experts in every block, or with `layers` numbers in proportion to them: the most that
+        `share` of the client's memory can train. If even the fewest do not fit, they are returned nevertheless.
+        """
+        if self.layers:
+            return self.fitting(client, share=share, references=references)
+        n = max(self.largest_uniform(client.memory_bytes, share, references), self.model.family.least)
+        return {block: min(n, total) for block, total in self.model.counts.items()}
 
     def largest_uniform(self, memory_bytes: int | None, share: float = 1.0, references: int = 0) -> int:
         """Return the most experts per block, the same in every block, that fit into `share` of the memory.

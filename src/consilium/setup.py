@@ -31,6 +31,7 @@ from consilium.models.cohort import Cohort, SplitModel, initial
 from consilium.moe.addressing import is_adapter, load_flat, select, travels
 from consilium.moe.build import ModelSource
 from consilium.moe.gates import NEED_ROWS, Gates, absent_rows, gates_from_scalars, gates_to_scalars
+from consilium.moe.layers import Shape
 from consilium.moe.lora import add_lora, folded, initial_adapters, is_folded
 from consilium.moe.merging import Merging, RobustMean
 from consilium.moe.model import TaskModel, text_config
@@ -58,6 +59,7 @@ class Setup(Planner):
         merging: how the server merges updates.
         privacy: what the server may learn about a client and disclose.
         rounds: rounds of the whole run, for schedules; 0: not known.
+        layers: weight of each sparse layer when a device's room is divided among them; (): the same for all.
     """
 
     model: ModelSource | Cohort
@@ -70,6 +72,7 @@ class Setup(Planner):
     merging: Merging = field(default_factory=Merging)
     privacy: Privacy = field(default_factory=Privacy)
     rounds: int = 0
+    layers: Shape = ()
 
     def initial_params(self, client: ClientInfo | None = None) -> Params:
         """Return the parameters from which all methods start.

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from consilium.algorithms.randommoe import RandomMoE, random_experts
+from consilium.algorithms.randommoe import RandomMoE, random_choice
 from consilium.core import Payload, experts_from_scalars
 from consilium.errors import ConfigError
 
@@ -33,10 +33,11 @@ def test_the_map_is_fixed_random_and_within_memory(tmp_path):
 
 def test_the_choice_follows_seed_and_client_and_differs_by_layer():
     setup = tiny.setup()
-    maps = {str(random_experts(setup, client, 4)) for client in tiny.IDS}
-    assert len(maps) == 6 and str(random_experts(tiny.setup(seed=1), tiny.IDS[0], 4)) not in maps
-    assert random_experts(setup, "animal-00", 4) == random_experts(tiny.setup(), "animal-00", 4)
-    first, second = random_experts(setup, "animal-00", 4).values()
+    four = dict.fromkeys(setup.model.counts, 4)
+    maps = {str(random_choice(setup, client, four)) for client in tiny.IDS}
+    assert len(maps) == 6 and str(random_choice(tiny.setup(seed=1), tiny.IDS[0], four)) not in maps
+    assert random_choice(setup, "animal-00", four) == random_choice(tiny.setup(), "animal-00", four)
+    first, second = random_choice(setup, "animal-00", four).values()
     assert first != second
 
 

@@ -12,6 +12,7 @@ compared at the memory of the smallest device. With "all" (the default, the plai
 model cannot take part. `fit.gates` sets how the gates of a sub-MoE are scaled.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -135,21 +136,30 @@ def common_experts(
     if experts == "all":
         return None
     totals = setup.model.counts
-    if experts == "fit":
-        if all(c.memory_bytes is None for c in setup.clients):
-            return None
-        fitting_counts = [
-            n for c in setup.clients if (n := setup.largest_uniform(c.memory_bytes, references=references))
-        ]
-        if not fitting_counts:
-            largest_client = max(setup.clients, key=lambda c: c.memory_bytes or 0)
-            lack = setup.lacks(largest_client, setup.least, references=references)
-            raise BudgetError(f"no device can hold one expert per layer, not even {largest_client.id}: {lack}")
-        experts = min(fitting_counts)
+    if experts == "fit" and all(c.memory_bytes is None for c in setup.clients):
+        return None
     if not totals:
         raise ConfigError(f"experts is {experts!r}, but {setup.model.path} has no experts; leave it at 'all'")
+    if experts == "fit":
+        return _fitting_experts(setup, references)
     least, total = setup.model.family.least, max(totals.values())
     if not least <= experts <= total:
         raise ConfigError(f"experts is {experts}; allowed are {least}..{total}, 'all' and 'fit'")
     usage = setup.public_usage("common experts")
     return most(usage, dict.fromkeys(usage, experts))
+
+
+def _fitting_experts(setup: Setup, references: int) -> dict[str, tuple[int, ...]]:
+    """Return the publicly most used experts, as many as the smallest device that can train one per layer has room for.
+
+    Raises:
+        BudgetError: if no device can hold one expert per layer.
+    """
+    able_clients = [c for c in setup.clients if not setup.lacks(c, setup.least, references=references)]
+    if not able_clients:
+        largest_client = max(setup.clients, key=lambda c: c.memory_bytes or 0)
+        lack = setup.lacks(largest_client, setup.least, references=references)
+        raise BudgetError(f"no device can hold one expert per layer, not even {largest_client.id}: {lack}")
+    smallest_client = min(able_clients, key=lambda c: math.inf if c.memory_bytes is None else c.memory_bytes)
+    counts = setup.sub_moe_counts(smallest_client, references=references)
+    return most(setup.public_usage("common experts"), counts)

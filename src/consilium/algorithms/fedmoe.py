@@ -18,6 +18,7 @@ that these neighbours use most or least (Eq 6). A change that does not help is r
     S(u_k)   similar(...)                            p-hat    p_hat(...)
 
 Departures, each where the paper is silent or contradicts itself:
+- With `Experiment.layers`, the numbers of experts of the layers are given, and Eq 3's threshold is not used.
 - The paper does not say over which experts a sub-MoE's gates are normalised. `fit.gates` sets this here; by default the
   mean total gate stays that of the full model (`moe.gates`).
 - p is the demand of the router over all its rows: clients also receive the rows of experts that they do not hold (group
@@ -49,7 +50,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from consilium.algorithms.randommoe import random_experts
+from consilium.algorithms.randommoe import random_choice
 from consilium.core import (
     Algorithm,
     Client,
@@ -68,6 +69,7 @@ from consilium.errors import BudgetError
 from consilium.moe.addressing import expert_of, router_row_of
 from consilium.moe.budget import Mode
 from consilium.moe.gates import absent_rows
+from consilium.moe.layers import most
 from consilium.moe.lora import add_expert_lora
 from consilium.moe.routing import Tap, shares
 from consilium.params import Like
@@ -375,7 +377,10 @@ class FedMoEServer(Server):
                 )
 
             try:
-                structure = largest_structure(self.p[client.id], fits, self._least)
+                if self.setup.layers:  # the layers' shares are given, and Eq 3's threshold has nothing to decide
+                    structure = most(self.p[client.id], self.setup.fitting(client, share=memory_share))
+                else:
+                    structure = largest_structure(self.p[client.id], fits, self._least)
             except BudgetError:  # the smallest sub-MoE fits M_k, as checked at the start, but not alpha * M_k
                 structure = structure_at(self.p[client.id], 0.0, self._least)
             self.map[client.id] = structure
@@ -400,8 +405,8 @@ class FedMoEServer(Server):
     def _random_structures(self) -> None:
         """Give each client as many random experts per layer as fit alpha * M_k, if there is no stage one."""
         for client in self.setup.clients:
-            n = self.setup.largest_uniform(client.memory_bytes, share=self.algorithm.alpha)
-            self.map[client.id] = random_experts(self.setup, client.id, n)
+            counts = self.setup.sub_moe_counts(client, share=self.algorithm.alpha)
+            self.map[client.id] = random_choice(self.setup, client.id, counts)
             self._note("structure", client.id, experts=sum(counts_of(self.map[client.id]).values()), source="random")
 
     # stage two

@@ -52,6 +52,7 @@ from consilium.core import (
 )
 from consilium.moe.active import SCALE, activate, add_scales, balance_routing, fill_gradients, scales_of
 from consilium.moe.addressing import expert_of, router_row_of
+from consilium.moe.layers import most
 from consilium.moe.model import TaskModel
 from consilium.moe.routing import shares
 from consilium.params import Like
@@ -220,8 +221,7 @@ def activation_weight(reply: Payload, k: int, t: float) -> float | Callable[[str
 
 def _nested(setup: Setup, client: ClientInfo) -> ExpertSet:
     """Return the publicly most used experts, as many per layer as the device has room for."""
-    n = max(setup.largest_uniform(client.memory_bytes), setup.model.family.least)
-    return common_experts(setup, n)
+    return most(setup.public_usage("common experts"), setup.sub_moe_counts(client))
 
 
 class FlameClient(Client):

@@ -23,6 +23,7 @@ Our reading, where the paper is silent or contradicts itself:
   I_b < 0 is not chosen, except as the only one of its layer. Eq 11 is printed without the (1-G) term of a Bernoulli
   variable's divergence; `kl="bernoulli"` adds it.
 - C_budget counts experts over all layers jointly, at least one in each; `per_layer` divides it among the layers.
+  With `Experiment.layers` the experts that a device holds are divided by these weights; a batch may train any of them.
 - u_c and s_b^c are measured on the forward passes of the round's training: u_c over all its tokens, s_b^c as the mean
   of s_b over its batches. tau is given in units of 1/E, where E is the number of experts of the layer, because u_c sums
   to one over them.
@@ -77,6 +78,7 @@ from consilium.core import (
 from consilium.errors import ConfigError
 from consilium.moe.addressing import expert_of, router_row_of
 from consilium.moe.gates import absent_rows
+from consilium.moe.layers import most
 from consilium.moe.routing import Tap
 from consilium.params import Like, Params
 from consilium.setup import Setup
@@ -405,7 +407,10 @@ class HFedMoEServer(Server):
         all_ids = {block: range(total) for block, total in self.setup.model.counts.items()}
         (forward_budget, backward_budget), least = self.budgets[client.id], self.setup.model.family.least
         while True:
-            expert_ids = best_experts(demand, all_ids, forward_budget, least, self.algorithm.per_layer)
+            if self.setup.layers:
+                expert_ids = most(demand, self.setup.spread(forward_budget))
+            else:
+                expert_ids = best_experts(demand, all_ids, forward_budget, least, self.algorithm.per_layer)
             counts = counts_of(expert_ids)
             if counts == self.setup.least or not self.setup.lacks(client, counts, trained=backward_budget):
                 return expert_ids

@@ -10,11 +10,12 @@ chooses experts for each client has to beat this one.
 Departures: none. The sizes follow from the memory of the devices, as in RandomMoE.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from consilium.algorithms.fedavg import common_experts
 from consilium.algorithms.randommoe import RandomMoE
 from consilium.core import ClientId
+from consilium.moe.layers import most
 from consilium.setup import Setup
 
 __all__ = ["NestedMoE"]
@@ -30,6 +31,6 @@ class NestedMoE(RandomMoE):
             experts that its router works with.
     """
 
-    def choose(self, setup: Setup, client: ClientId, n: int) -> dict[str, tuple[int, ...]]:
-        """Return the n experts of every block with the largest share of public tokens."""
-        return common_experts(setup, max(n, setup.model.family.least))
+    def choose(self, setup: Setup, client: ClientId, counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """Return the experts of every block with the largest share of public tokens."""
+        return most(setup.public_usage("common experts"), counts)

@@ -22,7 +22,7 @@ from consilium.core import Algorithm, Client, ClientId, ClientInfo, ExpertMap, E
 from consilium.errors import ConfigError
 from consilium.setup import Setup
 
-__all__ = ["RandomMoE", "random_choice", "random_experts"]
+__all__ = ["RandomMoE", "random_choice"]
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class RandomMoE(Algorithm):
     def client(self, setup: Setup) -> Client:
         return FedAvgClient(setup)
 
-    def choose(self, setup: Setup, client: ClientId, n: int) -> dict[str, tuple[int, ...]]:
-        """Return the client's experts, n of every block."""
-        return random_experts(setup, client, n)
+    def choose(self, setup: Setup, client: ClientId, counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """Return the client's experts, `counts[block]` of every block."""
+        return random_choice(setup, client, counts)
 
 
 class RandomMoEServer(FedAvgServer):
@@ -63,23 +63,17 @@ class RandomMoEServer(FedAvgServer):
         super().__init__(setup, held=None)
         self.map: ExpertMap = {}
         for client in setup.clients:
-            n = algorithm.experts or setup.largest_uniform(client.memory_bytes, algorithm.share)
-            self.map[client.id] = algorithm.choose(setup, client.id, n)
+            if algorithm.experts:
+                counts = {block: min(algorithm.experts, total) for block, total in setup.model.counts.items()}
+            else:
+                counts = setup.sub_moe_counts(client, algorithm.share)
+            self.map[client.id] = algorithm.choose(setup, client.id, counts)
 
     def held_by(self, client: ClientInfo) -> ExpertSet:
         return self.map[client.id]
 
     def structure(self) -> ExpertMap:
         return dict(self.map)
-
-
-def random_experts(setup: Setup, client: ClientId, n: int) -> dict[str, tuple[int, ...]]:
-    """Return n random experts of every block, from the run's seed and the client's id.
-
-    A block with fewer experts gives all of them. No block gives fewer experts than the family's router works with.
-    """
-    counts = {block: min(max(n, setup.model.family.least), total) for block, total in setup.model.counts.items()}
-    return random_choice(setup, client, counts)
 
 
 def random_choice(setup: Setup, client: ClientId, counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:

@@ -11,11 +11,11 @@ Departures: `step` can move the window by more than one expert a round. A client
 would train next.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from consilium.algorithms.randommoe import RandomMoE, RandomMoEServer
-from consilium.core import ClientId, ClientInfo, ExpertMap, Payload, Server, setting
+from consilium.core import ClientId, ClientInfo, ExpertMap, Payload, Server, counts_of, setting
 from consilium.setup import Setup
 
 __all__ = ["RollingMoE", "rolled"]
@@ -38,15 +38,15 @@ class RollingMoE(RandomMoE):
         super().server(setup)  # the base class checks the number of experts
         return RollingServer(setup, self)
 
-    def choose(self, setup: Setup, client: ClientId, n: int) -> dict[str, tuple[int, ...]]:
+    def choose(self, setup: Setup, client: ClientId, counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         """Return the window of the first round."""
-        return rolled(setup, max(n, setup.model.family.least), 0)
+        return rolled(setup, counts, 0)
 
 
-def rolled(setup: Setup, n: int, start: int) -> dict[str, tuple[int, ...]]:
-    """Return n consecutive experts of every block from `start` on, modulo the number of experts."""
+def rolled(setup: Setup, counts: Mapping[str, int], start: int) -> dict[str, tuple[int, ...]]:
+    """Return `counts[block]` consecutive experts of every block from `start` on, modulo the number of experts."""
     return {
-        block: tuple(sorted((start + i) % total for i in range(min(n, total))))
+        block: tuple(sorted((start + i) % total for i in range(counts[block])))
         for block, total in setup.model.counts.items()
     }
 
@@ -61,12 +61,12 @@ class RollingServer(RandomMoEServer):
     def __init__(self, setup: Setup, algorithm: RollingMoE):
         super().__init__(setup, algorithm)
         self.step, self.round = algorithm.step, 1
-        self.sizes = {client: max(map(len, expert_ids.values())) for client, expert_ids in self.map.items()}
+        self.sizes = {client: counts_of(expert_ids) for client, expert_ids in self.map.items()}
 
     def _roll(self, round: int) -> None:
         self.round = round
         start = (round - 1) * self.step
-        self.map: ExpertMap = {client: rolled(self.setup, n, start) for client, n in self.sizes.items()}
+        self.map: ExpertMap = {client: rolled(self.setup, counts, start) for client, counts in self.sizes.items()}
 
     def configure(self, round: int, clients: Sequence[ClientInfo]) -> dict[ClientId, Payload]:
         self._roll(round)
