@@ -26,9 +26,10 @@ experiment and the same model is not run again.
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import tyro
 from cells import RESULTS, Result, finish, plan
@@ -192,10 +193,25 @@ def search(benchmark: Benchmark) -> None:
         for setting in benchmark.settings
         for method in benchmark.methods
     }
+    keep_best("testbed", cells, benchmark, rates())
+
+
+def keep_best(
+    name: str,
+    cells: Mapping[tuple[str, str, float], Experiment],
+    benchmark: Any,
+    found: dict[str, dict[str, float]],
+) -> None:
+    """Run the cells of a search and write the best rates to results/<name>_rates.json, beside those found before.
+
+    Args:
+        cells: (setting, method, rate) -> experiment.
+        benchmark: its `out` and `jobs`.
+        found: setting -> method -> rate, of earlier searches.
+    """
     table = {benchmark.out / cell.name: cell for cell in cells.values()}
-    done = finish("testbed_search", table, list(table), read, benchmark.jobs)
-    found = rates()
-    for (setting, method, _rate), _ in cells.items():
+    done = finish(f"{name}_search", table, list(table), read, benchmark.jobs)
+    for setting, method in dict.fromkeys((setting, method) for setting, method, _ in cells):
         tried = {
             r: done[c.name]["validation"]
             for (s, m, r), c in cells.items()
@@ -204,7 +220,7 @@ def search(benchmark: Benchmark) -> None:
         if tried:
             found.setdefault(setting, {})[method] = min(tried, key=tried.__getitem__)
             print(setting, method, {f"{rate:g}": round(loss, 4) for rate, loss in tried.items()}, flush=True)
-    (RESULTS / "testbed_rates.json").write_text(json.dumps(found, indent=1) + "\n")
+    (RESULTS / f"{name}_rates.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def interval(values: Sequence[float]) -> str:
@@ -228,11 +244,11 @@ def difference(
     return gaps
 
 
-def by_domain(cells: Cells, one: str, other: str, which: str, seeds: range) -> list[float]:
-    """one - other in setting C, domain by domain: the mean over its clients and all seeds."""
+def by_domain(cells: Cells, setting: str, one: str, other: str, which: str, seeds: range) -> list[float]:
+    """one - other, domain by domain: the mean over its clients and all seeds."""
     gaps: dict[str, list[float]] = {}
     for seed in seeds:
-        a, b = (cells.get(f"C-{slug(m)}-{seed}") for m in (one, other))
+        a, b = (cells.get(f"{setting}-{slug(m)}-{seed}") for m in (one, other))
         if a and b:
             for client in a[which].keys() & b[which].keys():
                 gaps.setdefault(client.rpartition("-")[0], []).append(a[which][client] - b[which][client])
@@ -241,7 +257,6 @@ def by_domain(cells: Cells, one: str, other: str, which: str, seeds: range) -> l
 
 def write(cells: Cells) -> None:
     """The Markdown table of all cells there are."""
-    seeds = range(100)
     lines = [
         "# The testbed: what choosing experts is worth",
         "",
@@ -250,44 +265,51 @@ def write(cells: Cells) -> None:
         "",
     ]
     for setting in SETTINGS:
-        runs = {m: [cells[n] for s in seeds if (n := f"{setting}-{slug(m)}-{s}") in cells] for m in METHODS}
-        runs = {m: found for m, found in runs.items() if found}
-        if not runs:
-            continue
-        lines += [
-            f"## Setting {setting}",
-            "",
-            "| method | seeds | rate | G | S | worst tenth, S | accuracy, % | MB | peak MB | seconds |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-        ]
-        for method, found in runs.items():
-            means = [[statistics.mean(run[w].values()) for run in found] for w in ("G", "S")]
-            worst = [statistics.mean(sorted(r["S"].values())[-max(len(r["S"]) // 10, 1) :]) for r in found]
-            accuracy = statistics.mean(100 * statistics.mean(run["accuracy"].values()) for run in found)
-            used = "/".join(f"{rate:g}" for rate in sorted({run["rate"] for run in found}))
-            lines.append(
-                f"| {method} | {len(found)} | {used} | {interval(means[0])[1:]} | {interval(means[1])[1:]} "
-                f"| {statistics.mean(worst):.3f} | {accuracy:.1f} "
-                f"| {statistics.mean(r['megabytes'] for r in found):.0f} "
-                f"| {statistics.mean(r['peak_megabytes'] for r in found):.0f} "
-                f"| {statistics.mean(r['seconds'] for r in found):.0f} |"
-            )
-        lines += ["", "Differences, paired by seed (negative: the first is better):", ""]
-        domains = setting == "C"
-        lines += [
-            f"| | G | S |{' S, over domains |' if domains else ''}",
-            "|---|---|---|" + ("---|" if domains else ""),
-        ]
-        compared = [("AffinityMoE", m) for m in runs if m != "AffinityMoE"] + [("FedMoE", "randomMoE")]
-        for one, other in compared:
-            gaps = {w: difference(cells, setting, one, other, w, seeds) for w in ("G", "S")}
-            if gaps["G"]:
-                row = f"| {one} - {other} | {interval(gaps['G'])} | {interval(gaps['S'])} |"
-                lines.append(row + (f" {interval(by_domain(cells, one, other, 'S', seeds))} |" if domains else ""))
-        lines.append("")
+        lines += section(cells, setting, METHODS, domains=setting == "C")
     text = "\n".join(lines)
     (RESULTS / "testbed.md").write_text(text)
     print(text)
+
+
+def section(cells: Cells, setting: str, methods: Iterable[str], domains: bool) -> list[str]:
+    """The part of a table about one setting; empty without runs.
+
+    Args:
+        methods: in the order of the rows. domains: whether differences are shown over domains as well.
+    """
+    seeds = range(100)
+    runs = {m: [cells[n] for s in seeds if (n := f"{setting}-{slug(m)}-{s}") in cells] for m in methods}
+    runs = {m: found for m, found in runs.items() if found}
+    if not runs:
+        return []
+    lines = [
+        f"## Setting {setting}",
+        "",
+        "| method | seeds | rate | G | S | worst tenth, S | accuracy, % | MB | peak MB | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for method, found in runs.items():
+        means = [[statistics.mean(run[w].values()) for run in found] for w in ("G", "S")]
+        worst = [statistics.mean(sorted(r["S"].values())[-max(len(r["S"]) // 10, 1) :]) for r in found]
+        accuracy = statistics.mean(100 * statistics.mean(run["accuracy"].values()) for run in found)
+        used = "/".join(f"{rate:g}" for rate in sorted({run["rate"] for run in found}))
+        lines.append(
+            f"| {method} | {len(found)} | {used} | {interval(means[0])[1:]} | {interval(means[1])[1:]} "
+            f"| {statistics.mean(worst):.3f} | {accuracy:.1f} "
+            f"| {statistics.mean(r['megabytes'] for r in found):.0f} "
+            f"| {statistics.mean(r['peak_megabytes'] for r in found):.0f} "
+            f"| {statistics.mean(r['seconds'] for r in found):.0f} |"
+        )
+    lines += ["", "Differences, paired by seed (negative: the first is better):", ""]
+    lines += [f"| | G | S |{' S, over domains |' if domains else ''}", "|---|---|---|" + ("---|" if domains else "")]
+    compared = [("AffinityMoE", m) for m in runs if m != "AffinityMoE"] + [("FedMoE", "randomMoE")]
+    for one, other in compared:
+        gaps = {w: difference(cells, setting, one, other, w, seeds) for w in ("G", "S")}
+        if gaps["G"]:
+            row = f"| {one} - {other} | {interval(gaps['G'])} | {interval(gaps['S'])} |"
+            found_domains = interval(by_domain(cells, setting, one, other, "S", seeds)) if domains else ""
+            lines.append(row + (f" {found_domains} |" if domains else ""))
+    return [*lines, ""]
 
 
 if __name__ == "__main__":
