@@ -1,4 +1,7 @@
-"""The floors: a module imports only from lower ones, and from its own package. Read with `ast`, nothing is imported."""
+"""Libraries with one door, and ways to run foreign code that nobody takes. Sources are read, nothing is imported.
+
+That a module imports only from lower floors is checked by import-linter, see pyproject.toml and scripts/test.
+"""
 
 import ast
 import re
@@ -10,28 +13,6 @@ import pytest
 import consilium
 
 SRC = Path(consilium.__file__).parent
-FLOORS = {
-    "work": 0,
-    "addresses": 0, "errors": 0, "escape": 0, "inside": 0, "machine": 0, "params": 0, "core": 0, "blocked": 0,
-    "masters": 0, "versions": 0, "plugins": 0,
-    "pointers": 0, "products": 0,
-    "moe": 1, "models": 1, "data": 1, "privacy": 1,
-    "disclosure": 2, "fit": 2,
-    "planner": 3,
-    "setup": 4,
-    "batched": 5,
-    "scoring": 6,
-    "completions": 7, "training": 7,
-    "algorithms": 8,
-    "experiment": 9,
-    "engine": 10, "settings": 10,
-    "certificates": 11, "rundir": 11, "prepare": 11, "summary": 12, "loop": 13,
-    "export": 14, "report": 14, "recipes": 14, "tracking": 14, "watch": 14,
-    "api": 15, "deployment": 15,
-    "oneshot": 16,
-    "cli": 17,
-    "__main__": 18,
-}  # fmt: skip
 FILES = sorted(SRC.rglob("*.py"))
 MODULES = {".".join(path.relative_to(SRC).with_suffix("").parts): path for path in FILES}
 
@@ -49,25 +30,6 @@ def imports(path: Path) -> set[str]:
             base = ".".join(part for part in (base, node.module) if part)
             found |= {f"{base}.{alias.name}" for alias in node.names}
     return found
-
-
-def inner(path: Path) -> set[str]:
-    """The parts of the package (first names below `consilium`) that a file imports."""
-    return {name.split(".")[1] for name in imports(path) if name.split(".")[0] == "consilium" and "." in name}
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_every_module_stands_on_a_floor(module):
-    assert module.split(".")[0] in {*FLOORS, "__init__"}
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_come_from_lower_floors(module):
-    own = module.split(".")[0]
-    floor = FLOORS.get(own, -1)  # consilium/__init__.py stands below all
-    for part in inner(MODULES[module]) & FLOORS.keys():
-        allowed = part == own or FLOORS[part] < floor or FLOORS[part] == floor == 0
-        assert allowed, f"{module} (floor {floor}) imports consilium.{part} (floor {FLOORS[part]})"
 
 
 def importers(library: str) -> set[str]:
