@@ -32,7 +32,7 @@ from consilium.fit import Fit
 from consilium.moe.build import ModelSource
 from consilium.recipes.pretrain_model import sort_experts
 from consilium.scoring import evaluate
-from consilium.setup import Setup
+from consilium.setup import MixtureSetup
 from consilium.training import fit
 
 WORDS = dict(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
@@ -69,7 +69,7 @@ def fine_tune(data: ClientData, path: str, rates: list[float], epochs: int, seed
     best = (-1.0, -1.0, "")
     for rate in rates:
         config = Fit(lr=rate, head_lr=10 * rate, epochs=1, batch_size=32, max_length=96)
-        setup = Setup(ModelSource(path), config, Sampling(), seed, {data.task.name: data.task.labels})
+        setup = MixtureSetup(ModelSource(path), config, Sampling(), seed, {data.task.name: data.task.labels})
         info = ClientInfo("central", len(data.train), data.task.name)
         context = ClientContext(info, data, torch.device("cpu"), seed, ClientState())
         model = setup.build(setup.initial_params(), context)

@@ -24,7 +24,7 @@ from consilium.core import ClientContext, ClientInfo, ClientState, derive_seed
 from consilium.data.task import ClientData, Federation, Split, pooled
 from consilium.moe.routing import Tap
 from consilium.scoring import evaluate
-from consilium.setup import Setup
+from consilium.setup import MixtureSetup
 from consilium.training import fit
 
 CHOICES = ("most used", "random", "least used")
@@ -46,16 +46,16 @@ class Benchmark:
     kept: tuple[int, ...] = (1, 4)
 
 
-def setup_for(data: ClientData, seed: int) -> tuple[Setup, ClientContext]:
+def setup_for(data: ClientData, seed: int) -> tuple[MixtureSetup, ClientContext]:
     """One site that holds this data, with the benchmark's model and training."""
     cell = experiment("std-T", "FedMoE", seed, rounds=1)
     task = data.task
-    setup = Setup(cell.model, cell.fit, cell.sampling, seed, {task.name: task.labels})
+    setup = MixtureSetup(cell.model, cell.fit, cell.sampling, seed, {task.name: task.labels})
     info = ClientInfo("site", len(data.train), task.name)
     return setup, ClientContext(info, data, torch.device("cpu"), seed, ClientState())
 
 
-def usage(setup: Setup, context: ClientContext, split: Split) -> Usage:
+def usage(setup: MixtureSetup, context: ClientContext, split: Split) -> Usage:
     """p_i of the pretrained model over a split, float64 [E] per block."""
     model = setup.build(setup.initial_params(), context)
     with Tap(model) as tap:

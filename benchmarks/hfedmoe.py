@@ -39,7 +39,7 @@ from consilium.experiment import Experiment
 from consilium.fit import Fit
 from consilium.moe.build import ModelSource
 from consilium.rundir import RunDirectory
-from consilium.setup import Setup
+from consilium.setup import MixtureSetup
 from consilium.watch import Comparison
 
 BUDGET = (0.125, 0.25, 0.5, 1.0)
@@ -132,7 +132,7 @@ def experiment(benchmark: Benchmark, setting: str, method: str, seed: int) -> Ex
 @cache
 def devices(fit: Fit) -> tuple[str, ...]:
     """Devices that can just train each share of BUDGET of every layer's experts, cycled like the budgets."""
-    setup = Setup(ModelSource(), fit, Sampling(10), 0)
+    setup = MixtureSetup(ModelSource(), fit, Sampling(10), 0)
     counts = setup.model.counts
     return tuple(f"{setup.footprint({b: round(s * n) for b, n in counts.items()}).total}B" for s in BUDGET)
 

@@ -34,7 +34,7 @@ from consilium.loop import run
 from consilium.moe.routing import Tap
 from consilium.privacy import Privacy, epsilon_spent, usage_told
 from consilium.recipes.docstrings import fedmoe_docstrings
-from consilium.setup import Setup
+from consilium.setup import MixtureSetup
 
 MODES = {
     "exact": Privacy(),
@@ -70,7 +70,7 @@ def usage_of_texts(task: str, texts: int) -> tuple[torch.Tensor, list[str], list
     found = DocstringData(tasks=(task,), clients=4, train=texts // 4, validation=10, test=10, partition="iid", topics=8)
     data: ClientData = pooled(found.load(0), task)
     model = fedmoe_docstrings().model
-    setup = Setup(model, Fit(max_length=64), fedmoe_docstrings().sampling, 0, {task: data.task.labels})
+    setup = MixtureSetup(model, Fit(max_length=64), fedmoe_docstrings().sampling, 0, {task: data.task.labels})
     context = ClientContext(ClientInfo("site", len(data.train), task), data, torch.device("cpu"), 0, ClientState())
     live, encoded = setup.build(setup.initial_params(), context).eval(), setup.encode(context, data.train)
     counts, blocks = [], list(setup.model.counts)

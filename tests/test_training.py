@@ -17,8 +17,8 @@ from consilium.moe.addressing import expert_of, flatten, parameters, select
 from consilium.moe.budget import MemoryModel
 from consilium.moe.routing import Tap
 from consilium.params import checksum
-from consilium.planner import EVALUATION
 from consilium.scoring import evaluate
+from consilium.setup import EVALUATION
 from consilium.training import fit, local_round, local_test
 
 CLIENT = "animal-00"

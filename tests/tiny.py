@@ -26,7 +26,7 @@ from consilium.models.cohort import Cohort
 from consilium.moe.build import ModelSource
 from consilium.moe.discovery import family_of
 from consilium.moe.families import Family
-from consilium.setup import Setup
+from consilium.setup import Setup, setup_for
 
 root = Path("conftest.py has not said where")
 """Where the models are written; set by conftest.py."""
@@ -229,7 +229,9 @@ def setup(
     model = dataclasses.replace(model or source())
     config = Fit(**dict(batch_size=4, max_length=12, target_length=5) | fit)
     heads = TASKS if model.form == "classification" else {}
-    return Setup(model, config, Sampling(clients_per_round), seed, heads, infos(memory) if clients is None else clients)
+    return setup_for(
+        model, config, Sampling(clients_per_round), seed, heads, infos(memory) if clients is None else clients
+    )
 
 
 COHORTS = {
@@ -265,7 +267,7 @@ def small_setup(world: str = "mixed", clients_per_round: int = 3, seed: int = 0,
         ClientInfo(c, SIZES[c], "corner", architecture=model.architecture(i)) for i, c in enumerate(sorted(IDS))
     )
     heads = {"corner": ("a", "b", "c")}
-    return Setup(model, Fit(**plain | fit), Sampling(clients_per_round), seed, heads, clients, images().shape)
+    return setup_for(model, Fit(**plain | fit), Sampling(clients_per_round), seed, heads, clients, images().shape)
 
 
 def small_context(

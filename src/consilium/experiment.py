@@ -21,8 +21,8 @@ from consilium.data.language import LanguageData
 from consilium.data.textfile import TextFileData
 from consilium.errors import ConfigError
 from consilium.fit import Fit
+from consilium.kinds import DataSource, Model
 from consilium.machine import cores
-from consilium.models.cohort import Cohort
 from consilium.moe.budget import bytes_of
 from consilium.moe.build import ModelSource
 from consilium.moe.lora import Lora
@@ -30,7 +30,7 @@ from consilium.moe.merging import Merging
 from consilium.moe.rules import PAIRWISE
 from consilium.plugins import import_plugins
 from consilium.privacy import Privacy
-from consilium.setup import Setup
+from consilium.setup import SETUPS, Setup, setup_for
 from consilium.work import MISSING, check_settings, setting
 
 __all__ = ["Experiment", "Wire", "differences", "from_json", "to_json"]
@@ -39,7 +39,10 @@ IN_STEP = 64
 """Small models that a GPU trains at a time, unless `workers` says otherwise."""
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 algorithms.register_all()
-DATA = {cls.__name__: cls for cls in (CodeData, DocstringData, TextFileData, LanguageData, ImageData, TableData)}
+DATA: dict[str, type[DataSource]] = {
+    cls.__name__: cls for cls in (CodeData, DocstringData, TextFileData, LanguageData, ImageData, TableData)
+}
+"""Sources of data by the names of their classes, as saved runs have them; see `register_data`."""
 WORLDS = {
     "moe": "one mixture-of-experts model for all",
     "cohort": "one small model for all (--model.architectures with one name)",
@@ -114,8 +117,8 @@ class Experiment:
 
     name: str = setting(MISSING, "free")
     algorithm: Algorithm
-    data: CodeData | DocstringData | TextFileData | LanguageData | ImageData | TableData
-    model: ModelSource | Cohort = field(default_factory=ModelSource)
+    data: DataSource
+    model: Model = field(default_factory=ModelSource)
     fit: Fit = field(default_factory=Fit)
     sampling: Sampling = field(default_factory=Sampling)
     rounds: int = setting(20, "rounds", "[1, 1e12]")
@@ -141,26 +144,20 @@ class Experiment:
             raise ConfigError(
                 f"workers is {self.workers}, which is for one torch thread on the CPU each; threads is {self.threads}"
             )
-        if self.workers > 1 and self.device != "cpu" and not isinstance(self.model, Cohort):
+        if self.workers > 1 and self.device != "cpu" and self.model.shared:
             raise ConfigError(f"workers is {self.workers}: on {self.device} only small models work side by side")
         for text in self.memory:
             bytes_of(text)
-        if isinstance(self.data, ImageData | TableData):
-            is_compatible = isinstance(self.model, Cohort)
-        else:
-            is_text_task = not isinstance(self.data, LanguageData | CodeData)
-            is_compatible = not isinstance(self.model, Cohort) or (is_text_task and self.model.reads_texts)
-        if not is_compatible:
+        if self.data.gives not in self.model.reads:
             raise ConfigError(
                 f"{type(self.data).__name__} cannot feed a {type(self.model).__name__}: texts go to a ModelSource, "
                 "images and tables to a Cohort, as do texts to classify if all its architectures are text encoders"
             )
-        if self.fit.precision != "float32" and not isinstance(self.model, Cohort):
+        if self.fit.precision != "float32" and self.model.shared:
             raise ConfigError(f"fit.precision {self.fit.precision} is for small models; use model.dtype bfloat16")
-        if self.memory and isinstance(self.model, Cohort):
+        if self.memory and not self.model.shared:
             raise ConfigError("memory is given, but there is no memory model of small models; leave it at ()")
-        if self.layers and (isinstance(self.model, Cohort) or len(self.layers) != len(self.model.counts)):
-            blocks = 0 if isinstance(self.model, Cohort) else len(self.model.counts)
+        if self.layers and len(self.layers) != (blocks := len(self.model.counts)):
             raise ConfigError(
                 f"layers is {self.layers}; {self.model.path} has {blocks} layers with experts: give a weight for each"
             )
@@ -169,15 +166,15 @@ class Experiment:
                 f"{type(self.algorithm).__name__} cannot train {self.model.path}: it is for "
                 f"{' and '.join(WORLDS[world] for world in self.algorithm.worlds)}"
             )
-        if isinstance(self.model, ModelSource) and self.model.dense and not self.algorithm.dense:
+        if self.model.dense and not self.algorithm.dense:
             raise ConfigError(
                 f"{type(self.algorithm).__name__} cannot train {self.model.path}: it needs a mixture of experts, and "
                 "this model has none; consilium upcycle makes one of it"
             )
-        form = getattr(self.data, "form", self.model.form)
+        form = self.data.form or self.model.form
         if form != self.model.form:
             raise ConfigError(f"the data asks for {form}, the model is set up for {self.model.form}")
-        if isinstance(self.data, LanguageData | CodeData):
+        if self.data.gives == "language":
             check_rows(self.fit.rows, plain=self.data.plain)
         if self.wire.enough and self.wire.enough < (quorum := self.sampling.quorum(self.sampling.clients_per_round)):
             raise ConfigError(f"wire.enough is {self.wire.enough}, a round counts with {quorum} answers and more")
@@ -225,7 +222,7 @@ class Experiment:
     @property
     def at_once(self) -> int:
         """Return the number of clients that train at a time, see `workers`; at most those of a round."""
-        is_small = isinstance(self.model, Cohort)
+        is_small = not self.model.shared
         if self.device != "cpu":
             default_workers = IN_STEP if is_small else 1
         else:
@@ -253,7 +250,7 @@ class Experiment:
                 heads.setdefault(task, set()).update(names)
         sorted_heads = {task: tuple(sorted(names)) for task, names in sorted(heads.items())}
         sampling = self.privacy.sampled(self.sampling, len(clients))
-        return Setup(
+        return setup_for(
             self.model,
             self.fit,
             sampling,
@@ -266,6 +263,27 @@ class Experiment:
             self.rounds,
             self.layers,
         )
+
+
+def register_data(source: type[DataSource]) -> type[DataSource]:
+    """Make a source of data of your own known to saved runs; a decorator.
+
+    Args:
+        source: a frozen dataclass, a subclass of `kinds.DataSource`.
+
+    Raises:
+        ConfigError: if it lacks something, or has the name of another source.
+    """
+    missing = [name for name in ("gives", "load") if getattr(source, name, None) in (None, DataSource.load)]
+    if missing or not dataclasses.is_dataclass(source):
+        raise ConfigError(
+            f"data source {source.__name__} lacks {', '.join(missing) or '@dataclass(frozen=True)'}; see "
+            "consilium.kinds.DataSource"
+        )
+    if DATA.get(source.__name__, source).__module__ != source.__module__:
+        raise ConfigError(f"there is a data source {source.__name__} already; give yours another name")
+    DATA[source.__name__] = source
+    return source
 
 
 def to_json(value: Any) -> Any:
@@ -284,7 +302,7 @@ def from_json(saved: Mapping[str, Any]) -> Experiment:
     Raises:
         ConfigError: for an unknown type or field, or a value of the wrong type.
     """
-    core_classes = (Experiment, ModelSource, Cohort, Fit, Lora, Sampling, Wire, Merging, Privacy)
+    core_classes = (Experiment, Fit, Lora, Sampling, Wire, Merging, Privacy, *SETUPS)
     classes = {c.__name__: c for c in core_classes} | DATA | Algorithm.registry
 
     def load(value: Any, hint: Any) -> Any:

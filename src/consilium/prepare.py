@@ -23,9 +23,7 @@ from consilium.engine.rounds import Engine, nobody
 from consilium.engine.workers import forked
 from consilium.errors import BudgetError, CheckpointError, ConfigError, DataError, first_line
 from consilium.experiment import Experiment, differences, from_json, to_json
-from consilium.models.cohort import Cohort
 from consilium.moe.budget import bytes_of
-from consilium.moe.build import ModelSource
 from consilium.setup import Setup
 from consilium.versions import versions
 
@@ -85,8 +83,7 @@ class Prepared:
         check_device(experiment.device)
         if experiment.engine == "flower" and importlib.util.find_spec("flwr") is None:
             raise ConfigError("engine flower needs the package flwr: pip install 'consilium[simulation]'")
-        if isinstance(experiment.model, ModelSource):
-            _ = experiment.model.location  # raises an error for a missing model before data is read
+        experiment.model.ready()
         federation = experiment.data.load(experiment.seed)
         if not federation.clients:
             raise DataError("no client has any data")
@@ -155,7 +152,7 @@ class Prepared:
             "run": token,
         }
         shape: tuple[int, ...] = ()
-        if isinstance(experiment.model, Cohort):
+        if not experiment.model.shared:
             shape = one_cohort(descriptions)
             partition["shape"] = list(shape)
         metrics = {str(d["task"]): str(d["metric"]) for d in descriptions.values()}
@@ -174,7 +171,7 @@ class Prepared:
         roster: Any = None,
     ) -> "Prepared":
         setup = experiment.setup(labels, infos, federation.shape if federation else shape)
-        if roster is not None and isinstance(experiment.model, Cohort):  # the sites have chosen their architectures
+        if roster is not None and not experiment.model.shared:  # the sites have chosen their architectures
             architectures = tuple(info.architecture for info in infos)
             setup = replace(setup, model=replace(experiment.model, architectures=architectures))
         for data in federation.clients.values() if federation else ():

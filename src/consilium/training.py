@@ -29,10 +29,9 @@ from consilium.core import (
 )
 from consilium.data.causal import Packed
 from consilium.data.encode import Encoded
-from consilium.data.tensor import TensorSplit
 from consilium.fit import Fit
 from consilium.masters import MasterOptimizer, Masters
-from consilium.models.cohort import Cohort, SplitModel
+from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten, local, parameters, select, table, unpack
 from consilium.moe.experts import Active, Experts
 from consilium.moe.model import TaskModel
@@ -170,10 +169,9 @@ def fit(
         descent = descend(trainable)
     forget = descent.forget if low_precision else partial(_forget, descent)
     weights = descent.masters if low_precision else trainable
+    data = data.augmented(derive_seed(context.seed, "augment"))
     if config.rows == "packed":
         data = Packed.of(data, config.max_length + config.target_length)
-    if isinstance(data, TensorSplit):
-        data = data.augmented(derive_seed(context.seed, "augment"))
     total = epochs * -(-len(data) // config.batch_size)
     context.work.plan(total)
     generator = torch.Generator().manual_seed(derive_seed(context.seed, "batches"))
@@ -341,7 +339,7 @@ def local_round(
     )
     evaluation_start = time.perf_counter()
     with Tap(model, experts, router_params, setup.model.counts) as tap:
-        if isinstance(setup.model, Cohort):
+        if setup.scores_tests:
             scores, report = _after_training(model, context, setup)
         else:
             validation = validation or setup.encode(context, context.data.validation)

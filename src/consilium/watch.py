@@ -28,7 +28,6 @@ from consilium.inside import open_here, refuse_links
 from consilium.loop import Watch
 from consilium.machine import cores, free_memory
 from consilium.moe.budget import MemoryModel, bytes_of, human
-from consilium.moe.build import ModelSource
 from consilium.prepare import prepare
 from consilium.rundir import RunDirectory
 from consilium.setup import Setup
@@ -50,7 +49,7 @@ def at_a_time(experiments: Sequence[Experiment]) -> int:
 
 
 def _process_bytes(experiment: Experiment) -> int:
-    if not isinstance(experiment.model, ModelSource):  # small models
+    if not experiment.model.shared:  # small models
         return LIBRARIES
     labels = [("task", ("a", "b") if experiment.model.form == "classification" else ())]
     setup, memory = experiment.setup(labels), MemoryModel.of(experiment.model)

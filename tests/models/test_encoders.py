@@ -91,7 +91,7 @@ def test_a_function_gives_an_extractor(nets):
     for name, width in (("own_nets:narrow", 3), ("own_nets:pair", 6), ("mlp-1", 4)):
         assert cohort.extractor(name, IMAGE).eval()(torch.zeros(2, *IMAGE)).shape == (2, width)
         assert cohort.width_of(name, IMAGE) == width
-    assert cohort.world == "mixed" and not cohort.reads_texts
+    assert cohort.world == "mixed" and cohort.reads == {"tensors"}
 
 
 def test_a_name_alone_imports_nothing(nets):

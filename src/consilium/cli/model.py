@@ -17,7 +17,7 @@ def inspect_command(args: list[str]) -> None:
     from consilium.moe.budget import bytes_of
     from consilium.moe.build import ModelSource
     from consilium.report.model import print_model
-    from consilium.setup import Setup
+    from consilium.setup import MixtureSetup
 
     def parameters(
         model: Annotated[str, tyro.conf.Positional],
@@ -29,7 +29,7 @@ def inspect_command(args: list[str]) -> None:
         target_length: int = 16,
         rank: int = 8,
         gradient_checkpointing: bool = False,
-    ) -> tuple[Setup, int | None, int]:
+    ) -> tuple[MixtureSetup, int | None, int]:
         """Print the layers, experts, router and bytes of a model, and the budgets of experts that fit a device.
 
         Args:
@@ -54,7 +54,7 @@ def inspect_command(args: list[str]) -> None:
             gradient_checkpointing=gradient_checkpointing,
         )
         heads = {"task": ("label",)} if source.form == "classification" else {}
-        return Setup(source, fit, Sampling(), 0, heads), bytes_of(memory) if memory else None, rank
+        return MixtureSetup(source, fit, Sampling(), 0, heads), bytes_of(memory) if memory else None, rank
 
     setup, limit, rank = parse(parameters, args, "consilium inspect")
     print_model(setup, limit, rank, out)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -21,12 +21,13 @@ from consilium.data.task import Federation, Task
 from consilium.data.tensor import AUGMENTATIONS, Augment, federation
 from consilium.data.textfile import look_alikes, usable
 from consilium.errors import ConfigError, DataError
+from consilium.kinds import DataSource, Gives
 
 __all__ = ["ImageData", "TableData"]
 
 
 @dataclass(frozen=True)
-class ImageData:
+class ImageData(DataSource):
     """Clients that hold images of classes.
 
     Args:
@@ -54,6 +55,8 @@ class ImageData:
         augment: augmentation of training batches only: "crop" (a random window after padding by 4), "flip" (left to
             right, with probability 1/2), "crop-flip", "none". drawn from the seed of client and round.
     """
+
+    gives: ClassVar[Gives] = "tensors"
 
     path: Path = Path("digits")
     partition: Literal["pathological", "dirichlet", "iid"] = "pathological"
@@ -156,7 +159,7 @@ class ImageData:
 
 
 @dataclass(frozen=True)
-class TableData:
+class TableData(DataSource):
     """Clients that hold rows of numbers, dealt by a client column.
 
     A client standardises its columns by the mean and standard deviation of its own training rows only. A missing value
@@ -177,6 +180,8 @@ class TableData:
             recognised.
         encoding: encoding of a text file, e.g. cp1252; "": recognised.
     """
+
+    gives: ClassVar[Gives] = "tensors"
 
     path: Path = Path("heart_disease.parquet")
     target: str = "num"

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 from consilium.data.domains import DOMAINS, PRIVATE, PUBLIC, documents, versions
 from consilium.data.task import ClientData, Federation, Form, Split, Task
 from consilium.errors import ConfigError, DataError
+from consilium.kinds import DataSource, Gives
 
 __all__ = ["CodeData"]
 
@@ -24,7 +25,7 @@ SHORTEST = {"train": 3_000, "validation": 3_000, "test": 3_000}
 
 
 @dataclass(frozen=True)
-class CodeData:
+class CodeData(DataSource):
     """Clients with code and technical text from packages that every installation has.
 
     Args:
@@ -39,6 +40,7 @@ class CodeData:
     """
 
     form: ClassVar[Form] = "text-to-text"  # This is the form of the model.
+    gives: ClassVar[Gives] = "language"
     plain: ClassVar[bool] = True
 
     domains: tuple[str, ...] = ("private",)

@@ -18,12 +18,13 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from consilium.data import source
 from consilium.data.source import PACKAGES, PUBLIC, Doc
 from consilium.data.task import ClientData, Federation, Form, Metric, Split, Task
 from consilium.errors import ConfigError, DataError
+from consilium.kinds import DataSource, Gives
 
 __all__ = ["KINDS", "TASKS", "VERBS", "DocstringData", "Partition", "is_public"]
 
@@ -67,7 +68,7 @@ def answer(task: str, doc: Doc) -> str | None:
 
 
 @dataclass(frozen=True)
-class DocstringData:
+class DocstringData(DataSource):
     """Clients whose data is documentation.
 
     Args:
@@ -85,6 +86,8 @@ class DocstringData:
         packages: sources of the clients' documentation; packages that are not installed are absent.
         smallest: minimum number of training examples per label at a client, >= 1; a label with fewer is dropped there.
     """
+
+    gives: ClassVar[Gives] = "labelled texts"
 
     tasks: tuple[str, ...] = ("topic", "kind", "verb")
     clients: int = 12

@@ -40,6 +40,10 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.sources)
 
+    def augmented(self, seed: int) -> "Encoded":
+        """Return the texts unchanged; images are augmented in training, see `tensor.TensorSplit`."""
+        return self
+
     def order(self) -> list[int]:
         """Return all rows, short sources first, so that rows of similar length are padded together."""
         return sorted(range(len(self)), key=lambda i: len(self.sources[i]))

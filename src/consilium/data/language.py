@@ -22,6 +22,7 @@ from consilium.data.table import Table, read_table
 from consilium.data.task import TASK_NAME, ClientData, Federation, Form, Split, Task
 from consilium.data.textfile import cut, look_alikes, usable
 from consilium.errors import ConfigError, DataError
+from consilium.kinds import DataSource, Gives
 
 __all__ = ["COMPANIONS", "LanguageData"]
 
@@ -38,7 +39,7 @@ Example = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
-class LanguageData:
+class LanguageData(DataSource):
     """Clients whose data is instructions with responses, conversations, or plain text, in one file.
 
     Args:
@@ -76,6 +77,7 @@ class LanguageData:
     """
 
     form: ClassVar[Form] = "text-to-text"  # This is the form of the model.
+    gives: ClassVar[Gives] = "language"
 
     path: Path
     prompt: str = ""

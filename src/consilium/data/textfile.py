@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from consilium.data.dialect import Dialect
 from consilium.data.names import alike, by_client, name_of, names_of, without
@@ -20,12 +20,13 @@ from consilium.data.sets import digest, located
 from consilium.data.table import Table, read_table
 from consilium.data.task import TASK_NAME, ClientData, Federation, Form, Metric, Split, Task
 from consilium.errors import ConfigError, DataError
+from consilium.kinds import DataSource, Gives
 
 __all__ = ["TextFileData", "cut", "look_alikes", "read_columns", "usable"]
 
 
 @dataclass(frozen=True)
-class TextFileData:
+class TextFileData(DataSource):
     """Clients with data from one file.
 
     Args:
@@ -60,6 +61,8 @@ class TextFileData:
             recognised.
         encoding: encoding of a text file, e.g. cp1252; "": recognised.
     """
+
+    gives: ClassVar[Gives] = "labelled texts"
 
     path: Path
     text: str = "text"

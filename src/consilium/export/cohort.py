@@ -35,13 +35,13 @@ from consilium.export.deployed import Finished
 from consilium.export.folder import USE, new_folder
 from consilium.models.cohort import SplitModel
 from consilium.models.encoders import is_function
-from consilium.setup import Setup
+from consilium.setup import CohortSetup, Setup
 
 __all__ = ["Own", "Small", "load", "write"]
 
 
 @dataclass(frozen=True)
-class _Watching(Setup):
+class _Watching(CohortSetup):
     """A Setup that remembers the models it made."""
 
     made: list[SplitModel] = field(default_factory=list)
@@ -132,7 +132,7 @@ def write(out: Path, own: Own) -> list[str]:
     Raises:
         ConfigError: if a client holds or predicts with more than one model, or does not predict with its head.
     """
-    setup = _Watching(**{name: getattr(own.setup, name) for name in Setup.__dataclass_fields__})
+    setup = _Watching(**{name: getattr(own.setup, name) for name in CohortSetup.__dataclass_fields__})
     experiment, context, client = own.experiment, own.context, own.name or own.context.info.id
     task, method = context.data.task, type(experiment.algorithm).__name__
     score = tested(experiment.algorithm.client(setup), own.sent, context, experiment.privacy)[1].scalars["score"]

@@ -58,7 +58,6 @@ class Export:
         from consilium.export import cohort
         from consilium.export.deployed import Finished, delivered, of_run, of_site
         from consilium.export.folder import new_folder, write
-        from consilium.models.cohort import Cohort
 
         with new_folder(self.out, keep=False):  # checked before the weights are read, which takes time
             pass
@@ -67,13 +66,13 @@ class Export:
             settings = delivery[0]
             if self.client not in (None, settings["name"]):
                 raise ConfigError(f"{self.run} is the state of site {settings['name']}, not of {self.client!r}")
-            if isinstance(from_json(settings["experiment"]).model, Cohort):
+            if not from_json(settings["experiment"]).model.shared:
                 yield from cohort.write(self.out, cohort.Own.of_site(*delivery))
                 return
             deployed = of_site(*delivery)
         else:
             run = Finished.of(self.run)
-            if isinstance(run.experiment.model, Cohort):
+            if not run.experiment.model.shared:
                 yield from cohort.write(self.out, cohort.Own.of_run(run, self.client))
                 return
             deployed = of_run(run, self.client)

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from consilium.core import ClientInfo, ClientState, ExpertSet, Payload, experts_from_scalars
-from consilium.data.code import CodeData
-from consilium.data.language import LanguageData
 from consilium.data.task import ClientData
 from consilium.engine.checkpoint import ClientStore, load_checkpoint
 from consilium.engine.codec import decode
@@ -17,8 +15,6 @@ from consilium.engine.rounds import PRIVATE, taken
 from consilium.errors import CheckpointError, ConfigError, PayloadError
 from consilium.experiment import Experiment, from_json
 from consilium.inside import refuse_links
-from consilium.models.cohort import Cohort
-from consilium.moe.build import ModelSource
 from consilium.moe.gates import Gates, absent_rows, gates_from_scalars
 from consilium.params import Params
 from consilium.rundir import SITES, RunDirectory
@@ -63,7 +59,7 @@ class Deployed:
     def kind(self) -> str:
         """Return the kind of use: "classification", "text-to-text", "conversation" or "document" (continues a text)."""
         data = self.experiment.data
-        if isinstance(data, LanguageData | CodeData):
+        if data.gives == "language":
             return "document" if data.plain else "conversation"
         return self.experiment.model.form
 
@@ -114,10 +110,10 @@ class Finished:
             for name, entry in partition["clients"].items()
         )
         labels = [(client_entry["task"], client_entry["labels"]) for client_entry in partition["clients"].values()]
-        is_cohort, at_sites = isinstance(experiment.model, Cohort), config.get("data") == SITES
-        if is_cohort and at_sites:
+        is_shared, at_sites = experiment.model.shared, config.get("data") == SITES
+        if at_sites and not is_shared:
             raise ConfigError(f"the small models of {folder} are at its sites: export them there, from their --state")
-        setup = experiment.setup(labels, infos, experiment.data.load(experiment.seed).shape if is_cohort else ())
+        setup = experiment.setup(labels, infos, () if is_shared else experiment.data.load(experiment.seed).shape)
         store = ClientStore(folder / "clients", checkpoint[2])
         return cls(folder, experiment, partition, summary, setup, store, at_sites, checkpoint[1])
 
@@ -193,8 +189,7 @@ def of_run(run: Finished, client: str | None) -> Deployed:
         gates = _gates(run.experiment, payload, params)
         labels = {info.task: tuple(client_entries[client]["labels"])} if client_entries[client]["labels"] else {}
         scores, members = {info.task: (metrics[info.task][0], summary["clients"][client]["test"])}, [client]
-    if isinstance(run.experiment.model, ModelSource):
-        params = run.experiment.model.round(params)
+    params = run.experiment.model.round(params)
     sizes = {
         key: sum(client_entries[member]["sizes"][key] for member in members) for key in ("train", "validation", "test")
     }

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from consilium.blocked import through
 from consilium.core import derive_seed
 from consilium.errors import ConfigError
+from consilium.kinds import Gives, Model
 from consilium.models import encoders
 from consilium.params import Params
 
@@ -56,7 +57,7 @@ def real_rows() -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class Cohort:
+class Cohort(Model):
     """Small models, one architecture per client.
 
     Args:
@@ -81,6 +82,8 @@ class Cohort:
     counts: ClassVar[Mapping[str, int]] = {}
     fingerprint: ClassVar[str] = ""  # There are no files to identify: small models start from the seed.
     torch_dtype: ClassVar[torch.dtype] = torch.float32
+    dense: ClassVar[bool] = False
+    shared: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         names = tuple(part for name in self.architectures for part in name.split(","))
@@ -107,9 +110,29 @@ class Cohort:
         return ", ".join(dict.fromkeys(self.architectures))
 
     @property
-    def reads_texts(self) -> bool:
-        """Return True if all architectures may be text encoders; those in `ARCHITECTURES` read images and tables."""
-        return not ARCHITECTURES.keys() & {*self.architectures, self.small}
+    def reads(self) -> frozenset[Gives]:
+        """Return what the data may consist of: tensors, and texts to classify if all models may be text encoders."""
+        reads_texts = not ARCHITECTURES.keys() & {*self.architectures, self.small}
+        return frozenset[Gives]({"tensors", "labelled texts"} if reads_texts else {"tensors"})
+
+    def ready(self) -> None:
+        """Do nothing: small models start from the seed, or are read when a client's is built."""
+
+    def check_site(self, shape: tuple[int, ...]) -> None:
+        """Check that a site has one architecture, and that it takes examples of this shape.
+
+        Raises:
+            ConfigError: for several architectures, or one that does not take the examples.
+        """
+        if self.world != "cohort":
+            raise ConfigError(
+                f"a site has one model: choose --model.architectures of {self.path}, or another that the server knows"
+            )
+        self.width_of(self.architecture(0), shape)
+
+    def round(self, params: Params) -> Params:
+        """Return the parameters unchanged; small models are float32."""
+        return params
 
     def architecture(self, client: int) -> str:
         """Return the architecture of the client at an index, from 0, in the order of ids."""

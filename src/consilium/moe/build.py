@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import transformers
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from consilium.core import ExpertSet, counts_of
 from consilium.errors import ConfigError, ModelError, first_line
+from consilium.kinds import Gives, Model
 from consilium.machine import quietly
 from consilium.moe.addressing import all_experts, flatten, load_flat, router_row_of
 from consilium.moe.discovery import family_of, fitting_config, has_experts
@@ -56,7 +57,7 @@ def shipped() -> dict[str, Path]:
 
 
 @dataclass(frozen=True)
-class ModelSource:
+class ModelSource(Model):
     """A mixture of experts, or a dense causal language model, and its use.
 
     Args:
@@ -95,6 +96,17 @@ class ModelSource:
             return bool(is_local) and not has_experts(self._stored)
         except ModelError:  # The same error is raised again when the model is read.
             return False
+
+    reads: ClassVar[frozenset[Gives]] = frozenset({"labelled texts", "language"})
+    shared: ClassVar[bool] = True
+
+    def ready(self) -> None:
+        """Raise ModelError if the model is not there, before any data is read."""
+        _ = self.location
+
+    def check_site(self, shape: tuple[int, ...]) -> None:
+        """Check that the model can process the output of its tokenizer; the server decides how long texts are."""
+        self.check_texts(0)
 
     def architecture(self, client: int) -> str:
         """Return the name of a client's architecture, which is "" because all clients share one model."""

@@ -8,10 +8,13 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from consilium.core import Algorithm
 from consilium.errors import ConfigError
-from consilium.experiment import Experiment
+
+if TYPE_CHECKING:  # the module imports the user's own files, and these import this one
+    from consilium.experiment import Experiment
 
 __all__ = ["RECIPES", "Recipe", "find", "recipe"]
 
@@ -25,7 +28,7 @@ class Recipe:
     """
 
     name: str
-    make: Callable[[], Experiment]
+    make: Callable[[], "Experiment"]
     rivals: dict[str, Algorithm] = field(default_factory=dict)
     compared: str = ""
     """The methods of `consilium compare` by default."""
@@ -59,10 +62,10 @@ RECIPES: dict[str, Recipe] = {}
 
 def recipe(
     name: str, rivals: dict[str, Algorithm] | None = None, compared: str = Recipe.compared
-) -> Callable[[Callable[[], Experiment]], Callable[[], Experiment]]:
+) -> Callable[[Callable[[], "Experiment"]], Callable[[], "Experiment"]]:
     """Register the decorated function under a name for the command line."""
 
-    def register(make: Callable[[], Experiment]) -> Callable[[], Experiment]:
+    def register(make: Callable[[], "Experiment"]) -> Callable[[], "Experiment"]:
         RECIPES[name] = Recipe(name, make, rivals or {}, compared)
         return make
 
@@ -85,3 +88,6 @@ def find(name: str) -> Recipe:
 def _near(name: str, known: dict) -> str:
     matches = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+import consilium.experiment  # noqa: E402, F401  # last: it imports the user's own files, which may define recipes

@@ -33,7 +33,7 @@ from consilium.moe.layers import most
 from consilium.moe.model import TaskModel
 from consilium.moe.routing import shares
 from consilium.scoring import mean_loss, profile
-from consilium.setup import Setup
+from consilium.setup import MixtureSetup
 from consilium.training import fit
 
 __all__ = ["PROMPTS", "Necessity", "measure"]
@@ -98,11 +98,11 @@ def measure(model: ModelSource, domains: int = 12, steps: int = 40) -> Necessity
     return Necessity(**means, between=statistics.mean(pairs), within=statistics.mean(halves))
 
 
-def _setup(model: ModelSource) -> Setup:
+def _setup(model: ModelSource) -> MixtureSetup:
     tuning = Fit(
         lr=6e-4, batch_size=8, max_length=64, target_length=64, rows="blocks", label_smoothing=0.0, balance=0.0
     )
-    return Setup(replace(model, form="text-to-text"), tuning, Sampling(), seed=0)
+    return MixtureSetup(replace(model, form="text-to-text"), tuning, Sampling(), seed=0)
 
 
 def _context(name: str, data: ClientData) -> ClientContext:

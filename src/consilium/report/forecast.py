@@ -17,7 +17,6 @@ from rich.table import Table
 
 from consilium.core import ClientInfo, Payload, counts_of, experts_from_scalars
 from consilium.experiment import Experiment
-from consilium.models.cohort import Cohort
 from consilium.moe.budget import MemoryModel, human
 from consilium.moe.families import experts_per_token
 from consilium.prepare import prepare
@@ -85,7 +84,7 @@ def _forecast(setup: Setup, info: ClientInfo, payload: Payload, rate: float) -> 
     up = sum(t.numel() * t.element_size() for t in payload.groups.get("params", {}).values())
     fit = setup.fit
     steps = fit.epochs * math.ceil(info.num_examples / fit.batch_size)
-    if isinstance(setup.model, Cohort):
+    if not setup.model.shared:
         parameters = sum(t.numel() for t in payload.groups.get("params", {}).values())
         operations = 6.0 * parameters * info.num_examples * fit.epochs
         return Forecast(info.id, info.num_examples, None, None, down, up, steps, operations / rate / EFFICIENCY)

@@ -45,7 +45,6 @@ from consilium.engine.starting import started
 from consilium.errors import ConfigError, ConsiliumError, DataError, PayloadError
 from consilium.escape import one_line, terminal
 from consilium.experiment import Experiment, from_json
-from consilium.models.cohort import Cohort
 from consilium.moe.budget import bytes_of, human
 from consilium.privacy import Privacy
 
@@ -142,7 +141,7 @@ def deployed(experiment: str, heads: str, settings: Path, run: str, model: str) 
         raise ConfigError(
             f"the server's model is {model[:80]}, this site's is {site_model[:80]}: --model.path must be the same files"
         )
-    is_cohort = isinstance(site_experiment.model, Cohort) and isinstance(server_experiment.model, Cohort)
+    is_cohort = not (site_experiment.model.shared or server_experiment.model.shared)
     privacy = server_experiment.privacy.at_site(site_experiment.privacy)
     merged_experiment = replace(
         server_experiment,

@@ -76,15 +76,7 @@ def save_site(path: Path, name: str, experiment: Experiment, limits: Limits | No
     client = name if name in federation.clients else next(iter(federation.clients))
     data = federation.clients[client]
     check_labels(data.task.labels)  # the server will check them, too
-    if isinstance(experiment.model, Cohort):
-        if experiment.model.world != "cohort":
-            raise ConfigError(
-                f"a site has one model: choose --model.architectures of {experiment.model.path}, or another that the "
-                "server knows"
-            )
-        experiment.model.width_of(experiment.model.architecture(0), data.train.shape)
-    else:
-        experiment.model.check_texts(0)  # the server decides how long texts are
+    experiment.model.check_site(data.train.shape)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     settings = {
         "name": name,

@@ -1,41 +1,25 @@
 """Planning with device memory: experts held and trained, ranks of adapters, and whether a model fits at all."""
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal, Self
-
-import torch
-from torch import nn
 
 from consilium.core import ClientContext, ClientInfo, ExpertSet, counts_of
 from consilium.errors import BudgetError, ConfigError
-from consilium.fit import Fit
-from consilium.models.cohort import Cohort, SplitModel
 from consilium.moe.budget import Footprint, MemoryModel, Mode, human
 from consilium.moe.build import ModelSource
 from consilium.moe.layers import Shape, spread
 from consilium.moe.surgery import checked
-from consilium.params import nbytes
+from consilium.setup.base import Setup
 
-__all__ = ["EVALUATION", "Planner"]
-
-EVALUATION = 4
-"""Factor of `Fit.batch_size` when labels are predicted, since nothing is saved for a backward pass."""
+__all__ = ["Planner"]
 
 
-class Planner:
-    """The part of `Setup` that plans with memory.
+@dataclass(frozen=True)
+class Planner(Setup):
+    """The part of `MixtureSetup` that plans with memory."""
 
-    Attributes:
-        model: a mixture of experts, or a cohort of small models.
-        fit: how clients train.
-        layers: weight of each sparse layer when a device's room is divided among them; (): the same for all.
-    """
-
-    model: ModelSource | Cohort
-    fit: Fit
-    layers: Shape
+    model: ModelSource
 
     def rank_of(self, client: ClientInfo) -> int:
         """Return the rank of a client's adapters.
@@ -61,17 +45,6 @@ class Planner:
         if not self.fit.lora.rank or self.fit.lora.ranks == "equal":
             return self
         return self.with_rank(self.rank_of(client))
-
-    @property
-    def evaluation_rows(self) -> int:
-        """Return the number of rows of an evaluation batch.
-
-        A causal language model takes no more rows than in training, because its logits need memory for every token and
-        every entry of the vocabulary.
-        """
-        language = isinstance(self.model, ModelSource) and self.model.form == "text-to-text"
-        causal = language and not self.model.config.is_encoder_decoder
-        return self.fit.batch_size * (1 if causal else EVALUATION)
 
     def footprint(
         self,
@@ -122,9 +95,7 @@ class Planner:
         rank: int = 8,
         trained: int | None = None,
     ) -> dict[str, int]:
-        """Return the footprint in bytes as a scalar of a reply; {} for small models, which have no memory model."""
-        if isinstance(self.model, Cohort):
-            return {}
+        """Return the footprint in bytes as a scalar of a reply."""
         return {"footprint": self.footprint(counts, mode, references, rank, trained).total}
 
     def admit(
@@ -142,42 +113,18 @@ class Planner:
             held: its experts; None: all. The other arguments are those of `footprint`.
 
         Returns:
-            The value of `reported`; {} for small models, which `split_model` checks itself.
+            The value of `reported`.
 
         Raises:
             BudgetError: with the bytes needed and allowed.
             ModelError: for experts that the model does not have.
         """
-        if isinstance(self.model, Cohort):
-            return {}
         counts = self.model.counts
         if held is not None:
             counts = counts_of(checked(held, counts, self.model.family))
         report = self._for(context.info).reported(counts, mode, references, rank, trained)
         context.work.hold(report["footprint"], f"a model of {sum(counts.values())} experts")
         return report
-
-    def admit_small(
-        self, make: Callable[[], nn.Module], context: ClientContext, kind: type[SplitModel] = SplitModel
-    ) -> None:
-        """Raise BudgetError if training a small model would not fit what the client allows, before it is made.
-
-        The count covers the model's tensors as they are sent and as they are built, their gradients, and the
-        optimizer's moments.
-
-        Args:
-            make: see `split_model`.
-            kind: see `split_model`.
-
-        Raises:
-            BudgetError: with the bytes needed and allowed.
-        """
-        if math.isinf(context.work.memory):
-            return
-        with torch.device("meta"):
-            model = kind(make(), context.data.task.name, context.data.task.labels)
-        moments = 2 if self.fit.optimizer == "adamw" else int(self.fit.momentum > 0)
-        context.work.hold((3 + moments) * nbytes(model.state_dict().values()), "the small model")
 
     def lacks(
         self,

@@ -1,21 +1,15 @@
-"""The common set-up of both halves of every method: how clients train, and where models and data come from.
+"""The set-up for one mixture of experts, or dense language model, that all clients share."""
 
-`Setup` holds no weights. It gives a server its initial parameters and the capacities of devices, and a client its live
-model and its data as tokens or tensors.
-"""
-
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from consilium.core import (
     ClientContext,
     ClientInfo,
     ExpertSet,
     Payload,
-    Sampling,
     Scalar,
     derive_seed,
     experts_from_scalars,
@@ -23,75 +17,32 @@ from consilium.core import (
 )
 from consilium.data.causal import encode_language
 from consilium.data.encode import Encoded, encode
-from consilium.data.task import ClientData, Split, Task
-from consilium.data.tensor import TensorSplit, of_texts
+from consilium.data.task import Split, Task
 from consilium.errors import ConfigError, PayloadError
-from consilium.fit import Fit
-from consilium.models.cohort import Cohort, SplitModel, initial
 from consilium.moe.addressing import is_adapter, load_flat, select, travels
-from consilium.moe.build import ModelSource
 from consilium.moe.gates import NEED_ROWS, Gates, absent_rows, gates_from_scalars, gates_to_scalars
-from consilium.moe.layers import Shape
 from consilium.moe.lora import add_lora, folded, initial_adapters, is_folded
-from consilium.moe.merging import Merging, RobustMean
 from consilium.moe.model import TaskModel, text_config
 from consilium.moe.rules import FOLDED, FOLDS, PAIRWISE, AdapterMean
 from consilium.params import Params, WeightedMean
-from consilium.planner import Planner
-from consilium.privacy import Privacy, PrivateMean
-from consilium.products import quicken
+from consilium.setup.base import EVALUATION, check_dtypes
+from consilium.setup.planner import Planner
 
-__all__ = ["Setup"]
+__all__ = ["MixtureSetup"]
 
 
 @dataclass(frozen=True)
-class Setup(Planner):
-    """The set-up from which both halves of every method are built; it holds no weights.
-
-    Args:
-        model: where the model comes from: one mixture of experts, or a cohort of small models.
-        fit: how clients train.
-        sampling: who takes part in a round.
-        seed: seed of the run.
-        heads: task -> every label any client has, for the server's table of heads; {} for text-to-text.
-        clients: all clients of the federation, as the server knows them.
-        shape: shape of one example, for a cohort; () for texts.
-        merging: how the server merges updates.
-        privacy: what the server may learn about a client and disclose.
-        rounds: rounds of the whole run, for schedules; 0: not known.
-        layers: weight of each sparse layer when a device's room is divided among them; (): the same for all.
-    """
-
-    model: ModelSource | Cohort
-    fit: Fit
-    sampling: Sampling
-    seed: int
-    heads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    clients: tuple[ClientInfo, ...] = ()
-    shape: tuple[int, ...] = ()
-    merging: Merging = field(default_factory=Merging)
-    privacy: Privacy = field(default_factory=Privacy)
-    rounds: int = 0
-    layers: Shape = ()
+class MixtureSetup(Planner):
+    """The set-up of a mixture of experts; see `Setup` for the fields."""
 
     def initial_params(self, client: ClientInfo | None = None) -> Params:
         """Return the parameters from which all methods start.
 
-        For a mixture of experts they are the pretrained backbone, and a zero head row for every label of every task. In
-        a cohort they are an extractor and head rows with their own initialisation, the same for all clients of one
-        architecture.
+        They are the pretrained backbone, and a zero head row for every label of every task.
 
         They are float32 whatever `model.dtype` is, so that the server loses nothing by rounding from round to round.
         With `fit.lora`, they contain only the router rows of the backbone, and new adapters, the same for all clients.
-
-        Args:
-            client: the client that gets the model; None: the model that all clients have.
-
-        Raises:
-            ConfigError: for None in a cohort of several architectures.
         """
-        if isinstance(self.model, Cohort):
-            return self._one_model(client)
         params = self.model.load()
         if self.fit.lora.rank:
             params = {key: tensor for key, tensor in params.items() if travels(key)} | self.initial_adapters()
@@ -122,66 +73,6 @@ class Setup(Planner):
                 adapters[f"{name}.{FOLDED}"] = torch.zeros(len(adapters[f"{name}.lora_B"]), adapters[key].shape[1])
         return adapters
 
-    def _one_model(self, client: ClientInfo | None) -> Params:
-        if client is None and self.model.world != "cohort":
-            raise ConfigError(
-                f"the clients have the architectures {self.model.path}, and there is no model that all could share; "
-                "give --model.architectures one name, or use a method that lets models differ"
-            )
-        name = self.model.architectures[0] if client is None else client.architecture
-        return {**self.extractor_params(name), **self.head_params(self.model.width_of(name, self.shape))}
-
-    def head_params(self, width: int) -> Params:
-        """Return the initial head rows of a cohort's models with representations of this width."""
-        params: Params = {}
-        for task, labels in self.heads.items():
-            head = initial(lambda labels=labels: nn.Linear(width, len(labels)), self.seed, "head", task, width)
-            for i, label in enumerate(labels):
-                params |= {f"head.{task}.{label}.{leaf}": head[leaf][i].clone() for leaf in ("weight", "bias")}
-        return params
-
-    @property
-    def common_width(self) -> int:
-        """Return d, the width of the representation of every model of a cohort.
-
-        Raises:
-            ConfigError: if it differs between architectures.
-        """
-        widths = {name: self.model.width_of(name, self.shape) for name in self.model.architectures}
-        if len(set(widths.values())) > 1:
-            raise ConfigError(f"the method exchanges what depends on the width of representations, but it is {widths}")
-        return next(iter(widths.values()))
-
-    @property
-    def classes(self) -> int:
-        """Return C, the number of labels, for methods with one place per label in their messages.
-
-        Raises:
-            ConfigError: if clients have different tasks.
-        """
-        if len(self.heads) != 1:
-            raise ConfigError(f"the method is for clients of one task, these have {', '.join(self.heads)}")
-        return len(next(iter(self.heads.values())))
-
-    def own_params(self, context: ClientContext) -> Params:
-        """Return a client's own model: from its state if it has one there, else with initial weights."""
-        if context.state.params:
-            return context.state.params
-        self.admit_small(lambda: self.model.extractor(context.info.architecture, self.shape), context)
-        return select(self.initial_params(context.info), context.data.task.name)
-
-    def extractor_params(self, name: str) -> Params:
-        """Return the initial weights of a client's own extractor, by the run's seed and its architecture's name."""
-        return initial(lambda: self.model.extractor(name, self.shape), self.seed, "extractor", name)
-
-    def small_params(self) -> Params:
-        """Return the initial weights of the shared extractor that clients use next to their own.
-
-        They always differ from those of a client's own extractor, even if the architecture is the same: two equal
-        extractors would learn the same, and a gate between them would learn nothing.
-        """
-        return initial(lambda: self.model.extractor(self.model.small, self.shape), self.seed, "small extractor")
-
     def public_usage(self, *seed: str) -> dict[str, Tensor]:
         """Return block -> share of public tokens per expert [E], from the model's card; random if the card has none."""
         card_usage, rng = self.model.public_usage(), torch.Generator().manual_seed(derive_seed(self.seed, *seed))
@@ -190,26 +81,23 @@ class Setup(Planner):
             for block, total in self.model.counts.items()
         }
 
-    def encode(self, context: ClientContext, split: Split | TensorSplit) -> Encoded | TensorSplit:
-        """Encode a split of the client's data: token ids for a mixture of experts, a tensor for a cohort; keep tensors.
+    @property
+    def evaluation_rows(self) -> int:
+        """Return the number of rows of an evaluation batch.
 
-        Raises:
-            BudgetError: if the rows do not fit what the client allows.
-            ConfigError, DataError: see `check` and `data.causal`.
+        A causal language model takes no more rows than in training, because its logits need memory for every token and
+        every entry of the vocabulary.
         """
-        if isinstance(split, TensorSplit):
-            return split
-        if isinstance(self.model, Cohort):  # every row takes the same room, whatever its length
-            context.work.hold(8 * len(split) * self.fit.max_length, "the data as rows of fit.max_length tokens")
-        return self._tokens(context.data.task, split)
+        causal = self.model.form == "text-to-text" and not self.model.config.is_encoder_decoder
+        return self.fit.batch_size * (1 if causal else EVALUATION)
 
-    def _tokens(self, task: Task, split: Split) -> Encoded | TensorSplit:
-        """Encode texts as token ids, see `encode`."""
+    def tokens(self, context: ClientContext, split: Split) -> Encoded:
+        """Encode texts of the client as token ids, see `encode`."""
+        return self._read_first(context.data.task, split)
+
+    def _read_first(self, task: Task, split: Split) -> Encoded:
         self.check(task)
         fit, tokenizer = self.fit, self.model.tokenizer()
-        if isinstance(self.model, Cohort):
-            tokens = encode(split, task, tokenizer, "classification", fit.max_length, fit.target_length)
-            return of_texts(tokens, task.labels, fit.max_length)
         if task.form == "language":
             return encode_language(split, tokenizer, fit.rows, fit.max_length, fit.target_length)
         way = "classification"
@@ -217,26 +105,10 @@ class Setup(Planner):
             way = "seq2seq" if self.model.config.is_encoder_decoder else "causal"
         return encode(split, task, tokenizer, way, fit.max_length, fit.target_length)
 
-    def check_data(self, data: ClientData) -> None:
-        """Check that this model and `fit` can do a client's task, and can read its first example.
-
-        Raises:
-            ConfigError: see `check`.
-            ModelError: for a tokenizer that is missing or does not match the model.
-            DataError: for texts that cannot be tokenized, e.g. because of a broken chat template.
-        """
-        self.check(data.task)
-        if isinstance(data.train, Split):
-            self._tokens(data.task, Split(data.train.texts[:1], data.train.targets[:1]))
-
     def check(self, task: Task) -> None:
         """Raise ConfigError if this model and `fit` cannot do the task."""
         if task.model_form != self.model.form:
             raise ConfigError(f"task {task.name} is {task.form}, the model is set up for {self.model.form}")
-        if isinstance(self.model, Cohort):
-            if not self.shape:  # texts
-                self.model.tokenizer()
-            return
         family = self.model.family
         if task.form == "language" and self.model.config.is_encoder_decoder:
             raise ConfigError(f"{family.name} is an encoder-decoder; instruction data and plain text need a decoder")
@@ -283,7 +155,7 @@ class Setup(Planner):
         groups = {"params": params, "base": base} if base else {"params": params}
         return groups, {"halves": True} if lora.rule == "alternate" else {}
 
-    def leaving(self, params: Params, model: TaskModel | SplitModel, context: ClientContext) -> Params:
+    def leaving(self, params: Params, model: TaskModel, context: ClientContext) -> Params:
         """Return the part of the trained parameters that leaves a client: of adapters, the halves that a rule merges.
 
         The rest is kept in `context.private`.
@@ -328,7 +200,7 @@ class Setup(Planner):
         context: ClientContext,
         held: ExpertSet | None = None,
         gates: Gates | None = None,
-    ) -> TaskModel | SplitModel:
+    ) -> TaskModel:
         """Build the client's live model on its device, with only the `held` experts.
 
         With `fit.lora` the base is read from the model's own place, and `params` holds only what travels.
@@ -342,12 +214,8 @@ class Setup(Planner):
             PayloadError: for a dtype that the model does not have.
         """
         task, lora = context.data.task, self.fit.lora
-        if isinstance(self.model, Cohort):
-            return self.split_model(
-                lambda: self.model.extractor(context.info.architecture, self.shape), params, context
-            )
         self.admit(context, held, "forward")
-        _check_dtypes(params, {self.model.torch_dtype, torch.float32})
+        check_dtypes(params, {self.model.torch_dtype, torch.float32})
         if not lora.rank:
             params = self.model.round(params)
             return self.model.build(params, task.name, task.labels, held, gates).to(context.device)
@@ -368,7 +236,7 @@ class Setup(Planner):
             half.requires_grad_(name.endswith(trained_suffixes))
         return model
 
-    def build_sent(self, payload: Payload, context: ClientContext) -> TaskModel | SplitModel:
+    def build_sent(self, payload: Payload, context: ClientContext) -> TaskModel:
         """Build the client's live model from the payload that it was sent, with its experts and gate scales.
 
         The payload is that of `sub_moe`.
@@ -380,70 +248,13 @@ class Setup(Planner):
         params = payload.group("base") | payload.group("params")
         return self.build(params, context, experts_from_scalars(payload.scalars), gates)
 
-    def mean(self, previous: Params, round: int = 0) -> WeightedMean | RobustMean | PrivateMean:
-        """Return the mean with which a server merges a round's replies.
+    def _merged_params(self, previous: Params) -> Params:
+        private_suffixes = (self.fit.lora.private,) if self.fit.lora.private else ()
+        return {key: t for key, t in previous.items() if not (is_adapter(key) and key.endswith(private_suffixes))}
 
-        This is the weighted mean (for adapters by `fit.lora.rule`), unless `merging` or `privacy` replaces it.
-
-        Args:
-            previous: the server's parameters; the replies are changed versions of them.
-            round: number of the round; adapters that a rule restarts are drawn by it.
-        """
+    def _plain_mean(self, round: int) -> WeightedMean:
         lora = self.fit.lora
-        if self.privacy.noise:
-            private_suffixes = (lora.private,) if lora.private else ()
-            shared_params = {
-                key: t for key, t in previous.items() if not (is_adapter(key) and key.endswith(private_suffixes))
-            }
-            return PrivateMean(self.privacy, shared_params, self.cohort)
-        mean = WeightedMean()
-        if lora.rank:
-            seed_parts = (round,) if lora.rule == "stack" else ()
-            mean = AdapterMean(lora.rule, lora.scale, lambda: self.initial_adapters(*seed_parts))
-        return mean if self.merging.plain else RobustMean(self.merging, previous, mean)
-
-    @property
-    def cohort(self) -> int:
-        """Return the number of clients that are expected in a round."""
-        return min(self.sampling.clients_per_round, len(self.clients))
-
-    def split_model(
-        self,
-        make: Callable[[], nn.Module],
-        params: Params,
-        context: ClientContext,
-        kind: type[SplitModel] = SplitModel,
-        used: SplitModel | None = None,
-    ) -> SplitModel:
-        """Return a live model on the client's device with weights `params`: `make`'s extractor and the client's head.
-
-        Convolution filters are stored channels last, and torch then uses that layout for the whole computation. On a
-        CPU, where `blocked` does not compute them, a step then takes 0.82 of the time.
-
-        Args:
-            used: a finished model that was made in the same way, for a client with the same labels; it is refilled.
-        """
-        model, task = used, context.data.task
-        if model is None:
-            from accelerate import init_empty_weights
-            from transformers.initialization import no_init_weights
-
-            self.admit_small(make, context, kind)
-            with init_empty_weights(include_buffers=False), no_init_weights():
-                model = kind(make(), task.name, task.labels)
-        _check_dtypes(params, {tensor.dtype for tensor in model.state_dict().values()})
-        load_flat(model, params)
-        if model is used:
-            return model
-        model.to(context.device)
-        for parameter in model.parameters():
-            if parameter.dim() == 4:
-                # `contiguous` leaves filters of one channel as they are, and with them the layout of all that follows.
-                parameter.data = parameter.data.to(memory_format=torch.channels_last)
-        return quicken(model)
-
-
-def _check_dtypes(params: Params, known: Collection[torch.dtype]) -> None:
-    for key, tensor in params.items():
-        if tensor.dtype not in known:
-            raise PayloadError(f"{key!r} is {tensor.dtype}; of this model it must be {', '.join(map(str, known))}")
+        if not lora.rank:
+            return WeightedMean()
+        seed_parts = (round,) if lora.rule == "stack" else ()
+        return AdapterMean(lora.rule, lora.scale, lambda: self.initial_adapters(*seed_parts))
