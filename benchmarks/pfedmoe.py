@@ -53,7 +53,7 @@ METHODS: dict[str, Algorithm] = {
     "pFedMoE static": pFedMoE(mixing="static"),
     "pFedMoE shared": pFedMoE(mixing="shared"),
     "pFedMoE local": pFedMoE(mixing="local"),
-    "pFedMoE layer norm": pFedMoE(norm="layer"),
+    "pFedMoE batch norm": pFedMoE(norm="batch"),
     "Standalone": Standalone(),
     "LG-FedAvg": LGFedAvg(),
     "FedProto": FedProto(),

@@ -178,7 +178,7 @@ def test_what_leaves_a_client_key_by_key():
     own |= {f"head.corner.{label}.{leaf}" for label in "abc" for leaf in ("weight", "bias")}
     kept = context.state.params.keys()
     assert own < kept and all(key.startswith("gate.") for key in kept - own)
-    assert {"gate.norm0.running_mean", "gate.norm1.running_var", "gate.linear1.weight"} < kept
+    assert {"gate.norm0.weight", "gate.norm1.bias", "gate.linear1.weight"} < kept
     assert all(0 <= reply.scalars[f"report/gate {label}"] <= 1 for label in "abc")
 
 
