@@ -56,7 +56,7 @@ class _SharedFile(RotatingFileHandler):
         super().emit(record)
         if self.stream:
             self.stream.close()
-            self.stream = None  # type: ignore[assignment]  # as RotatingFileHandler does; the next record opens it
+            self.stream = None
 
 
 class _Screen(logging.Handler):
