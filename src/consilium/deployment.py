@@ -12,6 +12,7 @@ import contextlib
 import functools
 import http.client
 import json
+import logging
 import os
 import signal
 import socket
@@ -41,6 +42,7 @@ from consilium.errors import ConfigError, ConsiliumError, RoundError, first_line
 from consilium.escape import print_line
 from consilium.experiment import Experiment, from_json, to_json
 from consilium.inside import open_here
+from consilium.logs import flower_level, start_from_environment
 from consilium.loop import check_same, serve
 from consilium.rundir import RunDirectory
 
@@ -60,6 +62,8 @@ __all__ = [
     "server_app",
     "stop_serving",
 ]
+
+log = logging.getLogger(__name__)
 
 RESTARTS = 5
 """Maximum number of restarts of Flower's processes in a row without a completed round in between."""
@@ -113,7 +117,7 @@ def server(
         return (folder / "config.json").exists() and RunDirectory(folder).config()["status"] == "finished"
 
     app = App("consilium.deployment:server_app", config, _home(folder), finished, lambda: _reached(folder))
-    keep_serving(app, sites, listen, keys, out)
+    keep_serving(app, sites, listen, keys)
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,7 @@ def check_keys(keys: Path | None, sites: Sequence[str], listen: Address) -> None
         _check_certificate(keys, listen)
 
 
-def keep_serving(app: App, sites: Sequence[str], listen: Address, keys: Path | None, out: Console) -> None:
+def keep_serving(app: App, sites: Sequence[str], listen: Address, keys: Path | None) -> None:
     """Run a ServerApp in a SuperLink until its work is done.
 
     If one of Flower's processes ends before that, all of them are restarted (`RESTARTS`).
@@ -162,7 +166,7 @@ def keep_serving(app: App, sites: Sequence[str], listen: Address, keys: Path | N
     restarts_left, progress = RESTARTS, app.reached()
     while True:
         with _superlink(listen, keys, home, environment) as superlink:
-            print_line(out, f"listening on {listen}; waiting for {', '.join(sites)}")
+            log.info("listening on %s; waiting for %s", listen, ", ".join(sites))
             process = subprocess.Popen(
                 [program("flwr"), "run", str(home / "app"), "run", "--stream"], env=environment, preexec_fn=WITH_PARENT
             )
@@ -178,7 +182,7 @@ def keep_serving(app: App, sites: Sequence[str], listen: Address, keys: Path | N
         restarts_left = restarts_left - 1 if progress == previous_progress else RESTARTS
         if (home / STOPPED).exists() or restarts_left < 0:
             break
-        print_line(out, f"one of Flower's processes has ended, see {home / 'superlink.log'}; starting them again")
+        log.warning("one of Flower's processes has ended, see %s; starting them again", home / "superlink.log")
         time.sleep(PAUSE * (RESTARTS - restarts_left))
     raise RoundError("the work has not finished, see above; the same command goes on with it")
 
@@ -222,8 +226,9 @@ def _serve(grid: Any, config: Mapping[str, Any]) -> None:
     """Run the rounds, in the process that the SuperLink starts."""
     from consilium.watch import Terminal
 
-    out, folder = Console(), Path(config["folder"])
-    with Terminal(out) as watch:
+    folder = Path(config["folder"])
+    start_from_environment()
+    with Terminal(Console()) as watch:
         try:
             experiment, sites = from_json(json.loads(config["experiment"])), config["sites"].split(",")
             keys = owners(Path(config["keys"]), sites) if config["keys"] else {}
@@ -231,19 +236,19 @@ def _serve(grid: Any, config: Mapping[str, Any]) -> None:
 
             def came(site: str) -> None:
                 connected_sites.append(site)
-                print_line(out, f"{site} has come, {len(connected_sites)} of {len(sites)}")
+                log.info("%s is connected, %d of %d", site, len(connected_sites), len(sites))
 
             serve(experiment, folder, grid, sites, float(config["wait"]), watch, keys, came)
         except Exception as error:
-            stop_serving(_home(folder), error, out)
+            stop_serving(_home(folder), error)
             raise
 
 
-def stop_serving(home: Path, error: Exception, out: Console) -> None:
+def stop_serving(home: Path, error: Exception) -> None:
     """Record, from a ServerApp's process, that its work has ended by itself, so that it is not restarted."""
     write_atomic(home / STOPPED, repr(error).encode())
     if isinstance(error, ConsiliumError):
-        print_line(out, f"consilium: {error}")
+        log.error("%s", error)
 
 
 def _home(folder: Path) -> Path:
@@ -369,8 +374,8 @@ def become_node(name: str, address: str, keys: Path | None, state: Path, port: i
     else:
         command += ["--insecure"]
     home, command = state.absolute() / "flower", again.command(command)
-    environment = {"FLWR_LOG_LEVEL": "WARNING", **_in_turn(home, "flwr-clientapp", flower_environment(home))}
-    print_line(Console(), f"{name}: waiting for the server at {address}; Ctrl-C ends this")
+    environment = {"FLWR_LOG_LEVEL": flower_level(), **_in_turn(home, "flwr-clientapp", flower_environment(home))}
+    log.info("%s: waiting for the server at %s; Ctrl-C ends this", name, address)
     os.execve(command[0], command, environment)
 
 

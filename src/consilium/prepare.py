@@ -3,7 +3,7 @@
 import hashlib
 import importlib.util
 import json
-import warnings
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -26,6 +26,8 @@ from consilium.experiment import Experiment, differences, from_json, to_json
 from consilium.moe.budget import bytes_of
 from consilium.setup import Setup
 from consilium.versions import versions
+
+log = logging.getLogger(__name__)
 
 __all__ = ["MAY_CHANGE", "Prepared", "check_data_unchanged", "check_unchanged", "prepare"]
 
@@ -254,10 +256,9 @@ def check_data_unchanged(begun: Mapping[str, Any], prepared: Prepared) -> None:
     for client, description in prepared.partition["clients"].items():
         threads = begun["clients"][client].get("threads")
         if threads != description.get("threads"):
-            warnings.warn(
+            log.warning(
                 f"site {client} trained with {threads} torch threads, now with {description.get('threads')}: perhaps "
-                "to other bits",
-                stacklevel=3,
+                "to other bits"
             )
 
 
@@ -298,7 +299,7 @@ def check_unchanged(begun: Mapping[str, Any], prepared: Prepared) -> None:
         description = ", ".join(
             f"{name} {version} (now {current_versions.get(name)})" for name, version in old_versions.items()
         )
-        warnings.warn(f"the run was begun with {description}: it goes on, but perhaps to other bits", stacklevel=2)
+        log.warning(f"the run was begun with {description}: it goes on, but perhaps to other bits")
         prepared.former += [old_versions] if old_versions not in prepared.former else []
 
 

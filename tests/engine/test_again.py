@@ -12,6 +12,13 @@ import pytest
 
 from consilium.engine import again
 
+
+@pytest.fixture(autouse=True)
+def _logs(monkeypatch):
+    """A site's command sets the level for the processes that it starts."""
+    monkeypatch.setenv("CONSILIUM_LOG_LEVEL", "info")
+
+
 PROGRAM = """
 import os, sys, threading, time
 from functools import partial

@@ -1,6 +1,7 @@
 """What a site prints of a run: that it is connected, each round, and the end."""
 
 import dataclasses
+import logging
 import re
 
 import loopback
@@ -12,13 +13,14 @@ from consilium.core import Sampling
 from consilium.loop import serve
 
 
-def test_a_site_shows_the_federation(tmp_path, capsys):
+def test_a_site_shows_the_federation(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "consilium")
     data = runs.table(tmp_path, clients=1)
     made = runs.experiment(data, model=tiny.source(), sampling=Sampling(1), rounds=2, evaluate_every=2)
     flower.save_site(tmp_path / "state/site.json", "site-0", made)
     grid = loopback.Loopback([{"site": str(tmp_path / "state/site.json")}])
     serve(dataclasses.replace(made, name="short"), tmp_path / "run", grid, ["site-0"], 5.0)
-    lines = capsys.readouterr().out.splitlines()
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
     patterns = [
         "connected; a run of 2 rounds asks who is here",
         r"round 1 of 2: trained, loss \d\.\d{3}; received [\d.]+ [kM]B, sent [\d.]+ [kM]B, \d+\.\d s",
@@ -29,4 +31,4 @@ def test_a_site_shows_the_federation(tmp_path, capsys):
     told = [line for line in lines if "site-0: " in line]
     assert len(told) == len(patterns), told
     for line, pattern in zip(told, patterns, strict=True):
-        assert re.fullmatch(rf"\d\d:\d\d:\d\d site-0: {pattern}", line), line
+        assert re.fullmatch(f"site-0: {pattern}", line), line

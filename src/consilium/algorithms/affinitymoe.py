@@ -58,7 +58,7 @@ from consilium.moe.gates import absent_rows
 from consilium.moe.layers import most, shapes
 from consilium.params import Like, Params
 from consilium.scoring import mean_loss, profile
-from consilium.setup import Setup
+from consilium.setup import MixtureSetup
 from consilium.training import local_round, local_test
 
 __all__ = ["AffinityMoE", "affinities"]
@@ -105,10 +105,10 @@ class AffinityMoE(Algorithm):
     def reads(self) -> frozenset[str]:
         return frozenset({"usage", "losses of sub-models"})
 
-    def server(self, setup: Setup) -> Server:
+    def server(self, setup: MixtureSetup) -> Server:
         return AffinityMoEServer(setup, self)
 
-    def client(self, setup: Setup) -> Client:
+    def client(self, setup: MixtureSetup) -> Client:
         return AffinityMoEClient(setup, self)
 
 
@@ -135,7 +135,7 @@ def affinities(usage: Mapping[ClientId, Scores], floor: float) -> dict[ClientId,
 class AffinityMoEServer(Server):
     """A server that holds the full MoE and, for each client, its experts and its own state."""
 
-    setup: Setup
+    setup: MixtureSetup
     algorithm: AffinityMoE
     map: dict[ClientId, dict[str, tuple[int, ...]]] = field(default_factory=dict)
     states: dict[ClientId, Params] = field(default_factory=dict)
@@ -326,7 +326,7 @@ def _by_client(tensors: Params) -> dict[ClientId, dict[str, Tensor]]:
 class AffinityMoEClient(Client):
     """A client that measures the full MoE in the first round and trains its sub-MoE in all others."""
 
-    def __init__(self, setup: Setup, algorithm: AffinityMoE):
+    def __init__(self, setup: MixtureSetup, algorithm: AffinityMoE):
         self.setup = setup
         self.algorithm = algorithm
         # Only one measure is sent in reduced form: a second would reveal more than one upper half and would spend the

@@ -31,7 +31,7 @@ from consilium.algorithms.mixed import MixedModels, own_adapters
 from consilium.core import Algorithm, Client, ClientContext, ClientInfo, Payload, Server, derive_seed, setting
 from consilium.moe.mixtures import Mixing, initial_pair, initial_route
 from consilium.params import Params
-from consilium.setup import Setup
+from consilium.setup import MixtureSetup
 
 __all__ = ["CoMiGS"]
 
@@ -68,23 +68,23 @@ class CoMiGS(Algorithm):
         """Return the names of the specialists."""
         return tuple(f"s{i}" for i in range(self.specialists))
 
-    def models(self, setup: Setup) -> MixedModels:
+    def models(self, setup: MixtureSetup) -> MixedModels:
         """Return the object that builds and trains the models of clients."""
         own_adapters(setup, "CoMiGS")
         mixing = Mixing(self.r, self.alpha / self.r, self.top_k, "rows", self.targets)
         return MixedModels(setup, mixing, (), self.balance)
 
-    def server(self, setup: Setup) -> Server:
+    def server(self, setup: MixtureSetup) -> Server:
         return CoMiGSServer(setup, self)
 
-    def client(self, setup: Setup) -> Client:
+    def client(self, setup: MixtureSetup) -> Client:
         return CoMiGSClient(setup, self)
 
 
 class CoMiGSServer(FedAvgServer):
     """A server that averages the generalist."""
 
-    def __init__(self, setup: Setup, algorithm: CoMiGS):
+    def __init__(self, setup: MixtureSetup, algorithm: CoMiGS):
         self.models, self.pairs = algorithm.models(setup), 1 + algorithm.specialists
         params = setup.zero_heads()
         for path, (x, y) in self.models.paths.items():
@@ -99,7 +99,7 @@ class CoMiGSServer(FedAvgServer):
 class CoMiGSClient(Client):
     """A client that sends the generalist and keeps its specialists and router."""
 
-    def __init__(self, setup: Setup, algorithm: CoMiGS):
+    def __init__(self, setup: MixtureSetup, algorithm: CoMiGS):
         self.setup, self.algorithm, self.models = setup, algorithm, algorithm.models(setup)
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
@@ -149,5 +149,5 @@ class CoMiGSClient(Client):
         return private_params
 
 
-def _rng(setup: Setup, path: str, name: str) -> torch.Generator:
+def _rng(setup: MixtureSetup, path: str, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(setup.seed, "CoMiGS", path, name))

@@ -32,7 +32,7 @@ from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInf
 from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
 from consilium.params import Params
-from consilium.setup import Setup
+from consilium.setup import CohortSetup
 from consilium.training import Objective, Supervised, tested, trained
 
 __all__ = ["FD"]
@@ -55,10 +55,10 @@ class FD(Algorithm):
     distance: Literal["mse", "kl", "ce"] = setting("mse", "free")
     own: bool = setting(False, "server")
 
-    def server(self, setup: Setup) -> Server:
+    def server(self, setup: CohortSetup) -> Server:
         return FDServer(setup, self)
 
-    def client(self, setup: Setup) -> Client:
+    def client(self, setup: CohortSetup) -> Client:
         return FDClient(setup, self)
 
 
@@ -68,7 +68,7 @@ class FDServer(PrototypeServer):
     It keeps the vectors of each class from the last round in which the class was sent.
     """
 
-    def __init__(self, setup: Setup, algorithm: FD):
+    def __init__(self, setup: CohortSetup, algorithm: FD):
         super().__init__(setup, setup.classes, counts=False)
         self.own = algorithm.own
         self.sent: dict[str, Params] = {}  # label -> client -> [C]
@@ -113,7 +113,7 @@ class FDClient(Client):
 
     reveals: ClassVar[Mapping[str, Reveal]] = {"prototypes": Reveal("update", "exact")}
 
-    def __init__(self, setup: Setup, algorithm: FD):
+    def __init__(self, setup: CohortSetup, algorithm: FD):
         self.setup = setup
         self.algorithm = algorithm
 

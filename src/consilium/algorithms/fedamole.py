@@ -58,7 +58,7 @@ from consilium.core import (
 from consilium.errors import ConfigError
 from consilium.moe.mixtures import Mixing, initial_pair, initial_route, names_of
 from consilium.params import Like, Params
-from consilium.setup import Setup
+from consilium.setup import MixtureSetup
 
 __all__ = ["FedAMoLE", "reverse_selection", "scores"]
 
@@ -109,16 +109,16 @@ class FedAMoLE(Algorithm):
     def reads(self) -> frozenset[str]:
         return frozenset({"mean embeddings"} if self.assign == "reverse" else ())
 
-    def models(self, setup: Setup) -> MixedModels:
+    def models(self, setup: MixtureSetup) -> MixedModels:
         """Return the object that builds and trains the models of clients."""
         own_adapters(setup, "FedAMoLE")
         mixing = Mixing(self.r, self.alpha / self.r, self.top_k, "dot", self.targets, self.dropout)
         return MixedModels(setup, mixing, (SHARED,), self.balance)
 
-    def server(self, setup: Setup) -> Server:
+    def server(self, setup: MixtureSetup) -> Server:
         return FedAMoLEServer(setup, self)
 
-    def client(self, setup: Setup) -> Client:
+    def client(self, setup: MixtureSetup) -> Client:
         return FedAMoLEClient(setup, self)
 
 
@@ -193,7 +193,7 @@ class FedAMoLEServer(Server):
         experts: layer -> name -> E_e.
     """
 
-    def __init__(self, setup: Setup, algorithm: FedAMoLE):
+    def __init__(self, setup: MixtureSetup, algorithm: FedAMoLE):
         self.setup, self.algorithm, self.models = setup, algorithm, algorithm.models(setup)
         self.names = [f"e{i}" for i in range(algorithm.E)]
         self.params: Params = {}
@@ -334,7 +334,7 @@ class FedAMoLEClient(Client):
         "experts": Reveal("usage", "exact"),
     }
 
-    def __init__(self, setup: Setup, algorithm: FedAMoLE):
+    def __init__(self, setup: MixtureSetup, algorithm: FedAMoLE):
         self.algorithm, self.models = algorithm, algorithm.models(setup)
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:

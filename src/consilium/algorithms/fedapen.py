@@ -37,7 +37,7 @@ from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
 from consilium.params import Params
 from consilium.scoring import read_batches
-from consilium.setup import Setup
+from consilium.setup import CohortSetup
 from consilium.training import tested, trained
 
 __all__ = ["FedAPEN", "learned_share"]
@@ -61,10 +61,10 @@ class FedAPEN(Algorithm):
     eta: float | None = setting(None, "lr", "(0, 1e38]")
     ensemble: bool = setting(True, "free")
 
-    def server(self, setup: Setup) -> Server:
+    def server(self, setup: CohortSetup) -> Server:
         return FedAvgServer(setup, params=small_params(setup))
 
-    def client(self, setup: Setup) -> Client:
+    def client(self, setup: CohortSetup) -> Client:
         return FedAPENClient(setup, self)
 
 
@@ -73,7 +73,7 @@ class FedAPENClient(Client):
 
     reveals: ClassVar[Mapping[str, Reveal]] = {"report/ensemble weight": Reveal("update")}
 
-    def __init__(self, setup: Setup, algorithm: FedAPEN):
+    def __init__(self, setup: CohortSetup, algorithm: FedAPEN):
         self.setup = setup
         self.algorithm = algorithm if algorithm.eta else replace(algorithm, eta=setup.fit.lr)
 

@@ -30,7 +30,7 @@ from consilium.core import Algorithm, Client, ClientContext, Payload, Server, se
 from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
 from consilium.params import Params
-from consilium.setup import Setup
+from consilium.setup import CohortSetup
 from consilium.training import tested, trained
 
 __all__ = ["FedCKD", "distilled", "pFedSD"]
@@ -55,10 +55,10 @@ class FedCKD(Algorithm):
     anneal: bool = setting(False, "free")
     deploy: Literal["trained", "aggregated"] = setting("trained", "free")
 
-    def server(self, setup: Setup) -> Server:
+    def server(self, setup: CohortSetup) -> Server:
         return FedAvgServer(setup)
 
-    def client(self, setup: Setup) -> Client:
+    def client(self, setup: CohortSetup) -> Client:
         return FedCKDClient(setup, self)
 
 
@@ -81,7 +81,7 @@ class pFedSD(FedCKD):
 class FedCKDClient(Client):
     """A client that learns from its data, the common model and its own previous model."""
 
-    def __init__(self, setup: Setup, algorithm: FedCKD):
+    def __init__(self, setup: CohortSetup, algorithm: FedCKD):
         self.setup, self.algorithm = setup, algorithm
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:

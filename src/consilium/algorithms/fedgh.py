@@ -40,7 +40,7 @@ from consilium.core import (
 from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
 from consilium.params import Like
-from consilium.setup import Setup
+from consilium.setup import CohortSetup
 from consilium.training import tested, trained
 
 __all__ = ["FedGH"]
@@ -60,17 +60,17 @@ class FedGH(Algorithm):
     eta_s: float | None = setting(None, "server", "[0, 1e6]")
     epochs: int = setting(1, "server", "[1, 1e12]")
 
-    def server(self, setup: Setup) -> Server:
+    def server(self, setup: CohortSetup) -> Server:
         return FedGHServer(setup, self)
 
-    def client(self, setup: Setup) -> Client:
+    def client(self, setup: CohortSetup) -> Client:
         return FedGHClient(setup)
 
 
 class FedGHServer(Server):
     """A server that trains the header rows of the single task."""
 
-    def __init__(self, setup: Setup, algorithm: FedGH):
+    def __init__(self, setup: CohortSetup, algorithm: FedGH):
         self.averaging = FedAvgServer(setup, params=setup.head_params(setup.common_width))
         self.setup = setup
         self.algorithm = algorithm
@@ -122,7 +122,7 @@ class FedGHClient(Client):
 
     reveals: ClassVar[Mapping[str, Reveal]] = {"prototypes": Reveal("update", "exact")}
 
-    def __init__(self, setup: Setup):
+    def __init__(self, setup: CohortSetup):
         self.setup = setup
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:

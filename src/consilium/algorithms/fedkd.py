@@ -50,7 +50,7 @@ from consilium.errors import PayloadError
 from consilium.models.cohort import SplitModel, initial
 from consilium.moe.addressing import flatten
 from consilium.params import Like, Params, checksum
-from consilium.setup import Setup
+from consilium.setup import CohortSetup
 from consilium.training import Supervised, tested, trained
 
 __all__ = ["FedKD", "compressed", "restored"]
@@ -82,7 +82,7 @@ class FedKD(Algorithm):
         """
         return self.T_s + (self.T_e - self.T_s) * min((round - 1) / (self.rounds or max(rounds, 1)), 1.0)
 
-    def begun(self, setup: Setup) -> tuple[Params, str]:
+    def begun(self, setup: CohortSetup) -> tuple[Params, str]:
         """Return the parameters from which changes of the small model are counted, and their checksum.
 
         These are small_0 if `exchange` is "changes", else zeros.
@@ -92,17 +92,17 @@ class FedKD(Algorithm):
             base_params = {key: torch.zeros_like(t) for key, t in base_params.items()}
         return base_params, checksum(base_params)
 
-    def server(self, setup: Setup) -> Server:
+    def server(self, setup: CohortSetup) -> Server:
         return FedKDServer(setup, self)
 
-    def client(self, setup: Setup) -> Client:
+    def client(self, setup: CohortSetup) -> Client:
         return FedKDClient(setup, self)
 
 
 class FedKDServer(Server):
     """A server that adds the mean change to the small model, or averages its weights."""
 
-    def __init__(self, setup: Setup, algorithm: FedKD):
+    def __init__(self, setup: CohortSetup, algorithm: FedKD):
         self.averaging = FedAvgServer(setup, params=small_params(setup))
         self.setup = setup
         self.algorithm = algorithm
@@ -168,7 +168,7 @@ class FedKDClient(Client):
         "factors": Reveal("update", "exact"), "shape *": Reveal("update", "exact"),
     }  # fmt: skip
 
-    def __init__(self, setup: Setup, algorithm: FedKD):
+    def __init__(self, setup: CohortSetup, algorithm: FedKD):
         self.setup = setup
         self.algorithm = algorithm
 

@@ -49,7 +49,7 @@ from consilium.core import (
 from consilium.errors import PayloadError, shown
 from consilium.moe.mixtures import Mixing, initial_pair, initial_route
 from consilium.params import Like, Params
-from consilium.setup import Setup
+from consilium.setup import MixtureSetup
 
 __all__ = ["FedLEASE", "clusters", "distances"]
 
@@ -76,7 +76,7 @@ class FedLEASE(Algorithm):
     M_max: int = setting(4, "memory", "[2, 1e4]")
     targets: tuple[str, ...] = setting((), "free")
 
-    def models(self, setup: Setup, experts: int) -> MixedModels:
+    def models(self, setup: MixtureSetup, experts: int) -> MixedModels:
         """Return the object that builds and trains the models of clients.
 
         Args:
@@ -87,10 +87,10 @@ class FedLEASE(Algorithm):
         mixing = Mixing(self.r, self.alpha / self.r, max(experts, 1), "rows" if experts else "", self.targets)
         return MixedModels(setup, mixing, () if experts else (OWN,))
 
-    def server(self, setup: Setup) -> Server:
+    def server(self, setup: MixtureSetup) -> Server:
         return FedLEASEServer(setup, self)
 
-    def client(self, setup: Setup) -> Client:
+    def client(self, setup: MixtureSetup) -> Client:
         return FedLEASEClient(setup, self)
 
 
@@ -143,7 +143,7 @@ class FedLEASEServer(Server):
         rounds: number of rounds with replies.
     """
 
-    def __init__(self, setup: Setup, algorithm: FedLEASE):
+    def __init__(self, setup: MixtureSetup, algorithm: FedLEASE):
         self.setup, self.algorithm = setup, algorithm
         self.models = algorithm.models(setup, 0)
         self.params = setup.zero_heads()
@@ -257,7 +257,7 @@ class FedLEASEServer(Server):
 class FedLEASEClient(Client):
     """A client that trains its own adapter in the warm-up, and later its cluster's expert and its router."""
 
-    def __init__(self, setup: Setup, algorithm: FedLEASE):
+    def __init__(self, setup: MixtureSetup, algorithm: FedLEASE):
         self.setup, self.algorithm = setup, algorithm
         algorithm.models(setup, 0)
 

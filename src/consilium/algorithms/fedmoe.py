@@ -74,7 +74,7 @@ from consilium.moe.lora import add_expert_lora
 from consilium.moe.routing import Tap, shares
 from consilium.params import Like
 from consilium.scoring import evaluate
-from consilium.setup import Setup
+from consilium.setup import MixtureSetup
 from consilium.training import fit, local_round, local_test, seeded
 
 __all__ = ["FedMoE", "largest_structure", "p_hat", "similar", "similarity", "structure_at", "z_scores"]
@@ -120,7 +120,7 @@ class FedMoE(Algorithm):
     weight: Literal["examples", "tokens"] = setting("examples", "server")
     floor: float = setting(0.5, "server", "[0, 1)")
 
-    def rank_for(self, setup: Setup) -> int:
+    def rank_for(self, setup: MixtureSetup) -> int:
         """Return the rank of the adapters in stage one."""
         return setup.fit.lora.rank or self.lora_rank
 
@@ -129,7 +129,7 @@ class FedMoE(Algorithm):
         tokens = ("served",) if self.weight == "tokens" else ()
         return tuple(dict.fromkeys((self.usage, *tokens)))
 
-    def mode_for(self, setup: Setup) -> Mode:
+    def mode_for(self, setup: MixtureSetup) -> Mode:
         """Return the mode of stage one for the memory model."""
         if self.stage1 != "lora":
             return "forward"
@@ -142,10 +142,10 @@ class FedMoE(Algorithm):
         inputs = {"usage"} if self.stage2 or self.stage1 != "none" else set()
         return frozenset(inputs | ({"validation scores"} if self.stage2 else set()))
 
-    def server(self, setup: Setup) -> Server:
+    def server(self, setup: MixtureSetup) -> Server:
         return FedMoEServer(setup, self)
 
-    def client(self, setup: Setup) -> Client:
+    def client(self, setup: MixtureSetup) -> Client:
         return FedMoEClient(setup, self)
 
 
@@ -254,7 +254,7 @@ class _Progress:
 class FedMoEServer(Server):
     """A server that holds the full MoE, the client-expert map, the usage p and each client's progress."""
 
-    setup: Setup
+    setup: MixtureSetup
     algorithm: FedMoE
     map: dict[ClientId, Held] = field(default_factory=dict)
     p: dict[ClientId, dict[str, Tensor]] = field(default_factory=dict)
@@ -535,7 +535,7 @@ def _held(held: Mapping[str, Sequence[int]] | None) -> Held | None:
 class FedMoEClient(Client):
     """A client that profiles the full MoE in stage one and trains its sub-MoE in stage two."""
 
-    def __init__(self, setup: Setup, algorithm: FedMoE):
+    def __init__(self, setup: MixtureSetup, algorithm: FedMoE):
         self.setup = setup
         self.algorithm = algorithm
         # The served counts depend on the experts held, so their upper half or noised shares would mean little.

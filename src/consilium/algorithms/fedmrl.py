@@ -32,7 +32,7 @@ from consilium.errors import ConfigError
 from consilium.models.cohort import SplitModel, initial
 from consilium.moe.addressing import flatten
 from consilium.params import Params
-from consilium.setup import Setup
+from consilium.setup import CohortSetup
 from consilium.training import Supervised, tested, trained
 
 __all__ = ["FedMRL", "Nested"]
@@ -52,14 +52,14 @@ class FedMRL(Algorithm):
     d1: int | None = setting(None, "memory", "[1, 1e12]")
     aggregation: Literal["mean", "last"] = setting("mean", "server")
 
-    def server(self, setup: Setup) -> Server:
+    def server(self, setup: CohortSetup) -> Server:
         params = small_params(self.narrow(setup))
         return (LastServer if self.aggregation == "last" else FedAvgServer)(setup, params=params)
 
-    def client(self, setup: Setup) -> Client:
+    def client(self, setup: CohortSetup) -> Client:
         return FedMRLClient(setup, self.narrow(setup))
 
-    def narrow(self, setup: Setup) -> Setup:
+    def narrow(self, setup: CohortSetup) -> CohortSetup:
         """Return the setup in which extractors have the width d1, as the small model needs it.
 
         Raises:
@@ -83,7 +83,7 @@ class FedMRL(Algorithm):
 class FedMRLClient(Client):
     """A client that trains its own model, the projector and the small model together."""
 
-    def __init__(self, setup: Setup, narrow: Setup):
+    def __init__(self, setup: CohortSetup, narrow: CohortSetup):
         self.setup = setup
         self.narrow = narrow
 

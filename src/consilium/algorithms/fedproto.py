@@ -30,7 +30,7 @@ from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
 from consilium.params import Like, Params, WeightedMean
 from consilium.scoring import read_batches
-from consilium.setup import Setup
+from consilium.setup import CohortSetup
 from consilium.training import Objective, Supervised, tested, trained
 
 __all__ = ["FedProto", "FedProtoClient", "PrototypeServer", "class_means"]
@@ -50,10 +50,10 @@ class FedProto(Algorithm):
     lam: float = setting(1.0, "factor", "[0, 1e4]")
     infer: Literal["head", "prototype"] = setting("head", "free")
 
-    def server(self, setup: Setup) -> Server:
+    def server(self, setup: CohortSetup) -> Server:
         return PrototypeServer(setup)
 
-    def client(self, setup: Setup) -> Client:
+    def client(self, setup: CohortSetup) -> Client:
         return FedProtoClient(setup, self.lam, self.infer)
 
 
@@ -65,7 +65,7 @@ class PrototypeServer(Server):
         counts: whether replies hold the number of examples of each class.
     """
 
-    def __init__(self, setup: Setup, width: int | None = None, counts: bool = True):
+    def __init__(self, setup: CohortSetup, width: int | None = None, counts: bool = True):
         self.setup = setup
         self.counts = counts
         width = setup.common_width if width is None else width
@@ -117,7 +117,7 @@ class FedProtoClient(Client):
         counts: whether the number of examples of each class is sent as well.
     """
 
-    def __init__(self, setup: Setup, lam: float, infer: str = "head", counts: bool = True):
+    def __init__(self, setup: CohortSetup, lam: float, infer: str = "head", counts: bool = True):
         self.setup = setup
         self.lam = lam
         self.infer = infer
@@ -165,7 +165,7 @@ def drawn(prototypes: Params, model: SplitModel, lam: float, supervised: Supervi
 
 
 def class_means(
-    model: SplitModel, setup: Setup, context: ClientContext, of: Callable[[Tensor], Tensor] | None = None
+    model: SplitModel, setup: CohortSetup, context: ClientContext, of: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Params, Params]:
     """Return label -> mean vector of its training examples [D], and label -> number of examples, int64 [].
 

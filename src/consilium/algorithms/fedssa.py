@@ -26,7 +26,7 @@ from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInf
 from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
 from consilium.params import Params
-from consilium.setup import Setup
+from consilium.setup import CohortSetup
 from consilium.training import tested, trained
 
 __all__ = ["FedSSA"]
@@ -49,17 +49,17 @@ class FedSSA(Algorithm):
         """Return mu_t, the weight of the client's own row in round t (counted from 0)."""
         return self.mu0 * math.cos(math.pi * t / (2 * self.T_stable)) if t < self.T_stable else 0.0
 
-    def server(self, setup: Setup) -> Server:
+    def server(self, setup: CohortSetup) -> Server:
         return FedSSAServer(setup)
 
-    def client(self, setup: Setup) -> Client:
+    def client(self, setup: CohortSetup) -> Client:
         return FedSSAClient(setup, self)
 
 
 class FedSSAServer(Server):
     """A server that samples clients as FedAvg does and takes the unweighted mean of each class row over its senders."""
 
-    def __init__(self, setup: Setup):
+    def __init__(self, setup: CohortSetup):
         self.averaging = FedAvgServer(setup, params=setup.head_params(setup.common_width))
         self.rounds = 0
 
@@ -95,7 +95,7 @@ class FedSSAServer(Server):
 class FedSSAClient(Client):
     """A client that mixes the received rows of its own classes into its header."""
 
-    def __init__(self, setup: Setup, algorithm: FedSSA):
+    def __init__(self, setup: CohortSetup, algorithm: FedSSA):
         self.setup = setup
         self.algorithm = algorithm
 

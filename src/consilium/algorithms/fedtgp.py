@@ -30,7 +30,7 @@ from consilium.algorithms.fedproto import FedProtoClient
 from consilium.core import Algorithm, Client, ClientId, ClientInfo, Payload, Server, derive_seed, setting
 from consilium.models.cohort import initial
 from consilium.params import Like
-from consilium.setup import Setup
+from consilium.setup import CohortSetup
 
 __all__ = ["FedTGP", "contrast", "margin"]
 
@@ -56,17 +56,17 @@ class FedTGP(Algorithm):
     server_epochs: int = setting(100, "server", "[1, 1e12]")
     eta_s: float | None = setting(None, "server", "(0, 1e6]")
 
-    def server(self, setup: Setup) -> Server:
+    def server(self, setup: CohortSetup) -> Server:
         return FedTGPServer(setup, self)
 
-    def client(self, setup: Setup) -> Client:
+    def client(self, setup: CohortSetup) -> Client:
         return FedProtoClient(setup, self.lam, counts=False)
 
 
 class FedTGPServer(Server):
     """A server that trains one vector per class and the network phi."""
 
-    def __init__(self, setup: Setup, algorithm: FedTGP):
+    def __init__(self, setup: CohortSetup, algorithm: FedTGP):
         self.setup = setup
         self.algorithm = algorithm
         d = setup.common_width

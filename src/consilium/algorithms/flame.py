@@ -56,7 +56,7 @@ from consilium.moe.layers import most
 from consilium.moe.model import TaskModel
 from consilium.moe.routing import shares
 from consilium.params import Like
-from consilium.setup import Setup
+from consilium.setup import MixtureSetup
 from consilium.training import Correct, local_round, local_test
 
 __all__ = ["FLAME", "UBSMoE"]
@@ -87,10 +87,10 @@ class FLAME(Algorithm):
     def reads(self) -> frozenset[str]:
         return frozenset({"usage"} if self.t else ())
 
-    def server(self, setup: Setup) -> Server:
+    def server(self, setup: MixtureSetup) -> Server:
         return FlameServer(setup, self)
 
-    def client(self, setup: Setup) -> Client:
+    def client(self, setup: MixtureSetup) -> Client:
         return FlameClient(setup, self)
 
     def prepare(self, model: TaskModel) -> None:
@@ -134,7 +134,7 @@ class UBSMoE(FLAME):
 class FlameServer(FedAvgServer):
     """A FedAvg server that sends each client its k and weights experts by activation."""
 
-    def __init__(self, setup: Setup, algorithm: FLAME):
+    def __init__(self, setup: MixtureSetup, algorithm: FLAME):
         by_memory = algorithm.experts == "memory"
         super().__init__(setup, None if by_memory else common_experts(setup, algorithm.experts))
         self.algorithm = algorithm
@@ -219,7 +219,7 @@ def activation_weight(reply: Payload, k: int, t: float) -> float | Callable[[str
     return weight
 
 
-def _nested(setup: Setup, client: ClientInfo) -> ExpertSet:
+def _nested(setup: MixtureSetup, client: ClientInfo) -> ExpertSet:
     """Return the publicly most used experts, as many per layer as the device has room for."""
     return most(setup.public_usage("common experts"), setup.sub_moe_counts(client))
 
@@ -227,7 +227,7 @@ def _nested(setup: Setup, client: ClientInfo) -> ExpertSet:
 class FlameClient(Client):
     """A client that trains with its own number of active experts."""
 
-    def __init__(self, setup: Setup, algorithm: FLAME):
+    def __init__(self, setup: MixtureSetup, algorithm: FLAME):
         self.setup, self.algorithm = setup, algorithm
         self.reveals: Mapping[str, Reveal] = {
             **({"served": Reveal("usage", "exact")} if algorithm.t else {}),

@@ -37,7 +37,7 @@ from consilium.moe.surgery import graft
 from consilium.params import Params
 from consilium.products import quicken
 from consilium.scoring import assess, profile
-from consilium.setup import Setup
+from consilium.setup import MixtureSetup
 from consilium.training import Correct, fit, keep_better, reply_scalars, tested_beside_best
 
 __all__ = ["FLEx"]
@@ -54,12 +54,12 @@ class FLEx(Algorithm):
     worlds: ClassVar[tuple[str, ...]] = ("moe",)
     rows: int = setting(64, "tokens", "[1, 1e12]")
 
-    def server(self, setup: Setup) -> Server:
+    def server(self, setup: MixtureSetup) -> Server:
         if setup.fit.lora.rank:
             raise ConfigError(f"fit.lora.rank is {setup.fit.lora.rank}; FLEx trains the trunk in full: set it to 0")
         return FLExServer(setup)
 
-    def client(self, setup: Setup) -> Client:
+    def client(self, setup: MixtureSetup) -> Client:
         return FLExClient(setup, self)
 
 
@@ -68,7 +68,7 @@ def is_trunk(key: str) -> bool:
     return expert_of(key) is None and router_row_of(key) is None
 
 
-def need(setup: Setup) -> int:
+def need(setup: MixtureSetup) -> int:
     """Return the bytes of memory for a model with one more expert in every layer."""
     return setup.footprint({block: n + 1 for block, n in setup.model.counts.items()}).total
 
@@ -76,7 +76,7 @@ def need(setup: Setup) -> int:
 class FLExServer(FedAvgServer):
     """A FedAvg server that averages the trunk only."""
 
-    def __init__(self, setup: Setup):
+    def __init__(self, setup: MixtureSetup):
         super().__init__(setup, params={key: t for key, t in setup.initial_params().items() if is_trunk(key)})
 
     def unable(self, client: ClientInfo) -> str | None:
@@ -92,7 +92,7 @@ class FLExServer(FedAvgServer):
 class FLExClient(Client):
     """A client that trains the trunk and its own experts, and keeps its experts private."""
 
-    def __init__(self, setup: Setup, algorithm: FLEx):
+    def __init__(self, setup: MixtureSetup, algorithm: FLEx):
         self.setup, self.algorithm = setup, algorithm
 
     @property

@@ -50,7 +50,7 @@ from consilium.moe.addressing import expert_of, router_row_of, table
 from consilium.moe.model import TaskModel
 from consilium.moe.routing import shares
 from consilium.params import Like, Params
-from consilium.setup import Setup
+from consilium.setup import MixtureSetup
 from consilium.training import Correct, local_round, local_test
 
 __all__ = ["Flux", "chosen_experts", "merged_expert"]
@@ -76,10 +76,10 @@ class Flux(Algorithm):
     def reads(self) -> frozenset[str]:
         return frozenset({"usage", "gradients of experts"})
 
-    def server(self, setup: Setup) -> Server:
+    def server(self, setup: MixtureSetup) -> Server:
         return FluxServer(setup, self)
 
-    def client(self, setup: Setup) -> Client:
+    def client(self, setup: MixtureSetup) -> Client:
         return FluxClient(setup)
 
 
@@ -129,7 +129,7 @@ class FluxServer(FedAvgServer):
         map: client -> block -> the experts that it trains.
     """
 
-    def __init__(self, setup: Setup, algorithm: Flux):
+    def __init__(self, setup: MixtureSetup, algorithm: Flux):
         if setup.fit.lora.rank:
             raise ConfigError(f"fit.lora.rank is {setup.fit.lora.rank}; Flux merges whole experts: set it to 0")
         super().__init__(setup)
@@ -265,7 +265,7 @@ class FluxClient(Client):
         "utility": Reveal("usage", "exact"),
     }
 
-    def __init__(self, setup: Setup):
+    def __init__(self, setup: MixtureSetup):
         self.setup = setup
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:

@@ -27,7 +27,7 @@ from consilium.core import Algorithm, Client, ClientContext, Payload, Server, se
 from consilium.models.cohort import SplitModel, initial
 from consilium.moe.addressing import flatten
 from consilium.params import Params
-from consilium.setup import Setup
+from consilium.setup import CohortSetup
 from consilium.training import tested, trained
 
 __all__ = ["FML", "Pair", "kl", "pair_model", "small_params"]
@@ -48,17 +48,17 @@ class FML(Algorithm):
     alpha: float = setting(0.5, "factor", "[0, 1]")
     beta: float = setting(0.5, "factor", "[0, 1]")
 
-    def server(self, setup: Setup) -> Server:
+    def server(self, setup: CohortSetup) -> Server:
         return FedAvgServer(setup, params=small_params(setup))
 
-    def client(self, setup: Setup) -> Client:
+    def client(self, setup: CohortSetup) -> Client:
         return FMLClient(setup, self)
 
 
 class FMLClient(Client):
     """A client that trains both models, keeps its own and sends the shared one."""
 
-    def __init__(self, setup: Setup, algorithm: FML):
+    def __init__(self, setup: CohortSetup, algorithm: FML):
         self.setup = setup
         self.alpha, self.beta = algorithm.alpha, algorithm.beta
 
@@ -107,7 +107,7 @@ def kl(teacher: Tensor, student: Tensor) -> Tensor:
     return F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
 
 
-def small_params(setup: Setup) -> Params:
+def small_params(setup: CohortSetup) -> Params:
     """Return the initial shared classifier: `small.extractor.*`, `small.head.weight` [C, d] and `.bias` [C]."""
     width = setup.model.width_of(setup.model.small, setup.shape)
     head = initial(lambda: nn.Linear(width, setup.classes), setup.seed, "small head")
@@ -117,7 +117,7 @@ def small_params(setup: Setup) -> Params:
 
 
 def pair_model(
-    setup: Setup,
+    setup: CohortSetup,
     small: Params,
     context: ClientContext,
     make: Callable[..., nn.Module] = Pair,

@@ -43,7 +43,7 @@ from consilium.models.cohort import SplitModel
 from consilium.models.narrow import chain, cut, narrowed, put
 from consilium.moe.addressing import flatten, select
 from consilium.params import Params
-from consilium.setup import Setup
+from consilium.setup import CohortSetup
 from consilium.training import tested, trained
 
 __all__ = ["FedDropout", "FedRolex", "HeteroFL", "SubNetClient", "units_from", "window"]
@@ -65,10 +65,10 @@ class HeteroFL(Algorithm):
     which: ClassVar[Literal["static", "rolling", "random"]] = "static"
     shares: tuple[float, ...] = setting((1.0, 0.5, 0.25), "server", "(0, 1]")
 
-    def server(self, setup: Setup) -> Server:
+    def server(self, setup: CohortSetup) -> Server:
         return SubNetServer(setup, self)
 
-    def client(self, setup: Setup) -> Client:
+    def client(self, setup: CohortSetup) -> Client:
         return SubNetClient(setup)
 
 
@@ -124,7 +124,7 @@ class SubNetServer(FedAvgServer):
         round: round of the current windows; after `aggregate` it is the next round.
     """
 
-    def __init__(self, setup: Setup, algorithm: HeteroFL):
+    def __init__(self, setup: CohortSetup, algorithm: HeteroFL):
         super().__init__(setup)
         self.algorithm, self.round = algorithm, 1
         with torch.device("meta"):
@@ -184,7 +184,7 @@ class SubNetServer(FedAvgServer):
 class SubNetClient(Client):
     """A client that trains the sub-network that it was sent."""
 
-    def __init__(self, setup: Setup):
+    def __init__(self, setup: CohortSetup):
         self.setup = setup
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:

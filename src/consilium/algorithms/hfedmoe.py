@@ -81,7 +81,7 @@ from consilium.moe.gates import absent_rows
 from consilium.moe.layers import most
 from consilium.moe.routing import Tap
 from consilium.params import Like, Params
-from consilium.setup import Setup
+from consilium.setup import MixtureSetup
 from consilium.training import local_round, local_test
 
 __all__ = ["HFedMoE", "best_experts", "divergence", "dominant", "importance", "information", "router_weights"]
@@ -133,7 +133,7 @@ class HFedMoE(Algorithm):
     def reads(self) -> frozenset[str]:
         return frozenset({"usage", "importance", "counts of trained batches"})
 
-    def server(self, setup: Setup) -> Server:
+    def server(self, setup: MixtureSetup) -> Server:
         if not setup.merging.plain and self.router != "plain":
             raise ConfigError(
                 f"router {self.router!r} weighs router rows by what clients declare, beside any rule of merging; take "
@@ -141,7 +141,7 @@ class HFedMoE(Algorithm):
             )
         return HFedMoEServer(setup, self)
 
-    def client(self, setup: Setup) -> Client:
+    def client(self, setup: MixtureSetup) -> Client:
         return HFedMoEClient(setup, self)
 
 
@@ -351,7 +351,7 @@ class HFedMoEServer(Server):
         chosen: client -> block -> share of the batches of its last round that trained each expert [E].
     """
 
-    setup: Setup
+    setup: MixtureSetup
     algorithm: HFedMoE
     budgets: dict[ClientId, tuple[int, int]] = field(default_factory=dict)
     demand: dict[ClientId, dict[str, Tensor]] = field(default_factory=dict)
@@ -509,7 +509,7 @@ def _lists(told: Mapping[ClientId, Mapping[str, Tensor]]) -> dict[ClientId, dict
     return {client: {block: x_E.tolist() for block, x_E in blocks.items()} for client, blocks in told.items()}
 
 
-def budgets(setup: Setup, algorithm: HFedMoE, client: ClientInfo, place: int) -> tuple[int, int]:
+def budgets(setup: MixtureSetup, algorithm: HFedMoE, client: ClientInfo, place: int) -> tuple[int, int]:
     """Return (experts that a client holds, experts that a batch trains), over all layers.
 
     Args:
@@ -558,7 +558,7 @@ class HFedMoEClient(Client):
         group: Reveal("usage", "exact") for group in ("demand", "usage", "importance", "trained")
     }
 
-    def __init__(self, setup: Setup, algorithm: HFedMoE):
+    def __init__(self, setup: MixtureSetup, algorithm: HFedMoE):
         self.setup = setup
         self.algorithm = algorithm
 

@@ -17,7 +17,7 @@ from consilium.algorithms.fedavg import FedAvgServer
 from consilium.core import Algorithm, Client, ClientContext, Payload, Server
 from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
-from consilium.setup import Setup
+from consilium.setup import CohortSetup
 from consilium.training import tested, trained
 
 __all__ = ["LGFedAvg"]
@@ -29,17 +29,17 @@ class LGFedAvg(Algorithm):
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
 
-    def server(self, setup: Setup) -> Server:
+    def server(self, setup: CohortSetup) -> Server:
         return FedAvgServer(setup, params=setup.head_params(setup.common_width))
 
-    def client(self, setup: Setup) -> Client:
+    def client(self, setup: CohortSetup) -> Client:
         return LGFedAvgClient(setup)
 
 
 class LGFedAvgClient(Client):
     """A client that keeps its own extractor and replaces its head by the received one."""
 
-    def __init__(self, setup: Setup):
+    def __init__(self, setup: CohortSetup):
         self.setup = setup
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:

@@ -19,7 +19,7 @@ from consilium.moe.mixtures import AdapterMixture, Mixing, attach, layers, mark,
 from consilium.moe.model import TaskModel
 from consilium.params import Params
 from consilium.scoring import assess, read_batches
-from consilium.setup import Setup
+from consilium.setup import MixtureSetup
 from consilium.training import Fitted, fit, keep_better, reply_scalars, tested_beside_best
 
 __all__ = ["MixedModels", "heads_of", "own_adapters", "part"]
@@ -28,7 +28,7 @@ COPIES = 5
 """Float32 values in memory per trained parameter: the received value, the current one, its gradient, Adam's moments."""
 
 
-def own_adapters(setup: Setup, method: str) -> None:
+def own_adapters(setup: MixtureSetup, method: str) -> None:
     """Raise if `fit.lora` is set for a method that has its own adapters.
 
     Raises:
@@ -54,7 +54,7 @@ class MixedModels:
         balance: weight of the sum of the mixtures' load-balance losses, each scaled by its number of slots.
     """
 
-    setup: Setup
+    setup: MixtureSetup
     mixing: Mixing
     always: tuple[str, ...] = ()
     balance: float = 0.0
@@ -282,7 +282,7 @@ def part(data: Encoded, rows: range) -> Encoded:
     return replace(data, **columns)
 
 
-def run_rows(setup: Setup, model: TaskModel, data: object, context: ClientContext, rows: int) -> None:
+def run_rows(setup: MixtureSetup, model: TaskModel, data: object, context: ClientContext, rows: int) -> None:
     """Run the first rows of a split through a model in evaluation mode."""
     model.eval()
     with torch.inference_mode():

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from consilium.algorithms.randommoe import RandomMoE
 from consilium.core import ClientId
 from consilium.moe.layers import most
-from consilium.setup import Setup
+from consilium.setup import MixtureSetup
 
 __all__ = ["NestedMoE"]
 
@@ -31,6 +31,6 @@ class NestedMoE(RandomMoE):
             experts that its router works with.
     """
 
-    def choose(self, setup: Setup, client: ClientId, counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    def choose(self, setup: MixtureSetup, client: ClientId, counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         """Return the experts of every block with the largest share of public tokens."""
         return most(setup.public_usage("common experts"), counts)

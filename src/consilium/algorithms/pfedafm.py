@@ -40,7 +40,7 @@ from consilium.errors import ConfigError
 from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
 from consilium.params import Params
-from consilium.setup import Setup
+from consilium.setup import CohortSetup
 from consilium.training import Objective, Supervised, fit, tested, trained
 
 __all__ = ["LastServer", "pFedAFM"]
@@ -64,7 +64,7 @@ class pFedAFM(Algorithm):
     aggregation: Literal["mean", "last"] = setting("mean", "server")
     shared_alpha: bool = setting(False, "free")
 
-    def server(self, setup: Setup) -> Server:
+    def server(self, setup: CohortSetup) -> Server:
         params = {f"{SHARED}{key}": tensor for key, tensor in setup.small_params().items()}
         small_width = setup.model.width_of(setup.model.small, setup.shape)
         if setup.common_width != small_width:
@@ -75,7 +75,7 @@ class pFedAFM(Algorithm):
             params[ALPHA] = torch.ones(small_width)
         return (LastServer if self.aggregation == "last" else FedAvgServer)(setup, params=params)
 
-    def client(self, setup: Setup) -> Client:
+    def client(self, setup: CohortSetup) -> Client:
         return PFedAFMClient(setup, self)
 
 
@@ -85,7 +85,7 @@ class LastServer(FedAvgServer):
     This is an ablation that may explain published numbers.
     """
 
-    def __init__(self, setup: Setup, **kwargs: Params):
+    def __init__(self, setup: CohortSetup, **kwargs: Params):
         super().__init__(setup, **kwargs)
         if setup.privacy.noise or not setup.merging.plain:
             raise ConfigError("aggregation 'last' averages nothing; merging and privacy.noise are not for it")
@@ -101,7 +101,7 @@ class LastServer(FedAvgServer):
 class PFedAFMClient(Client):
     """A client that trains its own model and a, and then the shared extractor."""
 
-    def __init__(self, setup: Setup, algorithm: pFedAFM):
+    def __init__(self, setup: CohortSetup, algorithm: pFedAFM):
         self.setup, self.algorithm = setup, algorithm
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:

@@ -45,7 +45,7 @@ from consilium.errors import PayloadError
 from consilium.moe.mixtures import Mixing, initial_pair, initial_route, mixtures, names_of
 from consilium.moe.model import TaskModel
 from consilium.params import Params
-from consilium.setup import Setup
+from consilium.setup import MixtureSetup
 
 __all__ = ["pFedMoAP"]
 
@@ -76,16 +76,16 @@ class pFedMoAP(Algorithm):
     def reads(self) -> frozenset[str]:
         return frozenset({"single adapters"} if self.K > 1 else ())
 
-    def models(self, setup: Setup, near: int) -> MixedModels:
+    def models(self, setup: MixtureSetup, near: int) -> MixedModels:
         """Return the builder and trainer of models with the adapters of `near` other clients."""
         own_adapters(setup, "pFedMoAP")
         mixing = Mixing(self.r, self.alpha / self.r, near + 1, "rows" if near else "", self.targets)
         return MixedModels(setup, mixing, (OWN,))
 
-    def server(self, setup: Setup) -> Server:
+    def server(self, setup: MixtureSetup) -> Server:
         return PFedMoAPServer(setup, self)
 
-    def client(self, setup: Setup) -> Client:
+    def client(self, setup: MixtureSetup) -> Client:
         return PFedMoAPClient(setup, self)
 
 
@@ -96,7 +96,7 @@ class PFedMoAPServer(Server):
         last: client -> its last adapter.
     """
 
-    def __init__(self, setup: Setup, algorithm: pFedMoAP):
+    def __init__(self, setup: MixtureSetup, algorithm: pFedMoAP):
         self.setup, self.algorithm = setup, algorithm
         self.models = algorithm.models(setup, 0)
         self.params = setup.zero_heads()
@@ -167,7 +167,7 @@ class PFedMoAPServer(Server):
 class PFedMoAPClient(Client):
     """A client that trains its own adapter and its gate, and keeps the gate private."""
 
-    def __init__(self, setup: Setup, algorithm: pFedMoAP):
+    def __init__(self, setup: MixtureSetup, algorithm: pFedMoAP):
         self.setup, self.algorithm = setup, algorithm
         algorithm.models(setup, 0)
 

@@ -31,11 +31,11 @@ Departures: the norms are layer norms by default. With batch norms the gate of a
 example to example for no reason (a_G = 0.4 ± 0.2 within a client of two classes, where its mean serves the test data as
 well), and the client's other layers learn more slowly: on ten clients of two classes the scores stay 1 to 3 points
 below those with layer norms, and single clients fall by 20 points and more between two evaluations
-(docs/experiments.md). A batch of one example has no batch statistics and is normalised by the running ones. Extractors of unequal
-width are joined by a private linear projection of G(x) (`join.*`); the paper has equal widths. With "layer" or "group"
-norms the gate's last norm is left out, because over two numbers it would keep only their sign. Options switch off the
-parts that the paper adds (static mixing; the shared extractor alone; all parts private, which is a local model with as
-many parameters), or let the gate read the two representations instead of the input.
+(docs/experiments.md). A batch of one example has no batch statistics and is normalised by the running ones. Extractors
+of unequal width are joined by a private linear projection of G(x) (`join.*`); the paper has equal widths. With "layer"
+or "group" norms the gate's last norm is left out, because over two numbers it would keep only their sign. Options
+switch off the parts that the paper adds (static mixing; the shared extractor alone; all parts private, which is a local
+model with as many parameters), or let the gate read the two representations instead of the input.
 """
 
 import math
@@ -53,7 +53,7 @@ from consilium.models.cohort import ARCHITECTURES, SplitModel, initial, real_row
 from consilium.moe.addressing import flatten, select
 from consilium.params import Params, nbytes
 from consilium.scoring import even, evened, read_batches
-from consilium.setup import Setup
+from consilium.setup import CohortSetup
 from consilium.training import tested, trained
 
 __all__ = ["Gate", "Mixture", "pFedMoE"]
@@ -96,7 +96,7 @@ class pFedMoE(Algorithm):
         if self.norm == "group" and self.m % GROUPS:
             raise ConfigError(f"m is {self.m}; with group norms it must be a multiple of {GROUPS}")
 
-    def server(self, setup: Setup) -> Server:
+    def server(self, setup: CohortSetup) -> Server:
         if setup.shape == () and self.gate_input == "raw" and self.mixing in ("gate", "local"):
             raise ConfigError(
                 "the gate cannot read the raw input of texts, which is token ids; use --algorithm.gate-input features"
@@ -104,7 +104,7 @@ class pFedMoE(Algorithm):
         theta = {} if self.mixing == "local" else _prefixed(SHARED, setup.small_params())
         return FedAvgServer(setup, params=theta)
 
-    def client(self, setup: Setup) -> Client:
+    def client(self, setup: CohortSetup) -> Client:
         return PFedMoEClient(setup, self)
 
     def rates(self, lr: float) -> dict[str, float]:
@@ -118,7 +118,7 @@ class PFedMoEClient(Client):
 
     reveals: ClassVar[Mapping[str, Reveal]] = {"report/gate *": Reveal("labels")}
 
-    def __init__(self, setup: Setup, algorithm: pFedMoE):
+    def __init__(self, setup: CohortSetup, algorithm: pFedMoE):
         self.setup = setup
         self.algorithm = algorithm
         self.begun: dict[Hashable, Params] = {}  # kind -> a client's initial parameters
@@ -337,7 +337,7 @@ class SwitchableNorm(nn.Module):
         return torch.addcmul(self.bias, (x - mean) * var.rsqrt(), self.weight)
 
 
-def gate_by_class(model: SplitModel, setup: Setup, context: ClientContext) -> Mapping[str, Scalar]:
+def gate_by_class(model: SplitModel, setup: CohortSetup, context: ClientContext) -> Mapping[str, Scalar]:
     """Return the mean weight a_G of the shared extractor over the validation examples of each class, for the record."""
     data = setup.encode(context, context.data.validation)
     prepare = even if evened(model, context) else dict

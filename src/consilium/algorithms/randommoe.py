@@ -20,7 +20,7 @@ import torch
 from consilium.algorithms.fedavg import FedAvgClient, FedAvgServer
 from consilium.core import Algorithm, Client, ClientId, ClientInfo, ExpertMap, ExpertSet, Server, derive_seed, setting
 from consilium.errors import ConfigError
-from consilium.setup import Setup
+from consilium.setup import MixtureSetup
 
 __all__ = ["RandomMoE", "random_choice"]
 
@@ -42,16 +42,16 @@ class RandomMoE(Algorithm):
     def chooses_by_memory(self) -> bool:
         return self.experts is None and self.share == 1
 
-    def server(self, setup: Setup) -> Server:
+    def server(self, setup: MixtureSetup) -> Server:
         minimum, maximum = setup.model.family.least, max(setup.model.counts.values())
         if self.experts is not None and not minimum <= self.experts <= maximum:
             raise ConfigError(f"experts is {self.experts}; allowed are {minimum}..{maximum}")
         return RandomMoEServer(setup, self)
 
-    def client(self, setup: Setup) -> Client:
+    def client(self, setup: MixtureSetup) -> Client:
         return FedAvgClient(setup)
 
-    def choose(self, setup: Setup, client: ClientId, counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    def choose(self, setup: MixtureSetup, client: ClientId, counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         """Return the client's experts, `counts[block]` of every block."""
         return random_choice(setup, client, counts)
 
@@ -59,7 +59,7 @@ class RandomMoE(Algorithm):
 class RandomMoEServer(FedAvgServer):
     """A FedAvg server with a fixed client-expert map."""
 
-    def __init__(self, setup: Setup, algorithm: RandomMoE):
+    def __init__(self, setup: MixtureSetup, algorithm: RandomMoE):
         super().__init__(setup, held=None)
         self.map: ExpertMap = {}
         for client in setup.clients:
@@ -76,7 +76,7 @@ class RandomMoEServer(FedAvgServer):
         return dict(self.map)
 
 
-def random_choice(setup: Setup, client: ClientId, counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+def random_choice(setup: MixtureSetup, client: ClientId, counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     """Return `counts[block]` random experts of every block, from the run's seed and the client's id."""
     rng = torch.Generator().manual_seed(derive_seed(setup.seed, "random experts", client))
     return {

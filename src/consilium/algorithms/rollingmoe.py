@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from consilium.algorithms.randommoe import RandomMoE, RandomMoEServer
 from consilium.core import ClientId, ClientInfo, ExpertMap, Payload, Server, counts_of, setting
-from consilium.setup import Setup
+from consilium.setup import MixtureSetup
 
 __all__ = ["RollingMoE", "rolled"]
 
@@ -34,16 +34,16 @@ class RollingMoE(RandomMoE):
 
     step: int = setting(1, "server", "[1, 1e4]")
 
-    def server(self, setup: Setup) -> Server:
+    def server(self, setup: MixtureSetup) -> Server:
         super().server(setup)  # the base class checks the number of experts
         return RollingServer(setup, self)
 
-    def choose(self, setup: Setup, client: ClientId, counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    def choose(self, setup: MixtureSetup, client: ClientId, counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         """Return the window of the first round."""
         return rolled(setup, counts, 0)
 
 
-def rolled(setup: Setup, counts: Mapping[str, int], start: int) -> dict[str, tuple[int, ...]]:
+def rolled(setup: MixtureSetup, counts: Mapping[str, int], start: int) -> dict[str, tuple[int, ...]]:
     """Return `counts[block]` consecutive experts of every block from `start` on, modulo the number of experts."""
     return {
         block: tuple(sorted((start + i) % total for i in range(counts[block])))
@@ -58,7 +58,7 @@ class RollingServer(RandomMoEServer):
         round: round of the current windows; after `aggregate` it is the next round.
     """
 
-    def __init__(self, setup: Setup, algorithm: RollingMoE):
+    def __init__(self, setup: MixtureSetup, algorithm: RollingMoE):
         super().__init__(setup, algorithm)
         self.step, self.round = algorithm.step, 1
         self.sizes = {client: counts_of(expert_ids) for client, expert_ids in self.map.items()}

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from consilium.cli.screen import out, say
 from consilium.errors import ConfigError, ConsiliumError
+from consilium.logs import to_screen
 from consilium.plugins import add_file, import_plugins
 
 __all__ = ["main", "take_imports"]
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             matches = difflib.get_close_matches(args[0], COMMANDS, n=1)
             hint = f"; did you mean {matches[0]!r}?" if matches else ""
             raise ConfigError(f"unknown command {args[0]!r}; allowed are {', '.join(COMMANDS)}{hint}")
-        with warnings.catch_warnings():
+        with to_screen(say), warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: say(f"warning: {message}")
             module, _, function = COMMANDS[args[0]].partition(":")
             getattr(importlib.import_module(f"consilium.cli.{module}"), function)(args[1:])

@@ -51,6 +51,8 @@ OWN = {
     "--max-bytes": "largest message that this site takes or returns, unfolded",
     "--max-memory": "most memory that a model may need here, e.g. 12GiB; default: --memory, or all of the device",
     "--max-state": "most room on disk for the states of former runs; the oldest go first",
+    "--log-level": "debug (with Flower's own messages), info, warning or error",
+    "--log-file": "a file that gets the log, too; it rotates at 5 MB",
     "--max-days": "days after which the state of a former run is removed",
 }
 """The help of the commands' own flags; all other flags are fields of the experiment."""

@@ -11,9 +11,19 @@ from consilium.cli.parsing import number, read_command, split_options, whole_num
 from consilium.cli.screen import finish, out, say
 from consilium.errors import ConfigError
 from consilium.escape import print_line
+from consilium.logs import start
 
 if TYPE_CHECKING:
     from consilium.experiment import Experiment
+
+
+LOGGING = {"--log-level": "info", "--log-file": ""}
+"""Options of the commands that run for days, with their defaults."""
+
+
+def start_logging(options: dict[str, str]) -> None:
+    """Log from --log-level on, on stdout and in --log-file if it is given."""
+    start(options["--log-level"], Path(options["--log-file"]) if options["--log-file"] else None)
 
 
 def certificates_command(args: list[str]) -> None:
@@ -44,7 +54,7 @@ def certificates_command(args: list[str]) -> None:
 
 def server_command(args: list[str]) -> None:
     """consilium server RECIPE|FILE.json --sites A,B --certificates DIR [--algorithm NAME] [--address HOST:PORT]
-    [--wait S] [--out DIR] [--insecure] [flags of the experiment]"""
+    [--wait S] [--out DIR] [--insecure] [--log-level LEVEL] [--log-file FILE] [flags of the experiment]"""
     if any(arg.partition("=")[0] == "--one-shot" for arg in args):
         return collect_packages(args)
     option_defaults = {
@@ -53,12 +63,14 @@ def server_command(args: list[str]) -> None:
         "--address": "0.0.0.0:8000",
         "--wait": "600",
         "--out": "runs",
+        **LOGGING,
     }
     insecure, args = split_insecure(args)
     command = read_command(
         args, "server", server_command.__doc__, {"--algorithm": "", **option_defaults}, ("--insecure",)
     )
     experiment, options = command.experiment, command.options
+    start_logging(options)
     deployment = load_deployment()
     sites, wait = _server_sites(options), whole_number(options, "--wait", 1)
     keys = keys_folder(options, insecure, parse_address(options["--address"], "--address"), "server")
@@ -72,9 +84,11 @@ def server_command(args: list[str]) -> None:
 
 
 def collect_packages(args: list[str]) -> None:
-    """consilium server --one-shot HUB --sites A,B --certificates DIR [--address HOST:PORT] [--insecure]"""
-    option_defaults = {"--one-shot": "", "--sites": "", "--certificates": "", "--address": "0.0.0.0:8000"}
+    """consilium server --one-shot HUB --sites A,B --certificates DIR [--address HOST:PORT] [--insecure]
+    [--log-level LEVEL] [--log-file FILE]"""
+    option_defaults = {"--one-shot": "", "--sites": "", "--certificates": "", "--address": "0.0.0.0:8000", **LOGGING}
     options, insecure = _one_shot_options(args, option_defaults)
+    start_logging(options)
     sites = _server_sites(options)
     load_deployment()  # raises if a package is missing
     from consilium.oneshot.network import collect
@@ -108,7 +122,7 @@ def _server_sites(options: dict[str, str]) -> list[str]:
 
 def offer_package(args: list[str]) -> None:
     """consilium client --one-shot FILE --name A --server HOST:PORT --certificates DIR [--state DIR] [--port N]
-    [--insecure]"""
+    [--insecure] [--log-level LEVEL] [--log-file FILE]"""
     option_defaults = {
         "--one-shot": "",
         "--name": "",
@@ -116,8 +130,10 @@ def offer_package(args: list[str]) -> None:
         "--certificates": "",
         "--state": "",
         "--port": "9094",
+        **LOGGING,
     }
     options, insecure = _one_shot_options(args, option_defaults)
+    start_logging(options)
     load_deployment()
     from consilium.oneshot.network import offer
 
@@ -131,10 +147,11 @@ def client_command(args: list[str]) -> None:
     """consilium client RECIPE|FILE.json --name A --server HOST:PORT --certificates DIR [--state DIR] [--port N]
     [--insecure] [--max-lr X] [--max-epochs N] [--max-steps N] [--max-batch-size N] [--max-tokens N] [--max-seconds S]
     [--max-rounds N] [--max-bytes SIZE] [--max-memory SIZE] [--max-state SIZE] [--max-days N]
+    [--log-level LEVEL] [--log-file FILE]
     [flags of the experiment: --data.*, --model.*, --memory, --device]"""
     if any(arg.partition("=")[0] == "--one-shot" for arg in args):
         return offer_package(args)
-    option_defaults = {"--name": "", "--server": "", "--certificates": "", "--state": "", "--port": "9094"}
+    option_defaults = {"--name": "", "--server": "", "--certificates": "", "--state": "", "--port": "9094", **LOGGING}
     deployment = load_deployment()
     limit_defaults = {
         f"--max-{field.replace('_', '-')}": value for field, value in dataclasses.asdict(deployment.Limits()).items()
@@ -143,6 +160,7 @@ def client_command(args: list[str]) -> None:
     insecure, args = split_insecure(args)
     command = read_command(args, "client", client_command.__doc__, option_defaults, ("--insecure",))
     experiment, options = command.experiment, command.options
+    start_logging(options)
     if not args[0].endswith(".json"):
         experiment = of_one_client(experiment, command.flags)
     keys = keys_folder(options, insecure, parse_address(options["--server"], "--server"), None)

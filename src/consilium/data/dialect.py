@@ -246,7 +246,7 @@ def _tried(text: str, dialect: Dialect) -> _Trial:
                 return _Trial(dialect, len(header), n, (line, f"has {len(row)} fields, the header has {len(header)}"))
             n += 1
     except _BrokenQuote as broken:
-        return _Trial(dialect, len(header), n, broken.args)  # type: ignore[arg-type]
+        return _Trial(dialect, len(header), n, broken.args)
     return _Trial(dialect, len(header), n, None)
 
 

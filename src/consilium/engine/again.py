@@ -7,6 +7,7 @@ watching process imports nothing large.
 
 import contextlib
 import functools
+import logging
 import os
 import runpy
 import signal
@@ -17,8 +18,11 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 
 from consilium.engine.interrupt import end_with_parent
+from consilium.logs import start_from_environment
 
 __all__ = ["command"]
+
+log = logging.getLogger("consilium.engine.again")  # not __name__: it runs as "__main__"
 
 LOST = 75
 """Exit code of a program that has come to the end of its main thread."""
@@ -57,6 +61,7 @@ def _again(program: list[str]) -> int:
     A signal to this process ends both. The program may fail `FIRST` times before its exit code is returned and, after
     an exit with `LOST`, `TRIES` times in a row.
     """
+    start_from_environment()
     allowed_failures = FIRST
 
     def strike(number: int, frame: FrameType | None) -> None:
@@ -82,7 +87,7 @@ def _started(program: list[str], parent: Callable[[], None], left: int) -> int:
         left = TRIES if code == LOST else left - 1
         if code <= 0 or left < 0:
             return code
-        print(f"{program[0]} has stopped working; it is started again in {PAUSE:g} s, {left} times more", flush=True)
+        log.warning(f"{program[0]} has stopped working; it is started again in {PAUSE:g} s, {left} times more")
         time.sleep(PAUSE)
 
 

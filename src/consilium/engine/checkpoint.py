@@ -14,10 +14,10 @@ belongs to. A write that fails (on a full disk) raises an error and leaves the e
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,8 @@ from consilium.core import ClientId, ClientState, Payload
 from consilium.engine.codec import Buffer, decode, parts
 from consilium.errors import CheckpointError, PayloadError
 from consilium.inside import open_here
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "Checkpoint",
@@ -289,7 +291,7 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
             broken_files.append(f"{path.name} ({error})")
             continue
         if broken_files:
-            warnings.warn(f"cannot read {', '.join(broken_files)}; continuing from {path.name}", stacklevel=2)
+            log.warning(f"cannot read {', '.join(broken_files)}; continuing from {path.name}")
         scalars = dict(payload.scalars)
         metadata = {key: scalars.pop(key) for key in payload.scalars if key.startswith("engine/")}
         if (format_version := metadata.get("engine/format", 1)) not in range(1, FORMAT + 1):

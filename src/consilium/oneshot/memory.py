@@ -9,7 +9,7 @@ from transformers.initialization import no_init_weights
 
 from consilium.moe.budget import OVERHEAD
 from consilium.oneshot.base import Base
-from consilium.setup import Setup
+from consilium.setup import MixtureSetup
 from consilium.work import Work
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ TRAINED = 16
 """Bytes per trained parameter: itself or its master, gradient and two moments, in float32."""
 
 
-def admit(base: Base, setup: Setup, training: "Training", work: Work) -> int:
+def admit(base: Base, setup: MixtureSetup, training: "Training", work: Work) -> int:
     """Return the bytes that a training needs; raise BudgetError if they exceed what the site allows.
 
     Raises:
@@ -32,10 +32,10 @@ def admit(base: Base, setup: Setup, training: "Training", work: Work) -> int:
     return bytes_needed
 
 
-def needed(base: Base, setup: Setup, training: "Training") -> int:
+def needed(base: Base, setup: MixtureSetup, training: "Training") -> int:
     """Return the peak bytes of training a site's part: the frozen model, activations, and what is trained.
 
-    For a mixture of experts, the memory model of adapters gives the model and activations (`Setup.footprint`), and the
+    For a mixture of experts, the memory model of adapters gives the model and activations (`MixtureSetup.footprint`), and the
     trained parameters are added. For a dense model, the activations are 16 D + 4 F numbers per token and layer, plus
     three times the logits.
     """

@@ -26,6 +26,7 @@ from consilium.engine.flower import server_app as flower_app
 from consilium.engine.judge import number
 from consilium.errors import ConfigError, PackageError, PayloadError
 from consilium.escape import one_line, print_line
+from consilium.logs import start_from_environment
 from consilium.oneshot.hub import Hub
 from consilium.oneshot.package import check_site, read_with_bytes
 
@@ -73,7 +74,7 @@ def collect(folder: Path, sites: Sequence[str], address: str, keys: Path | None,
         return
     home = (folder.parent / f"{folder.name}.flower").absolute()
     app = App("consilium.oneshot.network:server_app", {"folder": str(folder.absolute())}, home, finished, reached)
-    keep_serving(app, sites, listen, keys, out)
+    keep_serving(app, sites, listen, keys)
     print_line(out, f"{folder} has the packages of {', '.join(sites)}")
 
 
@@ -178,7 +179,8 @@ def gather(collection: Collection, roster: Roster, said: Any) -> None:
 
 def _serve(grid: Any, config: Mapping[str, Any]) -> None:
     """Collect until all packages are there, in the process that the SuperLink starts."""
-    out, folder = Console(), Path(config["folder"])
+    start_from_environment()
+    folder = Path(config["folder"])
     home = (folder.parent / f"{folder.name}.flower").absolute()
     try:
         sites = str(config["sites"]).split(",")
@@ -186,11 +188,11 @@ def _serve(grid: Any, config: Mapping[str, Any]) -> None:
         collection, roster = Collection(Hub.open(folder), sites), Roster(grid, keys=keys)
         while collection.missing:
             former_state = sum(collection.offset(site) for site in collection.missing), collection.missing
-            gather(collection, roster, lambda line: print_line(out, line))
+            gather(collection, roster, log.info)
             if former_state == (sum(collection.offset(site) for site in collection.missing), collection.missing):
                 time.sleep(POLL)
     except Exception as error:
-        stop_serving(home, error, out)
+        stop_serving(home, error)
         raise
 
 

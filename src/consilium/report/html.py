@@ -248,7 +248,7 @@ def _cards_over_seeds(pool: Sequence[Method]) -> str:
     return "".join(cards)
 
 
-def _winner(what, pool, value, show, high=False) -> str:  # type: ignore[no-untyped-def]
+def _winner(what, pool, value, show, high=False) -> str:
     candidates = sorted((row for row in pool if value(row) is not None), key=value, reverse=high)
     if not candidates:
         return card(what, "–", "not recorded")

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from consilium.core import ClientContext, ClientInfo, ExpertSet, Payload, Sampling
+from consilium.core import ClientContext, ClientInfo, ExpertSet, Payload, Sampling, Scalar
 from consilium.data.encode import Encoded
 from consilium.data.task import ClientData, Split, Task
 from consilium.data.tensor import TensorSplit
@@ -126,6 +126,10 @@ class Setup(ABC):
             client: adapters are cut to this client's rank; None: the full rank.
         """
         return Payload({"params": select(params, task, held)}, {})
+
+    def slice_scalars(self, held: ExpertSet) -> dict[str, Scalar]:
+        """Return the scalars of a payload that name the experts of a sub-MoE; {} without experts."""
+        return {}
 
     def both_halves(self, params: Params, own: Params) -> Params:
         """Return parameters completed by what is not sent; of all models but adapters everything is."""

@@ -17,8 +17,6 @@ import functools
 import json
 import logging
 import math
-import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,8 +41,9 @@ from consilium.engine.rounding import rounded
 from consilium.engine.rounds import tested, trained
 from consilium.engine.starting import started
 from consilium.errors import ConfigError, ConsiliumError, DataError, PayloadError
-from consilium.escape import one_line, terminal
+from consilium.escape import one_line
 from consilium.experiment import Experiment, from_json
+from consilium.logs import start_from_environment
 from consilium.moe.budget import bytes_of, human
 from consilium.privacy import Privacy
 
@@ -366,9 +365,9 @@ def _begin(told: dict[str, Scalar], context: Context) -> tuple[Site, ClientStore
 
 
 def _say(site: Site, text: str) -> None:
-    """Print a line on the console of a site; clients of a simulation print none."""
+    """Log a line of progress at a site; clients of a simulation log none."""
     if site.folder is not None:
-        print(f"{time.strftime('%H:%M:%S')} {one_line(f'{site.info.id}: {text}', 500)}", flush=True)
+        log.info("%s: %s", site.info.id, one_line(text, 500))
 
 
 def _size(message: Message) -> int:
@@ -383,8 +382,7 @@ def _answering(work: Callable[[Message, Context], RecordDict]) -> Callable[[Mess
         try:
             content = work(message, context)
         except Exception as error:  # Flower would send its whole text
-            trace = terminal(traceback.format_exc(), keep="\n")
-            log.warning("this site could not do what the server asked:\n%s", trace)
+            log.warning("this site could not do what the server asked", exc_info=True)
             reason = one_line(disclosure.reason(error, _private(context)))
             content = RecordDict({"failed": ConfigRecord({"reason": reason})})
         return Message(content, reply_to=message)
@@ -404,6 +402,7 @@ def _private(context: Context) -> list[object]:
     return [settings.parent]
 
 
+start_from_environment()
 started()  # everything is imported: the next client process of this site may start
 client_app = ClientApp()
 client_app.train()(_answering(train))

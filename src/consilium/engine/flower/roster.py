@@ -5,9 +5,9 @@ it when it is new or was restarted. If sites have keys, which Flower checks with
 identifies the node's site, and a node that gives another site's name is refused.
 """
 
+import logging
 import secrets
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,8 @@ from consilium.engine.flower.patience import Patient
 from consilium.engine.judge import number as is_number
 from consilium.errors import PayloadError, RoundError
 from consilium.escape import one_line
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Roster", "arrivals", "ask", "failed"]
 
@@ -67,7 +69,7 @@ class Roster:
         self.refused.pop(owner, None)
         if name != owner:
             self.refused[owner] = self.news[owner] = one_line(f"its node says that it is {name}, with {owner}'s key")
-            warnings.warn(f"site {owner} is refused: {self.refused[owner]}", stacklevel=2)
+            log.warning(f"site {owner} is refused: {self.refused[owner]}")
         return name == owner
 
     def nodes(self) -> dict[ClientId, int]:
@@ -81,7 +83,7 @@ class Roster:
             try:
                 self.enter(node, strangers[node], self._name(reply))
             except PayloadError as error:
-                warnings.warn(f"a node does not say who it is: {error}", stacklevel=2)
+                log.warning(f"a node does not say who it is: {error}")
         nodes_by_client: dict[ClientId, int] = {}
         for node, key in self._online().items():
             if not (name := self.known.get(key)):
