@@ -36,8 +36,8 @@ def needed(base: Base, setup: MixtureSetup, training: "Training") -> int:
     """Return the peak bytes of training a site's part: the frozen model, activations, and what is trained.
 
     For a mixture of experts, the memory model of adapters gives the model and activations (`MixtureSetup.footprint`),
-    and the trained parameters are added. For a dense model, the activations are 16 D + 4 F numbers per token and layer, plus
-    three times the logits.
+    and the trained parameters are added. For a dense model, the activations are 16 D + 4 F numbers per token and layer,
+    plus three times the logits.
     """
     config, fit = base.source.config, setup.fit
     width, layers = config.hidden_size, config.num_hidden_layers
