@@ -14,9 +14,12 @@ __all__ = ["fedmoe_text"]
 @recipe("fedmoe-text", rivals=EQUAL_MEMORY)
 def fedmoe_text() -> Experiment:
     """FedMoE on your own CSV, JSONL or Parquet file: --data.path FILE --data.text COLUMN --data.target COLUMN."""
+    base = fedmoe_docstrings()
     return replace(
-        fedmoe_docstrings(),
+        base,
         name="fedmoe-text",
         data=TextFileData(path=Path("examples.csv")),
+        fit=replace(base.fit, max_length=128),
+        rounds=20,
         memory=(),
     )
