@@ -41,6 +41,7 @@ from consilium.algorithms.fedmoe import FedMoE
 from consilium.algorithms.fedopt import FedAdam
 from consilium.algorithms.fedprox import FedProx
 from consilium.algorithms.fedrep import FedRep
+from consilium.algorithms.hfedmoe import HFedMoE
 from consilium.algorithms.randommoe import RandomMoE
 from consilium.core import Algorithm
 from consilium.data.code import CodeData
@@ -58,10 +59,11 @@ SETTINGS = {
     "B": CodeData(("public",), 12, "dirichlet", **SIZES),
     "C": CodeData(NEW, 24, **SIZES),
 }
+FEDMOE = FedMoE(stage1="forward", stage2=False, alpha=1.0)
 METHODS: dict[str, Algorithm] = {
     "AffinityMoE": AffinityMoE(),
     "alone": AffinityMoE(likeness="self"),
-    "FedMoE": FedMoE(stage1="forward", stage2=False, alpha=1.0),
+    "FedMoE": FEDMOE,
     "randomMoE": RandomMoE(),
     "AffinityMoE, all alike": AffinityMoE(likeness="none"),
     "FedAvg, no limit": FedAvg(),
@@ -81,12 +83,29 @@ METHODS: dict[str, Algorithm] = {
     "FedAdam, budget": FedAdam(experts="fit"),
     "Ditto, budget": Ditto(experts="fit"),
     "FedRep, budget": FedRep(experts="fit", private="router"),
+    "FedMoE, budget": FEDMOE,
+    "FedMoE, alpha 0.9": replace(FEDMOE, alpha=0.9),
+    "FedMoE, stage two": replace(FEDMOE, stage2=True),
+    "FedMoE, both stages": FedMoE(),
+    "HFedMoE": HFedMoE(),
+    "HFedMoE, budget": HFedMoE(),
+    "HFedMoE, beta 0": HFedMoE(beta=0.0),
+    "HFedMoE, random choice": HFedMoE(select="random"),
+    "HFedMoE, plain experts": HFedMoE(experts="plain"),
+    "HFedMoE, plain routers": HFedMoE(router="plain"),
 }
 """In the order in which they are run. "alone" is working alone with AffinityMoE's own sub-model, stopped early."""
 UNLIMITED = ("FedAvg, no limit",)
 LAYERS = (2.0, 1.0, 1.0, 1.0)
 """The layer budget of rivals that have no search of their own: the one that AffinityMoE finds in 14 of 15 runs."""
-BUDGETED = ("FedProx, budget", "FedAdam, budget", "Ditto, budget", "FedRep, budget")
+BUDGETED = (
+    "FedProx, budget",
+    "FedAdam, budget",
+    "Ditto, budget",
+    "FedRep, budget",
+    "FedMoE, budget",
+    "HFedMoE, budget",
+)
 PRIVACY = {
     "AffinityMoE, coarse usage": Privacy(usage="coarse"),
     "AffinityMoE, noised usage": Privacy(usage="noised", usage_noise=1.0),
@@ -103,6 +122,11 @@ NEAREST = {
     "alone, even": "alone",
     "AffinityMoE, coarse usage": "AffinityMoE",
     "AffinityMoE, noised usage": "AffinityMoE",
+    **{f"FedMoE, {part}": "FedMoE" for part in ("budget", "alpha 0.9", "stage two", "both stages")},
+    **{
+        f"HFedMoE, {part}": "HFedMoE"
+        for part in ("budget", "beta 0", "random choice", "plain experts", "plain routers")
+    },
 }
 """Method -> the one whose searched rate it takes, where it has none of its own. The search found the same rate for all
 methods that average all clients alike, and the same lower one for the two that do not."""
