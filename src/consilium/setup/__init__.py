@@ -40,5 +40,12 @@ def register_model(kind: type[Model], setup: type[Setup]) -> None:
 
 
 def setup_for(model: Model, *fields: Any, **named: Any) -> Setup:
-    """Return the set-up of a model; the fields are those of `Setup` after `model`."""
+    """Return the set-up of a model; the fields are those of `Setup` after `model`.
+
+    Raises:
+        ConfigError: for a kind of model that nobody registered.
+    """
+    if type(model) not in SETUPS:
+        known = ", ".join(kind.__name__ for kind in SETUPS)
+        raise ConfigError(f"model kind {type(model).__name__} is unknown; known are {known}; see register_model")
     return SETUPS[type(model)](model, *fields, **named)
