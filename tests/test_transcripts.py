@@ -1,6 +1,6 @@
 """docs/own-texts.md, own-images.md and one-shot.md, executed: from a user's own files to models that are loaded without
-this package, in at most five commands and a look at the model. `pytest tests/test_transcripts.py --rewrite` writes what is
-printed now into the pages."""
+this package, in at most five commands and a look at the model. `pytest tests/test_transcripts.py --rewrite` writes what
+is printed now into the pages."""
 
 import ast
 import csv
