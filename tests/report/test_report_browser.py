@@ -14,9 +14,10 @@ import tiny
 from browser import FRAME, findings
 from report_runs import make_run
 
+from consilium.cli.views.display import save_picture
+from consilium.cli.views.images import preview_images
+from consilium.cli.views.preview import preview
 from consilium.report import write_report
-from consilium.report.image_preview import preview_images
-from consilium.report.preview import preview, save_picture
 
 pytestmark = pytest.mark.skipif(browser.BROWSER is None, reason=browser.WITHOUT)
 
