@@ -104,6 +104,32 @@ class Key:
     role: str
     mark: str = "line"
 
+    @property
+    def is_line(self) -> bool:
+        return self.mark.startswith("run ") or self.mark in ("line", "thin", "faint", "dots")
+
+    @property
+    def ink(self) -> str:
+        """Return the role of its colour; a run has the colour of its series."""
+        return self.role if self._run is None else SERIES[self._run % len(SERIES)]
+
+    @property
+    def marker(self) -> str:
+        """Return the marker of a run as matplotlib names it; "" for other marks."""
+        return "" if self._run is None else MARKERS[self._run % len(MARKERS)]
+
+    @property
+    def dash(self) -> str:
+        """Return the lengths of dashes and gaps in the legend, in pixels; "" for a solid line."""
+        if self._run is None:
+            return "1.5 3" if self.mark == "dots" else ""
+        style = DASHES[(self._run // len(SERIES)) % len(DASHES)]
+        return "" if style == "-" else " ".join(f"{1.2 * part:.1f}" for part in style[1])
+
+    @property
+    def _run(self) -> int | None:
+        return int(self.mark.split()[1]) if self.mark.startswith("run ") else None
+
 
 @dataclass(frozen=True)
 class Panel:
