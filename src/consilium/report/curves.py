@@ -21,7 +21,6 @@ from consilium.report.style import (
     Panel,
     clean_axes,
     color,
-    drawing_style,
     new_figure,
     round_ticks,
     run_styles,
@@ -116,16 +115,15 @@ def adapter_ranks(runs: Sequence[RunRecord]) -> Drawing:
         ]
         if not any(points_by_run):
             raise NothingToDraw("No run merges adapters by a rule that has a merged update.")
-        with drawing_style():
-            figure = new_figure(_WIDTH, _HEIGHT, left=42, bottom=36, right=12)
-            axes = figure.axes[0]
-            clean_axes(axes)
-            for style, points in zip(styles, points_by_run, strict=True):
-                if points:
-                    axes.plot(*zip(*points, strict=True), lw=2.2, ms=4.5, **series(style))
-            axes.margins(x=0.03, y=0.12)
-            _x_axis(axes, "round")
-            axes.yaxis.set_major_locator(round_ticks(5))
+        figure = new_figure(_WIDTH, _HEIGHT, left=42, bottom=36, right=12)
+        axes = figure.axes[0]
+        clean_axes(axes)
+        for style, points in zip(styles, points_by_run, strict=True):
+            if points:
+                axes.plot(*zip(*points, strict=True), lw=2.2, ms=4.5, **series(style))
+        axes.margins(x=0.03, y=0.12)
+        _x_axis(axes, "round")
+        axes.yaxis.set_major_locator(round_ticks(5))
         panels.append(Panel(title, figure, _alt(title, [run.label for run in runs], points_by_run, "round")))
     keys = [Key(run.label, "ink", f"run {i}") for i, run in zip(styles, runs, strict=True)] if len(runs) > 1 else []
     return Drawing(panels, keys)
@@ -166,29 +164,28 @@ def _score_panels(runs: Sequence[RunRecord], placed: Sequence[Placed], along: st
         ]
         if not any(lines) and not any(validation_lines):
             continue
-        with drawing_style():
-            figure = new_figure(_WIDTH, _HEIGHT, left=38, bottom=36, right=12)
-            axes = figure.axes[0]
-            clean_axes(axes)
-            if single_detail and task != "mean":
-                _each_client(axes, runs[0], placed[0], task)
-                has_guess_line |= _guess_line(axes, runs[0], task)
-            for i, band in enumerate(bands):
-                _shade(axes, band, series(styles[i])["color"])
-            for i, points in enumerate(lines):
-                if not by_method and validation_lines[i]:
-                    axes.plot(
-                        *zip(*validation_lines[i], strict=True),
-                        lw=1,
-                        alpha=0.75,
-                        color=series(styles[i])["color"],
-                        zorder=3,
-                    )
-                if points:
-                    axes.plot(*zip(*points, strict=True), lw=2.2, ms=4.5, zorder=4, **series(styles[i]))
-            axes.margins(x=0.03, y=0.12)
-            _x_axis(axes, along)
-            axes.yaxis.set_major_locator(round_ticks(5))
+        figure = new_figure(_WIDTH, _HEIGHT, left=38, bottom=36, right=12)
+        axes = figure.axes[0]
+        clean_axes(axes)
+        if single_detail and task != "mean":
+            _each_client(axes, runs[0], placed[0], task)
+            has_guess_line |= _guess_line(axes, runs[0], task)
+        for i, band in enumerate(bands):
+            _shade(axes, band, series(styles[i])["color"])
+        for i, points in enumerate(lines):
+            if not by_method and validation_lines[i]:
+                axes.plot(
+                    *zip(*validation_lines[i], strict=True),
+                    lw=1,
+                    alpha=0.75,
+                    color=series(styles[i])["color"],
+                    zorder=3,
+                )
+            if points:
+                axes.plot(*zip(*points, strict=True), lw=2.2, ms=4.5, zorder=4, **series(styles[i]))
+        axes.margins(x=0.03, y=0.12)
+        _x_axis(axes, along)
+        axes.yaxis.set_major_locator(round_ticks(5))
         metric = next((run.metric(task) for run in runs if task in run.tasks), "score")
         title = f"{task} · {METRICS.get(metric, metric)}, %" if task != "mean" else "mean of the tasks, %"
         panels.append(Panel(title, figure, _alt(title, names, lines, along)))
@@ -323,29 +320,28 @@ def _counts(run: RunRecord) -> dict[str, Points]:
 
 
 def _count_panel(run: RunRecord, task: str, members: list[str], counts: dict[str, Points], last: float) -> Panel:
-    with drawing_style():
-        names = dict(zip(members, shorten_all(members, 12), strict=True))
-        room = 26 + 6 * max(map(len, names.values()))
-        figure = new_figure(_WIDTH, _HEIGHT + 15, left=34, bottom=36, right=room)
-        axes = figure.axes[0]
-        clean_axes(axes)
-        for client in members:
-            x, y = zip(*counts[client], strict=True)
-            axes.step(x, y, where="post", lw=1.3, alpha=0.7, color=color("c0"), zorder=2)
-            _mark_events(axes, run, client, counts[client])
-        ticks = sorted({x for c in members for x, _ in counts[c]})
-        means = [statistics.fmean(_at(counts[c], x) for c in members) for x in ticks]
-        axes.step(ticks, means, where="post", lw=2.4, color=color("ink"), zorder=3)
-        first = min(ticks)
-        axes.set_xlim(first - 0.02 * max(last - first, 1), max(last, first + 1))
-        axes.margins(y=0.1)
-        low, high = axes.get_ylim()
-        if high - low < 3:  # counts are whole: no ticks at 2.05 experts
-            axes.set_ylim((low + high) / 2 - 1.5, (low + high) / 2 + 1.5)
-        axes.xaxis.set_major_locator(round_ticks(6, integer=True))
-        axes.yaxis.set_major_locator(round_ticks(5, integer=True))
-        axes.set_xlabel("round")
-        _name_line_ends(axes, [(names[c], counts[c][-1][1]) for c in members])
+    names = dict(zip(members, shorten_all(members, 12), strict=True))
+    room = 26 + 6 * max(map(len, names.values()))
+    figure = new_figure(_WIDTH, _HEIGHT + 15, left=34, bottom=36, right=room)
+    axes = figure.axes[0]
+    clean_axes(axes)
+    for client in members:
+        x, y = zip(*counts[client], strict=True)
+        axes.step(x, y, where="post", lw=1.3, alpha=0.7, color=color("c0"), zorder=2)
+        _mark_events(axes, run, client, counts[client])
+    ticks = sorted({x for c in members for x, _ in counts[c]})
+    means = [statistics.fmean(_at(counts[c], x) for c in members) for x in ticks]
+    axes.step(ticks, means, where="post", lw=2.4, color=color("ink"), zorder=3)
+    first = min(ticks)
+    axes.set_xlim(first - 0.02 * max(last - first, 1), max(last, first + 1))
+    axes.margins(y=0.1)
+    low, high = axes.get_ylim()
+    if high - low < 3:  # counts are whole: no ticks at 2.05 experts
+        axes.set_ylim((low + high) / 2 - 1.5, (low + high) / 2 + 1.5)
+    axes.xaxis.set_major_locator(round_ticks(6, integer=True))
+    axes.yaxis.set_major_locator(round_ticks(5, integer=True))
+    axes.set_xlabel("round")
+    _name_line_ends(axes, [(names[c], counts[c][-1][1]) for c in members])
     alt = f"Experts per client over rounds, task {task}: mean {means[0]:.1f} at first, {means[-1]:.1f} at last."
     return Panel(f"{task} · {means[0]:.1f} → {means[-1]:.1f} experts a client", figure, alt)
 
@@ -383,14 +379,21 @@ def _name_line_ends(axes: Axes, ends: list[tuple[str, float]], limit: int = 11) 
         axes.annotate(
             client,
             (1, y),
-            (axes.bbox.width + 14, (height - bottom) * pixels),
+            (14, (height - y) * pixels),
             xycoords=("axes fraction", "data"),
-            textcoords="axes pixels",
+            textcoords="offset points",  # a point is a pixel here; PNG images have other resolutions
             va="center",
             fontsize=10,
             color=color("muted"),
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "lw": 0.7, "color": color("muted"), "shrinkA": 1, "shrinkB": 1},
+            arrowprops={
+                "arrowstyle": "-",
+                "lw": 0.7,
+                "color": color("muted"),
+                "shrinkA": 1,
+                "shrinkB": 1,
+                "relpos": (0, 0.5),
+            },
         )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from consilium.engine.checkpoint import write_atomic
 from consilium.errors import CheckpointError, ConfigError
 from consilium.report.export import table_files, to_csv, to_latex
+from consilium.report.image import fit
 from consilium.report.methods import Method, Spread, first_runs, has_seeds, methods
 from consilium.report.page import fill
 from consilium.report.parts import Card, Figure, Fold, Group, Part, Text, one_figure
@@ -74,6 +75,7 @@ def render(runs: Sequence[RunRecord]) -> str:
     rows = [result(run) for run in runs]
     figures = [(kind.section, figure) for kind in FIGURES if (figure := _figure(kind, runs))]
     sections = {name: [figure for section, figure in figures if section == name] for name in _sections()}
+    fit([picture for _, figure in figures for picture in figure.pictures])
     details: dict[str, list[Part]] = {}
     firsts, note = first_runs(runs), _of_firsts(runs)
     if texts := written(firsts):
@@ -257,10 +259,10 @@ def _figure(kind: FigureKind, runs: Sequence[RunRecord]) -> Figure | Group | Non
     Return None if the figure is to be left out.
     """
     if not kind.each_run or len(runs) == 1:
-        figure = one_figure(kind, runs[0] if kind.each_run else runs, "all")
+        figure = one_figure(kind, runs[0] if kind.each_run else runs)
         return figure if figure.panels or not kind.only_if_drawn else None
     firsts = first_runs(runs)
-    figures = [one_figure(kind, run, f"run {i}", of=run.label) for i, run in enumerate(firsts)]
+    figures = [one_figure(kind, run, of=run.label) for run in firsts]
     if kind.only_if_drawn and not any(figure.panels for figure in figures):
         return None
     figures.sort(key=lambda figure: not figure.panels)  # runs that have nothing to show come last
@@ -268,4 +270,4 @@ def _figure(kind: FigureKind, runs: Sequence[RunRecord]) -> Figure | Group | Non
         Fold(figure.run, [figure], is_open=len(firsts) <= 3 or not figure.panels or i == 0)
         for i, figure in enumerate(figures)
     ]
-    return Group(kind, [*_of_firsts(runs), *folds])
+    return Group(kind, [*_of_firsts(runs), *folds], [picture for figure in figures for picture in figure.panels])

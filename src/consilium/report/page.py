@@ -8,8 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from consilium.escape import terminal
-from consilium.report.maps import RAMP
-from consilium.report.style import DARK, LIGHT
+from consilium.report.style import DARK, LIGHT, RAMP
 
 __all__ = ["anchor", "fill"]
 

@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from markupsafe import Markup
-
+from consilium.report.image import Picture, picture
 from consilium.report.plots import FigureKind
-from consilium.report.style import Key, NothingToDraw, to_svg
+from consilium.report.style import Key, NothingToDraw, drawing_style
 
 __all__ = ["Box", "Card", "Cell", "Code", "Figure", "Fold", "Group", "Heading", "Part", "Table", "Text", "Words",
            "one_figure"]  # fmt: skip
@@ -117,14 +116,6 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One drawn panel of a figure."""
-
-    title: str
-    svg: Markup
-
-
-@dataclass(frozen=True)
 class Figure:
     """A figure, with its panels or the reason why there are none.
 
@@ -140,6 +131,10 @@ class Figure:
     note: str = ""
     reason: str = ""
 
+    @property
+    def pictures(self) -> Sequence[Picture]:
+        return self.panels
+
 
 @dataclass(frozen=True)
 class Group:
@@ -148,25 +143,25 @@ class Group:
     form: ClassVar[str] = "group"
     kind: FigureKind
     content: Sequence[Part]
+    pictures: Sequence[Picture]
 
 
 Part = Table | Text | Heading | Code | Words | Fold | Box | Figure
 
 
-def one_figure(kind: FigureKind, runs: Any, salt: str, of: str = "") -> Figure:
-    """Draw a figure; if there is nothing to draw, the figure has the reason instead of panels.
+def one_figure(kind: FigureKind, runs: Any, of: str = "") -> Figure:
+    """Draw a figure in both themes; if there is nothing to draw, the figure has the reason instead of panels.
 
     Args:
         runs: argument of `kind.draw`.
-        salt: text that is unique on the page.
         of: label of the run, if the caption stands elsewhere; "" otherwise.
     """
     try:
-        drawing = kind.draw(runs)
+        with drawing_style("light"):
+            light = kind.draw(runs)
     except NothingToDraw as error:
         return Figure(kind, of, reason=str(error))
-    panels = [
-        Picture(panel.title, Markup(to_svg(panel.figure, f"{salt} {kind.name} {i}", panel.alt or panel.title)))
-        for i, panel in enumerate(drawing.panels)
-    ]
-    return Figure(kind, of, panels, drawing.keys, drawing.note)
+    with drawing_style("dark"):
+        dark = kind.draw(runs)
+    panels = [picture(*pair) for pair in zip(light.panels, dark.panels, strict=True)]
+    return Figure(kind, of, panels, light.keys, light.note)

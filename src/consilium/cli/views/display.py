@@ -12,8 +12,7 @@ from rich.text import Text
 from consilium.cli.views.preview import Preview
 from consilium.errors import ConfigError
 from consilium.escape import one_line, terminal
-from consilium.report.maps import RAMP
-from consilium.report.style import any_glyph, shorten_all
+from consilium.report.style import RAMP, any_glyph, shorten_all
 
 __all__ = ["save_picture", "show", "write_figure"]
 
