@@ -24,7 +24,7 @@ from consilium.report.style import (
 
 __all__ = ["likeness", "likeness_map"]
 
-_WIDTH, _RIGHT, _TOP, _BOTTOM = 420, 8, 4, 22
+_WIDTH, _RIGHT, _TOP, _BOTTOM = 340, 8, 4, 22
 LEAST = 3
 """The fewest clients that can be compared."""
 
