@@ -158,7 +158,8 @@ def test_the_page_says_who_brought_what_and_shows_foreign_text_as_text(tmp_path)
     }  # fmt: skip
     text = page(Hub.open(hub.folder), scores)
     assert "CC-BY-4.0" in text and "<script" not in text and "&lt;script&gt;" in text
-    assert "http" not in text and 'num best">1.000' in text and "+0.250" in text and "no promise" in text
+    assert "http:" not in text and "https:" not in text
+    assert 'num best">1.000' in text and "+0.250" in text and "no promise" in text
     assert "Scores by domain" not in page(hub, {})
     with pytest.raises(PackageError, match="write them again"):
         page(hub, json.loads('{"matrix": {"a": 3}}'))

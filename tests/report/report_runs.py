@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 TASKS = {"topic": "accuracy", "kind": "accuracy", "verb": "token_f1"}
@@ -208,3 +210,10 @@ def _summary(algorithm, lines, names, task_of, memory, unable, structure, blocks
         "peak_rss_bytes": 812_000_000,
         "experts": {"start": mean(maps["0"]), "end": mean(final)} if sparse else None,
     }  # fmt: skip
+
+
+def images(page, theme="light"):
+    """The SVG images of a theme, as texts."""
+    name = {"light": "src", "dark": "srcset"}[theme]
+    found = re.findall(rf' {name}="data:image/svg\+xml;base64,([^"]*)"', page)
+    return [base64.b64decode(image).decode() for image in found]

@@ -52,7 +52,7 @@ def mutations(path):
 def test_any_value_of_another_type(tmp_path, monkeypatch, name):
     """Read and summed up for each; the page, which takes its time, is made for one in fifty that could be read, and for
     the values that once broke it."""
-    monkeypatch.setattr("consilium.report.parts.to_svg", lambda *_: "")
+    monkeypatch.setattr("consilium.report.image.data_uri", lambda *_: "data:,")
     folder, drawn, n = make(tmp_path / "run"), 0, 0
     for at, new, text in mutations(folder / name):
         (folder / name).write_text(text)
@@ -82,7 +82,7 @@ def test_one_line_for_each_damaged_file(tmp_path, capsys, monkeypatch, name, tex
     folder = make(tmp_path / "run")
     rest = "\n{}\n" if name.endswith("jsonl") else ""
     (folder / name).write_text(text + rest)
-    monkeypatch.setattr("consilium.report.parts.to_svg", lambda *_: "")
+    monkeypatch.setattr("consilium.report.image.data_uri", lambda *_: "data:,")
     code = main(["report", str(folder)])
     said = capsys.readouterr()
     if code:

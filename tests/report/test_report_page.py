@@ -1,19 +1,24 @@
 """The HTML page and the terminal table: what stands in them, how large they are, that nothing slips through."""
 
+import base64
 import html.parser
+import io
 import json
 import re
 import xml.etree.ElementTree as ET
 
 import matplotlib
 import pytest
-from report_runs import make_run
+from PIL import Image
+from report_runs import images, make_run
 from rich.console import Console
 
 from consilium.errors import ConfigError
 from consilium.report import print_table, read_runs, render, write_report
 from consilium.report.gains import gain_over_standalone
+from consilium.report.image import fit
 from consilium.report.maps import block_names
+from consilium.report.parts import one_figure
 from consilium.report.plots import FIGURES
 from consilium.report.style import DARK, LIGHT, round_ticks, run_styles, shorten, shorten_all
 
@@ -73,23 +78,21 @@ def test_three_runs_draw_every_figure_or_say_why(three_page):
 def test_page_is_self_contained(one_page, three_page):
     for page in (one_page, three_page):
         assert "<script" not in page and "@import" not in page
-        for target in re.findall(r'(?:src|href)="([^"]*)"', page):
+        for target in re.findall(r'(?:src|srcset|href)="([^"]*)"', page):
             assert target.startswith(("#", "data:")), target
         for target in re.findall(r"url\(([^)]*)\)", page):
             assert target.startswith("#"), target
 
 
-def test_every_svg_is_well_formed_and_follows_the_theme(three_page):
-    drawn = re.findall(r"<svg.*?</svg>", three_page, flags=re.S)
-    assert len(drawn) > 40
-    for svg in drawn:
-        ET.fromstring(
-            svg.replace("<svg ", '<svg xmlns:xlink="http://www.w3.org/1999/xlink" ', 1) if "xlink" not in svg else svg
-        )
-    body = "".join(drawn)
-    assert not [code for code in LIGHT.values() if code in body]
+def test_every_image_is_well_formed_and_drawn_for_both_themes(three_page):
     assert set(LIGHT) == set(DARK)
-    assert "DejaVu" not in body
+    light, dark = images(three_page), images(three_page, "dark")
+    assert len(light) == len(dark) > 40
+    assert three_page.count("<picture>") == len(light)
+    for found, other in ((light, DARK), (dark, LIGHT)):
+        for svg in found:
+            ET.fromstring(svg)
+        assert not [code for code in other.values() if code in "".join(found)]
 
 
 def test_ids_are_unique_and_resolve(three_page):
@@ -101,7 +104,7 @@ def test_ids_are_unique_and_resolve(three_page):
 
 def test_tags_are_balanced(three_page):
     class Checker(html.parser.HTMLParser):
-        void = frozenset({"meta", "link", "br"})
+        void = frozenset({"meta", "link", "br", "img", "source"})
 
         def __init__(self):
             super().__init__()
@@ -137,6 +140,24 @@ def test_size_at_thirty_clients_twelve_layers_thirtytwo_experts(tmp_path, runs):
     assert not list(out.parent.glob("*.part"))
 
 
+def test_the_largest_pictures_become_png_where_a_page_would_be_too_large(tmp_path):
+    """At the limit nothing changes; a byte below it the first picture shrinks; with no room at all every one does."""
+    (run,) = read_runs([make_run(tmp_path / "a", clients=30, blocks=2, experts=32)])
+    kind = next(kind for kind in FIGURES if kind.name == "usage_heat_map")
+    pictures = one_figure(kind, run).panels
+    total = sum(picture.nbytes for picture in pictures)
+    fit(pictures, total)
+    assert all(uri.startswith("data:image/svg+xml") for picture in pictures for uri in picture.uris.values())
+    fit(pictures, total - 1)
+    assert {picture.uris["light"][:15] for picture in pictures} == {"data:image/svg+", "data:image/png;"}
+    fit(pictures, 0)
+    assert sum(picture.nbytes for picture in pictures) < 0.7 * total
+    for picture in pictures:
+        for uri in picture.uris.values():
+            image = Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,"))))
+            assert image.width == picture.size[0]
+
+
 def test_everything_from_data_is_escaped(tmp_path):
     bad = '<script>alert("1")</script>&\'"$x$'
     path = make_run(tmp_path / "<b>evil&run<b>", tasks={bad: "accuracy", "kind": "accuracy"}, clients=4, blocks=2)
@@ -155,8 +176,9 @@ def test_everything_from_data_is_escaped(tmp_path):
         file.write(json.dumps({"round": 3, "event": bad, "client": bad, bad: {bad: [bad]}}) + "\n")
     for paths in ([path], [path, make_run(tmp_path / "b", clients=4, blocks=2)]):
         page = render(read_runs(paths))
-        assert "<script" not in page and "<b>evil" not in page and "alert(&quot;" in page
-        for svg in re.findall(r"<svg xmlns.*?</svg>", page, flags=re.S):
+        assert "<script" not in page and "<b>evil" not in page and "alert(&#34;" in page
+        assert len(images(page)) > 10
+        for svg in images(page) + images(page, "dark"):
             ET.fromstring(svg)
 
 

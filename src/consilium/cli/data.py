@@ -13,11 +13,13 @@ from consilium.escape import print_line
 
 def data_command(args: list[str]) -> None:
     """consilium data PATH [--text COLUMN] [--label COLUMN] [--client COLUMN] ... [--out split.png]"""
+    from consilium.cli.views.display import save_picture, show
+    from consilium.cli.views.images import holds_images, preview_images
+    from consilium.cli.views.preview import preview
+    from consilium.cli.views.roles import NAMES
     from consilium.data.dialect import Dialect
     from consilium.moe.build import ModelSource
     from consilium.recipes import find
-    from consilium.report.image_preview import holds_images, preview_images
-    from consilium.report.preview import NAMES, preview, save_picture, show
 
     def parameters(
         file: Annotated[Path, tyro.conf.Positional],

@@ -12,11 +12,11 @@ from consilium.escape import print_line
 
 def inspect_command(args: list[str]) -> None:
     """consilium inspect MODEL \\[--memory 12GiB]"""
+    from consilium.cli.views.model import print_model
     from consilium.core import Sampling
     from consilium.fit import Fit
     from consilium.moe.budget import bytes_of
     from consilium.moe.build import ModelSource
-    from consilium.report.model import print_model
     from consilium.setup import MixtureSetup
 
     def parameters(
@@ -63,7 +63,7 @@ def inspect_command(args: list[str]) -> None:
 def plan_command(args: list[str]) -> None:
     """consilium plan RECIPE|FILE.json [--algorithm NAME] [--config FILE] [flags of the experiment]"""
     command = read_command(args, "plan", plan_command.__doc__, {"--algorithm": "", "--config": ""})
-    from consilium.report.forecast import print_plan
+    from consilium.cli.views.forecast import print_plan
 
     print_plan(command.experiment, out)
 

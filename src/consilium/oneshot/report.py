@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from consilium.errors import PackageError
-from consilium.escape import html
 from consilium.moe.budget import human
 from consilium.oneshot.hub import Hub
 from consilium.oneshot.package import Package, file_digest
-from consilium.report.page import STYLE
-from consilium.report.parts import Cell, card, cell, table
+from consilium.report.page import fill
+from consilium.report.parts import Card, Cell, Part, Table, Text
 
 __all__ = ["page"]
 
@@ -28,40 +27,33 @@ def page(hub: Hub, scores: Mapping[str, Any]) -> str:
         PackageError: for scores of another form.
     """
     packages = hub.packages()
-    parts = [_head(hub, packages), _section("Who brought what", _sites(hub, packages))]
+    sections: dict[str, list[Part]] = {"Who brought what": [_sites(hub, packages)]}
     if scores:
         try:
-            parts.append(_section("Scores by domain", _matrix(scores)))
-            parts.append(_section("What each site is worth", _worth(scores)))
+            sections["Scores by domain"] = _matrix(scores)
+            sections["What each site is worth"] = _worth(scores)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise PackageError("the scores are not what `consilium hub evaluate` writes: write them again") from error
-    body = "".join(parts)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>Hub</title><style>{STYLE}</style></head><body>{body}</body></html>\n"
+    return fill(
+        "hub.html",
+        title=f"A hub of {len(packages)} sites",
+        subtitle=f"Public model {hub.told['model']}, tensors {hub.layout.frozen[:16]}",
+        cards=_cards(packages),
+        sections=sections,
     )
 
 
-def _head(hub: Hub, packages: Mapping[str, Package]) -> str:
+def _cards(packages: Mapping[str, Package]) -> list[Card]:
     examples = sum(package.examples for package in packages.values())
     size = human(sum(package.nbytes for package in packages.values()))
-    cards = (
-        card("sites", str(len(packages)), "each can be withdrawn by itself")
-        + card("examples", f"{examples:,}", "in training, as the sites say")
-        + card("bytes received", size, "once, in one direction")
-    )
-    return (
-        f"<header><h1>A hub of {len(packages)} sites</h1><p class='sub'>Public model {html(hub.told['model'])}, "
-        f"tensors {html(hub.layout.frozen[:16])}</p><div class='cards'>{cards}</div></header>"
-    )
+    return [
+        Card("sites", str(len(packages)), "each can be withdrawn by itself"),
+        Card("examples", f"{examples:,}", "in training, as the sites say"),
+        Card("bytes received", size, "once, in one direction"),
+    ]
 
 
-def _section(title: str, body: str) -> str:
-    return f"<main><h2>{html(title)}</h2><div class='box'>{body}</div></main>"
-
-
-def _sites(hub: Hub, packages: Mapping[str, Package]) -> str:
+def _sites(hub: Hub, packages: Mapping[str, Package]) -> Table | Text:
     heads = [(n, "") for n in ("site", "domain", "licence", "contact", "part", "router part")]
     heads += [("examples", "num"), ("size", "num"), ("validation", "num"), ("privacy", ""), ("file, sha256", "")]
     rows = []
@@ -69,18 +61,18 @@ def _sites(hub: Hub, packages: Mapping[str, Package]) -> str:
         card_texts = {name: str(package.card.get(name, "not said")) for name in ("about", "licence", "contact")}
         rows.append(
             [
-                cell(site, tag="th"),
-                *(cell(text[:400], "wrap") for text in card_texts.values()),
-                cell(package.kind),
-                cell(package.router),
-                cell(f"{package.examples:,}", "num"),
-                cell(human(package.nbytes), "num"),
-                cell(_validation(package.card), "num"),
-                cell(_privacy(package.card), "wrap"),
-                cell(file_digest(hub.path(site))[:16]),
+                Cell(site, is_head=True),
+                *(Cell(text[:400], "wrap") for text in card_texts.values()),
+                Cell(package.kind),
+                Cell(package.router),
+                Cell(f"{package.examples:,}", "num"),
+                Cell(human(package.nbytes), "num"),
+                Cell(_validation(package.card), "num"),
+                Cell(_privacy(package.card), "wrap"),
+                Cell(file_digest(hub.path(site))[:16]),
             ]
         )
-    return table(heads, rows) if rows else "<p class='none'>No site has a package here.</p>"
+    return Table(heads, rows) if rows else Text("No site has a package here.", "none")
 
 
 def _validation(told: Mapping[str, Any]) -> str:
@@ -99,7 +91,7 @@ def _privacy(told: Mapping[str, Any]) -> str:
     return f"epsilon {promise['epsilon']:.2f}, delta {promise.get('delta')}, {promise.get('unit')}"[:200]
 
 
-def _matrix(scores: Mapping[str, Any]) -> str:
+def _matrix(scores: Mapping[str, Any]) -> list[Part]:
     domains = list(next(iter(scores["matrix"].values())))
     heads = [("model", ""), *((domain, "num") for domain in domains), ("mean", "num")]
     table_of = {name: [*(float(row[d]) for d in domains)] for name, row in scores["matrix"].items()}
@@ -109,18 +101,18 @@ def _matrix(scores: Mapping[str, Any]) -> str:
         marks = [
             "num best" if value == best_value else "num" for value, best_value in zip(values, best_values, strict=True)
         ]
-        score_cells = [cell(f"{value:.3f}", mark) for value, mark in zip(values, marks, strict=True)]
-        rows.append([cell(name, tag="th"), *score_cells, cell(f"{math.fsum(values) / len(values):.3f}", "num")])
-    note = f"<p class='note'>{html(scores['unit'])}; lower is better. Marked: the best of a domain.</p>"
-    return note + table(heads, rows, starred=True)
+        score_cells = [Cell(f"{value:.3f}", mark) for value, mark in zip(values, marks, strict=True)]
+        rows.append([Cell(name, is_head=True), *score_cells, Cell(f"{math.fsum(values) / len(values):.3f}", "num")])
+    note = f"{scores['unit']}; lower is better. Marked: the best of a domain."
+    return [Text(note, "note"), Table(heads, rows, starred=True)]
 
 
-def _worth(scores: Mapping[str, Any]) -> str:
+def _worth(scores: Mapping[str, Any]) -> list[Part]:
     domains = list(next(iter(scores["matrix"].values())))
     heads = [("without", ""), *((domain, "num") for domain in domains)]
     rows = [
-        [cell(site, tag="th"), *(cell(f"{float(gains[d]):+.3f}", "num") for d in domains)]
+        [Cell(site, is_head=True), *(Cell(f"{float(gains[d]):+.3f}", "num") for d in domains)]
         for site, gains in scores["contributions"].items()
     ]
     note = f"How much the score rises on each domain if a site leaves, with router {scores['router']}."
-    return f"<p class='note'>{html(note)}</p>{table(heads, rows)}"
+    return [Text(note, "note"), Table(heads, rows)]

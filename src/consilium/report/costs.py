@@ -21,7 +21,6 @@ from consilium.report.style import (
     Panel,
     clean_axes,
     color,
-    drawing_style,
     new_figure,
     round_ticks,
     run_styles,
@@ -42,15 +41,14 @@ def traffic(runs: Sequence[RunRecord]) -> Drawing:
     totals = [(_total(run, "bytes_down"), _total(run, "bytes_up")) for run in runs]
     if not any(down or up for down, up in totals):
         raise NothingToDraw("Nothing was sent: these runs recorded no bytes up or down (Standalone never does).")
-    with drawing_style():
-        bars = _bar_figure([run.label for run in runs])
-        axes = bars.axes[0]
-        axes.barh(range(len(runs)), [d for d, _ in totals], 0.62, color=color("c0"))
-        axes.barh(range(len(runs)), [u for _, u in totals], 0.62, left=[d for d, _ in totals], color=color("c1"))
-        _end_texts(axes, [format_bytes(d + u) for d, u in totals], [d + u for d, u in totals])
-        _byte_axis(axes)
-        growth_figure = new_figure(_WIDTH, 215, left=58, bottom=36, right=12)
-        _cumulative(growth_figure.axes[0], runs)
+    bars = _bar_figure([run.label for run in runs])
+    axes = bars.axes[0]
+    axes.barh(range(len(runs)), [d for d, _ in totals], 0.62, color=color("c0"))
+    axes.barh(range(len(runs)), [u for _, u in totals], 0.62, left=[d for d, _ in totals], color=color("c1"))
+    _end_texts(axes, [format_bytes(d + u) for d, u in totals], [d + u for d, u in totals])
+    _byte_axis(axes)
+    growth_figure = new_figure(_WIDTH, 215, left=58, bottom=36, right=12)
+    _cumulative(growth_figure.axes[0], runs)
     totals_text = ", ".join(f"{run.label} {format_bytes(d + u)}" for run, (d, u) in zip(runs, totals, strict=True))
     keys = [Key("server to clients (down)", "c0", "square"), Key("clients to server (up)", "c1", "square")]
     if len(runs) > 1:
@@ -70,20 +68,19 @@ def traffic_per_client(run: RunRecord) -> Drawing:
     unable_reasons = unable_clients(run)
     panels = []
     for task, members in _by_task(run, rows):
-        with drawing_style():
-            figure = _bar_figure(members)
-            axes = figure.axes[0]
-            places = range(len(members))
-            axes.barh(places, [down[c] for c in members], 0.66, color=color("c0"))
-            axes.barh(places, [up[c] for c in members], 0.66, left=[down[c] for c in members], color=color("c1"))
-            sums = [down[c] + up[c] for c in members]
-            texts = [
-                format_bytes(s) if s else ("cannot run" if c in unable_reasons else "took no part")
-                for c, s in zip(members, sums, strict=True)
-            ]
-            axes.set_xlim(0, max(down[c] + up[c] for c in rows) * 1.24)
-            _end_texts(axes, texts, sums)
-            _byte_axis(axes)
+        figure = _bar_figure(members)
+        axes = figure.axes[0]
+        places = range(len(members))
+        axes.barh(places, [down[c] for c in members], 0.66, color=color("c0"))
+        axes.barh(places, [up[c] for c in members], 0.66, left=[down[c] for c in members], color=color("c1"))
+        sums = [down[c] + up[c] for c in members]
+        texts = [
+            format_bytes(s) if s else ("cannot run" if c in unable_reasons else "took no part")
+            for c, s in zip(members, sums, strict=True)
+        ]
+        axes.set_xlim(0, max(down[c] + up[c] for c in rows) * 1.24)
+        _end_texts(axes, texts, sums)
+        _byte_axis(axes)
         panels.append(Panel(f"{task} · {format_bytes(sum(sums))}", figure, f"Bytes per client, task {task}."))
     return Drawing(
         panels, [Key("server to client (down)", "c0", "square"), Key("client to server (up)", "c1", "square")]
@@ -101,17 +98,14 @@ def memory(run: RunRecord) -> Drawing:
     top = max(top, need)
     panels = []
     for task, members in _by_task(run, list(run.order)):
-        with drawing_style():
-            figure = _bar_figure(members)
-            axes = figure.axes[0]
-            for place, client in enumerate(members):
-                _memory_bar(
-                    axes, place, peaks.get(client), run.clients[client].memory_bytes, client in unable_reasons, top
-                )
-            axes.set_xlim(0, top * (1.24 if max(limits) <= top else 1.5))
-            ends = [max(peaks.get(c) or 0, min(run.clients[c].memory_bytes or 0, top)) for c in members]
-            _end_texts(axes, [_memory_text(run, c, peaks.get(c), c in unable_reasons, top) for c in members], ends)
-            _byte_axis(axes)
+        figure = _bar_figure(members)
+        axes = figure.axes[0]
+        for place, client in enumerate(members):
+            _memory_bar(axes, place, peaks.get(client), run.clients[client].memory_bytes, client in unable_reasons, top)
+        axes.set_xlim(0, top * (1.24 if max(limits) <= top else 1.5))
+        ends = [max(peaks.get(c) or 0, min(run.clients[c].memory_bytes or 0, top)) for c in members]
+        _end_texts(axes, [_memory_text(run, c, peaks.get(c), c in unable_reasons, top) for c in members], ends)
+        _byte_axis(axes)
         able_count = sum(c not in unable_reasons for c in members)
         panels.append(
             Panel(f"{task} · {able_count} of {len(members)} can run", figure, f"Memory per client, task {task}.")
@@ -129,15 +123,14 @@ def time_split(runs: Sequence[RunRecord]) -> Drawing:
     seconds_by_run = [_seconds(run) for run in runs]
     if not any(sum(parts.values()) for parts in seconds_by_run):
         raise NothingToDraw("No round has recorded its seconds yet.")
-    with drawing_style():
-        figure = _bar_figure([run.label for run in runs])
-        axes = figure.axes[0]
-        ends = [0.0] * len(runs)
-        for part, _, role in _PARTS:
-            axes.barh(range(len(runs)), [s[part] for s in seconds_by_run], 0.62, left=ends, color=color(role))
-            ends = [end + s[part] for end, s in zip(ends, seconds_by_run, strict=True)]
-        _end_texts(axes, [format_seconds(total) for total in ends], ends)
-        second_axis(axes.xaxis, axes.get_xlim()[1])
+    figure = _bar_figure([run.label for run in runs])
+    axes = figure.axes[0]
+    ends = [0.0] * len(runs)
+    for part, _, role in _PARTS:
+        axes.barh(range(len(runs)), [s[part] for s in seconds_by_run], 0.62, left=ends, color=color(role))
+        ends = [end + s[part] for end, s in zip(ends, seconds_by_run, strict=True)]
+    _end_texts(axes, [format_seconds(total) for total in ends], ends)
+    second_axis(axes.xaxis, axes.get_xlim()[1])
     times_text = "; ".join(
         f"{run.label}: " + ", ".join(f"{name} {format_seconds(s[part])}" for part, name, _ in _PARTS)
         for run, s in zip(runs, seconds_by_run, strict=True)
@@ -149,19 +142,18 @@ def time_split(runs: Sequence[RunRecord]) -> Drawing:
 
 
 def _time_by_round(run: RunRecord) -> Panel:
-    with drawing_style():
-        figure = new_figure(_WIDTH, 215, left=58, bottom=36, right=12)
-        axes = figure.axes[0]
-        clean_axes(axes)
-        rounds = [r.get("round", j) for j, r in enumerate(run.rounds)]
-        parts = [[_second(r, part) for r in run.rounds] for part, _, _ in _PARTS]
-        rounds = [rounds[0] - 0.5, *rounds, rounds[-1] + 0.5]  # so that the first and last bar are as wide as others
-        parts = [[values[0], *values, values[-1]] for values in parts]
-        axes.stackplot(rounds, *parts, colors=[color(role) for _, _, role in _PARTS], step="mid", linewidth=0)
-        axes.margins(x=0)
-        axes.set_xlabel("round")
-        axes.xaxis.set_major_locator(round_ticks(6, integer=True))
-        second_axis(axes.yaxis, axes.get_ylim()[1])
+    figure = new_figure(_WIDTH, 215, left=58, bottom=36, right=12)
+    axes = figure.axes[0]
+    clean_axes(axes)
+    rounds = [r.get("round", j) for j, r in enumerate(run.rounds)]
+    parts = [[_second(r, part) for r in run.rounds] for part, _, _ in _PARTS]
+    rounds = [rounds[0] - 0.5, *rounds, rounds[-1] + 0.5]  # so that the first and last bar are as wide as others
+    parts = [[values[0], *values, values[-1]] for values in parts]
+    axes.stackplot(rounds, *parts, colors=[color(role) for _, _, role in _PARTS], step="mid", linewidth=0)
+    axes.margins(x=0)
+    axes.set_xlabel("round")
+    axes.xaxis.set_major_locator(round_ticks(6, integer=True))
+    second_axis(axes.yaxis, axes.get_ylim()[1])
     return Panel("round by round", figure, "Seconds of each round, by what they were spent on.")
 
 

@@ -1,4 +1,4 @@
-"""Figures with rounds, bytes or seconds along the x axis: scores, experts per client, and ranks of adapters."""
+"""Figures with rounds, bytes or seconds along the x axis: scores, and ranks of adapters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter
 from consilium.report.costs import second_axis
 from consilium.report.methods import has_seeds
 from consilium.report.read import RunRecord
-from consilium.report.results import METRICS, format_bytes, number
+from consilium.report.results import METRICS, format_bytes, number, round_of
 from consilium.report.style import (
     Drawing,
     Key,
@@ -21,15 +21,13 @@ from consilium.report.style import (
     Panel,
     clean_axes,
     color,
-    drawing_style,
     new_figure,
     round_ticks,
     run_styles,
     series,
-    shorten_all,
 )
 
-__all__ = ["adapter_ranks", "expert_counts", "scores_over_bytes", "scores_over_rounds", "scores_over_seconds"]
+__all__ = ["adapter_ranks", "scores_over_bytes", "scores_over_rounds", "scores_over_seconds"]
 
 _WIDTH, _HEIGHT = 340, 215
 Points = list[tuple[float, float]]
@@ -42,7 +40,7 @@ def scores_over_rounds(runs: Sequence[RunRecord]) -> Drawing:
 
     Test scores are drawn in the rounds that were evaluated, and validation scores as a thin line.
     """
-    rounds = [[(_number_of(line, i), line) for i, line in enumerate(run.rounds)] for run in runs]
+    rounds = [[(round_of(line, i), line) for i, line in enumerate(run.rounds)] for run in runs]
     drawing = _score_panels(runs, rounds, "round", single_detail=len(runs) == 1)
     stage_one = [_stage_one_end(run) for run in runs]
     if len(runs) == 1 and stage_one[0] is not None:
@@ -74,30 +72,6 @@ def _summed(run: RunRecord, of: Callable[[Mapping[str, Any]], float]) -> Placed:
     return list(zip(itertools.accumulate(of(r) for r in run.rounds), run.rounds, strict=True))
 
 
-def expert_counts(run: RunRecord) -> Drawing:
-    """Draw the experts held by each client at each round, summed over layers, with one panel per task.
-
-    Changes are marked.
-    """
-    counts = _counts(run)
-    if not counts:
-        raise NothingToDraw(
-            f"{run.label} records no expert counts: its clients do not hold an own choice of experts, or no round "
-            "has ended yet."
-        )
-    panels = []
-    last = max(x for points in counts.values() for x, _ in points)
-    for task in run.tasks:
-        members = [c for c in run.order if run.clients[c].task == task and c in counts]
-        if members:
-            panels.append(_count_panel(run, task, members, counts, last))
-    keys = [Key("one client, named at its end", "c0", "thin"), Key("mean of the task", "ink")]
-    marks = (("grow", "got experts", "up"), ("shrink", "gave up experts", "down"),
-             ("rollback", "change taken back", "cross"), ("freeze", "frozen from here", "hollow"))  # fmt: skip
-    event_kinds = {event.get("event") for event in run.events}
-    return Drawing(panels, keys + [Key(text, "ink", mark) for name, text, mark in marks if name in event_kinds])
-
-
 RANKS = {"effective_rank": ("effective rank", 1), "energy_beyond": ("energy beyond the smallest rank, %", 100)}
 
 
@@ -108,7 +82,7 @@ def adapter_ranks(runs: Sequence[RunRecord]) -> Drawing:
     for name, (title, factor) in RANKS.items():
         points_by_run = [
             [
-                (_number_of(line, i), factor * value)
+                (round_of(line, i), factor * value)
                 for i, line in enumerate(run.rounds)
                 if (value := number((line.get("server") or {}).get(name))) is not None
             ]
@@ -116,16 +90,15 @@ def adapter_ranks(runs: Sequence[RunRecord]) -> Drawing:
         ]
         if not any(points_by_run):
             raise NothingToDraw("No run merges adapters by a rule that has a merged update.")
-        with drawing_style():
-            figure = new_figure(_WIDTH, _HEIGHT, left=42, bottom=36, right=12)
-            axes = figure.axes[0]
-            clean_axes(axes)
-            for style, points in zip(styles, points_by_run, strict=True):
-                if points:
-                    axes.plot(*zip(*points, strict=True), lw=2.2, ms=4.5, **series(style))
-            axes.margins(x=0.03, y=0.12)
-            _x_axis(axes, "round")
-            axes.yaxis.set_major_locator(round_ticks(5))
+        figure = new_figure(_WIDTH, _HEIGHT, left=42, bottom=36, right=12)
+        axes = figure.axes[0]
+        clean_axes(axes)
+        for style, points in zip(styles, points_by_run, strict=True):
+            if points:
+                axes.plot(*zip(*points, strict=True), lw=2.2, ms=4.5, **series(style))
+        axes.margins(x=0.03, y=0.12)
+        _x_axis(axes, "round")
+        axes.yaxis.set_major_locator(round_ticks(5))
         panels.append(Panel(title, figure, _alt(title, [run.label for run in runs], points_by_run, "round")))
     keys = [Key(run.label, "ink", f"run {i}") for i, run in zip(styles, runs, strict=True)] if len(runs) > 1 else []
     return Drawing(panels, keys)
@@ -166,29 +139,28 @@ def _score_panels(runs: Sequence[RunRecord], placed: Sequence[Placed], along: st
         ]
         if not any(lines) and not any(validation_lines):
             continue
-        with drawing_style():
-            figure = new_figure(_WIDTH, _HEIGHT, left=38, bottom=36, right=12)
-            axes = figure.axes[0]
-            clean_axes(axes)
-            if single_detail and task != "mean":
-                _each_client(axes, runs[0], placed[0], task)
-                has_guess_line |= _guess_line(axes, runs[0], task)
-            for i, band in enumerate(bands):
-                _shade(axes, band, series(styles[i])["color"])
-            for i, points in enumerate(lines):
-                if not by_method and validation_lines[i]:
-                    axes.plot(
-                        *zip(*validation_lines[i], strict=True),
-                        lw=1,
-                        alpha=0.75,
-                        color=series(styles[i])["color"],
-                        zorder=3,
-                    )
-                if points:
-                    axes.plot(*zip(*points, strict=True), lw=2.2, ms=4.5, zorder=4, **series(styles[i]))
-            axes.margins(x=0.03, y=0.12)
-            _x_axis(axes, along)
-            axes.yaxis.set_major_locator(round_ticks(5))
+        figure = new_figure(_WIDTH, _HEIGHT, left=38, bottom=36, right=12)
+        axes = figure.axes[0]
+        clean_axes(axes)
+        if single_detail and task != "mean":
+            _each_client(axes, runs[0], placed[0], task)
+            has_guess_line |= _guess_line(axes, runs[0], task)
+        for i, band in enumerate(bands):
+            _shade(axes, band, series(styles[i])["color"])
+        for i, points in enumerate(lines):
+            if not by_method and validation_lines[i]:
+                axes.plot(
+                    *zip(*validation_lines[i], strict=True),
+                    lw=1,
+                    alpha=0.75,
+                    color=series(styles[i])["color"],
+                    zorder=3,
+                )
+            if points:
+                axes.plot(*zip(*points, strict=True), lw=2.2, ms=4.5, zorder=4, **series(styles[i]))
+        axes.margins(x=0.03, y=0.12)
+        _x_axis(axes, along)
+        axes.yaxis.set_major_locator(round_ticks(5))
         metric = next((run.metric(task) for run in runs if task in run.tasks), "score")
         title = f"{task} · {METRICS.get(metric, metric)}, %" if task != "mean" else "mean of the tasks, %"
         panels.append(Panel(title, figure, _alt(title, names, lines, along)))
@@ -253,7 +225,7 @@ def _test_points(run: RunRecord, placed: Placed, task: str) -> list[tuple[float,
             known_values = [v for v in values if v is not None]
             value = statistics.fmean(known_values) if known_values else None
         if value is not None:
-            points.append((_number_of(line, i), x, 100 * value))
+            points.append((round_of(line, i), x, 100 * value))
     return points
 
 
@@ -300,113 +272,9 @@ def _guess_line(axes: Axes, run: RunRecord, task: str) -> bool:
     return bool(percents)
 
 
-def _counts(run: RunRecord) -> dict[str, Points]:
-    """Return client -> (round, experts held).
-
-    The values are every change in structure.json, else the counts in metrics.jsonl.
-    """
-    counts: dict[str, Points] = {}
-    maps = (run.structure or {}).get("rounds") or {}
-    for key in sorted((k for k in maps if str(k).lstrip("-").isdigit()), key=int):
-        for client, blocks in maps[key].items():
-            counts.setdefault(client, []).append((int(key), sum(len(experts) for experts in blocks.values())))
-    if not counts:
-        for i, line in enumerate(run.rounds):
-            for client, entry in (line.get("clients") or {}).items():
-                if (experts := number(entry.get("experts"))) is not None:
-                    counts.setdefault(client, []).append((_number_of(line, i), experts))
-    last = max([_number_of(line, i) for i, line in enumerate(run.rounds)], default=0)
-    for points in counts.values():
-        if points[-1][0] < last:
-            points.append((last, points[-1][1]))
-    return {c: points for c, points in counts.items() if c in run.clients}
-
-
-def _count_panel(run: RunRecord, task: str, members: list[str], counts: dict[str, Points], last: float) -> Panel:
-    with drawing_style():
-        names = dict(zip(members, shorten_all(members, 12), strict=True))
-        room = 26 + 6 * max(map(len, names.values()))
-        figure = new_figure(_WIDTH, _HEIGHT + 15, left=34, bottom=36, right=room)
-        axes = figure.axes[0]
-        clean_axes(axes)
-        for client in members:
-            x, y = zip(*counts[client], strict=True)
-            axes.step(x, y, where="post", lw=1.3, alpha=0.7, color=color("c0"), zorder=2)
-            _mark_events(axes, run, client, counts[client])
-        ticks = sorted({x for c in members for x, _ in counts[c]})
-        means = [statistics.fmean(_at(counts[c], x) for c in members) for x in ticks]
-        axes.step(ticks, means, where="post", lw=2.4, color=color("ink"), zorder=3)
-        first = min(ticks)
-        axes.set_xlim(first - 0.02 * max(last - first, 1), max(last, first + 1))
-        axes.margins(y=0.1)
-        low, high = axes.get_ylim()
-        if high - low < 3:  # counts are whole: no ticks at 2.05 experts
-            axes.set_ylim((low + high) / 2 - 1.5, (low + high) / 2 + 1.5)
-        axes.xaxis.set_major_locator(round_ticks(6, integer=True))
-        axes.yaxis.set_major_locator(round_ticks(5, integer=True))
-        axes.set_xlabel("round")
-        _name_line_ends(axes, [(names[c], counts[c][-1][1]) for c in members])
-    alt = f"Experts per client over rounds, task {task}: mean {means[0]:.1f} at first, {means[-1]:.1f} at last."
-    return Panel(f"{task} · {means[0]:.1f} → {means[-1]:.1f} experts a client", figure, alt)
-
-
-def _mark_events(axes: Axes, run: RunRecord, client: str, points: Points) -> None:
-    for event in run.events:
-        round_number = number(event.get("round"))
-        marker = {"grow": "^", "shrink": "v", "rollback": "x", "freeze": "o"}.get(str(event.get("event")))
-        if event.get("client") != client or round_number is None or marker is None:
-            continue
-        face = "none" if marker == "o" else color("ink")
-        axes.scatter([round_number], [_at(points, round_number)], marker=marker, s=22, linewidths=1.3, zorder=4,
-                     facecolors=face if marker != "x" else None, color=face if marker == "x" else None,
-                     edgecolors=color("ink") if marker != "x" else None)  # fmt: skip
-
-
-def _name_line_ends(axes: Axes, ends: list[tuple[str, float]], limit: int = 11) -> None:
-    """Write names next to the line ends, pushed apart so that they do not overlap."""
-    bottom, top = axes.get_ylim()
-    pixels = axes.bbox.height / (top - bottom)
-    ends = sorted(ends, key=lambda end: end[1])
-    if len(ends) > limit:
-        ends = ends[: limit // 2] + ends[-(limit // 2) :]
-    gap, heights = 12 / pixels, [y for _, y in ends]
-    for _ in range(60):
-        for i in range(len(heights) - 1):
-            if (shortage := gap - (heights[i + 1] - heights[i])) > 1e-9:
-                heights[i] -= shortage / 2
-                heights[i + 1] += shortage / 2
-        if heights and (excess_above := heights[-1] - (top - gap / 3)) > 0:
-            heights[-1] -= excess_above
-        if heights and (excess_below := (bottom + gap / 3) - heights[0]) > 0:
-            heights[0] += excess_below
-    for (client, y), height in zip(ends, heights, strict=True):
-        axes.annotate(
-            client,
-            (1, y),
-            (axes.bbox.width + 14, (height - bottom) * pixels),
-            xycoords=("axes fraction", "data"),
-            textcoords="axes pixels",
-            va="center",
-            fontsize=10,
-            color=color("muted"),
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "lw": 0.7, "color": color("muted"), "shrinkA": 1, "shrinkB": 1},
-        )
-
-
-def _at(points: Points, x: float) -> float:
-    """Return the value of a step function at x; before its first point, return its first value."""
-    return next((y for position, y in reversed(points) if position <= x), points[0][1])
-
-
 def _stage_one_end(run: RunRecord) -> float | None:
-    stage_one_rounds = [_number_of(line, i) for i, line in enumerate(run.rounds) if line.get("stage") == "one"]
+    stage_one_rounds = [round_of(line, i) for i, line in enumerate(run.rounds) if line.get("stage") == "one"]
     return max(stage_one_rounds) if stage_one_rounds and len(stage_one_rounds) < len(run.rounds) else None
-
-
-def _number_of(line: Mapping[str, Any], index: int) -> float:
-    round_number = number(line.get("round"))
-    return index if round_number is None else round_number
 
 
 def _alt(title: str, names: Sequence[str], lines: Sequence[Points], along: str) -> str:

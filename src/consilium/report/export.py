@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from consilium.escape import csv_cell, latex, one_line
 from consilium.report.methods import Method, format_p, method_columns, paired_columns, rows
-from consilium.report.results import best
+from consilium.report.results import Column, best
 
 __all__ = ["table_files", "to_csv", "to_latex"]
 
@@ -26,13 +26,9 @@ def to_csv(found: Sequence[Method]) -> str:
 
     Numbers are written in full: scores in [0, 1], bytes, seconds. A cell is empty if its value is unknown.
     """
-    records = rows(found)
-    heads = list(dict.fromkeys(key for row in records for key in row))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(map(csv_cell, heads))
-    writer.writerows([csv_cell(row.get(head)) for head in heads] for row in records)
-    return text.getvalue()
+    records = [{csv_cell(head): csv_cell(value) for head, value in row.items()} for row in rows(found)]
+    frame = pd.DataFrame(records, dtype=object)  # counts stay whole next to unknown values
+    return frame.to_csv(index=False, lineterminator="\n")
 
 
 def to_latex(found: Sequence[Method]) -> str:
@@ -45,24 +41,22 @@ def to_latex(found: Sequence[Method]) -> str:
     if reference := next((m.against.reference for m in found if m.against), ""):
         difference, p = (c for c in paired_columns(found) if c.head in ("difference", "p"))  # comments hold the rest
         columns, heads = [*columns, difference, p], [*heads, f"Minus {reference}", "p"]
-    lines = [f"% {line}" for line in _comment(found)]
-    lines += [
-        r"\begin{tabular}{l" + "r" * (len(columns) - 1) + "}",
-        r"\toprule",
-        " & ".join(map(latex, heads)) + r" \\",
-        r"\midrule",
-    ]
-    marks = {c.head: best(c, [True] * len(found)) for c in columns}
-    for i in range(len(found)):
-        cells = []
-        for column in columns:
-            value, _, deviation = column.texts[i].partition(" ± ")
-            cell = rf"\textbf{{{latex(value)}}}" if i in marks[column.head] else latex(value)
-            if deviation and column.head not in _COST:
-                cell += rf" {{\scriptsize $\pm$ {latex(deviation)}}}"
-            cells.append(cell)
-        lines.append(" & ".join(cells) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+    frame = pd.DataFrame({i: _latex_cells(column) for i, column in enumerate(columns)})  # heads may be equal
+    table = frame.to_latex(
+        index=False, escape=False, header=[latex(head) for head in heads], column_format="l" + "r" * (len(columns) - 1)
+    )
+    return "".join(f"% {line}\n" for line in _comment(found)) + table
+
+
+def _latex_cells(column: Column) -> list[str]:
+    marked, cells = best(column, [True] * len(column.texts)), []
+    for i, text in enumerate(column.texts):
+        value, _, deviation = text.partition(" ± ")
+        cell = rf"\textbf{{{latex(value)}}}" if i in marked else latex(value)
+        if deviation and column.head not in _COST:
+            cell += rf" {{\scriptsize $\pm$ {latex(deviation)}}}"
+        cells.append(cell)
+    return cells
 
 
 def _comment(found: Sequence[Method]) -> list[str]:

@@ -16,7 +16,6 @@ from consilium.report.style import (
     Panel,
     clean_axes,
     color,
-    drawing_style,
     new_figure,
     round_ticks,
     shorten_all,
@@ -72,15 +71,14 @@ def _name(run: RunRecord, runs: Sequence[RunRecord]) -> str:
 def _panel(name: str, found: Sequence[Gain], most: float) -> Panel:
     names, gains = [client for client, _ in found], [gain for _, gain in found]
     mean, gain_count = statistics.fmean(gains), sum(gain > 0 for gain in gains)
-    with drawing_style():
-        height = (19 if len(found) <= 14 else 15) if len(found) <= _NAMED else 0
-        labels = dict(zip(names, shorten_all(names, 14), strict=True)) if height else {}
-        margin = 12 + 6.6 * max(map(len, labels.values()), default=1)
-        figure = new_figure(_WIDTH, 44 + (height * len(found) or 250), left=margin, bottom=36, right=16)
-        axes = figure.axes[0]
-        _bars(axes, gains, labels, most, 10.5 if height > 15 else 10)
-        axes.axvline(0, color=color("muted"), lw=1, zorder=3)
-        axes.axvline(mean, color=color("ink"), lw=1.4, linestyle=(0, (1.5, 2)), zorder=4)
+    height = (19 if len(found) <= 14 else 15) if len(found) <= _NAMED else 0
+    labels = dict(zip(names, shorten_all(names, 14), strict=True)) if height else {}
+    margin = 12 + 6.6 * max(map(len, labels.values()), default=1)
+    figure = new_figure(_WIDTH, 44 + (height * len(found) or 250), left=margin, bottom=36, right=16)
+    axes = figure.axes[0]
+    _bars(axes, gains, labels, most, 10.5 if height > 15 else 10)
+    axes.axvline(0, color=color("muted"), lw=1, zorder=3)
+    axes.axvline(mean, color=color("ink"), lw=1.4, linestyle=(0, (1.5, 2)), zorder=4)
     alt = f"Gain over Standalone by client, {name}: mean {mean:+.1f} points, from {gains[0]:+.1f} to {gains[-1]:+.1f}."
     mean_text = f"{round(mean, 1) + 0.0:+.1f}".replace("-", "−")  # never −0.0
     return Panel(f"{name} · {mean_text} points, {gain_count} of {len(found)} gain", figure, alt)

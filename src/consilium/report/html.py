@@ -11,11 +11,11 @@ from pathlib import Path
 
 from consilium.engine.checkpoint import write_atomic
 from consilium.errors import CheckpointError, ConfigError
-from consilium.escape import html
 from consilium.report.export import table_files, to_csv, to_latex
+from consilium.report.image import fit
 from consilium.report.methods import Method, Spread, first_runs, has_seeds, methods
-from consilium.report.page import STYLE
-from consilium.report.parts import caption, card, fold, one_figure
+from consilium.report.page import fill
+from consilium.report.parts import Card, Figure, Fold, Group, Part, Text, one_figure
 from consilium.report.plain import balanced_scores, simple_values
 from consilium.report.plots import FIGURES, FigureKind
 from consilium.report.read import RunRecord, read_runs
@@ -73,41 +73,41 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Path:
 def render(runs: Sequence[RunRecord]) -> str:
     """Return the whole page as text."""
     rows = [result(run) for run in runs]
-    title = _title(runs)
-    body = "".join(f"<p class='warn'>{html(line)}</p>" for line in _warnings(runs))
-    cards = _cards_of_one(runs[0], rows[0]) if len(runs) == 1 else _cards_of_many(runs, rows)
-    parts = [f'<header><h1>{html(title)}</h1><p class="sub">{_subtitle(runs)}</p>{_nav(runs)}']
-    parts.append(f'{body}<div class="cards">{cards}</div></header><main>')
-    if len(runs) > 1:
-        parts.append(f'<h2 id="comparison">Comparison</h2>{over_seeds(runs)}{comparison(runs)}')
-    sections = list(dict.fromkeys(kind.section for kind in FIGURES))
-    for section in sections:
-        parts.append(f'<h2 id="{_anchor(section)}">{html(section)}</h2>')
-        parts += [_figure(kind, runs) for kind in FIGURES if kind.section == section]
-    if texts := written(first_runs(runs)):
-        parts.append(f'<h2 id="completions">Completions</h2>{_of_firsts(runs)}{texts}')
-    parts.append(f'<h2 id="clients">Clients</h2>{client_tables(runs)}{left_out(runs)}')
-    parts.append(f'<h2 id="events">Events</h2>{_of_firsts(runs)}{event_tables(first_runs(runs))}')
-    parts.append(f'<h2 id="setup">Set-up</h2>{_of_firsts(runs)}{configuration(first_runs(runs))}')
-    parts.append(f"{versions(runs)}{glossary()}</main>")
-    parts.append(
-        "<footer>Scores are in percent. 1 MB is 1,000,000 bytes. This page needs no network and no script.</footer>"
-    )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
-        'img-src data:"><link rel="icon" href="data:,">'
-        f"<title>{html(title)}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    figures = [(kind.section, figure) for kind in FIGURES if (figure := _figure(kind, runs))]
+    sections = {name: [figure for section, figure in figures if section == name] for name in _sections()}
+    fit([picture for _, figure in figures for picture in figure.pictures])
+    details: dict[str, list[Part]] = {}
+    firsts, note = first_runs(runs), _of_firsts(runs)
+    if texts := written(firsts):
+        details["Completions"] = [*note, *texts]
+    details["Clients"] = [client_tables(runs), left_out(runs)]
+    details["Events"] = [*note, *event_tables(firsts)]
+    details["Set-up"] = [*note, configuration(firsts), versions(runs), glossary()]
+    comparisons = [*over_seeds(runs), comparison(runs)] if len(runs) > 1 else []
+    return fill(
+        "page.html",
+        title=_title(runs),
+        subtitle=_subtitle(runs),
+        status=runs[0].status if len(runs) == 1 else "",
+        contents=[*(["Comparison"] if comparisons else []), *sections, *details],
+        warnings=_warnings(runs),
+        cards=_cards_of_one(runs[0], rows[0]) if len(runs) == 1 else _cards_of_many(runs, rows),
+        comparison=comparisons,
+        sections=sections,
+        details=details,
     )
 
 
-def _of_firsts(runs: Sequence[RunRecord]) -> str:
-    """Return a note for parts that show only the first run of each method; "" if no method has several runs."""
+def _sections() -> list[str]:
+    return list(dict.fromkeys(kind.section for kind in FIGURES))
+
+
+def _of_firsts(runs: Sequence[RunRecord]) -> list[Text]:
+    """Return a note for parts that show only the first run of each method; [] if no method has several runs."""
     if not has_seeds(runs):
-        return ""
+        return []
     names = ", ".join(run.label for run in first_runs(runs))
-    return f'<p class="note">Shown for the first run of each method: {html(names)}.</p>'
+    return [Text(f"Shown for the first run of each method: {names}.", "note")]
 
 
 def _title(runs: Sequence[RunRecord]) -> str:
@@ -124,20 +124,9 @@ def _subtitle(runs: Sequence[RunRecord]) -> str:
     clients_text = f"{len(first.clients)} clients; tasks and their clients: {tasks}"
     if len(runs) == 1:
         rounds = f"{len(first.rounds)} round{'s' if len(first.rounds) != 1 else ''}"
-        return f'{rounds}, {html(clients_text)} <span class="badge">{html(first.status)}</span>'
+        return f"{rounds}, {clients_text}"
     seeds = f" of {len({run.method for run in runs})} methods" if has_seeds(runs) else ""
-    return f"{len(runs)} runs{seeds}. {html(clients_text)}"
-
-
-def _nav(runs: Sequence[RunRecord]) -> str:
-    names = ["Comparison"] if len(runs) > 1 else []
-    names += dict.fromkeys(kind.section for kind in FIGURES)
-    names += [*(["Completions"] if any(run.completions for run in runs) else []), "Clients", "Events", "Set-up"]
-    return f"<nav>{''.join(f'<a href={chr(34)}#{_anchor(n)}{chr(34)}>{html(n)}</a>' for n in names)}</nav>"
-
-
-def _anchor(name: str) -> str:
-    return "".join(letter for letter in name.lower() if letter.isalnum())
+    return f"{len(runs)} runs{seeds}. {clients_text}"
 
 
 def _warnings(runs: Sequence[RunRecord]) -> list[str]:
@@ -170,15 +159,15 @@ def _warnings(runs: Sequence[RunRecord]) -> list[str]:
     return messages
 
 
-def _cards_of_one(run: RunRecord, row: Result) -> str:
+def _cards_of_one(run: RunRecord, row: Result) -> list[Card]:
     cards = []
     if len(row.tasks) != 1:
-        cards.append(card("Mean score", format_score(row.mean), "mean over the tasks"))
+        cards.append(Card("Mean score", format_score(row.mean), "mean over the tasks"))
     for task, score in row.tasks.items():
         deviation_text = f"± {100 * score.sd:.1f} over " if score.sd is not None else ""
         clients = f"{deviation_text}{score.clients} client{'s' if score.clients != 1 else ''}"
         cards.append(
-            card(task, format_score(score.mean), f"{METRICS.get(run.metric(task), run.metric(task))}, {clients}")
+            Card(task, format_score(score.mean), f"{METRICS.get(run.metric(task), run.metric(task))}, {clients}")
         )
     for head, scores, explanation in (
         ("Balanced accuracy", balanced_scores(run), "every label counts alike"),
@@ -186,17 +175,17 @@ def _cards_of_one(run: RunRecord, row: Result) -> str:
     ):
         if scores:
             cards.append(
-                card(head, format_score(statistics.fmean(scores.values())), f"{explanation}, mean over clients")
+                Card(head, format_score(statistics.fmean(scores.values())), f"{explanation}, mean over clients")
             )
     unable_count = len(unable_clients(run))
     cards.append(
-        card("Clients served", row.coverage, f"{unable_count} cannot run it" if unable_count else "all can run it")
+        Card("Clients served", row.coverage, f"{unable_count} cannot run it" if unable_count else "all can run it")
     )
     note = f"{format_bytes(row.bytes_down)} down, {format_bytes(row.bytes_up)} up" if row.bytes_total else ""
-    cards.append(card("Traffic", format_bytes(row.bytes_total), note))
-    cards.append(card("Peak memory", format_bytes(row.peak_bytes), "largest client, estimated"))
+    cards.append(Card("Traffic", format_bytes(row.bytes_total), note))
+    cards.append(Card("Peak memory", format_bytes(row.peak_bytes), "largest client, estimated"))
     cards.append(
-        card(
+        Card(
             "Time",
             format_seconds(row.seconds),
             f"{row.rounds} rounds, {format_seconds(row.seconds / row.rounds)} each"
@@ -206,11 +195,11 @@ def _cards_of_one(run: RunRecord, row: Result) -> str:
     )
     if row.experts_start is not None and row.experts_end is not None:
         change = f"{row.experts_start:.1f} → {row.experts_end:.1f}"
-        cards.append(card("Experts a client", change, "mean at start and end"))
-    return "".join(cards)
+        cards.append(Card("Experts a client", change, "mean at start and end"))
+    return cards
 
 
-def _cards_of_many(runs: Sequence[RunRecord], rows: Sequence[Result]) -> str:
+def _cards_of_many(runs: Sequence[RunRecord], rows: Sequence[Result]) -> list[Card]:
     """Return one card per column with the winner and the next value, among the finished runs if there are any."""
     if has_seeds(runs) and (method_summaries := methods(runs)):
         return _cards_over_seeds(method_summaries)
@@ -227,10 +216,10 @@ def _cards_of_many(runs: Sequence[RunRecord], rows: Sequence[Result]) -> str:
         _winner("Least peak memory", pool, lambda r: r.peak_bytes, format_bytes),
         _winner("Least time", pool, lambda r: r.seconds, format_seconds),
     ]
-    return "".join(cards)
+    return cards
 
 
-def _cards_over_seeds(pool: Sequence[Method]) -> str:
+def _cards_over_seeds(pool: Sequence[Method]) -> list[Card]:
     """Return the same cards for the means over each method's runs."""
 
     def known(get: Callable[[Method], Spread | None]) -> Callable[[Method], float | None]:
@@ -245,37 +234,40 @@ def _cards_over_seeds(pool: Sequence[Method]) -> str:
         _winner("Least peak memory", pool, known(lambda m: m.peak_bytes), format_bytes),
         _winner("Least time", pool, known(lambda m: m.seconds), format_seconds),
     ]
-    return "".join(cards)
+    return cards
 
 
-def _winner(what, pool, value, show, high=False) -> str:
+def _winner(what, pool, value, show, high=False) -> Card:
     candidates = sorted((row for row in pool if value(row) is not None), key=value, reverse=high)
     if not candidates:
-        return card(what, "–", "not recorded")
+        return Card(what, "–", "not recorded")
     best_text = show(value(candidates[0]))
     ties = [row for row in candidates if show(value(row)) == best_text]
     if len(ties) == len(candidates) > 1:
-        return card(what, best_text, "the same for all")
+        return Card(what, best_text, "the same for all")
     runner_up = next((row for row in candidates if row not in ties), None)
     runner_up_text = f"; next: {runner_up.label}, {show(value(runner_up))}" if runner_up else ""
     if len(ties) == 1:
-        return card(what, candidates[0].label, f"{best_text}{runner_up_text}")
+        return Card(what, candidates[0].label, f"{best_text}{runner_up_text}")
     names = ", ".join(row.label for row in ties) + ": " if len(ties) <= 3 else ""
-    return card(what, f"{len(ties)} tie", f"{names}{best_text}{runner_up_text}")
+    return Card(what, f"{len(ties)} tie", f"{names}{best_text}{runner_up_text}")
 
 
-def _figure(kind: FigureKind, runs: Sequence[RunRecord]) -> str:
-    """Return one figure for all runs, or a box with one figure per run if the figure is about a single run."""
+def _figure(kind: FigureKind, runs: Sequence[RunRecord]) -> Figure | Group | None:
+    """Return one figure for all runs, or a group with one figure per run if the figure is about a single run.
+
+    Return None if the figure is to be left out.
+    """
     if not kind.each_run or len(runs) == 1:
-        figure, is_drawn = one_figure(kind, runs[0] if kind.each_run else runs, "all")
-        return figure if is_drawn or not kind.only_if_drawn else ""
-    note, runs = _of_firsts(runs), first_runs(runs)
-    figures = [(run, *one_figure(kind, run, f"run {i}", of=run.label)) for i, run in enumerate(runs)]
-    if kind.only_if_drawn and not any(is_drawn for _, _, is_drawn in figures):
-        return ""
-    figures.sort(key=lambda three: not three[2])  # runs that have nothing to show come last
-    folds = "".join(
-        fold(run.label, figure, is_open=len(runs) <= 3 or not is_drawn or i == 0)
-        for i, (run, figure, is_drawn) in enumerate(figures)
-    )
-    return f"<figure>{caption(kind)}{note}{folds}</figure>"
+        figure = one_figure(kind, runs[0] if kind.each_run else runs)
+        return figure if figure.panels or not kind.only_if_drawn else None
+    firsts = first_runs(runs)
+    figures = [one_figure(kind, run, of=run.label) for run in firsts]
+    if kind.only_if_drawn and not any(figure.panels for figure in figures):
+        return None
+    figures.sort(key=lambda figure: not figure.panels)  # runs that have nothing to show come last
+    folds = [
+        Fold(figure.run, [figure], is_open=len(firsts) <= 3 or not figure.panels or i == 0)
+        for i, figure in enumerate(figures)
+    ]
+    return Group(kind, [*_of_firsts(runs), *folds], [picture for figure in figures for picture in figure.panels])

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
-from consilium.report.maps import RAMP, known_clients, paint, row_height
+from consilium.report.maps import known_clients, paint, row_height
 from consilium.report.read import RunRecord
 from consilium.report.results import number
 from consilium.report.style import (
@@ -18,14 +17,14 @@ from consilium.report.style import (
     NothingToDraw,
     Panel,
     clean_axes,
-    drawing_style,
+    color_map,
     new_figure,
     shorten_all,
 )
 
 __all__ = ["likeness", "likeness_map"]
 
-_WIDTH, _RIGHT, _TOP, _BOTTOM = 420, 8, 4, 22
+_WIDTH, _RIGHT, _TOP, _BOTTOM = 340, 8, 4, 22
 LEAST = 3
 """The fewest clients that can be compared."""
 
@@ -72,18 +71,16 @@ def likeness_map(run: RunRecord) -> Drawing:
     names, cosines = likeness(usage)
     height = row_height(len(names))
     texts = shorten_all(names, 16)
-    with drawing_style():
-        margin = 10 + 6 * max(map(len, texts))
-        figure = new_figure(_WIDTH, _TOP + _BOTTOM + height * len(names), margin, _BOTTOM, _RIGHT, _TOP)
-        axes = figure.axes[0]
-        clean_axes(axes, grid="", size=10)
-        axes.set_xlim(-0.5, len(names) - 0.5)
-        axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_yticks(range(len(names)), texts, fontsize=min(10.0, height - 2.5))
-        axes.set_xticks([])
-        axes.set_xlabel("the same clients, in the same order", labelpad=3)
-        for index, (theme, colors) in enumerate(RAMP.items()):
-            paint(axes, LinearSegmentedColormap.from_list(theme, colors)(cosines), theme, index)
+    margin = 10 + 6 * max(map(len, texts))
+    figure = new_figure(_WIDTH, _TOP + _BOTTOM + height * len(names), margin, _BOTTOM, _RIGHT, _TOP)
+    axes = figure.axes[0]
+    clean_axes(axes, grid="", size=10)
+    axes.set_xlim(-0.5, len(names) - 0.5)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_yticks(range(len(names)), texts, fontsize=min(10.0, height - 2.5))
+    axes.set_xticks([])
+    axes.set_xlabel("the same clients, in the same order", labelpad=3)
+    paint(axes, color_map()(cosines))
     nearest = cosines - 2 * np.eye(len(names))
     pairs = {names[row]: names[int(nearest[row].argmax())] for row in range(len(names))}
     first = names[0]

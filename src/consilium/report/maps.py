@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, PowerNorm, to_rgba
+from matplotlib.colors import PowerNorm, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
@@ -16,15 +16,13 @@ from matplotlib.path import Path
 from consilium.report.read import RunRecord
 from consilium.report.results import number
 from consilium.report.style import (
-    DARK,
-    LIGHT,
     Drawing,
     Key,
     NothingToDraw,
     Panel,
     clean_axes,
     color,
-    drawing_style,
+    color_map,
     new_figure,
     round_ticks,
     shorten,
@@ -32,7 +30,6 @@ from consilium.report.style import (
 )
 
 __all__ = [
-    "RAMP",
     "block_names",
     "expert_map",
     "gate_weights",
@@ -44,10 +41,6 @@ __all__ = [
 ]
 
 _WIDTH, _RIGHT, _TOP, _BOTTOM = 340, 18, 4, 34
-RAMP = {  # low to high; each starts at the page's own background so that "hardly used" recedes in both themes
-    "light": ("#f1f4f6", "#a9d3dc", "#3d93bd", "#1f4f91", "#1b1d4d"),
-    "dark": ("#22282f", "#1f4f7a", "#2b8fae", "#7fd1b0", "#f6f3b5"),
-}
 
 
 def usage_heat_map(run: RunRecord) -> Drawing:
@@ -94,12 +87,9 @@ def _heat_map(run: RunRecord, key: str, missing: str, lead: str) -> tuple[list[P
     norm = PowerNorm(0.5, 0, top)  # square root: rarely used experts stay apart from unused ones
     panels = []
     for block, table in tables.items():
-        with drawing_style():
-            figure = _grid_figure(run, rows, table.shape[1])
-            for i, (theme, colors) in enumerate(RAMP.items()):
-                ramp = LinearSegmentedColormap.from_list(theme, colors).with_extremes(bad=(0, 0, 0, 0))
-                paint(figure.axes[0], ramp(norm(np.ma.masked_invalid(table))), theme, i)
-            _separate(figure.axes[0], run, rows, table.shape[1])
+        figure = _grid_figure(run, rows, table.shape[1])
+        paint(figure.axes[0], color_map()(norm(np.ma.masked_invalid(table))))
+        _separate(figure.axes[0], run, rows, table.shape[1])
         mean_shares = np.nanmean(np.nan_to_num(table), axis=0)
         top_expert = int(np.argmax(mean_shares))
         alt = f"{names[block]}: expert {top_expert} {lead.format(100 * mean_shares[top_expert])}."
@@ -156,17 +146,14 @@ def gate_weights(run: RunRecord) -> Drawing:
         labels = list(dict.fromkeys(label for c in rows for label in run.clients[c].label_counts))
         labels += [label for c in rows for label in weights_by_client[c] if label not in labels]
         table = np.array([[weights_by_client[c].get(label, np.nan) for label in labels] for c in rows])
-        with drawing_style():
-            figure = _grid_figure(run, rows, len(labels))
-            axes = figure.axes[0]
-            axes.set_xlabel("class", labelpad=3)
-            places = axes.get_xticks()
-            places = sorted({int(p) for p in places if 0 <= p < len(labels)})
-            axes.set_xticks(places, shorten_all([labels[p] for p in places], 8) if places else [])
-            for i, (theme, colors) in enumerate(RAMP.items()):
-                ramp = LinearSegmentedColormap.from_list(theme, colors).with_extremes(bad=(0, 0, 0, 0))
-                paint(axes, ramp(np.ma.masked_invalid(table)), theme, i)
-            _separate(axes, run, rows, len(labels))
+        figure = _grid_figure(run, rows, len(labels))
+        axes = figure.axes[0]
+        axes.set_xlabel("class", labelpad=3)
+        places = axes.get_xticks()
+        places = sorted({int(p) for p in places if 0 <= p < len(labels)})
+        axes.set_xticks(places, shorten_all([labels[p] for p in places], 8) if places else [])
+        paint(axes, color_map()(np.ma.masked_invalid(table)))
+        _separate(axes, run, rows, len(labels))
         low, high = float(np.nanmin(table)), float(np.nanmax(table))
         mean = float(np.nanmean(table))
         alt = f"{task}: on average {100 * mean:.0f} %, from {100 * low:.0f} % to {100 * high:.0f} %."
@@ -191,21 +178,19 @@ def block_names(blocks: Sequence[str]) -> dict[str, str]:
 
 def _map_panel(run: RunRecord, name: str, rows: list[str], start: np.ndarray, end: np.ndarray) -> Panel:
     kept_mask, added_mask, removed_mask = start & end, end & ~start, start & ~end
-    with drawing_style():
-        figure = _grid_figure(run, rows, end.shape[1])
-        axes = figure.axes[0]
-        for i, (theme, palette) in enumerate((("light", LIGHT), ("dark", DARK))):
-            cells = np.zeros((*end.shape, 4))
-            cells[...] = (*to_rgba(palette["grid"])[:3], 0.45)
-            cells[kept_mask] = to_rgba(palette["kept"])
-            cells[added_mask] = to_rgba(palette["c0"])
-            cells[removed_mask] = (*to_rgba(palette["c1"])[:3], 0.32)
-            paint(axes, cells, theme, i)
-        _separate(axes, run, rows, end.shape[1])
-        size = min(9.0, 0.62 * min(_cell_width(end.shape[1]), row_height(len(rows))))
-        for cells, marker, shade in ((added_mask, "+", "panel"), (removed_mask, "_", "c1")):
-            y, x = np.nonzero(cells)
-            axes.plot(x, y, linestyle="none", marker=marker, ms=size, mew=1.5, color=color(shade), clip_on=False)
+    figure = _grid_figure(run, rows, end.shape[1])
+    axes = figure.axes[0]
+    cells = np.zeros((*end.shape, 4))
+    cells[...] = to_rgba(color("grid"), 0.45)
+    cells[kept_mask] = to_rgba(color("kept"))
+    cells[added_mask] = to_rgba(color("c0"))
+    cells[removed_mask] = to_rgba(color("c1"), 0.32)
+    paint(axes, cells)
+    _separate(axes, run, rows, end.shape[1])
+    size = min(9.0, 0.62 * min(_cell_width(end.shape[1]), row_height(len(rows))))
+    for mask, marker, shade in ((added_mask, "+", "panel"), (removed_mask, "_", "c1")):
+        y, x = np.nonzero(mask)
+        axes.plot(x, y, linestyle="none", marker=marker, ms=size, mew=1.5, color=color(shade), clip_on=False)
     change = f"+{int(added_mask.sum())} −{int(removed_mask.sum())}" if added_mask.any() or removed_mask.any() else "±0"
     title = f"{name}: {start.sum() / len(rows):.1f} → {end.sum() / len(rows):.1f} ({change})"
     return Panel(
@@ -243,11 +228,10 @@ def _name_tasks(axes: Axes, run: RunRecord, rows: list[str], height: float) -> N
                           textcoords="offset points", rotation=270, va="center", fontsize=10)  # fmt: skip
 
 
-def paint(axes: Axes, cells: np.ndarray, theme: str, index: int) -> None:
-    """Draw coloured cells [rows, columns, 4] for a theme, without changing the limits of the axes."""
+def paint(axes: Axes, cells: np.ndarray) -> None:
+    """Draw coloured cells [rows, columns, 4] without changing the limits of the axes."""
     limits = axes.get_xlim(), axes.get_ylim()
-    image = axes.imshow(cells, interpolation="none", aspect="auto", origin="upper", zorder=1)
-    image.set_gid(f"{theme}-{index}")
+    axes.imshow(cells, interpolation="none", aspect="auto", origin="upper", zorder=1)
     axes.set_xlim(limits[0])
     axes.set_ylim(limits[1])
 

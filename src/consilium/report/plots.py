@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from consilium.report import costs, curves, gains, likeness, maps, tradeoff
+from consilium.report import costs, counts, curves, gains, likeness, maps, tradeoff
 from consilium.report.costs import memory, time_split, traffic, traffic_per_client
-from consilium.report.curves import expert_counts, scores_over_bytes, scores_over_rounds, scores_over_seconds
+from consilium.report.counts import expert_counts
+from consilium.report.curves import scores_over_bytes, scores_over_rounds, scores_over_seconds
 from consilium.report.gains import gain_over_standalone
 from consilium.report.likeness import likeness_map
 from consilium.report.maps import expert_map, gate_weights, training_heat_map, usage_heat_map
@@ -183,7 +184,7 @@ FIGURES: tuple[FigureKind, ...] = (
         "the task's mean. A step is a round in which the server changed the client's structure.",
         "Lines that draw together: clients of a task agree on a size. A line that goes up and back down is a trial "
         "that did not help and was taken back.",
-        curves.expert_counts,
+        counts.expert_counts,
         each_run=True,
     ),
     FigureKind(

@@ -31,6 +31,7 @@ __all__ = [
     "measured",
     "number",
     "result",
+    "round_of",
     "shared_mean",
     "unable_clients",
 ]
@@ -274,6 +275,12 @@ def number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST <= value <= LARGEST:
         return None
     return float(value)
+
+
+def round_of(line: Mapping[str, Any], index: int) -> float:
+    """Return the number of the round that a line of the metrics records; its place in the file if it has none."""
+    round_number = number(line.get("round"))
+    return index if round_number is None else round_number
 
 
 def _printed(scores: Sequence[float | None]) -> tuple[float | None, ...]:

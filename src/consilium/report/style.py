@@ -1,8 +1,6 @@
-"""The look of figures, and their conversion to inline SVG that follows the page's light or dark theme.
+"""The look of figures: two palettes, one style sheet for each, and helpers for axes, ticks and names.
 
-Figures are drawn in the light theme's colours. `to_svg` replaces each of those colours with a CSS variable of the same
-role, so one drawing serves both themes. Heat maps are images, which CSS cannot recolour. They are drawn twice, and the
-page shows the one that fits.
+Figures are drawn within `drawing_style`, once for each theme. `color` and `color_map` then give the theme's colours.
 
 The categorical colours are Okabe and Ito's, adjusted to keep 3:1 contrast on the page. No figure relies on colour
 alone: dashes, marks or positions repeat the information.
@@ -10,29 +8,27 @@ alone: dashes, marks or positions repeat the information.
 
 from __future__ import annotations
 
-import hashlib
-import io
 import os.path
-import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-
-from consilium.escape import html
 
 __all__ = [
     "DARK",
     "DASHES",
     "LIGHT",
     "MARKERS",
+    "RAMP",
     "SERIES",
     "Drawing",
     "Key",
@@ -41,6 +37,7 @@ __all__ = [
     "any_glyph",
     "clean_axes",
     "color",
+    "color_map",
     "drawing_style",
     "new_figure",
     "round_ticks",
@@ -48,7 +45,7 @@ __all__ = [
     "series",
     "shorten",
     "shorten_all",
-    "to_svg",
+    "style_sheet",
 ]
 
 LIGHT = {
@@ -75,14 +72,12 @@ SERIES = ("c0", "c1", "c2", "c3", "c4", "c5", "c7", "c6")
 MARKERS = "osD^vPX*"
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 
-_RC = {
-    "svg.fonttype": "none",  # text stays text: it can be searched, read aloud, and set in the page's font
-    "image.composite_image": False,  # the light and the dark image must stay two images
-    "text.parse_math": False,  # a "$" in a client's or task's name is a "$"
-    "font.family": "DejaVu Sans",  # wider than nearly every system font, so what fits here fits on the page
-    "font.size": 11,
-    "text.color": LIGHT["ink"],
+RAMP = {  # low to high; each starts at the page's own background so that "hardly used" recedes in both themes
+    "light": ("#f1f4f6", "#a9d3dc", "#3d93bd", "#1f4f91", "#1b1d4d"),
+    "dark": ("#22282f", "#1f4f7a", "#2b8fae", "#7fd1b0", "#f6f3b5"),
 }
+_THEMES = {"light": LIGHT, "dark": DARK}
+_theme: ContextVar[str] = ContextVar("theme", default="light")
 _UNIT = 72  # at 72 dpi a matplotlib point is a CSS pixel
 
 
@@ -103,6 +98,32 @@ class Key:
     text: str
     role: str
     mark: str = "line"
+
+    @property
+    def is_line(self) -> bool:
+        return self.mark.startswith("run ") or self.mark in ("line", "thin", "faint", "dots")
+
+    @property
+    def ink(self) -> str:
+        """Return the role of its colour; a run has the colour of its series."""
+        return self.role if self._run is None else SERIES[self._run % len(SERIES)]
+
+    @property
+    def marker(self) -> str:
+        """Return the marker of a run as matplotlib names it; "" for other marks."""
+        return "" if self._run is None else MARKERS[self._run % len(MARKERS)]
+
+    @property
+    def dash(self) -> str:
+        """Return the lengths of dashes and gaps in the legend, in pixels; "" for a solid line."""
+        if self._run is None:
+            return "1.5 3" if self.mark == "dots" else ""
+        style = DASHES[(self._run // len(SERIES)) % len(DASHES)]
+        return "" if style == "-" else " ".join(f"{1.2 * part:.1f}" for part in style[1])
+
+    @property
+    def _run(self) -> int | None:
+        return int(self.mark.split()[1]) if self.mark.startswith("run ") else None
 
 
 @dataclass(frozen=True)
@@ -128,8 +149,13 @@ class Drawing:
 
 
 def color(role: str) -> str:
-    """Return the colour of a role such as "ink" or "c0" in the light theme."""
-    return LIGHT[role]
+    """Return the colour of a role such as "ink" or "c0" in the theme that is being drawn."""
+    return _THEMES[_theme.get()][role]
+
+
+def color_map() -> Colormap:
+    """Return the colours of a heat map, from low to high, in the theme that is being drawn."""
+    return LinearSegmentedColormap.from_list("ramp", RAMP[_theme.get()]).with_extremes(bad=(0, 0, 0, 0))
 
 
 def series(index: int) -> dict[str, Any]:
@@ -154,38 +180,60 @@ def run_styles(methods: Sequence[str]) -> list[int]:
     return list(range(len(methods)))
 
 
-def drawing_style() -> AbstractContextManager[None]:
-    """Return a context with the settings for making and saving figures.
+def style_sheet(theme: str) -> dict[str, Any]:
+    """Return the settings of matplotlib for figures of a theme, "light" or "dark"."""
+    palette = _THEMES[theme]
+    sheet = {
+        "svg.fonttype": "none",  # the reader's browser has more glyphs than any font of matplotlib
+        "svg.hashsalt": "consilium",  # the same figure gives the same file
+        "text.parse_math": False,  # a "$" in a client's or task's name is a "$"
+        "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans"],  # wider than nearly every system font, so what fits here fits on the page
+        "font.size": 11,
+        "text.color": palette["ink"],
+        "figure.facecolor": "none",
+        "axes.facecolor": "none",
+        "axes.edgecolor": palette["muted"],
+        "axes.labelcolor": palette["muted"],
+        "axes.axisbelow": True,
+        "grid.color": palette["grid"],
+        "grid.linewidth": 1,
+        "xtick.bottom": False,
+        "ytick.left": False,
+    }
+    sheet |= {f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")}
+    for axis in ("xtick", "ytick"):
+        sheet |= {f"{axis}.labelcolor": palette["muted"], f"{axis}.major.size": 0, f"{axis}.major.pad": 4}
+    return sheet
 
-    It restores the caller's settings afterwards.
-    """
-    return matplotlib.rc_context(_RC)
+
+@contextmanager
+def drawing_style(theme: str = "light") -> Iterator[None]:
+    """Draw and save the figures inside the block in a theme; the caller's settings are restored afterwards."""
+    token = _theme.set(theme)
+    try:
+        with matplotlib.rc_context(style_sheet(theme)):
+            yield
+    finally:
+        _theme.reset(token)
 
 
 def new_figure(width: float, height: float, left: float, bottom: float, right: float = 8, top: float = 8) -> Figure:
     """Create a figure with a natural size of `width` x `height` CSS pixels, and one axes inside fixed pixel margins."""
     figure = Figure(figsize=(width / _UNIT, height / _UNIT), dpi=_UNIT)
     FigureCanvasSVG(figure)
-    figure.patch.set_alpha(0)
     box = (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
-    axes = figure.add_axes(box)
-    axes.patch.set_alpha(0)
+    figure.add_axes(box)
     return figure
 
 
 def clean_axes(axes: Axes, grid: str = "y", size: float = 10.5) -> None:
-    """Remove the box, mute the ticks, and draw a light grid behind the data along `grid` ("x", "y" or "")."""
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    if grid == "y":
-        axes.spines["bottom"].set_visible(True)
-        axes.spines["bottom"].set_color(color("muted"))
-    axes.tick_params(length=0, pad=4, labelsize=size, labelcolor=color("muted"))
-    axes.set_axisbelow(True)
+    """Set the size of all labels, and draw a light grid behind the data along `grid` ("x", "y" or "")."""
+    axes.spines["bottom"].set_visible(grid == "y")
+    axes.tick_params(labelsize=size)
     if grid:
-        axes.grid(True, axis=grid, color=color("grid"), linewidth=1)  # type: ignore[arg-type]
+        axes.grid(True, axis=grid)  # type: ignore[arg-type]
     for axis in (axes.xaxis, axes.yaxis):
-        axis.label.set_color(color("muted"))
         axis.label.set_size(size)
 
 
@@ -231,60 +279,3 @@ def any_glyph() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
         warnings.filterwarnings("ignore", message="Matplotlib currently does not support", category=UserWarning)
         yield
-
-
-def to_svg(figure: Figure, salt: str, alt: str = "") -> str:
-    """Return inline SVG of a figure, without ids that could clash with those of another figure.
-
-    Args:
-        salt: any text that is unique on the page; the ids that must stay (clip paths, markers) are derived from it.
-    """
-    buffer = io.StringIO()
-    digest = hashlib.sha256(salt.encode()).hexdigest()[:12]
-    with matplotlib.rc_context({**_RC, "svg.hashsalt": digest}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.S)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.S)
-    svg = _unique_ids(svg, digest)
-    for role, hexcode in LIGHT.items():
-        svg = svg.replace(hexcode, f"var(--{role})")
-    return re.sub(r"^<svg[^>]*>", lambda m: _head(m.group(), alt), _smaller(svg))
-
-
-def _smaller(svg: str) -> str:
-    """Remove elements that draw nothing, which are more than half of the output of matplotlib."""
-    svg = re.sub(r"font-family: 'DejaVu Sans'(; )?", "", svg)  # the page's own font
-    svg = re.sub(r"font: ([^;\"]*?)'DejaVu Sans'[^;\"]*", r"font: \1var(--font)", svg)
-    svg = re.sub(r"\s*\n\s*", " ", svg).replace("> <", "><").replace("base64, ", "base64,")
-    svg = re.sub(r' transform="rotate\(-0 [^)]*\)"', "", svg)
-    svg = re.sub(r'<path [^>]*style="fill: none; opacity: 0"/>', "", svg)
-    svg = re.sub(r'(?<=[ "(])(-?\d+\.\d{2})\d+(?=[ ")])', r"\1", svg)
-    while (smaller_svg := re.sub(r"<g/>|<g></g>|<defs></defs>|<defs/>", "", svg)) != svg:
-        svg = smaller_svg
-    return svg
-
-
-def _unique_ids(svg: str, digest: str) -> str:
-    """Drop unused ids, mark the light and dark images by class, and prefix the ids that remain."""
-    svg = re.sub(r'id="(light|dark)-\d+"', r'class="only-\1"', svg)
-    used_ids = set(re.findall(r"url\(#([^)]+)\)", svg)) | set(re.findall(r'href="#([^"]+)"', svg))
-
-    def keep(match: re.Match[str]) -> str:
-        return f' id="{digest}{match.group(1)}"' if match.group(1) in used_ids else ""
-
-    svg = re.sub(r'\s+id="([^"]+)"', keep, svg)
-    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{digest}\1)", svg)
-    return re.sub(r'href="#([^"]+)"', rf'href="#{digest}\1"', svg)
-
-
-def _head(tag: str, alt: str) -> str:
-    box = re.search(r'viewBox="([^"]+)"', tag)
-    size = box.group(1) if box else "0 0 100 100"
-    width = float(size.split()[2])
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{size}" '
-        f'style="--natural:{width:.0f}px" role="img" aria-label="{html(alt)}">'
-    )

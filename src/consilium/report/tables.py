@@ -7,10 +7,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from consilium.escape import html
 from consilium.report.maps import block_names
 from consilium.report.methods import Paired, has_seeds, method_columns, methods, paired_columns
-from consilium.report.parts import cell, fold, table
+from consilium.report.parts import Box, Cell, Fold, Heading, Part, Table, Text, Words
 from consilium.report.plain import balanced_scores, class_recalls, rising, simple_sentence, simple_values
 from consilium.report.read import RunRecord
 from consilium.report.results import (
@@ -65,21 +64,12 @@ _EVENTS = {
 }
 
 
-def comparison(runs: Sequence[RunRecord]) -> str:
+def comparison(runs: Sequence[RunRecord]) -> Box:
     """Return one row per run with the best of each column marked, and notes on everything that is easily misread."""
     table_columns = columns(runs)
     finished_flags = [run.finished for run in runs]
     marks = {c.head: best(c, finished_flags if any(finished_flags) else [True] * len(runs)) for c in table_columns}
-    rows, styles = [], run_styles([run.method for run in runs])
-    for i in range(len(runs)):
-        dot = f'<span class="dot" style="background:var(--{SERIES[styles[i] % len(SERIES)]})"></span>'
-        row = [f'<th scope="row">{dot}{html(table_columns[0].texts[i])}</th>']
-        for column in table_columns[1:]:
-            score, _, deviation = column.texts[i].partition(" ± ")
-            below = f"<small>± {html(deviation)}</small>" if deviation else ""
-            row.append(f'<td class="num{" best" if i in marks[column.head] else ""}">{html(score)}{below}</td>')
-        rows.append(row)
-    heads = [(_HEADS.get(c.head, c.head), "" if c.head == "run" else "num") for c in table_columns]
+    dots = [SERIES[style % len(SERIES)] for style in run_styles([run.method for run in runs])]
     words = (
         "★ marks the best finished run of a column, unless all are alike. Task columns: mean ± standard deviation "
         "over the clients of the task, in percent, on test examples; the deviation is about how unequally clients "
@@ -92,48 +82,53 @@ def comparison(runs: Sequence[RunRecord]) -> str:
     if any(c.head == "own best" for c in table_columns):
         words += " Own best: bits per byte of each client's best model by its own validation data."
     sentences = [sentence for sentence in (*verdict(runs), simple_sentence(runs)) if sentence]
-    paragraphs = "".join(f'<p style="margin:12px 0 0">{html(sentence)}</p>' for sentence in sentences)
-    note = f'{paragraphs}<p class="note" style="margin:12px 0 0">{words}</p>'
-    body = f"{table(heads, rows, starred=True)}{note}"
-    return f'<div class="box">{fold(f"Each of the {len(runs)} runs", body) if has_seeds(runs) else body}</div>'
+    content: list[Part] = [_table(table_columns, marks, dots)]
+    content += [Text(sentence, "below") for sentence in sentences]
+    content.append(Text(words, "note below"))
+    return Box([Fold(f"Each of the {len(runs)} runs", content)] if has_seeds(runs) else content)
 
 
-def over_seeds(runs: Sequence[RunRecord]) -> str:
+def over_seeds(runs: Sequence[RunRecord]) -> list[Box]:
     """Return the methods over their seeds, if any has several, and a test of whether a lead is more than luck."""
     method_summaries = methods(runs)
     if not has_seeds(runs) or not method_summaries:
-        return ""
+        return []
     names = list(dict.fromkeys(run.method for run in runs))
     dots = [SERIES[names.index(m.label) % len(SERIES)] for m in method_summaries]
     words = "Mean ± standard deviation over finished runs, one a seed; scores in percent, ★ marks the best of a column."
-    content = (
-        f'<h3>Over seeds</h3>{_method_table(method_columns(method_summaries), dots)}<p class="note below">{words}</p>'
-    )
+    content: list[Part] = [
+        Heading("Over seeds"),
+        _method_table(method_columns(method_summaries), dots),
+        Text(words, "note below"),
+    ]
     rivals = [m for m in method_summaries if m.against]
     comparisons = [m.against for m in rivals if m.against]
     if comparisons:
         dots = [dot for dot, m in zip(dots, method_summaries, strict=True) if m.against]
-        content += f'<h3 class="next">Against {html(comparisons[0].reference)}, pair by pair</h3>'
-        content += (
-            f'{_method_table(paired_columns(rivals), dots)}<p class="note below">{html(_test_words(comparisons))}</p>'
-        )
-    return f'<div class="box">{content}</div>'
-
-
-def _method_table(shown: Sequence[Column], dots: Sequence[str]) -> str:
-    marks = {c.head: best(c, [True] * len(dots)) for c in shown}
-    rows = []
-    for i, shade in enumerate(dots):
-        row = [
-            f'<th scope="row"><span class="dot" style="background:var(--{shade})"></span>{html(shown[0].texts[i])}</th>'
+        content += [
+            Heading(f"Against {comparisons[0].reference}, pair by pair", "next"),
+            _method_table(paired_columns(rivals), dots),
+            Text(_test_words(comparisons), "note below"),
         ]
+    return [Box(content)]
+
+
+def _method_table(shown: Sequence[Column], dots: Sequence[str]) -> Table:
+    return _table(shown, {c.head: best(c, [True] * len(dots)) for c in shown}, dots)
+
+
+def _table(shown: Sequence[Column], marks: Mapping[str, set[int]], dots: Sequence[str]) -> Table:
+    """Return columns as a table: the first names the rows, each with a dot of its colour; deviations stand below."""
+    rows = []
+    for i, dot in enumerate(dots):
+        row = [Cell(shown[0].texts[i], is_head=True, dot=dot)]
         for column in shown[1:]:
             value, _, deviation = column.texts[i].partition(" ± ")
-            below = f"<small>± {html(deviation)}</small>" if deviation else ""
-            row.append(f'<td class="num{" best" if i in marks[column.head] else ""}">{html(value)}{below}</td>')
+            kind = "num best" if i in marks[column.head] else "num"
+            row.append(Cell(value, kind, below=f"± {deviation}" if deviation else ""))
         rows.append(row)
-    heads = [(_HEADS.get(c.head, c.head), "" if c.head == "method" else "num") for c in shown]
-    return table(heads, rows, starred=any(marks.values()))
+    heads = [(_HEADS.get(c.head, c.head), "num" if i else "") for i, c in enumerate(shown)]
+    return Table(heads, rows, starred=any(marks.values()))
 
 
 def _test_words(against: Sequence[Paired]) -> str:
@@ -170,10 +165,10 @@ def _least(pairs: int) -> float:
     return float(t.ppf(0.975, pairs - 1)) / pairs**0.5
 
 
-def client_tables(runs: Sequence[RunRecord]) -> str:
+def client_tables(runs: Sequence[RunRecord]) -> Box:
     """Return one row per client; several runs share the rows and differ in the score columns."""
     if len(runs) == 1:
-        return f'<div class="box">{_one_run_clients(runs[0])}</div>'
+        return Box(_one_run_clients(runs[0]))
     groups = [[run for run in runs if run.method == name] for name in dict.fromkeys(run.method for run in runs)]
     groups = groups if has_seeds(runs) else [[run] for run in runs]
     scores, reasons_by_group = [_mean_scores(group) for group in groups], [unable_clients(group[0]) for group in groups]
@@ -183,17 +178,16 @@ def client_tables(runs: Sequence[RunRecord]) -> str:
     for client in ids:
         values = [score.get(client) for score in scores]
         rounded_scores = [round(v, 3) for v in values if v is not None]
-        row = [cell(client, tag="th"), cell(clients[client].task, "wrap")]
+        row = [Cell(client, is_head=True), Cell(clients[client].task, "wrap")]
         for value, reasons in zip(values, reasons_by_group, strict=True):
             is_top = value is not None and round(value, 3) == max(rounded_scores) and len(set(rounded_scores)) > 1
             text = "cannot run" if client in reasons and value is None else format_score(value)
-            row.append(cell(text, "num best" if is_top else "num"))
+            row.append(Cell(text, "num best" if is_top else "num"))
         rows.append(row)
     by_method = has_seeds(runs)
     heads = [("Client", ""), ("Task", ""), *((g[0].method if by_method else g[0].label, "num") for g in groups)]
-    body = table(heads, rows, tall=len(rows) > 16, starred=True)
     title = "Test score of each client" + (", mean over the method’s runs" if by_method else "")
-    return f'<div class="box"><h3>{title}</h3>{body}</div>'
+    return Box([Heading(title), Table(heads, rows, tall=len(rows) > 16, starred=True)])
 
 
 def _mean_scores(runs: Sequence[RunRecord]) -> dict[str, float]:
@@ -205,7 +199,7 @@ def _mean_scores(runs: Sequence[RunRecord]) -> dict[str, float]:
     return {client: statistics.fmean(values) for client, values in scores.items()}
 
 
-def _one_run_clients(run: RunRecord) -> str:
+def _one_run_clients(run: RunRecord) -> list[Part]:
     scores, unable_reasons = client_scores(run), unable_clients(run)
     summaries = (run.summary or {}).get("clients") or {}
     extra_scores = {"Balanced": balanced_scores(run), "Bag of words, alone": simple_values(run, "alone")}
@@ -218,80 +212,80 @@ def _one_run_clients(run: RunRecord) -> str:
         expert_count = sum(experts) if isinstance(experts, list) else experts
         peak = number(summary.get("peak_bytes_model"))
         rows.append([
-            cell(client, tag="th"), cell(record.task, "wrap"),
-            cell("cannot run" if client in unable_reasons else format_score(scores.get(client)), "num"),
-            *(cell(format_score(values.get(client)), "num") for values in extra_scores.values()),
-            cell(" / ".join(str(record.sizes.get(s, "–")) for s in ("train", "validation", "test")), "num"),
-            cell(round_count, "num"), cell("–" if expert_count is None else expert_count, "num"),
-            cell(format_bytes(peak), "num"), cell(format_bytes(record.memory_bytes), "num"),
+            Cell(client, is_head=True), Cell(record.task, "wrap"),
+            Cell("cannot run" if client in unable_reasons else format_score(scores.get(client)), "num"),
+            *(Cell(format_score(values.get(client)), "num") for values in extra_scores.values()),
+            Cell(" / ".join(str(record.sizes.get(s, "–")) for s in ("train", "validation", "test")), "num"),
+            Cell(round_count, "num"), Cell("–" if expert_count is None else expert_count, "num"),
+            Cell(format_bytes(peak), "num"), Cell(format_bytes(record.memory_bytes), "num"),
         ])  # fmt: skip
     names = ("Test score", *extra_scores, "Train / val. / test", "Rounds", "Experts", "Peak memory", "Device")
-    body = table([("Client", ""), ("Task", ""), *((n, "num") for n in names)], rows, tall=len(rows) > 16)
+    heads = [("Client", ""), ("Task", ""), *((n, "num") for n in names)]
     notes = (simple_sentence([run]), rising(run))
-    words = "".join(f'<p class="note below">{html(note[:1].upper() + note[1:])}</p>' for note in notes if note)
-    return f"{body}{words}{_recalls(run)}"
+    sentences = [Text(note[:1].upper() + note[1:], "note below") for note in notes if note]
+    return [Table(heads, rows, tall=len(rows) > 16), *sentences, *_recalls(run)]
 
 
-def _recalls(run: RunRecord) -> str:
-    """Return a table of the share of test examples of each label that are recognised; "" if the task has no labels."""
+def _recalls(run: RunRecord) -> list[Part]:
+    """Return a table of the share of test examples of each label that are recognised; [] if the task has no labels."""
     recalls = class_recalls(run)
     if not recalls:
-        return ""
+        return []
     rows = [
-        [cell(label, "wrap", tag="th"), cell(format_score(mean), "num"), cell(clients, "num")]
+        [Cell(label, "wrap", is_head=True), Cell(format_score(mean), "num"), Cell(clients, "num")]
         for label, (mean, clients) in recalls.items()
     ]
-    body = table([("Label", ""), ("Recall", "num"), ("Clients", "num")], rows, tall=len(rows) > 16)
+    heads = [("Label", ""), ("Recall", "num"), ("Clients", "num")]
     words = (
         "Recall: the share of the test examples of a label that the model recognises, mean over the clients that have "
         "some."
     )
-    return f'<h3 class="next">Recall of each label</h3>{body}<p class="note below">{words}</p>'
+    return [Heading("Recall of each label", "next"), Table(heads, rows, tall=len(rows) > 16), Text(words, "note below")]
 
 
-def left_out(runs: Sequence[RunRecord]) -> str:
+def left_out(runs: Sequence[RunRecord]) -> Box:
     """Return the clients that never took part, with the reason: no data, or not enough memory."""
     rows = []
     for run in runs:
         for client, reason in unable_clients(run).items():
-            rows.append([cell(client, tag="th"), cell(run.label), cell("cannot run"), cell(reason, "wrap long")])
+            rows.append([Cell(client, is_head=True), Cell(run.label), Cell("cannot run"), Cell(reason, "wrap long")])
     for client in dict.fromkeys(c for run in runs for c in run.skipped):
         holders = [run for run in runs if client in run.skipped]
         name = "all runs" if len(holders) == len(runs) > 1 else ", ".join(run.label for run in holders)
         rows.append(
-            [cell(client, tag="th"), cell(name), cell("skipped"), cell(holders[0].skipped[client], "wrap long")]
+            [Cell(client, is_head=True), Cell(name), Cell("skipped"), Cell(holders[0].skipped[client], "wrap long")]
         )
-    title = "<h3>Clients left out</h3>"
+    title = Heading("Clients left out")
     if not rows:
-        return f'<div class="box">{title}<p class="muted">None: every client took part in every run.</p></div>'
+        return Box([title, Text("None: every client took part in every run.", "muted")])
     heads = [("Client", ""), ("Run", ""), ("What", ""), ("Why", "")]
-    return f'<div class="box">{title}{table(heads, rows, tall=len(rows) > 16)}</div>'
+    return Box([title, Table(heads, rows, tall=len(rows) > 16)])
 
 
-def event_tables(runs: Sequence[RunRecord]) -> str:
+def event_tables(runs: Sequence[RunRecord]) -> list[Box]:
     """Return the changes that the server made, in order, with a count of each kind above the rows."""
-    boxes, labels = [], []
+    boxes: list[Box] = []
+    labels = []
     for run in runs:
         if not run.events:
             labels.append(run.label)
             continue
         names = block_names(list((run.structure or {}).get("blocks") or ()))
         rows = [
-            [cell(e.get("round", "–"), "num"), cell(e.get("client") or "all", "id"),
-             cell(_EVENTS.get(str(e.get("event")), e.get("event", "–")), "long"), cell(_details(e, names), "wrap long")]
+            [Cell(e.get("round", "–"), "num"), Cell(e.get("client") or "all", "id"),
+             Cell(_EVENTS.get(str(e.get("event")), e.get("event", "–")), "long"), Cell(_details(e, names), "wrap long")]
             for e in run.events
         ]  # fmt: skip
         counts = Counter(str(e.get("event", "–")) for e in run.events)
         counts_text = ", ".join(f"{n} × {name.replace('_', ' ')}" for name, n in counts.items())
         heads = [("Round", "num"), ("Client", ""), ("What", ""), ("Details", "")]
-        boxes.append(
-            fold(f"{run.label}: {counts_text}", table(heads, rows, tall=len(rows) > 12), is_open=len(runs) <= 3)
-        )
+        content = [Table(heads, rows, tall=len(rows) > 12)]
+        boxes.append(Box([Fold(f"{run.label}: {counts_text}", content, is_open=len(runs) <= 3)]))
     if labels:
-        is_single = len(labels) == 1
-        boxes.append(f'<p class="muted">{html(", ".join(labels))} recorded no {"event" if is_single else "events"}: '
-                    "nothing changed a client’s structure.</p>")  # fmt: skip
-    return "".join(f'<div class="box">{part}</div>' for part in boxes)
+        events = "event" if len(labels) == 1 else "events"
+        text = f"{', '.join(labels)} recorded no {events}: nothing changed a client’s structure."
+        boxes.append(Box([Text(text, "muted")]))
+    return boxes
 
 
 def _details(event: Mapping[str, Any], names: Mapping[str, str]) -> str:
@@ -316,20 +310,20 @@ def _plain(value: Any, names: Mapping[str, str]) -> str:
     return names.get(str(value), str(value))
 
 
-def configuration(runs: Sequence[RunRecord]) -> str:
+def configuration(runs: Sequence[RunRecord]) -> Box:
     """Return every setting with one column per run; settings that differ between runs come first."""
     flat_configs = [dict(_flatten(run.config)) for run in runs]
     keys = list(dict.fromkeys(key for config in flat_configs for key in config))
     differing_keys = [k for k in keys if len({str(config.get(k)) for config in flat_configs}) > 1]
     keys = differing_keys + [k for k in keys if k not in differing_keys]
-    rows = [[cell(k, tag="th"), *(cell(config.get(k, "–"), "wrap") for config in flat_configs)] for k in keys]
+    rows = [[Cell(k, is_head=True), *(Cell(config.get(k, "–"), "wrap") for config in flat_configs)] for k in keys]
     kinds = ["differs" if k in differing_keys else "same" if len(runs) > 1 else "" for k in keys]
     heads = [("Setting", ""), *((run.label if len(runs) > 1 else "Value", "") for run in runs)]
     count_text = f", {len(differing_keys)} of {len(keys)} differ" if len(runs) > 1 else f", {len(keys)} settings"
-    return f'<div class="box">{fold(f"Configuration{count_text}", table(heads, rows, kinds))}</div>'
+    return Box([Fold(f"Configuration{count_text}", [Table(heads, rows, kinds)])])
 
 
-def versions(runs: Sequence[RunRecord]) -> str:
+def versions(runs: Sequence[RunRecord]) -> Box:
     """Return the directories of the runs, and the code and packages that made them."""
     facts = [
         {
@@ -342,12 +336,12 @@ def versions(runs: Sequence[RunRecord]) -> str:
         for run in runs
     ]
     keys = list(dict.fromkeys(key for entry in facts for key in entry))
-    rows = [[cell(k, tag="th"), *(cell(entry.get(k, "–"), "wrap") for entry in facts)] for k in keys]
+    rows = [[Cell(k, is_head=True), *(Cell(entry.get(k, "–"), "wrap") for entry in facts)] for k in keys]
     heads = [("", ""), *((run.label if len(runs) > 1 else "", "") for run in runs)]
-    return f'<div class="box">{fold("Versions and origin", table(heads, rows))}</div>'
+    return Box([Fold("Versions and origin", [Table(heads, rows)])])
 
 
-def glossary() -> str:
+def glossary() -> Box:
     """Return the words that the captions use, with definitions for a reader who is new to the field."""
     words = {
         "Client": "One site with its own data, which never leaves it: a hospital, a bank, a team.",
@@ -362,8 +356,7 @@ def glossary() -> str:
         "Accuracy, token F1, ROUGE-2": "Share of right answers; overlap in words with the right answer; overlap in "
         "pairs of neighbouring words. All from 0 to 100 %.",
     }
-    entries = "".join(f"<dt>{html(word)}</dt><dd>{html(meaning)}</dd>" for word, meaning in words.items())
-    return f'<div class="box">{fold("Words used on this page", f"<dl>{entries}</dl>")}</div>'
+    return Box([Fold("Words used on this page", [Words(words)])])
 
 
 def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:

@@ -17,7 +17,6 @@ from consilium.report.style import (
     Panel,
     clean_axes,
     color,
-    drawing_style,
     new_figure,
     round_ticks,
     series,
@@ -59,25 +58,24 @@ def score_for_cost(runs: Sequence[RunRecord]) -> Drawing:
 def _panel(
     title: str, unit: str, known: Sequence[tuple[int, Method, Spread, Spread]], text: Callable[[float | None], str]
 ) -> Panel:
-    with drawing_style():
-        figure = new_figure(340, 215, left=38, bottom=36, right=16)
-        axes = figure.axes[0]
-        clean_axes(axes)
-        for i, _, score, cost in known:
-            style = series(i)
-            axes.errorbar(
-                cost.mean, 100 * score.mean, xerr=cost.sd or None, yerr=100 * score.sd if score.sd else None, ms=8,
-                elinewidth=1.4, capsize=0, zorder=3, color=style["color"], marker=style["marker"], linestyle="none",
-            )  # fmt: skip
-        axes.margins(x=0.06, y=0.14)
-        axes.set_xlim(left=-0.04 * axes.get_xlim()[1])  # the mark of a method without cost must not be cut in half
-        axes.yaxis.set_major_locator(round_ticks(5))
-        if unit == "seconds":
-            second_axis(axes.xaxis, axes.get_xlim()[1])
-        else:
-            axes.xaxis.set_major_locator(round_ticks(4))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value, trim=True)))
-        axes.set_xlabel(title)
-        axes.xaxis.label.set_color(color("muted"))
+    figure = new_figure(340, 215, left=38, bottom=36, right=16)
+    axes = figure.axes[0]
+    clean_axes(axes)
+    for i, _, score, cost in known:
+        style = series(i)
+        axes.errorbar(
+            cost.mean, 100 * score.mean, xerr=cost.sd or None, yerr=100 * score.sd if score.sd else None, ms=8,
+            elinewidth=1.4, capsize=0, zorder=3, color=style["color"], marker=style["marker"], linestyle="none",
+        )  # fmt: skip
+    axes.margins(x=0.06, y=0.14)
+    axes.set_xlim(left=-0.04 * axes.get_xlim()[1])  # the mark of a method without cost must not be cut in half
+    axes.yaxis.set_major_locator(round_ticks(5))
+    if unit == "seconds":
+        second_axis(axes.xaxis, axes.get_xlim()[1])
+    else:
+        axes.xaxis.set_major_locator(round_ticks(4))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value, trim=True)))
+    axes.set_xlabel(title)
+    axes.xaxis.label.set_color(color("muted"))
     points_text = "; ".join(f"{m.label} {format_score(s.mean)} for {text(c.mean)}" for _, m, s, c in known)
     return Panel(f"mean score, %, over {title}", figure, f"Mean score over {title}: {points_text}.")

@@ -5,8 +5,8 @@ import pictures
 import pytest
 from PIL import Image
 
+from consilium.cli.views.images import preview_images
 from consilium.errors import ConfigError
-from consilium.report.image_preview import preview_images
 
 SETTINGS = {"clients": 2, "partition": "iid"}
 

@@ -6,10 +6,10 @@ import math
 import runs
 
 from consilium.algorithms.fedavg import FedAvg
+from consilium.cli.views.forecast import active_parameters, forecasts
 from consilium.loop import run
 from consilium.moe.families import experts_per_token
 from consilium.prepare import prepare
-from consilium.report.forecast import active_parameters, forecasts
 
 
 def test_a_forecast_is_what_the_round_shows(tmp_path):

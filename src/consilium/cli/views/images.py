@@ -10,13 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from consilium.cli.views.display import write_figure
+from consilium.cli.views.preview import Preview, counts_of
 from consilium.data.arrays import ImageData
 from consilium.data.pixels import Images
 from consilium.data.sets import is_directory, is_hub_name, open_set
 from consilium.data.table import parts_of
 from consilium.data.task import Federation
 from consilium.errors import ConfigError
-from consilium.report.preview import Preview, counts_of, write_figure
 
 __all__ = ["holds_images", "preview_images"]
 
