@@ -78,7 +78,7 @@ def parse_host(text: str, name: str = "host", wildcard: bool = False) -> str:
     except ValueError:
         pass
     else:
-        if getattr(address, "scope_id", None):
+        if isinstance(address, ipaddress.IPv6Address) and address.scope_id:
             raise ConfigError(f"{name} is {text!r}: leave out the zone, %{address.scope_id}")
         return str(address)
     if "/" in host or "@" in host:

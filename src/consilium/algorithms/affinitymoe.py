@@ -332,8 +332,8 @@ class AffinityMoEClient(Client):
         # Only one measure is sent in reduced form: a second would reveal more than one upper half and would spend the
         # epsilon of the noise twice.
         main_measure = "contribution" if algorithm.choice == "contribution" else "demand"
-        self.reveals = {group: Reveal("usage", "less" if group == main_measure else "nothing") for group in MEASURES}
-        self.reveals["losses"] = Reveal("score", "less")
+        usage = {group: Reveal("usage", "less" if group == main_measure else "nothing") for group in MEASURES}
+        self.reveals = {**usage, "losses": Reveal("score", "less")}
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         if payload.scalars["stage"] == "profile":

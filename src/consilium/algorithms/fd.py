@@ -111,7 +111,7 @@ def _mean(vectors: Params) -> Tensor:
 class FDClient(Client):
     """A client that learns from its data and from the logits of other clients."""
 
-    reveals: ClassVar[Mapping[str, Reveal]] = {"prototypes": Reveal("update", "exact")}
+    reveals: Mapping[str, Reveal] = {"prototypes": Reveal("update", "exact")}
 
     def __init__(self, setup: CohortSetup, algorithm: FD):
         self.setup = setup

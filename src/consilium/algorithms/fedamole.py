@@ -329,7 +329,7 @@ class FedAMoLEServer(Server):
 class FedAMoLEClient(Client):
     """A client that trains the adapters that it was sent and returns the mean embeddings of its tokens."""
 
-    reveals: ClassVar[Mapping[str, Reveal]] = {
+    reveals: Mapping[str, Reveal] = {
         "token": Reveal("usage", "exact"),
         "experts": Reveal("usage", "exact"),
     }

@@ -71,7 +71,7 @@ class FedAPEN(Algorithm):
 class FedAPENClient(Client):
     """A client that learns the weight on the slice and then trains both models on the other rows."""
 
-    reveals: ClassVar[Mapping[str, Reveal]] = {"report/ensemble weight": Reveal("update")}
+    reveals: Mapping[str, Reveal] = {"report/ensemble weight": Reveal("update")}
 
     def __init__(self, setup: CohortSetup, algorithm: FedAPEN):
         self.setup = setup

@@ -120,7 +120,7 @@ class FedGHServer(Server):
 class FedGHClient(Client):
     """A client that adopts the common header, trains, and sends class prototypes."""
 
-    reveals: ClassVar[Mapping[str, Reveal]] = {"prototypes": Reveal("update", "exact")}
+    reveals: Mapping[str, Reveal] = {"prototypes": Reveal("update", "exact")}
 
     def __init__(self, setup: CohortSetup):
         self.setup = setup

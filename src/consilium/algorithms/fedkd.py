@@ -164,7 +164,7 @@ class FedKDServer(Server):
 class FedKDClient(Client):
     """A client that trains both models, keeps its own and sends the compressed change of the shared one."""
 
-    reveals: ClassVar[Mapping[str, Reveal]] = {
+    reveals: Mapping[str, Reveal] = {
         "factors": Reveal("update", "exact"), "shape *": Reveal("update", "exact"),
     }  # fmt: skip
 

@@ -540,9 +540,10 @@ class FedMoEClient(Client):
         self.algorithm = algorithm
         # The served counts depend on the experts held, so their upper half or noised shares would mean little.
         needs = {"demand": "less", "served": "exact"}
-        self.reveals = {group: Reveal("usage", needs[group]) for group in algorithm.asks()}
+        reveals = {group: Reveal("usage", needs[group]) for group in algorithm.asks()}
         if algorithm.stage2:
-            self.reveals["validation"] = Reveal("score", "less")
+            reveals["validation"] = Reveal("score", "less")
+        self.reveals = reveals
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         if payload.scalars["stage"] == "one":

@@ -24,7 +24,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -222,7 +222,7 @@ class FedPEServer(SubNetServer):
 class FedPEClient(SubNetClient):
     """A client that trains its sub-network and measures the importance of each unit."""
 
-    reveals: ClassVar[Mapping[str, Reveal]] = {
+    reveals: Mapping[str, Reveal] = {
         "saliency": Reveal("usage", "exact"),
         "validation": Reveal("score", "less"),
     }

@@ -122,9 +122,10 @@ class FedProtoClient(Client):
         self.lam = lam
         self.infer = infer
         self.counts = counts
-        self.reveals = {"prototypes": Reveal("update", "exact")}
+        reveals = {"prototypes": Reveal("update", "exact")}
         if counts:
-            self.reveals["counts"] = Reveal("labels", "less")
+            reveals["counts"] = Reveal("labels", "less")
+        self.reveals = reveals
 
     def train(self, payload: Payload, context: ClientContext) -> Payload:
         model = self.setup.build(self.setup.own_params(context), context)

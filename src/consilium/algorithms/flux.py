@@ -260,7 +260,7 @@ def _is_merged(key: str, sent: Payload) -> bool:
 class FluxClient(Client):
     """A client that trains its experts except the merged ones, and sends usage and utilities."""
 
-    reveals: ClassVar[Mapping[str, Reveal]] = {
+    reveals: Mapping[str, Reveal] = {
         "demand": Reveal("usage", "exact"),
         "utility": Reveal("usage", "exact"),
     }

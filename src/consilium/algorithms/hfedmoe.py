@@ -554,7 +554,7 @@ class HFedMoEClient(Client):
     Its server merges by exact usage and importance, and expects only the trained experts in a reply.
     """
 
-    reveals: ClassVar[Mapping[str, Reveal]] = {
+    reveals: Mapping[str, Reveal] = {
         group: Reveal("usage", "exact") for group in ("demand", "usage", "importance", "trained")
     }
 

@@ -116,7 +116,7 @@ class pFedMoE(Algorithm):
 class PFedMoEClient(Client):
     """A client that keeps its own model and gate in its state, and sends back only the shared extractor."""
 
-    reveals: ClassVar[Mapping[str, Reveal]] = {"report/gate *": Reveal("labels")}
+    reveals: Mapping[str, Reveal] = {"report/gate *": Reveal("labels")}
 
     def __init__(self, setup: CohortSetup, algorithm: pFedMoE):
         self.setup = setup

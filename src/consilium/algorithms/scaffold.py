@@ -151,7 +151,7 @@ class ScaffoldServer(Server):
 class ScaffoldClient(Client):
     """A client that steps along g - c_i + c and keeps c_i in its state."""
 
-    reveals: ClassVar[Mapping[str, Reveal]] = {"control": Reveal("update", "exact")}
+    reveals: Mapping[str, Reveal] = {"control": Reveal("update", "exact")}
 
     def __init__(self, setup: Setup):
         self.setup = setup

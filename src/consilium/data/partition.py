@@ -112,7 +112,8 @@ def deal(labels: Sequence[int], shares: np.ndarray, seed: int = 0) -> list[list[
         labels: class of each row, 0..classes-1.
         shares: [clients, classes], see `class_shares`.
     """
-    rng, client_rows = np.random.default_rng(seed), [[] for _ in shares]
+    rng = np.random.default_rng(seed)
+    client_rows: list[list[int]] = [[] for _ in shares]
     for class_index in range(shares.shape[1]):
         rows = rng.permutation(np.flatnonzero(np.asarray(labels) == class_index))
         ends = np.rint(np.cumsum(shares[:, class_index]) * len(rows)).astype(int)
