@@ -6,6 +6,9 @@ python examples/new_algorithm.py FOLDER
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Interval
 
 import consilium
 from consilium.algorithms.fedavg import FedAvgServer, common_experts
@@ -21,7 +24,7 @@ class Decay(consilium.Algorithm):
         rho: strength of the pull, >= 0.
     """
 
-    rho: float = consilium.setting(0.01, "factor", "[0, 1e4]")
+    rho: Annotated[float, Interval(ge=0, le=1e4)] = consilium.setting(0.01, "factor")
 
     def server(self, setup):
         return FedAvgServer(setup, common_experts(setup, "fit"))  # a whole server half, reused

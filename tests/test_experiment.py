@@ -27,6 +27,7 @@ from consilium.engine.checkpoint import load_checkpoint
 from consilium.errors import BudgetError, ConfigError, ConsiliumError, DataError, ModelError, RoundError
 from consilium.experiment import DATA, Experiment, from_json, to_json
 from consilium.fit import Fit
+from consilium.kinds import DataSource
 from consilium.loop import resume, run
 from consilium.models.cohort import Cohort
 from consilium.moe.build import ModelSource
@@ -133,13 +134,13 @@ def saved(**changes):
         ({"algorithm": {"experts": 3}}, "unknown type None"),
         ({"roundz": 3}, "does not fit this version"),
         ({"fit": {"type": "Fit", "lrr": 0.1}}, "does not fit this version"),
-        ({"rounds": "x"}, r"Experiment\.rounds is 'x'; it must be int"),
-        ({"rounds": 2.5}, r"Experiment\.rounds is 2\.5; it must be int"),
-        ({"rounds": True}, r"Experiment\.rounds is True; it must be int"),
+        ({"rounds": "x"}, r"Experiment\.rounds is 'x'; it must be a whole number"),
+        ({"rounds": 2.5}, r"Experiment\.rounds is 2\.5; it must be a whole number"),
+        ({"rounds": True}, r"Experiment\.rounds is True; it must be a whole number"),
         ({"rounds": 0}, "rounds is 0; it must be at least 1"),
         ({"memory": [60]}, r"Experiment\.memory is \(60,\)"),
-        ({"model": None}, r"Experiment\.model is None; it must be Model"),
-        ({"fit": {"type": "Fit", "optimizer": "adam"}}, r"Fit\.optimizer is 'adam'; it must be Literal\["),
+        ({"model": None}, r"Experiment\.model is None; it must be of type Model"),
+        ({"fit": {"type": "Fit", "optimizer": "adam"}}, r"Fit\.optimizer is 'adam'; it must be one of adamw, sgd; did"),
         ({"data": {"type": "Fit"}}, r"Experiment\.data is Fit"),
         ({"data": {"type": "DocstringData", "tasks": "topic"}}, r"DocstringData\.tasks is 'topic'"),
     ],
@@ -213,7 +214,7 @@ def test_forms_that_differ():
 
 
 @dataclasses.dataclass(frozen=True)
-class NoClients:
+class NoClients(DataSource):
     gives = "labelled texts"
     form = ""
 

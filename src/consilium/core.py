@@ -16,13 +16,14 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal
 
 import torch
 
+from consilium.constraints import PositiveInt, Share, check_settings, forbid
 from consilium.errors import ConfigError, PayloadError, shown
 from consilium.params import Like, Params, nbytes
-from consilium.work import Work, check_settings, setting
+from consilium.work import Work, setting
 
 __all__ = [
     "COMMON_REVEALS",
@@ -294,10 +295,7 @@ class Reveal:
     need: Literal["exact", "less", "nothing"] = "nothing"
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            if getattr(self, name) not in get_args(hint):
-                allowed = ", ".join(get_args(hint))
-                raise ConfigError(f"{name} of a Reveal is {getattr(self, name)!r}; it must be one of {allowed}")
+        check_settings(self, "Reveal.")
 
 
 COMMON_REVEALS: Mapping[str, Reveal] = {
@@ -406,21 +404,18 @@ class Sampling:
         min_fraction: share of the chosen clients that must have accepted replies, in [0, 1], likewise.
     """
 
-    clients_per_round: int = 5
+    clients_per_round: PositiveInt = 5
     distinct_tasks: bool = False
-    min_clients: int = 1
-    min_fraction: float = 0.0
+    min_clients: PositiveInt = 1
+    min_fraction: Share = 0.0
 
     def __post_init__(self) -> None:
-        if self.clients_per_round < 1:
-            raise ConfigError(f"clients_per_round is {self.clients_per_round}; it must be at least 1")
-        if not 1 <= self.min_clients <= self.clients_per_round:
-            raise ConfigError(
-                f"sampling.min_clients is {self.min_clients}; it must be within 1..{self.clients_per_round}, the "
-                "clients_per_round"
-            )
-        if not 0 <= self.min_fraction <= 1:
-            raise ConfigError(f"sampling.min_fraction is {self.min_fraction}; it must be within 0..1")
+        check_settings(self, "sampling.")
+        forbid(
+            self.min_clients > self.clients_per_round,
+            f"sampling.min_clients is {self.min_clients}; it must be within 1..{self.clients_per_round}, the "
+            "clients_per_round",
+        )
 
     def quorum(self, selected: int) -> int:
         """Return the number of accepted replies that a round with `selected` chosen clients needs to count."""

@@ -1,17 +1,18 @@
 """The description of an experiment: one frozen dataclass, with conversion to and from JSON."""
 
 import dataclasses
-import difflib
 import os
 import re
-import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Interval
 
 from consilium import algorithms
+from consilium.constraints import Count, Scale, check_settings, check_values, nearest
 from consilium.core import Algorithm, ClientInfo, Sampling
 from consilium.data.arrays import ImageData, TableData
 from consilium.data.causal import check_rows
@@ -31,7 +32,7 @@ from consilium.moe.rules import PAIRWISE
 from consilium.plugins import import_plugins
 from consilium.privacy import Privacy
 from consilium.setup import SETUPS, Setup, setup_for
-from consilium.work import MISSING, check_settings, setting
+from consilium.work import MISSING, setting
 
 __all__ = ["Experiment", "Wire", "differences", "from_json", "to_json"]
 
@@ -69,8 +70,8 @@ class Wire:
         zstd: compress payloads; pays for "int8", hardly for weights.
     """
 
-    deadline: float = setting(3600.0, "seconds", "(0, 1e8]")
-    enough: int = setting(0, "server", "[0, 1e12]")
+    deadline: Annotated[float, Interval(gt=0, le=1e8)] = setting(3600.0, "seconds")
+    enough: Annotated[int, Interval(ge=0, le=1e12)] = setting(0, "server")
     cap: str = setting("512MB", "bytes")
     send: Literal["exact", "bf16", "int8"] = setting("exact", "free")
     reply: Literal["exact", "bf16", "int8"] = setting("exact", "free")
@@ -121,15 +122,15 @@ class Experiment:
     model: Model = field(default_factory=ModelSource)
     fit: Fit = field(default_factory=Fit)
     sampling: Sampling = field(default_factory=Sampling)
-    rounds: int = setting(20, "rounds", "[1, 1e12]")
+    rounds: Count = setting(20, "rounds")
     memory: tuple[str, ...] = setting((), "server")
-    layers: tuple[float, ...] = setting((), "server", "(0, 1e6]")
-    evaluate_every: int = setting(1, "free", "[1, 1e12]")
-    completions: int = setting(0, "server", "[0, 1e6]")
+    layers: tuple[Scale, ...] = setting((), "server")
+    evaluate_every: Count = setting(1, "free")
+    completions: Annotated[int, Interval(ge=0, le=1e6)] = setting(0, "server")
     seed: int = setting(0, "free")
     strict: bool = setting(False, "server")
-    threads: int = setting(1, "server", "[1, 1e12]")
-    workers: int = setting(0, "server", "[0, 1e12]")
+    threads: Count = setting(1, "server")
+    workers: Annotated[int, Interval(ge=0, le=1e12)] = setting(0, "server")
     device: str = setting("cpu", "server")
     engine: Literal["local", "flower"] = setting("local", "server")
     wire: Wire = field(default_factory=Wire)
@@ -316,7 +317,7 @@ def from_json(saved: Mapping[str, Any]) -> Experiment:
                 raise ConfigError(
                     'saved experiment has unknown type None: each part needs a "type", e.g. "type": "Fit"'
                 )
-            suggestion = _near(str(kind), classes) or f"known are {', '.join(sorted(classes))}"
+            suggestion = nearest(str(kind), classes) or f"known are {', '.join(sorted(classes))}"
             raise ConfigError(
                 f"saved experiment has unknown type {kind!r}; {suggestion}; if it is of your own, --import its file"
             )
@@ -324,14 +325,12 @@ def from_json(saved: Mapping[str, Any]) -> Experiment:
         names = [field.name for field in dataclasses.fields(classes[kind])]
         for key in value:
             if key not in (*names, "type") and (kind, key) != ("Wire", "quorum"):
-                suggestion = _near(key, names) or f"known are {', '.join(names)}"
+                suggestion = nearest(key, names) or f"known are {', '.join(names)}"
                 raise ConfigError(f"saved {kind} does not fit this version: it has no field {key!r}; {suggestion}")
         fields = {key: load(item, hints.get(key)) for key, item in value.items() if key != "type"}
         if kind == "Wire" and fields.get("quorum") == 1:  # now sampling.min_clients, with the same default
             del fields["quorum"]
-        for key, item in fields.items():
-            if key in hints and not _is(item, hints[key]):
-                raise ConfigError(f"saved {kind}.{key} is {item!r}; it must be {_said(hints[key])}")
+        check_values(classes[kind], fields, f"saved {kind}.")
         try:
             return classes[kind](**fields)
         except TypeError as error:
@@ -341,11 +340,6 @@ def from_json(saved: Mapping[str, Any]) -> Experiment:
     if not isinstance(experiment, Experiment):
         raise ConfigError(f"saved is {type(experiment).__name__}; give an Experiment, e.g. a run's config.json")
     return experiment
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {matches[0]!r}?" if matches else ""
 
 
 def differences(before: Experiment, now: Experiment, ignored: Collection[str] = ()) -> str:
@@ -378,25 +372,6 @@ def flat_fields(saved: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             flat_fields(value, f"{name}.") if isinstance(value, Mapping) else {name: value} if name else {}
         )
     return values_by_name
-
-
-def _is(value: Any, hint: Any) -> bool:
-    """Return True if a value matches a field's annotation; an int counts as a float, a bool is no number."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return any(value == arg and type(value) is type(arg) for arg in args)
-    if origin in (typing.Union, types.UnionType):
-        return any(_is(value, arg) for arg in args)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_is(item, args[0]) for item in value)
-    kinds = (int, float) if hint is float else (hint,)
-    return isinstance(value, kinds) and (hint is bool or not isinstance(value, bool))
-
-
-def _said(hint: Any) -> str:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_said(arg) for arg in typing.get_args(hint))
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
 import_plugins()  # This comes last, because the user's own methods use what is defined above.

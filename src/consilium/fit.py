@@ -2,17 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 from torch.nn import functional as F
 
+from consilium.constraints import Count, Factor, Fraction, Rate, Share, check_settings, forbid
 from consilium.data.causal import Rows
-from consilium.errors import ConfigError
 from consilium.moe.gates import Kind
 from consilium.moe.lora import Lora
-from consilium.work import check_settings, setting
+from consilium.work import setting
 
 __all__ = ["Fit"]
 
@@ -53,19 +54,19 @@ class Fit:
             travel, and every client loads the rest from the model's own place.
     """
 
-    lr: float = setting(1e-3, "lr", "(0, 1e38]")
-    head_lr: float = setting(1e-2, "lr", "(0, 1e38]")
-    epochs: int = setting(1, "epochs", "[1, 1e12]")
-    batch_size: int = setting(16, "batch_size", "[1, 1e12]")
-    max_length: int = setting(96, "tokens", "[1, 1e12]")
-    target_length: int = setting(16, "tokens", "[2, 1e12]")
+    lr: Rate = setting(1e-3, "lr")
+    head_lr: Rate = setting(1e-2, "lr")
+    epochs: Count = setting(1, "epochs")
+    batch_size: Count = setting(16, "batch_size")
+    max_length: Count = setting(96, "tokens")
+    target_length: Annotated[int, Interval(ge=2, le=1e12)] = setting(16, "tokens")
     rows: Rows = setting("examples", "free")
     optimizer: Literal["adamw", "sgd"] = setting("adamw", "free")
-    momentum: float = setting(0.0, "factor", "[0, 1)")
-    weight_decay: float = setting(0.0, "factor", "[0, 1e4]")
-    clip: float = setting(1.0, "free", "[0, 1e12]")
-    label_smoothing: float = setting(0.1, "factor", "[0, 1]")
-    balance: float = setting(0.01, "factor", "[0, 1e4]")
+    momentum: Fraction = setting(0.0, "factor")
+    weight_decay: Factor = setting(0.0, "factor")
+    clip: Annotated[float, Interval(ge=0, le=1e12)] = setting(1.0, "free")
+    label_smoothing: Share = setting(0.1, "factor")
+    balance: Factor = setting(0.01, "factor")
     gradient_checkpointing: bool = setting(False, "free")
     precision: Literal["float32", "bfloat16"] = setting("float32", "free")
     gates: Kind = setting("constant", "free")
@@ -74,8 +75,7 @@ class Fit:
 
     def __post_init__(self) -> None:
         check_settings(self, "fit.")
-        if self.momentum and self.optimizer != "sgd":
-            raise ConfigError(f"fit.momentum is {self.momentum}; with adamw it must be 0")
+        forbid(self.momentum and self.optimizer != "sgd", f"fit.momentum is {self.momentum}; with adamw it must be 0")
 
     def lowered(self, device: torch.device) -> torch.autocast:
         """Return a context in which models compute in `precision`."""

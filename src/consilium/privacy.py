@@ -43,12 +43,13 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from consilium.constraints import Fraction, NonNegativeFloat, PositiveFloat, check_settings, forbid
 from consilium.core import ClientInfo, Sampling
 from consilium.errors import ConfigError, PayloadError
 from consilium.params import Params
@@ -86,34 +87,23 @@ class Privacy:
             "none".
     """
 
-    noise: float = 0.0
-    clip: float = 1.0
-    epsilon: float = 8.0
-    delta: float = 0.0
+    noise: NonNegativeFloat = 0.0
+    clip: PositiveFloat = 1.0
+    epsilon: PositiveFloat = 8.0
+    delta: Fraction = 0.0
     sampling: Literal["poisson", "fixed"] = "poisson"
     usage: Literal["exact", "coarse", "noised"] = "exact"
-    usage_noise: float = 0.0
+    usage_noise: NonNegativeFloat = 0.0
     labels: Literal["counts", "names"] = "counts"
     scores: Literal["exact", "coarse", "none"] = "exact"
 
     def __post_init__(self) -> None:
-        for name in ("noise", "usage_noise"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"privacy.{name} is {getattr(self, name)}; it must be a number >= 0")
-        for name in ("clip", "epsilon"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"privacy.{name} is {getattr(self, name)}; it must be a number > 0")
-        if not 0 <= self.delta < 1:
-            raise ConfigError(f"privacy.delta is {self.delta}; it must be within (0, 1), or 0 for 1 / N^1.1")
-        for name in ("sampling", "usage", "labels", "scores"):
-            allowed = get_args(get_type_hints(type(self))[name])
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"privacy.{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
-        if (self.usage == "noised") != (self.usage_noise > 0):
-            raise ConfigError(
-                f"privacy.usage is {self.usage!r} with usage_noise {self.usage_noise:g}; noised usage needs noise > 0, "
-                "the other modes have none"
-            )
+        check_settings(self, "privacy.")
+        forbid(
+            (self.usage == "noised") != (self.usage_noise > 0),
+            f"privacy.usage is {self.usage!r} with usage_noise {self.usage_noise:g}; noised usage needs noise > 0, "
+            "the other modes have none",
+        )
 
     @property
     def charged(self) -> bool:

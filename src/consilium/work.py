@@ -9,100 +9,49 @@ and it counts steps, tokens, seconds and bytes in the loops that spend them (`Wo
     memory     a width or rank: bytes are predicted before a model is built
     seconds    the smaller of the server's and the site's counts
     bytes      likewise, of a payload
-    factor     multiplies a loss or a gradient; the range of the setting bounds it
+    factor     multiplies a loss or a gradient; the range in its annotation bounds it
     server     costs the server alone
     free       costs nothing by itself: a choice between ways of working whose costs are all counted
 """
 
 import math
-import re
 import time
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from functools import lru_cache
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import MISSING, dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-from consilium.errors import BudgetError, ConfigError
+from consilium.errors import BudgetError
 
-__all__ = ["COMPARED", "COSTS", "MISSING", "Work", "check_settings", "setting", "tokens_in"]
+__all__ = ["COMPARED", "COSTS", "MISSING", "Work", "setting", "tokens_in"]
 
 COMPARED = ("lr", "epochs", "steps", "batch_size", "rounds")
 """Costs that a site compares with its limit of the same name."""
 COSTS = frozenset({*COMPARED, "tokens", "memory", "seconds", "bytes", "factor", "server", "free"})
 """The allowed values of a setting's cost, see above."""
-_RANGE = re.compile(r"([\[(])([^,]+), ([^\])]+)([\])])")
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
 
 
-def setting(default: Any, cost: str, within: str = "") -> Any:
+def setting(default: Any, cost: str) -> Any:
     """Declare a field of a dataclass that a server sends, and what it costs the client.
 
-        mu: float = setting(0.01, "factor", "[0, 1e4]")
+        mu: Annotated[float, Interval(ge=0, le=1e4)] = setting(0.01, "factor")
+
+    The range of a number stands in its annotation, see `constraints`.
 
     Args:
         default: default of the field; `MISSING`: it has none.
         cost: one of `COSTS`.
-        within: the range of a number (of every number in a tuple), "[" and "]" include the end; "": any.
 
     Raises:
-        ValueError: for an unknown cost, or a malformed range.
+        ValueError: for an unknown cost.
     """
     if cost not in COSTS:
         raise ValueError(f"cost is {cost!r}; it must be one of {', '.join(sorted(COSTS))}")
-    if within:
-        _ends(within)
-    return field(default=default, metadata={"cost": cost, "within": within})
-
-
-def check_settings(owner: Any, prefix: str = "") -> None:
-    """Check the values of a dataclass against the ranges and the literals that its fields declare.
-
-    Args:
-        prefix: prefix of the fields' names in messages, e.g. "fit.".
-
-    Raises:
-        ConfigError: for a number outside its range, or a value that is none of its field's literals.
-    """
-    for dataclass_field in fields(owner):
-        value, name = getattr(owner, dataclass_field.name), f"{prefix}{dataclass_field.name}"
-        if (literals := _literals(type(owner)).get(dataclass_field.name)) and value not in literals:
-            raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(map(str, literals))}")
-        within = dataclass_field.metadata.get("within")
-        for item in value if isinstance(value, tuple) else (value,):
-            if within and isinstance(item, int | float) and not _inside(item, within):
-                raise ConfigError(f"{name} is {value}; it must be {_allowed_values(item, within)}")
-
-
-@lru_cache
-def _literals(kind: type) -> dict[str, tuple[Any, ...]]:
-    """Return field -> allowed values, of the fields that are plain literals."""
-    return {name: get_args(hint) for name, hint in get_type_hints(kind).items() if get_origin(hint) is Literal}
-
-
-@lru_cache
-def _ends(within: str) -> tuple[bool, float, float, bool]:
-    """Parse a range into (lower end is included, lower end, upper end, upper end is included)."""
-    match = _RANGE.fullmatch(within)
-    if not match or not -math.inf < float(match[2]) < float(match[3]) < math.inf:
-        raise ValueError(f"within is {within!r}; it must be a finite range, e.g. '(0, 1]'")
-    return match[1] == "[", float(match[2]), float(match[3]), match[4] == "]"
-
-
-def _inside(value: float, within: str) -> bool:
-    low_closed, low, high, high_closed = _ends(within)
-    return (value >= low if low_closed else value > low) and (value <= high if high_closed else value < high)
-
-
-def _allowed_values(value: float, within: str) -> str:
-    """Describe the range for a message: only the lower end if the value violates it and the upper end is far away."""
-    low_closed, low, high, _ = _ends(within)
-    if value <= low and high >= 1e4:
-        return f"at least {low:g}" if low_closed else f"greater than {low:g}"
-    return f"within {within}"
+    return field(default=default, metadata={"cost": cost})
 
 
 # --- the budget -----------------------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ def test_a_table_that_cannot_be_used(tmp_path, lines, message):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"clients": 0}, "clients is 0"), ({"alpha": 0.0}, "alpha is 0"), ({"partition": "x"}, "partition 'x'"),
+    [({"clients": 0}, "clients is 0"), ({"alpha": 0.0}, "alpha is 0"), ({"partition": "x"}, "partition is 'x'"),
      ({"validation": 0.5, "test": 0.5}, "together below 1")],
 )  # fmt: skip
 def test_refused(options, message):

@@ -66,8 +66,8 @@ def test_no_text_at_all(monkeypatch):
     [
         ({"domains": ("perl",)}, r"\['perl'\]"),
         ({"domains": ()}, "at least one"),
-        ({"partition": "iid"}, "domain or dirichlet"),
-        ({"train": 1}, "data.train is 1 kB"),
+        ({"partition": "iid"}, "one of domain, dirichlet"),
+        ({"train": 1}, "data.train is 1; it must be at least 4"),
         ({"clients": 3}, "at least 12, one per domain"),
         ({"alpha": 0.0}, "data.alpha is 0"),
     ],

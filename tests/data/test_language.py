@@ -149,11 +149,11 @@ def test_what_cannot_be_read(tmp_path):
         ({"messages": "m", **PAIR}, "data.messages stands alone; leave data.prompt, data.response empty"),
         ({"text": "t", "system": "s"}, "data.text stands alone; leave data.system empty"),
         ({"text": "t", "metric": "rouge2"}, "plain text has none: use token_accuracy"),
-        ({"metric": "accuracy"}, "data.metric is 'accuracy'; allowed are token_accuracy, token_f1, rouge2"),
+        ({"metric": "accuracy"}, "data.metric is 'accuracy'; it must be one of token_accuracy, token_f1, rouge2"),
         ({"turns": "first"}, "data.turns is 'first'"),
         ({"partition": "dirichlet"}, "needs --data.kind"),
         ({"partition": "packages"}, "data.partition is 'packages'"),
-        ({"validation": 0.0}, "as shares"), ({"clients": 0}, "clients is 0"), ({"alpha": 0.0}, "alpha is 0.0"),
+        ({"validation": 0.0}, "validation is 0.0"), ({"clients": 0}, "clients is 0"), ({"alpha": 0.0}, "alpha is 0.0"),
         ({"task": "a b"}, "use 1 to 58 of letters"),
     ],
 )  # fmt: skip

@@ -226,8 +226,8 @@ def test_client_names_that_would_share_an_id_get_two(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"form": "regression"}, "use classification or text-to-text"),
-        ({"partition": "packages"}, "use iid, dirichlet or pathological"),
+        ({"form": "regression"}, "one of classification, text-to-text"),
+        ({"partition": "packages"}, "one of iid, dirichlet, pathological"),
         ({"form": "text-to-text", "partition": "dirichlet"}, "needs labels"),
         ({"form": "text-to-text", "labels": ("a", "b")}, "labels are for classification"),
         ({"metric": "rouge2"}, "does not fit classification"),

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from consilium.algorithms.randommoe import random_choice
+from consilium.constraints import Share, Width
 from consilium.core import (
     Algorithm,
     Client,
@@ -95,9 +96,9 @@ class AffinityMoE(Algorithm):
     choice: Literal["contribution", "usage", "public", "random"] = setting("contribution", "free")
     budget: Literal["searched", "even"] = setting("searched", "free")
     likeness: Literal["usage", "none", "self"] = setting("usage", "server")
-    floor: float = setting(0.0, "server", "[0, 1]")
-    rows: int = setting(64, "batch_size", "[1, 1e6]")
-    scored: int = setting(8, "batch_size", "[1, 1e6]")
+    floor: Share = setting(0.0, "server")
+    rows: Width = setting(64, "batch_size")
+    scored: Width = setting(8, "batch_size")
 
     def chooses_by_memory(self) -> bool:
         return True

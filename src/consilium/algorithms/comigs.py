@@ -22,12 +22,14 @@ that can be checked here is half the traffic of averaging all adapters.
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Interval
 
 from consilium.algorithms.fedavg import FedAvgServer
 from consilium.algorithms.mixed import MixedModels, own_adapters
+from consilium.constraints import Count, Factor, Few, Scale, Width
 from consilium.core import Algorithm, Client, ClientContext, ClientInfo, Payload, Server, derive_seed, setting
 from consilium.moe.mixtures import Mixing, initial_pair, initial_route
 from consilium.params import Params
@@ -54,13 +56,13 @@ class CoMiGS(Algorithm):
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("moe",)
-    r: int = setting(8, "memory", "[1, 1e6]")
-    alpha: float = setting(16.0, "factor", "(0, 1e6]")
-    specialists: int = setting(1, "memory", "[1, 1e4]")
-    top_k: int = setting(2, "memory", "[1, 1e4]")
-    balance: float = setting(0.01, "factor", "[0, 1e4]")
-    held_out: float = setting(0.1, "factor", "[0.01, 0.9]")
-    router_epochs: int = setting(1, "epochs", "[1, 1e12]")
+    r: Width = setting(8, "memory")
+    alpha: Scale = setting(16.0, "factor")
+    specialists: Few = setting(1, "memory")
+    top_k: Few = setting(2, "memory")
+    balance: Factor = setting(0.01, "factor")
+    held_out: Annotated[float, Interval(ge=0.01, le=0.9)] = setting(0.1, "factor")
+    router_epochs: Count = setting(1, "epochs")
     targets: tuple[str, ...] = setting((), "free")
 
     @property

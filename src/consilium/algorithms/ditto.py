@@ -17,6 +17,7 @@ from typing import ClassVar, Literal
 
 from consilium.algorithms.fedavg import FedAvgServer, common_experts
 from consilium.algorithms.fedprox import proximal
+from consilium.constraints import Factor
 from consilium.core import (
     Algorithm,
     Client,
@@ -47,7 +48,7 @@ class Ditto(Algorithm):
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("moe", "cohort")
-    lam: float = setting(0.1, "factor", "[0, 1e4]")
+    lam: Factor = setting(0.1, "factor")
     experts: int | Literal["all", "fit"] = setting("all", "server")
     dense: ClassVar[bool] = True
 

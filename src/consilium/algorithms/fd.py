@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from consilium.algorithms.fedproto import PrototypeServer, class_means
 from consilium.algorithms.fml import kl
+from consilium.constraints import Factor
 from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInfo, Payload, Reveal, Server, setting
 from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
@@ -51,7 +52,7 @@ class FD(Algorithm):
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
     merges: ClassVar[bool] = False
-    gamma: float = setting(1.0, "factor", "[0, 1e4]")
+    gamma: Factor = setting(1.0, "factor")
     distance: Literal["mse", "kl", "ce"] = setting("mse", "free")
     own: bool = setting(False, "server")
 

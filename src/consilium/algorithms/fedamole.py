@@ -36,13 +36,15 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from consilium.algorithms.mixed import MixedModels, heads_of, own_adapters
+from consilium.constraints import Count, Factor, Few, PositiveShare, Scale, Width
 from consilium.core import (
     Algorithm,
     Client,
@@ -90,19 +92,19 @@ class FedAMoLE(Algorithm):
 
     merges: ClassVar[bool] = False
     worlds: ClassVar[tuple[str, ...]] = ("moe",)
-    E: int = setting(30, "server", "[2, 1e4]")
-    r: int = setting(8, "memory", "[1, 1e6]")
-    alpha: float = setting(16.0, "factor", "(0, 1e6]")
-    top_k: int = setting(2, "memory", "[1, 1e4]")
-    choices: int = setting(2, "server", "[1, 1e6]")
-    max_experts: int = setting(8, "server", "[1, 1e4]")
-    balance: float = setting(0.001, "factor", "[0, 1e4]")
-    decay: float = setting(0.99, "factor", "(0, 1]")
-    dropout: float = setting(0.05, "factor", "[0, 0.9]")
-    rows: int = setting(200, "tokens", "[1, 1e12]")
+    E: Annotated[int, Interval(ge=2, le=1e4)] = setting(30, "server")
+    r: Width = setting(8, "memory")
+    alpha: Scale = setting(16.0, "factor")
+    top_k: Few = setting(2, "memory")
+    choices: Width = setting(2, "server")
+    max_experts: Few = setting(8, "server")
+    balance: Factor = setting(0.001, "factor")
+    decay: PositiveShare = setting(0.99, "factor")
+    dropout: Annotated[float, Interval(ge=0, le=0.9)] = setting(0.05, "factor")
+    rows: Count = setting(200, "tokens")
     assign: Literal["reverse", "random", "static"] = setting("reverse", "server")
     even: bool = setting(False, "server")
-    keep: float = setting(0.0, "server", "[0, 1e6]")
+    keep: Annotated[float, Interval(ge=0, le=1e6)] = setting(0.0, "server")
     weight: Literal["examples", "uniform"] = setting("examples", "server")
     targets: tuple[str, ...] = setting((), "free")
 

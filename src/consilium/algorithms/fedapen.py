@@ -23,14 +23,16 @@ the whole slice.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from consilium.algorithms.fedavg import FedAvgServer
 from consilium.algorithms.fml import SMALL, Pair, kl, pair_model, small_params
+from consilium.constraints import Count, Rate
 from consilium.core import Algorithm, Client, ClientContext, Payload, Reveal, Server, Work, derive_seed, setting
 from consilium.data.tensor import TensorSplit
 from consilium.models.cohort import SplitModel
@@ -56,9 +58,9 @@ class FedAPEN(Algorithm):
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
-    slice: float = setting(0.05, "free", "(0, 0.5]")
-    steps: int = setting(10, "steps", "[1, 1e12]")
-    eta: float | None = setting(None, "lr", "(0, 1e38]")
+    slice: Annotated[float, Interval(gt=0, le=0.5)] = setting(0.05, "free")
+    steps: Count = setting(10, "steps")
+    eta: Rate | None = setting(None, "lr")
     ensemble: bool = setting(True, "free")
 
     def server(self, setup: CohortSetup) -> Server:

@@ -19,13 +19,15 @@ best baseline, tested before aggregation. This is no target here, because the eq
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from consilium.algorithms.fedavg import FedAvgServer
 from consilium.algorithms.fml import kl
+from consilium.constraints import Factor
 from consilium.core import Algorithm, Client, ClientContext, Payload, Server, setting
 from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
@@ -49,9 +51,9 @@ class FedCKD(Algorithm):
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort",)
-    lam_g: float = setting(0.25, "factor", "[0, 1e4]")
-    lam_h: float = setting(0.25, "factor", "[0, 1e4]")
-    tau: float = setting(3.0, "factor", "(0, 1e4]")
+    lam_g: Factor = setting(0.25, "factor")
+    lam_h: Factor = setting(0.25, "factor")
+    tau: Annotated[float, Interval(gt=0, le=1e4)] = setting(3.0, "factor")
     anneal: bool = setting(False, "free")
     deploy: Literal["trained", "aggregated"] = setting("trained", "free")
 
@@ -74,8 +76,8 @@ class pFedSD(FedCKD):
         deploy: see FedCKD.
     """
 
-    lam_g: float = setting(0.0, "factor", "[0, 1e4]")
-    lam_h: float = setting(0.5, "factor", "[0, 1e4]")
+    lam_g: Factor = setting(0.0, "factor")
+    lam_h: Factor = setting(0.5, "factor")
 
 
 class FedCKDClient(Client):

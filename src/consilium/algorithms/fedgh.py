@@ -17,14 +17,16 @@ frozen common header.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 from torch.nn import functional as F
 
 from consilium.algorithms.fedavg import FedAvgServer
 from consilium.algorithms.fedproto import class_means
+from consilium.constraints import Count
 from consilium.core import (
     Algorithm,
     Client,
@@ -57,8 +59,8 @@ class FedGH(Algorithm):
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
     merges: ClassVar[bool] = False
-    eta_s: float | None = setting(None, "server", "[0, 1e6]")
-    epochs: int = setting(1, "server", "[1, 1e12]")
+    eta_s: Annotated[float, Interval(ge=0, le=1e6)] | None = setting(None, "server")
+    epochs: Count = setting(1, "server")
 
     def server(self, setup: CohortSetup) -> Server:
         return FedGHServer(setup, self)

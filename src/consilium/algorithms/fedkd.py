@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 from consilium.algorithms.fedavg import FedAvgServer
 from consilium.algorithms.fml import SMALL, Pair, kl, pair_model, small_params
+from consilium.constraints import Count, PositiveShare
 from consilium.core import (
     Algorithm,
     Client,
@@ -68,9 +69,9 @@ class FedKD(Algorithm):
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
-    T_s: float = setting(0.95, "server", "(0, 1]")
-    T_e: float = setting(0.98, "server", "(0, 1]")
-    rounds: int | None = setting(None, "server", "[1, 1e12]")
+    T_s: PositiveShare = setting(0.95, "server")
+    T_e: PositiveShare = setting(0.98, "server")
+    rounds: Count | None = setting(None, "server")
     exchange: Literal["changes", "weights"] = setting("changes", "free")
 
     def energy(self, round: int, rounds: int) -> float:

@@ -27,14 +27,16 @@ so scores here cannot be compared with them.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from consilium.algorithms.fedavg import averaged
 from consilium.algorithms.mixed import MixedModels, heads_of, own_adapters
+from consilium.constraints import Scale, Width
 from consilium.core import (
     Algorithm,
     Client,
@@ -70,10 +72,10 @@ class FedLEASE(Algorithm):
 
     worlds: ClassVar[tuple[str, ...]] = ("moe",)
     merges: ClassVar[bool] = False
-    r: int = setting(4, "memory", "[1, 1e6]")
-    alpha: float = setting(16.0, "factor", "(0, 1e6]")
-    warmup: int = setting(5, "server", "[1, 1e6]")
-    M_max: int = setting(4, "memory", "[2, 1e4]")
+    r: Width = setting(4, "memory")
+    alpha: Scale = setting(16.0, "factor")
+    warmup: Width = setting(5, "server")
+    M_max: Annotated[int, Interval(ge=2, le=1e4)] = setting(4, "memory")
     targets: tuple[str, ...] = setting((), "free")
 
     def models(self, setup: MixtureSetup, experts: int) -> MixedModels:

@@ -51,6 +51,7 @@ import torch
 from torch import Tensor
 
 from consilium.algorithms.randommoe import random_choice
+from consilium.constraints import Count, Fraction, PositiveShare
 from consilium.core import (
     Algorithm,
     Client,
@@ -107,18 +108,18 @@ class FedMoE(Algorithm):
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("moe",)
-    alpha: float = setting(0.9, "server", "(0, 1]")
-    K: int = setting(3, "server", "[1, 1e12]")
-    patience: int = setting(2, "server", "[1, 1e12]")
+    alpha: PositiveShare = setting(0.9, "server")
+    K: Count = setting(3, "server")
+    patience: Count = setting(2, "server")
     stage1: Literal["lora", "forward", "none"] = setting("lora", "free")
-    stage1_epochs: int = setting(5, "epochs", "[1, 1e12]")
-    lora_rank: int = setting(8, "memory", "[1, 1e12]")
+    stage1_epochs: Count = setting(5, "epochs")
+    lora_rank: Count = setting(8, "memory")
     stage2: bool = setting(True, "server")
     freeze: bool = setting(True, "server")
     usage: Literal["demand", "served"] = setting("demand", "server")
     rank: Literal["joint", "layer"] = setting("joint", "server")
     weight: Literal["examples", "tokens"] = setting("examples", "server")
-    floor: float = setting(0.5, "server", "[0, 1)")
+    floor: Fraction = setting(0.5, "server")
 
     def rank_for(self, setup: MixtureSetup) -> int:
         """Return the rank of the adapters in stage one."""

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from consilium.algorithms.fedavg import FedAvgServer
 from consilium.algorithms.fml import SMALL, small_params
 from consilium.algorithms.pfedafm import LastServer
+from consilium.constraints import Count
 from consilium.core import Algorithm, Client, ClientContext, Payload, Server, setting
 from consilium.errors import ConfigError
 from consilium.models.cohort import SplitModel, initial
@@ -49,7 +50,7 @@ class FedMRL(Algorithm):
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
-    d1: int | None = setting(None, "memory", "[1, 1e12]")
+    d1: Count | None = setting(None, "memory")
     aggregation: Literal["mean", "last"] = setting("mean", "server")
 
     def server(self, setup: CohortSetup) -> Server:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from consilium.algorithms.fedavg import FedAvgClient, FedAvgServer, averaged, common_experts
+from consilium.constraints import Fraction, Scale
 from consilium.core import Algorithm, Client, ClientId, Payload, Server
 from consilium.errors import ConfigError
 from consilium.moe.rules import PAIRWISE
@@ -46,8 +47,8 @@ class FedAvgM(Algorithm):
     """
 
     tau: ClassVar[float] = 0.0  # FedAdam and FedYogi set it
-    eta: float = setting(1.0, "server", "(0, 1e6]")
-    beta1: float = setting(0.9, "server", "[0, 1)")
+    eta: Scale = setting(1.0, "server")
+    beta1: Fraction = setting(0.9, "server")
     experts: int | Literal["all", "fit"] = setting("all", "server")
 
     def server(self, setup: Setup) -> Server:
@@ -80,9 +81,9 @@ class FedAdam(FedAvgM):
         tau: adaptivity, > 0: changes far below it are scaled by eta / tau.
     """
 
-    eta: float = setting(0.01, "server", "(0, 1e6]")
-    beta2: float = setting(0.99, "server", "[0, 1)")
-    tau: float = setting(1e-3, "server", "(0, 1e6]")
+    eta: Scale = setting(0.01, "server")
+    beta2: Fraction = setting(0.99, "server")
+    tau: Scale = setting(1e-3, "server")
 
     def step(self, d: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         m = self.beta1 * m + (1 - self.beta1) * d

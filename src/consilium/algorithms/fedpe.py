@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from consilium.algorithms.heterofl import HeteroFL, SubNetClient, SubNetServer, Units, units_from, window
+from consilium.constraints import Fraction, Share
 from consilium.core import Client, ClientContext, ClientId, ClientInfo, Payload, Reveal, Server, setting
 from consilium.models.narrow import params_of
 from consilium.moe.addressing import flatten
@@ -54,8 +55,8 @@ class FedPE(HeteroFL):
         expand: whether pruned room is filled again.
     """
 
-    rho: float = setting(0.2, "server", "[0, 1)")
-    eps: float = setting(0.01, "server", "[0, 1]")
+    rho: Fraction = setting(0.2, "server")
+    eps: Share = setting(0.01, "server")
     expand: bool = setting(True, "server")
 
     def reads(self) -> frozenset[str]:

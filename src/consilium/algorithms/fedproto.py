@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from consilium.constraints import Factor
 from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInfo, Payload, Reveal, Server, setting
 from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
@@ -47,7 +48,7 @@ class FedProto(Algorithm):
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
     merges: ClassVar[bool] = False
-    lam: float = setting(1.0, "factor", "[0, 1e4]")
+    lam: Factor = setting(1.0, "factor")
     infer: Literal["head", "prototype"] = setting("head", "free")
 
     def server(self, setup: CohortSetup) -> Server:

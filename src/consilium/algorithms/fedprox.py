@@ -22,6 +22,7 @@ from typing import ClassVar, Literal
 import torch
 
 from consilium.algorithms.fedavg import FedAvgServer, common_experts
+from consilium.constraints import Factor
 from consilium.core import Algorithm, Client, ClientContext, Payload, Server, setting
 from consilium.moe.addressing import parameters
 from consilium.moe.model import TaskModel
@@ -43,7 +44,7 @@ class FedProx(Algorithm):
         pull: where the penalty acts: on the "gradient", as in the paper, or in a separate "step" after the optimiser.
     """
 
-    mu: float = setting(0.01, "factor", "[0, 1e4]")
+    mu: Factor = setting(0.01, "factor")
     experts: int | Literal["all", "fit"] = setting("all", "server")
     pull: Literal["gradient", "step"] = setting("gradient", "free")
     dense: ClassVar[bool] = True

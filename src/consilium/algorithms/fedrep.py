@@ -21,6 +21,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from consilium.algorithms.fedavg import FedAvgServer, common_experts
+from consilium.constraints import Count
 from consilium.core import (
     Algorithm,
     Client,
@@ -79,7 +80,7 @@ class FedRep(FedPer):
         head_epochs: epochs of the personal part, >= 1.
     """
 
-    head_epochs: int = setting(1, "epochs", "[1, 1e12]")
+    head_epochs: Count = setting(1, "epochs")
 
 
 class PersonalServer(FedAvgServer):

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from consilium.algorithms.fedavg import FedAvgServer
+from consilium.constraints import Count, Share
 from consilium.core import Algorithm, Client, ClientContext, ClientId, ClientInfo, Payload, Server, setting
 from consilium.models.cohort import SplitModel
 from consilium.moe.addressing import flatten
@@ -42,8 +43,8 @@ class FedSSA(Algorithm):
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
-    mu0: float = setting(0.5, "free", "[0, 1]")
-    T_stable: int = setting(10, "free", "[1, 1e12]")
+    mu0: Share = setting(0.5, "free")
+    T_stable: Count = setting(10, "free")
 
     def mu(self, t: int) -> float:
         """Return mu_t, the weight of the client's own row in round t (counted from 0)."""

@@ -20,13 +20,15 @@ uses lambda 10. The clients' distance is the mean over d, as in FedProto.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from consilium.algorithms.fedproto import FedProtoClient
+from consilium.constraints import Count, Factor, Scale
 from consilium.core import Algorithm, Client, ClientId, ClientInfo, Payload, Server, derive_seed, setting
 from consilium.models.cohort import initial
 from consilium.params import Like
@@ -50,11 +52,11 @@ class FedTGP(Algorithm):
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
     merges: ClassVar[bool] = False
-    lam: float = setting(1.0, "factor", "[0, 1e4]")
-    tau: float = setting(100.0, "server", "[0, 1e12]")
+    lam: Factor = setting(1.0, "factor")
+    tau: Annotated[float, Interval(ge=0, le=1e12)] = setting(100.0, "server")
     gap: Literal["largest", "nearest"] = setting("largest", "server")
-    server_epochs: int = setting(100, "server", "[1, 1e12]")
-    eta_s: float | None = setting(None, "server", "(0, 1e6]")
+    server_epochs: Count = setting(100, "server")
+    eta_s: Scale | None = setting(None, "server")
 
     def server(self, setup: CohortSetup) -> Server:
         return FedTGPServer(setup, self)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from consilium.algorithms.fedavg import FedAvg
 from consilium.algorithms.fedprox import FedProx
+from consilium.constraints import Count
 from consilium.core import Client, ClientContext, Payload, experts_from_scalars
 from consilium.setup import Setup
 from consilium.training import fit, tested
@@ -28,7 +29,7 @@ class FedAvgFT(FedAvg):
         personal: epochs of fine-tuning, >= 1.
     """
 
-    personal: int = setting(1, "epochs", "[1, 1e12]")
+    personal: Count = setting(1, "epochs")
 
     def client(self, setup: Setup) -> Client:
         return FineTunedClient(setup, super().client(setup), self.personal)
@@ -45,7 +46,7 @@ class FedProxFT(FedProx):
         personal: epochs of fine-tuning, >= 1.
     """
 
-    personal: int = setting(1, "epochs", "[1, 1e12]")
+    personal: Count = setting(1, "epochs")
 
     def client(self, setup: Setup) -> Client:
         return FineTunedClient(setup, super().client(setup), self.personal)

@@ -30,12 +30,14 @@ OLMoE-1B-7B and Commonsense-15K (low-end 0.3936, high-end 0.5240) on such a mode
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from consilium.algorithms.fedavg import FedAvgServer, common_experts
+from consilium.constraints import Few, Fraction
 from consilium.core import (
     Algorithm,
     Client,
@@ -79,8 +81,8 @@ class FLAME(Algorithm):
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("moe",)
-    k: tuple[int, ...] = setting((), "server", "[1, 1e4]")
-    t: float = setting(1.0, "server", "[0, 10]")
+    k: tuple[Few, ...] = setting((), "server")
+    t: Annotated[float, Interval(ge=0, le=10)] = setting(1.0, "server")
     scale: bool = setting(True, "free")
     experts: int | Literal["all", "fit", "memory"] = setting("all", "server")
 
@@ -116,12 +118,12 @@ class UBSMoE(FLAME):
         pseudo: factor on the gradients of experts that no token reached, in addition to k / E, >= 0.
     """
 
-    t: float = setting(0.0, "server", "[0, 10]")
+    t: Annotated[float, Interval(ge=0, le=10)] = setting(0.0, "server")
     scale: bool = setting(False, "free")
-    candidates: int = setting(0, "free", "[0, 1e4]")
-    reach: float = setting(1.0, "factor", "[0, 1e3]")
-    zeta: float = setting(0.9, "factor", "[0, 1)")
-    pseudo: float = setting(1.0, "factor", "[0, 1e3]")
+    candidates: Annotated[int, Interval(ge=0, le=1e4)] = setting(0, "free")
+    reach: Annotated[float, Interval(ge=0, le=1e3)] = setting(1.0, "factor")
+    zeta: Fraction = setting(0.9, "factor")
+    pseudo: Annotated[float, Interval(ge=0, le=1e3)] = setting(1.0, "factor")
 
     def prepare(self, model: TaskModel) -> None:
         balance_routing(model, self.candidates, self.reach, self.zeta)

@@ -28,6 +28,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from consilium.algorithms.fedavg import FedAvgServer
+from consilium.constraints import Count
 from consilium.core import Algorithm, Client, ClientContext, ClientInfo, ExpertSet, Payload, Server, setting
 from consilium.errors import ConfigError
 from consilium.moe.addressing import expert_of, flatten, load_flat, router_row_of, table
@@ -52,7 +53,7 @@ class FLEx(Algorithm):
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("moe",)
-    rows: int = setting(64, "tokens", "[1, 1e12]")
+    rows: Count = setting(64, "tokens")
 
     def server(self, setup: MixtureSetup) -> Server:
         if setup.fit.lora.rank:

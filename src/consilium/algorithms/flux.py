@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from consilium.algorithms.fedavg import FedAvgServer
+from consilium.constraints import PositiveShare, Share
 from consilium.core import (
     Algorithm,
     Client,
@@ -70,8 +71,8 @@ class Flux(Algorithm):
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("moe",)
-    explore: float = setting(0.25, "server", "[0, 1]")
-    share: float = setting(1.0, "server", "(0, 1]")
+    explore: Share = setting(0.25, "server")
+    share: PositiveShare = setting(1.0, "server")
 
     def reads(self) -> frozenset[str]:
         return frozenset({"usage", "gradients of experts"})

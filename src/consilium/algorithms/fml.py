@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from consilium.algorithms.fedavg import FedAvgServer
+from consilium.constraints import Share
 from consilium.core import Algorithm, Client, ClientContext, Payload, Server, setting
 from consilium.models.cohort import SplitModel, initial
 from consilium.moe.addressing import flatten
@@ -45,8 +46,8 @@ class FML(Algorithm):
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
-    alpha: float = setting(0.5, "factor", "[0, 1]")
-    beta: float = setting(0.5, "factor", "[0, 1]")
+    alpha: Share = setting(0.5, "factor")
+    beta: Share = setting(0.5, "factor")
 
     def server(self, setup: CohortSetup) -> Server:
         return FedAvgServer(setup, params=small_params(setup))

@@ -28,6 +28,7 @@ from typing import ClassVar, Literal
 import torch
 
 from consilium.algorithms.fedavg import FedAvgServer
+from consilium.constraints import PositiveShare
 from consilium.core import (
     Algorithm,
     Client,
@@ -63,7 +64,7 @@ class HeteroFL(Algorithm):
     worlds: ClassVar[tuple[str, ...]] = ("cohort",)
     merges: ClassVar[bool] = False
     which: ClassVar[Literal["static", "rolling", "random"]] = "static"
-    shares: tuple[float, ...] = setting((1.0, 0.5, 0.25), "server", "(0, 1]")
+    shares: tuple[PositiveShare, ...] = setting((1.0, 0.5, 0.25), "server")
 
     def server(self, setup: CohortSetup) -> Server:
         return SubNetServer(setup, self)

@@ -55,11 +55,13 @@ averages by |D_c| over all routers.
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
+from consilium.constraints import Factor, PositiveShare, Share
 from consilium.core import (
     Algorithm,
     Client,
@@ -112,11 +114,11 @@ class HFedMoE(Algorithm):
 
     worlds: ClassVar[tuple[str, ...]] = ("moe",)
 
-    lam: float = setting(0.5, "factor", "[0, 1]")
-    beta: float = setting(0.1, "factor", "[0, 1e4]")
-    tau: float = setting(0.5, "server", "[0, 1e12]")
-    budget: tuple[float, ...] = setting((), "server", "(0, 1]")
-    resident: tuple[float, ...] = setting((), "server", "(0, 1]")
+    lam: Share = setting(0.5, "factor")
+    beta: Factor = setting(0.1, "factor")
+    tau: Annotated[float, Interval(ge=0, le=1e12)] = setting(0.5, "server")
+    budget: tuple[PositiveShare, ...] = setting((), "server")
+    resident: tuple[PositiveShare, ...] = setting((), "server")
     per_layer: bool = setting(False, "free")
     kl: Literal["paper", "bernoulli"] = setting("paper", "free")
     select: Literal["information", "random"] = setting("information", "free")

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from consilium.algorithms.fedavg import FedAvgServer
+from consilium.constraints import Rate
 from consilium.core import (
     Algorithm,
     Client,
@@ -60,7 +61,7 @@ class pFedAFM(Algorithm):
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
-    lr_a: float | None = setting(None, "lr", "(0, 1e38]")
+    lr_a: Rate | None = setting(None, "lr")
     aggregation: Literal["mean", "last"] = setting("mean", "server")
     shared_alpha: bool = setting(False, "free")
 

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from consilium.algorithms.fedlease import distances
 from consilium.algorithms.mixed import MixedModels, heads_of, own_adapters
+from consilium.constraints import Factor, Few, Scale, Width
 from consilium.core import (
     Algorithm,
     Client,
@@ -66,10 +67,10 @@ class pFedMoAP(Algorithm):
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("moe",)
-    K: int = setting(4, "memory", "[1, 1e4]")
-    r: int = setting(8, "memory", "[1, 1e6]")
-    alpha: float = setting(16.0, "factor", "(0, 1e6]")
-    lam: float = setting(0.5, "factor", "[0, 1e4]")
+    K: Few = setting(4, "memory")
+    r: Width = setting(8, "memory")
+    alpha: Scale = setting(16.0, "factor")
+    lam: Factor = setting(0.5, "factor")
     distance: Literal["cosine", "l2"] = setting("cosine", "server")
     targets: tuple[str, ...] = setting((), "free")
 

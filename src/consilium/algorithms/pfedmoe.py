@@ -47,6 +47,7 @@ import torch
 from torch import Tensor, nn
 
 from consilium.algorithms.fedavg import FedAvgServer
+from consilium.constraints import Count, Rate
 from consilium.core import Algorithm, Client, ClientContext, Payload, Reveal, Scalar, Server, setting
 from consilium.errors import ConfigError
 from consilium.models.cohort import ARCHITECTURES, SplitModel, initial, real_rows
@@ -82,10 +83,10 @@ class pFedMoE(Algorithm):
     """
 
     worlds: ClassVar[tuple[str, ...]] = ("cohort", "mixed")
-    eta_theta: float | None = setting(None, "lr", "(0, 1e38]")
-    eta_omega: float | None = setting(None, "lr", "(0, 1e38]")
-    eta_phi: float | None = setting(None, "lr", "(0, 1e38]")
-    m: int = setting(64, "memory", "[1, 1e12]")
+    eta_theta: Rate | None = setting(None, "lr")
+    eta_omega: Rate | None = setting(None, "lr")
+    eta_phi: Rate | None = setting(None, "lr")
+    m: Count = setting(64, "memory")
     mixing: Literal["gate", "static", "shared", "local"] = setting("gate", "free")
     norm: Literal["batch", "layer", "group"] = setting("layer", "free")
     gate_input: Literal["raw", "features"] = setting("raw", "free")

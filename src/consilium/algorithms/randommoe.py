@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 
 from consilium.algorithms.fedavg import FedAvgClient, FedAvgServer
+from consilium.constraints import PositiveShare
 from consilium.core import Algorithm, Client, ClientId, ClientInfo, ExpertMap, ExpertSet, Server, derive_seed, setting
 from consilium.errors import ConfigError
 from consilium.setup import MixtureSetup
@@ -37,7 +38,7 @@ class RandomMoE(Algorithm):
 
     worlds: ClassVar[tuple[str, ...]] = ("moe",)
     experts: int | None = setting(None, "server")
-    share: float = setting(1.0, "server", "(0, 1]")
+    share: PositiveShare = setting(1.0, "server")
 
     def chooses_by_memory(self) -> bool:
         return self.experts is None and self.share == 1

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from consilium.algorithms.randommoe import RandomMoE, RandomMoEServer
+from consilium.constraints import Few
 from consilium.core import ClientId, ClientInfo, ExpertMap, Payload, Server, counts_of, setting
 from consilium.setup import MixtureSetup
 
@@ -32,7 +33,7 @@ class RollingMoE(RandomMoE):
         step: experts by which the window moves in a round, >= 1.
     """
 
-    step: int = setting(1, "server", "[1, 1e4]")
+    step: Few = setting(1, "server")
 
     def server(self, setup: MixtureSetup) -> Server:
         super().server(setup)  # the base class checks the number of experts

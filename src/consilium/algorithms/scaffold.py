@@ -24,6 +24,7 @@ from typing import ClassVar, Literal
 import torch
 
 from consilium.algorithms.fedavg import FedAvgServer, common_experts
+from consilium.constraints import Rate, Scale
 from consilium.core import (
     Algorithm,
     Client,
@@ -59,8 +60,8 @@ class SCAFFOLD(Algorithm):
     """
 
     merges: ClassVar[bool] = False
-    eta_l: float = setting(0.1, "lr", "(0, 1e38]")
-    eta_g: float = setting(1.0, "server", "(0, 1e6]")
+    eta_l: Rate = setting(0.1, "lr")
+    eta_g: Scale = setting(1.0, "server")
     experts: int | Literal["all", "fit"] = setting("all", "server")
     dense: ClassVar[bool] = True
 

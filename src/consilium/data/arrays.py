@@ -11,16 +11,17 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
+from consilium.constraints import NonNegativeInt, OpenShare, PositiveFloat, PositiveInt, check_settings
 from consilium.data.dialect import Dialect
-from consilium.data.images import AXES, Axes, read_images
+from consilium.data.images import Axes, read_images
 from consilium.data.names import by_client, client_ids, names_of
-from consilium.data.pixels import PAGES, Images, Pages
-from consilium.data.sets import digest, located
+from consilium.data.pixels import Images, Pages
+from consilium.data.sets import check_shares, digest, located
 from consilium.data.table import Table, read_table
 from consilium.data.task import Federation, Task
-from consilium.data.tensor import AUGMENTATIONS, Augment, federation
+from consilium.data.tensor import Augment, federation
 from consilium.data.textfile import look_alikes, usable
-from consilium.errors import ConfigError, DataError
+from consilium.errors import DataError
 from consilium.kinds import DataSource, Gives
 
 __all__ = ["ImageData", "TableData"]
@@ -60,13 +61,13 @@ class ImageData(DataSource):
 
     path: Path = Path("digits")
     partition: Literal["pathological", "dirichlet", "iid"] = "pathological"
-    clients: int = 10
-    classes: int = 2
-    alpha: float = 0.3
-    validation: float = 0.2
-    test: float = 0.2
-    examples: int = 0
-    size: int = 0
+    clients: PositiveInt = 10
+    classes: PositiveInt = 2
+    alpha: PositiveFloat = 0.3
+    validation: OpenShare = 0.2
+    test: OpenShare = 0.2
+    examples: NonNegativeInt = 0
+    size: NonNegativeInt = 0
     image: str = ""
     label: str = ""
     client: str = ""
@@ -76,19 +77,8 @@ class ImageData(DataSource):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path("digits") if str(self.path) == "digits" else located(self.path))
-        for name, minimum in (("clients", 1), ("classes", 1), ("examples", 0), ("size", 0)):
-            if getattr(self, name) < minimum:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
-        if not self.alpha > 0 or math.isinf(self.alpha):
-            raise ConfigError(f"alpha is {self.alpha}; it must be a positive number")
-        if self.partition not in ("pathological", "dirichlet", "iid"):
-            raise ConfigError(f"partition {self.partition!r}: use pathological, dirichlet or iid")
-        for name, choices in (("pages", PAGES), ("axes", AXES)):
-            if (value := getattr(self, name)) not in choices:
-                raise ConfigError(f"data.{name} is {value!r}; use {', '.join(filter(None, choices))}")
-        if self.augment not in AUGMENTATIONS:
-            raise ConfigError(f"augment {self.augment!r}: use {', '.join(AUGMENTATIONS)}")
-        _check_shares(self.validation, self.test)
+        check_settings(self, "data.")
+        check_shares(self.validation, self.test)
 
     def load(self, seed: int) -> Federation:
         """Read and deal the images. Equal files and seeds give equal results.
@@ -188,8 +178,8 @@ class TableData(DataSource):
     client: str = "hospital"
     columns: tuple[str, ...] = ()
     positive: bool = False
-    validation: float = 0.15
-    test: float = 0.25
+    validation: OpenShare = 0.15
+    test: OpenShare = 0.25
     separator: str = ""
     quote: str = ""
     encoding: str = ""
@@ -197,7 +187,8 @@ class TableData(DataSource):
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", located(self.path))
         Dialect(self.separator, self.quote, self.encoding)
-        _check_shares(self.validation, self.test)
+        check_settings(self, "data.")
+        check_shares(self.validation, self.test)
 
     def load(self, seed: int) -> Federation:
         """Read, deal and standardise the rows. Equal files and seeds give equal results.
@@ -338,11 +329,6 @@ def matrix(table: Table, columns: Sequence[str]) -> np.ndarray:
     if not columns:
         raise DataError(f"{table.name} has no columns of numbers beside the target and the client; add some")
     return np.stack([table.numbers(name) for name in columns], axis=1)
-
-
-def _check_shares(validation: float, test: float) -> None:
-    if not (0 < validation < 1 and 0 < test < 1 and validation + test < 1):
-        raise ConfigError(f"validation {validation} and test {test} must be above 0 and together below 1, as shares")
 
 
 def _task_name(path: Path) -> str:

@@ -5,18 +5,22 @@ first. `domains` lists the texts and marks the public ones. No document of a cli
 client's training data. The validation and test documents of a domain are the same for all its clients.
 """
 
-import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+from annotated_types import Ge
+
+from consilium.constraints import PositiveFloat, PositiveInt, check_settings, forbid
 from consilium.data.domains import DOMAINS, PRIVATE, PUBLIC, documents, versions
 from consilium.data.task import ClientData, Federation, Form, Split, Task
-from consilium.errors import ConfigError, DataError
+from consilium.errors import DataError
 from consilium.kinds import DataSource, Gives
 
 __all__ = ["CodeData"]
+
+Kilobytes = Annotated[int, Ge(4)]
 
 CHUNK = 2_000
 """Approximate number of characters of a piece of a document; documents are dealt in such pieces."""
@@ -44,29 +48,25 @@ class CodeData(DataSource):
     plain: ClassVar[bool] = True
 
     domains: tuple[str, ...] = ("private",)
-    clients: int = 22
+    clients: PositiveInt = 22
     partition: Literal["domain", "dirichlet"] = "domain"
-    alpha: float = 0.3
-    train: int = 24
-    validation: int = 24
-    test: int = 80
+    alpha: PositiveFloat = 0.3
+    train: Kilobytes = 24
+    validation: Kilobytes = 24
+    test: Kilobytes = 80
 
     def __post_init__(self) -> None:
+        check_settings(self, "data.")
         unknown_domains = [name for name in self.domains if name not in DOMAINS and name not in ("public", "private")]
-        if unknown_domains or not self.domains:
-            raise ConfigError(
-                f"data.domains has {unknown_domains}; allowed are public, private, {', '.join(DOMAINS)}, at least one"
-            )
-        if self.partition not in ("domain", "dirichlet"):
-            raise ConfigError(f"data.partition is {self.partition!r}; it must be domain or dirichlet")
-        for name in ("train", "validation", "test"):
-            if getattr(self, name) < 4:
-                raise ConfigError(f"data.{name} is {getattr(self, name)} kB; it must be at least 4")
+        forbid(
+            unknown_domains or not self.domains,
+            f"data.domains has {unknown_domains}; allowed are public, private, {', '.join(DOMAINS)}, at least one",
+        )
         minimum = len(self.chosen) if self.partition == "domain" else 1
-        if self.clients < minimum:
-            raise ConfigError(f"data.clients is {self.clients}; it must be at least {minimum}, one per domain")
-        if not 0 < self.alpha < math.inf:
-            raise ConfigError(f"data.alpha is {self.alpha}; it must be greater than 0")
+        forbid(
+            self.clients < minimum,
+            f"data.clients is {self.clients}; it must be at least {minimum}, one per domain",
+        )
 
     @property
     def chosen(self) -> tuple[str, ...]:

@@ -18,12 +18,15 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
+from annotated_types import Ge
+
+from consilium.constraints import PositiveFloat, PositiveInt, check_settings, forbid
 from consilium.data import source
 from consilium.data.source import PACKAGES, PUBLIC, Doc
 from consilium.data.task import ClientData, Federation, Form, Metric, Split, Task
-from consilium.errors import ConfigError, DataError
+from consilium.errors import DataError
 from consilium.kinds import DataSource, Gives
 
 __all__ = ["KINDS", "TASKS", "VERBS", "DocstringData", "Partition", "is_public"]
@@ -90,36 +93,37 @@ class DocstringData(DataSource):
     gives: ClassVar[Gives] = "labelled texts"
 
     tasks: tuple[str, ...] = ("topic", "kind", "verb")
-    clients: int = 12
-    train: int = 200
-    validation: int = 60
-    test: int = 100
+    clients: PositiveInt = 12
+    train: PositiveInt = 200
+    validation: PositiveInt = 60
+    test: PositiveInt = 100
     partition: Partition = "packages"
-    alpha: float = 0.3
-    labels: int = 5
-    topics: int = 10
+    alpha: PositiveFloat = 0.3
+    labels: Annotated[int, Ge(2)] = 5
+    topics: Annotated[int, Ge(2)] = 10
     packages: tuple[str, ...] = tuple(PACKAGES)
-    smallest: int = 5
+    smallest: PositiveInt = 5
 
     def __post_init__(self) -> None:
+        check_settings(self, "data.")
         unknown_tasks = [task for task in self.tasks if task not in TASKS]
-        if unknown_tasks or not self.tasks or len(set(self.tasks)) != len(self.tasks):
-            raise ConfigError(f"tasks {list(self.tasks)}: give each at most once, of {', '.join(TASKS)}")
-        if len({TASKS[task][0] for task in self.tasks}) > 1:
-            raise ConfigError(f"tasks {list(self.tasks)} mix classification and text-to-text; run one form at a time")
-        if self.partition not in ("iid", "dirichlet", "pathological", "packages"):
-            raise ConfigError(f"partition {self.partition!r}: use iid, dirichlet, pathological or packages")
-        for name in ("train", "validation", "test", "labels", "topics", "smallest"):
-            minimum = 2 if name in ("labels", "topics") else 1
-            if getattr(self, name) < minimum:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
-        if self.clients < len(self.tasks):
-            raise ConfigError(f"{self.clients} clients for {len(self.tasks)} tasks; give at least one client per task")
-        if not self.alpha > 0 or math.isinf(self.alpha):
-            raise ConfigError(f"alpha is {self.alpha}; it must be a positive number")
+        forbid(
+            unknown_tasks or not self.tasks or len(set(self.tasks)) != len(self.tasks),
+            f"tasks {list(self.tasks)}: give each at most once, of {', '.join(TASKS)}",
+        )
+        forbid(
+            len({TASKS[task][0] for task in self.tasks}) > 1,
+            f"tasks {list(self.tasks)} mix classification and text-to-text; run one form at a time",
+        )
+        forbid(
+            self.clients < len(self.tasks),
+            f"{self.clients} clients for {len(self.tasks)} tasks; give at least one client per task",
+        )
         unknown_packages = sorted(set(self.packages) - set(PACKAGES))
-        if unknown_packages or not self.packages:
-            raise ConfigError(f"packages {unknown_packages} are unknown; use some of: {', '.join(PACKAGES)}")
+        forbid(
+            unknown_packages or not self.packages,
+            f"packages {unknown_packages} are unknown; use some of: {', '.join(PACKAGES)}",
+        )
 
     def public(self) -> list[Doc]:
         """Return the public shard: documentation that no client holds, each text once, in a fixed order."""

@@ -23,7 +23,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
@@ -35,10 +35,9 @@ from consilium.errors import ConfigError, DataError, first_line
 from consilium.machine import free_memory
 from consilium.pointers import refuse_pointer, refuse_pointers
 
-__all__ = ["AXES", "Axes", "kind_of", "read_images"]
+__all__ = ["Axes", "kind_of", "read_images"]
 
 Axes = Literal["", "CHW", "HWC"]
-AXES: tuple[Axes, ...] = get_args(Axes)
 
 ALLOWED = (
     "an .npz file, a .parquet file or a directory of them, a folder of images per class, a directory of `datasets`, "

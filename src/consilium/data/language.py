@@ -7,17 +7,17 @@ the tokens to which the loss applies.
 """
 
 import json
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from consilium.constraints import OpenShare, PositiveFloat, PositiveInt, check_settings, forbid
 from consilium.data.conversations import answer_of, chosen, conversation
 from consilium.data.dialect import Dialect
 from consilium.data.names import by_client, names_of
-from consilium.data.sets import digest, located
+from consilium.data.sets import check_shares, digest, located
 from consilium.data.table import Table, read_table
 from consilium.data.task import TASK_NAME, ClientData, Federation, Form, Split, Task
 from consilium.data.textfile import cut, look_alikes, usable
@@ -94,11 +94,11 @@ class LanguageData(DataSource):
     metric: Literal["token_accuracy", "token_f1", "rouge2"] = "token_accuracy"
     partition: Literal["iid", "dirichlet", "pathological"] = "iid"
     kind: str = ""
-    clients: int = 10
-    alpha: float = 0.3
-    kinds_per_client: int = 2
-    validation: float = 0.1
-    test: float = 0.1
+    clients: PositiveInt = 10
+    alpha: PositiveFloat = 0.3
+    kinds_per_client: PositiveInt = 2
+    validation: OpenShare = 0.1
+    test: OpenShare = 0.1
     separator: str = ""
     quote: str = ""
     encoding: str = ""
@@ -107,28 +107,17 @@ class LanguageData(DataSource):
         object.__setattr__(self, "path", located(self.path))
         Dialect(self.separator, self.quote, self.encoding)
         self._check_columns()
-        for name, choices in (
-            ("turns", ("all", "last")),
-            ("metric", ("token_accuracy", "token_f1", "rouge2")),
-            ("partition", ("iid", "dirichlet", "pathological")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"data.{name} is {getattr(self, name)!r}; allowed are {', '.join(choices)}")
-        if self.text and self.metric != "token_accuracy":
-            raise ConfigError(f"metric {self.metric!r} scores answers; plain text has none: use token_accuracy")
-        if self.partition != "iid" and not self.client and not self.kind:
-            raise ConfigError(f"partition {self.partition!r} needs --data.kind, a column of what the rows are about")
-        if not (0 < self.validation < 1 and 0 < self.test < 1 and self.validation + self.test < 1):
-            raise ConfigError(
-                f"validation {self.validation} and test {self.test} must be above 0 and together below 1, as shares"
-            )
-        for name, minimum in (("clients", 1), ("kinds_per_client", 1)):
-            if getattr(self, name) < minimum:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
-        if not self.alpha > 0 or math.isinf(self.alpha):
-            raise ConfigError(f"alpha is {self.alpha}; it must be a positive number")
-        if not TASK_NAME.fullmatch(self.task):
-            raise ConfigError(f"task {self.task!r}: use 1 to 58 of letters, digits, '_', '-'")
+        check_settings(self, "data.")
+        forbid(
+            self.text and self.metric != "token_accuracy",
+            f"metric {self.metric!r} scores answers; plain text has none: use token_accuracy",
+        )
+        forbid(
+            self.partition != "iid" and not self.client and not self.kind,
+            f"partition {self.partition!r} needs --data.kind, a column of what the rows are about",
+        )
+        check_shares(self.validation, self.test)
+        forbid(not TASK_NAME.fullmatch(self.task), f"task {self.task!r}: use 1 to 58 of letters, digits, '_', '-'")
 
     @property
     def plain(self) -> bool:

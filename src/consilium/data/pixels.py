@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, get_args
+from typing import IO, Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -28,10 +28,9 @@ from PIL import Image, ImageOps
 from consilium.errors import DataError, first_line
 from consilium.pointers import refuse_pointer
 
-__all__ = ["ENDINGS", "PAGES", "Images", "Pages", "finite", "labelled", "resized", "scaled", "stack"]
+__all__ = ["ENDINGS", "Images", "Pages", "finite", "labelled", "resized", "scaled", "stack"]
 
 Pages = Literal["refuse", "first", "all"]
-PAGES: tuple[Pages, ...] = get_args(Pages)
 ENDINGS = (
     ".png", ".apng", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".pbm", ".pgm", ".ppm", ".pnm", ".tif", ".tiff",
 )  # fmt: skip

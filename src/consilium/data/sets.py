@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from consilium.constraints import forbid
 from consilium.data.pixels import ENDINGS
 from consilium.errors import DataError, first_line
 from consilium.inside import refuse_name_outside, refuse_outside
 
-__all__ = ["digest", "is_directory", "is_hub_name", "is_litter", "located", "open_set", "rows_of"]
+__all__ = ["check_shares", "digest", "is_directory", "is_hub_name", "is_litter", "located", "open_set", "rows_of"]
 
 _LITTER = {
     "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "__macosx", "@eadir", "#recycle", "$recycle.bin",
@@ -38,6 +39,11 @@ def is_hub_name(path: Path) -> bool:
 def is_directory(path: Path) -> bool:
     """Return whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote the directory."""
     return any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
+
+
+def check_shares(validation: float, test: float) -> None:
+    """Raise ConfigError if nothing is left for training, besides these shares of the rows."""
+    forbid(validation + test >= 1, f"validation {validation} and test {test} must be together below 1, as shares")
 
 
 def located(path: Path | str) -> Path:

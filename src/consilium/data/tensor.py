@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from consilium.data.task import ClientData, Federation, Task
 from consilium.errors import DataError
 
 __all__ = [
-    "AUGMENTATIONS",
     "Augment",
     "Augmented",
     "TensorSplit",
@@ -31,7 +30,6 @@ __all__ = [
 ]
 
 Augment = Literal["none", "crop", "flip", "crop-flip"]
-AUGMENTATIONS: tuple[Augment, ...] = get_args(Augment)
 PADDING = 4
 """Number of pixels that "crop" pads on every side before it cuts a window of the old size, as is usual for CIFAR."""
 

@@ -5,21 +5,23 @@ or client is left out and counted. Any other value that cannot be used is refuse
 """
 
 import difflib
-import math
 import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+from annotated_types import Ge
+
+from consilium.constraints import NonNegativeInt, OpenShare, PositiveFloat, PositiveInt, check_settings, forbid
 from consilium.data.dialect import Dialect
 from consilium.data.names import alike, by_client, name_of, names_of, without
-from consilium.data.sets import digest, located
+from consilium.data.sets import check_shares, digest, located
 from consilium.data.table import Table, read_table
-from consilium.data.task import TASK_NAME, ClientData, Federation, Form, Metric, Split, Task
-from consilium.errors import ConfigError, DataError
+from consilium.data.task import TASK_NAME, ClientData, Federation, Metric, Split, Task
+from consilium.errors import DataError
 from consilium.kinds import DataSource, Gives
 
 __all__ = ["TextFileData", "cut", "look_alikes", "read_columns", "usable"]
@@ -67,22 +69,22 @@ class TextFileData(DataSource):
     path: Path
     text: str = "text"
     target: str = "label"
-    form: Form = "classification"
+    form: Literal["classification", "text-to-text"] = "classification"
     task: str = "task"
     client: str = ""
     labels: tuple[str, ...] = ()
     metric: Literal["", "accuracy", "token_f1", "rouge2"] = ""
     partition: Literal["iid", "dirichlet", "pathological"] = "iid"
-    clients: int = 10
-    alpha: float = 0.3
-    labels_per_client: int = 2
-    validation: float = 0.15
-    test: float = 0.25
+    clients: PositiveInt = 10
+    alpha: PositiveFloat = 0.3
+    labels_per_client: Annotated[int, Ge(2)] = 2
+    validation: OpenShare = 0.15
+    test: OpenShare = 0.25
     where: str = ""
-    rows: int = 0
+    rows: NonNegativeInt = 0
     own_labels: bool = False
     common: bool = False
-    smallest: int = 2
+    smallest: PositiveInt = 2
     separator: str = ""
     quote: str = ""
     encoding: str = ""
@@ -90,35 +92,24 @@ class TextFileData(DataSource):
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", located(self.path))
         Dialect(self.separator, self.quote, self.encoding)
-        if self.form not in ("classification", "text-to-text"):
-            raise ConfigError(f"form {self.form!r}: use classification or text-to-text")
-        if self.partition not in ("iid", "dirichlet", "pathological"):
-            raise ConfigError(f"partition {self.partition!r}: use iid, dirichlet or pathological")
-        if self.form == "text-to-text" and self.partition != "iid" and not self.client:
-            raise ConfigError(f"partition {self.partition!r} needs labels; text-to-text takes iid or a client column")
-        if self.form == "text-to-text" and self.labels:
-            raise ConfigError("labels are for classification; leave them out for text-to-text")
-        if (self.metric == "accuracy") != (self.form == "classification") and self.metric:
-            raise ConfigError(
-                f"metric {self.metric!r} does not fit {self.form}; leave it empty for the form's own metric"
-            )
-        if self.common and self.own_labels:
-            raise ConfigError("data.common tests all clients on the same rows; leave data.own-labels out")
-        if self.metric not in ("", "accuracy", "token_f1", "rouge2"):
-            raise ConfigError(f"metric {self.metric!r}: use accuracy, token_f1 or rouge2")
-        if not (0 < self.validation < 1 and 0 < self.test < 1 and self.validation + self.test < 1):
-            raise ConfigError(
-                f"validation {self.validation} and test {self.test} must be above 0 and together below 1, as shares"
-            )
-        for name, minimum in (("clients", 1), ("labels_per_client", 2), ("rows", 0), ("smallest", 1)):
-            if getattr(self, name) < minimum:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
-        if not self.alpha > 0 or math.isinf(self.alpha):
-            raise ConfigError(f"alpha is {self.alpha}; it must be a positive number")
-        if self.where and not re.fullmatch("[^=]+=.*", self.where):
-            raise ConfigError(f"where {self.where!r}: write COLUMN=VALUE")
-        if not TASK_NAME.fullmatch(self.task):
-            raise ConfigError(f"task {self.task!r}: use 1 to 58 of letters, digits, '_', '-'")
+        check_settings(self, "data.")
+        is_generated = self.form == "text-to-text"
+        forbid(
+            is_generated and self.partition != "iid" and not self.client,
+            f"partition {self.partition!r} needs labels; text-to-text takes iid or a client column",
+        )
+        forbid(is_generated and self.labels, "labels are for classification; leave them out for text-to-text")
+        forbid(
+            self.metric and (self.metric == "accuracy") == is_generated,
+            f"metric {self.metric!r} does not fit {self.form}; leave it empty for the form's own metric",
+        )
+        forbid(
+            self.common and self.own_labels,
+            "data.common tests all clients on the same rows; leave data.own-labels out",
+        )
+        check_shares(self.validation, self.test)
+        forbid(self.where and not re.fullmatch("[^=]+=.*", self.where), f"where {self.where!r}: write COLUMN=VALUE")
+        forbid(not TASK_NAME.fullmatch(self.task), f"task {self.task!r}: use 1 to 58 of letters, digits, '_', '-'")
 
     def load(self, seed: int) -> Federation:
         """Read, check and deal the rows. Equal files and seeds give equal results.

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from consilium.blocked import through
+from consilium.constraints import NonNegativeInt, PositiveInt, check_settings, forbid
 from consilium.core import derive_seed
 from consilium.errors import ConfigError
 from consilium.kinds import Gives, Model
@@ -74,9 +75,9 @@ class Cohort(Model):
 
     architectures: tuple[str, ...] = ("cnn-1", "cnn-2", "cnn-3", "cnn-4", "cnn-5")
     small: str = "cnn-5"
-    width: int = 500
-    kernel: int = 5
-    padding: int = 0
+    width: PositiveInt = 500
+    kernel: PositiveInt = 5
+    padding: NonNegativeInt = 0
 
     form: ClassVar[str] = "classification"
     counts: ClassVar[Mapping[str, int]] = {}
@@ -89,15 +90,12 @@ class Cohort(Model):
         names = tuple(part for name in self.architectures for part in name.split(","))
         object.__setattr__(self, "architectures", tuple(encoders.resolved(name) for name in names))
         object.__setattr__(self, "small", encoders.resolved(self.small))
-        if not self.architectures:
-            raise ConfigError("model.architectures is empty; name at least one")
+        check_settings(self, "model.")
+        forbid(not self.architectures, "model.architectures is empty; name at least one")
         for name in (*self.architectures, self.small):
             if name not in ARCHITECTURES and not encoders.is_function(name) and not encoders.is_model(name):
                 choices = ", ".join(ARCHITECTURES)
                 raise ConfigError(f"architecture {name!r} is unknown; allowed are {choices}, or {encoders.FORMS}")
-        for name, minimum in (("width", 1), ("kernel", 1), ("padding", 0)):
-            if getattr(self, name) < minimum:
-                raise ConfigError(f"model.{name} is {getattr(self, name)}; it must be at least {minimum}")
 
     @property
     def world(self) -> str:

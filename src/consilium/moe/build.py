@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 import transformers
@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from consilium.constraints import check_settings
 from consilium.core import ExpertSet, counts_of
 from consilium.errors import ConfigError, ModelError, first_line
 from consilium.kinds import Gives, Model
@@ -79,9 +80,7 @@ class ModelSource(Model):
     gguf: str = ""
 
     def __post_init__(self) -> None:
-        for name, choices in (("form", get_args(Form)), ("dtype", ("float32", "bfloat16"))):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"model.{name} is {getattr(self, name)!r}; allowed are {', '.join(choices)}")
+        check_settings(self, "model.")
 
     @property
     def world(self) -> str:

@@ -12,12 +12,14 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from consilium.constraints import check_settings
 from consilium.errors import ConfigError
 from consilium.moe.addressing import all_experts, expert_of, is_adapter
 from consilium.moe.experts import Experts, is_transposed
@@ -26,7 +28,7 @@ from consilium.moe.model import TaskModel
 from consilium.moe.quantise import dequantise, quantise
 from consilium.moe.rules import ANY_RANK, FOLDED, Rule
 from consilium.params import Params
-from consilium.work import check_settings, setting
+from consilium.work import setting
 
 __all__ = [
     "Adapters",
@@ -62,8 +64,8 @@ class Lora:
             fits its memory. For "stack", "svd", "pad", "pad_norm" and "rank_partition".
     """
 
-    rank: int = setting(0, "memory", "[0, 1e12]")
-    alpha: float = setting(0.0, "factor", "[0, 1e6]")
+    rank: Annotated[int, Interval(ge=0, le=1e12)] = setting(0, "memory")
+    alpha: Annotated[float, Interval(ge=0, le=1e6)] = setting(0.0, "factor")
     targets: tuple[str, ...] = setting((), "free")
     router: bool = setting(True, "free")
     base: Literal["full", "nf4"] = setting("full", "free")

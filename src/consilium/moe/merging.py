@@ -32,14 +32,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from consilium.errors import ConfigError, PayloadError
+from consilium.constraints import NonNegativeFloat, PositiveInt, check_settings
+from consilium.errors import PayloadError
 from consilium.moe.addressing import expert_of, router_row_of
 from consilium.params import Params, WeightedMean
 
@@ -63,21 +64,14 @@ class Merging:
     """
 
     rule: Rule = "mean"
-    attackers: int = 1
-    chosen: int = 1
-    clip: float = 0.0
-    clip_router: float = 0.0
+    attackers: PositiveInt = 1
+    chosen: PositiveInt = 1
+    clip: NonNegativeFloat = 0.0
+    clip_router: NonNegativeFloat = 0.0
     uniform: bool = False
 
     def __post_init__(self) -> None:
-        if self.rule not in get_args(Rule):
-            raise ConfigError(f"merging.rule is {self.rule!r}; it must be one of {', '.join(get_args(Rule))}")
-        for name in ("attackers", "chosen"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"merging.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("clip", "clip_router"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"merging.{name} is {getattr(self, name)}; it must be a norm, or 0 for no clipping")
+        check_settings(self, "merging.")
 
     @property
     def plain(self) -> bool:

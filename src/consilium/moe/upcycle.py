@@ -33,16 +33,18 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import transformers
 from accelerate import init_empty_weights
+from annotated_types import Ge
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.initialization import no_init_weights
 
+from consilium.constraints import NonNegativeFloat, PositiveFloat, PositiveInt, check_settings, forbid
 from consilium.core import derive_seed
 from consilium.errors import ConfigError, ModelError, first_line
 from consilium.machine import quietly
@@ -76,33 +78,26 @@ class Upcycling:
             turn.
     """
 
-    experts: int = 8
-    top_k: int | None = None
-    every: int | None = None
-    noise: float = 0.0
-    router_std: float | None = None
+    experts: Annotated[int, Ge(2)] = 8
+    top_k: PositiveInt | None = None
+    every: PositiveInt | None = None
+    noise: NonNegativeFloat = 0.0
+    router_std: PositiveFloat | None = None
     scale: bool = True
     seed: int = 0
     branches: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.experts < 2:
-            raise ConfigError(f"experts is {self.experts}; it must be at least 2")
-        if len(self.branches) >= self.experts:
-            raise ConfigError(
-                f"branches has {len(self.branches)} models, with the first one more: experts is {self.experts}; it "
-                "must be at least as many"
-            )
-        if self.top_k is not None and not 1 <= self.top_k <= self.experts:
-            raise ConfigError(f"top_k is {self.top_k}; it must be within 1..{self.experts}, the experts")
-        if self.every is not None and self.every < 1:
-            raise ConfigError(f"every is {self.every}; it must be at least 1")
-        if not 0 <= self.noise < float("inf"):
-            raise ConfigError(f"noise is {self.noise}; it must be a finite number >= 0")
-        if self.router_std is not None and not 0 < self.router_std < float("inf"):
-            raise ConfigError(
-                f"router_std is {self.router_std}; it must be above 0, or all tokens take the same experts"
-            )
+        check_settings(self)
+        forbid(
+            len(self.branches) >= self.experts,
+            f"branches has {len(self.branches)} models, with the first one more: experts is {self.experts}; it "
+            "must be at least as many",
+        )
+        forbid(
+            self.top_k is not None and self.top_k > self.experts,
+            f"top_k is {self.top_k}; it must be within 1..{self.experts}, the experts",
+        )
 
 
 def upcycle(path: str, folder: Path, how: Upcycling, gguf: str = "") -> list[str]:

@@ -12,12 +12,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Interval
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from consilium.constraints import NonNegativeInt, PositiveFloat, PositiveInt, check_settings
 from consilium.errors import ConfigError, ModelError, PackageError
 from consilium.export.folder import USE, new_folder
 from consilium.machine import quietly
@@ -56,22 +58,17 @@ class Building:
     """
 
     router: Router = "arrow"
-    top_k: int = 0
+    top_k: NonNegativeInt = 0
     sites: tuple[str, ...] = ()
-    temperature: float = 1.0
-    sharpness: float = 8.0
-    strength: float = 1e-3
-    apart: float = 20.0
-    tries: int = 40
+    temperature: PositiveFloat = 1.0
+    sharpness: PositiveFloat = 8.0
+    strength: PositiveFloat = 1e-3
+    apart: Annotated[float, Interval(ge=0, lt=1e6)] = 20.0
+    tries: PositiveInt = 40
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.top_k < 0 or self.tries < 1:
-            raise ConfigError(f"top_k is {self.top_k} and tries {self.tries}; they must be >= 0 and >= 1")
-        if min(self.temperature, self.sharpness, self.strength) <= 0:
-            raise ConfigError("temperature, sharpness and strength must be greater than 0")
-        if not 0 <= self.apart < 1e6:
-            raise ConfigError(f"apart is {self.apart}; it must be within 0..1e6")
+        check_settings(self)
 
 
 def kind_of(packages: Mapping[str, Package], router: Router, fitted: bool = False) -> str:

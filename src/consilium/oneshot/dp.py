@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from consilium.constraints import Fraction, NonNegativeFloat, PositiveFloat, check_settings
 from consilium.core import ClientContext
 from consilium.data.encode import Encoded
-from consilium.errors import ConfigError
 from consilium.moe.model import TaskModel
 from consilium.privacy import epsilon_of_sgd, fresh_generator
 from consilium.setup import Setup
@@ -36,15 +36,12 @@ class Private:
         delta: in (0, 1); 0: 1 / rows^1.1.
     """
 
-    noise: float = 0.0
-    clip: float = 1.0
-    delta: float = 0.0
+    noise: NonNegativeFloat = 0.0
+    clip: PositiveFloat = 1.0
+    delta: Fraction = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.noise < math.inf or not 0 < self.clip < math.inf:
-            raise ConfigError(f"dp_noise is {self.noise} and dp_clip {self.clip}; they must be >= 0 and > 0")
-        if not 0 <= self.delta < 1:
-            raise ConfigError(f"dp_delta is {self.delta}; it must be within (0, 1), or 0 for 1 / rows^1.1")
+        check_settings(self, "dp_")
 
     def told(self, rows: int, batch_size: int, steps: int) -> dict[str, Any]:
         """Return the card's privacy entry for this number of steps."""

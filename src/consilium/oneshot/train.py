@@ -13,18 +13,20 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Interval
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from consilium.constraints import PositiveInt, check_settings, forbid
 from consilium.core import ClientContext, ClientInfo, ClientState, derive_seed
 from consilium.data.encode import shuffled
 from consilium.data.task import ClientData
 from consilium.engine.checkpoint import write_atomic
-from consilium.errors import CheckpointError, ConfigError, DataError
+from consilium.errors import CheckpointError, DataError
 from consilium.experiment import Experiment, to_json
 from consilium.moe.budget import bytes_of
 from consilium.oneshot.adapters import Adapted, Pair, Targets, attach, initial_pairs
@@ -68,15 +70,15 @@ class Training:
     """
 
     kind: Making = "adapter"
-    rank: int = 16
-    alpha: float = 0.0
+    rank: PositiveInt = 16
+    alpha: Annotated[float, Interval(ge=0, lt=1e6)] = 0.0
     targets: Targets = "linear"
-    copies: int = 1
+    copies: PositiveInt = 1
     bias: bool = False
-    gate_steps: int = 100
-    gate_lr: float = 1e-2
+    gate_steps: PositiveInt = 100
+    gate_lr: Annotated[float, Interval(gt=0, lt=1e6)] = 1e-2
     moments: bool = False
-    save_every: int = 50
+    save_every: PositiveInt = 50
     dp_noise: float = 0.0
     dp_clip: float = 1.0
     dp_delta: float = 0.0
@@ -87,13 +89,11 @@ class Training:
         return Private(self.dp_noise, self.dp_clip, self.dp_delta)
 
     def __post_init__(self) -> None:
-        for name in ("rank", "copies", "gate_steps", "save_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.alpha < 1e6 or not 0 < self.gate_lr < 1e6:
-            raise ConfigError(f"alpha is {self.alpha} and gate_lr {self.gate_lr}; they must be >= 0 and > 0")
-        if self.private.noise and (self.moments or self.kind == "gated"):
-            raise ConfigError("dp_noise covers weights trained in one stage: leave out --moments and --kind gated")
+        check_settings(self)
+        forbid(
+            self.private.noise and (self.moments or self.kind == "gated"),
+            "dp_noise covers weights trained in one stage: leave out --moments and --kind gated",
+        )
 
 
 def site_data(experiment: Experiment, client: str = "") -> ClientData:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from consilium.constraints import PositiveFloat, PositiveInt, check_settings, forbid
 from consilium.core import Sampling, Scalar
 from consilium.errors import ConfigError, PayloadError
 from consilium.experiment import DATA, Experiment
@@ -65,27 +66,24 @@ class Limits:
         days: days after which the state of a former run is removed.
     """
 
-    lr: float = 10.0
-    epochs: int = 100
-    steps: int = 1_000_000
-    batch_size: int = 4096
-    tokens: int = 1_000_000_000
-    seconds: float = 86_400.0
-    rounds: int = 100_000
+    lr: PositiveFloat = 10.0
+    epochs: PositiveInt = 100
+    steps: PositiveInt = 1_000_000
+    batch_size: PositiveInt = 4096
+    tokens: PositiveInt = 1_000_000_000
+    seconds: PositiveFloat = 86_400.0
+    rounds: PositiveInt = 100_000
     bytes: str = "4GB"
     memory: str = ""
     state: str = "10GB"
-    days: int = 30
+    days: PositiveInt = 30
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), field.type
-            flag = f"--max-{field.name.replace('_', '-')}"
-            if kind is str:
-                if not isinstance(value, str) or ((value or field.default) and bytes_of(value) < 1):
-                    raise ConfigError(f"{flag} is {value!r}; it must be a size, e.g. 500MB")
-            elif type(value) not in ((int,) if kind is int else (int, float)) or not 0 < value < math.inf:
-                raise ConfigError(f"{flag} is {value!r}; it must be a {'whole ' * (kind is int)}number greater than 0")
+        check_settings(self, "--max-")
+        for name in ("bytes", "memory", "state"):
+            value = getattr(self, name)
+            is_unset = name == "memory" and not value
+            forbid(not is_unset and bytes_of(value) < 1, f"--max-{name} is {value!r}; it must be a size, e.g. 500MB")
 
     def check(self, experiment: Experiment, examples: int) -> None:
         """Compare the costs that a server's experiment declares with the limits.
