@@ -22,25 +22,10 @@ if TYPE_CHECKING:
     from pydantic_core import SchemaValidator
 
 __all__ = [
-    "Count",
-    "Factor",
-    "Few",
-    "Fraction",
-    "NonNegativeFloat",
-    "NonNegativeInt",
-    "OpenShare",
-    "PositiveFloat",
-    "PositiveInt",
-    "PositiveShare",
-    "Rate",
-    "Scale",
-    "Share",
-    "Width",
-    "check_settings",
-    "check_values",
-    "forbid",
-    "nearest",
-]
+    "Count", "Factor", "Few", "Fraction", "NonNegativeFloat", "NonNegativeInt",
+    "OpenShare", "PositiveFloat", "PositiveInt", "PositiveShare", "Rate", "Scale",
+    "Share", "Width", "check_settings", "check_values", "forbid", "nearest",
+]  # fmt: skip
 
 INF = float("inf")
 Count = Annotated[int, Interval(ge=1, le=1e12)]
