@@ -8,7 +8,7 @@ installed.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,7 @@ def write(out: Path, own: Own) -> list[str]:
     Raises:
         ConfigError: if a client holds or predicts with more than one model, or does not predict with its head.
     """
-    setup = _Watching(**{name: getattr(own.setup, name) for name in CohortSetup.__dataclass_fields__})
+    setup = _Watching(**{f.name: getattr(own.setup, f.name) for f in fields(CohortSetup)})
     experiment, context, client = own.experiment, own.context, own.name or own.context.info.id
     task, method = context.data.task, type(experiment.algorithm).__name__
     score = tested(experiment.algorithm.client(setup), own.sent, context, experiment.privacy)[1].scalars["score"]

@@ -16,7 +16,7 @@ from consilium.report.export import table_files, to_csv, to_latex
 from consilium.report.methods import Method, Spread, first_runs, has_seeds, methods
 from consilium.report.page import STYLE
 from consilium.report.parts import caption, card, fold, one_figure
-from consilium.report.plain import balanced_scores, simple_values
+from consilium.report.plain import balanced_scores, simple_head, simple_values
 from consilium.report.plots import FIGURES, FigureKind
 from consilium.report.read import RunRecord, read_runs
 from consilium.report.results import (
@@ -182,7 +182,7 @@ def _cards_of_one(run: RunRecord, row: Result) -> str:
         )
     for head, scores, explanation in (
         ("Balanced accuracy", balanced_scores(run), "every label counts alike"),
-        ("Bag of words, alone", simple_values(run, "alone"), "a simple model of each client’s own rows"),
+        (simple_head(run), simple_values(run, "alone"), "a simple model of each client’s own rows"),
     ):
         if scores:
             cards.append(
