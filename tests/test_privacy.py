@@ -482,9 +482,12 @@ def test_every_method_is_private_or_refuses(name, tmp_path, monkeypatch):
 
 
 def test_what_noise_would_not_cover_is_refused(data):
-    with pytest.raises(ConfigError, match="FedMoE's server goes by usage and validation scores"):
+    way_out = r"set algorithm.stage2 False \(--algorithm.no-stage2\), privacy.usage noised and privacy.usage_noise$"
+    with pytest.raises(ConfigError, match=f"FedMoE's server goes by usage and validation scores .*; {way_out}"):
         private(data, method="FedMoE")
-    with pytest.raises(ConfigError, match="HFedMoE's server goes by"):
+    with pytest.raises(ConfigError, match=r"cover; set privacy.usage noised and privacy.usage_noise$"):
+        private(data, method=FedMoE(stage2=False))
+    with pytest.raises(ConfigError, match=r"HFedMoE's server goes by .*; take a method that merges models alone"):
         private(data, method="HFedMoE")
     for name in ("SCAFFOLD", "Standalone"):
         with pytest.raises(ConfigError, match="does not merge models alone"):

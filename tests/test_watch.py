@@ -57,6 +57,20 @@ def test_lines_at_80_columns(tmp_path):
     assert all(line == line.rstrip() for line in said.splitlines())
 
 
+@pytest.mark.parametrize(
+    ("method", "experts", "is_told"),
+    [(FedMoE(stage1="none"), (), True), (FedMoE(stage1="none"), (8, 2, 3), False), (FedAvg(), (), False)],
+    ids=["FedMoE", "FedMoE with memory", "FedAvg"],
+)
+def test_without_a_limit_of_memory_there_is_nothing_to_choose(tmp_path, method, experts, is_told):
+    console = terminal(width=400)
+    memory = runs.memory(*experts) if experts else ()
+    with Terminal(console) as follower:
+        run(runs.experiment(runs.table(tmp_path), method, rounds=1, memory=memory), tmp_path / "run", follower)
+    note = "note: no --memory is given, so every client holds nearly all experts and nothing is chosen: FedMoE"
+    assert (note in console.file.getvalue()) == is_told
+
+
 def test_a_client_has_a_name_everywhere_and_an_id_in_paths(tmp_path):
     """In any alphabet and of any length: on the screen, in the report; its model is had by name, or by id."""
     names = ["北京协和", "Köln", "University Hospital, Department of Internal Medicine / " + "A" * 250]

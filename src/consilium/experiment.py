@@ -212,12 +212,7 @@ class Experiment:
         if privacy.noise and not merging.plain:
             raise ConfigError("privacy.noise has its own clipping and mean; leave merging as it is")
         if privacy.noise:
-            stats = self.algorithm.reads() - ({"usage"} if privacy.usage == "noised" else set())
-            if stats:
-                raise ConfigError(
-                    f"{method}'s server goes by {' and '.join(sorted(stats))} of each client, which privacy.noise does "
-                    "not cover"
-                )
+            privacy.check_reads(self.algorithm)
             privacy.sampled(self.sampling, 1)
 
     @property

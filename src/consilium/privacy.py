@@ -41,7 +41,7 @@ import math
 import random
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -50,7 +50,7 @@ import torch
 from torch import Tensor
 
 from consilium.constraints import Fraction, NonNegativeFloat, PositiveFloat, check_settings, forbid
-from consilium.core import ClientInfo, Sampling
+from consilium.core import Algorithm, ClientInfo, Sampling
 from consilium.errors import ConfigError, PayloadError
 from consilium.params import Params
 
@@ -150,6 +150,32 @@ class Privacy:
             noise = max(self.usage_noise, noise)
         less = {name: max(getattr(self, name), getattr(own, name), key=order.index) for name, order in _ORDERS.items()}
         return replace(self, usage=usage, usage_noise=noise, **less)
+
+    def check_reads(self, algorithm: Algorithm) -> None:
+        """Raise ConfigError if the method's server uses values of clients that noise does not cover.
+
+        The error names the settings that would change this, if there are any.
+        """
+        covered_values = {"usage"} if self.usage == "noised" else set()
+        if not (values := algorithm.reads() - covered_values):
+            return
+        name = type(algorithm).__name__
+        method: Any = algorithm  # a dataclass, as every method is
+        changes = [
+            f"algorithm.{field.name} {not value} (--algorithm.{'no-' * value}{field.name.replace('_', '-')})"
+            for field in fields(method)
+            if isinstance(value := getattr(method, field.name), bool)
+            and replace(method, **{field.name: not value}).reads() <= {"usage"}
+        ]
+        if algorithm.reads() <= {"usage"}:
+            changes = ["privacy.usage noised and privacy.usage_noise"]
+        elif changes:
+            changes = [f"{changes[0]}, privacy.usage noised and privacy.usage_noise"]
+        way_out = f"set {changes[0]}" if changes else "take a method that merges models alone, e.g. FedAvg"
+        raise ConfigError(
+            f"{name}'s server goes by {' and '.join(sorted(values))} of each client, which privacy.noise does not "
+            f"cover; {way_out}"
+        )
 
     def sampled(self, sampling: Sampling, clients: int) -> Sampling:
         """Return the client sampling to use when weights are private.

@@ -25,7 +25,8 @@ def test_a_site_shows_the_federation(tmp_path, caplog):
         "connected; a run of 2 rounds asks who is here",
         r"round 1 of 2: trained, loss \d\.\d{3}; received [\d.]+ [kM]B, sent [\d.]+ [kM]B, \d+\.\d s",
         r"round 2 of 2: trained, loss \d\.\d{3}; received .*",
-        r"round 2 of 2: the delivered model scores [01]\.\d{3} on the test data here; received [\d.]+ [kM]B",
+        r"round 2 of 2: the delivered model scores [01]\.\d{3} on the test data here "
+        r"\(bag of words, trained on this site's data alone: [01]\.\d{3}\); received [\d.]+ [kM]B",
         rf"the run is done: `consilium export {re.escape(str(tmp_path))}/state --out DIR` takes the model away",
     ]
     told = [line for line in lines if "site-0: " in line]

@@ -16,7 +16,7 @@ from consilium.report.image import fit
 from consilium.report.methods import Method, Spread, first_runs, has_seeds, methods
 from consilium.report.page import fill
 from consilium.report.parts import Card, Figure, Fold, Group, Part, Text, one_figure
-from consilium.report.plain import balanced_scores, simple_values
+from consilium.report.plain import balanced_scores, simple_head, simple_values
 from consilium.report.plots import FIGURES, FigureKind
 from consilium.report.read import RunRecord, read_runs
 from consilium.report.results import (
@@ -171,7 +171,7 @@ def _cards_of_one(run: RunRecord, row: Result) -> list[Card]:
         )
     for head, scores, explanation in (
         ("Balanced accuracy", balanced_scores(run), "every label counts alike"),
-        ("Bag of words, alone", simple_values(run, "alone"), "a simple model of each client’s own rows"),
+        (simple_head(run), simple_values(run, "alone"), "a simple model of each client’s own rows"),
     ):
         if scores:
             cards.append(

@@ -13,8 +13,19 @@ from consilium.escape import one_line
 from consilium.report.read import RunRecord, read_runs
 from consilium.report.results import client_scores, format_score, measured, number
 
-__all__ = ["balanced_scores", "class_recalls", "print_clients", "rising", "simple_sentence", "simple_values"]
+__all__ = [
+    "balanced_scores",
+    "class_recalls",
+    "print_clients",
+    "rising",
+    "simple_head",
+    "simple_name",
+    "simple_sentence",
+    "simple_values",
+]
 
+BAG_OF_WORDS = "bag of words"
+"""As in `data.simple`, which imports torch; reports do without it."""
 SHOWN = 20
 """The most clients that get a line of their own on the screen."""
 RISE = 0.005
@@ -37,8 +48,21 @@ def simple_values(run: RunRecord, kind: str, value: str = "score") -> dict[str, 
     return {c: v for c, v in values.items() if v is not None}
 
 
+def simple_name(run: RunRecord) -> str:
+    """Return the name of the run's simple model; runs of earlier versions have only bags of words."""
+    simple_models = (run.summary or {}).get("simple")
+    name = simple_models.get("name") if isinstance(simple_models, Mapping) else None
+    return one_line(name, 40) if isinstance(name, str) and name else BAG_OF_WORDS
+
+
+def simple_head(run: RunRecord) -> str:
+    """Return the head of a column or card with the scores of the simple model that clients trained alone."""
+    name = simple_name(run)
+    return f"{name[:1].upper()}{name[1:]}, alone"
+
+
 def simple_sentence(runs: Sequence[RunRecord]) -> str:
-    """Return a sentence that compares a bag of words with the first finished run that has one; "" if none has."""
+    """Return a sentence that compares a simple model with the first finished run that has one; "" if none has."""
     for run in runs:
         alone_scores, pooled_scores = simple_values(run, "alone"), simple_values(run, "pooled")
         if run.finished and alone_scores:
@@ -47,7 +71,9 @@ def simple_sentence(runs: Sequence[RunRecord]) -> str:
                 statistics.fmean(alone_scores.values()),
                 100 * (run_mean - statistics.fmean(alone_scores.values())),
             )
-            sentence = f"bag of words (TF-IDF and logistic regression), each client alone: {100 * mean:.1f}"
+            name = simple_name(run)
+            name += " (TF-IDF and logistic regression)" if name == BAG_OF_WORDS else ""
+            sentence = f"{name}, each client alone: {100 * mean:.1f}"
             sentence += f"; {run.label} is {_apart(gap)} it"
             if pooled_scores:
                 best = statistics.fmean(pooled_scores.values())
@@ -108,7 +134,7 @@ def print_clients(folder: object, console: Console) -> None:
     balanced, alone_scores = balanced_scores(run), simple_values(run, "alone")
     alone_balanced = simple_values(run, "alone", "balanced")
     tests = {c: run.clients[c].sizes.get("test") for c in clients}
-    heads = [("test", True), ("balanced", bool(balanced)), ("bag of words alone", bool(alone_scores))]
+    heads = [("test", True), ("balanced", bool(balanced)), (f"{simple_name(run)} alone", bool(alone_scores))]
     head_text = "  ".join(f"{head:>8}" for head, is_there in heads if is_there)
     console.print(Text(f"{'client':{width}}  {head_text}", "dim"))
     for c in clients:

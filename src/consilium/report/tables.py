@@ -10,7 +10,7 @@ from typing import Any
 from consilium.report.maps import block_names
 from consilium.report.methods import Paired, has_seeds, method_columns, methods, paired_columns
 from consilium.report.parts import Box, Cell, Fold, Heading, Part, Table, Text, Words
-from consilium.report.plain import balanced_scores, class_recalls, rising, simple_sentence, simple_values
+from consilium.report.plain import balanced_scores, class_recalls, rising, simple_head, simple_sentence, simple_values
 from consilium.report.read import RunRecord
 from consilium.report.results import (
     Column,
@@ -202,7 +202,7 @@ def _mean_scores(runs: Sequence[RunRecord]) -> dict[str, float]:
 def _one_run_clients(run: RunRecord) -> list[Part]:
     scores, unable_reasons = client_scores(run), unable_clients(run)
     summaries = (run.summary or {}).get("clients") or {}
-    extra_scores = {"Balanced": balanced_scores(run), "Bag of words, alone": simple_values(run, "alone")}
+    extra_scores = {"Balanced": balanced_scores(run), simple_head(run): simple_values(run, "alone")}
     extra_scores = {head: values for head, values in extra_scores.items() if values}
     rows = []
     for client in run.order:

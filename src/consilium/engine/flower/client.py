@@ -17,9 +17,10 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -74,6 +75,7 @@ class Site:
         device: device to train on.
         rounds: number of rounds of the whole run.
         limits: the site's own limits; None: no limits (a simulation).
+        simple: score of a simple model that the site trained alone (`simple_score`), which the server is not told.
     """
 
     info: ClientInfo
@@ -85,6 +87,7 @@ class Site:
     device: torch.device
     rounds: int
     limits: Limits | None = None
+    simple: Mapping[str, Any] | None = None
 
 
 @functools.lru_cache(maxsize=16)
@@ -167,7 +170,7 @@ def deployed(experiment: str, heads: str, settings: Path, run: str, model: str) 
         settings.parent / run,
         architecture,
     )
-    return replace(site, limits=limits)
+    return replace(site, limits=limits, simple=site_settings.get("simple"))
 
 
 def _site(
@@ -264,6 +267,8 @@ def evaluate(message: Message, context: Context) -> RecordDict:
         line = (
             f"round {metadata['round']} of {site.rounds}: the delivered model scores {score:.3f} on the test data here"
         )
+        if site.simple:
+            line += f" ({site.simple['name']}, trained on this site's data alone: {site.simple['score']:.3f})"
         _say(site, f"{line}; received {human(_size(message))}")
         if int(metadata["round"]) >= site.rounds:
             _say(site, f"the run is done: `consilium export {site.folder.parent} --out DIR` takes the model away")

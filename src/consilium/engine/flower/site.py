@@ -1,7 +1,8 @@
 """The state folder of a site: its settings, and its data as read at the start.
 
     site.json           its name, its experiment (the data, model, memory, device and threads in it are its own), the
-                        fingerprint of its model, its limits; for a table, the means and deviations of its columns
+                        fingerprint of its model, its limits, the score of a simple model of its own data, which the
+                        server is not told; for a table, the means and deviations of its columns
     secret              32 random bytes, the key of the digest of its data
     data.json           its task; for texts, its three splits
     data.safetensors    for images and tables: x [N, *S] and y [N] of its own rows, and the row numbers of each split
@@ -23,6 +24,7 @@ import torch
 
 from consilium.core import Payload
 from consilium.data.arrays import TableData
+from consilium.data.simple import simple_score
 from consilium.data.task import ClientData, Federation, Split, Task, check_labels
 from consilium.data.tensor import TensorSplit
 from consilium.engine.checkpoint import write_atomic
@@ -88,6 +90,7 @@ def save_site(path: Path, name: str, experiment: Experiment, limits: Limits | No
             if isinstance(experiment.data, TableData)
             else {}
         ),
+        "simple": simple_score(data),
         "experiment": to_json(experiment),
     }
     for file, content in {path: json.dumps(settings).encode(), **_written(path.parent, data)}.items():
