@@ -6,12 +6,10 @@ python examples/new_algorithm.py FOLDER
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
-
-from annotated_types import Interval
 
 import consilium
 from consilium.algorithms.fedavg import FedAvgServer, common_experts
+from consilium.constraints import Factor
 from consilium.report import print_table
 from consilium.training import local_round, local_test
 
@@ -21,10 +19,10 @@ class Decay(consilium.Algorithm):
     """FedAvg with weights that are pulled towards zero in every step.
 
     Args:
-        rho: strength of the pull, >= 0.
+        rho: strength of the pull, in [0, 1e4].
     """
 
-    rho: Annotated[float, Interval(ge=0, le=1e4)] = consilium.setting(0.01, "factor")
+    rho: Factor = consilium.setting(0.01, "factor")
 
     def server(self, setup):
         return FedAvgServer(setup, common_experts(setup, "fit"))  # a whole server half, reused
