@@ -481,7 +481,9 @@ def test_data_counts_what_is_missing_and_what_looks_alike(capsys):
 
 def test_data_makes_room_for_long_texts(capsys):
     """The command that is printed runs, with a length that 95 % of the texts fit into."""
-    Path("a.csv").write_text("\n".join(["text;label", *(f"{'long ' * 90}{i};{'ab'[i % 2]}" for i in range(40))]) + "\n")
+    Path("a.csv").write_text(
+        "\n".join(["text;label", *(f"{'long ' * 180}{i};{'ab'[i % 2]}" for i in range(40))]) + "\n"
+    )
     code, out, _ = call(capsys, "data", "a.csv")
     assert code == 0 and re.search(r"run fedmoe-text --fit\.max-length \d+ .* --data\.clients 4$", out.splitlines()[-2])
 

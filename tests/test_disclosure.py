@@ -270,7 +270,7 @@ def test_what_is_declared_is_lowered_by_its_kind():
 
 
 def test_a_kind_that_there_is_not_is_refused():
-    with pytest.raises(ConfigError, match="kind of a Reveal is 'secret'"):
+    with pytest.raises(ConfigError, match=r"Reveal\.kind is 'secret'"):
         Reveal("secret")
     assert all(isinstance(reveal, Reveal) for reveal in COMMON_REVEALS.values())
 

@@ -219,7 +219,7 @@ def test_states_of_a_round_that_did_not_count_are_removed_and_those_that_do_are_
 
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [({"min_clients": 0}, r"min_clients is 0; it must be within 1\.\.5"), ({"min_clients": 6}, "min_clients is 6"),
+    [({"min_clients": 0}, "min_clients is 0; it must be at least 1"), ({"min_clients": 6}, "min_clients is 6"),
      ({"min_fraction": 1.1}, "min_fraction is 1.1"), ({"min_fraction": math.nan}, "min_fraction is nan")],
 )  # fmt: skip
 def test_a_quorum_that_cannot_be(settings, said):

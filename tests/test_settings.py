@@ -31,7 +31,7 @@ def test_single_settings(base):
     for settings, said in (
         ({"fit.lrr": "1"}, "no field 'lrr'; did you mean 'lr'"),
         ({"fit.lr": "high"}, "Fit.lr is 'high'"),
-        ({"fit.lr": "0"}, "fit.lr is 0"),
+        ({"fit.lr": "0"}, "Fit.lr is 0; it must be greater than 0"),
         ({"seed.x": "1"}, "saved"),
     ):
         with pytest.raises(ConfigError, match=said):

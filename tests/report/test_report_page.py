@@ -222,7 +222,8 @@ def test_a_huge_device_does_not_flatten_the_others(tmp_path):
     partition["clients"]["verb-00"]["memory_bytes"] = 80_000_000_000
     (path / "partition.json").write_text(json.dumps(partition))
     page = render(read_runs([path]))
-    assert "limit beyond the scale" in page and "of 80 GB" in page
+    images = b"".join(map(base64.b64decode, re.findall(r"data:image/svg\+xml;base64,([^\"]+)", page)))
+    assert "limit beyond the scale" in page and b"of 80 GB" in images
 
 
 def test_incomparable_runs_are_warned_about(tmp_path, three_page):

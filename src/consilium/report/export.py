@@ -42,9 +42,8 @@ def to_latex(found: Sequence[Method]) -> str:
         difference, p = (c for c in paired_columns(found) if c.head in ("difference", "p"))  # comments hold the rest
         columns, heads = [*columns, difference, p], [*heads, f"Minus {reference}", "p"]
     frame = pd.DataFrame({i: _latex_cells(column) for i, column in enumerate(columns)})  # heads may be equal
-    table = frame.to_latex(
-        index=False, escape=False, header=[latex(head) for head in heads], column_format="l" + "r" * (len(columns) - 1)
-    )
+    header = [latex(head).replace("{", "{{").replace("}", "}}") for head in heads]  # pandas formats each as a template
+    table = frame.to_latex(index=False, escape=False, header=header, column_format="l" + "r" * (len(columns) - 1))
     return "".join(f"% {line}\n" for line in _comment(found)) + table
 
 
