@@ -136,7 +136,7 @@ def test_every_fault_is_found(tmp_path):
 @pytest.mark.parametrize(
     ("what", "broken", "fault"),
     [
-        (r"<picture>.*?</picture>", lambda _: "", "empty"),
+        (r"<picture>.*?</picture>", lambda _: '<svg width="300" height="200"></svg>', "empty"),
         (r'src="data:image/svg[^"]*"', lambda _: 'src="data:image/svg+xml,nothing"', "broken"),
         (r"</style>", lambda end: ".panel{width:1400px}" + end, "wide"),
         (r"</style>", lambda end: "figcaption{margin-bottom:-25px}" + end, "overlap"),
