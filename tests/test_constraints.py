@@ -7,7 +7,6 @@ import typing
 from pathlib import Path
 
 import pytest
-import runs
 from annotated_types import Ge, GroupedMetadata, Gt, Le, Lt
 
 from consilium.constraints import (
@@ -36,13 +35,14 @@ from consilium.moe.upcycle import Upcycling
 from consilium.oneshot.build import Building
 from consilium.oneshot.train import Training
 from consilium.privacy import Privacy
+from consilium.recipes.textfile import fedmoe_text
 
 PATH = Path("a.csv")
 SETTINGS = [
     *(cls() for cls in Algorithm.registry.values() if cls.__module__.startswith("consilium.")),
     Fit(), Lora(), Wire(), Sampling(), Merging(), Privacy(), Cohort(), Limits(), Upcycling(), Building(), Training(),
     CodeData(), DocstringData(), ImageData(), TableData(), LanguageData(PATH, text="t"), TextFileData(PATH),
-    runs.experiment(PATH),
+    fedmoe_text(),
 ]  # fmt: skip
 
 
