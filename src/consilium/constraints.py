@@ -94,10 +94,13 @@ def forbid(condition: Any, message: str) -> None:
         raise ConfigError(message)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return "did you mean 'x'?" for the known name that is most like the given one; "" if none is."""
+def nearest(name: str, known: Iterable[str], before: str = "", after: str = "") -> str:
+    """Return "did you mean 'x'?", between `before` and `after`, for the known name that is most like the given one.
+
+    The result is "" if no name is like it.
+    """
     matches = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {matches[0]!r}?" if matches else ""
+    return f"{before}did you mean {matches[0]!r}?{after}" if matches else ""
 
 
 @cache
@@ -142,9 +145,9 @@ def _described(schema: Mapping[str, Any], value: Any) -> str:
         return " or ".join(ranges or texts)
     choices = schema.get("enum", [schema["const"]] if "const" in schema else [])
     if choices:
-        suggestion = nearest(value, map(str, choices)) if isinstance(value, str) else ""
+        suggestion = nearest(value, map(str, choices), "; ") if isinstance(value, str) else ""
         names = ", ".join(str(choice) or "''" for choice in choices)
-        return f"one of {names}{suggestion and '; '}{suggestion}"
+        return f"one of {names}{suggestion}"
     if bounds := _bounds(schema, value):
         return bounds
     if schema.get("type") == "array":

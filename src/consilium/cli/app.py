@@ -5,7 +5,6 @@ command is imported only when it is called: torch and transformers take seconds,
 not.
 """
 
-import difflib
 import importlib
 import os
 import signal
@@ -15,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from consilium.cli.screen import out, say
+from consilium.constraints import nearest
 from consilium.errors import ConfigError, ConsiliumError
 from consilium.logs import to_screen
 from consilium.plugins import add_file, import_plugins
@@ -97,8 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = take_imports(args)
         if args[0] not in COMMANDS:
-            matches = difflib.get_close_matches(args[0], COMMANDS, n=1)
-            hint = f"; did you mean {matches[0]!r}?" if matches else ""
+            hint = nearest(args[0], COMMANDS, "; ")
             raise ConfigError(f"unknown command {args[0]!r}; allowed are {', '.join(COMMANDS)}{hint}")
         with to_screen(say), warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: say(f"warning: {message}")

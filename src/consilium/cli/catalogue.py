@@ -20,6 +20,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any
 
+from consilium.constraints import nearest
 from consilium.errors import ConfigError
 from consilium.escape import one_line
 from consilium.plugins import has_plugins
@@ -121,8 +122,7 @@ def refuse_unknown(recipe: str) -> None:
     loaded_recipes = getattr(sys.modules.get("consilium.recipes"), "RECIPES", {})
     names = {*read_catalogue()["recipes"], *loaded_recipes}
     if recipe not in names and not recipe.endswith(".json") and not has_plugins():
-        matches = difflib.get_close_matches(recipe, names, n=1)
-        hint = f"; did you mean {matches[0]!r}?" if matches else ""
+        hint = nearest(recipe, names, "; ")
         raise ConfigError(f"unknown recipe {recipe!r}; allowed are {', '.join(sorted(names))}{hint}")
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import itertools
 import json
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from consilium.cli.catalogue import hint_for, print_flags, read_catalogue, refuse_mistyped, refuse_unknown
+from consilium.constraints import nearest
 from consilium.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -243,9 +243,7 @@ def complaint(box: str) -> str:
     text = " ".join(next((part for has_text, part in parts if has_text), ())).rstrip(".")
     if match := re.search(r"invalid choice '(.*?)' for argument '(.+?)'.*?\((.*)\)", text):
         allowed = re.findall(r"'(.*?)'", match[3])
-        matches = difflib.get_close_matches(match[1], allowed, n=1)
-        hint = f"; did you mean {matches[0]!r}?" if matches else ""
-        return f"{match[2]} is {match[1]!r}; allowed are {', '.join(allowed)}{hint}"
+        return f"{match[2]} is {match[1]!r}; allowed are {', '.join(allowed)}{nearest(match[1], allowed, '; ')}"
     text = text.removeprefix("Error parsing ")
     text = text.replace("invalid literal for int() with base 10:", "it must be a whole number, not")
     return text.replace("could not convert string to float:", "it must be a number, not")

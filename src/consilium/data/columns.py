@@ -5,7 +5,6 @@ test is the official test set. A validation split is added to the training rows,
 its own training rows for validation.
 """
 
-import difflib
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from consilium.constraints import nearest
 from consilium.data.names import names_of
 from consilium.data.pixels import Images, Pages, labelled, stack
 from consilium.data.room import check_parquet
@@ -106,8 +106,7 @@ def _check_columns(name: str, there: Sequence[str], wanted: Sequence[str]) -> No
     """Raise DataError if a wanted column is missing."""
     for column in wanted:
         if column and column not in there:
-            matches = difflib.get_close_matches(column, there, 1)
-            hint = f" (did you mean {matches[0]!r}?)" if matches else ""
+            hint = nearest(column, there, " (", ")")
             raise DataError(f"{name} has no column {column!r}{hint}; it has {' | '.join(there)}")
 
 

@@ -12,7 +12,6 @@ format itself has types, a whole number becomes its digits, another number its s
 written in ISO 8601.
 """
 
-import difflib
 import json
 import lzma
 import math
@@ -27,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from consilium.constraints import nearest
 from consilium.data.dialect import Dialect, decode, parse
 from consilium.data.names import MISSING
 from consilium.data.room import PACKED, check_archive, check_parquet, unpack
@@ -74,8 +74,7 @@ class Table:
         """Raise DataError if a column is missing or the table has no rows; the message lists the columns."""
         for column in columns:
             if column not in self.columns:
-                matches = difflib.get_close_matches(column, self.columns, 1)
-                hint = f" (did you mean {matches[0]!r}?)" if matches else ""
+                hint = nearest(column, self.columns, " (", ")")
                 column_list = " | ".join([*self.columns][:40]) + (" | ..." if len(self.columns) > 40 else "")
                 raise DataError(f"{self.name} has no column {column!r}{hint}; it has {column_list}")
         if not self.rows:

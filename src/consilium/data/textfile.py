@@ -4,7 +4,6 @@ The user names the columns. Rows are dealt to clients by a client column, or by 
 or client is left out and counted. Any other value that cannot be used is refused with its column and line.
 """
 
-import difflib
 import random
 import re
 from collections import Counter, defaultdict
@@ -15,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
 
-from consilium.constraints import NonNegativeInt, OpenShare, PositiveFloat, PositiveInt, check_settings, forbid
+from consilium.constraints import NonNegativeInt, OpenShare, PositiveFloat, PositiveInt, check_settings, forbid, nearest
 from consilium.data.dialect import Dialect
 from consilium.data.names import alike, by_client, name_of, names_of, without
 from consilium.data.sets import check_shares, digest, located
@@ -224,8 +223,7 @@ class TextFileData(DataSource):
     def _check_labels(self, table: Table, targets: Sequence[str], used: Sequence[int], notes: Sequence[str]) -> None:
         for row in used if self.labels else ():
             if targets[row] not in self.labels:
-                matches = difflib.get_close_matches(targets[row], self.labels, 1)
-                hint = f" (did you mean {matches[0]!r}?)" if matches else ""
+                hint = nearest(targets[row], self.labels, " (", ")")
                 location = f"{table.name} column {self.target!r} {table.place(row)}"
                 raise DataError(
                     f"{location}: label {targets[row]!r} is not declared{hint}; declared are {' | '.join(self.labels)}"

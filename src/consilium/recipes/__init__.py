@@ -3,13 +3,13 @@
 A function decorated with `recipe` is found by `consilium list` and run by its name.
 """
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from consilium.constraints import nearest
 from consilium.core import Algorithm
 from consilium.errors import ConfigError
 
@@ -52,7 +52,8 @@ class Recipe:
         }
         if name not in algorithms:
             raise ConfigError(
-                f"unknown algorithm {name!r}; allowed are {', '.join(sorted(algorithms))}{_near(name, algorithms)}"
+                f"unknown algorithm {name!r}; allowed are {', '.join(sorted(algorithms))}"
+                f"{nearest(name, algorithms, '; ')}"
             )
         return algorithms[name] or Algorithm.registry[name]()
 
@@ -81,13 +82,9 @@ def find(name: str) -> Recipe:
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
     if name not in RECIPES:
-        raise ConfigError(f"unknown recipe {name!r}; allowed are {', '.join(sorted(RECIPES))}{_near(name, RECIPES)}")
+        hint = nearest(name, RECIPES, "; ")
+        raise ConfigError(f"unknown recipe {name!r}; allowed are {', '.join(sorted(RECIPES))}{hint}")
     return RECIPES[name]
-
-
-def _near(name: str, known: dict) -> str:
-    matches = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
 import consilium.experiment  # noqa: E402, F401  # last: it imports the user's own files, which may define recipes
